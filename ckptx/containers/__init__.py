@@ -1,0 +1,1 @@
+"""Containers: bytes on disk and the extents of the tensors in them."""

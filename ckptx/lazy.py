@@ -1,0 +1,667 @@
+"""Lazy tensors: a small closed algebra of placements, without a tensor library.
+
+A lazy tensor says where its elements come from. The nodes are immutable and picklable; only
+`Stored` knows about files. Views of stored bytes fold into strides when they are made, so that fusing
+tensors and splitting them again returns the very same leaves.
+
+Evaluation asks a tensor for a box of its elements: `pieces` pushes the box down and yields
+rectangles, each a leaf and its place in the caller's buffer. Nothing else is ever materialised.
+
+    concat([q, k, v])            Tiled         box [4:9]
+       |   |   |                              /    |    \\
+    Stored Stored Stored               q[4:8]  k[0:1]   -      pieces
+
+Shapes, strides, boxes and origins count elements; file offsets count bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from ckptx.errors import PlanError
+
+Shape: TypeAlias = tuple[int, ...]
+Box: TypeAlias = tuple[tuple[int, int], ...]
+"""One ``(start, stop)`` per axis, in elements."""
+
+ITEMSIZE = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint64": 8,
+    "uint32": 4,
+    "uint16": 2,
+    "uint8": 1,
+    "bool": 1,
+    "complex64": 8,
+}
+"""Bytes per element of every dtype, by its torch name."""
+
+_WIDENING = {
+    "float16": {"float32", "float64"},
+    "bfloat16": {"float32", "float64"},
+    "float32": {"float64"},
+    "float8_e4m3fn": {"float16", "bfloat16", "float32", "float64"},
+    "float8_e5m2": {"float16", "bfloat16", "float32", "float64"},
+}
+
+
+class LazyTensor:
+    """A tensor that is not there yet: a dtype, a shape, and how to obtain any box of it."""
+
+    __slots__ = ()
+    dtype: str
+    shape: Shape
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return self.numel * ITEMSIZE[self.dtype]
+
+    def narrow(self, axis: int, start: int, stop: int) -> LazyTensor:
+        """Return elements ``start`` to ``stop`` along ``axis``."""
+        size = self.shape[axis]
+        if not 0 <= start <= stop <= size:
+            raise PlanError(f"cannot cut [{start}:{stop}] from axis {axis} of {list(self.shape)}")
+        if (start, stop) == (0, size):
+            return self
+        return _narrow(self, axis, start, stop)
+
+    def permute(self, axes: Sequence[int]) -> LazyTensor:
+        """Return the tensor with axis ``axes[i]`` moved to place ``i``."""
+        axes = tuple(axes)
+        if sorted(axes) != list(range(len(self.shape))):
+            raise PlanError(f"{list(axes)} does not permute the axes of {list(self.shape)}")
+        return self if axes == tuple(range(len(axes))) else _permute(self, axes)
+
+    def split(self, axis: int, inner: int) -> LazyTensor:
+        """Return ``axis`` split in two: ``[..., n, ...]`` becomes ``[..., n / inner, inner, ...]``."""
+        if inner <= 0 or self.shape[axis] % inner:
+            raise PlanError(f"axis {axis} of {list(self.shape)} does not split into rows of {inner}")
+        return _split(self, axis, inner)
+
+    def merge(self, axis: int) -> LazyTensor:
+        """Return ``axis`` and ``axis + 1`` as one: ``[..., a, b, ...]`` becomes ``[..., a * b, ...]``."""
+        if axis + 1 >= len(self.shape):
+            raise PlanError(f"no axis after {axis} to merge with in {list(self.shape)}")
+        return _merge(self, axis)
+
+    def cast(self, dtype: str) -> LazyTensor:
+        """Return the tensor in another dtype; see `is_widening` for what is exact."""
+        if dtype not in ITEMSIZE:
+            raise PlanError(f"unknown dtype {dtype!r}; known: {', '.join(ITEMSIZE)}")
+        return self if dtype == self.dtype else Cast(dtype, self.shape, self)
+
+    def chunk(self, axis: int, parts: int, index: int) -> LazyTensor:
+        """Return part ``index`` of ``parts`` equal parts along ``axis``."""
+        size = self.shape[axis]
+        if size % parts:
+            raise PlanError(f"axis {axis} of {list(self.shape)} does not divide by {parts}")
+        return self.narrow(axis, index * size // parts, (index + 1) * size // parts)
+
+    def squeeze(self) -> LazyTensor:
+        """Return the tensor without its first axis, which must have one element."""
+        if self.shape[0] != 1:
+            raise PlanError(f"the first axis of {list(self.shape)} is not 1")
+        return self.merge(0)
+
+    def unsqueeze(self) -> LazyTensor:
+        """Return the tensor with a first axis of one element."""
+        return self.split(0, self.shape[0]) if self.shape[0] else Tiled(self.dtype, (1, *self.shape), ())
+
+
+@dataclass(frozen=True, slots=True)
+class Stored(LazyTensor):
+    """Elements in a file.
+
+    ``file`` indexes the file table of the conversion (`ckptx.protocol.Begin.files`), ``offset`` is in
+    bytes from the start of that file, ``strides`` are in elements. A stride of 0 repeats.
+    """
+
+    dtype: str
+    shape: Shape
+    file: int
+    offset: int
+    strides: Shape
+
+    def __post_init__(self) -> None:
+        # The stride of an axis with one element means nothing: give it one value, so that equal
+        # extents compare equal whatever way they were reached.
+        strides = list(self.strides)
+        for axis in range(len(strides) - 1, -1, -1):
+            if self.shape[axis] == 1:
+                inner = axis + 1 < len(strides)
+                strides[axis] = self.shape[axis + 1] * strides[axis + 1] if inner else 1
+        object.__setattr__(self, "strides", tuple(strides))
+
+
+@dataclass(frozen=True, slots=True)
+class Filled(LazyTensor):
+    """Elements of one value, in no file: padding."""
+
+    dtype: str
+    shape: Shape
+    value: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated(LazyTensor):
+    """Equal copies of one tensor: the first is read, the others are compared with it."""
+
+    dtype: str
+    shape: Shape
+    copies: tuple[LazyTensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiled(LazyTensor):
+    """Tensors side by side in a larger one; ``tiles`` holds ``(origin, tensor)`` and covers it once."""
+
+    dtype: str
+    shape: Shape
+    tiles: tuple[tuple[Shape, LazyTensor], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sliced(LazyTensor):
+    """A box of a tensor whose view does not fold any further."""
+
+    dtype: str
+    shape: Shape
+    base: LazyTensor
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Permuted(LazyTensor):
+    """A tensor with its axes in another order."""
+
+    dtype: str
+    shape: Shape
+    base: LazyTensor
+    axes: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Split(LazyTensor):
+    """A tensor with one axis split in two."""
+
+    dtype: str
+    shape: Shape
+    base: LazyTensor
+    axis: int
+    inner: int
+
+
+@dataclass(frozen=True, slots=True)
+class Merged(LazyTensor):
+    """A tensor with two neighbouring axes merged into one."""
+
+    dtype: str
+    shape: Shape
+    base: LazyTensor
+    axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cast(LazyTensor):
+    """A tensor in another dtype."""
+
+    dtype: str
+    shape: Shape
+    base: LazyTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Computed(LazyTensor):
+    """The result of a registered computation (`ckptx.compute`) on other tensors."""
+
+    dtype: str
+    shape: Shape
+    op: str
+    inputs: tuple[LazyTensor, ...]
+    params: tuple[tuple[str, Any], ...] = ()
+
+
+def contiguous_strides(shape: Shape) -> Shape:
+    """Return the strides, in elements, of a row-major tensor.
+
+    Examples:
+        >>> contiguous_strides((2, 3, 4))
+        (12, 4, 1)
+    """
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * shape[axis + 1]
+    return tuple(strides)
+
+
+def stored(file: int, offset: int, dtype: str, shape: Sequence[int]) -> Stored:
+    """Return a row-major tensor whose bytes start at ``offset`` bytes of file number ``file``."""
+    shape = tuple(shape)
+    return Stored(dtype, shape, file, offset, contiguous_strides(shape))
+
+
+def is_widening(source: str, target: str) -> bool:
+    """Return whether every value of ``source`` is exact in ``target``.
+
+    Examples:
+        >>> is_widening("bfloat16", "float32"), is_widening("float32", "bfloat16")
+        (True, False)
+    """
+    return source == target or target in _WIDENING.get(source, ())
+
+
+def tile(shape: Sequence[int], tiles: Sequence[tuple[Sequence[int], LazyTensor]]) -> LazyTensor:
+    """Return the tensor of ``shape`` made of ``(origin, tensor)`` tiles.
+
+    Raises:
+        PlanError: dtypes differ, a tile lies outside, or the tiles do not fill the shape.
+    """
+    shape = tuple(shape)
+    kept = [(tuple(origin), part) for origin, part in tiles if part.numel]
+    if not tiles:
+        raise PlanError("a tensor cannot be made of no tiles")
+    dtypes = sorted({part.dtype for _, part in tiles})
+    if len(dtypes) > 1:
+        raise PlanError(f"tiles of one tensor have different dtypes: {', '.join(dtypes)}")
+    for origin, part in kept:
+        inside = all(o >= 0 and o + n <= s for o, n, s in zip(origin, part.shape, shape, strict=True))
+        if not inside:
+            raise PlanError(f"tile {list(part.shape)} at {list(origin)} lies outside {list(shape)}")
+    if sum(part.numel for _, part in kept) != math.prod(shape):
+        found = sum(part.numel for _, part in kept)
+        raise PlanError(f"tiles hold {found} elements, {list(shape)} needs {math.prod(shape)}")
+    if len(kept) == 1:
+        return kept[0][1]
+    return Tiled(dtypes[0], shape, tuple(sorted(kept, key=lambda entry: entry[0])))
+
+
+def concat(parts: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
+    """Return the parts one after another along ``axis``; the other axes must agree."""
+    if not parts:
+        raise PlanError("nothing to concatenate")
+    first = parts[0]
+    tiles: list[tuple[Shape, LazyTensor]] = []
+    position = 0
+    for part in parts:
+        same = (
+            len(part.shape) == len(first.shape)
+            and part.shape[:axis] == first.shape[:axis]
+            and part.shape[axis + 1 :] == first.shape[axis + 1 :]
+        )
+        if not same:
+            raise PlanError(
+                f"cannot join {list(part.shape)} to {list(first.shape)} along axis {axis}"
+            )
+        tiles.append((tuple(position if a == axis else 0 for a in range(len(first.shape))), part))
+        position += part.shape[axis]
+    shape = (*first.shape[:axis], position, *first.shape[axis + 1 :])
+    return tile(shape, tiles)
+
+
+def stack(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """Return the parts, which have one shape, along a new first axis."""
+    return concat([part.unsqueeze() for part in parts])
+
+
+def replicated(copies: Sequence[LazyTensor]) -> LazyTensor:
+    """Return one tensor that is stored several times; the copies must agree in shape and dtype."""
+    first = copies[0]
+    for copy in copies[1:]:
+        if (copy.shape, copy.dtype) != (first.shape, first.dtype):
+            raise PlanError(
+                f"copies of one tensor differ: {first.dtype} {list(first.shape)} "
+                f"and {copy.dtype} {list(copy.shape)}"
+            )
+    distinct = tuple(dict.fromkeys(copies))
+    return first if len(distinct) == 1 else Replicated(first.dtype, first.shape, distinct)
+
+
+def interleave(parts: Sequence[LazyTensor], groups: int, axis: int = 0) -> LazyTensor:
+    """Return the parts cut into ``groups`` equal pieces each, group by group along ``axis``.
+
+    The result runs: piece 0 of every part, then piece 1 of every part, ... With query, key and value
+    and one group per key head it is Megatron's fused attention; with gate and up and one group per
+    tensor-parallel rank it is a gated MLP whose ranks were joined as they stand.
+    """
+    for part in parts:
+        if part.shape[axis] % groups:
+            raise PlanError(f"axis {axis} of {list(part.shape)} does not divide into {groups} groups")
+    if groups == 1:
+        return concat(parts, axis)
+    rows = [part.split(axis, part.shape[axis] // groups) for part in parts]
+    return concat(rows, axis + 1).merge(axis)
+
+
+def deinterleave(
+    fused: LazyTensor, sizes: Sequence[int], groups: int, axis: int = 0
+) -> list[LazyTensor]:
+    """Return the parts that `interleave` fused; ``sizes`` are their lengths along ``axis``."""
+    if sum(sizes) != fused.shape[axis]:
+        raise PlanError(
+            f"axis {axis} of {list(fused.shape)} does not hold parts of {list(sizes)}, "
+            f"which sum to {sum(sizes)}"
+        )
+    if groups != 1:
+        fused = fused.split(axis, fused.shape[axis] // groups)
+    parts = []
+    position = 0
+    for size in sizes:
+        width = size // groups
+        if groups == 1:
+            parts.append(fused.narrow(axis, position, position + width))
+        else:
+            parts.append(fused.narrow(axis + 1, position, position + width).merge(axis))
+        position += width
+    return parts
+
+
+def _narrow(tensor: LazyTensor, axis: int, start: int, stop: int) -> LazyTensor:
+    length = stop - start
+    shape = (*tensor.shape[:axis], length, *tensor.shape[axis + 1 :])
+    match tensor:
+        case Stored():
+            shift = start * tensor.strides[axis] * ITEMSIZE[tensor.dtype]
+            return Stored(tensor.dtype, shape, tensor.file, tensor.offset + shift, tensor.strides)
+        case Filled():
+            return replace(tensor, shape=shape)
+        case Cast():
+            return Cast(tensor.dtype, shape, tensor.base.narrow(axis, start, stop))
+        case Replicated():
+            return replicated([copy.narrow(axis, start, stop) for copy in tensor.copies])
+        case Tiled():
+            return _narrow_tiles(tensor, axis, start, stop, shape)
+        case Split(axis=split_axis, inner=inner) if axis != split_axis + 1:
+            # Cutting whole rows, or another axis, commutes with the split.
+            if axis == split_axis:
+                return tensor.base.narrow(axis, start * inner, stop * inner).split(axis, inner)
+            below = axis if axis < split_axis else axis - 1
+            return tensor.base.narrow(below, start, stop).split(split_axis, inner)
+        case Merged(axis=merged_axis) if axis != merged_axis:
+            below = axis if axis < merged_axis else axis + 1
+            return tensor.base.narrow(below, start, stop).merge(merged_axis)
+        case Merged() if not start % (inner := tensor.base.shape[axis + 1]) and not stop % inner:
+            return tensor.base.narrow(axis, start // inner, stop // inner).merge(axis)
+        case Permuted(axes=axes):
+            return tensor.base.narrow(axes[axis], start, stop).permute(axes)
+        case Sliced():
+            low = tensor.box[axis][0]
+            box = (*tensor.box[:axis], (low + start, low + stop), *tensor.box[axis + 1 :])
+            return Sliced(tensor.dtype, shape, tensor.base, box)
+        case _:
+            box = tuple((start, stop) if a == axis else (0, n) for a, n in enumerate(tensor.shape))
+            return Sliced(tensor.dtype, shape, tensor, box)
+
+
+def _narrow_tiles(tensor: Tiled, axis: int, start: int, stop: int, shape: Shape) -> LazyTensor:
+    tiles = []
+    for origin, part in tensor.tiles:
+        low = max(start, origin[axis])
+        high = min(stop, origin[axis] + part.shape[axis])
+        if low < high:
+            moved = (*origin[:axis], low - start, *origin[axis + 1 :])
+            tiles.append((moved, part.narrow(axis, low - origin[axis], high - origin[axis])))
+    if not tiles:
+        return Filled(tensor.dtype, shape)
+    return tile(shape, tiles)
+
+
+def _permute(tensor: LazyTensor, axes: Shape) -> LazyTensor:
+    shape = tuple(tensor.shape[axis] for axis in axes)
+    match tensor:
+        case Stored():
+            strides = tuple(tensor.strides[axis] for axis in axes)
+            return Stored(tensor.dtype, shape, tensor.file, tensor.offset, strides)
+        case Filled():
+            return replace(tensor, shape=shape)
+        case Cast():
+            return Cast(tensor.dtype, shape, tensor.base.permute(axes))
+        case Replicated():
+            return replicated([copy.permute(axes) for copy in tensor.copies])
+        case Tiled():
+            moved = [
+                (tuple(origin[axis] for axis in axes), part.permute(axes))
+                for origin, part in tensor.tiles
+            ]
+            return tile(shape, moved)
+        case Permuted():
+            return tensor.base.permute([tensor.axes[axis] for axis in axes])
+        case _:
+            return Permuted(tensor.dtype, shape, tensor, axes)
+
+
+def _split(tensor: LazyTensor, axis: int, inner: int) -> LazyTensor:
+    outer = tensor.shape[axis] // inner
+    shape = (*tensor.shape[:axis], outer, inner, *tensor.shape[axis + 1 :])
+    match tensor:
+        case Stored():
+            stride = tensor.strides[axis]
+            strides = (*tensor.strides[:axis], stride * inner, stride, *tensor.strides[axis + 1 :])
+            return Stored(tensor.dtype, shape, tensor.file, tensor.offset, strides)
+        case Filled():
+            return replace(tensor, shape=shape)
+        case Cast():
+            return Cast(tensor.dtype, shape, tensor.base.split(axis, inner))
+        case Replicated():
+            return replicated([copy.split(axis, inner) for copy in tensor.copies])
+        case Merged(axis=merged) if merged == axis and tensor.base.shape[axis + 1] == inner:
+            return tensor.base
+        case Tiled() if all(
+            not origin[axis] % inner and not part.shape[axis] % inner
+            for origin, part in tensor.tiles
+        ):
+            tiles = [
+                ((*origin[:axis], origin[axis] // inner, 0, *origin[axis + 1 :]), part.split(axis, inner))
+                for origin, part in tensor.tiles
+            ]
+            return tile(shape, tiles)
+        case _:
+            return Split(tensor.dtype, shape, tensor, axis, inner)
+
+
+def _merge(tensor: LazyTensor, axis: int) -> LazyTensor:
+    outer, inner = tensor.shape[axis : axis + 2]
+    shape = (*tensor.shape[:axis], outer * inner, *tensor.shape[axis + 2 :])
+    match tensor:
+        case Stored(strides=strides) if (
+            outer == 1 or inner == 1 or strides[axis] == strides[axis + 1] * inner
+        ):
+            stride = strides[axis] if inner == 1 else strides[axis + 1]
+            merged = (*strides[:axis], stride, *strides[axis + 2 :])
+            return Stored(tensor.dtype, shape, tensor.file, tensor.offset, merged)
+        case Filled():
+            return replace(tensor, shape=shape)
+        case Cast():
+            return Cast(tensor.dtype, shape, tensor.base.merge(axis))
+        case Replicated():
+            return replicated([copy.merge(axis) for copy in tensor.copies])
+        case Split(axis=split_axis, inner=width) if split_axis == axis and width == inner:
+            return tensor.base
+        case Tiled() if all(
+            part.shape[axis] == 1 or part.shape[axis + 1] == inner for _, part in tensor.tiles
+        ):
+            tiles = [
+                (
+                    (*origin[:axis], origin[axis] * inner + origin[axis + 1], *origin[axis + 2 :]),
+                    part.merge(axis),
+                )
+                for origin, part in tensor.tiles
+            ]
+            return tile(shape, tiles)
+        case _:
+            return Merged(tensor.dtype, shape, tensor, axis)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A rectangle of a leaf and its place in the buffer of the box that was asked for.
+
+    ``leaf`` is a `Stored`, `Filled`, `Cast` or `Computed` tensor, already cut to the rectangle.
+    ``offset`` and ``strides`` count elements of the buffer, one stride per axis of the leaf.
+    """
+
+    leaf: LazyTensor
+    offset: int
+    strides: Shape
+
+
+def pieces(tensor: LazyTensor, box: Box | None = None, *, copies: bool = False) -> Iterator[Piece]:
+    """Yield the rectangles that fill a row-major buffer of ``box`` (the whole tensor by default).
+
+    Every element of the box is yielded exactly once. With ``copies`` the further copies of replicated
+    tensors are yielded as well, at the same places.
+    """
+    if box is None:
+        box = tuple((0, n) for n in tensor.shape)
+    lengths = tuple(stop - start for start, stop in box)
+    if math.prod(lengths):
+        yield from _pieces(tensor, box, 0, contiguous_strides(lengths), copies)
+
+
+def leaves(tensor: LazyTensor) -> Iterator[LazyTensor]:
+    """Yield the stored and filled rectangles that a tensor reads, those below casts included."""
+    for piece in pieces(tensor, copies=True):
+        match piece.leaf:
+            case Cast(base=base):
+                yield from leaves(base)
+            case Computed(inputs=inputs):
+                for source in inputs:
+                    yield from leaves(source)
+            case leaf:
+                yield leaf
+
+
+def _pieces(
+    tensor: LazyTensor, box: Box, offset: int, strides: Shape, copies: bool
+) -> Iterator[Piece]:
+    match tensor:
+        case Replicated():
+            for copy in tensor.copies if copies else tensor.copies[:1]:
+                yield from _pieces(copy, box, offset, strides, copies)
+        case Tiled():
+            for origin, part in tensor.tiles:
+                inside = []
+                place = offset
+                for (start, stop), low, size, stride in zip(
+                    box, origin, part.shape, strides, strict=True
+                ):
+                    begin, end = max(start, low), min(stop, low + size)
+                    if begin >= end:
+                        break
+                    inside.append((begin - low, end - low))
+                    place += (begin - start) * stride
+                else:
+                    yield from _pieces(part, tuple(inside), place, strides, copies)
+        case Sliced():
+            moved = tuple(
+                (low + start, low + stop)
+                for (start, stop), (low, _) in zip(box, tensor.box, strict=True)
+            )
+            yield from _pieces(tensor.base, moved, offset, strides, copies)
+        case Permuted(axes=axes):
+            back = [axes.index(axis) for axis in range(len(axes))]
+            moved = tuple(box[place] for place in back)
+            yield from _pieces(
+                tensor.base, moved, offset, tuple(strides[place] for place in back), copies
+            )
+        case Split():
+            yield from _split_pieces(tensor, box, offset, strides, copies)
+        case Merged():
+            yield from _merged_pieces(tensor, box, offset, strides, copies)
+        case _:
+            leaf = tensor
+            for axis, (start, stop) in enumerate(box):
+                leaf = leaf.narrow(axis, start, stop)
+            if isinstance(leaf, Stored | Filled | Cast | Computed):
+                yield Piece(leaf, offset, strides)
+            elif isinstance(leaf, Sliced):  # a box of a computation: it knows how to cut itself
+                yield Piece(leaf, offset, strides)
+            else:
+                whole = tuple((0, n) for n in leaf.shape)
+                yield from _pieces(leaf, whole, offset, strides, copies)
+
+
+def _split_pieces(
+    tensor: Split, box: Box, offset: int, strides: Shape, copies: bool
+) -> Iterator[Piece]:
+    axis, inner = tensor.axis, tensor.inner
+    (row, last_row), (column, last_column) = box[axis], box[axis + 1]
+    whole = last_column - column == inner and strides[axis] == inner * strides[axis + 1]
+    below = (*strides[:axis], *strides[axis + 1 :])
+    runs = (
+        [(row * inner, last_row * inner, 0)]
+        if whole
+        else [
+            (r * inner + column, r * inner + last_column, (r - row) * strides[axis])
+            for r in range(row, last_row)
+        ]
+    )
+    for start, stop, shift in runs:
+        moved = (*box[:axis], (start, stop), *box[axis + 2 :])
+        yield from _pieces(tensor.base, moved, offset + shift, below, copies)
+
+
+def _merged_pieces(
+    tensor: Merged, box: Box, offset: int, strides: Shape, copies: bool
+) -> Iterator[Piece]:
+    axis = tensor.axis
+    inner = tensor.base.shape[axis + 1]
+    start, stop = box[axis]
+    stride = strides[axis]
+    above = (*strides[:axis], stride * inner, *strides[axis:])
+    position = start
+    while position < stop:
+        row, column = divmod(position, inner)
+        if column or stop - position < inner:  # a partial first or last row
+            last = min(inner, column + stop - position)
+            rows, columns = (row, row + 1), (column, last)
+        else:
+            rows, columns = (row, stop // inner), (0, inner)
+        moved = (*box[:axis], rows, columns, *box[axis + 1 :])
+        yield from _pieces(tensor.base, moved, offset + (position - start) * stride, above, copies)
+        position += (rows[1] - rows[0]) * (columns[1] - columns[0])
+
+
+def flat_boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Box, int]]:
+    """Yield boxes that cover elements ``start`` to ``stop`` of the row-major order, and their places.
+
+    A place is the number of elements between ``start`` and the first element of the box.
+
+    Examples:
+        >>> list(flat_boxes((3, 4), 2, 9))
+        [(((0, 1), (2, 4)), 0), (((1, 2), (0, 4)), 2), (((2, 3), (0, 1)), 6)]
+    """
+    strides = contiguous_strides(shape)
+    position = start
+    while position < stop:
+        index = [position // stride % size for stride, size in zip(strides, shape, strict=True)]
+        # The widest axis along which whole sub-blocks start here and end before ``stop``.
+        axis = len(shape) - 1
+        while axis > 0 and not any(index[axis:]) and strides[axis - 1] <= stop - position:
+            axis -= 1
+        if not shape:
+            yield (), 0
+            return
+        count = min((stop - position) // strides[axis], shape[axis] - index[axis])
+        box = tuple(
+            (i, i + 1) if a < axis else (i, i + count) if a == axis else (0, n)
+            for a, (i, n) in enumerate(zip(index, shape, strict=True))
+        )
+        yield box, position - start
+        position += count * strides[axis]

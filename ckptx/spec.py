@@ -1,0 +1,56 @@
+"""Model dimensions: what the config of every framework says, in one spelling.
+
+Field names are those of Megatron's arguments where Megatron has one. Everything is a plain value, so a
+spec pickles small and prints readably.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The dimensions and switches of one model part.
+
+    ``vocab_size`` is the true vocabulary, None where the source does not say; the embedding itself may
+    hold more rows. ``family`` names a schema module's family (``"llama"``) and ``architecture`` the
+    class that Hugging Face configs name (``"LlamaForCausalLM"``).
+    """
+
+    family: str
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int | None
+    max_position_embeddings: int
+    norm_epsilon: float
+    normalization: str = "RMSNorm"
+    activation: str = "swiglu"
+    position_embedding_type: str = "rope"
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    rotary_scaling: Mapping[str, Any] | None = None
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    tied: bool = False
+    dtype: str = "bfloat16"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Settings without a Megatron argument (``sliding_window``), by their Hugging Face name."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate and an up projection."""
+        return self.activation in {"swiglu", "geglu"}
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of the fused query, key and value weight."""
+        return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels

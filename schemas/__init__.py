@@ -1,0 +1,1 @@
+"""Schemas: tables of names per model family and layout."""
