@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from ckptx.errors import PlanError
 
@@ -225,17 +225,6 @@ class Cast(LazyTensor):
     dtype: str
     shape: Shape
     base: LazyTensor
-
-
-@dataclass(frozen=True, slots=True)
-class Computed(LazyTensor):
-    """The result of a registered computation (`ckptx.compute`) on other tensors."""
-
-    dtype: str
-    shape: Shape
-    op: str
-    inputs: tuple[LazyTensor, ...]
-    params: tuple[tuple[str, Any], ...] = ()
 
 
 def contiguous_strides(shape: Shape) -> Shape:
@@ -512,7 +501,7 @@ def _merge(tensor: LazyTensor, axis: int) -> LazyTensor:
 class Piece:
     """A rectangle of a leaf and its place in the buffer of the box that was asked for.
 
-    ``leaf`` is a `Stored`, `Filled`, `Cast` or `Computed` tensor, already cut to the rectangle.
+    ``leaf`` is a `Stored`, `Filled` or `Cast` tensor, already cut to the rectangle.
     ``offset`` and ``strides`` count elements of the buffer, one stride per axis of the leaf.
     """
 
@@ -540,9 +529,6 @@ def leaves(tensor: LazyTensor) -> Iterator[LazyTensor]:
         match piece.leaf:
             case Cast(base=base):
                 yield from leaves(base)
-            case Computed(inputs=inputs):
-                for source in inputs:
-                    yield from leaves(source)
             case leaf:
                 yield leaf
 
@@ -588,13 +574,7 @@ def _pieces(
             leaf = tensor
             for axis, (start, stop) in enumerate(box):
                 leaf = leaf.narrow(axis, start, stop)
-            if isinstance(leaf, Stored | Filled | Cast | Computed):
-                yield Piece(leaf, offset, strides)
-            elif isinstance(leaf, Sliced):  # a box of a computation: it knows how to cut itself
-                yield Piece(leaf, offset, strides)
-            else:
-                whole = tuple((0, n) for n in leaf.shape)
-                yield from _pieces(leaf, whole, offset, strides, copies)
+            yield Piece(leaf, offset, strides)
 
 
 def _split_pieces(

@@ -1,0 +1,329 @@
+"""The proof of a plan: made from metadata alone, before a byte moves.
+
+Three invariants. Every byte of every output file is written exactly once: the regions of a file tile
+it. Every byte of every source tensor is read, or belongs to something dropped by name. Every inexact
+step is listed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from ckptx.errors import PlanError, listing
+from ckptx.lazy import (
+    ITEMSIZE,
+    Cast,
+    Filled,
+    LazyTensor,
+    Merged,
+    Permuted,
+    Replicated,
+    Shape,
+    Sliced,
+    Split,
+    Stored,
+    Tiled,
+    is_widening,
+    leaves,
+)
+from ckptx.plan import Crc32, FilePlan, SavePlan
+from ckptx.protocol import Begin, Dropped, End, SourceTensor
+
+_MAX_CELLS = 1 << 28
+
+
+@dataclass(slots=True)
+class Proof:
+    """What a plan does, counted while it was checked. Bytes are bytes."""
+
+    files: int = 0
+    tensors: int = 0
+    bytes_in: int = 0
+    """Bytes of source tensors that are read at least once."""
+    bytes_out: int = 0
+    sources: int = 0
+    casts: dict[str, list[str]] = field(default_factory=dict)
+    """``"float32 -> bfloat16"`` to the tensors it applies to; widening casts are exact."""
+    filled: dict[str, int] = field(default_factory=dict)
+    """Tensor to the number of elements that no source holds."""
+    replicas: int = 0
+    """Copies in the source that must equal the one that is read."""
+    dropped: tuple[Dropped, ...] = ()
+
+    @property
+    def inexact(self) -> dict[str, list[str]]:
+        """The casts that can change a value."""
+        return {
+            step: names for step, names in self.casts.items() if not is_widening(*step.split(" -> "))
+        }
+
+
+def prove(plan: SavePlan, begin: Begin, end: End) -> Proof:
+    """Check a plan against its source and return its totals.
+
+    Raises:
+        PlanError: an output byte is written twice or not at all, a source byte would be lost, or the
+            plan holds no tensor.
+    """
+    proof = Proof(dropped=end.dropped, sources=len(begin.sources))
+    used: list[Stored] = []
+    paths: set[str] = set()
+    for file in plan.files:
+        _check_path(file, paths)
+        _check_tiling(file)
+        proof.files += 1
+        proof.bytes_out += file.size
+        for region in file.regions:
+            if isinstance(region.content, LazyTensor):
+                proof.tensors += 1
+                used.extend(_account(region.name, region.content, proof))
+    if not proof.tensors:
+        raise PlanError("the plan writes no tensor: nothing was found to convert")
+    for drop in end.dropped:
+        for tensor in drop.tensors:
+            used.extend(leaf for leaf in leaves(tensor) if isinstance(leaf, Stored))
+    proof.bytes_in = _check_sources(begin, used)
+    return proof
+
+
+def operations(tensor: LazyTensor) -> tuple[str, ...]:
+    """Return the kinds of steps between the source and a tensor, outermost first, each once."""
+    return tuple(dict.fromkeys(_operations(tensor)))
+
+
+def _operations(tensor: LazyTensor) -> Iterator[str]:
+    match tensor:
+        case Cast(base=base):
+            yield f"cast {base.dtype} -> {tensor.dtype}"
+            yield from _operations(base)
+        case Tiled(tiles=tiles):
+            yield "tile"
+            for _, part in tiles:
+                yield from _operations(part)
+        case Replicated(copies=copies):
+            yield "replicated"
+            yield from _operations(copies[0])
+        case Sliced() | Permuted() | Split() | Merged():
+            yield {Sliced: "slice", Permuted: "permute", Split: "split", Merged: "merge"}[type(tensor)]
+            yield from _operations(tensor.base)
+        case Filled():
+            yield "fill"
+
+
+def _check_path(file: FilePlan, paths: set[str]) -> None:
+    path = PurePosixPath(file.path)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise PlanError(f"{file.path!r}: an output path must stay inside the target")
+    if file.path in paths:
+        raise PlanError(f"{file.path!r} is planned twice")
+    paths.add(file.path)
+
+
+def _check_tiling(file: FilePlan) -> None:
+    position = 0
+    for region in file.regions:
+        content = region.content
+        size = (
+            len(content)
+            if isinstance(content, bytes)
+            else 4
+            if isinstance(content, Crc32)
+            else content.nbytes
+        )
+        if size != region.size:
+            raise PlanError(
+                f"{file.path}: {region.name!r} holds {size} bytes, its region {region.size}"
+            )
+        if region.offset != position:
+            raise PlanError(
+                f"{file.path}: {region.name!r} starts at byte {region.offset}, expected {position}: "
+                "every byte must be written exactly once"
+            )
+        position += size
+    if position != file.size:
+        raise PlanError(f"{file.path}: regions end at byte {position}, the file at {file.size}")
+
+
+def _account(name: str, tensor: LazyTensor, proof: Proof) -> Iterator[Stored]:
+    """Yield the stored leaves of an output tensor; count its casts, fills and replicas."""
+    if isinstance(tensor, Stored):
+        yield tensor
+        return
+    for step in operations(tensor):
+        if step.startswith("cast "):
+            proof.casts.setdefault(step.removeprefix("cast "), []).append(name)
+    proof.replicas += _replicas(tensor)
+    for leaf in leaves(tensor):
+        if isinstance(leaf, Stored):
+            yield leaf
+            if 0 in leaf.strides:
+                kept = math.prod(
+                    n for n, stride in zip(leaf.shape, leaf.strides, strict=True) if stride
+                )
+                proof.filled[name] = proof.filled.get(name, 0) + leaf.numel - kept
+        else:
+            proof.filled[name] = proof.filled.get(name, 0) + leaf.numel
+
+
+def _replicas(tensor: LazyTensor) -> int:
+    match tensor:
+        case Replicated(copies=copies):
+            return len(copies) - 1
+        case Tiled(tiles=tiles):
+            return sum(_replicas(part) for _, part in tiles)
+        case Cast() | Sliced() | Permuted() | Split() | Merged():
+            return _replicas(tensor.base)
+    return 0
+
+
+@dataclass(slots=True)
+class _Runs:
+    """The bytes of a stored tensor: ``run`` bytes at every step of the nested ``(count, stride)``."""
+
+    start: int
+    run: int
+    steps: tuple[tuple[int, int], ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.run + sum((count - 1) * stride for count, stride in self.steps)
+
+
+def _runs(leaf: Stored) -> _Runs:
+    size = ITEMSIZE[leaf.dtype]
+    axes = sorted(
+        (stride * size, count)
+        for stride, count in zip(leaf.strides, leaf.shape, strict=True)
+        if count != 1 and stride
+    )
+    run = size if leaf.numel else 0
+    while axes and axes[0][0] == run:
+        run *= axes.pop(0)[1]
+    return _Runs(leaf.offset, run, tuple((count, stride) for stride, count in axes))
+
+
+def _check_sources(begin: Begin, used: Iterable[Stored]) -> int:
+    """Check that every source byte is used; return how many there are, shared bytes once."""
+    spans = _spans(begin.sources)
+    starts = [(span.file, span.start) for span in spans]
+    for leaf in dict.fromkeys(used):
+        runs = _runs(leaf)
+        index = bisect.bisect_right(starts, (leaf.file, leaf.offset)) - 1
+        span = spans[index] if index >= 0 else None
+        if not leaf.numel:
+            continue
+        if span is None or span.file != leaf.file or runs.stop > span.stop:
+            raise PlanError(
+                f"{begin.files[leaf.file]}: bytes {runs.start} to {runs.stop} are read, but no source "
+                "tensor lies there: the loader did not declare it"
+            )
+        span.used.append(runs)
+    lost = [name for span in spans for name in _lost(span)]
+    if lost:
+        raise PlanError(
+            f"{len(lost)} source tensors would be lost, in part or whole, without a reason: "
+            f"{listing(lost)}"
+        )
+    return sum(_volume(span) for span in spans)
+
+
+@dataclass(slots=True)
+class _Span:
+    """Neighbouring source tensors that share bytes; usually one tensor."""
+
+    file: int
+    start: int
+    stop: int
+    sources: list[tuple[str, _Runs]]
+    used: list[_Runs] = field(default_factory=list)
+
+
+def _spans(sources: Iterable[SourceTensor]) -> list[_Span]:
+    extents = []
+    for source in sources:
+        for leaf in leaves(source.extent):
+            if isinstance(leaf, Stored) and leaf.numel:
+                runs = _runs(leaf)
+                extents.append((leaf.file, runs.start, runs.stop, source.name, runs))
+    extents.sort(key=lambda extent: extent[:4])
+    spans: list[_Span] = []
+    for file, start, stop, name, runs in extents:
+        if spans and spans[-1].file == file and start < spans[-1].stop:
+            spans[-1].sources.append((name, runs))
+            spans[-1].stop = max(stop, spans[-1].stop)
+        else:
+            spans.append(_Span(file, start, stop, [(name, runs)]))
+    return spans
+
+
+def _lost(span: _Span) -> list[str]:
+    """Return the names of the span's tensors that are not used in full."""
+    if len(span.sources) == 1 and span.sources[0][1] in span.used:
+        return []
+    runs = [*(runs for _, runs in span.sources), *span.used]
+    if not any(r.steps for r in runs):
+        covered = _union(span.used)
+        return [name for name, source in span.sources if not _inside(source, covered)]
+    cells = _paint(span, span.used)
+    unit = _unit(span)
+    return [name for name, source in span.sources if not _cells(cells, span, source, unit).all()]
+
+
+def _volume(span: _Span) -> int:
+    if len(span.sources) == 1:
+        runs = span.sources[0][1]
+        return runs.run * math.prod(count for count, _ in runs.steps)
+    if not any(runs.steps for _, runs in span.sources):
+        return sum(stop - start for start, stop in _union(runs for _, runs in span.sources))
+    return int(_paint(span, [runs for _, runs in span.sources]).sum()) * _unit(span)
+
+
+def _union(runs: Iterable[_Runs]) -> list[tuple[int, int]]:
+    intervals: list[tuple[int, int]] = []
+    for start, stop in sorted((r.start, r.stop) for r in runs):
+        if intervals and start <= intervals[-1][1]:
+            intervals[-1] = (intervals[-1][0], max(stop, intervals[-1][1]))
+        else:
+            intervals.append((start, stop))
+    return intervals
+
+
+def _inside(runs: _Runs, intervals: list[tuple[int, int]]) -> bool:
+    index = bisect.bisect_right(intervals, (runs.start, math.inf)) - 1
+    return index >= 0 and intervals[index][0] <= runs.start and runs.stop <= intervals[index][1]
+
+
+def _unit(span: _Span) -> int:
+    """Return the largest step, in bytes, that every run of the span starts and ends on."""
+    numbers = [span.stop - span.start]
+    for runs in (*(r for _, r in span.sources), *span.used):
+        numbers += [runs.start - span.start, runs.run, *(stride for _, stride in runs.steps)]
+    return math.gcd(*numbers)
+
+
+def _paint(span: _Span, painted: Iterable[_Runs]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    unit = _unit(span)
+    count = (span.stop - span.start) // unit
+    if count > _MAX_CELLS:
+        raise PlanError(
+            f"{listing(name for name, _ in span.sources)}: read in pieces too fine to prove that "
+            "nothing is lost"
+        )
+    cells = np.zeros(count, np.bool_)
+    for runs in painted:
+        _cells(cells, span, runs, unit)[...] = True
+    return cells
+
+
+def _cells(
+    cells: np.ndarray[tuple[int], np.dtype[np.bool_]], span: _Span, runs: _Runs, unit: int
+) -> np.ndarray[Shape, np.dtype[np.bool_]]:
+    shape = (*(count for count, _ in runs.steps), runs.run // unit)
+    strides = (*(stride // unit for _, stride in runs.steps), 1)
+    return np.ndarray(shape, np.bool_, cells.data, (runs.start - span.start) // unit, strides)

@@ -1,0 +1,1 @@
+"""Independent oracles: real megatron-core on CPU and real transformers, neither knowing ckptx."""

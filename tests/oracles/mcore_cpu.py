@@ -1,0 +1,84 @@
+"""Make ``import megatron.core`` (0.16.1) build, run, save and load models on a machine without CUDA.
+
+Megatron asks ``torch.cuda`` for a device and for RNG states in places no option reaches. `install`
+redirects those few questions to the CPU. It changes no numerics and nothing megatron writes.
+The patches are process wide: call `install` only in a process that is there to run megatron.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_installed: list[bool] = []
+
+
+def _on_cpu(value: torch.Tensor | torch.nn.Module, *_: object, **__: object) -> Any:  # noqa: ANN401 - returns its argument
+    return value
+
+
+def _nothing(*_: object, **__: object) -> None:
+    return None
+
+
+def _uncompiled(function: Callable[..., Any] | None = None, *_: object, **__: object) -> Any:  # noqa: ANN401 - a decorator
+    """Stand for torch.compile and torch.jit.script, with and without decorator arguments."""
+    return _uncompiled if function is None else function
+
+
+def _rng_state(*_: object, **__: object) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, *_: object, **__: object) -> None:
+    torch.set_rng_state(new_state)
+
+
+def install(*, transformer_engine: bool = False) -> None:
+    """Patch torch for CPU-only megatron; do it before the first megatron import.
+
+    Idempotent. With ``transformer_engine`` the stand-in of `te_stand_in` is importable as
+    ``transformer_engine``, for the life of the process: a process has it or has it not.
+
+    Raises:
+        RuntimeError: megatron is already imported, or a second call asks for the other TE setting.
+    """
+    if _installed:
+        if _installed[0] != transformer_engine:
+            raise RuntimeError("one process cannot run megatron both with and without the TE stand-in")
+        return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("call tests.oracles.mcore_cpu.install() before importing megatron.core")
+
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment, return-value] # a device is what callers pass it as
+    for name in ("synchronize", "set_device", "empty_cache", "manual_seed", "manual_seed_all"):
+        setattr(torch.cuda, name, _nothing)
+    torch.cuda.get_rng_state = _rng_state  # type: ignore[assignment] # see module docstring
+    torch.cuda.set_rng_state = _set_rng_state  # type: ignore[assignment] # see module docstring
+    torch.Tensor.cuda = _on_cpu  # type: ignore[method-assign] # see module docstring
+    torch.nn.Module.cuda = _on_cpu  # type: ignore[method-assign] # see module docstring
+    torch.compile = _uncompiled  # type: ignore[assignment] # see module docstring
+    torch.jit.script = _uncompiled  # type: ignore[assignment] # see module docstring
+
+    if transformer_engine:
+        from . import te_stand_in
+
+        te_stand_in.register()
+
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import megatron.core
+        from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = _rng_state
+    random._set_cuda_rng_state = _set_rng_state
+    _installed.append(transformer_engine)

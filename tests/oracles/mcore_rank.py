@@ -1,0 +1,382 @@
+"""What one rank does: build the megatron model, fill or load it, save it, compute its logits.
+
+Runs in a child forked by `mcore_server`, where megatron is imported with the CPU shim in place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import hashlib
+import queue
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import megatron.core.transformer.moe.moe_utils as moe_utils
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.activations import quick_gelu, squared_relu
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_config import (
+    MLATransformerConfig,
+    TransformerConfig,
+)
+
+from . import mcore_args
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from .mcore import Layout, Model, Request
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None  # without TE megatron leaves it undefined, then tests it
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "squared_relu": squared_relu,
+    "quick_gelu": quick_gelu,
+}
+TRACKER = "latest_checkpointed_iteration.txt"
+COLLECTIVE_TIMEOUT = timedelta(seconds=100)
+
+
+def run(request: Request, rank: int, scratch: Path) -> Any:  # noqa: ANN401 - logits, args or None
+    """Do the request as this rank; only one rank returns something."""
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    if request.action == "args":
+        return _plain(_common(request)["args"])
+    assert request.model is not None and request.tokens is not None  # noqa: PT018 - mcore.py sets both
+    layout, model = request.layout, request.model
+    _initialise(layout, rank, scratch)
+    chunks = build(model, layout)
+    if request.action == "write":
+        _fill(chunks, request.options["seed"], request.options["content_metadata"])
+        _save(request, chunks)
+    else:
+        _load(request, chunks)
+    logits = forward(chunks, torch.from_numpy(request.tokens), model.config["hidden_size"])
+    dist.barrier()
+    return logits
+
+
+def _initialise(layout: Layout, rank: int, scratch: Path) -> None:
+    store = dist.FileStore(str(scratch / "store"), layout.world_size)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=layout.world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=_chunks_per_rank(layout),
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp or layout.tp,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    # The save is synchronous, so megatron's spawned queue server (one process per rank) is not
+    # needed to carry one result to the same process.
+    filesystem_async._results_queue = queue.Queue()
+
+
+def _chunks_per_rank(layout: Layout) -> int | None:
+    """Return the virtual pipeline size, None for one chunk per rank."""
+    if layout.layout is None:
+        return layout.vpp
+    stages = PipelineParallelLayerLayout(layout.layout, layout.pp)
+    return stages.virtual_pipeline_model_parallel_size if stages.virtual_pipeline_model_parallel_size > 1 else None
+
+
+def build(model: Model, layout: Layout) -> list[GPTModel]:
+    """Return this rank's model chunks, as megatron.training's get_model and gpt_builders do."""
+    config = _transformer_config(model, layout)
+    use_te = model.spec == "te"
+    vpp = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(vpp or 1):
+        vp_stage = None if vpp is None else stage
+        layer_spec, mtp_spec = _specs(config, use_te=use_te, vp_stage=vp_stage)
+        chunk = GPTModel(
+            config,
+            layer_spec,
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            mtp_block_spec=mtp_spec,
+            vp_stage=vp_stage,
+            **model.gpt,
+        )
+        chunks.append(chunk.eval())
+    return chunks
+
+
+def _transformer_config(model: Model, layout: Layout) -> TransformerConfig:
+    values: dict[str, Any] = {
+        "use_cpu_initialization": True,
+        "perform_initialization": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "persist_layer_norm": False,
+        "bias_activation_fusion": False,
+        "params_dtype": model.dtype,
+        "pipeline_dtype": model.dtype,
+        "bf16": model.dtype == torch.bfloat16,
+        "fp16": model.dtype == torch.float16,
+        **layout.config(),
+        "virtual_pipeline_model_parallel_size": _chunks_per_rank(layout),
+        **model.config,
+    }
+    values["activation_func"] = ACTIVATIONS[values.get("activation_func", "gelu")]
+    mla = values.get("multi_latent_attention")
+    return (MLATransformerConfig if mla else TransformerConfig)(**values)
+
+
+def _specs(config: TransformerConfig, *, use_te: bool, vp_stage: int | None) -> tuple[Any, Any]:
+    """Return the layer (or block) spec and the MTP block spec or None."""
+
+    def one_layer() -> Any:  # noqa: ANN401 - a ModuleSpec
+        make = get_gpt_layer_with_transformer_engine_spec if use_te else get_gpt_layer_local_spec
+        extra = {} if use_te else {"normalization": config.normalization}
+        return make(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
+            **extra,
+        )
+
+    if not config.num_moe_experts:
+        layer_spec = one_layer()
+    else:
+        layer_spec = get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=use_te,
+            normalization=config.normalization,
+            vp_stage=vp_stage,
+        )
+    if config.mtp_num_layers is None:
+        return layer_spec, None
+    if getattr(layer_spec, "layer_specs", None) == []:
+        last_layer = one_layer()
+    else:
+        last_layer = get_gpt_decoder_layer_specs(
+            config,
+            use_transformer_engine=use_te,
+            normalization=config.normalization,
+            vp_stage=vp_stage,
+        )[-1]
+    mtp_spec = get_gpt_mtp_block_spec(
+        config, last_layer, use_transformer_engine=use_te, vp_stage=vp_stage
+    )
+    return layer_spec, mtp_spec
+
+
+def _sharding(content_metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata argument of sharded_state_dict."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return {**content_metadata, "dp_cp_group": group}
+
+
+def _sharded(chunks: list[GPTModel], content_metadata: dict[str, Any]) -> dict[str, Any]:
+    metadata = _sharding(content_metadata)
+    if len(chunks) == 1:
+        return {"model": chunks[0].sharded_state_dict(metadata=metadata)}
+    return {
+        f"model{index}": chunk.sharded_state_dict(metadata=dict(metadata))
+        for index, chunk in enumerate(chunks)
+    }
+
+
+def _shards(chunks: list[GPTModel], content_metadata: dict[str, Any]) -> Iterator[ShardedTensor]:
+    """Yield every tensor of the chunks with its place in the whole model; data is the live one."""
+    for leaf in nested_values(_sharded(chunks, content_metadata)):
+        if isinstance(leaf, ShardedTensorFactory):
+            yield from (part for part in nested_values(leaf.build()))
+        elif isinstance(leaf, ShardedTensor):
+            yield leaf
+
+
+def _fill(chunks: list[GPTModel], seed: int, content_metadata: dict[str, Any]) -> None:
+    """Give every tensor its part of a random global tensor that only seed and key determine."""
+    one_centred = not chunks[0].config.layernorm_zero_centered_gamma
+    wholes: dict[str, torch.Tensor] = {}
+    for shard in _shards(chunks, content_metadata):
+        if shard.key not in wholes:
+            digest = hashlib.sha256(f"{seed} {shard.key}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            whole = torch.randn(shard.global_shape, generator=generator)
+            norm = "norm" in shard.key and shard.key.endswith("weight")
+            scale = 0.1 if norm or shard.key.endswith("bias") else 0.05
+            wholes[shard.key] = whole * scale + (1.0 if norm and one_centred else 0.0)
+        axes = shard.prepend_axis_num
+        place = (
+            *shard.global_offset[:axes],
+            *(
+                slice(start, start + size)
+                for start, size in zip(shard.global_offset[axes:], shard.local_shape, strict=True)
+            ),
+        )
+        shard.data.copy_(wholes[shard.key][place])
+
+
+def forward(
+    chunks: list[GPTModel], tokens: torch.Tensor, hidden_size: int
+) -> npt.NDArray[np.float32] | None:
+    """Run all chunks in execution order; rank 0 of the last stage returns [batch, seq, vocab]."""
+    batch, length = tokens.shape
+    positions = torch.arange(length).expand(batch, length)
+    mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), diagonal=1)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    ranks = dist.get_process_group_ranks(group)
+    mine = parallel_state.get_pipeline_model_parallel_rank()
+    dtype = chunks[0].config.params_dtype
+    hidden = torch.empty(length, batch, hidden_size, dtype=dtype)
+    for chunk in range(len(chunks)):
+        for stage, source in enumerate(ranks):
+            if stage == mine:
+                chunks[chunk].set_input_tensor(hidden)
+                out = chunks[chunk](tokens, positions, mask)
+                if chunks[chunk].post_process:
+                    return _gather_vocabulary(out)
+                hidden = out.contiguous()
+            last = chunk == len(chunks) - 1 and stage >= len(ranks) - 1
+            if len(ranks) > 1 and not last:
+                dist.broadcast(hidden, source, group=group)
+            if chunk == len(chunks) - 1 and stage == len(ranks) - 2 and mine != len(ranks) - 1:
+                return None
+    return None
+
+
+def _gather_vocabulary(logits: torch.Tensor) -> npt.NDArray[np.float32] | None:
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, logits.contiguous(), group=group)
+    if dist.get_rank() % (dist.get_world_size() // _pipeline_size()):
+        return None
+    return torch.cat(parts, -1).float().numpy()
+
+
+def _pipeline_size() -> int:
+    return parallel_state.get_pipeline_model_parallel_world_size()
+
+
+def _save(request: Request, chunks: list[GPTModel]) -> None:
+    options = request.options
+    iteration = options["iteration"]
+    name = "release" if iteration == "release" else f"iter_{iteration:07d}"
+    directory = request.directory / name
+    directory.mkdir(parents=True, exist_ok=True)
+    common: dict[str, Any] = {
+        "args": _args(request),
+        "checkpoint_version": 3.0,
+        "iteration": 0 if iteration == "release" else iteration,
+    }
+    if request.format == "torch_dist":
+        metadata = {
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+            **options["content_metadata"],
+        }
+        dist_checkpointing.save(
+            {**common, **_sharded(chunks, metadata)}, str(directory), content_metadata=metadata
+        )
+    elif parallel_state.get_expert_data_parallel_rank() == 0:
+        file = _rank_file(directory)
+        file.parent.mkdir(exist_ok=True)
+        for index, chunk in enumerate(chunks):
+            key = "model" if len(chunks) == 1 else f"model{index}"
+            common[key] = chunk.state_dict_for_save_checkpoint()
+        torch.save(common, file)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (request.directory / TRACKER).write_text("release" if iteration == "release" else str(iteration))
+
+
+def _args(request: Request) -> argparse.Namespace:
+    assert request.model is not None  # set by mcore.write
+    layout = request.layout
+    values = mcore_args.of_model(request.model, layout, request.options["args_names"])
+    values |= {
+        "virtual_pipeline_model_parallel_size": _chunks_per_rank(layout),
+        "model_type": ModelType.encoder_or_decoder,
+        "attention_backend": AttnBackend.auto,
+        "world_size": layout.world_size,
+        "ckpt_format": request.format,
+        "iteration": request.options["iteration"],
+    }
+    return argparse.Namespace(**values | request.options["args"])
+
+
+def _rank_file(directory: Path) -> Path:
+    name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
+    if _pipeline_size() > 1:
+        name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
+    if parallel_state.get_expert_model_parallel_world_size() > 1:
+        name += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
+    return directory / name / "model_optim_rng.pt"
+
+
+def _iteration_directory(directory: Path) -> Path:
+    tracker = (directory / TRACKER).read_text().strip()
+    return directory / ("release" if tracker == "release" else f"iter_{int(tracker):07d}")
+
+
+def _load(request: Request, chunks: list[GPTModel]) -> None:
+    directory = _iteration_directory(request.directory)
+    for shard in _shards(chunks, {}):
+        shard.data.fill_(float("nan"))
+    if request.format == "torch":
+        loaded = torch.load(_rank_file(directory), map_location="cpu", weights_only=False)
+    else:
+        common = dist_checkpointing.load_common_state_dict(str(directory))
+        metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
+        loaded = dist_checkpointing.load(_sharded(chunks, metadata), str(directory))
+    for index, chunk in enumerate(chunks):
+        key = "model" if len(chunks) == 1 else f"model{index}"
+        chunk.load_state_dict(loaded[key], strict=True)
+
+
+def _common(request: Request) -> dict[str, Any]:
+    directory = _iteration_directory(request.directory)
+    if request.format == "torch_dist":
+        return dist_checkpointing.load_common_state_dict(str(directory))
+    file = min(directory.glob("mp_rank_*/model_optim_rng.pt"))
+    return torch.load(file, map_location="cpu", weights_only=False)
+
+
+def _plain(args: argparse.Namespace) -> argparse.Namespace:
+    """Return args without objects of megatron's classes: enums become names, others their text."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, enum.Enum):
+            return value.name
+        if value is None or isinstance(value, bool | int | float | str | list | tuple | torch.dtype):
+            return value
+        return str(value)
+
+    return argparse.Namespace(**{name: plain(value) for name, value in vars(args).items()})
