@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from ckptx.lazy import LazyTensor
+from ckptx.protocol import Dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,8 @@ class SavePlan:
     directory: str = ""
     pointers: Mapping[str, bytes] = field(default_factory=dict)
     single_file: bool = False
+    dropped: tuple[Dropped, ...] = ()
+    """What the saver leaves behind of the messages it was given: rows of padding."""
     notes: tuple[str, ...] = ()
     stages: Sequence[str] = ()
     """Lines that show which pipeline stage holds which layers."""

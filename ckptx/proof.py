@@ -71,7 +71,7 @@ def prove(plan: SavePlan, begin: Begin, end: End) -> Proof:
         PlanError: an output byte is written twice or not at all, a source byte would be lost, or the
             plan holds no tensor.
     """
-    proof = Proof(dropped=end.dropped, sources=len(begin.sources))
+    proof = Proof(dropped=(*end.dropped, *plan.dropped), sources=len(begin.sources))
     used: list[Stored] = []
     paths: set[str] = set()
     for file in plan.files:
@@ -85,7 +85,7 @@ def prove(plan: SavePlan, begin: Begin, end: End) -> Proof:
                 used.extend(_account(region.name, region.content, proof))
     if not proof.tensors:
         raise PlanError("the plan writes no tensor: nothing was found to convert")
-    for drop in end.dropped:
+    for drop in proof.dropped:
         for tensor in drop.tensors:
             used.extend(leaf for leaf in leaves(tensor) if isinstance(leaf, Stored))
     proof.bytes_in = _check_sources(begin, used)

@@ -1,4 +1,4 @@
-"""Make ``import megatron.core`` (0.16.1) build, run, save and load models on a machine without CUDA.
+"""Make ``import megatron.core`` (0.16.1) build, run, save and load models without CUDA.
 
 Megatron asks ``torch.cuda`` for a device and for RNG states in places no option reaches. `install`
 redirects those few questions to the CPU. It changes no numerics and nothing megatron writes.
@@ -7,6 +7,7 @@ The patches are process wide: call `install` only in a process that is there to 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _installed: list[bool] = []
 
 
-def _on_cpu(value: torch.Tensor | torch.nn.Module, *_: object, **__: object) -> Any:  # noqa: ANN401 - returns its argument
+def _on_cpu(value: torch.Tensor | torch.nn.Module, *_: object, **__: object) -> Any:
     return value
 
 
@@ -28,7 +29,18 @@ def _nothing(*_: object, **__: object) -> None:
     return None
 
 
-def _uncompiled(function: Callable[..., Any] | None = None, *_: object, **__: object) -> Any:  # noqa: ANN401 - a decorator
+class _Idle:
+    """Stand for a CUDA stream or event: nothing runs beside the CPU, so nothing is waited for."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., _Idle]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Idle  # record_event() returns an event, the rest nothing anybody looks at
+
+
+def _uncompiled(function: Callable[..., Any] | None = None, *_: object, **__: object) -> Any:
     """Stand for torch.compile and torch.jit.script, with and without decorator arguments."""
     return _uncompiled if function is None else function
 
@@ -52,7 +64,9 @@ def install(*, transformer_engine: bool = False) -> None:
     """
     if _installed:
         if _installed[0] != transformer_engine:
-            raise RuntimeError("one process cannot run megatron both with and without the TE stand-in")
+            raise RuntimeError(
+                "one process cannot run megatron both with and without the TE stand-in"
+            )
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError("call tests.oracles.mcore_cpu.install() before importing megatron.core")
@@ -63,6 +77,9 @@ def install(*, transformer_engine: bool = False) -> None:
         setattr(torch.cuda, name, _nothing)
     torch.cuda.get_rng_state = _rng_state  # type: ignore[assignment] # see module docstring
     torch.cuda.set_rng_state = _set_rng_state  # type: ignore[assignment] # see module docstring
+    torch.cuda.Stream = torch.cuda.Event = _Idle  # type: ignore[misc, assignment] # see module docstring
+    torch.cuda.current_stream = _Idle  # type: ignore[assignment] # see module docstring
+    torch.cuda.stream = contextlib.nullcontext  # type: ignore[assignment, misc] # see module docstring
     torch.Tensor.cuda = _on_cpu  # type: ignore[method-assign] # see module docstring
     torch.nn.Module.cuda = _on_cpu  # type: ignore[method-assign] # see module docstring
     torch.compile = _uncompiled  # type: ignore[assignment] # see module docstring
@@ -76,7 +93,6 @@ def install(*, transformer_engine: bool = False) -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import megatron.core
         from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = _rng_state

@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .mcore import Layout, Model, Request
+    from .mcore import Request
+    from .mcore_model import Layout, Model
 
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # without TE megatron leaves it undefined, then tests it
@@ -62,7 +63,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 COLLECTIVE_TIMEOUT = timedelta(seconds=100)
 
 
-def run(request: Request, rank: int, scratch: Path) -> Any:  # noqa: ANN401 - logits, args or None
+def run(request: Request, rank: int, scratch: Path) -> Any:
     """Do the request as this rank; only one rank returns something."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -106,7 +107,11 @@ def _chunks_per_rank(layout: Layout) -> int | None:
     if layout.layout is None:
         return layout.vpp
     stages = PipelineParallelLayerLayout(layout.layout, layout.pp)
-    return stages.virtual_pipeline_model_parallel_size if stages.virtual_pipeline_model_parallel_size > 1 else None
+    return (
+        stages.virtual_pipeline_model_parallel_size
+        if stages.virtual_pipeline_model_parallel_size > 1
+        else None
+    )
 
 
 def build(model: Model, layout: Layout) -> list[GPTModel]:
@@ -159,7 +164,7 @@ def _transformer_config(model: Model, layout: Layout) -> TransformerConfig:
 def _specs(config: TransformerConfig, *, use_te: bool, vp_stage: int | None) -> tuple[Any, Any]:
     """Return the layer (or block) spec and the MTP block spec or None."""
 
-    def one_layer() -> Any:  # noqa: ANN401 - a ModuleSpec
+    def one_layer() -> Any:
         make = get_gpt_layer_with_transformer_engine_spec if use_te else get_gpt_layer_local_spec
         extra = {} if use_te else {"normalization": config.normalization}
         return make(
@@ -314,7 +319,9 @@ def _save(request: Request, chunks: list[GPTModel]) -> None:
         torch.save(common, file)
     dist.barrier()
     if dist.get_rank() == 0:
-        (request.directory / TRACKER).write_text("release" if iteration == "release" else str(iteration))
+        (request.directory / TRACKER).write_text(
+            "release" if iteration == "release" else str(iteration)
+        )
 
 
 def _args(request: Request) -> argparse.Namespace:
@@ -351,7 +358,11 @@ def _load(request: Request, chunks: list[GPTModel]) -> None:
     for shard in _shards(chunks, {}):
         shard.data.fill_(float("nan"))
     if request.format == "torch":
-        loaded = torch.load(_rank_file(directory), map_location="cpu", weights_only=False)
+        loaded = torch.load(
+            _rank_file(directory),
+            map_location="cpu",
+            weights_only=request.options["weights_only"],
+        )
     else:
         common = dist_checkpointing.load_common_state_dict(str(directory))
         metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
@@ -375,7 +386,9 @@ def _plain(args: argparse.Namespace) -> argparse.Namespace:
     def plain(value: object) -> object:
         if isinstance(value, enum.Enum):
             return value.name
-        if value is None or isinstance(value, bool | int | float | str | list | tuple | torch.dtype):
+        if value is None or isinstance(
+            value, bool | int | float | str | list | tuple | torch.dtype
+        ):
             return value
         return str(value)
 

@@ -45,11 +45,11 @@ def serve(descriptor: int, spec: str) -> None:
                 connection.send((True, _run(request, mcore_rank.run, Path(scratch))))
         except RankError as error:
             connection.send((False, str(error)))
-        except Exception:  # noqa: BLE001 - everything is the caller's to see
+        except Exception:
             connection.send((False, traceback.format_exc()))
 
 
-def _rank(request: Request, act: Any, rank: int, scratch: Path, pipe: int) -> None:  # noqa: ANN401 - a function of mcore_rank
+def _rank(request: Request, act: Any, rank: int, scratch: Path, pipe: int) -> None:
     """Act as one rank in a forked child, report on the pipe, and never return."""
     status = 1
     try:
@@ -58,7 +58,7 @@ def _rank(request: Request, act: Any, rank: int, scratch: Path, pipe: int) -> No
         os.dup2(log, 2)
         report = (True, act(request, rank, scratch))
         status = 0
-    except BaseException:  # noqa: BLE001 - a child must not return into the server
+    except BaseException:
         report = (False, f"rank {rank}:\n{traceback.format_exc()}")
     try:
         with os.fdopen(pipe, "wb") as stream:
@@ -68,7 +68,7 @@ def _rank(request: Request, act: Any, rank: int, scratch: Path, pipe: int) -> No
         os._exit(status)
 
 
-def _run(request: Request, act: Any, scratch: Path) -> Any:  # noqa: ANN401 - what the ranks return
+def _run(request: Request, act: Any, scratch: Path) -> Any:
     """Fork the ranks and return the one report that is not None."""
     world_size = request.layout.world_size if request.action != "args" else 1
     children: dict[int, int] = {}
@@ -106,7 +106,7 @@ def _end(pid: int) -> None:
 
 def _collect(
     selector: selectors.BaseSelector, pipes: dict[int, bytearray], scratch: Path, deadline: float
-) -> Any:  # noqa: ANN401 - what the ranks return
+) -> Any:
     answer = None
     while selector.get_map():
         ready = selector.select(max(0.0, deadline - time.monotonic()))

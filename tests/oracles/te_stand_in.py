@@ -42,8 +42,8 @@ class _Module(nn.Module):
 
     def set_extra_state(self, state: Tensor | None) -> None:
         """Accept the extra state of a module without fp8."""
-        if state is not None and state.numel():
-            raise ValueError(f"the stand-in has no fp8, but got {state.numel()} bytes of it")
+        if state is not None and not (isinstance(state, Tensor) and state.numel() == 0):
+            raise ValueError(f"the stand-in has no fp8 and takes an empty tensor, not {state!r}")
 
 
 def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -113,7 +113,7 @@ class Linear(_Module):
         return_bias: bool = False,
         parallel_mode: str | None = None,
         params_dtype: torch.dtype = torch.float32,
-        **options: Any,  # noqa: ANN401 - TE's many performance options
+        **options: Any,
     ) -> None:
         super().__init__()
         self.tp_group, self.tp_size, self.parallel_mode = tp_group, tp_size, parallel_mode
@@ -128,7 +128,7 @@ class Linear(_Module):
     def _add_norm(self, size: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
         """Register what precedes ``weight``; nothing here."""
 
-    def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:  # noqa: ANN401, ARG002 - TE's signature
+    def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:
         bias = self.bias if self.use_bias else None
         if self.parallel_mode != "row" or self.tp_size == 1:
             out = F.linear(x, self.weight, None if self.return_bias else bias)
@@ -141,7 +141,7 @@ class Linear(_Module):
 
 
 class LayerNormLinear(Linear):
-    """Stand for ``transformer_engine.pytorch.LayerNormLinear``: the norm's parameters come first."""
+    """Stand for ``transformer_engine.pytorch.LayerNormLinear``; the norm comes first."""
 
     def _add_norm(self, size: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
         self.eps: float = options["eps"]
@@ -152,7 +152,7 @@ class LayerNormLinear(Linear):
         if self.normalization == "LayerNorm":
             self.layer_norm_bias = _parameter(size, dtype=dtype)
 
-    def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:  # noqa: ANN401 - as in Linear
+    def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:
         x = _normalise(
             x,
             str(self.normalization),
@@ -189,18 +189,22 @@ class GroupedLinear(_Module):
         for gemm in range(num_gemms if bias else 0):
             setattr(self, f"bias{gemm}", _parameter(rows, dtype=params_dtype))
 
-    def forward(self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Any:  # noqa: ANN401, ARG002 - TE's signature
+    def forward(
+        self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None
+    ) -> Any:
         biases = [getattr(self, f"bias{gemm}", None) for gemm in range(self.num_gemms)]
         out = torch.cat(
             [
-                F.linear(part, getattr(self, f"weight{gemm}"), None if self.return_bias else biases[gemm])
+                F.linear(
+                    part, getattr(self, f"weight{gemm}"), None if self.return_bias else biases[gemm]
+                )
                 for gemm, part in enumerate(torch.split(x, list(m_splits)))
             ]
         )
         return (out, biases) if self.return_bias else out
 
 
-def _forgive_missing_extra_state(_: nn.Module, incompatible: Any) -> None:  # noqa: ANN401 - torch's private type
+def _forgive_missing_extra_state(_: nn.Module, incompatible: Any) -> None:
     """Let core_attention._extra_state be absent, as TE does: torch_dist checkpoints have none."""
     kept = [key for key in incompatible.missing_keys if "core_attention._extra_state" not in key]
     incompatible.missing_keys[:] = kept
@@ -270,7 +274,7 @@ class _QuantizedTensor(Tensor):
     """A name for ``isinstance``; no tensor is one."""
 
 
-def _absent(*_: object, **__: object) -> Any:  # noqa: ANN401 - never returns
+def _absent(*_: object, **__: object) -> Any:
     raise NotImplementedError("not in the Transformer Engine stand-in")
 
 
@@ -299,7 +303,7 @@ _MODULES: dict[str, dict[str, Any]] = {
 
 
 def register() -> None:
-    """Put the stand-in into ``sys.modules``; a name that is not here is an ImportError to megatron."""
+    """Put the stand-in into ``sys.modules``; megatron copes with the ImportError of other names."""
     for path, names in _MODULES.items():
         full_name = f"transformer_engine.{path}".rstrip(".")
         module = types.ModuleType(full_name)

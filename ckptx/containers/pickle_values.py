@@ -1,0 +1,250 @@
+"""What ckptx puts in place of the foreign objects of a pickle: plain, inert, picklable values.
+
+Nothing here imports or runs the class it stands for. Classes that a pickle may address refuse new
+attributes: a BUILD opcode must not be able to change the program that reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copyreg
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+from ckptx.lazy import ITEMSIZE, Shape
+
+_Rebuilt: TypeAlias = tuple[Any, tuple[Any, ...]]
+
+
+class FrozenClass(type):
+    """Metaclass of the classes that pickles get to see: their attributes never change."""
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        raise TypeError(f"a pickle tried to set {name!r} of {cls.__name__}")
+
+    def __delattr__(cls, name: str) -> None:
+        raise TypeError(f"a pickle tried to delete {name!r} of {cls.__name__}")
+
+
+class StubClass(FrozenClass):
+    """The class of a foreign global: remembers ``module`` and ``name``, makes `Record` objects."""
+
+    module: str
+    name: str
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Stand for a call of the global: an enum member by its value, or a `Record`."""
+        enum_like = len(args) == 1 and not kwargs and type(args[0]) in (int, str)
+        if enum_like and cls.module.partition(".")[0] not in _CALLABLE_WITH_ONE_VALUE:
+            return EnumValue(cls.module, cls.name, args[0])
+        return cls.__new__(cls, *args, **kwargs)
+
+    def __repr__(cls) -> str:
+        return f"<stub of {cls.module}.{cls.name}>"
+
+
+# Packages whose classes take one plain argument without being enums: torch.device("cpu"), Path("a").
+_CALLABLE_WITH_ONE_VALUE = frozenset({"torch", "numpy", "pathlib", "datetime", "uuid", "_io"})
+
+
+class Record(metaclass=StubClass):
+    """An object of a foreign class: what it was made from, nothing of what it does.
+
+    Attributes:
+        args: positional arguments of its constructor or rebuild function.
+        kwargs: keyword arguments of the same.
+        state: the argument of BUILD: a dictionary of attributes, or whatever ``__getstate__`` gave.
+        items: values that were appended to it.
+        pairs: keys and values that were set on it.
+    """
+
+    __slots__ = ("args", "items", "kwargs", "pairs", "state")
+    module = ""
+    name = ""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    state: Any
+    items: list[Any]
+    pairs: list[tuple[Any, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Record:
+        record = object.__new__(cls)
+        record.args = args
+        record.kwargs = kwargs
+        record.state = None
+        record.items = []
+        record.pairs = []
+        return record
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.pairs.append((key, value))
+
+    def append(self, value: Any) -> None:
+        """Stand for ``list.append`` of the foreign class."""
+        self.items.append(value)
+
+    def extend(self, values: list[Any]) -> None:
+        """Stand for ``list.extend`` of the foreign class."""
+        self.items.extend(values)
+
+    def add(self, value: Any) -> None:
+        """Stand for ``set.add`` of the foreign class."""
+        self.items.append(value)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).module}.{type(self).name} record>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = (type(self), self.args, self.kwargs, self.state, self.items, self.pairs)
+        return _restored, parts
+
+
+def _restored(
+    stub_class: type[Record],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    state: Any,
+    items: list[Any],
+    pairs: list[tuple[Any, Any]],
+) -> Record:
+    record = Record.__new__(stub_class, *args, **kwargs)
+    record.state, record.items, record.pairs = state, items, pairs
+    return record
+
+
+@lru_cache(maxsize=65536)
+def stub(module: str, name: str) -> type[Record]:
+    """Return the stand-in class of a global; one class per global."""
+    return StubClass(name, (Record,), {"__slots__": (), "module": module, "name": name})
+
+
+copyreg.pickle(StubClass, lambda cls: (stub, (cls.module, cls.name)))  # type: ignore[arg-type, return-value]  # typeshed knows no metaclass reducers
+
+
+class Namespace(argparse.Namespace, metaclass=FrozenClass):
+    """An `argparse.Namespace` or `types.SimpleNamespace`, as Megatron's ``args``."""
+
+
+class TorchSize(tuple[int, ...], metaclass=FrozenClass):
+    """A `torch.Size`: equal to the tuple of its numbers."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> _Rebuilt:
+        return TorchSize, (tuple(self),)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchDtype:
+    """A `torch.dtype` as a value, by its torch name."""
+
+    name: str
+
+    def __reduce__(self) -> _Rebuilt:
+        return TorchDtype, (self.name,)
+
+
+@dataclass(frozen=True, slots=True)
+class EnumValue:
+    """A member of a foreign enum: ``EnumValue("signal", "Signals", 15)``."""
+
+    module: str
+    name: str
+    value: int | str
+
+    def __reduce__(self) -> _Rebuilt:
+        return EnumValue, (self.module, self.name, self.value)
+
+    def __setstate__(self, state: object) -> None:
+        raise TypeError(f"{self.module}.{self.name} has a state; it is no enum")
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A class or function to be written by its name alone."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A value to be written as the result of calling ``function`` with ``args``."""
+
+    function: Global
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """An object to be written as ``cls.__new__(cls, *args)`` and its ``__setstate__`` argument."""
+
+    cls: Global
+    state: Any
+    args: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """A reference to a storage: the file ``data/<key>`` of the archive.
+
+    ``dtype`` is None for an untyped storage.
+    """
+
+    dtype: str | None
+    key: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """A tensor of a pickle. Offset and strides count elements, ``storage_nbytes`` bytes.
+
+    ``parameter`` marks `torch.nn.Parameter` objects, which are otherwise treated as their tensor.
+    """
+
+    dtype: str
+    shape: Shape
+    strides: Shape
+    storage_offset: int
+    key: str
+    storage_nbytes: int
+    requires_grad: bool = False
+    parameter: bool = False
+
+
+STORAGE_CLASSES = {
+    "float64": "DoubleStorage",
+    "float32": "FloatStorage",
+    "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
+    "int64": "LongStorage",
+    "int32": "IntStorage",
+    "int16": "ShortStorage",
+    "int8": "CharStorage",
+    "uint8": "ByteStorage",
+    "bool": "BoolStorage",
+    "complex64": "ComplexFloatStorage",
+    "complex128": "ComplexDoubleStorage",
+}
+"""Classes of module ``torch`` by dtype; other dtypes are stored untyped.
+
+Source: torch:torch/storage.py@v2.13.0 `_dtype_to_storage_type_map`.
+"""
+
+WIDTHS = {**ITEMSIZE, "complex128": 16}
+"""Bytes per element of what may stand in a pickle, more than ckptx converts."""
+
+TORCH_DTYPES = frozenset(
+    {
+        *ITEMSIZE,
+        *("complex32", "complex128", "quint8", "qint8", "qint32", "quint4x2", "quint2x4"),
+        *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"),
+        *("half", "float", "double", "long", "int", "short", "cfloat", "cdouble", "chalf"),
+    }
+)
+"""Names of `torch` that are dtypes; a pickle uses the long ones."""

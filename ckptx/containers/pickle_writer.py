@@ -1,0 +1,248 @@
+"""Write pickles of plain values, tensors and foreign classes, importing none of them.
+
+The opcodes are those of torch's own files (protocol 2), so that ``torch.load(weights_only=True)``
+accepts the result. Output is a function of the value alone: sets are sorted, equal strings are
+memoised by value, and nothing depends on object identity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ckptx.containers.pickle_values import (
+    STORAGE_CLASSES,
+    WIDTHS,
+    Call,
+    EnumValue,
+    Global,
+    Instance,
+    Namespace,
+    TensorRecord,
+    TorchDtype,
+    TorchSize,
+)
+from ckptx.errors import PlanError
+from ckptx.lazy import LazyTensor
+
+_U32 = struct.Struct("<I")
+_I32 = struct.Struct("<i")
+_FLOAT = struct.Struct(">d")
+
+_REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
+_REBUILD_WITH_DTYPE = Global("torch._utils", "_rebuild_tensor_v3")
+_REBUILD_PARAMETER = Global("torch._utils", "_rebuild_parameter")
+_UNTYPED = Global("torch.storage", "UntypedStorage")
+_ORDERED = Global("collections", "OrderedDict")
+_ENCODE = Global("_codecs", "encode")
+_SET = Global("__builtin__", "set")
+_SIZE = Global("torch", "Size")
+_NAMESPACE = Global("argparse", "Namespace")
+_STORAGES = {dtype: Global("torch", name) for dtype, name in STORAGE_CLASSES.items()}
+
+
+def dumps(value: Any, tensor: Callable[[LazyTensor], TensorRecord] | None = None) -> bytes:
+    """Return the pickle of a value.
+
+    Args:
+        value: None, bool, int, float, str, bytes, list, tuple, dict, OrderedDict, set, Namespace and
+            the types of `ckptx.containers.pickle_values`, nested at will.
+        tensor: gives lazy tensors their storage; called for every occurrence, in order.
+
+    Raises:
+        PlanError: something else is in it.
+    """
+    writer = _Writer(tensor)
+    try:
+        writer.emit(value)
+    except RecursionError as error:
+        raise PlanError("a value to be pickled is nested too deeply, or holds itself") from error
+    return b"\x80\x02" + b"".join(writer.out) + b"."
+
+
+class _Writer:
+    """Appends opcodes to ``out``."""
+
+    def __init__(self, tensor: Callable[[LazyTensor], TensorRecord] | None) -> None:
+        self.out: list[bytes] = []
+        self._write = self.out.append
+        self._tensor = tensor
+        self._memo: dict[str | Global, bytes] = {}
+        self._sizes: dict[TorchSize, bytes] = {}
+        self._emitters: dict[type, Callable[[Any], None]] = {
+            type(None): lambda _: self._write(b"N"),
+            bool: lambda value: self._write(b"\x88" if value else b"\x89"),
+            int: self._int,
+            float: lambda value: self._write(b"G" + _FLOAT.pack(value)),
+            str: self._str,
+            bytes: lambda value: self._call(_ENCODE, (value.decode("latin1"), "latin1")),
+            list: self._list,
+            tuple: self._tuple,
+            dict: self._dict,
+            OrderedDict: self._ordered,
+            set: lambda value: self._call(_SET, (sorted(value, key=_set_order),)),
+            Namespace: self._namespace,
+            argparse.Namespace: self._namespace,
+            Global: self._global,
+            Call: lambda value: self._call(value.function, value.args),
+            EnumValue: lambda value: self._call(Global(value.module, value.name), (value.value,)),
+            Instance: self._instance,
+            TorchDtype: lambda value: self._global(Global("torch", value.name)),
+            TorchSize: self._size,
+            TensorRecord: self._record,
+        }
+
+    def emit(self, value: Any) -> None:
+        """Append the opcodes that push ``value``."""
+        emitter = self._emitters.get(type(value))
+        if emitter is not None:
+            emitter(value)
+        elif isinstance(value, LazyTensor) and self._tensor is not None:
+            self._record(self._tensor(value))
+        else:
+            kind = type(value)
+            raise PlanError(
+                f"a {kind.__module__}.{kind.__qualname__} cannot be stored in a checkpoint; "
+                f"expected plain values, tensors or a Namespace of them"
+            )
+
+    def _memoised(self, key: str | Global, push: bytes) -> None:
+        """Push and remember a value; the next time it is fetched by number."""
+        number = len(self._memo)
+        if number < 256:
+            put, get = b"q%c" % number, b"h%c" % number
+        else:
+            packed = _U32.pack(number)
+            put, get = b"r" + packed, b"j" + packed
+        self._memo[key] = get
+        self._write(push + put)
+
+    def _str(self, value: str) -> None:
+        get = self._memo.get(value)
+        if get is not None:
+            self._write(get)
+            return
+        data = value.encode("utf-8", "surrogatepass")
+        self._memoised(value, b"X" + _U32.pack(len(data)) + data)
+
+    def _global(self, value: Global) -> None:
+        get = self._memo.get(value)
+        if get is not None:
+            self._write(get)
+            return
+        if "\n" in value.module + value.name:
+            raise PlanError(f"{value} cannot be the name of a class")
+        self._memoised(value, f"c{value.module}\n{value.name}\n".encode())
+
+    def _int(self, value: int) -> None:
+        self._write(_int_opcode(value))
+
+    def _list(self, value: Iterable[Any]) -> None:
+        self._write(b"](")
+        for item in value:
+            self.emit(item)
+        self._write(b"e")
+
+    def _tuple(self, value: tuple[Any, ...]) -> None:
+        if len(value) > 3:
+            self._write(b"(")
+        for item in value:
+            self.emit(item)
+        self._write((b")", b"\x85", b"\x86", b"\x87")[len(value)] if len(value) < 4 else b"t")
+
+    def _dict(self, value: Mapping[Any, Any]) -> None:
+        self._write(b"}")
+        self._pairs(value)
+
+    def _ordered(self, value: Mapping[Any, Any]) -> None:
+        self._call(_ORDERED, ())
+        self._pairs(value)
+
+    def _pairs(self, value: Mapping[Any, Any]) -> None:
+        if not value:
+            return
+        emit = self.emit
+        self._write(b"(")
+        for key, item in value.items():
+            emit(key)
+            emit(item)
+        self._write(b"u")
+
+    def _call(self, function: Global, args: tuple[Any, ...]) -> None:
+        self._global(function)
+        self._tuple(args)
+        self._write(b"R")
+
+    def _instance(self, value: Instance) -> None:
+        self._global(value.cls)
+        self._tuple(value.args)
+        self._write(b"\x81")
+        self.emit(value.state)
+        self._write(b"b")
+
+    def _namespace(self, value: argparse.Namespace) -> None:
+        self._instance(Instance(_NAMESPACE, vars(value)))
+
+    def _size(self, value: TorchSize) -> None:
+        opcodes = self._sizes.get(value)
+        if opcodes is None:
+            self._global(_SIZE)
+            start = len(self.out)
+            self._tuple(tuple(value))
+            self._write(b"\x85R")
+            self._sizes[value] = self._memo[_SIZE] + b"".join(self.out[start:])
+        else:
+            self._write(opcodes)
+
+    def _record(self, value: TensorRecord) -> None:
+        if value.parameter:
+            self._global(_REBUILD_PARAMETER)
+            self._rebuilt(value, requires_grad=False)
+            self.emit(value.requires_grad)
+            self._call(_ORDERED, ())
+            self._write(b"\x87R")
+        else:
+            self._rebuilt(value, value.requires_grad)
+
+    def _rebuilt(self, value: TensorRecord, requires_grad: bool) -> None:
+        storage = _STORAGES.get(value.dtype)
+        self._global(_REBUILD_WITH_DTYPE if storage is None else _REBUILD)
+        self._write(b"((")
+        self._str("storage")
+        self._global(_UNTYPED if storage is None else storage)
+        self._str(value.key)
+        self._str("cpu")
+        width = 1 if storage is None else WIDTHS[value.dtype]
+        self._int(value.storage_nbytes // width)
+        self._write(b"tQ")
+        self._int(value.storage_offset)
+        self._tuple(value.shape)
+        self._tuple(value.strides)
+        self.emit(requires_grad)
+        self._call(_ORDERED, ())
+        if storage is None:
+            self._global(Global("torch", value.dtype))
+        self._write(b"tR")
+
+
+def _int_opcode(value: int) -> bytes:
+    if 0 <= value < 256:
+        return b"K%c" % value
+    if 0 <= value < 65536:
+        return b"M%c%c" % (value & 255, value >> 8)
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + _I32.pack(value)
+    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    if len(data) < 256:
+        return b"\x8a%c" % len(data) + data
+    return b"\x8b" + _U32.pack(len(data)) + data
+
+
+def _set_order(value: Any) -> tuple[str, Any]:
+    if isinstance(value, float) and math.isnan(value):
+        return "float", -math.inf
+    return type(value).__name__, value

@@ -1,0 +1,356 @@
+"""Read pickles without running them: no import, no foreign call, no unbounded allocation.
+
+`loads` first walks the opcodes (`_scan`), then lets the C unpickler build plain values, with every
+global resolved by a table to a stand-in of `ckptx.containers.pickle_values`. What the scan refuses is
+what no pickler of protocol 2 to 5 writes and what lets a few bytes cost gigabytes: text opcodes,
+extension codes, memo indices far beyond the pickle's size.
+
+What is left: a pickle of N bytes builds at most some 100 N bytes of objects, and a hostile chain of
+shared tuples, hashed as a dictionary key, can cost processor time.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ckptx.containers.pickle_values import (
+    STORAGE_CLASSES,
+    TORCH_DTYPES,
+    WIDTHS,
+    FrozenClass,
+    Namespace,
+    Record,
+    StorageRef,
+    StubClass,
+    TensorRecord,
+    TorchDtype,
+    TorchSize,
+    stub,
+)
+from ckptx.errors import FormatError
+
+MAX_PICKLE = 512 << 20  # bytes; the .metadata of a million chunks has about 150 MiB
+
+KNOWN_PREFIXES = (
+    *("torch.", "numpy.", "megatron.", "deepspeed.", "transformer_engine.", "apex.", "modelopt."),
+    *("transformers.", "accelerate.", "peft.", "tokenizers.", "lightning.", "pytorch_lightning."),
+    *("omegaconf.", "torchtitan.", "verl.", "nemo.", "mindspeed."),
+)
+"""Packages whose classes become stubs: they occur in the checkpoints of the frameworks."""
+
+KNOWN_GLOBALS = frozenset(
+    {
+        *("_io.BytesIO", "io.BytesIO", "signal.Signals", "uuid.UUID", "enum.Enum", "decimal.Decimal"),
+        *("collections.defaultdict", "collections.Counter", "collections.deque", "functools.partial"),
+        *("pathlib.PosixPath", "pathlib.Path", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
+        *("pathlib._local.PosixPath", "pathlib._local.Path", "fractions.Fraction"),
+        *("datetime.datetime", "datetime.date", "datetime.timedelta", "datetime.timezone"),
+        *(f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "tuple")),
+        *(f"builtins.{name}" for name in ("object", "slice", "range", "type", "NoneType")),
+    }
+)
+"""Globals of the standard library that become stubs."""
+
+FORBIDDEN = re.compile(
+    r"(builtins\.(eval|exec|compile|open|input|__import__|setattr|delattr|globals|locals|vars|map"
+    r"|filter|breakpoint|memoryview|apply|execfile|print|exit|quit)"
+    r"|(os|posix|nt|sys|subprocess|shutil|socket|ctypes|importlib|imp|runpy|pty|code|codeop|commands"
+    r"|multiprocessing|threading|asyncio|webbrowser|platform|pickle|_pickle|marshal|types|operator"
+    r"|_operator|inspect|tempfile|pdb|bdb|timeit|cProfile|profile|doctest|ssl|urllib|http|requests"
+    r"|aiohttp|httplib|ftplib|smtplib|pip|pydoc|venv|zipimport|pkgutil|builtins\.__.*)(\..*)?)"
+)
+"""Globals that stay refused whatever ``allow`` says: no checkpoint needs one."""
+
+
+class _Function(metaclass=FrozenClass):
+    """A function that pickles may call; like its class, it cannot be changed by them."""
+
+    __slots__ = ("_call",)
+    _call: Callable[..., Any]
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_call", call)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise TypeError(f"a pickle tried to set {name!r} of a function")
+
+
+def loads(
+    data: bytes, *, file: str, allow: Sequence[str] = (), limit: int = MAX_PICKLE
+) -> Any:
+    """Return the object of a pickle, with stand-ins for whatever is foreign.
+
+    Args:
+        data: the pickle, protocol 2 to 5; what follows its STOP is ignored.
+        file: named in errors.
+        allow: further globals, as ``"package.module.Class"`` or with ``*``, to be read as stubs.
+        limit: the largest pickle to read, in bytes.
+
+    Raises:
+        FormatError: an unknown or forbidden global, or a pickle that is damaged or hostile.
+    """
+    if len(data) > limit:
+        raise FormatError(
+            f"{file}: expected a pickle of at most {limit} bytes, found {len(data)}; "
+            f"tensors belong outside of it"
+        )
+    _scan(data, file)
+    try:
+        return _Unpickler(data, file, tuple(allow)).load()
+    except FormatError:
+        raise
+    except RecursionError as error:
+        raise FormatError(f"{file}: the pickle is nested too deeply") from error
+    except Exception as error:  # a hostile pickle can make the unpickler raise anything
+        raise FormatError(
+            f"{file}: expected a readable pickle, found {type(error).__name__}: "
+            f"{str(error)[:200]}; the file is damaged or no checkpoint"
+        ) from error
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, file: str, allow: tuple[str, ...]) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")  # as torch.load reads Python 2
+        self._file = file
+        self._allow = allow
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the stand-in of a global; never imports."""
+        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
+        full = f"{module}.{name}"
+        known = _TABLE.get(full)
+        if known is not None:
+            return known
+        if module == "torch" and name in TORCH_DTYPES:
+            return TorchDtype(name)
+        if FORBIDDEN.fullmatch(full):
+            raise FormatError(
+                f"{self._file}: the pickle calls {full!r}, which no checkpoint needs; nothing was "
+                f"run; do not load this file with other tools"
+            )
+        if (
+            full in KNOWN_GLOBALS
+            or full.startswith(KNOWN_PREFIXES)
+            or any(fnmatchcase(full, pattern) for pattern in self._allow)
+        ):
+            return stub(module, name)
+        raise FormatError(
+            f"{self._file}: the pickle holds an object of {full!r}, which is not on the allow-list; "
+            f"pass allow={full!r} to read it as an inert record"
+        )
+
+    def persistent_load(self, pid: Any) -> StorageRef:
+        """Return the storage of torch's ``("storage", class, key, device, numel)``."""
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
+            raise FormatError(f"{self._file}: a persistent id is not torch's ('storage', ...) tuple")
+        kind, key, numel = pid[1], pid[2], pid[4]
+        if not isinstance(kind, _StorageClass) or type(key) is not str or type(numel) is not int:
+            raise FormatError(f"{self._file}: a storage reference is malformed")
+        width = 1 if kind.dtype is None else WIDTHS[kind.dtype]
+        return StorageRef(kind.dtype, key, numel * width)
+
+
+class _StorageClass(_Function):
+    """A storage class of torch, known by its element type; None is untyped."""
+
+    __slots__ = ("dtype",)
+    dtype: str | None
+
+    def __init__(self, dtype: str | None) -> None:
+        super().__init__(self._refuse)
+        object.__setattr__(self, "dtype", dtype)
+
+    @staticmethod
+    def _refuse(*_: Any) -> None:
+        raise TypeError("a storage is stored beside the pickle, not in it")
+
+
+def _tensor_v2(
+    storage: StorageRef,
+    offset: int,
+    size: Iterable[int],
+    stride: Iterable[int],
+    requires_grad: bool = False,
+    *_: Any,
+) -> TensorRecord:
+    """Stand for `torch._utils._rebuild_tensor_v2` and, with fewer arguments, `_rebuild_tensor`."""
+    if storage.dtype is None:
+        raise TypeError("a tensor without dtype lies in an untyped storage")
+    return _tensor(storage, storage.dtype, offset, size, stride, requires_grad)
+
+
+def _tensor_v3(
+    storage: StorageRef,
+    offset: int,
+    size: Iterable[int],
+    stride: Iterable[int],
+    requires_grad: bool,
+    _hooks: Any,
+    dtype: TorchDtype,
+    *_: Any,
+) -> TensorRecord:
+    """Stand for `torch._utils._rebuild_tensor_v3`: dtypes without a storage class."""
+    return _tensor(storage, dtype.name, offset, size, stride, requires_grad)
+
+
+def _tensor(
+    storage: StorageRef,
+    dtype: str,
+    offset: int,
+    size: Iterable[int],
+    stride: Iterable[int],
+    requires_grad: bool,
+) -> TensorRecord:
+    return TensorRecord(
+        dtype,
+        tuple(size),
+        tuple(stride),
+        offset,
+        storage.key,
+        storage.nbytes,
+        bool(requires_grad),
+    )
+
+
+def _parameter(data: Any, requires_grad: bool, *_: Any) -> Any:
+    if not isinstance(data, TensorRecord):
+        return data  # a wrapper subclass, such as a DTensor
+    return TensorRecord(
+        data.dtype,
+        data.shape,
+        data.strides,
+        data.storage_offset,
+        data.key,
+        data.storage_nbytes,
+        bool(requires_grad),
+        parameter=True,
+    )
+
+
+def _from_type(function: Any, kind: Any, args: tuple[Any, ...], state: Any) -> Any:
+    """Stand for `torch._tensor._rebuild_from_type_v2`: subclasses, tensors with attributes."""
+    if isinstance(function, _Function):
+        return function(*args)
+    return stub("torch._tensor", "_rebuild_from_type_v2")(function, kind, args, state)
+
+
+def _attribute(owner: Any, name: Any) -> type[Record]:
+    """Stand for ``getattr``: nested classes, and enum members of Python 3.11.0 to 3.11.3."""
+    if not isinstance(owner, StubClass) or type(name) is not str:
+        raise TypeError("getattr of something that is no foreign class")
+    return stub(owner.module, f"{owner.name}.{name}")
+
+
+def _encoded(text: str, codec: str = "latin1") -> bytes:
+    """Stand for ``_codecs.encode``: how protocol 2 spells bytes."""
+    if codec not in ("latin1", "latin-1"):
+        raise TypeError("bytes of a pickle are spelt in latin1")
+    return text.encode("latin1")
+
+
+def _bytes(*args: Any) -> bytes:
+    if any(not isinstance(arg, bytes) for arg in args):
+        raise TypeError("bytes of a number would allocate them")
+    return b"".join(args)
+
+
+def _bytearray(data: bytes | str = b"", codec: str = "latin1") -> bytearray:
+    return bytearray(_encoded(data, codec) if isinstance(data, str) else _bytes(data))
+
+
+def _collected(kind: Callable[..., Any]) -> Callable[..., Any]:
+    def collect(values: Any = ()) -> Any:
+        if not isinstance(values, list | tuple | set | frozenset):
+            raise TypeError("a set of a pickle is made from a list")
+        return kind(values)
+
+    return collect
+
+
+def _reconstructed(cls: Any, _base: Any, _state: Any) -> Any:
+    """Stand for ``copyreg._reconstructor``: objects of protocols 0 and 1."""
+    if not isinstance(cls, FrozenClass):
+        raise TypeError("reconstruction of something that is no foreign class")
+    return cls.__new__(cls)
+
+
+_TABLE: dict[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "argparse.Namespace": Namespace,
+    "types.SimpleNamespace": Namespace,
+    "builtins.set": _Function(_collected(set)),
+    "builtins.frozenset": _Function(_collected(frozenset)),
+    "builtins.complex": complex,
+    "builtins.bytes": _Function(_bytes),
+    "builtins.bytearray": _Function(_bytearray),
+    "builtins.getattr": _Function(_attribute),
+    "_codecs.encode": _Function(_encoded),
+    "copyreg._reconstructor": _Function(_reconstructed),
+    "torch.Size": TorchSize,
+    "torch._utils._rebuild_tensor": _Function(_tensor_v2),
+    "torch._utils._rebuild_tensor_v2": _Function(_tensor_v2),
+    "torch._utils._rebuild_tensor_v3": _Function(_tensor_v3),
+    "torch._utils._rebuild_parameter": _Function(_parameter),
+    "torch._utils._rebuild_parameter_with_state": _Function(_parameter),
+    "torch._tensor._rebuild_from_type_v2": _Function(_from_type),
+    "torch.storage.UntypedStorage": _StorageClass(None),
+    "torch.UntypedStorage": _StorageClass(None),
+    **{f"torch.{name}": _StorageClass(dtype) for dtype, name in STORAGE_CLASSES.items()},
+}
+
+
+# Opcodes by their argument, protocols 2 to 5. Strings are stepped over in `_scan`.
+_FIXED = (
+    rb"(?:[)(01NRQabestu}\]\x81\x85-\x89\x8f-\x94]++"  # no argument
+    rb"|[Khq\x80]."  # one byte
+    rb"|M..|[Jj]....|r%b|[G\x95]........"  # r: LONG_BINPUT, the unpickler allocates up to its index
+    rb"|c[^\n]{1,1000}\n[^\n]{1,1000}\n)*+"
+)
+_STOP = ord(".")
+_LENGTHS = {
+    **dict.fromkeys(b"U\x8cC\x8a", 1),
+    **dict.fromkeys(b"XTB\x8b", 4),
+    **dict.fromkeys(b"\x8d\x8e\x96", 8),
+}
+"""Bytes of the length that follows these opcodes, before the data."""
+
+
+def _memo_index(size: int) -> bytes:
+    """Return a pattern for little-endian u32 below about twice ``size`` bytes of pickle."""
+    digits = []
+    for shift in (0, 8, 16, 24):
+        highest = min(255, size >> shift)
+        digits.append(rb"." if highest == 255 else rb"[\x00-\x%02x]" % highest)
+    return b"".join(digits)
+
+
+def _scan(data: bytes, file: str) -> None:
+    """Step over the opcodes, at some 100 MB/s, and refuse those that are unsafe to execute."""
+    fixed = re.compile(_FIXED % _memo_index(len(data)), re.DOTALL)
+    position = 0
+    while True:
+        match = fixed.match(data, position)
+        position = match.end() if match else position
+        if position >= len(data):
+            raise FormatError(f"{file}: the pickle has no end; the file is truncated")
+        if data[position] == _STOP:
+            return
+        width = _LENGTHS.get(data[position])
+        if width is None:
+            raise FormatError(
+                f"{file}: expected a pickle opcode of protocol 2 to 5 at byte {position}, found "
+                f"{data[position : position + 1]!r}; the file is damaged or no checkpoint"
+            )
+        start = position + 1 + width
+        position = start + int.from_bytes(data[position + 1 : start], "little")
+        if position > len(data):
+            raise FormatError(f"{file}: a string runs beyond the end of the pickle; it is truncated")

@@ -1,0 +1,74 @@
+"""Bounded reads from checkpoint files: the only way containers look at bytes."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from types import TracebackType
+
+from ckptx.errors import FormatError
+
+
+class SourceFile:
+    """A file that is read in small spans, never mapped: a truncated file is an error, not SIGBUS.
+
+    Attributes:
+        path: as given, for error messages.
+        size: in bytes, when it was opened.
+    """
+
+    __slots__ = ("_descriptor", "path", "size")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            status = os.fstat(self._descriptor)
+        except OSError as error:
+            raise FormatError(f"{self.path}: cannot be opened: {error.strerror}") from error
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise FormatError(f"{self.path}: expected a regular file; give the checkpoint itself")
+        self.size = status.st_size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return ``size`` bytes from byte ``offset`` on.
+
+        Raises:
+            FormatError: the file ends before, or the device fails.
+        """
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise FormatError(
+                f"{self.path}: expected {size} bytes at offset {offset}, the file has {self.size}; "
+                f"it is truncated or damaged, copy it again"
+            )
+        spans = []
+        while size:
+            try:
+                span = os.pread(self._descriptor, size, offset)
+            except OSError as error:
+                raise FormatError(
+                    f"{self.path}: cannot be read at {offset}: {error.strerror}"
+                ) from error
+            if not span:
+                raise FormatError(f"{self.path}: shrank to {offset} bytes while it was read")
+            spans.append(span)
+            offset += len(span)
+            size -= len(span)
+        return spans[0] if len(spans) == 1 else b"".join(spans)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> SourceFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

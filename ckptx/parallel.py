@@ -1,0 +1,221 @@
+"""Which pipeline stage holds which layers: the placement rules of Megatron Core.
+
+Chunks are listed in execution order, the order in which a microbatch meets them. With pipeline size P
+and V virtual stages, chunk ``s`` belongs to pipeline rank ``s % P`` and virtual rank ``s // P``; its
+layers follow those of chunk ``s - 1``.
+
+Source: NVIDIA/Megatron-LM megatron/core/transformer/transformer_block.py, transformer_layer.py and
+pipeline_parallel_layer_layout.py @ core_v0.16.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptx.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The part of a model that one virtual pipeline stage holds; ``layers`` are global numbers."""
+
+    pp_rank: int
+    vpp_rank: int
+    layers: tuple[int, ...]
+    embedding: bool
+    output: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """Pipeline settings, in Megatron's arguments: sizes, and how layers are spread.
+
+    ``first`` and ``last`` are ``decoder_first_pipeline_num_layers`` and its counterpart, ``layout`` is
+    ``pipeline_model_parallel_layout``, the two booleans ``account_for_*_in_pipeline_split``.
+    """
+
+    pp: int = 1
+    vpp: int | None = None
+    first: int | None = None
+    last: int | None = None
+    layout: str | None = None
+    embedding_in_split: bool = False
+    loss_in_split: bool = False
+
+    def chunks(self, num_layers: int) -> tuple[Chunk, ...]:
+        """Return the chunks in execution order.
+
+        Raises:
+            PlanError: the settings do not place every layer exactly once.
+        """
+        if self.layout is not None:
+            return _from_layout(self.layout, self.pp, self.vpp, num_layers)
+        counts = self._counts(num_layers)
+        if sum(counts) != num_layers or min(counts) < 0:
+            raise PlanError(
+                f"{num_layers} layers do not fit {self}: stages would hold {counts}, which sum to "
+                f"{sum(counts)}; choose sizes that divide, --decoder-first-pipeline-num-layers, "
+                "--decoder-last-pipeline-num-layers or --pipeline-model-parallel-layout"
+            )
+        return tuple(_numbered(counts, self.pp))
+
+    def __str__(self) -> str:
+        """Return the settings as a user would say them."""
+        parts = [f"pipeline size {self.pp}"]
+        for text, value in (
+            ("virtual size", self.vpp),
+            ("first stage", self.first),
+            ("last stage", self.last),
+        ):
+            if value is not None:
+                parts.append(f"{text} {value}")
+        return ", ".join(parts)
+
+    def _counts(self, num_layers: int) -> list[int]:
+        """Return the layers per chunk in execution order; not divisible shows as a wrong sum."""
+        pp, vpp = self.pp, self.vpp or 1
+        if pp < 1 or vpp < 1:
+            raise PlanError(f"{self}: sizes must be positive")
+        if self.first is not None or self.last is not None:
+            ends = (self.first is not None) + (self.last is not None)
+            rest = num_layers - (self.first or 0) - (self.last or 0)
+            middle = rest // (pp - ends) if pp > ends else 0
+            stage = [middle] * pp
+            if self.first is not None:
+                stage[0] = self.first
+            if self.last is not None:
+                stage[-1] = self.last
+            return [count // vpp for _ in range(vpp) for count in stage]
+        total = num_layers + self.embedding_in_split + self.loss_in_split
+        counts = [total // (pp * vpp)] * (pp * vpp)
+        counts[0] -= self.embedding_in_split
+        counts[-1] -= self.loss_in_split
+        return counts
+
+    @classmethod
+    def from_args(cls, args: Mapping[str, Any]) -> Pipeline:
+        """Return the settings that a checkpoint's ``args`` hold."""
+        pp = args.get("pipeline_model_parallel_size") or 1
+        vpp = args.get("virtual_pipeline_model_parallel_size")
+        per_stage = args.get("num_layers_per_virtual_pipeline_stage")
+        layout = args.get("pipeline_model_parallel_layout")
+        if vpp is None and per_stage and pp > 1:
+            vpp = args["num_layers"] // pp // per_stage
+        return cls(
+            pp,
+            vpp,
+            args.get("decoder_first_pipeline_num_layers"),
+            args.get("decoder_last_pipeline_num_layers"),
+            layout if layout is None or isinstance(layout, str) else _spelled(layout),
+            bool(args.get("account_for_embedding_in_pipeline_split")),
+            bool(args.get("account_for_loss_in_pipeline_split")),
+        )
+
+    def to_args(self) -> dict[str, Any]:
+        """Return the settings as entries of ``args``."""
+        return {
+            "pipeline_model_parallel_size": self.pp,
+            "virtual_pipeline_model_parallel_size": self.vpp,
+            "decoder_first_pipeline_num_layers": self.first,
+            "decoder_last_pipeline_num_layers": self.last,
+            "pipeline_model_parallel_layout": self.layout,
+            "account_for_embedding_in_pipeline_split": self.embedding_in_split,
+            "account_for_loss_in_pipeline_split": self.loss_in_split,
+        }
+
+
+def describe(chunks: Sequence[Chunk]) -> list[str]:
+    """Return one line per chunk: rank, layers, and what else it holds.
+
+    Examples:
+        >>> describe(Pipeline(pp=2).chunks(4))
+        ['pp 0: layers 0-1, embeddings', 'pp 1: layers 2-3, final norm, output layer']
+    """
+    virtual = any(chunk.vpp_rank for chunk in chunks)
+    lines = []
+    for chunk in chunks:
+        place = f"pp {chunk.pp_rank}" + (f", vpp {chunk.vpp_rank}" if virtual else "")
+        match chunk.layers:
+            case ():
+                held = ["no layers"]
+            case (layer,):
+                held = [f"layer {layer}"]
+            case _:
+                held = [f"layers {chunk.layers[0]}-{chunk.layers[-1]}"]
+        held += ["embeddings"] * chunk.embedding + ["final norm, output layer"] * chunk.output
+        lines.append(f"{place}: {', '.join(held)}")
+    return lines
+
+
+def _numbered(counts: Sequence[int], pp: int) -> Iterator[Chunk]:
+    position = 0
+    for number, count in enumerate(counts):
+        layers = tuple(range(position, position + count))
+        position += count
+        last = number == len(counts) - 1
+        yield Chunk(number % pp, number // pp, layers, number == 0, last)
+
+
+def _from_layout(layout: str, pp: int, vpp: int | None, num_layers: int) -> tuple[Chunk, ...]:
+    stages = _expand(layout).split("|")
+    expected = pp * (vpp or 1)
+    if vpp is None and len(stages) % pp == 0:
+        expected = len(stages)  # the layout itself says how many virtual stages there are
+    if len(stages) != expected:
+        raise PlanError(
+            f"pipeline layout {layout!r} has {len(stages)} stages, {pp} x {vpp or 1} were asked for"
+        )
+    unknown = sorted(set("".join(stages)) - set("EtmL"))
+    if unknown:
+        raise PlanError(f"pipeline layout {layout!r}: unknown letters {', '.join(unknown)}")
+    found = sum(stage.count("t") for stage in stages)
+    if found != num_layers:
+        raise PlanError(f"pipeline layout {layout!r} places {found} layers, the model has {num_layers}")
+    joined = "".join(stages)
+    if joined.count("E") != 1 or joined.count("L") != 1:
+        raise PlanError(f"pipeline layout {layout!r} must hold one E and one L")
+    chunks = []
+    position = 0
+    for number, stage in enumerate(stages):
+        layers = tuple(range(position, position + stage.count("t")))
+        position += len(layers)
+        chunks.append(Chunk(number % pp, number // pp, layers, "E" in stage, "L" in stage))
+    return tuple(chunks)
+
+
+def _expand(layout: str) -> str:
+    """Return a layout with its repetitions written out.
+
+    Examples:
+        >>> _expand("Et*3|(tt|)*2L")
+        'Ettt|tt|tt|L'
+    """
+    text = layout.replace(",", "").replace(" ", "")
+    while "*" in text:
+        star = text.index("*")
+        end = star + 1
+        while end < len(text) and text[end].isdigit():
+            end += 1
+        if star == 0 or end == star + 1:
+            raise PlanError(f"pipeline layout {layout!r}: a * needs something before and a number after")
+        start = star - 1
+        unit = text[start]
+        if unit == ")":
+            start = text.rfind("(", 0, star)
+            if start < 0:
+                raise PlanError(f"pipeline layout {layout!r}: unbalanced parentheses")
+            unit = text[start + 1 : star - 1]
+        text = text[:start] + unit * int(text[star + 1 : end]) + text[end:]
+    return text
+
+
+def _spelled(layout: Any) -> str:
+    """Return a layout given as nested lists of stage names in letters."""
+    letters = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
+    stages = layout if isinstance(layout, list | tuple) else getattr(layout, "layout", None)
+    if not isinstance(stages, list | tuple):
+        raise PlanError(f"cannot read the pipeline layout {layout!r} of the checkpoint's args")
+    names = [[str(getattr(entry, "name", entry)) for entry in stage] for stage in stages]
+    return "|".join("".join(letters.get(name, name) for name in stage) for stage in names)

@@ -1,0 +1,355 @@
+"""The life of a target: refused, locked, staged, published, or gone without a trace.
+
+    DIR/                          the parent of the target
+      TARGET.ckptx-partial/       all that is left if the machine loses power
+        lock                      held by the run that works here
+        new/                      what will be TARGET
+      TARGET                      appears by one rename, whole
+
+In a Megatron root the target is the iteration directory, and the tracker file is written after it.
+With ``--overwrite`` the new and the old directory trade places in one step; then the old one, now in
+the partial directory, is removed with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+
+from ckptx.errors import ConversionError, PlanError
+from ckptx.plan import FilePlan, SavePlan
+
+PARTIAL = ".ckptx-partial"
+MANIFEST = "ckptx-manifest.json"
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux include/uapi/linux/fs.h
+
+
+def outline(plan: SavePlan) -> SavePlan:
+    """Return a plan without its regions: all that the target's owner needs to know."""
+    return replace(plan, files=[FilePlan(file.path, file.size, ()) for file in plan.files])
+
+
+def manifest_path(plan: SavePlan) -> str:
+    """Return where the manifest of a plan lies, relative to the staging directory."""
+    return f"{plan.files[0].path}.{MANIFEST}" if plan.single_file else MANIFEST
+
+
+def size_text(nbytes: float) -> str:
+    """Return a size for people.
+
+    Examples:
+        >>> size_text(999), size_text(5 << 20)
+        ('999 bytes', '5.0 MiB')
+    """
+    if nbytes < 1024:
+        return f"{nbytes:.0f} byte{'s' * (nbytes != 1)}"
+    for unit in ("KiB", "MiB", "GiB"):
+        nbytes /= 1024
+        if nbytes < 1024:
+            return f"{nbytes:.1f} {unit}"
+    return f"{nbytes / 1024:.2f} TiB"
+
+
+class Target:
+    """The place a conversion writes to; a context that cleans up unless `publish` succeeded.
+
+    Args:
+        save_dir: what the user named.
+        inputs: source paths, which the target must not touch.
+        overwrite: whether an existing target may be replaced.
+    """
+
+    def __init__(self, save_dir: Path, inputs: Sequence[Path], overwrite: bool = False) -> None:
+        self.save_dir = save_dir.resolve()
+        self.inputs = [path.resolve() for path in inputs]
+        self.overwrite = overwrite
+        self._created: list[Path] = []
+        self._lock = -1
+        self._partial: Path | None = None
+        for source in self.inputs:
+            if self.save_dir == source or source in self.save_dir.parents:
+                raise PlanError(f"{self.save_dir}: lies inside the source {source}; choose another")
+        folder = _existing(self.save_dir.parent)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PlanError(f"{folder}: is not writable; the target would be created there")
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock >= 0 and self._partial is not None:
+            shutil.rmtree(self._partial / "new", ignore_errors=True)
+            shutil.rmtree(self._partial, ignore_errors=True)  # the lock file, last
+            os.close(self._lock)
+        for folder in reversed(self._created if kind else []):
+            with contextlib.suppress(OSError):  # not empty: the work of someone else meanwhile
+                folder.rmdir()
+
+    @property
+    def path(self) -> Path:
+        """What appears in the end; known once `prepare` has seen the plan."""
+        return self._path
+
+    def prepare(self, plan: SavePlan) -> Path:
+        """Return an empty staging directory for a plan, after all that can be refused was checked.
+
+        Raises:
+            PlanError: the target exists, touches the source, or cannot be written.
+            ConversionError: another run works on it, or the disk is too small.
+        """
+        self.plan = plan
+        self._path = self.save_dir / plan.directory if plan.directory else self.save_dir
+        for path in (plan.directory, *plan.pointers, *(file.path for file in plan.files)):
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise PlanError(f"{path!r}: an output path must stay inside the target")
+        self._check_place()
+        self._make(self._path.parent)
+        self._partial = self._path.parent / f"{self._path.name}{PARTIAL}"
+        self._acquire(self._partial)
+        _rescue(self._partial, self._path)
+        for leftover in self._partial.iterdir():
+            if leftover.name != "lock":
+                _remove(leftover)
+        self._check_disk()
+        staging = self._partial / "new"
+        staging.mkdir()
+        return staging
+
+    def publish(self) -> list[str]:
+        """Make the staged files the target, then write the pointers; return remarks.
+
+        Raises:
+            ConversionError: the target appeared meanwhile, or cannot be renamed.
+        """
+        assert self._partial is not None  # noqa: S101 - prepare was called
+        staging = self._partial / "new"
+        try:
+            if self.plan.single_file:
+                self._publish_file(staging)
+            else:
+                self._publish_directory(staging)
+            self._created.clear()
+            sync_directory(self._path.parent)
+            return self._write_pointers()
+        except OSError as error:
+            raise ConversionError(f"{self._path}: cannot be put in place: {error}") from error
+
+    def _check_place(self) -> None:
+        path = self._path
+        for source in self.inputs:
+            if path == source or source in path.parents:
+                raise PlanError(f"{path}: lies inside the source {source}; choose another target")
+            if path in source.parents and not self.plan.single_file and path.exists():
+                raise PlanError(f"{path}: contains the source {source}; choose another target")
+        if self.save_dir.exists() and self.plan.directory and not self.save_dir.is_dir():
+            raise PlanError(f"{self.save_dir}: is a file; the target must be a directory")
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            if path.exists() and self.plan.single_file:
+                raise PlanError(f"{path}: is a directory; name the file to write")
+            return
+        if path.is_dir() and self.plan.single_file:
+            raise PlanError(f"{path}: is a directory; name the file to write")
+        if not self.overwrite:
+            raise PlanError(f"{path}: exists; choose another target, or replace it with --overwrite")
+        if path.is_file() and not self.plan.single_file:
+            raise PlanError(f"{path}: is a file, and the target is a directory; choose another")
+        if path.is_dir():
+            self._check_replaceable(path)
+
+    def _check_replaceable(self, path: Path) -> None:
+        """Refuse to replace a directory that is plainly more than one old checkpoint."""
+        here = Path.cwd()
+        if path in (here, Path.home()) or path in here.parents or path in Path.home().parents:
+            raise PlanError(f"{path}: is or holds your working or home directory; not replaced")
+        if os.path.ismount(path) or (path / ".git").exists():
+            raise PlanError(f"{path}: is a file system or a repository of its own; not replaced")
+        if not self.plan.directory:
+            found = sorted(p.name for p in path.iterdir() if p.name.startswith("iter_"))
+            if found:
+                raise PlanError(
+                    f"{path}: holds Megatron iterations ({', '.join(found[:3])}), which would be "
+                    "removed; choose another target"
+                )
+
+    def _make(self, folder: Path) -> None:
+        missing = []
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        for path in reversed(missing):
+            try:
+                path.mkdir()
+            except OSError as error:
+                raise PlanError(f"{path}: cannot be created: {error.strerror}") from error
+            self._created.append(path)
+
+    def _acquire(self, partial: Path) -> None:
+        while self._lock < 0:
+            try:
+                partial.mkdir(exist_ok=True)
+                lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                continue  # the run that held it has just removed it
+            except OSError as error:
+                raise PlanError(f"{partial}: cannot be written: {error.strerror}") from error
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                owner = os.pread(lock, 200, 0).decode(errors="replace").strip()
+                os.close(lock)
+                raise ConversionError(
+                    f"{self._path}: another conversion is writing it ({owner or 'just started'}); "
+                    "wait for it, or choose another target"
+                ) from None
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(lock), (partial / "lock").stat()):
+                    self._lock = lock
+                    break
+            os.close(lock)  # locked a file that its owner had removed: try again
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def _check_disk(self) -> None:
+        status = os.statvfs(self._path.parent)
+        free = status.f_bavail * status.f_frsize
+        needed = sum(-(-f.size // status.f_frsize) * status.f_frsize for f in self.plan.files)
+        if needed > free:
+            raise ConversionError(
+                f"{self._path}: needs {size_text(needed)}, its file system has {size_text(free)} "
+                "free; free space or choose another target"
+            )
+
+    def _publish_file(self, staging: Path) -> None:
+        name = self.plan.files[0].path
+        manifest = staging / manifest_path(self.plan)
+        sync_directory(staging)
+        if manifest.exists():
+            manifest.replace(self._path.with_name(f"{self._path.name}.{MANIFEST}"))
+        if self.overwrite:
+            (staging / name).replace(self._path)
+        else:
+            rename_new(staging / name, self._path)
+
+    def _publish_directory(self, staging: Path) -> None:
+        sync_directory(staging)
+        if self.overwrite and self._path.exists():
+            exchange(staging, self._path, staging.with_name("old"))
+        else:
+            staging.rename(self._path)  # fails if a directory with anything in it is there now
+
+    def _write_pointers(self) -> list[str]:
+        assert self._partial is not None  # noqa: S101 - prepare was called
+        notes = []
+        for name, content in self.plan.pointers.items():
+            pointer = self.save_dir / name
+            if pointer.exists() and not self.overwrite:
+                if pointer.read_bytes().strip() != content.strip():
+                    notes.append(
+                        f"{name} was left as it is ({pointer.read_bytes().decode(errors='replace').strip()}"
+                        "); --overwrite moves it"
+                    )
+                continue
+            write_durable(self._partial / "pointer", content)
+            (self._partial / "pointer").replace(pointer)
+            sync_directory(pointer.parent)
+        return notes
+
+
+def write_durable(path: Path, content: bytes) -> None:
+    """Write a small file and wait until it is on disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(root: Path) -> None:
+    """Wait until every file and directory below ``root`` is on disk."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            descriptor = os.open(Path(folder, name), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(Path(folder))
+
+
+def exchange(new: Path, old: Path, aside: Path) -> None:
+    """Let two directories trade places at once; without kernel support ``old`` moves ``aside``."""
+    if _renameat2(new, old, _RENAME_EXCHANGE):
+        return
+    old.rename(aside)  # `_rescue` undoes this if we are killed before the next line
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename a file to a name that must be free."""
+    if not _renameat2(source, target, _RENAME_NOREPLACE):
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, "exists by now", str(target))
+        source.rename(target)
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> bool:
+    """Return whether the rename was done; False if this system cannot do it that way."""
+    try:
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_fdcwd = -100  # linux include/uapi/linux/fcntl.h
+    paths = os.fsencode(source), os.fsencode(target)
+    if function(at_fdcwd, paths[0], at_fdcwd, paths[1], flags) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(code, os.strerror(code), str(target))
+
+
+def _rescue(partial: Path, target: Path) -> None:
+    """Put an old target back that a killed run had moved aside and not yet replaced."""
+    if (partial / "old").exists() and not target.exists():
+        (partial / "old").rename(target)
+
+
+def _remove(path: Path) -> None:
+    try:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except OSError as error:
+        raise ConversionError(
+            f"{path}: left by a killed run, cannot be removed: {error.strerror}"
+        ) from error
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder

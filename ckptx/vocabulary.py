@@ -1,0 +1,119 @@
+"""The canonical vocabulary: messages, keys, shapes.
+
+Names are those of Megatron's converter (NVIDIA/Megatron-LM tools/checkpoint/loader_base.py @
+core_v0.12.3), extended where it has none. Tensors are full: never cut by tensor parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ckptx.errors import SchemaError
+from ckptx.lazy import LazyTensor
+from ckptx.spec import ModelSpec
+
+LAYER = "transformer layer "
+"""Layer messages are ``"transformer layer 0"``, ``"transformer layer 1"``, ..."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A canonical tensor: symbolic shape, the axis that tensor parallelism cuts, first protocol."""
+
+    name: str
+    shape: tuple[str, ...]
+    tp: int | None
+    meaning: str
+    since: int = 1
+    pinned: bool = False
+    """Kept in its own dtype whatever ``--dtype`` says."""
+
+
+SYMBOLS = {
+    "vocab": "rows of the embedding, padding included",
+    "positions": "max_position_embeddings",
+    "hidden": "hidden_size",
+    "qkv": "(num_attention_heads + 2 * num_query_groups) * kv_channels",
+    "heads": "num_attention_heads * kv_channels",
+    "head": "kv_channels",
+    "ffn": "ffn_hidden_size",
+}
+"""What the symbols in shapes stand for."""
+
+_NORM = ("hidden",)
+
+MESSAGES: Mapping[str, tuple[Key, ...]] = {
+    "embeddings": (
+        Key("word embeddings", ("vocab", "hidden"), 0, "token embeddings"),
+        Key("position embeddings", ("positions", "hidden"), None, "learned positions"),
+    ),
+    "transformer layer N": (
+        Key("input norm weight", _NORM, None, "norm before attention"),
+        Key("input norm bias", _NORM, None, "its bias"),
+        Key("qkv weight", ("qkv", "hidden"), 0, "query, key, value, fused group by group"),
+        Key("qkv bias", ("qkv",), 0, "its bias, in the same order"),
+        Key("q norm weight", ("head",), None, "norm of every query head", since=1),
+        Key("k norm weight", ("head",), None, "norm of every key head", since=1),
+        Key("dense weight", ("hidden", "heads"), 1, "output projection of attention"),
+        Key("dense bias", ("hidden",), None, "its bias"),
+        Key("post norm weight", _NORM, None, "norm before the MLP"),
+        Key("post norm bias", _NORM, None, "its bias"),
+        Key("mlp l0 weight W", ("ffn", "hidden"), 0, "gate projection of a gated MLP"),
+        Key("mlp l0 weight V", ("ffn", "hidden"), 0, "up projection of a gated MLP"),
+        Key("mlp l0 bias W", ("ffn",), 0, "bias of the gate"),
+        Key("mlp l0 bias V", ("ffn",), 0, "bias of the up projection"),
+        Key("mlp l0 weight", ("ffn", "hidden"), 0, "first projection of a plain MLP"),
+        Key("mlp l0 bias", ("ffn",), 0, "its bias"),
+        Key("mlp l1 weight", ("hidden", "ffn"), 1, "down projection"),
+        Key("mlp l1 bias", ("hidden",), None, "its bias"),
+    ),
+    "final norm": (
+        Key("weight", _NORM, None, "norm after the last layer"),
+        Key("bias", _NORM, None, "its bias"),
+    ),
+    "output layer": (Key("weight", ("vocab", "hidden"), 0, "output projection, absent when tied"),),
+}
+"""Keys by message; ``N`` is the global layer number."""
+
+_KEYS = {
+    message.removesuffix("N"): {key.name: key for key in keys} for message, keys in MESSAGES.items()
+}
+
+
+def keys_of(message: str) -> Mapping[str, Key]:
+    """Return the keys that a message may have, by name; none for one that is not in the vocabulary."""
+    return _KEYS.get(LAYER if message.startswith(LAYER) else message, {})
+
+
+def dimensions(spec: ModelSpec) -> dict[str, int]:
+    """Return the value of every symbol that a spec determines."""
+    return {
+        "positions": spec.max_position_embeddings,
+        "hidden": spec.hidden_size,
+        "qkv": spec.qkv_rows,
+        "heads": spec.num_attention_heads * spec.kv_channels,
+        "head": spec.kv_channels,
+        "ffn": spec.ffn_hidden_size,
+    }
+
+
+def check_shapes(message: str, tensors: Mapping[str, LazyTensor], spec: ModelSpec) -> None:
+    """Raise a SchemaError if a canonical tensor has not the shape that the spec gives it."""
+    values = dimensions(spec)
+    known = keys_of(message)
+    for name, tensor in tensors.items():
+        key = known.get(name)
+        if key is None:
+            raise SchemaError(f"message {message!r}: {name!r} is not in the vocabulary")
+        expected = tuple(values.get(symbol, -1) for symbol in key.shape)
+        fits = len(expected) == len(tensor.shape) and all(
+            want in (-1, found) for want, found in zip(expected, tensor.shape, strict=True)
+        )
+        if not fits:
+            wanted = [symbol if n < 0 else n for symbol, n in zip(key.shape, expected, strict=True)]
+            raise SchemaError(
+                f"{message}: {name!r} is {list(tensor.shape)}, the model's dimensions say "
+                f"[{', '.join(map(str, wanted))}] ({', '.join(key.shape)}); the config does not "
+                "belong to these weights"
+            )
