@@ -1,14 +1,14 @@
-"""Lazy tensors: a small closed algebra of placements, without a tensor library.
+r"""Lazy tensors: a small closed algebra of placements, without a tensor library.
 
 A lazy tensor says where its elements come from. The nodes are immutable and picklable; only
-`Stored` knows about files. Views of stored bytes fold into strides when they are made, so that fusing
-tensors and splitting them again returns the very same leaves.
+`Stored` knows about files. Views of stored bytes fold into strides when they are made, so that
+fusing tensors and splitting them again returns the very same leaves.
 
 Evaluation asks a tensor for a box of its elements: `pieces` pushes the box down and yields
 rectangles, each a leaf and its place in the caller's buffer. Nothing else is ever materialised.
 
     concat([q, k, v])            Tiled         box [4:9]
-       |   |   |                              /    |    \\
+       |   |   |                              /    |    \
     Stored Stored Stored               q[4:8]  k[0:1]   -      pieces
 
 Shapes, strides, boxes and origins count elements; file offsets count bytes.
@@ -51,9 +51,11 @@ _WIDENING = {
     "float16": {"float32", "float64"},
     "bfloat16": {"float32", "float64"},
     "float32": {"float64"},
+    "float64": set(),
     "float8_e4m3fn": {"float16", "bfloat16", "float32", "float64"},
     "float8_e5m2": {"float16", "bfloat16", "float32", "float64"},
 }
+_CAST_TARGETS = {"float64", "float32", "float16", "bfloat16"}
 
 
 class LazyTensor:
@@ -75,7 +77,7 @@ class LazyTensor:
 
     def narrow(self, axis: int, start: int, stop: int) -> LazyTensor:
         """Return elements ``start`` to ``stop`` along ``axis``."""
-        size = self.shape[axis]
+        size = self._length(axis)
         if not 0 <= start <= stop <= size:
             raise PlanError(f"cannot cut [{start}:{stop}] from axis {axis} of {list(self.shape)}")
         if (start, stop) == (0, size):
@@ -90,47 +92,64 @@ class LazyTensor:
         return self if axes == tuple(range(len(axes))) else _permute(self, axes)
 
     def split(self, axis: int, inner: int) -> LazyTensor:
-        """Return ``axis`` split in two: ``[..., n, ...]`` becomes ``[..., n / inner, inner, ...]``."""
-        if inner <= 0 or self.shape[axis] % inner:
-            raise PlanError(f"axis {axis} of {list(self.shape)} does not split into rows of {inner}")
+        """Return ``axis`` split in two: ``[n, ...]`` becomes ``[n / inner, inner, ...]``."""
+        if inner <= 0 or self._length(axis) % inner:
+            raise PlanError(
+                f"axis {axis} of {list(self.shape)} does not split into rows of {inner}"
+            )
         return _split(self, axis, inner)
 
     def merge(self, axis: int) -> LazyTensor:
-        """Return ``axis`` and ``axis + 1`` as one: ``[..., a, b, ...]`` becomes ``[..., a * b, ...]``."""
-        if axis + 1 >= len(self.shape):
+        """Return ``axis`` and ``axis + 1`` as one: ``[a, b, ...]`` becomes ``[a * b, ...]``."""
+        if not 0 <= axis < len(self.shape) - 1:
             raise PlanError(f"no axis after {axis} to merge with in {list(self.shape)}")
         return _merge(self, axis)
 
     def cast(self, dtype: str) -> LazyTensor:
-        """Return the tensor in another dtype; see `is_widening` for what is exact."""
+        """Return the tensor in another dtype; see `is_widening` for what is exact.
+
+        Raises:
+            PlanError: the cast has no one meaning. Torch releases differ in what overflows to in
+                float8, which needs scales besides; integers hold indices and flags.
+        """
         if dtype not in ITEMSIZE:
             raise PlanError(f"unknown dtype {dtype!r}; known: {', '.join(ITEMSIZE)}")
-        return self if dtype == self.dtype else Cast(dtype, self.shape, self)
+        if dtype == self.dtype:
+            return self
+        if self.dtype not in _WIDENING or dtype not in _CAST_TARGETS:
+            raise PlanError(f"no cast from {self.dtype} to {dtype}")
+        return Cast(dtype, self.shape, self)
 
     def chunk(self, axis: int, parts: int, index: int) -> LazyTensor:
         """Return part ``index`` of ``parts`` equal parts along ``axis``."""
-        size = self.shape[axis]
-        if size % parts:
+        size = self._length(axis)
+        if parts < 1 or size % parts:
             raise PlanError(f"axis {axis} of {list(self.shape)} does not divide by {parts}")
         return self.narrow(axis, index * size // parts, (index + 1) * size // parts)
 
     def squeeze(self) -> LazyTensor:
         """Return the tensor without its first axis, which must have one element."""
-        if self.shape[0] != 1:
+        if self.shape[:1] != (1,):
             raise PlanError(f"the first axis of {list(self.shape)} is not 1")
         return self.merge(0)
 
     def unsqueeze(self) -> LazyTensor:
         """Return the tensor with a first axis of one element."""
-        return self.split(0, self.shape[0]) if self.shape[0] else Tiled(self.dtype, (1, *self.shape), ())
+        rows = self._length(0)
+        return self.split(0, rows) if rows else Tiled(self.dtype, (1, *self.shape), ())
+
+    def _length(self, axis: int) -> int:
+        if not 0 <= axis < len(self.shape):
+            raise PlanError(f"no axis {axis} in {list(self.shape)}")
+        return self.shape[axis]
 
 
 @dataclass(frozen=True, slots=True)
 class Stored(LazyTensor):
     """Elements in a file.
 
-    ``file`` indexes the file table of the conversion (`ckptx.protocol.Begin.files`), ``offset`` is in
-    bytes from the start of that file, ``strides`` are in elements. A stride of 0 repeats.
+    ``file`` indexes the file table of the conversion (`ckptx.protocol.Begin.files`), ``offset`` is
+    in bytes from the start of that file, ``strides`` are in elements. A stride of 0 repeats.
     """
 
     dtype: str
@@ -170,7 +189,7 @@ class Replicated(LazyTensor):
 
 @dataclass(frozen=True, slots=True)
 class Tiled(LazyTensor):
-    """Tensors side by side in a larger one; ``tiles`` holds ``(origin, tensor)`` and covers it once."""
+    """Tensors side by side in a larger one: ``(origin, tensor)`` tiles that cover it once."""
 
     dtype: str
     shape: Shape
@@ -260,25 +279,57 @@ def tile(shape: Sequence[int], tiles: Sequence[tuple[Sequence[int], LazyTensor]]
     """Return the tensor of ``shape`` made of ``(origin, tensor)`` tiles.
 
     Raises:
-        PlanError: dtypes differ, a tile lies outside, or the tiles do not fill the shape.
+        PlanError: dtypes or ranks differ, a tile lies outside, or the tiles overlap or leave gaps.
     """
     shape = tuple(shape)
-    kept = [(tuple(origin), part) for origin, part in tiles if part.numel]
+    for origin, part in tiles:
+        if not len(origin) == len(part.shape) == len(shape):
+            raise PlanError(
+                f"tile {list(part.shape)} at {list(origin)} has not as many axes as {list(shape)}"
+            )
+        inside = all(
+            o >= 0 and o + n <= s for o, n, s in zip(origin, part.shape, shape, strict=True)
+        )
+        if not inside:
+            raise PlanError(f"tile {list(part.shape)} at {list(origin)} lies outside {list(shape)}")
+    tiled = _tiled(shape, tiles)
+    found = sum(part.numel for _, part in tiles)
+    if found != tiled.numel:
+        raise PlanError(f"tiles hold {found} elements, {list(shape)} needs {tiled.numel}")
+    boxes = [
+        tuple((low, low + size) for low, size in zip(origin, part.shape, strict=True))
+        for origin, part in tiles
+        if part.numel
+    ]
+    if boxes and not _disjoint(boxes):
+        raise PlanError(f"tiles of {list(shape)} overlap, and leave as many elements uncovered")
+    return tiled
+
+
+def _tiled(shape: Shape, tiles: Sequence[tuple[Sequence[int], LazyTensor]]) -> LazyTensor:
+    """Return tiles that are known to cover the shape once as a tensor."""
     if not tiles:
         raise PlanError("a tensor cannot be made of no tiles")
     dtypes = sorted({part.dtype for _, part in tiles})
     if len(dtypes) > 1:
         raise PlanError(f"tiles of one tensor have different dtypes: {', '.join(dtypes)}")
-    for origin, part in kept:
-        inside = all(o >= 0 and o + n <= s for o, n, s in zip(origin, part.shape, shape, strict=True))
-        if not inside:
-            raise PlanError(f"tile {list(part.shape)} at {list(origin)} lies outside {list(shape)}")
-    if sum(part.numel for _, part in kept) != math.prod(shape):
-        found = sum(part.numel for _, part in kept)
-        raise PlanError(f"tiles hold {found} elements, {list(shape)} needs {math.prod(shape)}")
+    kept = [(tuple(origin), part) for origin, part in tiles if part.numel]
     if len(kept) == 1:
         return kept[0][1]
     return Tiled(dtypes[0], shape, tuple(sorted(kept, key=lambda entry: entry[0])))
+
+
+def _disjoint(boxes: Sequence[Box]) -> bool:
+    """Return whether no two boxes share an element: slab by slab along each axis in turn."""
+    if len(boxes) == 1 or not boxes[0]:
+        return len(boxes) == 1
+    bounds = sorted({bound for box in boxes for bound in box[0]})
+    number = {bound: index for index, bound in enumerate(bounds)}
+    slabs: list[list[Box]] = [[] for _ in bounds]
+    for (start, stop), *rest in boxes:
+        for index in range(number[start], number[stop]):
+            slabs[index].append(tuple(rest))
+    return all(_disjoint(slab) for slab in slabs if slab)
 
 
 def concat(parts: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
@@ -286,6 +337,7 @@ def concat(parts: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
     if not parts:
         raise PlanError("nothing to concatenate")
     first = parts[0]
+    first._length(axis)
     tiles: list[tuple[Shape, LazyTensor]] = []
     position = 0
     for part in parts:
@@ -301,7 +353,7 @@ def concat(parts: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
         tiles.append((tuple(position if a == axis else 0 for a in range(len(first.shape))), part))
         position += part.shape[axis]
     shape = (*first.shape[:axis], position, *first.shape[axis + 1 :])
-    return tile(shape, tiles)
+    return _tiled(shape, tiles)
 
 
 def stack(parts: Sequence[LazyTensor]) -> LazyTensor:
@@ -311,6 +363,8 @@ def stack(parts: Sequence[LazyTensor]) -> LazyTensor:
 
 def replicated(copies: Sequence[LazyTensor]) -> LazyTensor:
     """Return one tensor that is stored several times; the copies must agree in shape and dtype."""
+    if not copies:
+        raise PlanError("no copies of a tensor")
     first = copies[0]
     for copy in copies[1:]:
         if (copy.shape, copy.dtype) != (first.shape, first.dtype):
@@ -318,20 +372,25 @@ def replicated(copies: Sequence[LazyTensor]) -> LazyTensor:
                 f"copies of one tensor differ: {first.dtype} {list(first.shape)} "
                 f"and {copy.dtype} {list(copy.shape)}"
             )
-    distinct = tuple(dict.fromkeys(copies))
-    return first if len(distinct) == 1 else Replicated(first.dtype, first.shape, distinct)
+    flat = [
+        c for copy in copies for c in (copy.copies if isinstance(copy, Replicated) else (copy,))
+    ]
+    distinct = tuple(dict.fromkeys(flat))
+    return distinct[0] if len(distinct) == 1 else Replicated(first.dtype, first.shape, distinct)
 
 
 def interleave(parts: Sequence[LazyTensor], groups: int, axis: int = 0) -> LazyTensor:
     """Return the parts cut into ``groups`` equal pieces each, group by group along ``axis``.
 
-    The result runs: piece 0 of every part, then piece 1 of every part, ... With query, key and value
-    and one group per key head it is Megatron's fused attention; with gate and up and one group per
-    tensor-parallel rank it is a gated MLP whose ranks were joined as they stand.
+    The result runs: piece 0 of every part, then piece 1 of every part, ... With query, key and
+    value and one group per key head it is Megatron's fused attention; with gate and up and one
+    group per tensor-parallel rank it is a gated MLP whose ranks were joined as they stand.
     """
     for part in parts:
-        if part.shape[axis] % groups:
-            raise PlanError(f"axis {axis} of {list(part.shape)} does not divide into {groups} groups")
+        if groups < 1 or part._length(axis) % groups:
+            raise PlanError(
+                f"axis {axis} of {list(part.shape)} does not divide into {groups} groups"
+            )
     if groups == 1:
         return concat(parts, axis)
     rows = [part.split(axis, part.shape[axis] // groups) for part in parts]
@@ -347,6 +406,8 @@ def deinterleave(
             f"axis {axis} of {list(fused.shape)} does not hold parts of {list(sizes)}, "
             f"which sum to {sum(sizes)}"
         )
+    if groups < 1 or any(size % groups for size in sizes):
+        raise PlanError(f"parts of {list(sizes)} do not divide into {groups} groups")
     if groups != 1:
         fused = fused.split(axis, fused.shape[axis] // groups)
     parts = []
@@ -408,7 +469,7 @@ def _narrow_tiles(tensor: Tiled, axis: int, start: int, stop: int, shape: Shape)
             tiles.append((moved, part.narrow(axis, low - origin[axis], high - origin[axis])))
     if not tiles:
         return Filled(tensor.dtype, shape)
-    return tile(shape, tiles)
+    return _tiled(shape, tiles)
 
 
 def _permute(tensor: LazyTensor, axes: Shape) -> LazyTensor:
@@ -428,7 +489,7 @@ def _permute(tensor: LazyTensor, axes: Shape) -> LazyTensor:
                 (tuple(origin[axis] for axis in axes), part.permute(axes))
                 for origin, part in tensor.tiles
             ]
-            return tile(shape, moved)
+            return _tiled(shape, moved)
         case Permuted():
             return tensor.base.permute([tensor.axes[axis] for axis in axes])
         case _:
@@ -456,10 +517,13 @@ def _split(tensor: LazyTensor, axis: int, inner: int) -> LazyTensor:
             for origin, part in tensor.tiles
         ):
             tiles = [
-                ((*origin[:axis], origin[axis] // inner, 0, *origin[axis + 1 :]), part.split(axis, inner))
+                (
+                    (*origin[:axis], origin[axis] // inner, 0, *origin[axis + 1 :]),
+                    part.split(axis, inner),
+                )
                 for origin, part in tensor.tiles
             ]
-            return tile(shape, tiles)
+            return _tiled(shape, tiles)
         case _:
             return Split(tensor.dtype, shape, tensor, axis, inner)
 
@@ -492,7 +556,7 @@ def _merge(tensor: LazyTensor, axis: int) -> LazyTensor:
                 )
                 for origin, part in tensor.tiles
             ]
-            return tile(shape, tiles)
+            return _tiled(shape, tiles)
         case _:
             return Merged(tensor.dtype, shape, tensor, axis)
 
@@ -511,10 +575,10 @@ class Piece:
 
 
 def pieces(tensor: LazyTensor, box: Box | None = None, *, copies: bool = False) -> Iterator[Piece]:
-    """Yield the rectangles that fill a row-major buffer of ``box`` (the whole tensor by default).
+    """Yield the rectangles that fill a row-major buffer of ``box`` (by default the whole tensor).
 
-    Every element of the box is yielded exactly once. With ``copies`` the further copies of replicated
-    tensors are yielded as well, at the same places.
+    Every element of the box is yielded exactly once. With ``copies`` the further copies of
+    replicated tensors are yielded as well, at the same places.
     """
     if box is None:
         box = tuple((0, n) for n in tensor.shape)
@@ -619,7 +683,7 @@ def _merged_pieces(
 
 
 def flat_boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Box, int]]:
-    """Yield boxes that cover elements ``start`` to ``stop`` of the row-major order, and their places.
+    """Yield boxes that cover elements ``start`` to ``stop`` in row-major order, and their places.
 
     A place is the number of elements between ``start`` and the first element of the box.
 

@@ -316,7 +316,11 @@ def _registered(entry: Entry) -> list[Any]:
     try:
         manager.register(entry.point.load(), entry.entry_name)
         manager.check_pending()
-        hook = {"loader": "register_loaders", "saver": "register_savers", "schema": "register_layouts"}
+        hook = {
+            "loader": "register_loaders",
+            "saver": "register_savers",
+            "schema": "register_layouts",
+        }
         getattr(manager.hook, hook[entry.kind])(register=found.append)
     # A plugin is foreign code: whatever it raises is a report about that plugin, no crash of ours.
     except (Exception, SystemExit) as error:

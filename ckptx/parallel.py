@@ -1,8 +1,8 @@
 """Which pipeline stage holds which layers: the placement rules of Megatron Core.
 
-Chunks are listed in execution order, the order in which a microbatch meets them. With pipeline size P
-and V virtual stages, chunk ``s`` belongs to pipeline rank ``s % P`` and virtual rank ``s // P``; its
-layers follow those of chunk ``s - 1``.
+Chunks are listed in execution order, the order in which a microbatch meets them. With pipeline size
+P and V virtual stages, chunk ``s`` belongs to pipeline rank ``s % P`` and virtual rank ``s // P``;
+its layers follow those of chunk ``s - 1``.
 
 Source: NVIDIA/Megatron-LM megatron/core/transformer/transformer_block.py, transformer_layer.py and
 pipeline_parallel_layer_layout.py @ core_v0.16.1.
@@ -10,6 +10,7 @@ pipeline_parallel_layer_layout.py @ core_v0.16.1.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,8 @@ class Chunk:
 class Pipeline:
     """Pipeline settings, in Megatron's arguments: sizes, and how layers are spread.
 
-    ``first`` and ``last`` are ``decoder_first_pipeline_num_layers`` and its counterpart, ``layout`` is
-    ``pipeline_model_parallel_layout``, the two booleans ``account_for_*_in_pipeline_split``.
+    ``first`` and ``last`` are ``decoder_first_pipeline_num_layers`` and its counterpart, ``layout``
+    is ``pipeline_model_parallel_layout``, the two booleans ``account_for_*_in_pipeline_split``.
     """
 
     pp: int = 1
@@ -50,6 +51,13 @@ class Pipeline:
         Raises:
             PlanError: the settings do not place every layer exactly once.
         """
+        uneven = self.first is not None or self.last is not None
+        accounted = self.embedding_in_split or self.loss_in_split
+        if uneven + accounted + (self.layout is not None) > 1:
+            raise PlanError(
+                f"{self}: a layout, sizes of the first and last stage, and embeddings or loss that "
+                "count as layers exclude each other"
+            )
         if self.layout is not None:
             return _from_layout(self.layout, self.pp, self.vpp, num_layers)
         counts = self._counts(num_layers)
@@ -68,6 +76,7 @@ class Pipeline:
             ("virtual size", self.vpp),
             ("first stage", self.first),
             ("last stage", self.last),
+            ("layout", self.layout),
         ):
             if value is not None:
                 parts.append(f"{text} {value}")
@@ -75,11 +84,13 @@ class Pipeline:
 
     def _counts(self, num_layers: int) -> list[int]:
         """Return the layers per chunk in execution order; not divisible shows as a wrong sum."""
-        pp, vpp = self.pp, self.vpp or 1
+        pp, vpp = self.pp, 1 if self.vpp is None else self.vpp
         if pp < 1 or vpp < 1:
             raise PlanError(f"{self}: sizes must be positive")
         if self.first is not None or self.last is not None:
             ends = (self.first is not None) + (self.last is not None)
+            if ends > pp or 0 in (self.first, self.last):
+                raise PlanError(f"{self}: a stage of a given size needs a rank and a layer")
             rest = num_layers - (self.first or 0) - (self.last or 0)
             middle = rest // (pp - ends) if pp > ends else 0
             stage = [middle] * pp
@@ -172,10 +183,13 @@ def _from_layout(layout: str, pp: int, vpp: int | None, num_layers: int) -> tupl
         raise PlanError(f"pipeline layout {layout!r}: unknown letters {', '.join(unknown)}")
     found = sum(stage.count("t") for stage in stages)
     if found != num_layers:
-        raise PlanError(f"pipeline layout {layout!r} places {found} layers, the model has {num_layers}")
+        raise PlanError(f"pipeline layout {layout!r} places {found} of {num_layers} layers")
     joined = "".join(stages)
-    if joined.count("E") != 1 or joined.count("L") != 1:
-        raise PlanError(f"pipeline layout {layout!r} must hold one E and one L")
+    ends = joined[:1] + joined[-1:], joined.count("E"), joined.count("L")
+    if ends != ("EL", 1, 1):
+        raise PlanError(f"pipeline layout {layout!r} must begin with one E and end with one L")
+    if "t" in joined.partition("m")[2]:
+        raise PlanError(f"pipeline layout {layout!r} has decoder layers after an m")
     chunks = []
     position = 0
     for number, stage in enumerate(stages):
@@ -192,30 +206,22 @@ def _expand(layout: str) -> str:
         >>> _expand("Et*3|(tt|)*2L")
         'Ettt|tt|tt|L'
     """
-    text = layout.replace(",", "").replace(" ", "")
-    while "*" in text:
-        star = text.index("*")
-        end = star + 1
-        while end < len(text) and text[end].isdigit():
-            end += 1
-        if star == 0 or end == star + 1:
-            raise PlanError(f"pipeline layout {layout!r}: a * needs something before and a number after")
-        start = star - 1
-        unit = text[start]
-        if unit == ")":
-            start = text.rfind("(", 0, star)
-            if start < 0:
-                raise PlanError(f"pipeline layout {layout!r}: unbalanced parentheses")
-            unit = text[start + 1 : star - 1]
-        text = text[:start] + unit * int(text[star + 1 : end]) + text[end:]
+    text = layout.replace(",", "")
+    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):  # as upstream: one level, brackets first
+        text = re.sub(pattern, lambda found: found[1] * int(found[2]), text)
     return text
 
 
 def _spelled(layout: Any) -> str:
-    """Return a layout given as nested lists of stage names in letters."""
+    """Return a layout given as nested lists of stage names, or upstream's object, in letters."""
     letters = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
-    stages = layout if isinstance(layout, list | tuple) else getattr(layout, "layout", None)
+    # PipelineParallelLayerLayout keeps what it was made from; its own ``layout`` is by rank.
+    stages = getattr(layout, "input_data", layout)
+    if isinstance(stages, str):
+        return stages
     if not isinstance(stages, list | tuple):
         raise PlanError(f"cannot read the pipeline layout {layout!r} of the checkpoint's args")
-    names = [[str(getattr(entry, "name", entry)) for entry in stage] for stage in stages]
+    names = [
+        [str(getattr(entry, "name", entry)).strip().lower() for entry in stage] for stage in stages
+    ]
     return "|".join("".join(letters.get(name, name) for name in stage) for stage in names)

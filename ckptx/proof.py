@@ -1,8 +1,8 @@
 """The proof of a plan: made from metadata alone, before a byte moves.
 
-Three invariants. Every byte of every output file is written exactly once: the regions of a file tile
-it. Every byte of every source tensor is read, or belongs to something dropped by name. Every inexact
-step is listed.
+Three invariants. Every byte of every output file is written exactly once: the regions of a file
+tile it. Every byte of every source tensor is read, or belongs to something dropped by name. Every
+inexact step is listed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from ckptx.lazy import (
     is_widening,
     leaves,
 )
-from ckptx.plan import Crc32, FilePlan, SavePlan
+from ckptx.plan import Content, Crc32, FilePlan, SavePlan
 from ckptx.protocol import Begin, Dropped, End, SourceTensor
 
 _MAX_CELLS = 1 << 28
+_VIEWS = {Sliced: "slice", Permuted: "permute", Split: "split", Merged: "merge"}
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ class Proof:
     files: int = 0
     tensors: int = 0
     bytes_in: int = 0
-    """Bytes of source tensors that are read at least once."""
+    """Bytes of source tensors, shared bytes once; all are read or dropped."""
     bytes_out: int = 0
     sources: int = 0
     casts: dict[str, list[str]] = field(default_factory=dict)
@@ -60,7 +61,9 @@ class Proof:
     def inexact(self) -> dict[str, list[str]]:
         """The casts that can change a value."""
         return {
-            step: names for step, names in self.casts.items() if not is_widening(*step.split(" -> "))
+            step: names
+            for step, names in self.casts.items()
+            if not is_widening(*step.split(" -> "))
         }
 
 
@@ -68,8 +71,8 @@ def prove(plan: SavePlan, begin: Begin, end: End) -> Proof:
     """Check a plan against its source and return its totals.
 
     Raises:
-        PlanError: an output byte is written twice or not at all, a source byte would be lost, or the
-            plan holds no tensor.
+        PlanError: an output byte is written twice or not at all, a source byte would be lost, or
+            the plan holds no tensor.
     """
     proof = Proof(dropped=(*end.dropped, *plan.dropped), sources=len(begin.sources))
     used: list[Stored] = []
@@ -110,7 +113,7 @@ def _operations(tensor: LazyTensor) -> Iterator[str]:
             yield "replicated"
             yield from _operations(copies[0])
         case Sliced() | Permuted() | Split() | Merged():
-            yield {Sliced: "slice", Permuted: "permute", Split: "split", Merged: "merge"}[type(tensor)]
+            yield _VIEWS[type(tensor)]
             yield from _operations(tensor.base)
         case Filled():
             yield "fill"
@@ -128,31 +131,38 @@ def _check_path(file: FilePlan, paths: set[str]) -> None:
 def _check_tiling(file: FilePlan) -> None:
     position = 0
     for region in file.regions:
-        content = region.content
-        size = (
-            len(content)
-            if isinstance(content, bytes)
-            else 4
-            if isinstance(content, Crc32)
-            else content.nbytes
-        )
+        size = _size(file, region.content)
         if size != region.size:
             raise PlanError(
                 f"{file.path}: {region.name!r} holds {size} bytes, its region {region.size}"
             )
         if region.offset != position:
             raise PlanError(
-                f"{file.path}: {region.name!r} starts at byte {region.offset}, expected {position}: "
-                "every byte must be written exactly once"
+                f"{file.path}: {region.name!r} starts at byte {region.offset}, expected "
+                f"{position}: every byte must be written exactly once"
             )
         position += size
     if position != file.size:
         raise PlanError(f"{file.path}: regions end at byte {position}, the file at {file.size}")
 
 
+def _size(file: FilePlan, content: Content) -> int:
+    """Return the bytes that a region's content takes."""
+    match content:
+        case bytes():
+            return len(content)
+        case Crc32(region=number):
+            summed = file.regions[number].content if 0 <= number < len(file.regions) else None
+            if not isinstance(summed, LazyTensor):
+                raise PlanError(f"{file.path}: a checksum of region {number}, which is no tensor")
+            return 4
+        case _:
+            return content.nbytes
+
+
 def _account(name: str, tensor: LazyTensor, proof: Proof) -> Iterator[Stored]:
     """Yield the stored leaves of an output tensor; count its casts, fills and replicas."""
-    if isinstance(tensor, Stored):
+    if isinstance(tensor, Stored) and 0 not in tensor.strides:
         yield tensor
         return
     for step in operations(tensor):
@@ -174,7 +184,7 @@ def _account(name: str, tensor: LazyTensor, proof: Proof) -> Iterator[Stored]:
 def _replicas(tensor: LazyTensor) -> int:
     match tensor:
         case Replicated(copies=copies):
-            return len(copies) - 1
+            return len(copies) - 1 + sum(map(_replicas, copies))
         case Tiled(tiles=tiles):
             return sum(_replicas(part) for _, part in tiles)
         case Cast() | Sliced() | Permuted() | Split() | Merged():
@@ -184,7 +194,7 @@ def _replicas(tensor: LazyTensor) -> int:
 
 @dataclass(slots=True)
 class _Runs:
-    """The bytes of a stored tensor: ``run`` bytes at every step of the nested ``(count, stride)``."""
+    """The bytes of a stored tensor: ``run`` bytes at every step of nested ``(count, stride)``."""
 
     start: int
     run: int
@@ -219,11 +229,11 @@ def _check_sources(begin: Begin, used: Iterable[Stored]) -> int:
         if not leaf.numel:
             continue
         if span is None or span.file != leaf.file or runs.stop > span.stop:
-            raise PlanError(
-                f"{begin.files[leaf.file]}: bytes {runs.start} to {runs.stop} are read, but no source "
-                "tensor lies there: the loader did not declare it"
-            )
+            raise _undeclared(begin, leaf.file, runs)
         span.used.append(runs)
+    for span in spans:
+        if any(runs.steps for _, runs in span.sources):
+            _check_declared(begin, span)
     lost = [name for span in spans for name in _lost(span)]
     if lost:
         raise PlanError(
@@ -231,6 +241,24 @@ def _check_sources(begin: Begin, used: Iterable[Stored]) -> int:
             f"{listing(lost)}"
         )
     return sum(_volume(span) for span in spans)
+
+
+def _undeclared(begin: Begin, file: int, runs: _Runs) -> PlanError:
+    return PlanError(
+        f"{begin.files[file]}: bytes {runs.start} to {runs.stop} are read, but no source tensor "
+        "lies there: the loader did not declare it"
+    )
+
+
+def _check_declared(begin: Begin, span: _Span) -> None:
+    """Check that nothing is read from between the runs of strided source tensors."""
+    sources = [runs for _, runs in span.sources]
+    if all(runs in sources for runs in span.used):
+        return
+    cells, unit = _paint(span, sources), _unit(span)
+    for runs in span.used:
+        if not _cells(cells, span, runs, unit).all():
+            raise _undeclared(begin, span.file, runs)
 
 
 @dataclass(slots=True)

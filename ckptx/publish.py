@@ -164,7 +164,9 @@ class Target:
         if path.is_dir() and self.plan.single_file:
             raise PlanError(f"{path}: is a directory; name the file to write")
         if not self.overwrite:
-            raise PlanError(f"{path}: exists; choose another target, or replace it with --overwrite")
+            raise PlanError(
+                f"{path}: exists; choose another target, or replace it with --overwrite"
+            )
         if path.is_file() and not self.plan.single_file:
             raise PlanError(f"{path}: is a file, and the target is a directory; choose another")
         if path.is_dir():

@@ -1,8 +1,8 @@
 """Read lazy tensors: gather boxes of them from files into buffers.
 
-A `Gather` first collects every rectangle that a batch of requests needs and reads them afterwards, so
-that requests which lie in each other's gaps share one read. That is what makes row-parallel weights
-fast: the columns of eight tensor-parallel ranks are eight strided views of the same bytes.
+A `Gather` first collects every rectangle that a batch of requests needs and reads them afterwards,
+so that requests which lie in each other's gaps share one read. That is what makes row-parallel
+weights fast: the columns of eight tensor-parallel ranks are eight strided views of the same bytes.
 
     a run of bytes here and there      read straight into place
     everything else                    read the covering window once, copy out of it
@@ -45,7 +45,7 @@ _DIRECT_RUN = 64 << 10  # bytes from which a run is worth a system call of its o
 _GAP = 64 << 10  # bytes of gap that are cheaper to read over than to skip
 _MAX_OPEN = 256
 
-_UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
+_UNSIGNED: dict[int, np.dtype[Any]] = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
@@ -76,12 +76,14 @@ class Files:
                 count = os.preadv(descriptor, [buffer[done:]], offset + done)
                 if count == 0:
                     raise ConversionError(
-                        f"{self.paths[file]}: ends at byte {offset + done}, expected data up to byte "
-                        f"{offset + len(buffer)}; the file was cut or changed while it was read"
+                        f"{self.paths[file]}: ends at byte {offset + done}, expected data up to "
+                        f"byte {offset + len(buffer)}; the file was cut or changed while it was read"
                     )
                 done += count
         except OSError as error:
-            raise ConversionError(f"{self.paths[file]}: cannot be read: {error.strerror}") from error
+            raise ConversionError(
+                f"{self.paths[file]}: cannot be read: {error.strerror}"
+            ) from error
         finally:
             self._release(file)
 
@@ -169,9 +171,7 @@ class Gather:
             match leaf:
                 case Stored():
                     source = tuple(stride * itemsize for stride in leaf.strides)
-                    self._requests.append(
-                        _request(leaf, source, strides, offset, itemsize, buffer)
-                    )
+                    self._requests.append(_request(leaf, source, strides, offset, itemsize, buffer))
                 case Filled():
                     view = _view(buffer, leaf.shape, strides, offset, numpy_dtype(leaf.dtype))
                     view[...] = leaf.value
@@ -180,8 +180,10 @@ class Gather:
 
     def run(self) -> None:
         """Read everything that was asked for; the buffers are then complete."""
+        requests, self._requests = self._requests, []
+        steps, self._after = self._after, []
         windows = []
-        for request in self._requests:
+        for request in requests:
             if not request.counts:
                 self._read_run(request)
             elif request.run >= _DIRECT_RUN:
@@ -190,14 +192,10 @@ class Gather:
                 windows.extend(_bounded(request))
         windows.sort(key=lambda request: (request.file, request.offset))
         self._read_windows(windows)
-        for step in reversed(self._after):
+        for step in steps:  # a cast of a cast comes after it
             step()
-        self._requests.clear()
-        self._after.clear()
 
-    def _add_cast(
-        self, leaf: Cast, strides: Shape, offset: int, buffer: NDArray[np.uint8]
-    ) -> None:
+    def _add_cast(self, leaf: Cast, strides: Shape, offset: int, buffer: NDArray[np.uint8]) -> None:
         base = leaf.base
         held = np.empty(base.nbytes, np.uint8)
         self.add_box(base, tuple((0, n) for n in base.shape), held)
@@ -205,18 +203,20 @@ class Gather:
 
         def convert() -> None:
             values = held.view(numpy_dtype(base.dtype)).reshape(base.shape)
-            with np.errstate(over="ignore", invalid="ignore"):
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                if (base.dtype, leaf.dtype) == ("float64", "float16"):
+                    values = values.astype(np.float32)  # torch rounds twice
                 target[...] = values.astype(target.dtype)
 
         self._after.append(convert)
 
     def _read_run(self, request: _Request) -> None:
         start = request.target
-        memory = memoryview(request.buffer)[start : start + request.run]
+        memory = request.buffer.data[start : start + request.run]
         self.files.read_into(request.file, request.offset, memory)
 
     def _read_runs(self, request: _Request) -> None:
-        memory = memoryview(request.buffer)
+        memory = request.buffer.data
         for index in np.ndindex(*request.counts):
             source = request.offset + sum(map(int.__mul__, index, request.strides))
             start = request.target + sum(map(int.__mul__, index, request.target_strides))

@@ -1,8 +1,8 @@
 """Compare the copies that a source holds of one tensor.
 
-Norms lie in every tensor-parallel rank, tied embeddings in two pipeline stages. One copy is read; that
-the others equal it is checked here, before anything is copied, because ranks of different runs mixed
-in one directory are a common accident.
+Norms lie in every tensor-parallel rank, tied embeddings in two pipeline stages. One copy is read;
+that the others equal it is checked here, before anything is copied, because ranks of different runs
+mixed in one directory are a common accident.
 """
 
 from __future__ import annotations
@@ -13,7 +13,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from ckptx.errors import ConversionError, PlanError
-from ckptx.lazy import ITEMSIZE, Cast, LazyTensor, Merged, Permuted, Replicated, Sliced, Split, Tiled
+from ckptx.lazy import (
+    ITEMSIZE,
+    Cast,
+    LazyTensor,
+    Merged,
+    Permuted,
+    Replicated,
+    Sliced,
+    Split,
+    Tiled,
+)
 from ckptx.plan import SavePlan
 from ckptx.reader import Files, Gather
 
@@ -31,14 +41,14 @@ def check_replicas(plan: SavePlan, files: Files, mode: str = "sample") -> int:
     """
     if mode not in MODES:
         raise PlanError(f"unknown replica check {mode!r}; known: {', '.join(MODES)}")
+    if mode == "none":
+        return 0
     found: dict[Replicated, str] = {}
     for file in plan.files:
         for region in file.regions:
             if isinstance(region.content, LazyTensor):
                 for node in _replicated(region.content):
                     found.setdefault(node, region.name)
-    if mode == "none":
-        return 0
     gather = Gather(files)
     for node, name in found.items():
         for start, stop in _ranges(node, mode):
@@ -48,8 +58,10 @@ def check_replicas(plan: SavePlan, files: Files, mode: str = "sample") -> int:
 
 def _replicated(tensor: LazyTensor) -> Iterator[Replicated]:
     match tensor:
-        case Replicated():
+        case Replicated(copies=copies):
             yield tensor
+            for copy in copies:
+                yield from _replicated(copy)
         case Tiled(tiles=tiles):
             for _, part in tiles:
                 yield from _replicated(part)
@@ -80,6 +92,6 @@ def _compare(node: Replicated, name: str, start: int, stop: int, gather: Gather)
             first = int(np.flatnonzero(buffers[0] != buffer)[0]) // ITEMSIZE[node.dtype]
             raise ConversionError(
                 f"{name!r}: copy {number} of {len(node.copies)} differs from copy 0 at element "
-                f"{start + first}; the rank files are not of one checkpoint. Find the right files, or "
-                "pass --check-replicas none to take copy 0"
+                f"{start + first}; the rank files are not of one checkpoint. Find the right files, "
+                "or pass --check-replicas none to take copy 0"
             )

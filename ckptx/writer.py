@@ -5,9 +5,9 @@ their source begins, batched, and each batch is gathered, hashed and written by 
 
     sources ──preadv──> staging ──hash──> pwrite ──> files ──sync──> disk
 
-Source order matters: eight row-parallel ranks take eight stripes of the same bytes, and reading them
-once is several times faster than following the output files. Leaf digests make the digest of a tensor
-independent of threads and order.
+Source order matters: eight row-parallel ranks take eight stripes of the same bytes, and reading
+them once is several times faster than following the output files. Leaf digests make the digest of a
+tensor independent of threads and order.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class _Leaf:
     @property
     def tensor(self) -> LazyTensor:
         content = self.output.plan.regions[self.region].content
-        assert isinstance(content, LazyTensor)  # noqa: S101 - leaves are made from tensors only
+        assert isinstance(content, LazyTensor)
         return content
 
 
@@ -151,31 +151,25 @@ class _Executor:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._targets = _Targets()
+        self._syncs: list[Future[None]] = []
 
     def run(self) -> None:
         leaves = [leaf for output in self.outputs for leaf in _leaves(output)]
         leaves.sort(key=lambda leaf: leaf.source)
-        with ThreadPoolExecutor(self.threads) as pool, ThreadPoolExecutor(1) as syncer:
-            self._syncer = syncer
-            self._syncs: list[Future[None]] = []
-            for output in self.outputs:
-                if not output.left:
-                    self._finish(output)
-            moves = [pool.submit(self._move, batch) for batch in _batches(leaves)]
-            try:
-                self._wait(moves)
-                self._wait(self._syncs)
-            finally:
-                self._stop.set()
-                self._targets.close()
-
-    def _wait(self, futures: list[Future[None]]) -> None:
-        done, pending = wait(futures, return_when=FIRST_EXCEPTION)
-        self._stop.set() if pending else None
-        for future in pending:
-            future.cancel()
-        for future in done:
-            future.result()
+        try:
+            with ThreadPoolExecutor(self.threads) as pool, ThreadPoolExecutor(1) as syncer:
+                self._syncer = syncer
+                try:
+                    for output in self.outputs:
+                        if not output.left:
+                            self._finish(output)
+                    _wait([pool.submit(self._move, batch) for batch in _batches(leaves)])
+                    _wait(self._syncs)
+                finally:
+                    self._stop.set()  # batches that are still queued end at once
+        finally:
+            # Not before the threads ended: a number that was closed may soon be another file.
+            self._targets.close()
 
     def _move(self, batch: list[_Leaf]) -> None:
         if self._stop.is_set():
@@ -186,7 +180,7 @@ class _Executor:
         for leaf in batch:
             buffer = staging[position : position + leaf.size]
             gather.add_range(leaf.tensor, leaf.start, leaf.stop, buffer)
-            held.append((leaf, memoryview(buffer)))
+            held.append((leaf, buffer.data))
             position += -(-leaf.size // 64) * 64  # keep every leaf aligned
         gather.run()
         for leaf, data in held:
@@ -221,6 +215,15 @@ class _Executor:
         self._syncs.append(self._syncer.submit(self._targets.sync, output.path))
 
 
+def _wait(futures: Sequence[Future[None]]) -> None:
+    """Wait for all futures; at the first exception cancel what has not begun, and raise it."""
+    done, pending = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in pending:
+        future.cancel()
+    for future in done:
+        future.result()
+
+
 class _Targets:
     """Output files, opened on demand; the descriptors are capped."""
 
@@ -235,6 +238,9 @@ class _Targets:
         try:
             _write_all(descriptor, offset, data)
             _start_writeback(descriptor, offset, len(data))
+        except OSError as error:
+            error.filename = os.fspath(path)
+            raise
         finally:
             self._release(path)
 
@@ -243,6 +249,9 @@ class _Targets:
         descriptor = self._acquire(path)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            error.filename = os.fspath(path)
+            raise
         finally:
             self._release(path)
             self._close(path)
@@ -290,6 +299,9 @@ def _create(plan: FilePlan, directory: Path, progress: Callable[[int], None]) ->
             if isinstance(region.content, bytes):
                 _write_all(descriptor, region.offset, region.content)
                 progress(region.size)
+    except OSError as error:
+        error.filename = os.fspath(path)
+        raise
     finally:
         os.close(descriptor)
     tensors = {
@@ -381,7 +393,7 @@ def _load_sync_file_range() -> Callable[..., int] | None:
     except (OSError, AttributeError):
         return None
     function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 _sync_file_range = _load_sync_file_range()
@@ -414,14 +426,14 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _states(files: Sequence[str]) -> dict[str, tuple[int, int]]:
-    states = {}
+def _states(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    states: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
             status = os.stat(path)  # noqa: PTH116 - /proc paths of the spool included
         except OSError as error:
             raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
-        states[path] = (status.st_size, status.st_mtime_ns)
+        states[path] = (status.st_ino, status.st_size, status.st_mtime_ns)
     return states
 
 

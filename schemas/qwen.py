@@ -13,14 +13,14 @@ from functools import partial
 from ckptx.hookspecs import hookimpl
 from ckptx.schema import Family, Layout
 from ckptx.schemas.blocks import hf_decoder
-from ckptx.schemas.core import MCORE_GPT
+from ckptx.schemas.core import MCORE_GPT, MCORE_GPT_LOCAL
 from ckptx.schemas.hf import config_from_spec, spec_from_config
 
 QWEN2 = Family(
     name="qwen2",
     architectures=("Qwen2ForCausalLM",),
     model_types=("qwen2",),
-    layouts={"hf": Layout("hf/qwen2", hf_decoder()), "mcore": MCORE_GPT},
+    layouts={"hf": Layout("hf/qwen2", hf_decoder()), "mcore": MCORE_GPT, "mcore-local": MCORE_GPT_LOCAL},
     from_config=partial(spec_from_config, family="qwen2"),
     to_config=config_from_spec,
 )
@@ -29,7 +29,7 @@ QWEN3 = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
     model_types=("qwen3",),
-    layouts={"hf": Layout("hf/qwen3", hf_decoder()), "mcore": MCORE_GPT},
+    layouts={"hf": Layout("hf/qwen3", hf_decoder()), "mcore": MCORE_GPT, "mcore-local": MCORE_GPT_LOCAL},
     from_config=partial(spec_from_config, family="qwen3"),
     to_config=config_from_spec,
 )

@@ -38,13 +38,14 @@ class StubClass(FrozenClass):
         enum_like = len(args) == 1 and not kwargs and type(args[0]) in (int, str)
         if enum_like and cls.module.partition(".")[0] not in _CALLABLE_WITH_ONE_VALUE:
             return EnumValue(cls.module, cls.name, args[0])
-        return cls.__new__(cls, *args, **kwargs)
+        kind: Any = cls
+        return kind.__new__(kind, *args, **kwargs)
 
     def __repr__(cls) -> str:
         return f"<stub of {cls.module}.{cls.name}>"
 
 
-# Packages whose classes take one plain argument without being enums: torch.device("cpu"), Path("a").
+# Their classes take one plain argument without being enums: torch.device("cpu"), Path("a").
 _CALLABLE_WITH_ONE_VALUE = frozenset({"torch", "numpy", "pathlib", "datetime", "uuid", "_io"})
 
 
@@ -69,6 +70,7 @@ class Record(metaclass=StubClass):
     pairs: list[tuple[Any, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Record:
+        """Stand for NEWOBJ, which makes an object without initialising it."""
         record = object.__new__(cls)
         record.args = args
         record.kwargs = kwargs
@@ -119,10 +121,11 @@ def _restored(
 @lru_cache(maxsize=65536)
 def stub(module: str, name: str) -> type[Record]:
     """Return the stand-in class of a global; one class per global."""
-    return StubClass(name, (Record,), {"__slots__": (), "module": module, "name": name})
+    made: Any = StubClass(name, (Record,), {"__slots__": (), "module": module, "name": name})
+    return made  # type: ignore[no-any-return]  # a class by its metaclass
 
 
-copyreg.pickle(StubClass, lambda cls: (stub, (cls.module, cls.name)))  # type: ignore[arg-type, return-value]  # typeshed knows no metaclass reducers
+copyreg.pickle(StubClass, lambda cls: (stub, (cls.module, cls.name)))
 
 
 class Namespace(argparse.Namespace, metaclass=FrozenClass):

@@ -8,10 +8,9 @@ memoised by value, and nothing depends on object identity.
 from __future__ import annotations
 
 import argparse
-import math
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ckptx.containers.pickle_values import (
@@ -49,8 +48,8 @@ def dumps(value: Any, tensor: Callable[[LazyTensor], TensorRecord] | None = None
     """Return the pickle of a value.
 
     Args:
-        value: None, bool, int, float, str, bytes, list, tuple, dict, OrderedDict, set, Namespace and
-            the types of `ckptx.containers.pickle_values`, nested at will.
+        value: None, bool, int, float, str, bytes, list, tuple, dict, OrderedDict, set, Namespace
+            and the types of `ckptx.containers.pickle_values`, nested at will.
         tensor: gives lazy tensors their storage; called for every occurrence, in order.
 
     Raises:
@@ -141,11 +140,13 @@ class _Writer:
     def _int(self, value: int) -> None:
         self._write(_int_opcode(value))
 
-    def _list(self, value: Iterable[Any]) -> None:
-        self._write(b"](")
-        for item in value:
-            self.emit(item)
-        self._write(b"e")
+    def _list(self, value: Sequence[Any]) -> None:
+        self._write(b"]")
+        if value:
+            self._write(b"(")
+            for item in value:
+                self.emit(item)
+            self._write(b"e")
 
     def _tuple(self, value: tuple[Any, ...]) -> None:
         if len(value) > 3:
@@ -243,6 +244,5 @@ def _int_opcode(value: int) -> bytes:
 
 
 def _set_order(value: Any) -> tuple[str, Any]:
-    if isinstance(value, float) and math.isnan(value):
-        return "float", -math.inf
+    """Sort the members of a set, whose own order depends on the hash seed."""
     return type(value).__name__, value

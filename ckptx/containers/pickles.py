@@ -1,8 +1,8 @@
 """Read pickles without running them: no import, no foreign call, no unbounded allocation.
 
 `loads` first walks the opcodes (`_scan`), then lets the C unpickler build plain values, with every
-global resolved by a table to a stand-in of `ckptx.containers.pickle_values`. What the scan refuses is
-what no pickler of protocol 2 to 5 writes and what lets a few bytes cost gigabytes: text opcodes,
+global resolved by a table to a stand-in of `ckptx.containers.pickle_values`. The scan refuses what
+no pickler of protocol 2 to 5 writes and what lets a few bytes cost gigabytes: text opcodes,
 extension codes, memo indices far beyond the pickle's size.
 
 What is left: a pickle of N bytes builds at most some 100 N bytes of objects, and a hostile chain of
@@ -46,8 +46,20 @@ KNOWN_PREFIXES = (
 
 KNOWN_GLOBALS = frozenset(
     {
-        *("_io.BytesIO", "io.BytesIO", "signal.Signals", "uuid.UUID", "enum.Enum", "decimal.Decimal"),
-        *("collections.defaultdict", "collections.Counter", "collections.deque", "functools.partial"),
+        *(
+            "_io.BytesIO",
+            "io.BytesIO",
+            "signal.Signals",
+            "uuid.UUID",
+            "enum.Enum",
+            "decimal.Decimal",
+        ),
+        *(
+            "collections.defaultdict",
+            "collections.Counter",
+            "collections.deque",
+            "functools.partial",
+        ),
         *("pathlib.PosixPath", "pathlib.Path", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
         *("pathlib._local.PosixPath", "pathlib._local.Path", "fractions.Fraction"),
         *("datetime.datetime", "datetime.date", "datetime.timedelta", "datetime.timezone"),
@@ -84,9 +96,7 @@ class _Function(metaclass=FrozenClass):
         raise TypeError(f"a pickle tried to set {name!r} of a function")
 
 
-def loads(
-    data: bytes, *, file: str, allow: Sequence[str] = (), limit: int = MAX_PICKLE
-) -> Any:
+def loads(data: bytes, *, file: str, allow: Sequence[str] = (), limit: int = MAX_PICKLE) -> Any:
     """Return the object of a pickle, with stand-ins for whatever is foreign.
 
     Args:
@@ -144,14 +154,16 @@ class _Unpickler(pickle.Unpickler):
         ):
             return stub(module, name)
         raise FormatError(
-            f"{self._file}: the pickle holds an object of {full!r}, which is not on the allow-list; "
+            f"{self._file}: the pickle holds {full!r}, which is not on the allow-list; "
             f"pass allow={full!r} to read it as an inert record"
         )
 
     def persistent_load(self, pid: Any) -> StorageRef:
         """Return the storage of torch's ``("storage", class, key, device, numel)``."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise FormatError(f"{self._file}: a persistent id is not torch's ('storage', ...) tuple")
+            raise FormatError(
+                f"{self._file}: a persistent id is not torch's ('storage', ...) tuple"
+            )
         kind, key, numel = pid[1], pid[2], pid[4]
         if not isinstance(kind, _StorageClass) or type(key) is not str or type(numel) is not int:
             raise FormatError(f"{self._file}: a storage reference is malformed")
@@ -280,7 +292,8 @@ def _reconstructed(cls: Any, _base: Any, _state: Any) -> Any:
     """Stand for ``copyreg._reconstructor``: objects of protocols 0 and 1."""
     if not isinstance(cls, FrozenClass):
         raise TypeError("reconstruction of something that is no foreign class")
-    return cls.__new__(cls)
+    kind: Any = cls
+    return kind.__new__(kind)
 
 
 _TABLE: dict[str, Any] = {
@@ -353,4 +366,6 @@ def _scan(data: bytes, file: str) -> None:
         start = position + 1 + width
         position = start + int.from_bytes(data[position + 1 : start], "little")
         if position > len(data):
-            raise FormatError(f"{file}: a string runs beyond the end of the pickle; it is truncated")
+            raise FormatError(
+                f"{file}: a string runs beyond the end of the pickle; it is truncated"
+            )

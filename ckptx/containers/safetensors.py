@@ -3,11 +3,11 @@
     | u64 N | N bytes of JSON, padded with spaces | data: tensor, tensor, ... |
     0       8                                     8 + N                       file size
 
-The header maps names to ``{"dtype": "BF16", "shape": [..], "data_offsets": [begin, end]}``, offsets in
-bytes from the start of the data; ``__metadata__`` maps strings to strings.
+The header maps names to ``{"dtype": "BF16", "shape": [..], "data_offsets": [begin, end]}``, offsets
+in bytes from the start of the data; ``__metadata__`` maps strings to strings.
 
-Source: safetensors:safetensors/src/tensor.rs@v0.6.2. The checks are those of its `Metadata::validate`,
-and duplicate names, which it leaves to the JSON parser.
+Source: safetensors:safetensors/src/tensor.rs@v0.8.0. The checks are those of `Metadata::validate`
+there, and duplicate names, which it leaves to the JSON parser.
 """
 
 from __future__ import annotations

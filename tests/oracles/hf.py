@@ -1,4 +1,4 @@
-"""Tiny transformers checkpoints with healthy random weights, their logits, and their megatron model.
+"""Tiny transformers checkpoints with random weights, their logits, and their megatron model.
 
 `mcore_model` is written from the two libraries' meanings of the numbers, by hand.
 """
@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,7 +54,8 @@ def llama3_rope(
     """Write a Llama 3.1 checkpoint: scaled rope with theta 500000.
 
     Megatron hard-codes the low and high frequency factors 1 and 4 and the original length 8192, so
-    these are used here; the frequencies they change exist at any head size, theta being that large.
+    only wavelengths above 2048 positions change: give `logits` 512 tokens or more, or a wrong
+    factor hides (5e-5 at 16 tokens, 2e-4 at 64).
     """
     rope = {
         "rope_type": "llama3",
@@ -128,6 +130,15 @@ def logits(directory: Path, tokens: object) -> torch.Tensor:
     ).eval()
     with torch.no_grad():
         return model(torch.as_tensor(tokens)).logits
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a checkpoint under their names in the files, read by safetensors."""
+    return {
+        name: tensor
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def config(directory: Path) -> PreTrainedConfig:

@@ -91,8 +91,9 @@ def write(
     """Write a checkpoint with random weights into ``directory`` and return the model's logits.
 
     ``directory`` becomes what megatron's ``--save`` is: it receives the tracker file and
-    ``iter_0000010`` or ``release``. ``args`` is added to, or replaces fields of, the args namespace;
-    ``args_names`` chooses between layernorm_epsilon (core 0.16) and norm_epsilon (up to 0.15).
+    ``iter_0000010`` or ``release``. ``args`` is added to the args namespace or replaces
+    its fields; ``args_names`` chooses between layernorm_epsilon (core 0.16) and norm_epsilon
+    (up to 0.15).
     ``content_metadata`` steers sharded_state_dict, e.g. ``{"singleton_local_shards": True}``.
 
     Returns:
@@ -127,15 +128,18 @@ def read(
     *,
     format: Format = "torch_dist",
     weights_only: bool = True,
+    strict: bool = True,
     timeout: float = 120.0,
 ) -> torch.Tensor:
     """Load a checkpoint the way megatron does at its default strictness; return the logits.
 
-    torch_dist: dist_checkpointing.load with every argument at its default, then
-    ``load_state_dict(strict=True)``. torch: each rank unpickles its own file, then the same;
-    ``weights_only`` under megatron's safe globals is what megatron does since core 0.14, False what
-    it did before (torch format only; torch_dist's common.pt has no choice). Every parameter is NaN before, so one that is not loaded shows. With ``model``
-    None the model is built from the checkpoint's own args, as with ``--use-checkpoint-args``.
+    torch_dist: dist_checkpointing.load with every argument at its default. torch: each rank
+    unpickles its own file; with ``weights_only`` under megatron's safe globals, as megatron does
+    since core 0.14, or without, as before (common.pt of torch_dist has no choice). Then
+    ``load_state_dict``; ``strict=False`` forgives absent ``_extra_state`` and nothing else, as
+    megatron.training does in the end. Every parameter is NaN before, so one that is not loaded
+    shows. With ``model`` None the model is built from the checkpoint's own args, as with
+    ``--use-checkpoint-args``.
 
     Returns:
         Float32 logits [batch, sequence, padded vocabulary].
@@ -150,7 +154,7 @@ def read(
         layout,
         model,
         _tokens(tokens),
-        {"weights_only": weights_only},
+        {"weights_only": weights_only, "strict": strict},
         timeout,
     )
     return torch.from_numpy(_ask(request))

@@ -181,11 +181,11 @@ _MLA_ONLY = frozenset(
 )
 
 
-def _first_of(args: object, *names: str, default: object = None) -> Any:
+def _first_of(args: Any, *names: str, default: object = None) -> Any:
     return next((getattr(args, name) for name in names if hasattr(args, name)), default)
 
 
-def model_from_args(args: object) -> Model:
+def model_from_args(args: Any) -> Model:
     """Return the model that megatron's pretrain_gpt builds from these args.
 
     Facts of megatron/training/arguments.py core_transformer_config_from_args and gpt_builders.py at
@@ -209,7 +209,7 @@ def model_from_args(args: object) -> Model:
     )
     config["num_moe_experts"] = _first_of(args, "num_experts")
     config["num_query_groups"] = (
-        getattr(args, "num_query_groups") if _first_of(args, "group_query_attention") else None  # noqa: B009 - must exist here
+        args.num_query_groups if _first_of(args, "group_query_attention") else None
     )
     chosen = [name for name in _ACTIVATIONS if _first_of(args, name)]
     if chosen:
@@ -220,8 +220,8 @@ def model_from_args(args: object) -> Model:
     elif _first_of(args, "bias_gelu_fusion"):  # the fused kernel is the tanh form
         config["activation_func"] = "gelu_tanh"
     gpt = {
-        "vocab_size": getattr(args, "padded_vocab_size"),  # noqa: B009 - absent is an error
-        "max_sequence_length": getattr(args, "max_position_embeddings"),  # noqa: B009 - absent is an error
+        "vocab_size": args.padded_vocab_size,
+        "max_sequence_length": args.max_position_embeddings,
         "share_embeddings_and_output_weights": not _first_of(
             args, "untie_embeddings_and_output_weights", default=False
         ),

@@ -369,7 +369,14 @@ def _load(request: Request, chunks: list[GPTModel]) -> None:
         loaded = dist_checkpointing.load(_sharded(chunks, metadata), str(directory))
     for index, chunk in enumerate(chunks):
         key = "model" if len(chunks) == 1 else f"model{index}"
-        chunk.load_state_dict(loaded[key], strict=True)
+        result = chunk.load_state_dict(loaded[key], strict=request.options["strict"])
+        wrong = [
+            name
+            for name in [*result.missing_keys, *result.unexpected_keys]
+            if not name.endswith("_extra_state")
+        ]
+        if wrong:
+            raise KeyError(f"{key}: missing or unexpected {wrong}")
 
 
 def _common(request: Request) -> dict[str, Any]:

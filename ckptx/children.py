@@ -1,0 +1,174 @@
+"""The two processes of a conversion, seen from inside.
+
+The loader's process turns messages into bytes and puts them on the queue; the saver's takes them off,
+plans, proves, asks the parent for a place to write, and writes. Pickling is done here, not by the
+queue: its own thread would only print what it cannot pickle, and the other side would wait for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ckptx import manager
+from ckptx.errors import PluginError
+from ckptx.job import Job
+from ckptx.protocol import Begin, End, Message, Tensors
+from ckptx.publish import manifest_path, outline, write_durable
+from ckptx.report import Facts
+from ckptx.spool import Spool
+from ckptx.supervision import Failure, Line, settle_child
+
+if TYPE_CHECKING:
+    from ckptx.compat import ModuleSaver
+
+Bytes: TypeAlias = "Queue[bytes]"
+
+
+def main(
+    role: str, job: Job, queue: Bytes, connection: Connection, parent: int, level: int, spool: str
+) -> None:
+    """Run one child process; its only results are what it sends to its parent."""
+    line = Line(connection)
+    settle_child(parent, line, level)
+    run: Callable[[Job, Bytes, Line, str], Any] = run_loader if role == "loader" else run_saver
+    try:
+        result = run(job, queue, line, spool)
+        line.send("done", result)
+    # Whatever a plugin raises, exit() included, is for the parent to report.
+    except BaseException as error:
+        queue.cancel_join_thread()
+        line.send("failed", Failure.of(error, f"{role} {getattr(job, role)!r}"))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # threads and exit handlers of a failed plugin have nothing left to add
+
+
+def run_loader(job: Job, queue: Bytes, line: Line, spool_path: str) -> None:
+    """Send the messages of the loader."""
+    loader = manager.loader(job.loader, job.megatron_path)
+    spool = Spool(spool_path)
+    options = job.options(job.loader_options, spool=spool)
+    for message in checked(loader.load(job.source, options), job.loader):
+        try:
+            content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        # pickle has no exception of its own for most of what cannot be pickled
+        except Exception as error:
+            raise PluginError(
+                f"loader {job.loader!r} sent a message that cannot travel between processes "
+                f"({_title(message)}): {type(error).__name__}: {error}"
+            ) from error
+        queue.put(content)
+    spool.close()
+    queue.close()
+    queue.join_thread()
+
+
+def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> tuple[Facts, str]:
+    """Plan, prove and write what the loader sends; return the facts and the digest."""
+    saver = manager.saver(job.saver, job.megatron_path)
+    stream = Stream(_received(queue))
+    if hasattr(saver, "write_directly"):
+        return _write_directly(saver, job, stream, line, spool_path), ""
+    from ckptx import manifest, proof, writer
+
+    plan = saver.plan(iter(stream), job.options(job.saver_options))
+    begin, end = stream.finish(job.saver)
+    proved = proof.prove(plan, begin, end)
+    staging = Path(line.ask("planned", outline(plan)))
+    written = writer.execute(plan, begin.files, staging, write_options(job), line.advance)
+    line.flush()
+    content, digest = manifest.build(plan, begin, written.digests, versions(job), spool_path)
+    write_durable(staging / manifest_path(plan), content)
+    return Facts.of(begin, end, plan, proved), digest
+
+
+def _write_directly(
+    saver: ModuleSaver, job: Job, stream: Stream, line: Line, spool_path: str
+) -> Facts:
+    from ckptx.publish import sync_tree
+
+    messages = iter(stream)
+    plan = saver.outline(job)
+    staging = Path(line.ask("planned", plan))
+    facts = saver.write_directly(
+        messages, job.options(job.saver_options, staging=staging), line.advance
+    )
+    stream.finish(job.saver)
+    line.flush()
+    sync_tree(staging)
+    return facts
+
+
+def write_options(job: Job) -> Any:
+    """Return the writer's options of a job."""
+    from ckptx.writer import WriteOptions
+
+    return WriteOptions(job.threads, job.max_memory, job.digest, job.check_replicas)
+
+
+def versions(job: Job) -> dict[str, str]:
+    """Return the versions of everything that shapes the output."""
+    from ckptx import __version__
+
+    chosen = manager.versions(("loader", job.loader), ("saver", job.saver))
+    return {**chosen, "ckptx": __version__}
+
+
+def checked(messages: Iterable[Message], name: str) -> Iterator[Message]:
+    """Yield the messages of loader ``name`` if they are one `Begin`, `Tensors`, and one `End`."""
+    last: Message | None = None
+    for message in messages:
+        first = last is None
+        known = isinstance(message, Begin if first else (Tensors, End))
+        if not known or isinstance(last, End):
+            expected = (
+                "nothing" if isinstance(last, End) else "Begin" if first else "Tensors or End"
+            )
+            raise PluginError(f"loader {name!r} sent {_title(message)}, expected {expected}")
+        last = message
+        yield message
+    if not isinstance(last, End):
+        raise PluginError(f"loader {name!r} ended without sending End")
+
+
+class Stream:
+    """The messages on their way to a saver; remembers the first and the last."""
+
+    def __init__(self, messages: Iterator[Message]) -> None:
+        self._messages = messages
+        self._begin: Begin | None = None
+        self._end: End | None = None
+
+    def __iter__(self) -> Iterator[Message]:
+        for message in self._messages:
+            if isinstance(message, Begin):
+                self._begin = message
+            elif isinstance(message, End):
+                self._end = message
+            yield message
+
+    def finish(self, saver: str) -> tuple[Begin, End]:
+        """Return the first and last message, once the saver has read them all."""
+        if self._begin is None or self._end is None:
+            raise PluginError(f"saver {saver!r} returned before it had read all messages")
+        return self._begin, self._end
+
+
+def _received(queue: Bytes) -> Iterator[Message]:
+    while True:
+        message: Message = pickle.loads(queue.get())
+        yield message
+        if isinstance(message, End):
+            return
+
+
+def _title(message: object) -> str:
+    name = getattr(message, "name", "")
+    return f"{type(message).__name__} {name!r}" if name else type(message).__name__

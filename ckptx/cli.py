@@ -1,0 +1,85 @@
+"""The command line: ``ckptx``, and ``convert.py`` with Megatron's own option names.
+
+Every error is one line on stderr that starts with ``error:``. Exit codes: 0 done, 1 failed (or, for
+``verify``, different), 2 wrong usage, 128 + n stopped by signal n.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+import click
+
+from ckptx import __version__
+from ckptx.commands import conversion, show
+from ckptx.errors import CkptxError
+
+
+def command() -> click.Group:
+    """Return the ``ckptx`` command with its subcommands."""
+    commands = [
+        conversion.convert_command("short"),
+        conversion.plan_command(),
+        show.inspect_command(),
+        show.verify_command(),
+        show.plugins_command(),
+    ]
+    group = click.Group(
+        "ckptx",
+        commands={str(c.name): c for c in commands},
+        help="Convert large-language-model checkpoints from any layout to any other.",
+        context_settings=_SETTINGS,
+    )
+    return click.version_option(__version__, package_name="ckptx")(group)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run ``ckptx``."""
+    _run(command(), args, "ckptx")
+
+
+def convert(args: Sequence[str] | None = None) -> None:
+    """Run a conversion with the options of Megatron's ``convert.py``."""
+    long = conversion.convert_command("long")
+    long.context_settings = _SETTINGS
+    _run(long, args, "convert.py")
+
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def _run(command: click.Command, args: Sequence[str] | None, name: str) -> None:
+    args = list(sys.argv[1:] if args is None else args)
+    verbose = "--verbose" in args or "-v" in args
+    quiet = "--quiet" in args or "-q" in args
+    level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    try:
+        code = command.main(args, name, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = 2
+    except click.ClickException as error:
+        code = _error(error.format_message(), error.exit_code, verbose)
+    except CkptxError as error:
+        code = _error(str(error), 1, verbose)
+    except KeyboardInterrupt as error:
+        code = _error(str(error), 128 + getattr(error, "signum", signal.SIGINT), verbose)
+    except (click.Abort, BrokenPipeError):
+        code = 1
+    except Exception as error:  # a bug: still one line, and the whole story on request
+        text = f"internal error: {type(error).__name__}: {error}"
+        code = _error(text if verbose else f"{text} (--verbose shows where)", 1, verbose)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _error(message: str, code: int, verbose: bool) -> int:
+    if verbose:
+        import traceback
+
+        click.echo(traceback.format_exc().rstrip(), err=True)
+    click.echo(f"error: {' '.join(message.split()) or 'stopped'}", err=True)
+    return code

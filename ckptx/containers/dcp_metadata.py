@@ -1,0 +1,248 @@
+"""The ``.metadata`` of a `torch.distributed.checkpoint` directory, in both directions.
+
+It is one pickle of `Metadata`: per key either a size, a dtype and boxes of elements ("chunks"), or a
+mark that the value is an object; and for every chunk and object the file and byte range of its item.
+
+Source: torch:torch/distributed/checkpoint/metadata.py, filesystem.py@v2.13.0; read from torch 2.1 on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ckptx.containers import pickles
+from ckptx.containers.pickle_values import (
+    Call,
+    EnumValue,
+    Global,
+    Instance,
+    Record,
+    TorchDtype,
+    TorchSize,
+)
+from ckptx.containers.pickle_writer import dumps
+from ckptx.containers.source_file import SourceFile
+from ckptx.errors import FormatError
+from ckptx.lazy import Shape
+
+METADATA_NAME = ".metadata"
+
+_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+_STORAGE_INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+_METADATA = Global(_METADATA_MODULE, "Metadata")
+_INDEX = Global(_METADATA_MODULE, "MetadataIndex")
+_CHUNK = Global(_METADATA_MODULE, "ChunkStorageMetadata")
+_TENSOR = Global(_METADATA_MODULE, "TensorStorageMetadata")
+_PROPERTIES = Global(_METADATA_MODULE, "TensorProperties")
+_BYTES = Instance(Global(_METADATA_MODULE, "BytesStorageMetadata"), {})
+_STRIDED = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+_CONTIGUOUS = EnumValue(_METADATA_MODULE, "_MEM_FORMAT_ENCODING", 0)
+
+ItemKey: TypeAlias = tuple[str, Shape | None]
+"""A key of the checkpoint and the offsets of a chunk, None for an object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A box of a tensor that is one item, in elements of the whole tensor."""
+
+    offsets: Shape
+    sizes: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor of the checkpoint and the chunks it was saved in."""
+
+    dtype: str
+    shape: Shape
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where an item is: ``[offset, offset + length)`` bytes of ``path``, relative to the directory.
+
+    ``transforms`` names the codecs that were applied to it, ``"stream.zstd/1"`` for instance.
+    """
+
+    path: str
+    offset: int
+    length: int
+    transforms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DcpMetadata:
+    """What a DCP directory holds.
+
+    Attributes:
+        directory: where it was read.
+        tensors: by key.
+        objects: keys whose values are pickled objects.
+        items: the place of every chunk and object.
+        planner_data: the path of each key in the nested dictionary that was saved, where known.
+        mcore_data: Megatron's remarks by key, up to core 0.13.
+    """
+
+    directory: Path
+    tensors: Mapping[str, TensorEntry]
+    objects: tuple[str, ...]
+    items: Mapping[ItemKey, Location]
+    planner_data: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
+    mcore_data: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_metadata(directory: Path) -> DcpMetadata:
+    """Read and check the ``.metadata`` of a directory.
+
+    Raises:
+        FormatError: it is missing, damaged or hostile.
+    """
+    path = Path(directory) / METADATA_NAME
+    with SourceFile(path) as file:
+        if file.size > pickles.MAX_PICKLE:
+            raise FormatError(
+                f"{path}: expected at most {pickles.MAX_PICKLE} bytes, found {file.size}"
+            )
+        value = pickles.loads(file.read(0, file.size), file=str(path))
+    state = _state(path, value, "Metadata")
+    try:
+        return _metadata(Path(directory), state)
+    except FormatError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"{path}: expected the fields of torch.distributed.checkpoint, found "
+            f"{type(error).__name__}: {str(error)[:200]}; the file is damaged"
+        ) from error
+
+
+def _state(path: Path, value: object, name: str) -> dict[str, Any]:
+    """Return the attributes of a record of class ``name``."""
+    if not isinstance(value, Record) or type(value).name != name:
+        found = type(value).name if isinstance(value, Record) else type(value).__name__
+        raise FormatError(f"{path}: expected a {name}, found a {found:.80}; the file is damaged")
+    if value.state is None:  # a class without fields
+        return {}
+    if not isinstance(value.state, dict):
+        raise FormatError(f"{path}: a {name} has no fields; the file is damaged")
+    return value.state
+
+
+def _metadata(directory: Path, state: Mapping[str, Any]) -> DcpMetadata:
+    path = directory / METADATA_NAME
+    tensors: dict[str, TensorEntry] = {}
+    objects: list[str] = []
+    for key, entry in state["state_dict_metadata"].items():
+        if type(key) is not str:
+            raise FormatError(f"{path}: a key is a {type(key).__name__}, expected a string")
+        if isinstance(entry, Record) and type(entry).name == "BytesStorageMetadata":
+            objects.append(key)
+        else:
+            tensors[key] = _tensor(path, key, _state(path, entry, "TensorStorageMetadata"))
+    items: dict[ItemKey, Location] = {}
+    for index, info in _pairs(state.get("storage_data")):
+        fields = _state(path, index, "MetadataIndex")
+        offset = fields.get("offset")
+        item = fields["fqn"], None if offset is None else tuple(offset)
+        items[item] = _location(path, _state(path, info, "_StorageInfo"))
+    return DcpMetadata(
+        directory,
+        tensors,
+        tuple(objects),
+        items,
+        {key: tuple(parts) for key, parts in _pairs(state.get("planner_data"))},
+        dict(_pairs(state.get("mcore_data"))),
+    )
+
+
+def _pairs(value: Any) -> Sequence[tuple[Any, Any]]:
+    return list(value.items()) if isinstance(value, dict) else []
+
+
+def _shape(path: Path, value: Any) -> Shape:
+    shape = tuple(value)
+    for size in shape:
+        if type(size) is not int or size < 0:
+            raise FormatError(f"{path}: expected natural sizes and offsets; the file is damaged")
+    return shape
+
+
+def _tensor(path: Path, key: str, fields: Mapping[str, Any]) -> TensorEntry:
+    properties = fields["properties"].state  # a tuple that starts with the dtype
+    dtype = properties["dtype"] if isinstance(properties, dict) else properties[0]
+    if not isinstance(dtype, TorchDtype):
+        raise FormatError(f"{path}: {key!r} has no dtype; the file is damaged")
+    shape = _shape(path, fields["size"])
+    chunks = []
+    for chunk in fields["chunks"]:
+        box = _state(path, chunk, "ChunkStorageMetadata")
+        offsets, sizes = _shape(path, box["offsets"]), _shape(path, box["sizes"])
+        if len(offsets) != len(shape) or len(sizes) != len(shape):
+            raise FormatError(
+                f"{path}: {key!r} is {list(shape)}, found a chunk {list(sizes)} at {list(offsets)}"
+            )
+        chunks.append(Chunk(offsets, sizes))
+    return TensorEntry(dtype.name, shape, tuple(chunks))
+
+
+def _location(path: Path, fields: Mapping[str, Any]) -> Location:
+    location = Location(
+        fields["relative_path"],
+        fields["offset"],
+        fields["length"],
+        tuple(fields.get("transform_descriptors") or ()),
+    )
+    numbers = type(location.offset) is int and type(location.length) is int
+    if type(location.path) is not str or not numbers or min(location.offset, location.length) < 0:
+        raise FormatError(f"{path}: an item has no file, offset and length; the file is damaged")
+    return location
+
+
+def dump_metadata(
+    tensors: Mapping[str, TensorEntry],
+    objects: Sequence[str],
+    items: Mapping[ItemKey, Location],
+    planner_data: Mapping[str, tuple[str | int, ...]] | None = None,
+) -> bytes:
+    """Return the bytes of a ``.metadata`` file.
+
+    It holds what readers need and nothing that differs between equal checkpoints: no save id, no
+    path, no save plans.
+    """
+    sizes: dict[Shape, TorchSize] = {}
+
+    def size(shape: Shape) -> TorchSize:
+        return sizes.setdefault(shape, TorchSize(shape))
+
+    entries: dict[str, Instance] = {}
+    places: dict[tuple[str, Shape], int] = {}
+    for key, entry in tensors.items():
+        chunks = [
+            Instance(_CHUNK, {"offsets": size(chunk.offsets), "sizes": size(chunk.sizes)})
+            for chunk in entry.chunks
+        ]
+        places.update(((key, chunk.offsets), place) for place, chunk in enumerate(entry.chunks))
+        dtype = TorchDtype(entry.dtype)
+        properties = Instance(_PROPERTIES, (dtype, _STRIDED, False, _CONTIGUOUS, False))
+        state = {"properties": properties, "size": size(entry.shape), "chunks": chunks}
+        entries[key] = Instance(_TENSOR, state)
+    entries.update((key, _BYTES) for key in objects)
+    storage = _Pairs(
+        [
+            (_index(key, offsets, places, size), _storage_info(location))
+            for (key, offsets), location in items.items()
+        ]
+    )
+    fields = {
+        "state_dict_metadata": entries,
+        "planner_data": None if planner_data is None else dict(planner_data),
+        "storage_data": storage,
+        "storage_meta": None,
+        "version": "1.0.0",
+    }
+    return dumps(Instance(_METADATA, fields))

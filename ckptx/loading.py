@@ -1,0 +1,115 @@
+"""What loaders share: from named tensors to messages, without losing one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+
+import numpy as np
+
+from ckptx.errors import SchemaError
+from ckptx.lazy import ITEMSIZE, LazyTensor
+from ckptx.protocol import PASSTHROUGH, Dropped, SourceTensor, Tensors
+from ckptx.reader import Files, read
+from ckptx.schema import Layout, Taker
+from ckptx.spec import ModelSpec
+from ckptx.vocabulary import check_shapes
+
+_BLOCK = 16 << 20  # bytes
+
+
+def inventory(tensors: Mapping[str, LazyTensor], label: str = "") -> tuple[SourceTensor, ...]:
+    """Return the declaration of source tensors; ``label`` goes before their names."""
+    return tuple(SourceTensor(label + name, tensor) for name, tensor in tensors.items())
+
+
+def messages_of(
+    layout: Layout, tensors: Mapping[str, LazyTensor], spec: ModelSpec
+) -> Iterator[Tensors]:
+    """Yield the messages of a model whose tensors are whole, in model order.
+
+    Raises:
+        SchemaError: a tensor is missing, left over, or of another shape than the spec says.
+    """
+    left = dict(tensors)
+    taker = Taker(layout, spec)
+    found = []
+    for message, layer, rules in layout.expand(spec):
+        canonical = taker.take(rules, [left], layer)
+        if canonical:
+            found.append((message, canonical))
+    taker.finish(list(left))
+    for message, canonical in found:
+        check_shapes(message, canonical, spec)
+        yield Tensors(message, canonical)
+
+
+def passthrough(tensors: Mapping[str, LazyTensor]) -> Tensors:
+    """Return the message that carries tensors under their own names."""
+    return Tensors(PASSTHROUGH, dict(tensors))
+
+
+def drop_ignored(layout: Layout, tensors: MutableMapping[str, LazyTensor]) -> tuple[Dropped, ...]:
+    """Remove the tensors that a layout ignores and return what was removed."""
+    dropped = []
+    for name in [name for name in tensors if name.endswith(layout.ignored)]:
+        tensor = tensors.pop(name)
+        reason = "no weights: the model makes it anew"
+        dropped.append(Dropped(name, reason, tensor.nbytes, (tensor,)))
+    return tuple(dropped)
+
+
+def equal(first: LazyTensor, second: LazyTensor, files: Sequence[str]) -> bool:
+    """Return whether two tensors have the same bytes; reads both unless they are the same extent."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    if first == second:
+        return True
+    rows = max(1, _BLOCK // max(1, first.nbytes // max(1, first.shape[0])))
+    source = Files(files)
+    try:
+        for start in range(0, first.shape[0], rows):
+            stop = min(first.shape[0], start + rows)
+            parts = [
+                np.ascontiguousarray(read(tensor.narrow(0, start, stop), source))
+                for tensor in (first, second)
+            ]
+            if parts[0].tobytes() != parts[1].tobytes():
+                return False
+    finally:
+        source.close()
+    return True
+
+
+def resolve_tie(
+    tensors: MutableMapping[str, LazyTensor],
+    embedding: str,
+    output: str,
+    files: Sequence[str],
+) -> tuple[bool, tuple[Dropped, ...], tuple[str, ...]]:
+    """Decide what a tied model with an output weight of its own is.
+
+    Returns:
+        Whether it is tied, what was dropped, and remarks. Equal copies are one tensor; a differing one
+        was trained and is kept, so the model is not tied whatever its config says.
+    """
+    if output not in tensors or embedding not in tensors:
+        return True, (), ()
+    if not equal(tensors[embedding], tensors[output], files):
+        note = (
+            f"the config ties the embeddings, but {output!r} differs from {embedding!r}: both are "
+            "kept and the model is no longer tied"
+        )
+        return False, (), (note,)
+    copy = tensors.pop(output)
+    reason = f"tied: equal to {embedding!r}, byte for byte"
+    return True, (Dropped(output, reason, copy.nbytes, (copy,)),), ()
+
+
+def main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
+    """Return the dtype that holds most bytes."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel * ITEMSIZE[tensor.dtype]
+    if not sizes:
+        raise SchemaError("there is no tensor")
+    return max(sizes, key=lambda dtype: sizes[dtype])

@@ -1,0 +1,236 @@
+"""Run a conversion: a loader and a saver in two processes, watched by this one.
+
+       loader process  --- queue of messages --->  saver process
+              \\                                      /
+               log, failure                log, failure, progress,
+                      \\                    "planned", result
+                       '--> this process <--'
+                    owns the target, the spool and the signals
+
+Two processes isolate plugins that rewrite ``sys.argv``, leak or crash; they make nothing faster, since
+messages are references. Whatever happens to one child, the other is stopped, the target's staging
+directory is removed, and the first cause is raised. If this process is killed, both children die.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptx import children, manager
+from ckptx.errors import CkptxError, ConversionError, PlanError
+from ckptx.job import Job
+from ckptx.progress import Progress, Silent
+from ckptx.publish import Target
+from ckptx.report import Facts, Forecast, Report
+from ckptx.spool import Spool, SpoolFile
+from ckptx.supervision import STOPPING, Failure, Interrupts, manner_of_death, stop
+
+if TYPE_CHECKING:
+    from ckptx.plan import SavePlan
+    from ckptx.proof import Proof
+    from ckptx.protocol import Begin, End
+
+
+def convert(job: Job, progress: Progress | None = None) -> Report:
+    """Convert a checkpoint; the target appears whole, or not at all.
+
+    Raises:
+        CkptxError: the first cause of a failure, on whichever side.
+        Interrupted: SIGINT or SIGTERM came.
+    """
+    progress = progress or Silent()
+    started = time.monotonic()
+    inputs = [job.source, *([job.hf_base] if job.hf_base else [])]
+    try:
+        with (
+            Interrupts() as interrupts,
+            Target(job.target, inputs, job.overwrite) as target,
+            SpoolFile(job.target) as spool,
+        ):
+            with _crew(job, spool.path) as crew:
+                facts, digest = _Supervisor(crew, target, progress, interrupts).run()
+            notes = target.publish()
+    finally:
+        progress.close()
+    facts = replace(facts, notes=(*facts.notes, *notes))
+    seconds = time.monotonic() - started
+    return Report(job.loader, job.saver, str(target.path), facts, seconds, digest)
+
+
+def plan_conversion(job: Job, spool: Spool | None = None) -> tuple[Begin, End, SavePlan, Proof]:
+    """Plan and prove a conversion in this process, without writing.
+
+    Raises:
+        CkptxError: the conversion is impossible.
+    """
+    from ckptx.proof import prove
+
+    loader = manager.loader(job.loader, job.megatron_path)
+    saver = manager.saver(job.saver, job.megatron_path)
+    if hasattr(saver, "write_directly"):
+        raise PlanError(f"saver {job.saver!r} is a Megatron-style module, which cannot be planned")
+    options = job.options(job.loader_options, spool=spool)
+    messages = children.checked(loader.load(job.source, options), job.loader)
+    stream = children.Stream(messages)
+    plan = saver.plan(iter(stream), job.options(job.saver_options))
+    begin, end = stream.finish(job.saver)
+    return begin, end, plan, prove(plan, begin, end)
+
+
+def forecast(job: Job) -> Forecast:
+    """Return what `convert` would do; refuses what it can tell from the plan, and writes nothing."""
+    from ckptx.lazy import LazyTensor
+    from ckptx.proof import operations
+
+    Target(job.target, [job.source], job.overwrite)
+    with SpoolFile(job.target) as file:
+        begin, end, plan, proof = plan_conversion(job, Spool(file.path))
+        spooled = file.nbytes
+    tensors = [
+        {
+            "file": file.path,
+            "name": region.name,
+            "dtype": region.content.dtype,
+            "shape": list(region.content.shape),
+            "operations": list(operations(region.content)),
+        }
+        for file in plan.files
+        for region in file.regions
+        if isinstance(region.content, LazyTensor)
+    ]
+    outputs = [
+        {
+            "path": file.path,
+            "bytes": file.size,
+            "tensors": sum(isinstance(region.content, LazyTensor) for region in file.regions),
+        }
+        for file in plan.files
+    ]
+    return Forecast(
+        job.loader,
+        job.saver,
+        str(job.target / plan.directory),
+        Facts.of(begin, end, plan, proof),
+        outputs,
+        sorted(plan.pointers),
+        job.max_memory,
+        spooled,
+        tensors,
+    )
+
+
+class _Child:
+    """A child process as its parent sees it."""
+
+    def __init__(self, role: str, name: str, process: SpawnProcess, connection: Connection) -> None:
+        self.who = f"{role} {name!r}"
+        self.process = process
+        self.connection = connection
+        self.result: Any = None
+        self.done = False
+        self.listening = True
+
+    def messages(self) -> Iterator[tuple[str, Any]]:
+        """Yield what has arrived."""
+        try:
+            while self.connection.poll():
+                yield self.connection.recv()
+        except (EOFError, OSError):  # closed: the sentinel tells how it ended
+            self.listening = False
+
+
+@contextmanager
+def _crew(job: Job, spool: str) -> Iterator[list[_Child]]:
+    """Start both children; on the way out nothing of them is left."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue(job.max_queue_size)
+    crew: list[_Child] = []
+    # Children inherit the mask: a Ctrl-C cannot hit them before they are set up to ignore it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        for role in ("loader", "saver"):
+            ours, theirs = context.Pipe()
+            level = logging.getLogger().getEffectiveLevel()
+            arguments = (role, job, queue, theirs, os.getpid(), level, spool)
+            process = context.Process(target=children.main, args=arguments)
+            process.start()
+            theirs.close()
+            crew.append(_Child(role, getattr(job, role), process, ours))
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield crew
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        stop([child.process for child in crew])
+        for child in crew:
+            child.connection.close()
+        queue.close()
+
+
+class _Supervisor:
+    """Watches a crew until both are done, or one has failed."""
+
+    def __init__(
+        self, crew: list[_Child], target: Target, progress: Progress, interrupts: Interrupts
+    ) -> None:
+        self.crew = crew
+        self.target = target
+        self.progress = progress
+        self.interrupts = interrupts
+        self.failures: list[Failure] = []
+
+    def run(self) -> tuple[Facts, str]:
+        """Return what the saver has done.
+
+        Raises:
+            CkptxError: the first failure of either child.
+            Interrupted: a signal came.
+        """
+        while not all(child.done for child in self.crew):
+            busy = [child for child in self.crew if not child.done]
+            lines = [child.connection for child in busy if child.listening]
+            wait([self.interrupts, *lines, *(child.process.sentinel for child in busy)])
+            self.interrupts.check()
+            # Liveness first: what a dead child had to say is then all in its pipe.
+            dead = [child for child in busy if not child.process.is_alive()]
+            for child in busy:
+                for tag, content in child.messages():
+                    self._hear(child, tag, content)
+            if self.failures:
+                raise min(self.failures, key=lambda failure: failure.when).exception()
+            for child in dead:
+                if not child.done:
+                    raise _death(child)
+        self.interrupts.check()
+        facts, digest = self.crew[1].result
+        return facts, digest
+
+    def _hear(self, child: _Child, tag: str, content: Any) -> None:
+        match tag:
+            case "log":
+                logging.getLogger(content.name).handle(content)
+            case "progress":
+                self.progress.advance(content)
+            case "planned":
+                staging = self.target.prepare(content)
+                self.progress.begin(sum(file.size for file in content.files))
+                child.connection.send(str(staging))
+            case "failed":
+                self.failures.append(content)
+            case "done":
+                child.done, child.result = True, content
+
+
+def _death(child: _Child) -> CkptxError:
+    how = manner_of_death(child.process.exitcode)
+    return ConversionError(f"{child.who} {how}; nothing was written")

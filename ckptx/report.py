@@ -1,0 +1,228 @@
+"""What a conversion did, and what one would do: as JSON and as text.
+
+The JSON is complete and its keys are stable. The text fits any width and shows long lists in part.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ckptx.publish import size_text
+
+if TYPE_CHECKING:
+    from ckptx.plan import SavePlan
+    from ckptx.proof import Proof
+    from ckptx.protocol import Begin, End
+
+_SHOWN = 5  # entries of a list in the text form
+_LABEL = 10  # columns
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a proved plan does to the tensors. Sizes are in bytes."""
+
+    source_format: str
+    source_layout: str
+    families: Mapping[str, str]
+    """Model part to family."""
+    files: int
+    tensors: int
+    source_tensors: int
+    bytes_in: int
+    bytes_out: int
+    inexact: Mapping[str, Sequence[str]]
+    """Step (``"float32 -> bfloat16"``) to the tensors it changes."""
+    widened: Mapping[str, Sequence[str]]
+    """Exact casts, likewise."""
+    filled: Mapping[str, int]
+    """Tensor to its elements that no source holds."""
+    replicas: int
+    """Copies in the source that must equal the one that is read."""
+    dropped: Sequence[Mapping[str, Any]]
+    """What stays behind: ``name``, ``reason``, ``bytes``."""
+    notes: Sequence[str]
+    stages: Sequence[str]
+    details: Mapping[str, Any]
+    load_hint: str
+
+    @classmethod
+    def of(cls, begin: Begin, end: End, plan: SavePlan, proof: Proof) -> Facts:
+        """Return the facts of a proved plan."""
+        exact = {step: names for step, names in proof.casts.items() if step not in proof.inexact}
+        return cls(
+            source_format=begin.format,
+            source_layout=begin.layout,
+            families={part: spec.family for part, spec in begin.parts.items()},
+            files=proof.files,
+            tensors=proof.tensors,
+            source_tensors=proof.sources,
+            bytes_in=proof.bytes_in,
+            bytes_out=proof.bytes_out,
+            inexact=dict(proof.inexact),
+            widened=exact,
+            filled=dict(proof.filled),
+            replicas=proof.replicas,
+            dropped=[
+                {
+                    "name": drop.name,
+                    "reason": drop.reason,
+                    "bytes": drop.nbytes or sum(tensor.nbytes for tensor in drop.tensors),
+                }
+                for drop in proof.dropped
+            ],
+            notes=(*end.notes, *plan.notes),
+            stages=tuple(plan.stages),
+            details=dict(plan.details),
+            load_hint=plan.load_hint,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A finished conversion."""
+
+    loader: str
+    saver: str
+    target: str
+    facts: Facts
+    seconds: float
+    digest: str
+    """Digest of all tensors of the target; empty if a Megatron-style module wrote them."""
+
+    @property
+    def rate(self) -> float:
+        """Output in GB (10^9 bytes) per second of wall time."""
+        return self.facts.bytes_out / 1e9 / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> str:
+        """Return the whole report; every key is always there."""
+        content = {
+            "loader": self.loader,
+            "saver": self.saver,
+            "target": self.target,
+            **asdict(self.facts),
+            "seconds": round(self.seconds, 3),
+            "gb_per_second": round(self.rate, 3),
+            "digest": self.digest,
+        }
+        return json.dumps(content, indent=1)
+
+    def render(self, width: int = 80) -> str:
+        """Return the report as text of at most ``width`` columns."""
+        head = f"{self.loader} -> {self.saver} in {self.seconds:.1f} s ({self.rate:.2f} GB/s)"
+        lines = [*_wrapped("converted", head, width), *_wrapped("target", self.target, width)]
+        lines += _facts_lines(self.facts, width)
+        if self.digest:
+            lines += _wrapped("digest", self.digest, width)
+        if self.facts.load_hint:
+            lines += _wrapped("load with", self.facts.load_hint, width)
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A conversion that was planned and proved, and not executed. Sizes are in bytes."""
+
+    loader: str
+    saver: str
+    target: str
+    facts: Facts
+    outputs: Sequence[Mapping[str, Any]]
+    """Each output file: ``path``, ``bytes``, ``tensors``."""
+    pointers: Sequence[str]
+    """Small files beside the target, written last."""
+    peak_memory: int
+    """The most memory that the conversion takes, all processes together."""
+    spool: int
+    """Disk that tensors without a source file take while the conversion runs."""
+    tensors: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    """Each output tensor: ``file``, ``name``, ``dtype``, ``shape``, ``operations``."""
+
+    @property
+    def disk(self) -> int:
+        """Disk needed, the spool included."""
+        return self.facts.bytes_out + self.spool
+
+    def to_json(self) -> str:
+        """Return the whole forecast; every key is always there."""
+        content = {
+            "loader": self.loader,
+            "saver": self.saver,
+            "target": self.target,
+            **asdict(self.facts),
+            "outputs": list(self.outputs),
+            "pointers": list(self.pointers),
+            "peak_memory": self.peak_memory,
+            "spool": self.spool,
+            "disk": self.disk,
+            "output_tensors": list(self.tensors),
+        }
+        return json.dumps(content, indent=1)
+
+    def render(self, width: int = 80) -> str:
+        """Return the forecast as text of at most ``width`` columns; every output file is listed."""
+        lines = _wrapped("plan", f"{self.loader} -> {self.saver}, nothing is written", width)
+        lines += _wrapped("target", self.target, width)
+        lines += _facts_lines(self.facts, width)
+        needed = f"{size_text(self.disk)} of disk, at most {size_text(self.peak_memory)} of memory"
+        lines += _wrapped("needs", needed, width)
+        lines += [line for stage in self.facts.stages for line in _wrapped("stage", stage, width)]
+        for output in self.outputs:
+            text = f"{output['path']}  {size_text(output['bytes'])}, {output['tensors']} tensors"
+            lines += _wrapped("file", text, width)
+        lines += [line for name in self.pointers for line in _wrapped("file", name, width)]
+        return "\n".join(lines)
+
+
+def _facts_lines(facts: Facts, width: int) -> Iterator[str]:
+    family = ", ".join(sorted(set(facts.families.values()) - {""})) or "no known family, by name"
+    source = f"{facts.source_format}, layout {facts.source_layout}: {family}"
+    yield from _wrapped("source", source, width)
+    count = f"{facts.tensors} in {facts.files} file{'s' * (facts.files != 1)}"
+    yield from _wrapped("tensors", f"{count}, from {facts.source_tensors}", width)
+    yield from _wrapped(
+        "bytes", f"{size_text(facts.bytes_in)} in, {size_text(facts.bytes_out)} out", width
+    )
+    for step, names in facts.inexact.items():
+        yield from _wrapped("inexact", f"{step}: {_some(names)}", width)
+    if not facts.inexact:
+        yield from _wrapped("inexact", "none: every value is the source's", width)
+    for step, names in facts.widened.items():
+        yield from _wrapped("widened", f"{step} (exact): {_some(names)}", width)
+    if facts.filled:
+        elements = [f"{name} ({count} elements)" for name, count in facts.filled.items()]
+        yield from _wrapped("filled", _some(elements), width)
+    if facts.replicas:
+        yield from _wrapped(
+            "replicas", f"{facts.replicas} copies compared with the one read", width
+        )
+    reasons: dict[str, list[Mapping[str, Any]]] = {}
+    for drop in facts.dropped:
+        reasons.setdefault(drop["reason"], []).append(drop)
+    for reason, drops in reasons.items():
+        size = size_text(sum(drop["bytes"] for drop in drops))
+        names = _some([drop["name"] for drop in drops])
+        yield from _wrapped("dropped", f"{names} ({size}): {reason}", width)
+    for note in facts.notes:
+        yield from _wrapped("note", note, width)
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _wrapped(label: str, text: str, width: int) -> list[str]:
+    """Return ``text`` beside its label, broken where it must be: nothing is wider than ``width``."""
+    return textwrap.wrap(
+        text,
+        max(width, 2 * _LABEL),
+        initial_indent=f"{label:<{_LABEL}}",
+        subsequent_indent=" " * _LABEL,
+        break_on_hyphens=False,
+    )

@@ -1,0 +1,130 @@
+"""What savers share: the messages of a model held together, named, padded, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from ckptx.errors import PlanError, SchemaError, listing
+from ckptx.lazy import LazyTensor, Stored, concat
+from ckptx.protocol import PASSTHROUGH, VERSION, Begin, Dropped, End, Message, Tensors
+from ckptx.schema import Layout, check_message, give
+from ckptx.spec import ModelSpec
+
+VOCABULARY = {("embeddings", "word embeddings"), ("output layer", "weight"), ("output layer", "bias")}
+"""The canonical tensors whose first axis is the vocabulary, as (message, key)."""
+
+
+@dataclass(slots=True)
+class Model:
+    """Everything a loader said of a model with one part."""
+
+    begin: Begin
+    end: End
+    messages: dict[str, Mapping[str, LazyTensor]] = field(default_factory=dict)
+    passthrough: Mapping[str, LazyTensor] | None = None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The dimensions of the language model."""
+        if "language" not in self.begin.parts:
+            raise SchemaError(
+                f"the source ({self.begin.format}, {self.begin.layout}) is of no known model family, "
+                "so its tensors cannot change their layout; known families are listed by "
+                "'ckptx plugins'. Convert between formats that keep its names (--to hf, --to pytorch) "
+                "or give --hf-base with a config"
+            )
+        return self.begin.parts["language"]
+
+
+def collect(messages: Iterator[Message]) -> Model:
+    """Return the model that the messages describe.
+
+    Raises:
+        PlanError: the messages are not in protocol order.
+    """
+    begin = next(messages, None)
+    if not isinstance(begin, Begin):
+        raise PlanError(f"the loader's first message is {type(begin).__name__}, expected Begin")
+    if begin.version != VERSION:
+        raise PlanError(f"the loader speaks protocol {begin.version}, this is {VERSION}")
+    model = Model(begin, End())
+    for message in messages:
+        match message:
+            case Tensors(name=name, tensors=tensors) if name == PASSTHROUGH:
+                model.passthrough = {**(model.passthrough or {}), **tensors}
+            case Tensors(name=name, tensors=tensors):
+                if name in model.messages:
+                    raise PlanError(f"the loader sent {name!r} twice")
+                model.messages[name] = tensors
+            case End():
+                model.end = message
+                return model
+            case _:
+                raise PlanError("the loader sent Begin twice")
+    raise PlanError("the loader stopped before its End message")
+
+
+def check_messages(model: Model, layout: Layout) -> None:
+    """Raise unless the model's messages are exactly those that a layout can hold."""
+    expected = {name: rules for name, _, rules in layout.expand(model.spec) if rules}
+    missing = [name for name in expected if name not in model.messages]
+    unknown = [name for name in model.messages if name not in expected]
+    if missing or unknown:
+        problems = [f"lacks {listing(missing)}"] * bool(missing)
+        problems += [f"has {listing(unknown)}, which {layout.name} cannot hold"] * bool(unknown)
+        raise SchemaError(f"the model {' and '.join(problems)}")
+    for name, rules in expected.items():
+        check_message(rules, model.messages[name], name, layout.name)
+
+
+def named_tensors(
+    model: Model, layout: Layout
+) -> tuple[dict[str, LazyTensor], tuple[Dropped, ...]]:
+    """Return the whole model under a layout's names, without padding, and the padding dropped."""
+    check_messages(model, layout)
+    dropped = resize_vocabulary(model, model.spec.vocab_size, fill=False)
+    named: dict[str, LazyTensor] = {}
+    for message, layer, rules in layout.expand(model.spec):
+        named.update(give(rules, model.messages[message], model.spec, layer))
+    return named, dropped
+
+
+def resize_vocabulary(model: Model, rows: int | None, *, fill: bool = True) -> tuple[Dropped, ...]:
+    """Cut or extend the vocabulary of a model to ``rows``; None leaves it. Return the rows cut.
+
+    New rows repeat the last one, as Megatron's converter makes them. Without ``fill`` a vocabulary
+    that is too small is an error.
+
+    Raises:
+        SchemaError: rows are missing and must not be made up.
+    """
+    dropped = []
+    for name, tensors in model.messages.items():
+        changed = dict(tensors)
+        for key, tensor in tensors.items():
+            if rows is None or (name, key) not in VOCABULARY or tensor.shape[0] == rows:
+                continue
+            found = tensor.shape[0]
+            if found > rows:
+                changed[key] = tensor.narrow(0, 0, rows)
+                cut = tensor.narrow(0, rows, found)
+                label = f"{name}: {key!r} rows {rows} to {found - 1}"
+                dropped.append(Dropped(label, "vocabulary padding", cut.nbytes, (cut,)))
+            elif fill:
+                changed[key] = concat([tensor, _repeat_last(tensor, rows - found)])
+            else:
+                raise SchemaError(
+                    f"{name}: {key!r} has {found} rows, the vocabulary is {rows}; the config or "
+                    "--true-vocab-size does not belong to these weights"
+                )
+        model.messages[name] = changed
+    return tuple(dropped)
+
+
+def _repeat_last(tensor: LazyTensor, count: int) -> LazyTensor:
+    last = tensor.narrow(0, tensor.shape[0] - 1, tensor.shape[0])
+    if isinstance(last, Stored):
+        shape = (count, *last.shape[1:])
+        return Stored(last.dtype, shape, last.file, last.offset, (0, *last.strides[1:]))
+    return concat([last] * count)

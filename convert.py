@@ -1,0 +1,8 @@
+"""Convert a checkpoint with the options of Megatron's ``tools/checkpoint/convert.py``."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from ckptx.cli import convert
+
+    convert()

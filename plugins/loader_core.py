@@ -1,0 +1,132 @@
+"""Load a Megatron Core checkpoint, ``torch_dist`` or per rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptx.errors import SchemaError
+from ckptx.hookspecs import hookimpl
+from ckptx.model_directory import base_sidecars, family_of, read_config, sidecars
+from ckptx.parallel import Pipeline
+from ckptx.plugin import Loader
+from ckptx.plugins.megatron import directory, distributed, ranks
+from ckptx.plugins.megatron.options import (
+    transformer_impl_option,
+    true_vocab_size,
+    vocabulary_options,
+)
+from ckptx.plugins.megatron.source import Source
+from ckptx.protocol import Begin, End, Message, Tensors
+from ckptx.schemas.args import spec_from_args
+from ckptx.spec import ModelSpec
+from ckptx.vocabulary import check_shapes
+
+_FROM_ARGS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "max_position_embeddings",
+    "norm_epsilon",
+    "normalization",
+    "activation",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "tied",
+)
+
+
+class CoreLoader:
+    """Reads what Megatron Core writes, at any tensor and pipeline parallel size."""
+
+    name = "core"
+    capabilities: Mapping[str, Any] = {
+        "formats": ["torch_dist", "torch"],
+        "layouts": ["mcore"],
+        "tp": True,
+        "pp": True,
+        "vpp": True,
+        "ep": False,
+        "optimizer": False,
+        "lossless": True,
+    }
+
+    def options(self) -> list[click.Option]:
+        """Return the options for the vocabulary."""
+        return [*vocabulary_options(), transformer_impl_option("loader")]
+
+    def detect(self, source: Path) -> bool:
+        """Return whether there is a tracker file or an iteration directory."""
+        return directory.looks_like(source)
+
+    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+        """Yield the model."""
+        place = directory.find(source)
+        checkpoint = (distributed if place.format == "torch_dist" else ranks).read(place)
+        beside = place.path / directory.SIDECARS
+        files = {**(sidecars(beside) if beside.is_dir() else {}), **base_sidecars(options)}
+        spec = _spec(checkpoint, read_config(files, beside), options)
+        messages = list(checkpoint.messages(spec))
+        yield Begin(
+            format="core",
+            layout="mcore/gpt",
+            parts={"language": spec},
+            files=checkpoint.files,
+            sources=checkpoint.sources,
+            root=str(place.path),
+            sidecars=files,
+            training={
+                "iteration": place.iteration,
+                "args": checkpoint.args,
+                "consumed_train_samples": checkpoint.args.get("consumed_train_samples"),
+                "consumed_valid_samples": checkpoint.args.get("consumed_valid_samples"),
+            },
+            parallel={
+                "tp": checkpoint.args.get("tensor_model_parallel_size") or 1,
+                "pipeline": Pipeline.from_args(checkpoint.args),
+                "ckpt_format": place.format,
+            },
+        )
+        for name, tensors in messages:
+            check_shapes(name, tensors, spec)
+            yield Tensors(name, tensors)
+        yield End(tuple(checkpoint.dropped))
+
+
+def _spec(
+    checkpoint: Source, config: Mapping[str, Any] | None, options: Mapping[str, Any]
+) -> ModelSpec:
+    """Return the model's dimensions: args say what was trained, the config the rest."""
+    family = family_of(config) if config else None
+    vocab_size = true_vocab_size(options)
+    if not checkpoint.args:
+        if config is None or family is None:
+            raise SchemaError(
+                f"{checkpoint.place}: holds no args that describe the model; give --hf-base with a "
+                "config of a known architecture"
+            )
+        spec = family.from_config(config)
+    else:
+        spec = spec_from_args(checkpoint.args)
+        if config is not None and family is not None:
+            named = family.from_config(config)
+            trained = {field: getattr(spec, field) for field in _FROM_ARGS}
+            spec = replace(named, **trained)
+    return replace(spec, vocab_size=vocab_size or spec.vocab_size, dtype=checkpoint.dtype)
+
+
+@hookimpl
+def register_loaders(register: Callable[[Loader], None]) -> None:
+    """Register the loader."""
+    register(CoreLoader())

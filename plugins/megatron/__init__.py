@@ -1,0 +1,1 @@
+"""What the plugins for Megatron checkpoints share: directories, options, both on-disk forms."""

@@ -1,0 +1,117 @@
+"""Megatron's checkpoint directories: a root with a tracker file, iterations below it.
+
+    ROOT/latest_checkpointed_iteration.txt      "10" or "release"
+    ROOT/iter_0000010/                          or ROOT/release/
+        metadata.json, .metadata, common.pt, __0_0.distcp, ...      torch_dist
+        mp_rank_00_000/model_optim_rng.pt, ...                      torch
+
+Source: NVIDIA/Megatron-LM megatron/training/checkpointing.py @ core_v0.16.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from ckptx.errors import FormatError, PlanError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+SIDECARS = "huggingface"
+"""The folder, inside an iteration, of a model's config and tokenizer."""
+RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")
+
+Iteration: TypeAlias = int | str
+"""A number, or ``"release"``."""
+
+
+@dataclass(frozen=True, slots=True)
+class IterationDirectory:
+    """One checkpoint: its directory, which iteration it is, how it is stored."""
+
+    path: Path
+    iteration: Iteration
+    format: str
+    """``"torch_dist"`` or ``"torch"``."""
+
+
+def iteration_name(iteration: Iteration) -> str:
+    """Return the directory name of an iteration.
+
+    Examples:
+        >>> iteration_name(10), iteration_name("release")
+        ('iter_0000010', 'release')
+    """
+    return "release" if iteration == "release" else f"iter_{int(iteration):07d}"
+
+
+def parse_iteration(text: str) -> Iteration:
+    """Return the iteration that a tracker file or a user names.
+
+    Raises:
+        PlanError: it is neither a number nor ``release``.
+    """
+    text = text.strip()
+    if text == "release":
+        return text
+    if text.isdigit():
+        return int(text)
+    raise PlanError(f"{text!r} is no iteration; expected a number or 'release'")
+
+
+def looks_like(source: Path) -> bool:
+    """Return whether ``source`` is a Megatron root or an iteration directory."""
+    if not source.is_dir():
+        return False
+    return (source / TRACKER).is_file() or _format(source) is not None
+
+
+def find(source: Path) -> IterationDirectory:
+    """Return the checkpoint that ``source``, a root or an iteration directory, means.
+
+    Raises:
+        FormatError: there is none, or it is incomplete.
+    """
+    directory = source
+    if (source / TRACKER).is_file():
+        tracker = source / TRACKER
+        text = tracker.read_text(errors="replace")
+        try:
+            iteration = parse_iteration(text)
+        except PlanError as error:
+            raise FormatError(f"{tracker}: {error}") from error
+        directory = source / iteration_name(iteration)
+        if not directory.is_dir():
+            raise FormatError(
+                f"{tracker}: points to {directory.name}, which is not there; correct the tracker or "
+                "give the iteration directory itself"
+            )
+    else:
+        iteration = _iteration_of(directory)
+    stored = _format(directory)
+    if stored is None:
+        raise FormatError(
+            f"{directory}: neither metadata.json nor mp_rank_* is there; not a Megatron checkpoint, "
+            "or one whose saving was interrupted"
+        )
+    if stored == "fsdp_dtensor":
+        raise FormatError(
+            f"{directory}: .metadata without metadata.json: a PyTorch DCP or Megatron-FSDP "
+            "checkpoint (fsdp_dtensor), which ckptx recognises but does not load yet"
+        )
+    return IterationDirectory(directory, iteration, stored)
+
+
+def _iteration_of(directory: Path) -> Iteration:
+    number = directory.name.removeprefix("iter_")
+    return int(number) if number.isdigit() else "release"
+
+
+def _format(directory: Path) -> str | None:
+    if (directory / "metadata.json").is_file():
+        return "torch_dist"
+    if any(directory.glob("mp_rank_*")):
+        return "torch"
+    if (directory / ".metadata").is_file():
+        return "fsdp_dtensor"
+    return None

@@ -1,0 +1,199 @@
+"""The ``torch_dist`` form: PyTorch DCP files with Megatron's global tensors.
+
+Layers are stacked: ``decoder.layers.mlp.linear_fc2.weight`` has a leading axis for the layers, unless
+the model is not homogeneous and has keys per layer. There is one chunk per layer and tensor-parallel
+rank; gate and up of a gated MLP are chunks of their own. Files are named after the rank that writes.
+
+Source: NVIDIA/Megatron-LM megatron/core/dist_checkpointing/strategies/torch.py,
+megatron/core/transformer/transformer_block.py @ core_v0.16.1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptx.containers import dcp, torch_zip
+from ckptx.containers.pickle_values import Namespace
+from ckptx.errors import FormatError
+from ckptx.lazy import Filled, LazyTensor
+from ckptx.loading import inventory, main_dtype, messages_of
+from ckptx.parallel import Chunk
+from ckptx.plan import FilePlan, Region
+from ckptx.plugins.megatron.directory import IterationDirectory
+from ckptx.plugins.megatron.source import ENGINE_STATE, WEIGHTS_ONLY, Source, args_of
+from ckptx.protocol import Dropped
+from ckptx.saving import Model
+from ckptx.schema import Layout, place
+from ckptx.schemas.core import MCORE_GPT, extra_states
+from ckptx.spec import ModelSpec
+
+METADATA = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+_STACK = "decoder.layers."
+
+
+def read(checkpoint: IterationDirectory) -> Source:
+    """Read the metadata of a ``torch_dist`` checkpoint.
+
+    Raises:
+        FormatError: files or chunks are missing or damaged.
+    """
+    directory = checkpoint.path
+    _check_backend(directory / "metadata.json")
+    common = directory / "common.pt"
+    if not common.is_file():
+        raise FormatError(f"{common}: is missing; the checkpoint is incomplete")
+    state = torch_zip.read(common, 0).value
+    args = args_of(state, common)
+    contents = dcp.read(directory)
+    weights, other = {}, {}
+    for name, tensor in contents.tensors.items():
+        (other if name.startswith(("optimizer.", "chained_")) else weights)[name] = tensor
+    dropped = list(_dropped(state, other, contents.objects))
+
+    def messages(spec: ModelSpec) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
+        for message in messages_of(MCORE_GPT, _unstacked(weights, spec), spec):
+            yield message.name, message.tensors
+
+    return Source(
+        directory,
+        args,
+        contents.files,
+        inventory(weights),
+        dropped,
+        main_dtype(weights) if weights else "bfloat16",
+        messages,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """How a checkpoint is to be laid out."""
+
+    layout: Layout
+    local: bool
+    tp: int
+    chunks: Sequence[Chunk]
+    args: Mapping[str, Any]
+    iteration: int
+
+
+def plan(model: Model, target: Target) -> Iterator[FilePlan]:
+    """Yield the files of a ``torch_dist`` checkpoint: one per model-parallel rank, and the metadata."""
+    files: dict[str, list[dcp.Item]] = {}
+    for chunk in target.chunks:
+        for rank in range(target.tp):
+            number = chunk.pp_rank * target.tp + rank
+            files.setdefault(f"__{number}_0.distcp", []).extend(_items(model, target, chunk, rank))
+    yield from dcp.plan_directory(files)
+    common = {
+        "args": Namespace(**target.args),
+        "checkpoint_version": 3.0,
+        "iteration": target.iteration,
+        "content_metadata": CONTENT,
+    }
+    yield torch_zip.plan_file("common.pt", common)
+    content = json.dumps(METADATA).encode()
+    yield FilePlan("metadata.json", len(content), [Region(0, len(content), content)])
+
+
+def _items(model: Model, target: Target, chunk: Chunk, rank: int) -> Iterator[dcp.Item]:
+    """Yield the chunks that one rank writes for one pipeline chunk; replicas are rank 0's."""
+    depth = model.spec.num_layers
+    for message, layer, rules in target.layout.expand(model.spec):
+        if not holds(chunk, message, layer):
+            continue
+        for placed in place(rules, model.messages[message], model.spec, None, target.tp, rank):
+            if placed.replicated and rank:
+                continue
+            if layer is None:
+                yield dcp.Chunk(placed.name, placed.global_shape, placed.origin, placed.tensor)
+            else:
+                yield dcp.Chunk(
+                    _stacked(placed.name),
+                    (depth, *placed.global_shape),
+                    (layer, *placed.origin),
+                    placed.tensor.unsqueeze(),
+                )
+        if rank == 0:
+            yield from _states(model.spec, target, message, layer)
+
+
+def _states(
+    spec: ModelSpec, target: Target, message: str, layer: int | None
+) -> Iterator[dcp.Object]:
+    for state in extra_states(local=target.local):
+        if not state.distributed or not state.when(spec):
+            continue
+        if state.message.format(layer=layer) == message:
+            place = f"{layer}_{spec.num_layers}" if layer is not None else "0_1"
+            # A list of one element: what a sharded object of Megatron unpickles to.
+            value = [Filled("uint8", (0,)) if state.engine else None]
+            yield dcp.Object(f"{_stacked(state.module)}._extra_state/shard_{place}", value)
+
+
+def holds(chunk: Chunk, message: str, layer: int | None) -> bool:
+    """Return whether a pipeline chunk holds a message of a GPT model."""
+    if layer is not None:
+        return layer in chunk.layers
+    return chunk.embedding if message == "embeddings" else chunk.output
+
+
+def _stacked(name: str) -> str:
+    return name.replace("layers.{layer}.", "layers.")
+
+
+def _unstacked(tensors: Mapping[str, LazyTensor], spec: ModelSpec) -> dict[str, LazyTensor]:
+    """Return the tensors under names per layer; those that have them already stay as they are."""
+    named = {}
+    for name, tensor in tensors.items():
+        rest = name.removeprefix(_STACK)
+        if rest == name or rest.partition(".")[0].isdigit():
+            named[name] = tensor
+            continue
+        if tensor.shape[0] != spec.num_layers:
+            raise FormatError(
+                f"{name!r} stacks {tensor.shape[0]} layers, the checkpoint's args say "
+                f"{spec.num_layers}"
+            )
+        for layer in range(spec.num_layers):
+            named[f"{_STACK}{layer}.{rest}"] = tensor.narrow(0, layer, layer + 1).squeeze()
+    return named
+
+
+def _dropped(
+    state: Mapping[str, Any], tensors: Mapping[str, LazyTensor], objects: Mapping[str, int]
+) -> Iterator[Dropped]:
+    states = {name: size for name, size in objects.items() if "_extra_state" in name}
+    rest = {name: size for name, size in objects.items() if name not in states}
+    if states:
+        yield Dropped(f"{len(states)} _extra_state objects", ENGINE_STATE, sum(states.values()))
+    if tensors:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        yield Dropped(f"optimizer ({len(tensors)} tensors)", WEIGHTS_ONLY, size)
+    for prefix in sorted({name.partition("/")[0].partition(".")[0] for name in rest}):
+        size = sum(n for name, n in rest.items() if name.startswith(prefix))
+        yield Dropped(prefix, WEIGHTS_ONLY, size)
+    for key in ("optimizer", "opt_param_scheduler", "rng_state", "rerun_state_machine"):
+        if state.get(key) is not None:
+            yield Dropped(f"common.pt: {key}", WEIGHTS_ONLY)
+
+
+def _check_backend(path: Any) -> None:
+    try:
+        backend = json.loads(path.read_bytes()).get("sharded_backend")
+    except (ValueError, AttributeError) as error:
+        raise FormatError(f"{path}: not valid JSON: {error}") from error
+    if backend != "torch_dist":
+        raise FormatError(
+            f"{path}: sharded_backend is {backend!r}, expected 'torch_dist'; zarr checkpoints must be "
+            "saved again by the Megatron that wrote them"
+        )

@@ -1,0 +1,97 @@
+"""Options of the Megatron plugins, in Megatron's own spelling and short."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptx.errors import FormatError, PlanError
+
+
+def vocabulary_options() -> list[click.Option]:
+    """Return the options that give the true vocabulary; loader and saver declare them alike."""
+    return [
+        click.Option(
+            ["--true-vocab-size"],
+            type=click.IntRange(1),
+            help="Rows of the vocabulary without padding.  [default: the config's, then args']",
+        ),
+        click.Option(
+            ["--vocab-file"],
+            type=click.Path(exists=True, dir_okay=False),
+            help="A vocab.json; its length is the true vocabulary.",
+        ),
+    ]
+
+
+def true_vocab_size(options: Mapping[str, Any]) -> int | None:
+    """Return the vocabulary that the options give, None if they say nothing.
+
+    Raises:
+        PlanError: the two options disagree.
+    """
+    given: int | None = options.get("true_vocab_size")
+    path = options.get("vocab_file")
+    if path is None:
+        return given
+    try:
+        length = len(json.loads(Path(path).read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise FormatError(f"{path}: not a vocabulary: {error}") from error
+    if given is not None and given != length:
+        raise PlanError(f"--true-vocab-size is {given}, {path} has {length} entries")
+    return length
+
+
+def transformer_impl_option(role: str) -> click.Option:
+    """Return ``--loader-transformer-impl`` or its saver counterpart."""
+    meaning = {
+        "loader": "Accepted for Megatron's sake: either spelling of names is read.",
+        "saver": "Names of norms: fused into the next layer, or modules of their own.",
+    }
+    return click.Option(
+        [f"--{role}-transformer-impl"],
+        type=click.Choice(["transformer_engine", "local"]),
+        default="transformer_engine",
+        show_default=True,
+        help=meaning[role],
+    )
+
+
+def parallel_options() -> list[click.Option]:
+    """Return the options that choose the parallel layout of a target."""
+    size = click.IntRange(1)
+    keep = "  [default: the source's, else 1]"
+
+    def sized(names: list[str], meaning: str) -> click.Option:
+        return click.Option(names, type=size, help=meaning + keep)
+
+    return [
+        sized(["--target-tensor-parallel-size", "--tp"], "Tensor-parallel ranks."),
+        sized(["--target-pipeline-parallel-size", "--pp"], "Pipeline stages."),
+        sized(["--target-virtual-pipeline-parallel-size", "--vpp"], "Virtual stages per stage."),
+        sized(["--target-expert-parallel-size", "--ep"], "Expert-parallel ranks."),
+        click.Option(
+            ["--decoder-first-pipeline-num-layers"], type=size, help="Layers of the first stage."
+        ),
+        click.Option(
+            ["--decoder-last-pipeline-num-layers"], type=size, help="Layers of the last stage."
+        ),
+        click.Option(
+            ["--pipeline-model-parallel-layout"], help="Stages spelt out, as 'Et*3|t*4|t*4|t*3L'."
+        ),
+        click.Option(
+            ["--account-for-embedding-in-pipeline-split"],
+            is_flag=True,
+            help="Count the embedding as a layer when layers are spread.",
+        ),
+        click.Option(
+            ["--account-for-loss-in-pipeline-split"],
+            is_flag=True,
+            help="Count the output layer as a layer when layers are spread.",
+        ),
+    ]

@@ -1,0 +1,296 @@
+"""The per-rank form: ``mp_rank_TT[_PPP]/model_optim_rng.pt``, one file per model-parallel rank.
+
+Layers are numbered from 0 in every pipeline chunk; with virtual stages a file holds ``model0``,
+``model1``, ... instead of ``model``. Gated weights hold each rank's gate and up rows together.
+
+Source: NVIDIA/Megatron-LM megatron/training/checkpointing.py @ core_v0.16.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptx.containers import torch_zip
+from ckptx.containers.pickle_values import Namespace
+from ckptx.errors import FormatError, listing
+from ckptx.lazy import Filled, LazyTensor, Stored, replicated
+from ckptx.loading import main_dtype
+from ckptx.parallel import Chunk, Pipeline
+from ckptx.plan import FilePlan
+from ckptx.plugins.megatron.directory import RANK_FILES, IterationDirectory
+from ckptx.plugins.megatron.distributed import Target, holds
+from ckptx.plugins.megatron.source import ENGINE_STATE, WEIGHTS_ONLY, Source, args_of, stored_bytes
+from ckptx.protocol import Dropped, SourceTensor
+from ckptx.saving import Model
+from ckptx.schema import Taker, give
+from ckptx.schemas.core import MCORE_GPT, TIED_COPY, extra_states
+from ckptx.spec import ModelSpec
+
+_SAME = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers", "hidden_size")
+
+
+def directory_name(tp_rank: int, pp_rank: int, pp: int) -> str:
+    """Return the name of a rank's directory; the pipeline rank shows only where there are several.
+
+    Examples:
+        >>> directory_name(1, 0, 1), directory_name(1, 0, 2)
+        ('mp_rank_01', 'mp_rank_01_000')
+    """
+    return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if pp > 1 else "")
+
+
+@dataclass(slots=True)
+class _Rank:
+    """One rank's file: its weights per virtual stage, everything else by size."""
+
+    path: Path
+    args: dict[str, Any]
+    iteration: Any
+    models: list[dict[str, LazyTensor]]
+    states: int
+    """Bytes of extra states."""
+    other: dict[str, int]
+
+
+def read(checkpoint: IterationDirectory) -> Source:
+    """Read the pickles of every rank.
+
+    Raises:
+        FormatError: a rank is missing, superfluous, damaged or of another run.
+    """
+    directory = checkpoint.path
+    found = sorted(path for path in directory.glob("mp_rank_*") if path.is_dir())
+    first = _read_rank(_file(found[0]), 0)
+    args = first.args
+    tp = args.get("tensor_model_parallel_size") or _guess_tp(found)
+    pp = args.get("pipeline_model_parallel_size") or 1
+    if (args.get("expert_model_parallel_size") or 1) > 1 or args.get("num_experts"):
+        raise FormatError(
+            f"{directory}: a mixture of experts, which ckptx recognises but does not convert yet"
+        )
+    names = [directory_name(t, p, pp) for p in range(pp) for t in range(tp)]
+    _check_directories(directory, names, [path.name for path in found])
+    paths = [_file(directory / name) for name in names]
+    grid = [_read_rank(path, number) for number, path in enumerate(paths)]
+    for rank in grid:
+        _check_same_run(first, rank)
+    weights = {
+        f"{rank.path.parent.name}:{index}:{name}": tensor
+        for rank in grid
+        for index, model in enumerate(rank.models)
+        for name, tensor in model.items()
+    }
+
+    def messages(spec: ModelSpec) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
+        return _messages(grid, tp, Pipeline.from_args({**args, "num_layers": spec.num_layers}), spec)
+
+    return Source(
+        directory,
+        args,
+        tuple(map(str, paths)),
+        tuple(SourceTensor(name, tensor) for name, tensor in weights.items()),
+        list(_dropped(grid)),
+        main_dtype(weights) if weights else "bfloat16",
+        messages,
+    )
+
+
+def plan(model: Model, target: Target, pp: int) -> Iterator[FilePlan]:
+    """Yield one file per rank."""
+    virtual = any(chunk.vpp_rank for chunk in target.chunks)
+    for pp_rank in range(pp):
+        chunks = [chunk for chunk in target.chunks if chunk.pp_rank == pp_rank]
+        for rank in range(target.tp):
+            state: dict[str, Any] = {
+                "args": Namespace(**target.args),
+                "checkpoint_version": 3.0,
+                "iteration": target.iteration,
+            }
+            for chunk in chunks:
+                key = f"model{chunk.vpp_rank}" if virtual else "model"
+                state[key] = _state_dict(model, target, chunk, rank)
+            path = f"{directory_name(rank, pp_rank, pp)}/{RANK_FILES[0]}"
+            yield torch_zip.plan_file(path, state)
+
+
+def _state_dict(model: Model, target: Target, chunk: Chunk, rank: int) -> dict[str, Any]:
+    """Return what one rank's ``model`` holds for one pipeline chunk."""
+    spec = model.spec
+    named: dict[str, Any] = {}
+    for message, layer, rules in target.layout.expand(spec):
+        if layer is None and message == "output layer":
+            continue
+        if not holds(chunk, message, layer):
+            continue
+        local = None if layer is None else chunk.layers.index(layer)
+        named.update(give(rules, model.messages[message], spec, local, target.tp, rank))
+        named.update(_states(spec, target, message, layer, local))
+    if chunk.output:
+        if spec.tied:
+            if not chunk.embedding:
+                embedding = model.messages["embeddings"]["word embeddings"]
+                named[TIED_COPY] = embedding.chunk(0, target.tp, rank)
+        else:
+            output = model.messages["output layer"]["weight"]
+            named[TIED_COPY] = output.chunk(0, target.tp, rank)
+        named["output_layer._extra_state"] = None
+    return named
+
+
+def _states(
+    spec: ModelSpec, target: Target, message: str, layer: int | None, local: int | None
+) -> Iterator[tuple[str, Any]]:
+    for state in extra_states(local=target.local):
+        if state.when(spec) and state.message.format(layer=layer) == message:
+            value = Filled("uint8", (0,)) if state.engine else None
+            yield f"{state.module.format(layer=local)}._extra_state", value
+
+
+def _messages(
+    grid: list[_Rank], tp: int, pipeline: Pipeline, spec: ModelSpec
+) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
+    chunks = pipeline.chunks(spec.num_layers)
+    virtual = max(chunk.vpp_rank for chunk in chunks) + 1
+    for rank in grid:
+        if len(rank.models) != virtual:
+            raise FormatError(
+                f"{rank.path}: holds {len(rank.models)} virtual stages, the args say {virtual}"
+            )
+    left = {
+        (chunk.pp_rank, chunk.vpp_rank): [
+            dict(rank.models[chunk.vpp_rank])
+            for rank in grid[chunk.pp_rank * tp : (chunk.pp_rank + 1) * tp]
+        ]
+        for chunk in chunks
+    }
+    taker = Taker(MCORE_GPT, spec)
+    found = {}
+    for message, layer, rules in MCORE_GPT.expand(spec):
+        chunk = next(c for c in chunks if holds(c, message, layer))
+        shards = left[chunk.pp_rank, chunk.vpp_rank]
+        local = None if layer is None else chunk.layers.index(layer)
+        label = f"{grid[chunk.pp_rank * tp].path.parent.name}: "
+        found[message] = taker.take(rules, shards, local, label)
+    if spec.tied:
+        _join_tied(found, left, taker, chunks)
+    taker.finish(
+        [
+            f"{grid[pp_rank * tp + number].path.parent.name}: {name}"
+            for (pp_rank, _), shards in left.items()
+            for number, shard in enumerate(shards)
+            for name in shard
+        ]
+    )
+    return ((message, tensors) for message, tensors in found.items() if tensors)
+
+
+def _join_tied(
+    found: dict[str, dict[str, LazyTensor]],
+    left: Mapping[tuple[int, int], list[dict[str, LazyTensor]]],
+    taker: Taker,
+    chunks: tuple[Chunk, ...],
+) -> None:
+    """Make the copy of tied embeddings that the last stage holds a replica of the first's."""
+    last = next(chunk for chunk in chunks if chunk.output)
+    shards = left[last.pp_rank, last.vpp_rank]
+    embeddings = found["embeddings"]
+    if "word embeddings" not in embeddings or not any(TIED_COPY in shard for shard in shards):
+        return
+    rules = [r for s in MCORE_GPT.sections if s.message == "output layer" for r in s.rules]
+    copy = taker.take(rules, shards, None, "tied copy: ")
+    if copy:
+        pair = [embeddings["word embeddings"], copy["weight"]]
+        embeddings["word embeddings"] = replicated(pair)
+
+
+def _read_rank(path: Path, number: int) -> _Rank:
+    state = torch_zip.read(path, number).value
+    args = args_of(state, path)
+    keys = [key for key in state if key == "model" or _is_virtual(key)]
+    if not keys:
+        raise FormatError(f"{path}: holds no model ({listing(map(str, state))})")
+    models: list[dict[str, LazyTensor]] = []
+    states = 0
+    for key in sorted(keys, key=lambda key: int(key.removeprefix("model") or 0)):
+        entries = state[key]
+        if not isinstance(entries, Mapping) or any(
+            isinstance(v, Mapping) for v in entries.values()
+        ):
+            raise FormatError(
+                f"{path}: {key!r} is nested: a legacy Megatron checkpoint, which ckptx recognises "
+                "but does not load yet"
+            )
+        weights = {n: v for n, v in entries.items() if not n.endswith("_extra_state")}
+        unknown = [name for name, value in weights.items() if not isinstance(value, Stored)]
+        if unknown:
+            raise FormatError(f"{path}: {listing(unknown)} of {key!r} are no tensors")
+        models.append(weights)
+        states += stored_bytes([v for n, v in entries.items() if n not in weights])
+    known = {*keys, "args", "checkpoint_version", "iteration"}
+    other = {key: stored_bytes(value) for key, value in state.items() if key not in known}
+    return _Rank(path, args, state.get("iteration"), models, states, other)
+
+
+def _is_virtual(key: object) -> bool:
+    return isinstance(key, str) and key.startswith("model") and key[5:].isdigit()
+
+
+def _file(directory: Path) -> Path:
+    for name in RANK_FILES:
+        if (directory / name).is_file():
+            return directory / name
+    raise FormatError(f"{directory}: holds no {RANK_FILES[0]}; the checkpoint is incomplete")
+
+
+def _guess_tp(found: list[Path]) -> int:
+    return len({path.name.split("_")[2] for path in found})
+
+
+def _check_directories(directory: Path, expected: list[str], found: list[str]) -> None:
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    if missing:
+        raise FormatError(
+            f"{directory}: {len(missing)} of {len(expected)} rank directories are missing: "
+            f"{listing(missing)}; copy them"
+        )
+    if extra:
+        raise FormatError(
+            f"{directory}: {listing(extra)} do not belong to the {len(expected)} ranks that the args "
+            "name; the directory mixes checkpoints"
+        )
+
+
+def _check_same_run(first: _Rank, rank: _Rank) -> None:
+    for name in _SAME:
+        here, there = first.args.get(name), rank.args.get(name)
+        if here != there:
+            raise FormatError(
+                f"{rank.path}: {name} is {there}, in {first.path.parent.name} it is {here}; the rank "
+                "files are of different runs"
+            )
+    if first.iteration != rank.iteration:
+        raise FormatError(
+            f"{rank.path}: is of iteration {rank.iteration}, {first.path.parent.name} of "
+            f"{first.iteration}; the rank files are of different runs"
+        )
+
+
+def _dropped(grid: list[_Rank]) -> Iterator[Dropped]:
+    states = sum(rank.states for rank in grid)
+    if states:
+        yield Dropped("_extra_state tensors", ENGINE_STATE, states)
+    totals: dict[str, int] = {}
+    for rank in grid:
+        for key, size in rank.other.items():
+            totals[key] = totals.get(key, 0) + size
+        for file in rank.path.parent.iterdir():
+            if file != rank.path and file.is_file():
+                totals[file.name] = totals.get(file.name, 0) + file.stat().st_size
+    for key, size in totals.items():
+        yield Dropped(key, WEIGHTS_ONLY, size)
+
+

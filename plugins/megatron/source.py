@@ -1,0 +1,56 @@
+"""What reading either form of a Megatron checkpoint gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptx.errors import FormatError
+from ckptx.lazy import LazyTensor, Stored
+from ckptx.protocol import Dropped, SourceTensor
+from ckptx.spec import ModelSpec
+
+WEIGHTS_ONLY = "only weights are converted"
+ENGINE_STATE = "quantisation state of Transformer Engine; holds no weights"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that was read as far as its metadata goes."""
+
+    place: Path
+    args: Mapping[str, Any]
+    files: tuple[str, ...]
+    sources: tuple[SourceTensor, ...]
+    dropped: Sequence[Dropped]
+    dtype: str
+    messages: Callable[[ModelSpec], Iterator[tuple[str, Mapping[str, LazyTensor]]]]
+    """Yields message names and canonical tensors, once the dimensions are known."""
+
+
+def args_of(state: Any, file: Path) -> dict[str, Any]:
+    """Return the ``args`` of a checkpoint's common state as a dictionary; empty if it has none.
+
+    Raises:
+        FormatError: the state is no dictionary.
+    """
+    if not isinstance(state, Mapping):
+        raise FormatError(f"{file}: expected a dictionary, found {type(state).__name__}")
+    args = state.get("args")
+    if args is None:
+        return {}
+    return dict(args if isinstance(args, Mapping) else vars(args))
+
+
+def stored_bytes(value: Any) -> int:
+    """Return the bytes of all tensors in a nested structure."""
+    match value:
+        case Stored():
+            return value.nbytes
+        case Mapping():
+            return sum(stored_bytes(entry) for entry in value.values())
+        case list() | tuple():
+            return sum(stored_bytes(entry) for entry in value)
+    return 0

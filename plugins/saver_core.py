@@ -1,0 +1,229 @@
+"""Save a Megatron Core checkpoint, ``torch_dist`` or per rank, at any parallel layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import click
+
+from ckptx.errors import PlanError, SchemaError
+from ckptx.hookspecs import hookimpl
+from ckptx.model_directory import family_named
+from ckptx.parallel import Pipeline, describe
+from ckptx.plan import FilePlan, Region, SavePlan
+from ckptx.plugin import Saver
+from ckptx.plugins.megatron import distributed, ranks
+from ckptx.plugins.megatron.directory import (
+    SIDECARS,
+    TRACKER,
+    Iteration,
+    iteration_name,
+    parse_iteration,
+)
+from ckptx.plugins.megatron.options import (
+    parallel_options,
+    transformer_impl_option,
+    true_vocab_size,
+    vocabulary_options,
+)
+from ckptx.protocol import Message
+from ckptx.saving import Model, check_messages, collect, resize_vocabulary
+from ckptx.schemas.args import args_from_spec, inexpressible
+from ckptx.spec import ModelSpec
+
+_PIPELINE = {
+    "vpp": "target_virtual_pipeline_parallel_size",
+    "first": "decoder_first_pipeline_num_layers",
+    "last": "decoder_last_pipeline_num_layers",
+    "layout": "pipeline_model_parallel_layout",
+    "embedding_in_split": "account_for_embedding_in_pipeline_split",
+    "loss_in_split": "account_for_loss_in_pipeline_split",
+}
+
+
+class CoreSaver:
+    """Writes what Megatron Core loads with ``--use-checkpoint-args``."""
+
+    name = "core"
+    capabilities: Mapping[str, Any] = {
+        "formats": ["torch_dist", "torch"],
+        "layouts": ["mcore"],
+        "tp": True,
+        "pp": True,
+        "vpp": True,
+        "ep": False,
+        "optimizer": False,
+        "lossless": True,
+    }
+
+    def options(self) -> list[click.Option]:
+        """Return the options for format, parallel layout and vocabulary."""
+        return [
+            click.Option(
+                ["--ckpt-format"],
+                type=click.Choice(["torch_dist", "torch"]),
+                default="torch_dist",
+                show_default=True,
+                help="Distributed and loadable at any layout, or one file per rank.",
+            ),
+            *parallel_options(),
+            *vocabulary_options(),
+            click.Option(
+                ["--make-vocab-size-divisible-by"],
+                type=click.IntRange(1),
+                help="Pad the vocabulary to a multiple of this times TP.  "
+                "[default: the source's, else 128]",
+            ),
+            click.Option(["--tokenizer-model"], help="Recorded in args for Megatron."),
+            transformer_impl_option("saver"),
+            click.Option(
+                ["--iteration"],
+                help="Number, or 'release'.  [default: the source's, 'release' if it has none]",
+            ),
+        ]
+
+    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+        """Return the plan of one iteration directory below the target root."""
+        model = collect(messages)
+        spec = model.spec
+        local = options.get("saver_transformer_impl") == "local"
+        layout = family_named(spec.family).layouts["mcore-local" if local else "mcore"]
+        check_messages(model, layout)
+        tp, pipeline = _parallel(model, options)
+        notes = [*_check_tp(spec, tp), *_check_expressible(spec)]
+        true_rows = true_vocab_size(options) or spec.vocab_size
+        multiple = _multiple(model, options)
+        padded = _padded_rows(model, true_rows, multiple, tp)
+        dropped = resize_vocabulary(model, padded)
+        iteration = _iteration(model, options)
+        ckpt_format = options.get("ckpt_format") or "torch_dist"
+        chunks = pipeline.chunks(spec.num_layers)
+        args = args_from_spec(
+            spec,
+            tp=tp,
+            pipeline=pipeline,
+            padded_vocab_size=padded,
+            true_vocab_size=true_rows,
+            make_vocab_size_divisible_by=multiple,
+            iteration=0 if iteration == "release" else int(iteration),
+            transformer_impl="local" if local else "transformer_engine",
+            ckpt_format=ckpt_format,
+            source_args=model.begin.training.get("args"),
+        )
+        if options.get("tokenizer_model"):
+            args["tokenizer_model"] = options["tokenizer_model"]
+        number = 0 if iteration == "release" else int(iteration)
+        target = distributed.Target(layout, local, tp, chunks, args, number)
+        files = (
+            distributed.plan(model, target)
+            if ckpt_format == "torch_dist"
+            else ranks.plan(model, target, pipeline.pp)
+        )
+        name = iteration_name(iteration)
+        return SavePlan(
+            [*files, *_sidecars(model)],
+            directory=name,
+            pointers={TRACKER: str(iteration).encode()},
+            dropped=dropped,
+            notes=tuple(notes),
+            stages=describe(chunks),
+            load_hint=f"torchrun ... --load {{target}} --use-checkpoint-args --ckpt-format "
+            f"{ckpt_format} --tensor-model-parallel-size {tp} "
+            f"--pipeline-model-parallel-size {pipeline.pp}",
+            details={
+                "ckpt_format": ckpt_format,
+                "tensor_parallel_size": tp,
+                "pipeline_parallel_size": pipeline.pp,
+                "virtual_pipeline_parallel_size": pipeline.vpp,
+                "padded_vocab_size": padded,
+                "true_vocab_size": true_rows,
+                "iteration": iteration,
+            },
+        )
+
+
+def _parallel(model: Model, options: Mapping[str, Any]) -> tuple[int, Pipeline]:
+    """Return the sizes asked for, else the source's, else 1."""
+    if (options.get("target_expert_parallel_size") or 1) > 1:
+        raise PlanError("--target-expert-parallel-size: the model has no experts to spread")
+    before = model.begin.parallel.get("pipeline", Pipeline())
+    tp = options.get("target_tensor_parallel_size") or model.begin.parallel.get("tp") or 1
+    given = {field: options.get(name) for field, name in _PIPELINE.items() if options.get(name)}
+    pp = options.get("target_pipeline_parallel_size")
+    if pp is None and not given:
+        return tp, before
+    return tp, Pipeline(pp or before.pp, **given)
+
+
+def _check_tp(spec: ModelSpec, tp: int) -> list[str]:
+    """Refuse a tensor-parallel size that does not divide the model; return remarks."""
+    for name, size in (
+        ("num_attention_heads", spec.num_attention_heads),
+        ("ffn_hidden_size", spec.ffn_hidden_size),
+    ):
+        if size % tp:
+            raise PlanError(f"tensor-parallel size {tp} does not divide {name} {size}")
+    groups = spec.num_query_groups
+    if groups % tp and tp % groups:
+        raise PlanError(
+            f"tensor-parallel size {tp} neither divides {groups} query groups nor is a multiple of them"
+        )
+    if groups % tp:
+        return [
+            f"tensor-parallel size {tp} is more than {groups} query groups: Megatron Core 0.16 and "
+            "later load this, older ones do not"
+        ]
+    return []
+
+
+def _check_expressible(spec: ModelSpec) -> list[str]:
+    """Refuse what Megatron has no weights for; return what it must be told by hand."""
+    problems = inexpressible(spec)
+    if problems.errors:
+        raise SchemaError(f"Megatron Core cannot hold this model: {'; '.join(problems.errors)}")
+    return list(problems.notes)
+
+
+def _multiple(model: Model, options: Mapping[str, Any]) -> int:
+    args = model.begin.training.get("args") or {}
+    chosen = options.get("make_vocab_size_divisible_by")
+    return int(chosen or args.get("make_vocab_size_divisible_by") or 128)
+
+
+def _padded_rows(model: Model, true_rows: int | None, multiple: int, tp: int) -> int:
+    """Return the rows of the vocabulary with padding, by Megatron's rule."""
+    found = model.messages["embeddings"]["word embeddings"].shape[0]
+    if true_rows is None:
+        if found % tp:
+            raise PlanError(
+                f"the true vocabulary is unknown and its {found} rows do not divide over "
+                f"tensor-parallel size {tp}; give --true-vocab-size"
+            )
+        return found
+    if found < true_rows:
+        raise PlanError(
+            f"the embedding has {found} rows, the true vocabulary is said to be {true_rows}"
+        )
+    unit = multiple * tp
+    return -(-true_rows // unit) * unit
+
+
+def _iteration(model: Model, options: Mapping[str, Any]) -> Iteration:
+    chosen = options.get("iteration")
+    if chosen is not None:
+        return parse_iteration(str(chosen))
+    iteration: Iteration = model.begin.training.get("iteration") or "release"
+    return iteration
+
+
+def _sidecars(model: Model) -> Iterator[FilePlan]:
+    for name, content in model.begin.sidecars.items():
+        regions = [Region(0, len(content), content, name)] if content else []
+        yield FilePlan(f"{SIDECARS}/{name}", len(content), regions)
+
+
+@hookimpl
+def register_savers(register: Callable[[Saver], None]) -> None:
+    """Register the saver."""
+    register(CoreSaver())

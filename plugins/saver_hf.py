@@ -1,0 +1,176 @@
+"""Save a Hugging Face model: safetensors shards, index, config and the files that came along."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from ckptx.containers import safetensors
+from ckptx.errors import PlanError, SchemaError
+from ckptx.hookspecs import hookimpl
+from ckptx.lazy import ITEMSIZE, LazyTensor
+from ckptx.loading import main_dtype
+from ckptx.model_directory import CONFIG, dump_config, family_named, family_of, read_config
+from ckptx.plan import FilePlan, Region, SavePlan
+from ckptx.plugin import Saver
+from ckptx.protocol import Message
+from ckptx.saving import Model, collect, named_tensors
+from ckptx.schemas.hf import differences, merge_config
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class HfSaver:
+    """Writes a model directory that transformers loads."""
+
+    name = "hf"
+    capabilities: Mapping[str, Any] = {
+        "formats": ["safetensors"],
+        "layouts": ["hf"],
+        "passthrough": True,
+        "lossless": True,
+    }
+
+    def options(self) -> list[click.Option]:
+        """Return ``--max-shard-size``."""
+        return [
+            click.Option(
+                ["--max-shard-size"],
+                default="5GB",
+                show_default=True,
+                help="Largest weight file, as 5GB or 500MB; one tensor is never divided.",
+            )
+        ]
+
+    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+        """Return the plan of a model directory."""
+        model = collect(messages)
+        if model.passthrough is None:
+            family = family_named(model.spec.family)
+            tensors, dropped = named_tensors(model, family.layouts["hf"])
+        else:
+            if not model.begin.layout.startswith("hf"):
+                raise SchemaError(
+                    f"tensors are named as {model.begin.layout} and no schema knows their model; "
+                    "give --hf-base with a config of a known architecture"
+                )
+            tensors, dropped = model.passthrough, ()
+        files, notes = _sidecars(model, main_dtype(tensors))
+        limit = parse_size(options.get("max_shard_size") or "5GB")
+        plans = [*_literal_files(files), *_weight_files(tensors, limit)]
+        return SavePlan(
+            plans,
+            dropped=dropped,
+            notes=notes,
+            load_hint='transformers.AutoModelForCausalLM.from_pretrained("{target}")',
+            details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
+        )
+
+
+def parse_size(text: str) -> int:
+    """Return a size in bytes; ``GB`` is 10^9, ``GiB`` is 2^30.
+
+    Examples:
+        >>> parse_size("5GB"), parse_size("1.5 MiB")
+        (5000000000, 1572864)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS or not float(match[1]):
+        raise PlanError(f"{text!r} is not a size; write 5GB, 500MB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """Return the files beside the weights; the source's dimensions win over a config's."""
+    begin, files = model.begin, dict(model.begin.sidecars)
+    config = read_config(files, begin.root)
+    notes: list[str] = []
+    if model.passthrough is not None:
+        if config is not None and _set_dtype(config, dtype):
+            files[CONFIG] = dump_config(config)
+        return files, ()
+    spec = replace(model.spec, dtype=dtype)
+    family = family_named(spec.family)
+    if config is None:
+        files[CONFIG] = dump_config(family.to_config(spec))
+        notes.append(f"{CONFIG} was made from the checkpoint's own arguments; there is no tokenizer")
+        return files, tuple(notes)
+    other = family_of(config)
+    if other is not family:
+        raise SchemaError(
+            f"{CONFIG} is of {', '.join(config.get('architectures') or ['no architecture'])}, the "
+            f"weights are of family {family.name}; give the --hf-base of this model"
+        )
+    differing = differences(config, spec)
+    if differing:
+        config = merge_config(config, spec)
+        notes += [f"{CONFIG}, the source wins: {line}" for line in differing]
+    if _set_dtype(config, dtype) or differing:
+        files[CONFIG] = dump_config(config)
+    return files, tuple(notes)
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
+    """Make a config say what was written; return whether it said something else."""
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if config.get(key) == dtype:
+        return False
+    config[key] = dtype
+    return True
+
+
+def _literal_files(files: Mapping[str, bytes]) -> Iterator[FilePlan]:
+    for name, content in files.items():
+        regions = [Region(0, len(content), content, name)] if content else []
+        yield FilePlan(name, len(content), regions)
+
+
+def _weight_files(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[FilePlan]:
+    shards: list[dict[str, LazyTensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        yield safetensors.plan_file("model.safetensors", in_library_order(shards[0]))
+        return
+    homes = {}
+    for number, shard in enumerate(shards, 1):
+        path = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        homes.update(dict.fromkeys(shard, path))
+        yield safetensors.plan_file(path, in_library_order(shard))
+    totals = {
+        "total_parameters": sum(tensor.numel for tensor in tensors.values()),
+        "total_size": sum(tensor.nbytes for tensor in tensors.values()),
+    }
+    index = {"metadata": totals, "weight_map": dict(sorted(homes.items()))}
+    content = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+    name = "model.safetensors.index.json"
+    yield FilePlan(name, len(content), [Region(0, len(content), content, name)])
+
+
+def in_library_order(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return the tensors as the safetensors library orders them in a file.
+
+    With it, the file is byte for byte the one that transformers writes.
+
+    Source: safetensors:safetensors/src/tensor.rs@v0.6.2, prepare: falling alignment, then name.
+    """
+    order = sorted(tensors, key=lambda name: (-ITEMSIZE[tensors[name].dtype], name))
+    return {name: tensors[name] for name in order}
+
+
+@hookimpl
+def register_savers(register: Callable[[Saver], None]) -> None:
+    """Register the saver."""
+    register(HfSaver())
+
+

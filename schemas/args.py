@@ -1,0 +1,525 @@
+"""Megatron's ``args`` and `ModelSpec`, in both directions.
+
+`FIELDS` pairs the names that mean the same. A checkpoint's ``args`` is a snapshot of Megatron's command
+line; what the command line cannot say of a model goes into one more entry, `NOTE`, which Megatron does
+not look at and which brings a converted model back as it was.
+
+Megatron restores only part of it with ``--use-checkpoint-args``; `launch_flags` returns the rest.
+
+Source: NVIDIA/Megatron-LM megatron/training/arguments.py (core_transformer_config_from_args),
+megatron/training/checkpointing.py (load_args_from_checkpoint), gpt_builders.py @ core_v0.16.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ckptx.containers.pickle_values import TorchDtype
+from ckptx.errors import SchemaError
+from ckptx.parallel import Pipeline
+from ckptx.schemas.hf import (
+    FAMILIES,
+    FOREIGN,
+    Biases,
+    biases,
+    check,
+    unheld,
+    windowed_layers,
+    windows_extra,
+)
+from ckptx.spec import ModelSpec
+
+FIELDS = (
+    ("num_layers", "num_layers"),
+    ("hidden_size", "hidden_size"),
+    ("ffn_hidden_size", "ffn_hidden_size"),
+    ("num_attention_heads", "num_attention_heads"),
+    ("num_query_groups", "num_query_groups"),
+    ("kv_channels", "kv_channels"),
+    ("max_position_embeddings", "max_position_embeddings"),
+    ("normalization", "normalization"),
+    ("position_embedding_type", "position_embedding_type"),
+    ("rotary_base", "rotary_base"),
+    ("rotary_percent", "rotary_percent"),
+    ("add_bias_linear", "add_bias_linear"),
+    ("add_qkv_bias", "add_qkv_bias"),
+    ("qk_layernorm", "qk_layernorm"),
+)
+"""Pairs of an argument and the spec's attribute."""
+
+ESSENTIAL = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+"""Arguments that no default can stand for."""
+
+# Up to core 0.15 args say norm_epsilon and apply_layernorm_1p; from 0.16 the parser is generated from
+# TransformerConfig and they carry its names. Both are written, either is read.
+EPSILON = ("layernorm_epsilon", "norm_epsilon")
+ZERO_CENTERED = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
+
+ACTIVATIONS = {
+    "swiglu": "swiglu",
+    "squared_relu": "squared_relu",
+    "quick_geglu": "geglu",  # the only gated gelu that Megatron's command line has
+}
+"""Switches of ``args`` and the activation each means; none of them means gelu."""
+
+DTYPE_FLAGS = {"bfloat16": "bf16", "float16": "fp16"}
+
+# megatron/core/models/common/embeddings/rotary_pos_embedding.py, _apply_scaling: only the factor
+# is a parameter there.
+LLAMA3_CONSTANTS = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# gpt_builders.py up to core 0.19 does not pass args.rope_scaling_factor on: the model gets this one.
+BUILDER_FACTOR = 8.0
+
+NOTE = "ckptx"
+"""The entry of ``args`` with what Megatron has no argument for."""
+
+DEFAULTS: Mapping[str, Any] = {
+    "add_position_embedding": True,
+    "apply_query_key_layer_scaling": False,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "hybrid_override_pattern": None,
+    "hybrid_attention_ratio": 0.0,
+    "hybrid_mlp_ratio": 0.0,
+    "is_hybrid_model": False,
+    "spec": None,
+    "num_experts": None,
+    "moe_layer_freq": 1,
+    "moe_ffn_hidden_size": None,
+    "moe_router_topk": 2,
+    "moe_token_dispatcher_type": "allgather",
+    "moe_router_pre_softmax": False,
+    "moe_grouped_gemm": False,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_router_topk_scaling_factor": None,
+    "moe_latent_size": None,
+    "mamba_state_dim": 128,
+    "mamba_head_dim": 64,
+    "mamba_num_groups": 8,
+    "mamba_num_heads": None,
+    "heterogeneous_layers_config_path": None,
+    "heterogeneous_layers_config_encoded_json": None,
+    "multi_latent_attention": False,
+    "mtp_num_layers": None,
+    "bert_binary_head": True,
+    "openai_gelu": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "tokenizer_type": "HuggingFaceTokenizer",
+    "tokenizer_model": None,
+    "tiktoken_pattern": None,
+    "vocab_file": None,
+    "use_legacy_models": False,
+    "sequence_parallel": False,
+    "consumed_train_samples": 0,
+    "skipped_train_samples": 0,
+    "consumed_valid_samples": 0,
+    "data_parallel_random_init": False,
+}
+"""What a dense decoder has where neither the model nor the source says otherwise."""
+
+# There is no state to resume, whatever the source had: Megatron must not look for it.
+WEIGHTS_ONLY: Mapping[str, Any] = {
+    "no_save_optim": True,
+    "no_save_rng": True,
+    "use_distributed_optimizer": False,
+}
+
+NOT_YET = {
+    "num_experts": "mixture of experts",
+    "multi_latent_attention": "multi-latent attention",
+    "mtp_num_layers": "multi-token prediction",
+    "heterogeneous_layers_config_path": "heterogeneous layers",
+    "heterogeneous_layers_config_encoded_json": "heterogeneous layers",
+    "is_hybrid_model": "hybrid models",
+    "hybrid_override_pattern": "hybrid models",
+    "experimental_attention_variant": "experimental attention",
+}
+
+
+def args_from_spec(
+    spec: ModelSpec,
+    *,
+    tp: int,
+    pipeline: Pipeline,
+    padded_vocab_size: int,
+    true_vocab_size: int | None,
+    make_vocab_size_divisible_by: int,
+    iteration: int,
+    transformer_impl: str,
+    ckpt_format: str,
+    source_args: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the content of a checkpoint's ``args``.
+
+    What ``source_args`` say stays, except for the model, the parallel sizes, the vocabulary, the dtype
+    and the format, which are those of the checkpoint being written. ``iteration`` is 0 for ``release``.
+
+    Raises:
+        SchemaError: Megatron cannot hold the model; see `inexpressible`.
+    """
+    if problems := inexpressible(spec):
+        raise SchemaError("; ".join(problems))
+    source = dict(source_args or {})
+    source.pop("disable_bias_linear", None)  # load_args_from_checkpoint lets it overrule
+    return {
+        **DEFAULTS,
+        "seq_length": spec.max_position_embeddings,
+        **source,
+        **_model(spec),
+        **_parallel(tp, pipeline, spec.num_layers),
+        **WEIGHTS_ONLY,
+        "padded_vocab_size": padded_vocab_size,
+        "vocab_size": true_vocab_size,
+        "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
+        "params_dtype": TorchDtype(spec.dtype),
+        **{flag: spec.dtype == dtype for dtype, flag in DTYPE_FLAGS.items()},
+        "transformer_impl": transformer_impl,
+        "ckpt_format": ckpt_format,
+        "use_dist_ckpt": ckpt_format != "torch",
+        "iteration": iteration,
+    }
+
+
+def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelSpec:
+    """Return the dimensions that a checkpoint's ``args`` say.
+
+    ``family`` is what a config at hand says: Megatron does not know Llama from a Mistral without
+    windows. A model that is none of the Hugging Face families is of family ``gpt``: it can be resharded.
+
+    Raises:
+        SchemaError: arguments are missing, describe a kind of model that is not supported yet, or
+            contradict ``family``.
+    """
+    _check_complete(args)
+    values = _with_defaults(args)
+    note = args.get(NOTE) or {}
+    extra = {
+        **note.get("extra", {}),
+        **windows_extra(*_windows_from_args(args)),
+        **{name: args[name] for name in FOREIGN if args.get(name)},
+    }
+    if _first(args, ZERO_CENTERED):
+        extra[ZERO_CENTERED[0]] = True
+    spec = ModelSpec(
+        family="gpt",
+        architecture="GPTModel",
+        **{attribute: values[name] for name, attribute in FIELDS},
+        vocab_size=args.get("vocab_size"),
+        norm_epsilon=float(_first(args, EPSILON)),
+        activation=_activation_from_args(args),
+        rotary_scaling=note.get("rotary_scaling") or _scaling_from_args(args),
+        tied=not args.get("untie_embeddings_and_output_weights"),
+        dtype=_dtype_from_args(args),
+        extra=extra,
+    )
+    return _of_family(spec, family or note.get("family") or _guess(spec), family is not None)
+
+
+def inexpressible(spec: ModelSpec) -> list[str]:
+    """Return what Megatron Core has no parameter for: reasons to refuse the conversion."""
+    said = biases(spec)
+    if said in (Biases(), Biases(qkv=True), Biases(True, True, True)):
+        return []
+    parts = {"attention_bias": said.out, "mlp_bias": said.mlp}
+    keys = " and ".join(f"{key}=true" for key, value in parts.items() if value)
+    return [
+        f"{spec.architecture} with {keys} only: Megatron has biases on all linear layers "
+        "(--add-bias-linear) or on query, key and value (--add-qkv-bias), and no other choice"
+    ]
+
+
+def notes(spec: ModelSpec) -> list[str]:
+    """Return what Megatron must be told by hand although all weights are there, one line each."""
+    return [*_window_notes(spec), *_scaling_notes(spec)]
+
+
+def launch_flags(spec: ModelSpec) -> list[str]:
+    """Return the options that a launch needs besides ``--use-checkpoint-args``.
+
+    Examples:
+        >>> from ckptx.schemas.hf import spec_from_config
+        >>> launch_flags(spec_from_config({"torch_dtype": "bfloat16"}, "qwen3"))
+        ['--norm-epsilon', '1e-06', '--qk-layernorm', '--bf16']
+    """
+    flags = ["--norm-epsilon", str(spec.norm_epsilon)]
+    if spec.qk_layernorm:
+        flags += ["--qk-layernorm"]
+    if _is_llama3(spec):
+        flags += ["--use-rope-scaling", "--rope-scaling-factor", str(_factor(spec))]
+    if (window := _windows_to_args(spec))["window_size"]:
+        flags += ["--window-size", ",".join(map(str, window["window_size"]))]
+        if window["window_attn_skip_freq"]:
+            flags += ["--window-attn-skip-freq", str(window["window_attn_skip_freq"]).replace(" ", "")]
+    if spec.dtype in DTYPE_FLAGS:
+        flags += [f"--{DTYPE_FLAGS[spec.dtype]}"]
+    return flags
+
+
+def _model(spec: ModelSpec) -> dict[str, Any]:
+    """Return the entries that describe the model."""
+    zero_centered = bool(spec.extra.get(ZERO_CENTERED[0]))
+    return {
+        **{name: _plain(getattr(spec, attribute)) for name, attribute in FIELDS},
+        "group_query_attention": spec.num_query_groups != spec.num_attention_heads,
+        "untie_embeddings_and_output_weights": not spec.tied,
+        "use_rotary_position_embeddings": spec.position_embedding_type == "rope",
+        "rotary_interleaved": bool(spec.extra.get("rotary_interleaved")),
+        **{name: spec.norm_epsilon for name in EPSILON},
+        **{name: zero_centered for name in ZERO_CENTERED},
+        **{switch: spec.activation == name for switch, name in ACTIVATIONS.items()},
+        **_scaling_to_args(spec),
+        **_windows_to_args(spec),
+        NOTE: _note(spec),
+    }
+
+
+def _parallel(tp: int, pipeline: Pipeline, num_layers: int) -> dict[str, Any]:
+    """Return the entries for the parallel sizes.
+
+    Megatron computes the virtual size anew from one of two arguments, of which only the first is
+    restored from a checkpoint and only the second can say an uneven split; with a layout, from neither.
+    """
+    per_stage = None
+    even = pipeline == Pipeline(pipeline.pp, pipeline.vpp)
+    if pipeline.vpp and even:
+        per_stage = num_layers // pipeline.pp // pipeline.vpp
+    uneven = None if even or pipeline.layout else pipeline.vpp
+    return {
+        **pipeline.to_args(),
+        "tensor_model_parallel_size": tp,
+        "num_layers_per_virtual_pipeline_stage": per_stage,
+        "num_virtual_stages_per_pipeline_rank": uneven,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": tp,
+        "context_parallel_size": 1,
+        "data_parallel_size": 1,
+        "world_size": tp * pipeline.pp,
+    }
+
+
+def _note(spec: ModelSpec) -> dict[str, Any]:
+    """Return plain values for what ``args`` cannot say."""
+    said_otherwise = {"sliding_window", "layer_types", *FOREIGN}
+    extra = {key: value for key, value in spec.extra.items() if key not in said_otherwise}
+    note: dict[str, Any] = {"family": spec.family} if spec.family in FAMILIES else {}
+    if spec.rotary_scaling is not None and not _is_exact_llama3(spec):
+        note["rotary_scaling"] = dict(spec.rotary_scaling)
+    return note | ({"extra": extra} if extra else {})
+
+
+def _plain(value: Any) -> Any:
+    """Return whole floats as ints: ``--rotary-base`` is an int on Megatron's command line."""
+    return int(value) if isinstance(value, float) and value.is_integer() and value > 1 else value
+
+
+def _first(args: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """Return the value of the first of several names that says something."""
+    return next((args[name] for name in names if args.get(name) is not None), None)
+
+
+def _check_complete(args: Mapping[str, Any]) -> None:
+    missing = [name for name in ESSENTIAL if args.get(name) is None]
+    if _first(args, EPSILON) is None:
+        missing.append(f"{EPSILON[1]} (or {EPSILON[0]})")
+    if args.get("group_query_attention") and args.get("num_query_groups") is None:
+        missing.append("num_query_groups")
+    if missing:
+        raise SchemaError(
+            f"the checkpoint's args do not say {', '.join(missing)}; give the model's config with "
+            "--hf-base"
+        )
+    for name, kind in NOT_YET.items():
+        if args.get(name):
+            raise SchemaError(f"{kind} ({name} is {args[name]!r} in args) cannot be converted yet")
+
+
+def _with_defaults(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `FIELDS` as Megatron would complete them."""
+    heads = args["num_attention_heads"]
+    old_rope = args.get("use_rotary_position_embeddings")
+    defaults = {
+        "kv_channels": args["hidden_size"] // heads,
+        "normalization": "LayerNorm",
+        "position_embedding_type": "rope" if old_rope else "learned_absolute",
+        "rotary_base": 10000.0,
+        "rotary_percent": 1.0,
+        "add_bias_linear": True,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+    }
+    said = {name: args[name] for name, _ in FIELDS if args.get(name) is not None}
+    values = defaults | said
+    if not args.get("group_query_attention"):
+        values["num_query_groups"] = heads
+    if args.get("disable_bias_linear") is not None:
+        values["add_bias_linear"] = not args["disable_bias_linear"]
+    values["rotary_base"] = float(values["rotary_base"])
+    values["rotary_percent"] = float(values["rotary_percent"])
+    return values
+
+
+def _activation_from_args(args: Mapping[str, Any]) -> str:
+    return next((name for switch, name in ACTIVATIONS.items() if args.get(switch)), "gelu")
+
+
+def _dtype_from_args(args: Mapping[str, Any]) -> str:
+    said = args.get("params_dtype")
+    if said is not None:
+        return str(getattr(said, "name", said)).removeprefix("torch.")
+    return next((dtype for dtype, flag in DTYPE_FLAGS.items() if args.get(flag)), "float32")
+
+
+def _scaling_from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
+    if args.get("use_rope_scaling"):
+        factor = args.get("rope_scaling_factor") or BUILDER_FACTOR
+        return {"rope_type": "llama3", "factor": float(factor), **LLAMA3_CONSTANTS}
+    if factor := args.get("rotary_seq_len_interpolation_factor"):
+        return {"rope_type": "linear", "factor": float(factor)}
+    return None
+
+
+def _scaling_to_args(spec: ModelSpec) -> dict[str, Any]:
+    factor = spec.rotary_scaling["factor"] if _is_whole_linear(spec) and spec.rotary_scaling else None
+    return {
+        "use_rope_scaling": _is_llama3(spec),
+        "rope_scaling_factor": _factor(spec),
+        "rotary_seq_len_interpolation_factor": None if factor is None else int(factor),
+    }
+
+
+def _is_llama3(spec: ModelSpec) -> bool:
+    return spec.rotary_scaling is not None and spec.rotary_scaling["rope_type"] == "llama3"
+
+
+def _is_exact_llama3(spec: ModelSpec) -> bool:
+    """Whether the arguments, as Megatron reads them, say this scaling and no other."""
+    said = {"use_rope_scaling": _is_llama3(spec), "rope_scaling_factor": _factor(spec)}
+    return spec.rotary_scaling == _scaling_from_args(said)
+
+
+def _is_whole_linear(spec: ModelSpec) -> bool:
+    scaling = spec.rotary_scaling
+    return (
+        scaling is not None
+        and scaling["rope_type"] == "linear"
+        and float(scaling["factor"]).is_integer()
+    )
+
+
+def _factor(spec: ModelSpec) -> float:
+    if spec.rotary_scaling is None or not _is_llama3(spec):
+        return BUILDER_FACTOR
+    return float(spec.rotary_scaling["factor"])
+
+
+def _windows_to_args(spec: ModelSpec) -> dict[str, Any]:
+    """Return ``window_size``, which counts tokens before the own one, and the layers without.
+
+    Source: megatron/core/transformer/utils.py get_sliding_window_causal_mask and
+    is_layer_window_attention @ core_v0.16.1.
+    """
+    inside = windowed_layers(spec)
+    if not any(inside):
+        return {"window_size": None, "window_attn_skip_freq": None}
+    pattern = None if all(inside) else [int(one) for one in inside]
+    return {
+        "window_size": (spec.extra["sliding_window"] - 1, 0),
+        "window_attn_skip_freq": pattern,
+    }
+
+
+def _windows_from_args(args: Mapping[str, Any]) -> tuple[int | None, list[bool]]:
+    size, layers = args.get("window_size"), args["num_layers"]
+    if not size or size[0] < 0:
+        return None, [False] * layers
+    frequency = args.get("window_attn_skip_freq")
+    if frequency is None:
+        inside = [True] * layers
+    elif isinstance(frequency, int):
+        inside = [number % frequency != 0 for number in range(1, layers + 1)]
+    else:
+        inside = [bool(one) for one in frequency]
+    return size[0] + 1, inside
+
+
+def _guess(spec: ModelSpec) -> str:
+    """Return the family that has what the spec says, ``gpt`` where none has."""
+    windowed = any(windowed_layers(spec))
+    order = ("qwen3", "qwen2", "mistral") if windowed else ("qwen3", "qwen2", "llama")
+    return next((family for family in order if not unheld(spec, family)), "gpt")
+
+
+def _of_family(spec: ModelSpec, family: str, asked: bool) -> ModelSpec:
+    """Return the spec as one of a family, after checking that it can be where somebody said so."""
+    if family not in FAMILIES:
+        return spec
+    values = {name: getattr(spec, name) for name in ModelSpec.__slots__}
+    values |= {"family": family, "architecture": FAMILIES[family].architecture}
+    named = ModelSpec(**values)
+    if asked:
+        try:
+            check(named)
+        except SchemaError as error:
+            raise SchemaError(
+                f"the config at hand is of family {family}, the args are not: {error}; give the config "
+                "of the same model"
+            ) from error
+    return named
+
+
+def _window_notes(spec: ModelSpec) -> Iterator[str]:
+    if any(windowed_layers(spec)):
+        flags = launch_flags(spec)
+        window = " ".join(flags[flags.index("--window-size") :]).partition(" --bf16")[0]
+        yield (
+            f"sliding_window {spec.extra['sliding_window']}: Megatron does not take it from a "
+            f"checkpoint; pass {window.partition(' --fp16')[0]} (core 0.15 or later; earlier ones "
+            "attend to everything)"
+        )
+
+
+def _scaling_notes(spec: ModelSpec) -> Iterator[str]:
+    if spec.rotary_scaling is None:
+        return
+    scaling = spec.rotary_scaling
+    kind = scaling["rope_type"]
+    if kind == "llama3":
+        if _factor(spec) != BUILDER_FACTOR:
+            yield (
+                f"rope_scaling factor {_factor(spec):g}: Megatron's gpt_builders.py (to core 0.19) "
+                f"ignores --rope-scaling-factor and uses {BUILDER_FACTOR:g}; build GPTModel with "
+                f"rope_scaling_factor={_factor(spec):g}"
+            )
+        for name, constant in LLAMA3_CONSTANTS.items():
+            if scaling.get(name, constant) != constant:
+                yield (
+                    f"rope_scaling {name} {scaling[name]}: Megatron's RotaryEmbedding has {constant} "
+                    "fixed in _apply_scaling; change it there"
+                )
+    elif _is_whole_linear(spec):
+        yield (
+            f"linear rope_scaling: pass --rotary-seq-len-interpolation-factor {scaling['factor']:g}; "
+            "gpt_builders.py before core 0.19 ignores it: build GPTModel with "
+            f"seq_len_interpolation_factor={scaling['factor']:g}"
+        )
+    else:
+        yield (
+            f"rope_scaling {dict(scaling)}: Megatron has no argument for {kind} scaling of a GPT model "
+            "and will run without; the setting is kept for the way back"
+        )
