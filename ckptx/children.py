@@ -1,8 +1,8 @@
 """The two processes of a conversion, seen from inside.
 
-The loader's process turns messages into bytes and puts them on the queue; the saver's takes them off,
-plans, proves, asks the parent for a place to write, and writes. Pickling is done here, not by the
-queue: its own thread would only print what it cannot pickle, and the other side would wait for ever.
+The loader's process turns messages into bytes and puts them on the queue; the saver's takes them
+off, plans, proves, asks the parent for a place to write, and writes. Pickling is done here, not by
+the queue: its thread would only print what it cannot pickle, and the other side would wait.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from ckptx import manager
+from ckptx.compat import ModuleSaver
 from ckptx.errors import PluginError
 from ckptx.job import Job
 from ckptx.protocol import Begin, End, Message, Tensors
-from ckptx.publish import manifest_path, outline, write_durable
+from ckptx.publish import manifest_path, outline, sync_tree, write_durable
 from ckptx.report import Facts
 from ckptx.spool import Spool
 from ckptx.supervision import Failure, Line, settle_child
-
-if TYPE_CHECKING:
-    from ckptx.compat import ModuleSaver
 
 Bytes: TypeAlias = "Queue[bytes]"
 
@@ -74,11 +72,11 @@ def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> tuple[Fact
     """Plan, prove and write what the loader sends; return the facts and the digest."""
     saver = manager.saver(job.saver, job.megatron_path)
     stream = Stream(_received(queue))
-    if hasattr(saver, "write_directly"):
-        return _write_directly(saver, job, stream, line, spool_path), ""
+    if isinstance(saver, ModuleSaver):
+        return _write_directly(saver, job, stream, line), ""
     from ckptx import manifest, proof, writer
 
-    plan = saver.plan(iter(stream), job.options(job.saver_options))
+    plan = saver.plan(recast(stream, job), job.options(job.saver_options))
     begin, end = stream.finish(job.saver)
     proved = proof.prove(plan, begin, end)
     staging = Path(line.ask("planned", outline(plan)))
@@ -89,21 +87,23 @@ def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> tuple[Fact
     return Facts.of(begin, end, plan, proved), digest
 
 
-def _write_directly(
-    saver: ModuleSaver, job: Job, stream: Stream, line: Line, spool_path: str
-) -> Facts:
-    from ckptx.publish import sync_tree
-
-    messages = iter(stream)
-    plan = saver.outline(job)
-    staging = Path(line.ask("planned", plan))
-    facts = saver.write_directly(
-        messages, job.options(job.saver_options, staging=staging), line.advance
-    )
+def _write_directly(saver: ModuleSaver, job: Job, stream: Stream, line: Line) -> Facts:
+    staging = Path(line.ask("planned", saver.outline(job)))
+    options = job.options(job.saver_options, staging=staging)
+    facts = saver.write_directly(recast(stream, job), options, line.advance)
     stream.finish(job.saver)
     line.flush()
     sync_tree(staging)
     return facts
+
+
+def recast(messages: Iterable[Message], job: Job) -> Iterator[Message]:
+    """Return the messages in the dtype that the job asks for."""
+    if job.dtype is None:
+        return iter(messages)
+    from ckptx.casting import cast_messages
+
+    return cast_messages(messages, job.dtype)
 
 
 def write_options(job: Job) -> Any:

@@ -3,13 +3,13 @@
 Such a module is ``loader_X.py`` (or ``saver_X.py``, or plain ``X.py``) on the Python path, with
 
     add_arguments(parser)          its options, for argparse
-    load_checkpoint(queue, args)   puts a metadata namespace, dictionaries of tensors, "done" or "exit"
+    load_checkpoint(queue, args)   puts a metadata namespace, dictionaries of tensors, "done"
     save_checkpoint(queue, args)   gets the same, in the same order
 
 The modules expect one queue with tensors on it; they are given an object that looks like one. A
 loader's tensors go to the spool as they come. A saver's are read one message at a time, and what it
-writes goes to the staging directory. ``args`` holds what Megatron's converter gives: its own options,
-and those of both plugins.
+writes goes to the staging directory. ``args`` holds what Megatron's converter gives: its own
+options, and those of both plugins.
 
 Source of the contract: NVIDIA/Megatron-LM:tools/checkpoint/convert.py@core_v0.12.3.
 """
@@ -69,7 +69,7 @@ def adapt(role: Role, name: str, module: str, megatron_path: str | None) -> Any:
     return adapter(name, module, megatron_path)
 
 
-class _Module:
+class Module:
     """A module of Megatron's converter."""
 
     role: Role
@@ -83,8 +83,8 @@ class _Module:
         for function in ("add_arguments", _FUNCTIONS[self.role]):
             if not callable(getattr(self.module, function, None)):
                 raise PluginError(
-                    f"{self.role} {name!r}: module {module} ({self.module.__file__}) has no function "
-                    f"{function}(), so it is no {self.role}"
+                    f"{self.role} {name!r}: module {module} ({self.module.__file__}) has no "
+                    f"function {function}(), so it is no {self.role}"
                 )
 
     def options(self) -> list[click.Option]:
@@ -104,7 +104,7 @@ class _Module:
             getattr(self.module, _FUNCTIONS[self.role])(queue, args)
 
 
-class ModuleLoader(_Module):
+class ModuleLoader(Module):
     """A Megatron-style module as a loader."""
 
     role = "loader"
@@ -122,7 +122,7 @@ class ModuleLoader(_Module):
         yield from queue.messages(str(source))
 
 
-class ModuleSaver(_Module):
+class ModuleSaver(Module):
     """A Megatron-style module as a saver, which writes files itself."""
 
     role = "saver"
@@ -163,12 +163,12 @@ def namespace(options: Mapping[str, Any], **more: Any) -> argparse.Namespace:
 
 
 def parse(
-    modules: Sequence[_Module], arguments: Sequence[str], ours: frozenset[str]
+    modules: Sequence[Module], arguments: Sequence[str], ours: frozenset[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the values of the modules' own options, and the arguments that remain.
 
-    As in Megatron's converter, a loader and a saver may declare the same option. An option that is in
-    ``ours`` too is taken by both sides.
+    As in Megatron's converter, a loader and a saver may declare the same option. An option that is
+    in ``ours`` too is taken by both sides.
 
     Raises:
         PluginError: the modules' options are wrong or missing.
@@ -182,7 +182,7 @@ def parse(
     return values, leaver.parse_known_args(arguments)[1]
 
 
-def option_help(modules: Sequence[_Module]) -> str:
+def option_help(modules: Sequence[Module]) -> str:
     """Return argparse's description of the modules' options."""
     text = _parser(modules).format_help()
     return text.partition("\n\n")[2].rstrip()  # without the usage line
@@ -193,7 +193,7 @@ class _Parser(argparse.ArgumentParser):
         raise PluginError(message)
 
 
-def _parser(modules: Sequence[_Module]) -> argparse.ArgumentParser:
+def _parser(modules: Sequence[Module]) -> argparse.ArgumentParser:
     # Two unmodified modules declare --megatron-path, --true-vocab-size and others, each for itself.
     parser = _Parser(prog="ckptx", allow_abbrev=False, conflict_handler="resolve", add_help=False)
     for module in modules:

@@ -1,7 +1,8 @@
 """Queues that Megatron-style modules put to and get from, and the translation of their messages.
 
-The dictionaries carry the very names of our messages: ``{"name": "transformer layer 3", "qkv weight":
-tensor, ...}``. Only the metadata namespace before them, and ``"done"`` after, have another shape.
+The dictionaries carry the very names of our messages: ``{"name": "transformer layer 3",
+"qkv weight": tensor, ...}``. Only the metadata namespace before them, and ``"done"`` after
+them, have another shape.
 
 This is the one place in ckptx that handles torch tensors, because the modules do.
 """
@@ -157,7 +158,7 @@ class Outgoing:
         self._end: End | None = None
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        """Return the next message as Megatron's converter would: namespace, dictionary or ``"done"``."""
+        """Return the next message: the metadata namespace, a dictionary, at last ``"done"``."""
         for message in self._messages:
             if isinstance(message, Begin):
                 self._begin = message
@@ -221,8 +222,8 @@ class Outgoing:
             ],
             notes=(
                 *self._end.notes,
-                f"a Megatron-style module wrote the files: what it did to the {self._counts['tensors']} "
-                "tensors it was given is not proved",
+                "a Megatron-style module wrote the files: what it did to the "
+                f"{self._counts['tensors']} tensors it was given is not proved",
             ),
             stages=(),
             details={},
@@ -235,7 +236,7 @@ class Outgoing:
 
         from ckptx.reader import read
 
-        assert self._begin is not None  # noqa: S101 - Begin is checked to come first
+        assert self._begin is not None
         values = {}
         for key, tensor in tensors.items():
             flat = read(tensor, self._begin.files).reshape(-1).view(np.uint8)

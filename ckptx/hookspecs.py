@@ -13,11 +13,14 @@ A plugin is a module that an entry point of the group ``ckptx`` names (``loader_
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pluggy
 
 from ckptx.plugin import Loader, Saver
+
+if TYPE_CHECKING:
+    from ckptx.schema import Family
 
 PROJECT = "ckptx"
 
@@ -27,14 +30,14 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def register_loaders(register: Callable[[Loader], None]) -> None:
-    """Call ``register`` with each loader of the module; entry ``loader_X`` registers one named X."""
+    """Call ``register`` with each loader; the module of ``loader_X`` registers one named X."""
 
 
 @hookspec
 def register_savers(register: Callable[[Saver], None]) -> None:
-    """Call ``register`` with each saver of the module; entry ``saver_X`` registers one named X."""
+    """Call ``register`` with each saver; the module of ``saver_X`` registers one named X."""
 
 
 @hookspec
-def register_layouts(register: Callable[[Any], None]) -> None:
-    """Call ``register`` with each layout of the module; its ``name`` is unique (``"hf/llama"``)."""
+def register_families(register: Callable[[Family], None]) -> None:
+    """Call ``register`` with each family of the module; its ``name`` is unique (``"llama"``)."""

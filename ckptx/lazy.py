@@ -136,7 +136,7 @@ class LazyTensor:
     def unsqueeze(self) -> LazyTensor:
         """Return the tensor with a first axis of one element."""
         rows = self._length(0)
-        return self.split(0, rows) if rows else Tiled(self.dtype, (1, *self.shape), ())
+        return self.split(0, rows) if rows else Filled(self.dtype, (1, *self.shape))
 
     def _length(self, axis: int) -> int:
         if not 0 <= axis < len(self.shape):
@@ -314,6 +314,8 @@ def _tiled(shape: Shape, tiles: Sequence[tuple[Sequence[int], LazyTensor]]) -> L
     if len(dtypes) > 1:
         raise PlanError(f"tiles of one tensor have different dtypes: {', '.join(dtypes)}")
     kept = [(tuple(origin), part) for origin, part in tiles if part.numel]
+    if not kept:
+        return Filled(dtypes[0], shape)
     if len(kept) == 1:
         return kept[0][1]
     return Tiled(dtypes[0], shape, tuple(sorted(kept, key=lambda entry: entry[0])))

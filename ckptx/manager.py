@@ -5,7 +5,7 @@ distributions and imports nothing. In a checkout the entry points of ckptx itsel
 ``pyproject.toml``, installed or not, so that they are never those of another copy.
 
 ``CKPTX_PLUGINS`` pins the exact set: a comma-separated list of entry names (``loader_hf``) or
-distribution names (``ckptx-npz``), with nothing else visible. An empty value leaves no plugin at all.
+distribution names (``ckptx-npz``); nothing else is visible. An empty value leaves no plugin at all.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
     from ckptx.plugin import Loader, Saver
+    from ckptx.schema import Family
 
 GROUP = "ckptx"
 PIN = "CKPTX_PLUGINS"
@@ -145,13 +146,14 @@ def saver(name: str, megatron_path: str | None = None) -> Saver:
     return found
 
 
-def layouts() -> dict[str, Any]:
-    """Return every layout of every schema plugin by name; a broken schema is only warned about.
+@cache
+def families() -> Mapping[str, Family]:
+    """Return the families of all schema plugins by name; a broken schema is only warned about.
 
     Raises:
-        PluginError: two plugins declare one layout or one entry name.
+        PluginError: two plugins declare one family or one entry name.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Family] = {}
     owners: dict[str, str] = {}
     for entry in entries().values():
         if entry.kind != "schema":
@@ -162,14 +164,14 @@ def layouts() -> dict[str, Any]:
         except PluginError as error:
             _log.warning("%s", error)
             continue
-        for layout in registered:
-            if layout.name in found:
+        for family in registered:
+            if family.name in found:
                 raise PluginError(
-                    f"layout {layout.name!r} is registered by {owners[layout.name]} and by "
+                    f"family {family.name!r} is registered by {owners[family.name]} and by "
                     f"{entry.entry_name} of {entry.distribution}"
                 )
-            found[layout.name] = layout
-            owners[layout.name] = f"{entry.entry_name} of {entry.distribution}"
+            found[family.name] = family
+            owners[family.name] = f"{entry.entry_name} of {entry.distribution}"
     return found
 
 
@@ -209,7 +211,7 @@ def statuses() -> Iterator[Status]:
             entry.refuse_rivals()
             registered = _registered(entry)
             if entry.kind == "schema":
-                yield Status(entry, {"layouts": sorted(layout.name for layout in registered)})
+                yield Status(entry, {"families": sorted(family.name for family in registered)})
             else:
                 yield Status(entry, dict(_named(entry, registered).capabilities))
         except PluginError as error:
@@ -288,8 +290,8 @@ def _plugin(kind: Literal["loader", "saver"], name: str, megatron_path: str | No
             f"known {kind}s: {known}"
         )
     raise PluginError(
-        f"unknown {kind} {name!r}; known {kind}s: {known}; no module {kind}_{name} is on the Python "
-        "path either"
+        f"unknown {kind} {name!r}; known {kind}s: {known}; no module {kind}_{name} is on the "
+        "Python path either"
     )
 
 
@@ -319,7 +321,7 @@ def _registered(entry: Entry) -> list[Any]:
         hook = {
             "loader": "register_loaders",
             "saver": "register_savers",
-            "schema": "register_layouts",
+            "schema": "register_families",
         }
         getattr(manager.hook, hook[entry.kind])(register=found.append)
     # A plugin is foreign code: whatever it raises is a report about that plugin, no crash of ours.

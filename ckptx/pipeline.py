@@ -1,15 +1,16 @@
-"""Run a conversion: a loader and a saver in two processes, watched by this one.
+r"""Run a conversion: a loader and a saver in two processes, watched by this one.
 
        loader process  --- queue of messages --->  saver process
-              \\                                      /
+              \                                      /
                log, failure                log, failure, progress,
-                      \\                    "planned", result
+                      \                    "planned", result
                        '--> this process <--'
                     owns the target, the spool and the signals
 
-Two processes isolate plugins that rewrite ``sys.argv``, leak or crash; they make nothing faster, since
-messages are references. Whatever happens to one child, the other is stopped, the target's staging
-directory is removed, and the first cause is raised. If this process is killed, both children die.
+Two processes isolate plugins that rewrite ``sys.argv``, leak or crash; they make nothing faster,
+since messages are references. Whatever happens to one child, the other is stopped, the staging
+directory of the target is removed, and the first cause is raised. If this process is killed, both
+children die.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptx import children, manager
+from ckptx.compat import ModuleSaver
 from ckptx.errors import CkptxError, ConversionError, PlanError
 from ckptx.job import Job
 from ckptx.progress import Progress, Silent
@@ -63,7 +64,7 @@ def convert(job: Job, progress: Progress | None = None) -> Report:
             notes = target.publish()
     finally:
         progress.close()
-    facts = replace(facts, notes=(*facts.notes, *notes))
+    facts = replace(facts.at(target.path), notes=(*facts.notes, *notes))
     seconds = time.monotonic() - started
     return Report(job.loader, job.saver, str(target.path), facts, seconds, digest)
 
@@ -78,18 +79,18 @@ def plan_conversion(job: Job, spool: Spool | None = None) -> tuple[Begin, End, S
 
     loader = manager.loader(job.loader, job.megatron_path)
     saver = manager.saver(job.saver, job.megatron_path)
-    if hasattr(saver, "write_directly"):
+    if isinstance(saver, ModuleSaver):
         raise PlanError(f"saver {job.saver!r} is a Megatron-style module, which cannot be planned")
     options = job.options(job.loader_options, spool=spool)
     messages = children.checked(loader.load(job.source, options), job.loader)
     stream = children.Stream(messages)
-    plan = saver.plan(iter(stream), job.options(job.saver_options))
+    plan = saver.plan(children.recast(stream, job), job.options(job.saver_options))
     begin, end = stream.finish(job.saver)
     return begin, end, plan, prove(plan, begin, end)
 
 
 def forecast(job: Job) -> Forecast:
-    """Return what `convert` would do; refuses what it can tell from the plan, and writes nothing."""
+    """Return what `convert` would do, without writing; raises what it would raise by then."""
     from ckptx.lazy import LazyTensor
     from ckptx.proof import operations
 
@@ -121,7 +122,7 @@ def forecast(job: Job) -> Forecast:
         job.loader,
         job.saver,
         str(job.target / plan.directory),
-        Facts.of(begin, end, plan, proof),
+        Facts.of(begin, end, plan, proof).at(job.target),
         outputs,
         sorted(plan.pointers),
         job.max_memory,
@@ -199,7 +200,7 @@ class _Supervisor:
         while not all(child.done for child in self.crew):
             busy = [child for child in self.crew if not child.done]
             lines = [child.connection for child in busy if child.listening]
-            wait([self.interrupts, *lines, *(child.process.sentinel for child in busy)])
+            wait([self.interrupts.fileno(), *lines, *(child.process.sentinel for child in busy)])
             self.interrupts.check()
             # Liveness first: what a dead child had to say is then all in its pipe.
             dead = [child for child in busy if not child.process.is_alive()]

@@ -67,3 +67,12 @@ class SavePlan:
     """A command or line of code that loads the result."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Facts for ``plan --json``: parallel sizes, padded vocabulary, ..."""
+
+
+def literal_files(files: Mapping[str, bytes], folder: str = "") -> list[FilePlan]:
+    """Return the plans of files whose bytes are known; ``folder`` goes before their names."""
+    prefix = f"{folder}/" if folder else ""
+    return [
+        FilePlan(prefix + name, len(data), [Region(0, len(data), data, name)] if data else [])
+        for name, data in files.items()
+    ]

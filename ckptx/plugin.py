@@ -1,12 +1,13 @@
 """What a loader and a saver are: the contract of every plugin, ours included.
 
-A loader and a saver know neither queues nor processes. A loader yields messages; a saver consumes them
-and answers with a plan. So both are testable in one process: ``saver.plan(loader.load(path, {}), {})``.
+A loader and a saver know neither queues nor processes. A loader yields messages; a saver consumes
+them and answers with a plan. So both are testable in one process:
+``saver.plan(loader.load(path, {}), {})``.
 
-The ``options`` of `Loader.load` and `Saver.plan` hold the plugin's own options by their click names,
-and those of the engine that concern both sides:
+The ``options`` of `Loader.load` and `Saver.plan` hold the plugin's own options by their click
+names, and those of the engine:
 
-    dtype           dtype to convert to (``"bfloat16"``), or None for "as stored"
+    dtype           dtype to convert to, or None; the engine casts what travels between the two
     hf_base         directory of a Hugging Face model: config and tokenizer source, or None
     fill_from_base  patterns of tensor names that may be filled from ``hf_base``
     target          the path the user named, or None; for the names of single files
@@ -33,7 +34,7 @@ class Loader(Protocol):
     name: str
     """What follows ``--loader``: ``"hf"``."""
     capabilities: Mapping[str, Any]
-    """Plain data for ``ckptx plugins``: ``{"formats": [...], "layouts": [...], "tp": True, ...}``."""
+    """Plain data for ``ckptx plugins``: ``{"formats": [...], "lossless": True, ...}``."""
 
     def options(self) -> list[click.Option]:
         """Return the options that the loader adds to the command line."""

@@ -1,4 +1,4 @@
-"""Progress of a conversion: one object that is told bytes; drawn on a terminal, logged elsewhere."""
+"""Progress of a conversion: told in bytes, drawn on a terminal, logged elsewhere."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@
       TARGET                      appears by one rename, whole
 
 In a Megatron root the target is the iteration directory, and the tracker file is written after it.
-With ``--overwrite`` the new and the old directory trade places in one step; then the old one, now in
-the partial directory, is removed with it.
+With ``--overwrite`` the new and the old directory trade places in one step; then the old one, now
+in the partial directory, is removed with it.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Target:
         Raises:
             ConversionError: the target appeared meanwhile, or cannot be renamed.
         """
-        assert self._partial is not None  # noqa: S101 - prepare was called
+        assert self._partial is not None
         staging = self._partial / "new"
         try:
             if self.plan.single_file:
@@ -254,16 +254,15 @@ class Target:
             staging.rename(self._path)  # fails if a directory with anything in it is there now
 
     def _write_pointers(self) -> list[str]:
-        assert self._partial is not None  # noqa: S101 - prepare was called
+        assert self._partial is not None
         notes = []
         for name, content in self.plan.pointers.items():
             pointer = self.save_dir / name
             if pointer.exists() and not self.overwrite:
-                if pointer.read_bytes().strip() != content.strip():
-                    notes.append(
-                        f"{name} was left as it is ({pointer.read_bytes().decode(errors='replace').strip()}"
-                        "); --overwrite moves it"
-                    )
+                old = pointer.read_bytes().strip()
+                if old != content.strip():
+                    was = old.decode(errors="replace")
+                    notes.append(f"{name} was left as it is ({was}); --overwrite moves it")
                 continue
             write_durable(self._partial / "pointer", content)
             (self._partial / "pointer").replace(pointer)

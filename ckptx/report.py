@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptx.publish import size_text
@@ -80,6 +81,10 @@ class Facts:
             details=dict(plan.details),
             load_hint=plan.load_hint,
         )
+
+    def at(self, target: Path) -> Facts:
+        """Return the facts with the target's path in the load hint."""
+        return replace(self, load_hint=self.load_hint.replace("{target}", str(target)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +223,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _wrapped(label: str, text: str, width: int) -> list[str]:
-    """Return ``text`` beside its label, broken where it must be: nothing is wider than ``width``."""
+    """Return ``text`` beside its label, broken so that no line is wider than ``width``."""
     return textwrap.wrap(
         text,
         max(width, 2 * _LABEL),

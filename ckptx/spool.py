@@ -1,9 +1,9 @@
 """A spool: one nameless file for tensors that exist in memory only.
 
-Messages hold references to files, never tensors. A loader of a format that has no bytes to refer to
-(compressed, computed, or read by foreign code) puts its tensors into the spool and refers to those. The
-parent process creates it on the file system of the target, never in ``/tmp``; it vanishes with the
-parent. Its size counts as disk, not as memory.
+Messages hold references to files, never tensors. A loader of a format that has no bytes to refer
+to (compressed, computed, or read by foreign code) puts its tensors into the spool and refers to
+those. The parent process creates it on the file system of the target, never in ``/tmp``; it
+vanishes with the parent. Its size counts as disk, not as memory.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from ckptx.errors import PlanError, SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.model_directory import family_named
 from ckptx.parallel import Pipeline, describe
-from ckptx.plan import FilePlan, Region, SavePlan
+from ckptx.plan import SavePlan, literal_files
 from ckptx.plugin import Saver
 from ckptx.plugins.megatron import distributed, ranks
 from ckptx.plugins.megatron.directory import (
@@ -122,7 +122,7 @@ class CoreSaver:
         )
         name = iteration_name(iteration)
         return SavePlan(
-            [*files, *_sidecars(model)],
+            [*files, *literal_files(model.begin.sidecars, SIDECARS)],
             directory=name,
             pointers={TRACKER: str(iteration).encode()},
             dropped=dropped,
@@ -215,12 +215,6 @@ def _iteration(model: Model, options: Mapping[str, Any]) -> Iteration:
         return parse_iteration(str(chosen))
     iteration: Iteration = model.begin.training.get("iteration") or "release"
     return iteration
-
-
-def _sidecars(model: Model) -> Iterator[FilePlan]:
-    for name, content in model.begin.sidecars.items():
-        regions = [Region(0, len(content), content, name)] if content else []
-        yield FilePlan(f"{SIDECARS}/{name}", len(content), regions)
 
 
 @hookimpl

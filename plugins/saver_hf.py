@@ -16,7 +16,7 @@ from ckptx.hookspecs import hookimpl
 from ckptx.lazy import ITEMSIZE, LazyTensor
 from ckptx.loading import main_dtype
 from ckptx.model_directory import CONFIG, dump_config, family_named, family_of, read_config
-from ckptx.plan import FilePlan, Region, SavePlan
+from ckptx.plan import FilePlan, SavePlan, literal_files
 from ckptx.plugin import Saver
 from ckptx.protocol import Message
 from ckptx.saving import Model, collect, named_tensors
@@ -62,7 +62,7 @@ class HfSaver:
             tensors, dropped = model.passthrough, ()
         files, notes = _sidecars(model, main_dtype(tensors))
         limit = parse_size(options.get("max_shard_size") or "5GB")
-        plans = [*_literal_files(files), *_weight_files(tensors, limit)]
+        plans = [*literal_files(files), *_weight_files(tensors, limit)]
         return SavePlan(
             plans,
             dropped=dropped,
@@ -124,12 +124,6 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     return True
 
 
-def _literal_files(files: Mapping[str, bytes]) -> Iterator[FilePlan]:
-    for name, content in files.items():
-        regions = [Region(0, len(content), content, name)] if content else []
-        yield FilePlan(name, len(content), regions)
-
-
 def _weight_files(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[FilePlan]:
     shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
@@ -153,8 +147,7 @@ def _weight_files(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[Fil
     }
     index = {"metadata": totals, "weight_map": dict(sorted(homes.items()))}
     content = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-    name = "model.safetensors.index.json"
-    yield FilePlan(name, len(content), [Region(0, len(content), content, name)])
+    yield from literal_files({"model.safetensors.index.json": content})
 
 
 def in_library_order(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

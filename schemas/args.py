@@ -1,8 +1,8 @@
 """Megatron's ``args`` and `ModelSpec`, in both directions.
 
-`FIELDS` pairs the names that mean the same. A checkpoint's ``args`` is a snapshot of Megatron's command
-line; what the command line cannot say of a model goes into one more entry, `NOTE`, which Megatron does
-not look at and which brings a converted model back as it was.
+`FIELDS` pairs the names that mean the same. A checkpoint's ``args`` is a snapshot of Megatron's
+command line; what the command line cannot say of a model goes into one more entry, `NOTE`, which
+Megatron does not look at and which brings a converted model back as it was.
 
 Megatron restores only part of it with ``--use-checkpoint-args``; `launch_flags` returns the rest.
 
@@ -57,8 +57,8 @@ ESSENTIAL = (
 )
 """Arguments that no default can stand for."""
 
-# Up to core 0.15 args say norm_epsilon and apply_layernorm_1p; from 0.16 the parser is generated from
-# TransformerConfig and they carry its names. Both are written, either is read.
+# Up to core 0.15 args say norm_epsilon and apply_layernorm_1p; from 0.16 the parser is generated
+# from TransformerConfig and they carry its names. Both are written, either is read.
 EPSILON = ("layernorm_epsilon", "norm_epsilon")
 ZERO_CENTERED = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
 
@@ -78,7 +78,7 @@ LLAMA3_CONSTANTS = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# gpt_builders.py up to core 0.19 does not pass args.rope_scaling_factor on: the model gets this one.
+# gpt_builders.py up to core 0.19 does not pass args.rope_scaling_factor on: this is what models get.
 BUILDER_FACTOR = 8.0
 
 NOTE = "ckptx"
@@ -167,8 +167,9 @@ def args_from_spec(
 ) -> dict[str, Any]:
     """Return the content of a checkpoint's ``args``.
 
-    What ``source_args`` say stays, except for the model, the parallel sizes, the vocabulary, the dtype
-    and the format, which are those of the checkpoint being written. ``iteration`` is 0 for ``release``.
+    What ``source_args`` say stays, except for the model, the parallel sizes, the vocabulary, the
+    dtype and the format, which are those of the checkpoint being written. ``iteration`` is 0 for
+    ``release``.
 
     Raises:
         SchemaError: Megatron cannot hold the model; see `inexpressible`.
@@ -200,7 +201,8 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
     """Return the dimensions that a checkpoint's ``args`` say.
 
     ``family`` is what a config at hand says: Megatron does not know Llama from a Mistral without
-    windows. A model that is none of the Hugging Face families is of family ``gpt``: it can be resharded.
+    windows. A model that is none of the Hugging Face families is of family ``gpt``, which can be
+    resharded.
 
     Raises:
         SchemaError: arguments are missing, describe a kind of model that is not supported yet, or
@@ -262,10 +264,7 @@ def launch_flags(spec: ModelSpec) -> list[str]:
         flags += ["--qk-layernorm"]
     if _is_llama3(spec):
         flags += ["--use-rope-scaling", "--rope-scaling-factor", str(_factor(spec))]
-    if (window := _windows_to_args(spec))["window_size"]:
-        flags += ["--window-size", ",".join(map(str, window["window_size"]))]
-        if window["window_attn_skip_freq"]:
-            flags += ["--window-attn-skip-freq", str(window["window_attn_skip_freq"]).replace(" ", "")]
+    flags += _window_flags(spec)
     if spec.dtype in DTYPE_FLAGS:
         flags += [f"--{DTYPE_FLAGS[spec.dtype]}"]
     return flags
@@ -293,7 +292,7 @@ def _parallel(tp: int, pipeline: Pipeline, num_layers: int) -> dict[str, Any]:
     """Return the entries for the parallel sizes.
 
     Megatron computes the virtual size anew from one of two arguments, of which only the first is
-    restored from a checkpoint and only the second can say an uneven split; with a layout, from neither.
+    restored from a checkpoint and only the second can say an uneven split; a layout says it itself.
     """
     per_stage = None
     even = pipeline == Pipeline(pipeline.pp, pipeline.vpp)
@@ -395,11 +394,13 @@ def _scaling_from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _scaling_to_args(spec: ModelSpec) -> dict[str, Any]:
-    factor = spec.rotary_scaling["factor"] if _is_whole_linear(spec) and spec.rotary_scaling else None
+    scaling = spec.rotary_scaling or {}
     return {
         "use_rope_scaling": _is_llama3(spec),
         "rope_scaling_factor": _factor(spec),
-        "rotary_seq_len_interpolation_factor": None if factor is None else int(factor),
+        "rotary_seq_len_interpolation_factor": (
+            int(scaling["factor"]) if _is_whole_linear(spec) else None
+        ),
     }
 
 
@@ -444,6 +445,16 @@ def _windows_to_args(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def _window_flags(spec: ModelSpec) -> list[str]:
+    said = _windows_to_args(spec)
+    flags = []
+    if said["window_size"]:
+        flags += ["--window-size", ",".join(str(side) for side in said["window_size"])]
+    if said["window_attn_skip_freq"]:
+        flags += ["--window-attn-skip-freq", str(said["window_attn_skip_freq"]).replace(" ", "")]
+    return flags
+
+
 def _windows_from_args(args: Mapping[str, Any]) -> tuple[int | None, list[bool]]:
     size, layers = args.get("window_size"), args["num_layers"]
     if not size or size[0] < 0:
@@ -477,20 +488,18 @@ def _of_family(spec: ModelSpec, family: str, asked: bool) -> ModelSpec:
             check(named)
         except SchemaError as error:
             raise SchemaError(
-                f"the config at hand is of family {family}, the args are not: {error}; give the config "
-                "of the same model"
+                f"the config at hand is of family {family}, the args are not: {error}; give the "
+                "config of the same model"
             ) from error
     return named
 
 
 def _window_notes(spec: ModelSpec) -> Iterator[str]:
-    if any(windowed_layers(spec)):
-        flags = launch_flags(spec)
-        window = " ".join(flags[flags.index("--window-size") :]).partition(" --bf16")[0]
+    if flags := _window_flags(spec):
         yield (
             f"sliding_window {spec.extra['sliding_window']}: Megatron does not take it from a "
-            f"checkpoint; pass {window.partition(' --fp16')[0]} (core 0.15 or later; earlier ones "
-            "attend to everything)"
+            f"checkpoint; pass {' '.join(flags)} (core 0.15 or later; earlier ones attend to "
+            "everything)"
         )
 
 
@@ -509,17 +518,17 @@ def _scaling_notes(spec: ModelSpec) -> Iterator[str]:
         for name, constant in LLAMA3_CONSTANTS.items():
             if scaling.get(name, constant) != constant:
                 yield (
-                    f"rope_scaling {name} {scaling[name]}: Megatron's RotaryEmbedding has {constant} "
-                    "fixed in _apply_scaling; change it there"
+                    f"rope_scaling {name} {scaling[name]}: Megatron's RotaryEmbedding has "
+                    f"{constant} fixed in _apply_scaling; change it there"
                 )
     elif _is_whole_linear(spec):
         yield (
-            f"linear rope_scaling: pass --rotary-seq-len-interpolation-factor {scaling['factor']:g}; "
-            "gpt_builders.py before core 0.19 ignores it: build GPTModel with "
+            "linear rope_scaling: pass --rotary-seq-len-interpolation-factor "
+            f"{scaling['factor']:g}; gpt_builders.py before core 0.19 ignores it: build GPTModel with "
             f"seq_len_interpolation_factor={scaling['factor']:g}"
         )
     else:
         yield (
-            f"rope_scaling {dict(scaling)}: Megatron has no argument for {kind} scaling of a GPT model "
-            "and will run without; the setting is kept for the way back"
+            f"rope_scaling {dict(scaling)}: Megatron has no argument for {kind} scaling of a GPT "
+            "model and runs without; the setting is kept for the way back"
         )

@@ -4,8 +4,8 @@
 window each have a pair of functions, because their keys depend on each other. What a family fixes
 without saying so in its config is in `FAMILIES`.
 
-A key that is absent has the default of its class in transformers, not one of ours. The defaults that
-matter here have been the same since each class appeared, in 4.x and in 5.x.
+A key that is absent has the default of its class in transformers, not one of ours. Those that matter
+here are the same in 4.x and 5.x.
 
 Source: huggingface/transformers src/transformers/models/{llama,mistral,qwen2,qwen3}/
 configuration_*.py and modeling_*.py, modeling_rope_utils.py @ v5.23.0.
@@ -171,11 +171,14 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     each accepts the other's. Token numbers are left to the generation config.
 
     Raises:
-        SchemaError: the family's config cannot say what the spec says, or the vocabulary is unknown.
+        SchemaError: the family's config cannot say what the spec says, or the vocabulary size is
+            unknown.
     """
     check(spec)
     if spec.vocab_size is None:
-        raise SchemaError("the true vocabulary size is unknown; pass --true-vocab-size or --hf-base")
+        raise SchemaError(
+            "the true vocabulary size is unknown; pass --true-vocab-size or --hf-base"
+        )
     traits = FAMILIES[spec.family]
     return {
         "architectures": [spec.architecture],
@@ -198,8 +201,8 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
 def differences(config: Mapping[str, Any], spec: ModelSpec) -> list[str]:
     """Return one line per key in which a config contradicts a spec derived from Megatron's args.
 
-    Compares meanings, not spellings: a config that leaves a key to its class's default, or says it in
-    an older transformers' words, does not differ.
+    Compares meanings, not spellings: a config that leaves a key to its class's default, or says it
+    in an older transformers' words, does not differ.
 
     Examples:
         >>> spec = spec_from_config({"rope_theta": 500000.0}, "llama")
@@ -375,7 +378,7 @@ def _rotary_from_config(
 ) -> tuple[float, float, dict[str, Any] | None]:
     """Return base, rotated part and scaling; ``rope_scaling`` wins over ``rope_parameters``.
 
-    Source: RotaryEmbeddingConfigMixin.convert_rope_params_to_dict, modeling_rope_utils.py @ v5.23.0.
+    Source: modeling_rope_utils.py convert_rope_params_to_dict @ v5.23.0.
     """
     said: Mapping[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
     nested = [value for value in said.values() if isinstance(value, Mapping)]
@@ -399,7 +402,10 @@ def _rotary_to_config(spec: ModelSpec) -> dict[str, Any]:
     return {
         "rope_theta": spec.rotary_base,
         "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": spec.rotary_base, **(scaling or {"rope_type": "default"})},
+        "rope_parameters": {
+            "rope_theta": spec.rotary_base,
+            **(scaling or {"rope_type": "default"}),
+        },
     }
 
 
@@ -415,8 +421,8 @@ def _biases_to_config(said: Biases, traits: Traits) -> dict[str, bool]:
     return {key: values[key] for key in traits.bias_keys}
 
 
-def _from_biases(said: Biases) -> tuple[dict[str, bool], dict[str, Any]]:
-    """Return the spec's switches, and the entries of ``extra`` for what Megatron has no switch for."""
+def _from_biases(said: Biases) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the spec's switches, and entries of ``extra`` for what Megatron has no switch for."""
     if said == Biases(True, True, True):
         return {"add_bias_linear": True, "add_qkv_bias": False}, {}
     extra = {"attention_out_bias": said.out, "mlp_bias": said.mlp}

@@ -1,7 +1,7 @@
 """``convert`` and ``plan``: commands whose options depend on the plugins that are chosen.
 
-The command line is read twice. The first look finds the loader and the saver (the source's format is
-detected if no loader is named); the second has exactly their options and the engine's.
+The command line is read twice. The first look finds the loader and the saver (the format of the
+source is detected if no loader is named); the second has exactly their options and the engine's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import click
 
-from ckptx import manager
+from ckptx import compat, manager
 from ckptx.commands.options import (
     engine_options,
     long_options,
@@ -46,7 +46,8 @@ class Chosen:
     def __init__(self, loader: str | None, saver: str | None, megatron_path: str | None) -> None:
         self.loader = manager.loader(loader, megatron_path) if loader else None
         self.saver = manager.saver(saver, megatron_path) if saver else None
-        self.modules = [p for p in (self.loader, self.saver) if hasattr(p, "add_arguments")]
+        plugins: tuple[object, ...] = (self.loader, self.saver)
+        self.modules = [plugin for plugin in plugins if isinstance(plugin, compat.Module)]
         self.owners: dict[str, list[click.Option]] = {}
         for role, plugin in (("loader", self.loader), ("saver", self.saver)):
             if plugin is not None:
@@ -104,8 +105,6 @@ class ConversionCommand(click.Command):
         ctx.meta["own"] = own
         arguments = args
         if chosen.modules and not wants_help:
-            from ckptx import compat
-
             spellings = frozenset(s for p in (*self.params, *own) for s in _spellings(p))
             ctx.meta["arguments"], arguments = compat.parse(chosen.modules, args, spellings)
         original = self.params
@@ -148,18 +147,17 @@ class ConversionCommand(click.Command):
             shown += new
             _section(ctx, formatter, f"Options of {owner}", new)
         if chosen.modules:
-            from ckptx import compat
-
             with formatter.section("Options of Megatron-style modules"):
                 formatter.write(compat.option_help(chosen.modules) + "\n")
         _section(ctx, formatter, "Engine", engine)
         _section(ctx, formatter, "For Megatron-style modules", self.megatron)
         if not chosen.owners:
+            loaders, savers = (", ".join(manager.names(kind)) for kind in ("loader", "saver"))
             formatter.write_paragraph()
             with formatter.indentation():
                 formatter.write_text(
-                    "Name a loader and a saver with --help to see their options. Known loaders: "
-                    f"{', '.join(manager.names('loader'))}; savers: {', '.join(manager.names('saver'))}."
+                    "Name a loader and a saver with --help to see their options. "
+                    f"Known loaders: {loaders}; savers: {savers}."
                 )
 
     def _choose(self, args: list[str], wants_help: bool) -> Chosen:

@@ -18,7 +18,7 @@ DTYPES = {
 }
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[Any]):
     """A number of bytes: ``512M``, ``2GiB``, ``1.5g``."""
 
     name = "size"
@@ -35,7 +35,7 @@ class Size(click.ParamType):
         return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
-class Dtype(click.ParamType):
+class Dtype(click.ParamType[Any]):
     """A dtype by its torch name or a short one."""
 
     name = "dtype"

@@ -37,7 +37,7 @@ _INDEX = Global(_METADATA_MODULE, "MetadataIndex")
 _CHUNK = Global(_METADATA_MODULE, "ChunkStorageMetadata")
 _TENSOR = Global(_METADATA_MODULE, "TensorStorageMetadata")
 _PROPERTIES = Global(_METADATA_MODULE, "TensorProperties")
-_BYTES = Instance(Global(_METADATA_MODULE, "BytesStorageMetadata"), {})
+_BYTES = Instance(Global(_METADATA_MODULE, "BytesStorageMetadata"), None)
 _STRIDED = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
 _CONTIGUOUS = EnumValue(_METADATA_MODULE, "_MEM_FORMAT_ENCODING", 0)
 
@@ -232,12 +232,17 @@ def dump_metadata(
         state = {"properties": properties, "size": size(entry.shape), "chunks": chunks}
         entries[key] = Instance(_TENSOR, state)
     entries.update((key, _BYTES) for key in objects)
-    storage = _Pairs(
-        [
-            (_index(key, offsets, places, size), _storage_info(location))
-            for (key, offsets), location in items.items()
-        ]
-    )
+    storage: dict[Instance, Instance] = {}
+    for (key, offsets), location in items.items():
+        index: dict[str, Any] = {"fqn": key, "index": None}
+        if offsets is not None:
+            index = {"fqn": key, "index": places[key, offsets], "offset": size(offsets)}
+        info = {
+            "relative_path": location.path,
+            "offset": location.offset,
+            "length": location.length,
+        }
+        storage[Instance(_INDEX, index)] = Instance(_STORAGE_INFO, info)
     fields = {
         "state_dict_metadata": entries,
         "planner_data": None if planner_data is None else dict(planner_data),

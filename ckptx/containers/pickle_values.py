@@ -182,9 +182,12 @@ class Call:
     args: tuple[Any, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Instance:
-    """An object to be written as ``cls.__new__(cls, *args)`` and its ``__setstate__`` argument."""
+    """An object to be written as ``cls.__new__(cls, *args)``, with ``state`` unless that is None.
+
+    Instances are compared by identity, so that they may be keys whatever their state.
+    """
 
     cls: Global
     state: Any

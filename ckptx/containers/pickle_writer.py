@@ -182,8 +182,9 @@ class _Writer:
         self._global(value.cls)
         self._tuple(value.args)
         self._write(b"\x81")
-        self.emit(value.state)
-        self._write(b"b")
+        if value.state is not None:
+            self.emit(value.state)
+            self._write(b"b")
 
     def _namespace(self, value: argparse.Namespace) -> None:
         self._instance(Instance(_NAMESPACE, vars(value)))

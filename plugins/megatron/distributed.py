@@ -21,7 +21,7 @@ from ckptx.errors import FormatError
 from ckptx.lazy import Filled, LazyTensor
 from ckptx.loading import inventory, main_dtype, messages_of
 from ckptx.parallel import Chunk
-from ckptx.plan import FilePlan, Region
+from ckptx.plan import FilePlan, literal_files
 from ckptx.plugins.megatron.directory import IterationDirectory
 from ckptx.plugins.megatron.source import ENGINE_STATE, WEIGHTS_ONLY, Source, args_of
 from ckptx.protocol import Dropped
@@ -101,8 +101,7 @@ def plan(model: Model, target: Target) -> Iterator[FilePlan]:
         "content_metadata": CONTENT,
     }
     yield torch_zip.plan_file("common.pt", common)
-    content = json.dumps(METADATA).encode()
-    yield FilePlan("metadata.json", len(content), [Region(0, len(content), content)])
+    yield from literal_files({"metadata.json": json.dumps(METADATA).encode()})
 
 
 def _items(model: Model, target: Target, chunk: Chunk, rank: int) -> Iterator[dcp.Item]:

@@ -1,0 +1,302 @@
+"""Directories of `torch.distributed.checkpoint`: Megatron's torch_dist, FSDP, torchtitan.
+
+    .metadata         which boxes ("chunks") of which tensor, and where their items are
+    __0_0.distcp      | item | item | ... |      an item is what torch.save writes to a stream
+    __1_0.distcp
+
+An item is a whole torch zip archive around one chunk or one object; nothing lies between items.
+
+Source: torch:torch/distributed/checkpoint/filesystem.py@v2.13.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ckptx.containers import tiling, torch_zip
+from ckptx.containers.dcp_metadata import (
+    METADATA_NAME,
+    Chunk,
+    DcpMetadata,
+    ItemKey,
+    Location,
+    TensorEntry,
+    dump_metadata,
+    read_metadata,
+)
+from ckptx.containers.pickle_values import TensorRecord
+from ckptx.containers.source_file import SourceFile
+from ckptx.containers.zip_archive import ENDS_SIZE
+from ckptx.errors import FormatError, PlanError
+from ckptx.lazy import ITEMSIZE, Filled, LazyTensor, Shape, Stored, tile
+from ckptx.plan import FilePlan, Region
+
+__all__ = [
+    "DcpMetadata",
+    "ObjectItem",
+    "TensorItem",
+    "plan_directory",
+    "read_metadata",
+    "read_object",
+    "tensors",
+]
+
+
+def tensors(
+    metadata: DcpMetadata, files: list[str], keys: Iterable[str] | None = None
+) -> dict[str, LazyTensor]:
+    """Return the tensors of a directory, assembled from their chunks.
+
+    Args:
+        metadata: from `read_metadata`.
+        files: the file table of the conversion; files that are new to it are appended.
+        keys: which tensors; all unless given.
+
+    Raises:
+        FormatError: a chunk is missing, overlaps another, is damaged, is compressed, or its file is
+            not there.
+    """
+    wanted = metadata.tensors if keys is None else keys
+    with _Items(metadata, files) as items:
+        return {key: _assemble(metadata, key, items) for key in wanted}
+
+
+def read_object(metadata: DcpMetadata, key: str, files: list[str]) -> Any:
+    """Return the value of an object entry; tensors in it are `Stored`.
+
+    Raises:
+        FormatError: there is no such object, or its item is damaged or hostile.
+    """
+    with _Items(metadata, files) as items:
+        file, index, location = items.open(key, None)
+        return torch_zip.read_open(file, index, location.offset, location.length)
+
+
+def _assemble(metadata: DcpMetadata, key: str, items: _Items) -> LazyTensor:
+    where = f"{metadata.directory / METADATA_NAME}: {key!r}"
+    entry = metadata.tensors.get(key)
+    if entry is None:
+        raise FormatError(f"{where} is not in the checkpoint")
+    if entry.dtype not in ITEMSIZE:
+        raise FormatError(f"{where}: found dtype {entry.dtype}, which ckptx does not convert")
+    fault = tiling.fault(entry.shape, [(chunk.offsets, chunk.sizes) for chunk in entry.chunks])
+    if fault:
+        raise FormatError(f"{where}: {fault}; the checkpoint is incomplete, save it again")
+    solid = [chunk for chunk in entry.chunks if 0 not in chunk.sizes]
+    if not solid:
+        return Filled(entry.dtype, entry.shape)
+    parts = [(chunk.offsets, items.chunk(key, entry.dtype, chunk)) for chunk in solid]
+    return tile(entry.shape, parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How the items of one dtype and shape look: everything but payload and checksums."""
+
+    length: int
+    prefix: bytes
+    ends: bytes
+    start: int
+    """Bytes from the item's start to the first element."""
+    strides: Shape
+
+
+class _Items:
+    """The items of a directory: opens files once, and parses one item of each kind.
+
+    An item whose length, bytes before the payload (they contain the pickle) and end records equal
+    those of one that was parsed has the same layout; two short reads show that.
+    """
+
+    def __init__(self, metadata: DcpMetadata, files: list[str]) -> None:
+        self._metadata = metadata
+        self._files = files
+        self._numbers = {path: number for number, path in enumerate(files)}
+        self._open: dict[str, tuple[SourceFile, int]] = {}
+        self._layouts: dict[tuple[str, Shape], _Layout] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Items:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def open(self, key: str, offsets: Shape | None) -> tuple[SourceFile, int, Location]:
+        """Return the file of an item, its number, and the place of the item in it."""
+        location = self._metadata.items.get((key, offsets))
+        where = f"{self._metadata.directory / METADATA_NAME}: {key!r}"
+        if location is None:
+            box = "" if offsets is None else f" of the chunk at {list(offsets)}"
+            raise FormatError(f"{where}: the place{box} is missing; the checkpoint is incomplete")
+        if location.transforms:
+            raise FormatError(
+                f"{where}: found items encoded as {', '.join(map(str, location.transforms))}, "
+                f"expected plain ones; save the checkpoint without extensions"
+            )
+        opened = self._open.get(location.path) or self._open_file(where, location.path)
+        file, number = opened
+        if location.offset + location.length > file.size:
+            raise FormatError(
+                f"{file.path}: {key!r}: expected {location.length} bytes at {location.offset}, "
+                f"the file has {file.size}; it is truncated, copy it again"
+            )
+        return file, number, location
+
+    def _open_file(self, where: str, relative: str) -> tuple[SourceFile, int]:
+        pure = PurePosixPath(relative)
+        if pure.is_absolute() or ".." in pure.parts or "\0" in relative or not pure.parts:
+            raise FormatError(
+                f"{where}: found an item in {relative!r}, expected a file inside the directory"
+            )
+        path = self._metadata.directory / pure
+        file = self._stack.enter_context(SourceFile(path))
+        name = str(path.absolute())
+        number = self._numbers.setdefault(name, len(self._files))
+        if number == len(self._files):
+            self._files.append(name)
+        self._open[relative] = file, number
+        return file, number
+
+    def chunk(self, key: str, dtype: str, chunk: Chunk) -> Stored:
+        """Return the extent of a chunk."""
+        file, number, location = self.open(key, chunk.offsets)
+        kind = dtype, chunk.sizes
+        layout = self._layouts.get(kind)
+        if layout is None or not _fits(layout, file, location):
+            layout = _parse(file, location, key, dtype, chunk.sizes)
+            self._layouts[kind] = layout
+        return Stored(dtype, chunk.sizes, number, location.offset + layout.start, layout.strides)
+
+
+def _fits(layout: _Layout, file: SourceFile, location: Location) -> bool:
+    if location.length != layout.length:
+        return False
+    stop = location.offset + location.length
+    return (
+        file.read(location.offset, len(layout.prefix)) == layout.prefix
+        and file.read(stop - len(layout.ends), len(layout.ends)) == layout.ends
+    )
+
+
+def _parse(file: SourceFile, location: Location, key: str, dtype: str, sizes: Shape) -> _Layout:
+    start, stop = location.offset, location.offset + location.length
+    try:
+        members, record = torch_zip.read_records(file, start, location.length)
+    except FormatError as error:
+        raise FormatError(f"{error} (item {key!r} at byte {start})") from error
+    if not isinstance(record, TensorRecord):
+        raise FormatError(
+            f"{file.path}: {key!r} at byte {start}: expected a tensor, found {type(record).__name__}"
+        )
+    if (record.dtype, record.shape) != (dtype, sizes):
+        raise FormatError(
+            f"{file.path}: {key!r} at byte {start}: expected {dtype} {list(sizes)}, found "
+            f"{record.dtype!s:.40} {str(record.shape)[:80]}; {METADATA_NAME} and files do not match"
+        )
+    storage = members.get(f"data/{record.key}")
+    place = torch_zip.place(file, record, storage)
+    payload = place if storage is None else storage.offset
+    ends = min(ENDS_SIZE, location.length)
+    return _Layout(
+        location.length,
+        file.read(start, payload - start),
+        file.read(stop - ends, ends),
+        place - start,
+        record.strides,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorItem:
+    """A chunk to be written: ``tensor`` at ``offsets`` of the tensor ``key`` of ``shape``."""
+
+    key: str
+    shape: Shape
+    offsets: Shape
+    tensor: LazyTensor
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectItem:
+    """An object to be written: a value as `ckptx.containers.pickle_writer.dumps` takes it."""
+
+    key: str
+    value: Any
+
+
+def plan_directory(
+    files: Mapping[str, Sequence[TensorItem | ObjectItem]],
+    planner_data: Mapping[str, tuple[str | int, ...]] | None = None,
+) -> list[FilePlan]:
+    """Plan the data files and the ``.metadata`` of a directory.
+
+    Args:
+        files: the items of every file, in order, by name (``"__0_0.distcp"``). A chunk that several
+            ranks hold is given once. Empty chunks are left out.
+        planner_data: the path of each key in the nested dictionary that a reader shall rebuild.
+
+    Raises:
+        PlanError: chunks overlap or leave something out, or disagree about shape or dtype.
+    """
+    plans: list[FilePlan] = []
+    shapes: dict[str, tuple[str, Shape]] = {}
+    chunks: dict[str, list[Chunk]] = {}
+    objects: dict[str, None] = {}
+    items: dict[ItemKey, Location] = {}
+    for name, entries in files.items():
+        regions: list[Region] = []
+        position = 0
+        for entry in entries:
+            if isinstance(entry, TensorItem):
+                found = entry.tensor.dtype, entry.shape
+                expected = shapes.setdefault(entry.key, found)
+                if found != expected:
+                    raise PlanError(f"{name}: {entry.key!r} is {found} here, {expected} before")
+                boxes = chunks.setdefault(entry.key, [])
+                if 0 in entry.tensor.shape:
+                    continue
+                boxes.append(Chunk(entry.offsets, entry.tensor.shape))
+                item: ItemKey = entry.key, entry.offsets
+                end = _add_tensor(regions, position, entry)
+            else:
+                objects[entry.key] = None
+                item = entry.key, None
+                data = torch_zip.plan_bytes_item(entry.value)
+                regions.append(Region(position, len(data), data, entry.key))
+                end = position + len(data)
+            if item in items:
+                raise PlanError(f"{name}: the item {item} is given twice")
+            items[item] = Location(name, position, end - position)
+            position = end
+        if regions:
+            plans.append(FilePlan(name, position, regions))
+    tensors = {key: TensorEntry(*shapes[key], tuple(boxes)) for key, boxes in chunks.items()}
+    _check(tensors, objects)
+    data = dump_metadata(tensors, list(objects), items, planner_data)
+    plans.append(FilePlan(METADATA_NAME, len(data), [Region(0, len(data), data)]))
+    return plans
+
+
+def _add_tensor(regions: list[Region], position: int, item: TensorItem) -> int:
+    """Append an item; return where it ends."""
+    envelope = torch_zip.plan_item(item.tensor.dtype, item.tensor.shape)
+    payload = position + len(envelope.prefix)
+    end = payload + envelope.nbytes
+    regions.append(Region(position, len(envelope.prefix), envelope.prefix))
+    regions.append(Region(payload, envelope.nbytes, item.tensor, item.key))
+    regions.append(Region(end, len(envelope.suffix), envelope.suffix))
+    return end + len(envelope.suffix)
+
+
+def _check(tensors: Mapping[str, TensorEntry], objects: Collection[str]) -> None:
+    for key, entry in tensors.items():
+        fault = tiling.fault(entry.shape, [(chunk.offsets, chunk.sizes) for chunk in entry.chunks])
+        if fault:
+            raise PlanError(f"{METADATA_NAME}: {key!r}: {fault}")
+        if key in objects:
+            raise PlanError(f"{METADATA_NAME}: {key!r} is both a tensor and an object")

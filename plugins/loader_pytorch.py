@@ -1,0 +1,135 @@
+"""Load one ``.pt`` file that holds the state dict of a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptx.containers import torch_zip
+from ckptx.errors import FormatError, listing
+from ckptx.hookspecs import hookimpl
+from ckptx.lazy import LazyTensor, Stored
+from ckptx.loading import drop_ignored, inventory, main_dtype, messages_of, passthrough, resolve_tie
+from ckptx.model_directory import base_sidecars, family_named, family_of, read_config, sidecars
+from ckptx.plugin import Loader
+from ckptx.plugins.state_dict import layout_of, layout_option, layout_option_value
+from ckptx.protocol import Begin, Dropped, End, Message
+from ckptx.schemas.args import spec_from_args
+
+_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
+_CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
+WEIGHTS_ONLY = "only weights are converted"
+
+
+class PytorchLoader:
+    """Reads the extents of the tensors from the file's own pickle; nothing of it is executed."""
+
+    name = "pytorch"
+    capabilities: Mapping[str, Any] = {
+        "formats": ["torch.save"],
+        "layouts": ["hf", "mcore"],
+        "passthrough": True,
+        "lossless": True,
+    }
+
+    def options(self) -> list[click.Option]:
+        """Return ``--layout``."""
+        return [layout_option()]
+
+    def detect(self, source: Path) -> bool:
+        """Return whether the source is a zip archive with a name that torch files have."""
+        if not source.is_file() or source.suffix not in _SUFFIXES:
+            return False
+        with source.open("rb") as file:
+            return file.read(4) == b"PK\3\4"
+
+    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+        """Yield the model; names that no schema knows pass through."""
+        if not source.is_file():
+            raise FormatError(f"{source}: expected one file of torch.save")
+        value = torch_zip.read(source, 0).value
+        tensors, others = state_dict(value, source)
+        files = {**_beside(source), **base_sidecars(options)}
+        begin = Begin(
+            format="pytorch",
+            layout=layout_option_value(options) or layout_of(tensors),
+            parts={},
+            files=(str(source),),
+            sources=inventory(tensors),
+            root=str(source.parent),
+            sidecars=files,
+            training={"iteration": value.get("iteration", "release")},
+        )
+        yield from _messages(begin, tensors, value.get("args"), others)
+
+
+def state_dict(value: Any, source: Path) -> tuple[dict[str, LazyTensor], tuple[Dropped, ...]]:
+    """Return the tensors of a state dict, wherever it lies in a file, and what else is in it.
+
+    Raises:
+        FormatError: there is no state dict.
+    """
+    if not isinstance(value, Mapping):
+        raise FormatError(f"{source}: expected a dictionary, found {type(value).__name__}")
+    inner = next((value[key] for key in _CONTAINERS if isinstance(value.get(key), Mapping)), value)
+    tensors = {str(name): entry for name, entry in inner.items() if isinstance(entry, Stored)}
+    if not tensors:
+        raise FormatError(
+            f"{source}: holds no state dict of tensors ({listing(map(str, value))} found); known "
+            f"containers: {', '.join(_CONTAINERS)}"
+        )
+    others = [str(name) for name in inner if name not in tensors]
+    if inner is not value:
+        others += [str(key) for key in value if value[key] is not inner]
+    dropped = tuple(
+        Dropped(name, WEIGHTS_ONLY) for name in others if not name.endswith("_extra_state")
+    )
+    return tensors, dropped
+
+
+def _messages(
+    begin: Begin, tensors: dict[str, LazyTensor], args: Any, others: tuple[Dropped, ...]
+) -> Iterator[Message]:
+    config = read_config(begin.sidecars, begin.root)
+    family = family_of(config) if config else None
+    core = begin.layout == "core"
+    if core and args is not None:
+        spec = spec_from_args(dict(vars(args)))
+    elif family is not None and config is not None:
+        spec = family.from_config(config)
+    else:
+        yield begin
+        yield passthrough(tensors)
+        yield End(others, ("no config or args name the model: tensors pass through by name",))
+        return
+    layout = family_named(spec.family).layouts["mcore" if core else "hf"]
+    dropped: tuple[Dropped, ...] = (*others, *drop_ignored(layout, tensors))
+    notes: tuple[str, ...] = ()
+    if spec.tied:
+        names = (
+            ("embedding.word_embeddings.weight", "output_layer.weight")
+            if core
+            else ("model.embed_tokens.weight", "lm_head.weight")
+        )
+        tied, tie_dropped, notes = resolve_tie(tensors, *names, begin.files)
+        spec, dropped = replace(spec, tied=tied), (*dropped, *tie_dropped)
+    spec = replace(spec, dtype=main_dtype(tensors))
+    training = {**begin.training, "args": dict(vars(args)) if core and args is not None else None}
+    yield replace(begin, layout=layout.name, parts={"language": spec}, training=training)
+    yield from messages_of(layout, tensors, spec)
+    yield End(dropped, notes)
+
+
+def _beside(source: Path) -> dict[str, bytes]:
+    """Return the sidecars of the directory, if it is a model's and not just any."""
+    return sidecars(source.parent) if (source.parent / "config.json").is_file() else {}
+
+
+@hookimpl
+def register_loaders(register: Callable[[Loader], None]) -> None:
+    """Register the loader."""
+    register(PytorchLoader())

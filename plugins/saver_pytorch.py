@@ -1,0 +1,115 @@
+"""Save one ``.pt`` file that holds the state dict of a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptx.containers import torch_zip
+from ckptx.containers.pickle_values import Namespace
+from ckptx.errors import SchemaError
+from ckptx.hookspecs import hookimpl
+from ckptx.lazy import LazyTensor
+from ckptx.loading import main_dtype
+from ckptx.model_directory import family_named
+from ckptx.parallel import Pipeline
+from ckptx.plan import SavePlan, literal_files
+from ckptx.plugin import Saver
+from ckptx.plugins.state_dict import layout_option, layout_option_value
+from ckptx.protocol import Dropped, Message
+from ckptx.saving import Model, collect, named_tensors
+from ckptx.schemas.args import args_from_spec
+
+_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
+
+
+class PytorchSaver:
+    """Writes a file for ``torch.load``, or a directory with ``model.pt`` and the model's small files."""
+
+    name = "pytorch"
+    capabilities: Mapping[str, Any] = {
+        "formats": ["torch.save"],
+        "layouts": ["hf", "mcore"],
+        "passthrough": True,
+        "lossless": True,
+    }
+
+    def options(self) -> list[click.Option]:
+        """Return ``--layout`` and ``--target-layout``."""
+        return [
+            layout_option(),
+            click.Option(
+                ["--target-layout"],
+                type=click.Choice(["hf", "core"]),
+                help="Names in the target, where --layout is about the source.",
+            ),
+        ]
+
+    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+        """Return the plan of one file; a target without a file's suffix becomes a directory."""
+        model = collect(messages)
+        value, tensors, dropped = _state(model, options)
+        target = options.get("target")
+        single = target is not None and Path(target).suffix in _SUFFIXES
+        name = Path(target).name if single and target is not None else "model.pt"
+        files = [torch_zip.plan_file(name, value)]
+        notes: tuple[str, ...] = ()
+        if single:
+            left = sorted(model.begin.sidecars)
+            if left:
+                notes = (f"one file cannot hold {', '.join(left)}; name a directory to keep them",)
+        else:
+            files += literal_files(model.begin.sidecars)
+        place = "{target}" if single else "{target}/model.pt"
+        return SavePlan(
+            files,
+            single_file=single,
+            dropped=dropped,
+            notes=notes,
+            load_hint=f'torch.load("{place}", weights_only=True)',
+            details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
+        )
+
+
+def _state(
+    model: Model, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], Mapping[str, LazyTensor], tuple[Dropped, ...]]:
+    """Return what the file holds, its tensors, and what was dropped."""
+    layout = options.get("target_layout") or layout_option_value(options)
+    if model.passthrough is not None:
+        if layout is not None and not model.begin.layout.startswith(layout):
+            raise SchemaError(
+                f"tensors are named as {model.begin.layout} and no schema knows their model, so they "
+                f"cannot be written as {layout}; give --hf-base with a config"
+            )
+        return dict(model.passthrough), model.passthrough, ()
+    spec = model.spec
+    family = family_named(spec.family)
+    if layout != "core":
+        tensors, dropped = named_tensors(model, family.layouts["hf"])
+        return dict(tensors), tensors, dropped
+    tensors, dropped = named_tensors(model, family.layouts["mcore"])
+    rows = model.messages["embeddings"]["word embeddings"].shape[0]
+    args = args_from_spec(
+        spec,
+        tp=1,
+        pipeline=Pipeline(),
+        padded_vocab_size=rows,
+        true_vocab_size=spec.vocab_size,
+        make_vocab_size_divisible_by=1,
+        iteration=0,
+        transformer_impl="transformer_engine",
+        ckpt_format="torch",
+        source_args=model.begin.training.get("args"),
+    )
+    state = {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": 0}
+    return {**state, "model": dict(tensors)}, tensors, dropped
+
+
+@hookimpl
+def register_savers(register: Callable[[Saver], None]) -> None:
+    """Register the saver."""
+    register(PytorchSaver())
