@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from ckptx.containers import tiling, torch_zip
@@ -191,7 +191,8 @@ def _parse(file: SourceFile, location: Location, key: str, dtype: str, sizes: Sh
         raise FormatError(f"{error} (item {key!r} at byte {start})") from error
     if not isinstance(record, TensorRecord):
         raise FormatError(
-            f"{file.path}: {key!r} at byte {start}: expected a tensor, found {type(record).__name__}"
+            f"{file.path}: {key!r} at byte {start}: expected a tensor, "
+            f"found {type(record).__name__}"
         )
     if (record.dtype, record.shape) != (dtype, sizes):
         raise FormatError(

@@ -1,9 +1,9 @@
 """The ``.metadata`` of a `torch.distributed.checkpoint` directory, in both directions.
 
-It is one pickle of `Metadata`: per key either a size, a dtype and boxes of elements ("chunks"), or a
-mark that the value is an object; and for every chunk and object the file and byte range of its item.
+It is one pickle of `Metadata`: per key either a size, a dtype and boxes of elements ("chunks"), or
+a mark that the value is an object; and for every chunk and object the byte range of its item.
 
-Source: torch:torch/distributed/checkpoint/metadata.py, filesystem.py@v2.13.0; read from torch 2.1 on.
+Source: torch:torch/distributed/checkpoint/metadata.py and filesystem.py there @v2.13.0.
 """
 
 from __future__ import annotations
@@ -220,6 +220,7 @@ def dump_metadata(
         return sizes.setdefault(shape, TorchSize(shape))
 
     entries: dict[str, Instance] = {}
+    properties: dict[str, Instance] = {}
     places: dict[tuple[str, Shape], int] = {}
     for key, entry in tensors.items():
         chunks = [
@@ -227,10 +228,11 @@ def dump_metadata(
             for chunk in entry.chunks
         ]
         places.update(((key, chunk.offsets), place) for place, chunk in enumerate(entry.chunks))
-        dtype = TorchDtype(entry.dtype)
-        properties = Instance(_PROPERTIES, (dtype, _STRIDED, False, _CONTIGUOUS, False))
-        state = {"properties": properties, "size": size(entry.shape), "chunks": chunks}
-        entries[key] = Instance(_TENSOR, state)
+        if entry.dtype not in properties:
+            state = TorchDtype(entry.dtype), _STRIDED, False, _CONTIGUOUS, False
+            properties[entry.dtype] = Instance(_PROPERTIES, state)
+        fields = {"properties": properties[entry.dtype], "size": size(entry.shape), "chunks": chunks}
+        entries[key] = Instance(_TENSOR, fields)
     entries.update((key, _BYTES) for key in objects)
     storage: dict[Instance, Instance] = {}
     for (key, offsets), location in items.items():
@@ -243,11 +245,11 @@ def dump_metadata(
             "length": location.length,
         }
         storage[Instance(_INDEX, index)] = Instance(_STORAGE_INFO, info)
-    fields = {
+    metadata = {
         "state_dict_metadata": entries,
         "planner_data": None if planner_data is None else dict(planner_data),
         "storage_data": storage,
         "storage_meta": None,
         "version": "1.0.0",
     }
-    return dumps(Instance(_METADATA, fields))
+    return dumps(Instance(_METADATA, metadata))

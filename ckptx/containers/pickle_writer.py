@@ -70,8 +70,8 @@ class _Writer:
         self.out: list[bytes] = []
         self._write = self.out.append
         self._tensor = tensor
-        self._memo: dict[str | Global, bytes] = {}
-        self._sizes: dict[TorchSize, bytes] = {}
+        # How to fetch what was written before: by value, and instances by identity.
+        self._memo: dict[str | Global | TorchSize | int, bytes] = {}
         self._emitters: dict[type, Callable[[Any], None]] = {
             type(None): lambda _: self._write(b"N"),
             bool: lambda value: self._write(b"\x88" if value else b"\x89"),
@@ -109,7 +109,7 @@ class _Writer:
                 f"expected plain values, tensors or a Namespace of them"
             )
 
-    def _memoised(self, key: str | Global, push: bytes) -> None:
+    def _memoised(self, key: str | Global | TorchSize | int, push: bytes) -> None:
         """Push and remember a value; the next time it is fetched by number."""
         number = len(self._memo)
         if number < 256:
@@ -179,26 +179,28 @@ class _Writer:
         self._write(b"R")
 
     def _instance(self, value: Instance) -> None:
+        get = self._memo.get(id(value))  # the value being written keeps it alive
+        if get is not None:
+            self._write(get)
+            return
         self._global(value.cls)
         self._tuple(value.args)
         self._write(b"\x81")
         if value.state is not None:
             self.emit(value.state)
             self._write(b"b")
+        self._memoised(id(value), b"")
 
     def _namespace(self, value: argparse.Namespace) -> None:
         self._instance(Instance(_NAMESPACE, vars(value)))
 
     def _size(self, value: TorchSize) -> None:
-        opcodes = self._sizes.get(value)
-        if opcodes is None:
-            self._global(_SIZE)
-            start = len(self.out)
-            self._tuple(tuple(value))
-            self._write(b"\x85R")
-            self._sizes[value] = self._memo[_SIZE] + b"".join(self.out[start:])
+        get = self._memo.get(value)
+        if get is None:
+            self._call(_SIZE, (tuple(value),))
+            self._memoised(value, b"")
         else:
-            self._write(opcodes)
+            self._write(get)
 
     def _record(self, value: TensorRecord) -> None:
         if value.parameter:

@@ -1,4 +1,4 @@
-"""Do boxes fill a shape exactly once? The proof that no element of a tensor is missing or double."""
+"""Do boxes fill a shape exactly once? The proof that no element is missing or double."""
 
 from __future__ import annotations
 
