@@ -1,4 +1,4 @@
-"""The hooks of ckptx: how a module offers its loaders, savers and layouts.
+"""The hooks of ckptx: how a module offers its loaders, savers and model families.
 
 A plugin is a module that an entry point of the group ``ckptx`` names (``loader_X``, ``saver_X``,
 ``schema_X``) and that implements one or more of these hooks:

@@ -63,7 +63,20 @@ def build(
         "digest": digest,
         "files": files,
     }
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(), digest
+    return _dumped(content), digest
+
+
+def _dumped(content: dict[str, Any]) -> bytes:
+    """Return the manifest as JSON with one line per tensor: readable, and small enough."""
+    files = content.pop("files")
+    blocks = []
+    for path, file in files.items():
+        rows = ",\n".join(f"    {json.dumps(tensor)}" for tensor in file["tensors"])
+        listed = f"[\n{rows}\n   ]" if rows else "[]"
+        blocks.append(f'  {json.dumps(path)}: {{"bytes": {file["bytes"]}, "tensors": {listed}}}')
+    head = json.dumps(content, indent=1).removesuffix("\n}")
+    body = ",\n".join(blocks)
+    return f'{head},\n "files": {{\n{body}\n }}\n}}\n'.encode()
 
 
 def _source_name(path: str, root: str, spool: str) -> str:

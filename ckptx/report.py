@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 5  # entries of a list in the text form
 _LABEL = 10  # columns
+_DIGEST = 23  # characters of the digest in the text form; JSON and manifest have it all
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class Report:
         lines = [*_wrapped("converted", head, width), *_wrapped("target", self.target, width)]
         lines += _facts_lines(self.facts, width)
         if self.digest:
-            lines += _wrapped("digest", self.digest, width)
+            lines += _wrapped("digest", self.digest[:_DIGEST], width)
         if self.facts.load_hint:
             lines += _wrapped("load with", self.facts.load_hint, width)
         return "\n".join(lines)
@@ -223,11 +224,12 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _wrapped(label: str, text: str, width: int) -> list[str]:
-    """Return ``text`` beside its label, broken so that no line is wider than ``width``."""
+    """Return ``text`` beside its label, broken between words at ``width``."""
     return textwrap.wrap(
         text,
         max(width, 2 * _LABEL),
         initial_indent=f"{label:<{_LABEL}}",
         subsequent_indent=" " * _LABEL,
         break_on_hyphens=False,
+        break_long_words=False,  # a path that is cut cannot be copied
     )

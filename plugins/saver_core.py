@@ -30,6 +30,7 @@ from ckptx.plugins.megatron.options import (
 from ckptx.protocol import Message
 from ckptx.saving import Model, check_messages, collect, resize_vocabulary
 from ckptx.schemas.args import args_from_spec, inexpressible
+from ckptx.schemas.args import notes as remarks
 from ckptx.spec import ModelSpec
 
 _PIPELINE = {
@@ -180,9 +181,9 @@ def _check_tp(spec: ModelSpec, tp: int) -> list[str]:
 def _check_expressible(spec: ModelSpec) -> list[str]:
     """Refuse what Megatron has no weights for; return what it must be told by hand."""
     problems = inexpressible(spec)
-    if problems.errors:
-        raise SchemaError(f"Megatron Core cannot hold this model: {'; '.join(problems.errors)}")
-    return list(problems.notes)
+    if problems:
+        raise SchemaError(f"Megatron Core cannot hold this model: {'; '.join(problems)}")
+    return remarks(spec)
 
 
 def _multiple(model: Model, options: Mapping[str, Any]) -> int:

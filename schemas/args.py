@@ -78,7 +78,7 @@ LLAMA3_CONSTANTS = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# gpt_builders.py up to core 0.19 does not pass args.rope_scaling_factor on: this is what models get.
+# gpt_builders.py up to core 0.19 does not pass args.rope_scaling_factor on: models get this one.
 BUILDER_FACTOR = 8.0
 
 NOTE = "ckptx"
@@ -216,7 +216,7 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
         **windows_extra(*_windows_from_args(args)),
         **{name: args[name] for name in FOREIGN if args.get(name)},
     }
-    if _first(args, ZERO_CENTERED):
+    if any(args.get(name) for name in ZERO_CENTERED):
         extra[ZERO_CENTERED[0]] = True
     spec = ModelSpec(
         family="gpt",
@@ -524,7 +524,7 @@ def _scaling_notes(spec: ModelSpec) -> Iterator[str]:
     elif _is_whole_linear(spec):
         yield (
             "linear rope_scaling: pass --rotary-seq-len-interpolation-factor "
-            f"{scaling['factor']:g}; gpt_builders.py before core 0.19 ignores it: build GPTModel with "
+            f"{scaling['factor']:g}; gpt_builders.py ignores it: build GPTModel with "
             f"seq_len_interpolation_factor={scaling['factor']:g}"
         )
     else:

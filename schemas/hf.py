@@ -4,8 +4,8 @@
 window each have a pair of functions, because their keys depend on each other. What a family fixes
 without saying so in its config is in `FAMILIES`.
 
-A key that is absent has the default of its class in transformers, not one of ours. Those that matter
-here are the same in 4.x and 5.x.
+A key that is absent has the default of its class in transformers, not one of ours. Those that
+matter here are the same in 4.x and 5.x.
 
 Source: huggingface/transformers src/transformers/models/{llama,mistral,qwen2,qwen3}/
 configuration_*.py and modeling_*.py, modeling_rope_utils.py @ v5.23.0.

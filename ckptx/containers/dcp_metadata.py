@@ -22,6 +22,7 @@ from ckptx.containers.pickle_values import (
     Record,
     TorchDtype,
     TorchSize,
+    collector_paused,
 )
 from ckptx.containers.pickle_writer import dumps
 from ckptx.containers.source_file import SourceFile
@@ -37,7 +38,7 @@ _INDEX = Global(_METADATA_MODULE, "MetadataIndex")
 _CHUNK = Global(_METADATA_MODULE, "ChunkStorageMetadata")
 _TENSOR = Global(_METADATA_MODULE, "TensorStorageMetadata")
 _PROPERTIES = Global(_METADATA_MODULE, "TensorProperties")
-_BYTES = Instance(Global(_METADATA_MODULE, "BytesStorageMetadata"), None)
+_BYTES = Instance(Global(_METADATA_MODULE, "BytesStorageMetadata"), None, shared=True)
 _STRIDED = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
 _CONTIGUOUS = EnumValue(_METADATA_MODULE, "_MEM_FORMAT_ENCODING", 0)
 
@@ -111,7 +112,8 @@ def read_metadata(directory: Path) -> DcpMetadata:
         value = pickles.loads(file.read(0, file.size), file=str(path))
     state = _state(path, value, "Metadata")
     try:
-        return _metadata(Path(directory), state)
+        with collector_paused():
+            return _metadata(Path(directory), state)
     except FormatError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -230,8 +232,12 @@ def dump_metadata(
         places.update(((key, chunk.offsets), place) for place, chunk in enumerate(entry.chunks))
         if entry.dtype not in properties:
             state = TorchDtype(entry.dtype), _STRIDED, False, _CONTIGUOUS, False
-            properties[entry.dtype] = Instance(_PROPERTIES, state)
-        fields = {"properties": properties[entry.dtype], "size": size(entry.shape), "chunks": chunks}
+            properties[entry.dtype] = Instance(_PROPERTIES, state, shared=True)
+        fields = {
+            "properties": properties[entry.dtype],
+            "size": size(entry.shape),
+            "chunks": chunks,
+        }
         entries[key] = Instance(_TENSOR, fields)
     entries.update((key, _BYTES) for key in objects)
     storage: dict[Instance, Instance] = {}

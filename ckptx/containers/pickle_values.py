@@ -8,11 +8,30 @@ from __future__ import annotations
 
 import argparse
 import copyreg
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ckptx.lazy import ITEMSIZE, Shape
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause the cycle collector while millions of objects are made that all stay.
+
+    It would walk them again and again: 60% of the time to read a large ``.metadata``.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
 
 _Rebuilt: TypeAlias = tuple[Any, tuple[Any, ...]]
 
@@ -166,8 +185,7 @@ class EnumValue:
         raise TypeError(f"{self.module}.{self.name} has a state; it is no enum")
 
 
-@dataclass(frozen=True, slots=True)
-class Global:
+class Global(NamedTuple):
     """A class or function to be written by its name alone."""
 
     module: str
@@ -186,12 +204,14 @@ class Call:
 class Instance:
     """An object to be written as ``cls.__new__(cls, *args)``, with ``state`` unless that is None.
 
-    Instances are compared by identity, so that they may be keys whatever their state.
+    Instances are compared by identity, so that they may be keys whatever their state. One that is
+    ``shared`` is written where it is met first, and referred to from elsewhere.
     """
 
     cls: Global
     state: Any
     args: tuple[Any, ...] = ()
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

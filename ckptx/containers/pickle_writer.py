@@ -24,6 +24,7 @@ from ckptx.containers.pickle_values import (
     TensorRecord,
     TorchDtype,
     TorchSize,
+    collector_paused,
 )
 from ckptx.errors import PlanError
 from ckptx.lazy import LazyTensor
@@ -57,7 +58,8 @@ def dumps(value: Any, tensor: Callable[[LazyTensor], TensorRecord] | None = None
     """
     writer = _Writer(tensor)
     try:
-        writer.emit(value)
+        with collector_paused():
+            writer.emit(value)
     except RecursionError as error:
         raise PlanError("a value to be pickled is nested too deeply, or holds itself") from error
     return b"\x80\x02" + b"".join(writer.out) + b"."
@@ -70,8 +72,11 @@ class _Writer:
         self.out: list[bytes] = []
         self._write = self.out.append
         self._tensor = tensor
-        # How to fetch what was written before: by value, and instances by identity.
-        self._memo: dict[str | Global | TorchSize | int, bytes] = {}
+        # The opcodes that fetch what was written before.
+        self._memo: dict[str | Global | TorchSize, bytes] = {}
+        self._shared: dict[Instance, bytes] = {}
+        self._puts = 0
+        self._around: dict[tuple[str | Global, ...], list[bytes]] = {}
         self._emitters: dict[type, Callable[[Any], None]] = {
             type(None): lambda _: self._write(b"N"),
             bool: lambda value: self._write(b"\x88" if value else b"\x89"),
@@ -109,16 +114,16 @@ class _Writer:
                 f"expected plain values, tensors or a Namespace of them"
             )
 
-    def _memoised(self, key: str | Global | TorchSize | int, push: bytes) -> None:
-        """Push and remember a value; the next time it is fetched by number."""
-        number = len(self._memo)
+    def _put(self) -> bytes:
+        """Store the top of the stack in the memo; return the opcodes that fetch it again."""
+        number = self._puts
+        self._puts += 1
         if number < 256:
-            put, get = b"q%c" % number, b"h%c" % number
-        else:
-            packed = _U32.pack(number)
-            put, get = b"r" + packed, b"j" + packed
-        self._memo[key] = get
-        self._write(push + put)
+            self._write(b"q%c" % number)
+            return b"h%c" % number
+        packed = _U32.pack(number)
+        self._write(b"r" + packed)
+        return b"j" + packed
 
     def _str(self, value: str) -> None:
         get = self._memo.get(value)
@@ -126,7 +131,8 @@ class _Writer:
             self._write(get)
             return
         data = value.encode("utf-8", "surrogatepass")
-        self._memoised(value, b"X" + _U32.pack(len(data)) + data)
+        self._write(b"X" + _U32.pack(len(data)) + data)
+        self._memo[value] = self._put()
 
     def _global(self, value: Global) -> None:
         get = self._memo.get(value)
@@ -135,10 +141,11 @@ class _Writer:
             return
         if "\n" in value.module + value.name:
             raise PlanError(f"{value} cannot be the name of a class")
-        self._memoised(value, f"c{value.module}\n{value.name}\n".encode())
+        self._write(f"c{value.module}\n{value.name}\n".encode())
+        self._memo[value] = self._put()
 
     def _int(self, value: int) -> None:
-        self._write(_int_opcode(value))
+        self._write(_BYTE_INTS[value] if 0 <= value < 256 else _int_opcode(value))
 
     def _list(self, value: Sequence[Any]) -> None:
         self._write(b"]")
@@ -179,17 +186,43 @@ class _Writer:
         self._write(b"R")
 
     def _instance(self, value: Instance) -> None:
-        get = self._memo.get(id(value))  # the value being written keeps it alive
-        if get is not None:
-            self._write(get)
+        if value.shared:
+            get = self._shared.get(value)
+            if get is not None:
+                self._write(get)
+                return
+        state = value.state
+        if type(state) is dict and state and not value.args:
+            self._fields(value.cls, state)
+        else:
+            self._global(value.cls)
+            self._tuple(value.args)
+            self._write(b"\x81")
+            if state is not None:
+                self.emit(state)
+                self._write(b"b")
+        if value.shared:
+            self._shared[value] = self._put()
+
+    def _fields(self, cls: Global, state: Mapping[str, Any]) -> None:
+        """Push an object and its attributes; the opcodes around them are made once per class."""
+        write, emit = self._write, self.emit
+        key = cls, *state
+        around = self._around.get(key)
+        if around is not None:
+            for opcodes, item in zip(around, state.values(), strict=True):
+                write(opcodes)
+                emit(item)
+            write(b"ub")
             return
-        self._global(value.cls)
-        self._tuple(value.args)
-        self._write(b"\x81")
-        if value.state is not None:
-            self.emit(value.state)
-            self._write(b"b")
-        self._memoised(id(value), b"")
+        self._global(cls)
+        write(b")\x81")
+        self._dict(state)
+        write(b"b")
+        if all(type(name) is str for name in state):
+            names = [self._memo[name] for name in state]
+            names[0] = self._memo[cls] + b")\x81}(" + names[0]
+            self._around[key] = names
 
     def _namespace(self, value: argparse.Namespace) -> None:
         self._instance(Instance(_NAMESPACE, vars(value)))
@@ -198,7 +231,7 @@ class _Writer:
         get = self._memo.get(value)
         if get is None:
             self._call(_SIZE, (tuple(value),))
-            self._memoised(value, b"")
+            self._memo[value] = self._put()
         else:
             self._write(get)
 
@@ -233,9 +266,10 @@ class _Writer:
         self._write(b"tR")
 
 
+_BYTE_INTS = [b"K%c" % value for value in range(256)]
+
+
 def _int_opcode(value: int) -> bytes:
-    if 0 <= value < 256:
-        return b"K%c" % value
     if 0 <= value < 65536:
         return b"M%c%c" % (value & 255, value >> 8)
     if -(1 << 31) <= value < 1 << 31:

@@ -31,6 +31,7 @@ from ckptx.containers.pickle_values import (
     TensorRecord,
     TorchDtype,
     TorchSize,
+    collector_paused,
     stub,
 )
 from ckptx.errors import FormatError
@@ -115,7 +116,8 @@ def loads(data: bytes, *, file: str, allow: Sequence[str] = (), limit: int = MAX
         )
     _scan(data, file)
     try:
-        return _Unpickler(data, file, tuple(allow)).load()
+        with collector_paused():
+            return _Unpickler(data, file, tuple(allow)).load()
     except FormatError:
         raise
     except RecursionError as error:
