@@ -16,6 +16,7 @@ import click
 from ckptx import __version__
 from ckptx.commands import conversion, show
 from ckptx.errors import CkptxError
+from ckptx.supervision import Interrupted
 
 
 def command() -> click.Group:
@@ -66,9 +67,11 @@ def _run(command: click.Command, args: Sequence[str] | None, name: str) -> None:
         code = _error(error.format_message(), error.exit_code, verbose)
     except CkptxError as error:
         code = _error(str(error), 1, verbose)
-    except KeyboardInterrupt as error:
-        code = _error(str(error), 128 + getattr(error, "signum", signal.SIGINT), verbose)
-    except (click.Abort, BrokenPipeError):
+    except Interrupted as error:
+        code = _error(str(error), 128 + error.signum, verbose)
+    except click.Abort:  # Ctrl-C where nothing was being written
+        code = _error("stopped", 128 + signal.SIGINT, verbose)
+    except BrokenPipeError:
         code = 1
     except Exception as error:  # a bug: still one line, and the whole story on request
         text = f"internal error: {type(error).__name__}: {error}"

@@ -27,12 +27,12 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from ckptx.errors import ConversionError, PluginError
-from ckptx.plan import FilePlan, SavePlan
 
 if TYPE_CHECKING:
     import click
 
     from ckptx.job import Job
+    from ckptx.plan import SavePlan
     from ckptx.protocol import Message
     from ckptx.report import Facts
 
@@ -135,6 +135,8 @@ class ModuleSaver(Module):
 
     def outline(self, job: Job) -> SavePlan:
         """Return a plan of the right size: about that of the source."""
+        from ckptx.plan import FilePlan, SavePlan
+
         paths = [job.source] if job.source.is_file() else job.source.rglob("*")
         size = sum(path.stat().st_size for path in paths if path.is_file())
         return SavePlan([FilePlan("(written by the module)", size, ())])

@@ -89,9 +89,11 @@ class Pipeline:
             raise PlanError(f"{self}: sizes must be positive")
         if self.first is not None or self.last is not None:
             ends = (self.first is not None) + (self.last is not None)
-            if ends > pp or 0 in (self.first, self.last):
-                raise PlanError(f"{self}: a stage of a given size needs a rank and a layer")
             rest = num_layers - (self.first or 0) - (self.last or 0)
+            if ends > pp or 0 in (self.first, self.last) or (rest == 0) != (pp == ends):
+                raise PlanError(
+                    f"{num_layers} layers do not fit {self}: every stage needs a rank and a layer"
+                )
             middle = rest // (pp - ends) if pp > ends else 0
             stage = [middle] * pp
             if self.first is not None:

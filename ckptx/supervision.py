@@ -12,21 +12,23 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptx import errors
 from ckptx.errors import CkptxError, ConversionError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
 
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PROGRESS_INTERVAL = 0.05  # seconds
 
 
-class Interrupted(KeyboardInterrupt):
-    """The user stopped the conversion; ``signum`` is the signal."""
+class Interrupted(BaseException):
+    """The user stopped the conversion; ``signum`` is the signal. No failure, so no CkptxError."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}; nothing was written")

@@ -100,14 +100,14 @@ class Comparison:
 
 
 def compare(
-    left: Path, right: Path, left_loader: str | None = None, right_loader: str | None = None
+    left: Path, right: Path, loader_a: str | None = None, loader_b: str | None = None
 ) -> Comparison:
     """Compare two checkpoints; loaders are detected unless named.
 
     Raises:
         CkptxError: one of them cannot be read, or they have no names in common.
     """
-    models = [_load(left, left_loader), _load(right, right_loader)]
+    models = [_load(left, loader_a), _load(right, loader_b)]
     notes = _same_vocabulary(*models)
     tensors = _tensors(*models)
     files = [Files(model.begin.files) for model in models]

@@ -76,7 +76,9 @@ def state_dict(value: Any, source: Path) -> tuple[dict[str, LazyTensor], tuple[D
     if not isinstance(value, Mapping):
         raise FormatError(f"{source}: expected a dictionary, found {type(value).__name__}")
     inner = next((value[key] for key in _CONTAINERS if isinstance(value.get(key), Mapping)), value)
-    tensors = {str(name): entry for name, entry in inner.items() if isinstance(entry, Stored)}
+    tensors: dict[str, LazyTensor] = {
+        str(name): entry for name, entry in inner.items() if isinstance(entry, Stored)
+    }
     if not tensors:
         raise FormatError(
             f"{source}: holds no state dict of tensors ({listing(map(str, value))} found); known "

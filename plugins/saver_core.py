@@ -29,7 +29,7 @@ from ckptx.plugins.megatron.options import (
 )
 from ckptx.protocol import Message
 from ckptx.saving import Model, check_messages, collect, resize_vocabulary
-from ckptx.schemas.args import args_from_spec, inexpressible
+from ckptx.schemas.args import args_from_spec, inexpressible, launch_flags
 from ckptx.schemas.args import notes as remarks
 from ckptx.spec import ModelSpec
 
@@ -129,9 +129,14 @@ class CoreSaver:
             dropped=dropped,
             notes=tuple(notes),
             stages=describe(chunks),
-            load_hint=f"torchrun ... --load {{target}} --use-checkpoint-args --ckpt-format "
-            f"{ckpt_format} --tensor-model-parallel-size {tp} "
-            f"--pipeline-model-parallel-size {pipeline.pp}",
+            load_hint=" ".join(
+                [
+                    "pretrain_gpt.py --load {target} --use-checkpoint-args",
+                    f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
+                    f"--pipeline-model-parallel-size {pipeline.pp}",
+                    *launch_flags(spec),
+                ]
+            ),
             details={
                 "ckpt_format": ckpt_format,
                 "tensor_parallel_size": tp,
@@ -150,7 +155,9 @@ def _parallel(model: Model, options: Mapping[str, Any]) -> tuple[int, Pipeline]:
         raise PlanError("--target-expert-parallel-size: the model has no experts to spread")
     before = model.begin.parallel.get("pipeline", Pipeline())
     tp = options.get("target_tensor_parallel_size") or model.begin.parallel.get("tp") or 1
-    given = {field: options.get(name) for field, name in _PIPELINE.items() if options.get(name)}
+    given: dict[str, Any] = {
+        field: options[name] for field, name in _PIPELINE.items() if options.get(name)
+    }
     pp = options.get("target_pipeline_parallel_size")
     if pp is None and not given:
         return tp, before

@@ -59,7 +59,7 @@ class HfSaver:
                     f"tensors are named as {model.begin.layout} and no schema knows their model; "
                     "give --hf-base with a config of a known architecture"
                 )
-            tensors, dropped = model.passthrough, ()
+            tensors, dropped = dict(model.passthrough), ()
         files, notes = _sidecars(model, main_dtype(tensors))
         limit = parse_size(options.get("max_shard_size") or "5GB")
         plans = [*literal_files(files), *_weight_files(tensors, limit)]

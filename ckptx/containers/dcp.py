@@ -28,7 +28,7 @@ from ckptx.containers.dcp_metadata import (
     dump_metadata,
     read_metadata,
 )
-from ckptx.containers.pickle_values import TensorRecord
+from ckptx.containers.pickle_values import TensorRecord, collector_paused
 from ckptx.containers.source_file import SourceFile
 from ckptx.containers.zip_archive import ENDS_SIZE
 from ckptx.errors import FormatError, PlanError
@@ -61,7 +61,7 @@ def tensors(
             not there.
     """
     wanted = metadata.tensors if keys is None else keys
-    with _Items(metadata, files) as items:
+    with _Items(metadata, files) as items, collector_paused():
         return {key: _assemble(metadata, key, items) for key in wanted}
 
 
@@ -244,6 +244,14 @@ def plan_directory(
     Raises:
         PlanError: chunks overlap or leave something out, or disagree about shape or dtype.
     """
+    with collector_paused():
+        return _plan(files, planner_data)
+
+
+def _plan(
+    files: Mapping[str, Sequence[TensorItem | ObjectItem]],
+    planner_data: Mapping[str, tuple[str | int, ...]] | None,
+) -> list[FilePlan]:
     plans: list[FilePlan] = []
     shapes: dict[str, tuple[str, Shape]] = {}
     chunks: dict[str, list[Chunk]] = {}

@@ -207,7 +207,7 @@ class _Writer:
     def _fields(self, cls: Global, state: Mapping[str, Any]) -> None:
         """Push an object and its attributes; the opcodes around them are made once per class."""
         write, emit = self._write, self.emit
-        key = cls, *state
+        key: tuple[str | Global, ...] = (cls, *state)
         around = self._around.get(key)
         if around is not None:
             for opcodes, item in zip(around, state.values(), strict=True):

@@ -38,6 +38,7 @@ METADATA = {
 }
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _STACK = "decoder.layers."
+_OPTIMIZER = ("optimizer.", "chained_")
 
 
 def read(checkpoint: IterationDirectory) -> Source:
@@ -53,11 +54,11 @@ def read(checkpoint: IterationDirectory) -> Source:
         raise FormatError(f"{common}: is missing; the checkpoint is incomplete")
     state = torch_zip.read(common, 0).value
     args = args_of(state, common)
-    contents = dcp.read(directory)
-    weights, other = {}, {}
-    for name, tensor in contents.tensors.items():
-        (other if name.startswith(("optimizer.", "chained_")) else weights)[name] = tensor
-    dropped = list(_dropped(state, other, contents.objects))
+    metadata = dcp.read_metadata(directory)
+    training = [name for name in metadata.tensors if name.startswith(_OPTIMIZER)]
+    files: list[str] = []
+    weights = dcp.tensors(metadata, files, [n for n in metadata.tensors if n not in set(training)])
+    dropped = list(_dropped(state, training, metadata))
 
     def messages(spec: ModelSpec) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
         for message in messages_of(MCORE_GPT, _unstacked(weights, spec), spec):
@@ -66,7 +67,7 @@ def read(checkpoint: IterationDirectory) -> Source:
     return Source(
         directory,
         args,
-        contents.files,
+        tuple(files),
         inventory(weights),
         dropped,
         main_dtype(weights) if weights else "bfloat16",
@@ -88,7 +89,7 @@ class Target:
 
 def plan(model: Model, target: Target) -> Iterator[FilePlan]:
     """Yield the files of a ``torch_dist`` checkpoint: one per model-parallel rank, and the metadata."""
-    files: dict[str, list[dcp.Item]] = {}
+    files: dict[str, list[dcp.TensorItem | dcp.ObjectItem]] = {}
     for chunk in target.chunks:
         for rank in range(target.tp):
             number = chunk.pp_rank * target.tp + rank
@@ -104,7 +105,9 @@ def plan(model: Model, target: Target) -> Iterator[FilePlan]:
     yield from literal_files({"metadata.json": json.dumps(METADATA).encode()})
 
 
-def _items(model: Model, target: Target, chunk: Chunk, rank: int) -> Iterator[dcp.Item]:
+def _items(
+    model: Model, target: Target, chunk: Chunk, rank: int
+) -> Iterator[dcp.TensorItem | dcp.ObjectItem]:
     """Yield the chunks that one rank writes for one pipeline chunk; replicas are rank 0's."""
     depth = model.spec.num_layers
     for message, layer, rules in target.layout.expand(model.spec):
@@ -114,9 +117,9 @@ def _items(model: Model, target: Target, chunk: Chunk, rank: int) -> Iterator[dc
             if placed.replicated and rank:
                 continue
             if layer is None:
-                yield dcp.Chunk(placed.name, placed.global_shape, placed.origin, placed.tensor)
+                yield dcp.TensorItem(placed.name, placed.global_shape, placed.origin, placed.tensor)
             else:
-                yield dcp.Chunk(
+                yield dcp.TensorItem(
                     _stacked(placed.name),
                     (depth, *placed.global_shape),
                     (layer, *placed.origin),
@@ -128,7 +131,7 @@ def _items(model: Model, target: Target, chunk: Chunk, rank: int) -> Iterator[dc
 
 def _states(
     spec: ModelSpec, target: Target, message: str, layer: int | None
-) -> Iterator[dcp.Object]:
+) -> Iterator[dcp.ObjectItem]:
     for state in extra_states(local=target.local):
         if not state.distributed or not state.when(spec):
             continue
@@ -136,7 +139,7 @@ def _states(
             place = f"{layer}_{spec.num_layers}" if layer is not None else "0_1"
             # A list of one element: what a sharded object of Megatron unpickles to.
             value = [Filled("uint8", (0,)) if state.engine else None]
-            yield dcp.Object(f"{_stacked(state.module)}._extra_state/shard_{place}", value)
+            yield dcp.ObjectItem(f"{_stacked(state.module)}._extra_state/shard_{place}", value)
 
 
 def holds(chunk: Chunk, message: str, layer: int | None) -> bool:
@@ -169,18 +172,22 @@ def _unstacked(tensors: Mapping[str, LazyTensor], spec: ModelSpec) -> dict[str, 
 
 
 def _dropped(
-    state: Mapping[str, Any], tensors: Mapping[str, LazyTensor], objects: Mapping[str, int]
+    state: Mapping[str, Any], training: Sequence[str], metadata: dcp.DcpMetadata
 ) -> Iterator[Dropped]:
-    states = {name: size for name, size in objects.items() if "_extra_state" in name}
-    rest = {name: size for name, size in objects.items() if name not in states}
+    sizes: dict[str, int] = {}
+    for (key, _), location in metadata.items.items():
+        sizes[key] = sizes.get(key, 0) + location.length
+    groups: dict[str, int] = {}
+    states = [name for name in metadata.objects if "_extra_state" in name]
     if states:
-        yield Dropped(f"{len(states)} _extra_state objects", ENGINE_STATE, sum(states.values()))
-    if tensors:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        yield Dropped(f"optimizer ({len(tensors)} tensors)", WEIGHTS_ONLY, size)
-    for prefix in sorted({name.partition("/")[0].partition(".")[0] for name in rest}):
-        size = sum(n for name, n in rest.items() if name.startswith(prefix))
-        yield Dropped(prefix, WEIGHTS_ONLY, size)
+        size = sum(sizes.get(name, 0) for name in states)
+        yield Dropped(f"{len(states)} _extra_state objects", ENGINE_STATE, size)
+    for name in (*training, *metadata.objects):
+        if "_extra_state" not in name or name.startswith(_OPTIMIZER):
+            group = name.partition("/")[0].partition(".")[0]
+            groups[group] = groups.get(group, 0) + sizes.get(name, 0)
+    for group, size in groups.items():
+        yield Dropped(group, WEIGHTS_ONLY, size)
     for key in ("optimizer", "opt_param_scheduler", "rng_state", "rerun_state_machine"):
         if state.get(key) is not None:
             yield Dropped(f"common.pt: {key}", WEIGHTS_ONLY)

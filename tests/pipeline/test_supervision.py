@@ -65,9 +65,7 @@ def test_manifest_is_equal_for_equal_input_and_names_no_machine(scene):
         ("", "lazy", PluginError, "returned before it had read all messages"),
     ],
 )
-def test_any_failure_stops_both_and_leaves_nothing(
-    scene, loader_fault, saver_fault, kind, message
-):
+def test_any_failure_stops_both_and_leaves_nothing(scene, loader_fault, saver_fault, kind, message):
     start = time.monotonic()
     with pytest.raises(kind, match=re.escape(message)) as caught:
         pipeline.convert(scene.job(loader_fault, saver_fault))

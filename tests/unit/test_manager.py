@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from ckptx import manager
+from ckptx.errors import PluginError
+from ckptx.plugin import Loader, Saver
+
+ROOT = Path(manager.__file__).resolve().parents[1]
+
+PLUGIN = """
+from ckptx.hookspecs import hookimpl
+
+class Loader:
+    name = {name!r}
+    capabilities = {{"formats": [{name!r}]}}
+    def options(self): return []
+    def detect(self, source): return source.name == {name!r}
+    def load(self, source, options): yield
+
+@hookimpl
+def register_loaders(register):
+    register(Loader())
+"""
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Return a function that installs a distribution with entry points and modules."""
+    monkeypatch.delenv(manager.PIN, raising=False)
+    caches = (manager.entries, manager._registered, manager.families)
+    before = set(sys.modules)
+
+    def install(distribution: str, points: dict[str, str], **modules: str) -> Path:
+        site = tmp_path / distribution
+        info = site / f"{distribution.replace('-', '_')}-1.2.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n"
+        )
+        lines = [f"{name} = {value}" for name, value in points.items()]
+        (info / "entry_points.txt").write_text("\n".join(["[ckptx]", *lines]))
+        for name, text in modules.items():
+            (site / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(str(site))
+        for cache in caches:
+            cache.cache_clear()
+        return site
+
+    for cache in caches:
+        cache.cache_clear()
+    yield install
+    for cache in caches:
+        cache.cache_clear()
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in str(
+            sys.modules[name].__file__
+        ):
+            del sys.modules[name]
+
+
+def test_built_ins_are_found_like_any_other(install):
+    entry = manager.entries()["loader_hf"]
+    assert (entry.distribution, entry.kind, entry.name) == ("ckptx", "loader", "hf")
+    assert isinstance(manager.loader("hf"), Loader)
+    assert isinstance(manager.saver("hf"), Saver)
+
+
+def test_third_party_plugin_is_found_and_used(install):
+    install("ckptx-npz", {"loader_npz": "npz_plugin"}, npz_plugin=PLUGIN.format(name="npz"))
+    assert manager.entries()["loader_npz"].version == "1.2"
+    assert "npz_plugin" not in sys.modules
+    assert manager.loader("npz").name == "npz"
+    assert manager.versions(("loader", "npz"), ("saver", "hf")).keys() == {"ckptx-npz", "ckptx"}
+
+
+def test_listing_imports_no_plugin_and_nothing_heavy(tmp_path):
+    code = (
+        "import sys; from ckptx import manager; assert manager.names('loader');"
+        "print([m for m in sys.modules if m.startswith(('ckptx.plugins', 'ckptx.schemas', 'torch',"
+        " 'numpy', 'rich', 'pluggy'))])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "[]"
+
+
+def test_two_distributions_with_one_name_are_an_error_that_names_both(install):
+    for distribution in ("first-npz", "second-npz"):
+        install(distribution, {"loader_npz": "npz_plugin"}, npz_plugin=PLUGIN.format(name="npz"))
+    with pytest.raises(PluginError, match=r"several distributions: .*first-npz") as caught:
+        manager.loader("npz")
+    assert "second-npz" in str(caught.value)
+    assert manager.loader("hf").name == "hf"
+    (status,) = [s for s in manager.statuses() if s.entry.name == "npz"]
+    assert "several distributions" in status.error
+
+
+def test_pinning_a_distribution_settles_a_duplicate(install, monkeypatch):
+    for distribution in ("first-npz", "second-npz"):
+        install(distribution, {"loader_npz": "npz_plugin"}, npz_plugin=PLUGIN.format(name="npz"))
+    monkeypatch.setenv(manager.PIN, "First_NPZ, saver_hf")
+    manager.entries.cache_clear()
+    assert set(manager.entries()) == {"loader_npz", "saver_hf"}
+    assert manager.loader("npz").name == "npz"
+
+
+def test_pinning_what_is_not_there_is_an_error(install, monkeypatch):
+    monkeypatch.setenv(manager.PIN, "loader_hf,loader_nothing")
+    with pytest.raises(PluginError, match="CKPTX_PLUGINS names 'loader_nothing'"):
+        manager.entries()
+
+
+def test_empty_pin_hides_everything(install, monkeypatch):
+    monkeypatch.setenv(manager.PIN, "")
+    assert not manager.entries()
+    with pytest.raises(PluginError, match="unknown loader 'hf'; known loaders: none"):
+        manager.loader("hf")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import nothing_of_this_name", "ModuleNotFoundError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("x = 1", "registers nothing, expected 'npz'"),
+        (PLUGIN.format(name="other"), "registers 'other', expected 'npz'"),
+        (PLUGIN.format(name="npz").replace("register_loaders", "register_readers"), "unknown hook"),
+    ],
+)
+def test_broken_plugin_is_reported_and_breaks_nothing_else(install, text, message):
+    install("ckptx-npz", {"loader_npz": "npz_plugin"}, npz_plugin=text)
+    with pytest.raises(PluginError, match="loader_npz of ckptx-npz") as caught:
+        manager.loader("npz")
+    assert message in str(caught.value)
+    statuses = {s.entry.entry_name: s for s in manager.statuses()}
+    assert message in statuses["loader_npz"].error
+    assert not statuses["loader_hf"].error
+
+
+def test_unknown_plugin_lists_the_known_ones(install):
+    with pytest.raises(PluginError, match=r"unknown saver 'hff'; known savers: .*hf"):
+        manager.saver("hff")
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "llava", "meta", "fsdp"])
+def test_recognised_format_without_plugin_says_so(install, name):
+    with pytest.raises(PluginError, match=f"'{name}': ckptx knows of this format .* no loader"):
+        manager.loader(name)
+
+
+def test_aliases_of_megatron(install):
+    assert manager.canonical("mcore") == "core"
+    assert manager.canonical("megatron") == "legacy"
+    assert manager.canonical("hf") == "hf"
+
+
+def test_detection_needs_exactly_one_match(install, tmp_path):
+    first, second = tmp_path / "one", tmp_path / "two"
+    first.mkdir()
+    second.mkdir()
+    install("ckptx-one", {"loader_one": "one_plugin"}, one_plugin=PLUGIN.format(name="one"))
+    assert manager.detect(first) == "one"
+    with pytest.raises(PluginError, match=r"no checkpoint|not a checkpoint .* known loaders: "):
+        manager.detect(second)
+    install(
+        "ckptx-uno",
+        {"loader_uno": "uno_plugin"},
+        uno_plugin=PLUGIN.format(name="one")
+        .replace('name = "one"', "")
+        .replace("name = 'one'", "name = 'uno'"),
+    )
+    with pytest.raises(PluginError, match="looks like one and uno; say which with --from"):
+        manager.detect(first)
+    with pytest.raises(PluginError, match="no such file or directory"):
+        manager.detect(tmp_path / "nothing")
+
+
+def test_entries_with_a_strange_name_are_ignored(install, caplog):
+    install("ckptx-npz", {"reader_npz": "npz_plugin"})
+    assert not any("npz" in name for name in manager.entries())
+    assert "reader_npz" in caplog.text
+
+
+def test_options_are_click_options():
+    for kind in ("loader", "saver"):
+        for status in manager.statuses():
+            if status.entry.kind == kind and not status.error:
+                plugin = getattr(manager, kind)(status.entry.name)
+                assert all(isinstance(option, click.Option) for option in plugin.options())

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from ckptx import publish
+from ckptx.errors import ConversionError, PlanError
+from ckptx.plan import FilePlan, SavePlan
+from ckptx.publish import Target
+
+
+def plan(name: str = "out.bin", size: int = 4, **more: object) -> SavePlan:
+    return SavePlan([FilePlan(name, size, ())], **more)
+
+
+def publish_plan(target: Target, planned: SavePlan, content: bytes = b"new!") -> list[str]:
+    with target:
+        staging = target.prepare(planned)
+        (staging / planned.files[0].path).write_bytes(content)
+        (staging / publish.manifest_path(planned)).write_bytes(b"{}")
+        return target.publish()
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_target_appears_whole(tmp_path):
+    publish_plan(Target(tmp_path / "a" / "b", []), plan())
+    assert names(tmp_path) == {"a", "a/b", "a/b/out.bin", "a/b/ckptx-manifest.json"}
+
+
+def test_error_removes_everything_that_was_created(tmp_path):
+    with pytest.raises(RuntimeError), Target(tmp_path / "a" / "b" / "c", []) as target:
+        (target.prepare(plan()) / "out.bin").write_bytes(b"half")
+        assert (tmp_path / "a/b/c.ckptx-partial/new/out.bin").exists()
+        raise RuntimeError
+    assert names(tmp_path) == set()
+
+
+def test_folder_that_others_use_meanwhile_is_kept(tmp_path):
+    with pytest.raises(RuntimeError), Target(tmp_path / "a" / "b", []) as target:
+        target.prepare(plan())
+        (tmp_path / "a" / "other").touch()
+        raise RuntimeError
+    assert names(tmp_path) == {"a", "a/other"}
+
+
+def test_existing_target_is_refused_and_kept(tmp_path):
+    old = tmp_path / "target"
+    old.mkdir()
+    (old / "old").touch()
+    with pytest.raises(PlanError, match="exists; choose another target, or replace it with --over"):
+        publish_plan(Target(old, []), plan())
+    assert names(tmp_path) == {"target", "target/old"}
+
+
+def test_empty_directory_may_be_the_target(tmp_path):
+    (tmp_path / "target").mkdir()
+    publish_plan(Target(tmp_path / "target", []), plan())
+    assert (tmp_path / "target/out.bin").read_bytes() == b"new!"
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_overwrite_replaces_the_old_target(tmp_path, monkeypatch, kernel):
+    if not kernel:
+        monkeypatch.setattr(publish, "_renameat2", lambda *a: False)
+    old = tmp_path / "target"
+    old.mkdir()
+    (old / "old").touch()
+    publish_plan(Target(old, [], overwrite=True), plan())
+    assert names(tmp_path) == {"target", "target/out.bin", "target/ckptx-manifest.json"}
+
+
+def test_failed_overwrite_keeps_the_old_target(tmp_path):
+    old = tmp_path / "target"
+    old.mkdir()
+    (old / "old").touch()
+    with pytest.raises(RuntimeError), Target(old, [], overwrite=True) as target:
+        target.prepare(plan())
+        raise RuntimeError
+    assert names(tmp_path) == {"target", "target/old"}
+
+
+def test_old_target_of_a_run_killed_between_two_renames_comes_back(tmp_path):
+    aside = tmp_path / "target.ckptx-partial" / "old"
+    aside.mkdir(parents=True)
+    (aside / "old").touch()
+    with pytest.raises(RuntimeError), Target(tmp_path / "target", []) as target:
+        target.prepare(plan())
+        raise RuntimeError
+    assert names(tmp_path) == {"target", "target/old"}
+
+
+def test_target_that_appeared_meanwhile_is_not_replaced(tmp_path):
+    with (
+        pytest.raises(ConversionError, match="cannot be put in place"),
+        Target(tmp_path / "target", []) as target,
+    ):
+        target.prepare(plan())
+        (tmp_path / "target").mkdir()
+        (tmp_path / "target" / "theirs").touch()
+        target.publish()
+    assert names(tmp_path) == {"target", "target/theirs"}
+
+
+def test_file_that_appeared_meanwhile_is_not_replaced(tmp_path):
+    with (
+        pytest.raises(ConversionError, match="cannot be put in place"),
+        Target(tmp_path / "model.pt", []) as target,
+    ):
+        (target.prepare(plan("model.pt", single_file=True)) / "model.pt").write_bytes(b"new!")
+        (tmp_path / "model.pt").write_bytes(b"theirs")
+        target.publish()
+    assert (tmp_path / "model.pt").read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_single_file_has_its_manifest_beside_it(tmp_path, overwrite):
+    if overwrite:
+        (tmp_path / "model.pt").write_bytes(b"old")
+    publish_plan(Target(tmp_path / "model.pt", [], overwrite), plan("model.pt", single_file=True))
+    assert names(tmp_path) == {"model.pt", "model.pt.ckptx-manifest.json"}
+    assert (tmp_path / "model.pt").read_bytes() == b"new!"
+
+
+def megatron(iteration: str, tracker: bytes) -> SavePlan:
+    return plan(directory=iteration, pointers={"latest_checkpointed_iteration.txt": tracker})
+
+
+def test_tracker_of_a_new_megatron_root_is_written_last(tmp_path):
+    publish_plan(Target(tmp_path / "root", []), megatron("release", b"release"))
+    assert (tmp_path / "root/latest_checkpointed_iteration.txt").read_bytes() == b"release"
+    assert (tmp_path / "root/release/out.bin").exists()
+
+
+def test_other_iteration_and_its_tracker_are_left_as_they_are(tmp_path):
+    root = tmp_path / "root"
+    publish_plan(Target(root, []), megatron("iter_0000010", b"10"))
+    (note,) = publish_plan(Target(root, []), megatron("iter_0000020", b"20"))
+    assert "was left as it is (10)" in note
+    assert (root / "latest_checkpointed_iteration.txt").read_bytes() == b"10"
+    assert not publish_plan(Target(root, [], overwrite=True), megatron("iter_0000020", b"20"))
+    assert (root / "latest_checkpointed_iteration.txt").read_bytes() == b"20"
+    assert (root / "iter_0000010/out.bin").exists()
+
+
+def test_megatron_root_is_not_replaced_by_something_else(tmp_path):
+    publish_plan(Target(tmp_path / "root", []), megatron("iter_0000010", b"10"))
+    with pytest.raises(PlanError, match=r"holds Megatron iterations \(iter_0000010\)"):
+        publish_plan(Target(tmp_path / "root", [], overwrite=True), plan())
+    assert (tmp_path / "root/iter_0000010/out.bin").exists()
+
+
+@pytest.mark.parametrize("target", [".", "sub", "sub/deeper"])
+def test_target_in_the_source_is_refused(tmp_path, target):
+    source = tmp_path / "source"
+    source.mkdir()
+    with pytest.raises(PlanError, match="lies inside the source"):
+        Target(source / target, [source], overwrite=True)
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    with pytest.raises(PlanError, match="lies inside the source"):
+        Target(link / target, [source])
+
+
+def test_source_in_the_target_is_refused(tmp_path):
+    source = tmp_path / "target" / "source"
+    source.mkdir(parents=True)
+    with pytest.raises(PlanError, match="contains the source"):
+        publish_plan(Target(tmp_path / "target", [source], overwrite=True), plan())
+    publish_plan(Target(tmp_path / "target", [source]), megatron("release", b"release"))
+
+
+def test_working_directory_and_repositories_are_never_replaced(tmp_path, monkeypatch):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    with pytest.raises(PlanError, match="working or home directory"):
+        publish_plan(Target(tmp_path / "here", [], overwrite=True), plan())
+    (tmp_path / "repo" / ".git").mkdir(parents=True)
+    with pytest.raises(PlanError, match="repository"):
+        publish_plan(Target(tmp_path / "repo", [], overwrite=True), plan())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_parent_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(PlanError, match="is not writable"):
+            Target(tmp_path / "target", [])
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_unwritable_parent_is_refused_for_root_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *a: False)
+    with pytest.raises(PlanError, match="is not writable"):
+        Target(tmp_path / "target", [])
+
+
+def test_disk_is_checked_before_the_first_byte(tmp_path):
+    with pytest.raises(ConversionError, match=r"needs 1024.00 TiB, its file system has"):
+        publish_plan(Target(tmp_path / "target", []), plan(size=1 << 50))
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("name", ["../out.bin", "/out.bin", "a/../../out.bin"])
+def test_no_path_leads_out_of_the_target(tmp_path, name):
+    with pytest.raises(PlanError, match="must stay inside the target"):
+        publish_plan(Target(tmp_path / "target", []), plan(name))
+
+
+def test_two_runs_never_write_one_target(tmp_path):
+    with Target(tmp_path / "target", []) as first:
+        first.prepare(plan())
+        with (
+            pytest.raises(ConversionError, match=rf"process {os.getpid()} on "),
+            Target(tmp_path / "target", []) as second,
+        ):
+            second.prepare(plan())
+        assert (tmp_path / "target.ckptx-partial/new").is_dir()
+        first.publish()
+    assert names(tmp_path) == {"target"}
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path):
+    stale = tmp_path / "target.ckptx-partial" / "new" / "deep"
+    stale.mkdir(parents=True)
+    (stale / "half").touch()
+    (tmp_path / "target.ckptx-partial" / "lock").write_text("process 1 on elsewhere")
+    publish_plan(Target(tmp_path / "target", []), plan())
+    assert names(tmp_path) == {"target", "target/out.bin", "target/ckptx-manifest.json"}
+
+
+def test_lock_of_a_finished_run_is_not_taken_for_a_live_one(tmp_path, monkeypatch):
+    real, calls = fcntl.flock, []
+
+    def flock(descriptor: int, operation: int) -> None:
+        if not calls:  # the owner finishes just before we get its lock
+            (tmp_path / "target.ckptx-partial/lock").unlink()
+            (tmp_path / "target.ckptx-partial").rmdir()
+        calls.append(descriptor)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    publish_plan(Target(tmp_path / "target", []), plan())
+    assert len(calls) == 2
+    assert (tmp_path / "target/out.bin").exists()
+
+
+def test_rename_without_kernel_support_says_so(monkeypatch, tmp_path):
+    class Library:
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            self.renameat2 = lambda *a: -1
+
+    monkeypatch.setattr(publish.ctypes, "CDLL", Library)
+    monkeypatch.setattr(publish.ctypes, "get_errno", lambda: errno.ENOSYS)
+    (tmp_path / "a").touch()
+    publish.rename_new(tmp_path / "a", tmp_path / "b")
+    assert names(tmp_path) == {"b"}
+    (tmp_path / "a").touch()
+    with pytest.raises(FileExistsError):
+        publish.rename_new(tmp_path / "a", tmp_path / "b")
