@@ -111,7 +111,9 @@ class Pipeline:
     def from_args(cls, args: Mapping[str, Any]) -> Pipeline:
         """Return the settings that a checkpoint's ``args`` hold."""
         pp = args.get("pipeline_model_parallel_size") or 1
-        vpp = args.get("virtual_pipeline_model_parallel_size")
+        vpp = args.get("virtual_pipeline_model_parallel_size") or args.get(
+            "num_virtual_stages_per_pipeline_rank"
+        )
         per_stage = args.get("num_layers_per_virtual_pipeline_stage")
         layout = args.get("pipeline_model_parallel_layout")
         if vpp is None and per_stage and pp > 1:

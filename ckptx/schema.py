@@ -321,6 +321,19 @@ class Family:
     proof: Mapping[str, str] = field(default_factory=dict)
     """For the support matrix: what proves each layout."""
 
+    def layout(self, convention: str) -> Layout:
+        """Return the layout of a convention (``"hf"``, ``"mcore"``).
+
+        Raises:
+            SchemaError: the family has none.
+        """
+        if convention not in self.layouts:
+            raise SchemaError(
+                f"family {self.name} has no {convention} layout, only "
+                f"{', '.join(sorted(self.layouts))}: its tensors cannot be named that way"
+            )
+        return self.layouts[convention]
+
 
 def _present(
     entry: Rule, shard: Mapping[str, Tensor], layer: int | None

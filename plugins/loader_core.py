@@ -26,27 +26,6 @@ from ckptx.schemas.args import spec_from_args
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import check_shapes
 
-_FROM_ARGS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "max_position_embeddings",
-    "norm_epsilon",
-    "normalization",
-    "activation",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "tied",
-)
-
-
 class CoreLoader:
     """Reads what Megatron Core writes, at any tensor and pipeline parallel size."""
 
@@ -118,11 +97,17 @@ def _spec(
             )
         spec = family.from_config(config)
     else:
-        spec = spec_from_args(checkpoint.args)
+        spec = spec_from_args(checkpoint.args, family.name if family else None)
         if config is not None and family is not None:
+            # What args cannot say comes from the config; where both speak, args were trained with.
             named = family.from_config(config)
-            trained = {field: getattr(spec, field) for field in _FROM_ARGS}
-            spec = replace(named, **trained)
+            spec = replace(
+                spec,
+                architecture=named.architecture,
+                vocab_size=named.vocab_size,
+                rotary_scaling=spec.rotary_scaling or named.rotary_scaling,
+                extra={**named.extra, **spec.extra},
+            )
     return replace(spec, vocab_size=vocab_size or spec.vocab_size, dtype=checkpoint.dtype)
 
 

@@ -70,7 +70,7 @@ class HfLoader:
             yield End(notes=(f"{', '.join(named)}: no schema, tensors pass through by name",))
             return
         spec = replace(family.from_config(config), dtype=main_dtype(tensors))
-        layout = family.layouts["hf"]
+        layout = family.layout("hf")
         left: dict[str, LazyTensor] = dict(tensors)
         dropped: tuple[Dropped, ...] = drop_ignored(layout, left)
         notes: tuple[str, ...] = ()

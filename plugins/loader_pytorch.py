@@ -108,7 +108,7 @@ def _messages(
         yield passthrough(tensors)
         yield End(others, ("no config or args name the model: tensors pass through by name",))
         return
-    layout = family_named(spec.family).layouts["mcore" if core else "hf"]
+    layout = family_named(spec.family).layout("mcore" if core else "hf")
     dropped: tuple[Dropped, ...] = (*others, *drop_ignored(layout, tensors))
     notes: tuple[str, ...] = ()
     if spec.tied:

@@ -89,7 +89,11 @@ class CoreSaver:
         model = collect(messages)
         spec = model.spec
         local = options.get("saver_transformer_impl") == "local"
-        layout = family_named(spec.family).layouts["mcore-local" if local else "mcore"]
+        ckpt_format = options.get("ckpt_format") or "torch_dist"
+        # torch_dist has one spelling: Megatron itself maps the local spec's names to these.
+        layout = family_named(spec.family).layout(
+            "mcore-local" if local and ckpt_format == "torch" else "mcore"
+        )
         check_messages(model, layout)
         tp, pipeline = _parallel(model, options)
         notes = [*_check_tp(spec, tp), *_check_expressible(spec)]
@@ -98,7 +102,6 @@ class CoreSaver:
         padded = _padded_rows(model, true_rows, multiple, tp)
         dropped = resize_vocabulary(model, padded)
         iteration = _iteration(model, options)
-        ckpt_format = options.get("ckpt_format") or "torch_dist"
         chunks = pipeline.chunks(spec.num_layers)
         args = args_from_spec(
             spec,

@@ -52,7 +52,7 @@ class HfSaver:
         model = collect(messages)
         if model.passthrough is None:
             family = family_named(model.spec.family)
-            tensors, dropped = named_tensors(model, family.layouts["hf"])
+            tensors, dropped = named_tensors(model, family.layout("hf"))
         else:
             if not model.begin.layout.startswith("hf"):
                 raise SchemaError(

@@ -89,9 +89,9 @@ def _state(
     spec = model.spec
     family = family_named(spec.family)
     if layout != "core":
-        tensors, dropped = named_tensors(model, family.layouts["hf"])
+        tensors, dropped = named_tensors(model, family.layout("hf"))
         return dict(tensors), tensors, dropped
-    tensors, dropped = named_tensors(model, family.layouts["mcore"])
+    tensors, dropped = named_tensors(model, family.layout("mcore"))
     rows = model.messages["embeddings"]["word embeddings"].shape[0]
     args = args_from_spec(
         spec,

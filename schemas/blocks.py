@@ -23,7 +23,7 @@ def dense_bias(spec: ModelSpec) -> bool:
 
 def mlp_bias(spec: ModelSpec) -> bool:
     """Whether the projections of the MLP have a bias."""
-    return spec.add_bias_linear
+    return spec.add_bias_linear or bool(spec.extra.get("mlp_bias"))
 
 
 def qk_norm(spec: ModelSpec) -> bool:

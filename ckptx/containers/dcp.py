@@ -267,8 +267,8 @@ def _plan(
                 if found != expected:
                     raise PlanError(f"{name}: {entry.key!r} is {found} here, {expected} before")
                 boxes = chunks.setdefault(entry.key, [])
-                if 0 in entry.tensor.shape:
-                    continue
+                if 0 in entry.tensor.shape and 0 not in entry.shape:
+                    continue  # the share of a rank that has none
                 boxes.append(Chunk(entry.offsets, entry.tensor.shape))
                 item: ItemKey = entry.key, entry.offsets
                 end = _add_tensor(regions, position, entry)
@@ -297,6 +297,8 @@ def _add_tensor(regions: list[Region], position: int, item: TensorItem) -> int:
     payload = position + len(envelope.prefix)
     end = payload + envelope.nbytes
     regions.append(Region(position, len(envelope.prefix), envelope.prefix))
+    if not envelope.nbytes:  # an empty tensor: the prefix is all there is
+        return end
     regions.append(Region(payload, envelope.nbytes, item.tensor, item.key))
     regions.append(Region(end, len(envelope.suffix), envelope.suffix))
     return end + len(envelope.suffix)

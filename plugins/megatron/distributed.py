@@ -132,7 +132,7 @@ def _items(
 def _states(
     spec: ModelSpec, target: Target, message: str, layer: int | None
 ) -> Iterator[dcp.ObjectItem]:
-    for state in extra_states(local=target.local):
+    for state in extra_states(local=False):
         if not state.distributed or not state.when(spec):
             continue
         if state.message.format(layer=layer) == message:

@@ -134,6 +134,7 @@ class Scene:
         self.source = root / "source"
         self.target = root / "target"
         self.site = root / "site"
+        self.processes: list[subprocess.Popen[str]] = []
         self.source.mkdir()
         (self.source / "data.bin").write_bytes(bytes(range(200)) * 4)
         info = self.site / "fake_plugins-1.0.dist-info"
@@ -159,7 +160,7 @@ class Scene:
         """Start a conversion in a session of its own, as a terminal would."""
         code = "from ckptx.cli import main; main()"
         command = [sys.executable, "-c", code, "convert", str(self.source), str(self.target)]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*command, "--to", "fake", *arguments],
             env={**os.environ, "PYTHONPATH": f"{self.site}:{Path(manager.__file__).parents[1]}"},
             start_new_session=True,
@@ -167,6 +168,14 @@ class Scene:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.processes.append(process)
+        return process
+
+    def close(self) -> None:
+        """End what a failed test has left running."""
+        for process in self.processes:
+            with process:
+                process.kill()
 
     def pid(self, fault: str) -> int:
         """Wait until a child is at its fault; return its process."""
@@ -180,7 +189,7 @@ class Scene:
         assert left == {"source", "site"}
 
 
-def wait_for(condition, seconds: float = 15.0) -> None:
+def wait_for(condition, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "timed out"
@@ -202,6 +211,7 @@ def scene(tmp_path, monkeypatch):
     for cached in (manager.entries, manager._registered):
         cached.cache_clear()
     yield made
+    made.close()
     sys.modules.pop("fake_plugins", None)
     for cached in (manager.entries, manager._registered):
         cached.cache_clear()

@@ -43,7 +43,11 @@ def layers(pipeline: Pipeline, num_layers: int) -> dict[tuple[int, int], list[in
             {(0, 0): [0], (1, 0): [1, 2], (0, 1): [3], (1, 1): [4]},
         ),
         (Pipeline(4, layout="E|t*2,t|(t|)L"), None, None),
-        (Pipeline(4, layout="E|ttt||L"), 3, {(0, 0): [], (1, 0): [0, 1, 2], (2, 0): [], (3, 0): []}),
+        (
+            Pipeline(4, layout="E|ttt||L"),
+            3,
+            {(0, 0): [], (1, 0): [0, 1, 2], (2, 0): [], (3, 0): []},
+        ),
     ],
 )
 def test_layers_are_where_megatron_puts_them(pipeline, num_layers, expected):
@@ -160,7 +164,8 @@ GRID = [
     *(
         Pipeline(pp, vpp, first, last)
         for pp, vpp, first, last in itertools.product((2, 3, 4), (None, 2), (None, 2), (None, 4, 2))
-        if first or last
+        # With no stage in the middle and virtual stages, upstream divides by zero.
+        if (first or last) and not (pp == 2 and vpp and first and last)
     ),
     *(
         Pipeline(pp, vpp, embedding_in_split=embedding, loss_in_split=loss)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,24 @@ def publish_plan(target: Target, planned: SavePlan, content: bytes = b"new!") ->
         return target.publish()
 
 
+def fail(
+    target: Target, planned: SavePlan, during: Callable[[Path], None] = lambda _: None
+) -> None:
+    """Write half of a plan and fail."""
+    with target:
+        staging = target.prepare(planned)
+        (staging / planned.files[0].path).write_bytes(b"half")
+        during(staging)
+        raise RuntimeError
+
+
+def publish_late(target: Target, planned: SavePlan, meanwhile: Callable[[], None]) -> None:
+    with target:
+        (target.prepare(planned) / planned.files[0].path).write_bytes(b"new!")
+        meanwhile()
+        target.publish()
+
+
 def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
@@ -35,18 +54,18 @@ def test_target_appears_whole(tmp_path):
 
 
 def test_error_removes_everything_that_was_created(tmp_path):
-    with pytest.raises(RuntimeError), Target(tmp_path / "a" / "b" / "c", []) as target:
-        (target.prepare(plan()) / "out.bin").write_bytes(b"half")
-        assert (tmp_path / "a/b/c.ckptx-partial/new/out.bin").exists()
-        raise RuntimeError
+    def look(staging: Path) -> None:
+        assert staging == tmp_path / "a/b/c.ckptx-partial/new"
+        assert (staging / "out.bin").exists()
+
+    with pytest.raises(RuntimeError):
+        fail(Target(tmp_path / "a" / "b" / "c", []), plan(), look)
     assert names(tmp_path) == set()
 
 
 def test_folder_that_others_use_meanwhile_is_kept(tmp_path):
-    with pytest.raises(RuntimeError), Target(tmp_path / "a" / "b", []) as target:
-        target.prepare(plan())
-        (tmp_path / "a" / "other").touch()
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail(Target(tmp_path / "a" / "b", []), plan(), lambda _: (tmp_path / "a/other").touch())
     assert names(tmp_path) == {"a", "a/other"}
 
 
@@ -80,9 +99,8 @@ def test_failed_overwrite_keeps_the_old_target(tmp_path):
     old = tmp_path / "target"
     old.mkdir()
     (old / "old").touch()
-    with pytest.raises(RuntimeError), Target(old, [], overwrite=True) as target:
-        target.prepare(plan())
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail(Target(old, [], overwrite=True), plan())
     assert names(tmp_path) == {"target", "target/old"}
 
 
@@ -90,32 +108,28 @@ def test_old_target_of_a_run_killed_between_two_renames_comes_back(tmp_path):
     aside = tmp_path / "target.ckptx-partial" / "old"
     aside.mkdir(parents=True)
     (aside / "old").touch()
-    with pytest.raises(RuntimeError), Target(tmp_path / "target", []) as target:
-        target.prepare(plan())
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail(Target(tmp_path / "target", []), plan())
     assert names(tmp_path) == {"target", "target/old"}
 
 
 def test_target_that_appeared_meanwhile_is_not_replaced(tmp_path):
-    with (
-        pytest.raises(ConversionError, match="cannot be put in place"),
-        Target(tmp_path / "target", []) as target,
-    ):
-        target.prepare(plan())
+    def meanwhile() -> None:
         (tmp_path / "target").mkdir()
         (tmp_path / "target" / "theirs").touch()
-        target.publish()
+
+    with pytest.raises(ConversionError, match="cannot be put in place"):
+        publish_late(Target(tmp_path / "target", []), plan(), meanwhile)
     assert names(tmp_path) == {"target", "target/theirs"}
 
 
 def test_file_that_appeared_meanwhile_is_not_replaced(tmp_path):
-    with (
-        pytest.raises(ConversionError, match="cannot be put in place"),
-        Target(tmp_path / "model.pt", []) as target,
-    ):
-        (target.prepare(plan("model.pt", single_file=True)) / "model.pt").write_bytes(b"new!")
+    def meanwhile() -> None:
         (tmp_path / "model.pt").write_bytes(b"theirs")
-        target.publish()
+
+    planned = plan("model.pt", single_file=True)
+    with pytest.raises(ConversionError, match="cannot be put in place"):
+        publish_late(Target(tmp_path / "model.pt", []), planned, meanwhile)
     assert (tmp_path / "model.pt").read_bytes() == b"theirs"
 
 

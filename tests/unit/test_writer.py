@@ -170,7 +170,9 @@ def big(tmp_path: Path, count: int = 12) -> tuple[SavePlan, list[str]]:
     """Return a plan of several batches from one file per tensor."""
     shape = (count, LEAF)
     paths = [put(tmp_path / f"in{n}", np.full(LEAF, n, np.uint8)) for n in range(count)]
-    return SavePlan([file_of(f"{n}", stored(n, 0, "uint8", shape[1:])) for n in range(count)]), paths
+    return SavePlan(
+        [file_of(f"{n}", stored(n, 0, "uint8", shape[1:])) for n in range(count)]
+    ), paths
 
 
 def test_a_source_that_is_too_short(tmp_path):

@@ -1,11 +1,14 @@
-"""Executes file plans in memory, for tests: an independent, slow writer."""
+"""Fixtures that execute file plans in memory with torch: an independent, slow writer."""
 
 from __future__ import annotations
 
+import os
+import pickle
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 import torch
 
 from ckptx.lazy import Filled, LazyTensor, Stored, Tiled
@@ -79,7 +82,50 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return found.numel() == 0 or torch.equal(*raw)
 
 
-def load_into(path: Path, data: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return path
+@pytest.fixture(name="eager")
+def eager_fixture():
+    return eager
+
+
+@pytest.fixture(name="execute")
+def execute_fixture():
+    return execute
+
+
+@pytest.fixture(name="spool")
+def spool_fixture():
+    return spool
+
+
+@pytest.fixture(name="same")
+def same_fixture():
+    return same
+
+
+class Touch:
+    """An object whose pickle creates a file when it is run."""
+
+    def __init__(self, sentinel: Path, how: str) -> None:
+        self.sentinel = sentinel
+        self.how = how
+
+    def __reduce__(self):
+        code = f"open({str(self.sentinel)!r}, 'w')"
+        return {
+            "os.system": (os.system, (f"touch {self.sentinel}",)),
+            "eval": (eval, (code,)),
+            "exec": (exec, (code,)),
+            "open": (open, (str(self.sentinel), "w")),
+            "os.mkdir": (os.mkdir, (str(self.sentinel),)),
+            "pickle.loads": (pickle.loads, (pickle.dumps(Touch(self.sentinel, "eval")),)),
+            "getattr": (getattr, ("", "join")),
+            "map": (map, (eval, [code])),
+        }[self.how]
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    """Makes hostile objects; fails when one of them ran."""
+    sentinel = tmp_path / "executed"
+    yield lambda how: Touch(sentinel, how)
+    assert not sentinel.exists()
