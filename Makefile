@@ -1,0 +1,40 @@
+# Everything sets itself up: `make demo` and `make test` work on a fresh machine with Python 3.11 or later.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-full lint types bench docs clean
+
+demo: $(READY) ## Convert a small Llama to Megatron Core, reshard it, return it, compare every byte
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/demo.py
+
+test: $(READY) ## The everyday suite
+	$(BIN)/python -m pytest -n 2 -m "not full"
+
+test-full: $(READY) ## The whole grid
+	$(BIN)/python -m pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY) ## Speed and memory, each paired with cp; see docs/performance.md
+	$(BIN)/python benchmarks/bench.py
+
+docs: $(READY) ## Refresh the generated parts of the documentation
+	$(BIN)/python -m ckptx.docs
+
+# torch first and pinned: otherwise pip takes a build with gigabytes of GPU libraries.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hf,megatron,dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis site

@@ -1,0 +1,192 @@
+"""Measure conversions against ``cp``: wall time in alternated pairs, and memory over all processes.
+
+    python benchmarks/bench.py [--work DIR] [--pairs 7] [--only NAME] [--memory]
+
+Every case is run in turn with a copy of the same source, ``cp -r`` followed by a sync of what was
+copied, because a conversion is durable when it returns. Both start from a warm page cache. A case is
+void where the slowest copy took more than 1.5 times the fastest: the machine was busy. Peak memory is
+the proportional set size (PSS) of the command and all its children, sampled every 20 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from models import build  # noqa: E402 - the script's own folder
+
+CKPTX = Path(sys.executable).with_name("ckptx")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One conversion: where from, and the options of ``ckptx convert``."""
+
+    name: str
+    source: Path
+    options: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Wall time in seconds, peak PSS in bytes (0 where it was not sampled)."""
+
+    wall: float
+    peak: int = 0
+
+
+def main() -> int:
+    """Run the benchmark and print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--work", type=Path, help="folder for models and outputs; kept")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--only", default="", help="run cases whose name contains this")
+    parser.add_argument("--memory", action="store_true", help="only the 8B-shaped memory cases")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ckptx-bench-") as temporary:
+        work = arguments.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        print("| case | bytes | ckptx s | cp + sync s | ratio | GB/s | peak PSS MiB |")
+        print("|---|---|---|---|---|---|---|")
+        for case in memory_cases(work) if arguments.memory else cases(work):
+            if arguments.only in case.name:
+                print(measure(case, work, 1 if arguments.memory else arguments.pairs), flush=True)
+    return 0
+
+
+def cases(work: Path) -> Iterator[Case]:
+    """Yield the placements and one cast, at both sizes."""
+    for size in ("0.44B", "1.26B"):
+        hf = build(size, work / f"hf-{size}")
+        yield Case(f"{size} hf -> core torch_dist TP2 PP2", hf, core(2, 2, "torch_dist"))
+        yield Case(f"{size} hf -> core torch TP2 PP2", hf, core(2, 2, "torch"))
+        base = work / f"core-{size}"
+        if not base.exists():
+            convert(hf, base, core(2, 2, "torch_dist"))
+        yield Case(f"{size} core TP2 PP2 -> core TP4", base, core(4, 1, "torch_dist"))
+        yield Case(f"{size} core TP2 PP2 -> hf", base, ["--to", "hf"])
+        yield Case(f"{size} hf -> hf float32", hf, ["--to", "hf", "--dtype", "float32"])
+
+
+def memory_cases(work: Path) -> Iterator[Case]:
+    """Yield one case of 8B parameters whose source is a file of holes."""
+    hf = build("8B", work / "hf-8B", sparse=True)
+    yield Case("8B (sparse) hf -> core torch_dist TP2 PP2", hf, core(2, 2, "torch_dist"))
+    yield Case("8B (sparse) hf -> core torch TP8", hf, core(8, 1, "torch"))
+
+
+def core(tp: int, pp: int, ckpt_format: str) -> list[str]:
+    """Return the options of a Megatron target."""
+    return ["--to", "core", "--tp", str(tp), "--pp", str(pp), "--ckpt-format", ckpt_format]
+
+
+def measure(case: Case, work: Path, pairs: int) -> str:
+    """Return a table row: medians over alternated pairs."""
+    target, copy = work / "target", work / "copy"
+    ours: list[Run] = []
+    copies: list[Run] = []
+    written = 0
+    for pair in range(pairs + 1):
+        runs = []
+        for kind in ("ckptx", "cp") if pair % 2 else ("cp", "ckptx"):
+            remove(target, copy)
+            runs.append(
+                (
+                    kind,
+                    convert(case.source, target, case.options)
+                    if kind == "ckptx"
+                    else copied(case.source, copy),
+                )
+            )
+            if kind == "ckptx":
+                written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+        if pair or pairs == 1:  # the first pair warms up
+            ours += [run for kind, run in runs if kind == "ckptx"]
+            copies += [run for kind, run in runs if kind == "cp"]
+    remove(target, copy)
+    peak = sampled(case.source, target, case.options).peak
+    remove(target, copy)
+    mine, theirs = median(ours), median(copies)
+    spread = max(run.wall for run in copies) / min(run.wall for run in copies)
+    void = f" (void: cp spread {spread:.2f})" if spread > 1.5 else ""
+    return (
+        f"| {case.name}{void} | {written:,} | {mine:.2f} | {theirs:.2f} | {mine / theirs:.2f} "
+        f"| {written / mine / 1e9:.2f} | {peak / 2**20:.0f} |"
+    )
+
+
+def convert(source: Path, target: Path, options: Sequence[str]) -> Run:
+    """Convert without sampling, which would cost time."""
+    start = time.perf_counter()
+    subprocess.run([CKPTX, "convert", source, target, *options, "--quiet"], check=True)
+    return Run(time.perf_counter() - start)
+
+
+def copied(source: Path, target: Path) -> Run:
+    """Copy with ``cp -r`` and sync every file of the copy."""
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", source, target], check=True)
+    subprocess.run(["sync", *(file for file in target.rglob("*") if file.is_file())], check=True)
+    return Run(time.perf_counter() - start)
+
+
+def sampled(source: Path, target: Path, options: Sequence[str]) -> Run:
+    """Convert while the memory of the whole process tree is sampled."""
+    start = time.perf_counter()
+    command = [CKPTX, "convert", source, target, *options, "--quiet"]
+    process = subprocess.Popen(command)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, sum(pss(pid) for pid in tree(process.pid)))
+        time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed")
+    return Run(time.perf_counter() - start, peak)
+
+
+def tree(pid: int) -> Iterator[int]:
+    """Yield a process and its descendants."""
+    yield pid
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return
+    for child in children:
+        yield from tree(int(child))
+
+
+def pss(pid: int) -> int:
+    """Return the proportional set size of a process in bytes, 0 if it has ended."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def median(runs: Sequence[Run]) -> float:
+    """Return the median wall time."""
+    return statistics.median(run.wall for run in runs)
+
+
+def remove(*paths: Path) -> None:
+    """Delete outputs, and wait until their blocks are free."""
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+    os.sync()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
