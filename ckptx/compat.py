@@ -173,7 +173,7 @@ def parse(
     in ``ours`` too is taken by both sides.
 
     Raises:
-        PluginError: the modules' options are wrong or missing.
+        click.UsageError: the modules' options are wrong or missing.
     """
     parser, leaver = (_parser(modules) for _ in range(2))
     values = vars(parser.parse_known_args(arguments)[0])
@@ -192,7 +192,9 @@ def option_help(modules: Sequence[Module]) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise PluginError(message)
+        import click
+
+        raise click.UsageError(message)
 
 
 def _parser(modules: Sequence[Module]) -> argparse.ArgumentParser:

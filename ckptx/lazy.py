@@ -294,8 +294,8 @@ def tile(shape: Sequence[int], tiles: Sequence[tuple[Sequence[int], LazyTensor]]
             raise PlanError(f"tile {list(part.shape)} at {list(origin)} lies outside {list(shape)}")
     tiled = _tiled(shape, tiles)
     found = sum(part.numel for _, part in tiles)
-    if found != tiled.numel:
-        raise PlanError(f"tiles hold {found} elements, {list(shape)} needs {tiled.numel}")
+    if found != math.prod(shape):
+        raise PlanError(f"tiles hold {found} elements, {list(shape)} needs {math.prod(shape)}")
     boxes = [
         tuple((low, low + size) for low, size in zip(origin, part.shape, strict=True))
         for origin, part in tiles

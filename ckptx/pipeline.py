@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptx import children, manager
@@ -32,7 +33,7 @@ from ckptx.compat import ModuleSaver
 from ckptx.errors import CkptxError, ConversionError, PlanError
 from ckptx.job import Job
 from ckptx.progress import Progress, Silent
-from ckptx.publish import Target
+from ckptx.publish import Target, outline
 from ckptx.report import Facts, Forecast, Report
 from ckptx.spool import Spool, SpoolFile
 from ckptx.supervision import STOPPING, Failure, Interrupts, manner_of_death, stop
@@ -52,11 +53,10 @@ def convert(job: Job, progress: Progress | None = None) -> Report:
     """
     progress = progress or Silent()
     started = time.monotonic()
-    inputs = [job.source, *([job.hf_base] if job.hf_base else [])]
     try:
         with (
             Interrupts() as interrupts,
-            Target(job.target, inputs, job.overwrite) as target,
+            Target(job.target, _inputs(job), job.overwrite) as target,
             SpoolFile(job.target) as spool,
         ):
             with _crew(job, spool.path) as crew:
@@ -90,11 +90,10 @@ def plan_conversion(job: Job, spool: Spool | None = None) -> tuple[Begin, End, S
 
 
 def forecast(job: Job) -> Forecast:
-    """Return what `convert` would do, without writing; raises what it would raise by then."""
+    """Return what `convert` would do, without writing."""
     from ckptx.lazy import LazyTensor
     from ckptx.proof import operations
 
-    Target(job.target, [job.source], job.overwrite)
     with SpoolFile(job.target) as file:
         begin, end, plan, proof = plan_conversion(job, Spool(file.path))
         spooled = file.nbytes
@@ -127,8 +126,21 @@ def forecast(job: Job) -> Forecast:
         sorted(plan.pointers),
         job.max_memory,
         spooled,
+        _refusal(job, plan),
         tensors,
     )
+
+
+def _refusal(job: Job, plan: SavePlan) -> str:
+    try:
+        Target(job.target, _inputs(job), job.overwrite).check(outline(plan))
+    except CkptxError as error:
+        return str(error)
+    return ""
+
+
+def _inputs(job: Job) -> list[Path]:
+    return [job.source, *([job.hf_base] if job.hf_base else [])]
 
 
 class _Child:

@@ -111,12 +111,7 @@ class Target:
             PlanError: the target exists, touches the source, or cannot be written.
             ConversionError: another run works on it, or the disk is too small.
         """
-        self.plan = plan
-        self._path = self.save_dir / plan.directory if plan.directory else self.save_dir
-        for path in (plan.directory, *plan.pointers, *(file.path for file in plan.files)):
-            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-                raise PlanError(f"{path!r}: an output path must stay inside the target")
-        self._check_place()
+        self._look(plan)
         self._make(self._path.parent)
         self._partial = self._path.parent / f"{self._path.name}{PARTIAL}"
         self._acquire(self._partial)
@@ -124,10 +119,28 @@ class Target:
         for leftover in self._partial.iterdir():
             if leftover.name != "lock":
                 _remove(leftover)
-        self._check_disk()
+        self._check_disk()  # after the leftovers of a killed run have made room
         staging = self._partial / "new"
         staging.mkdir()
         return staging
+
+    def check(self, plan: SavePlan) -> None:
+        """Check all that can be told without writing.
+
+        Raises:
+            PlanError: the target exists or touches the source.
+            ConversionError: the disk is too small.
+        """
+        self._look(plan)
+        self._check_disk()
+
+    def _look(self, plan: SavePlan) -> None:
+        self.plan = plan
+        self._path = self.save_dir / plan.directory if plan.directory else self.save_dir
+        for path in (plan.directory, *plan.pointers, *(file.path for file in plan.files)):
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise PlanError(f"{path!r}: an output path must stay inside the target")
+        self._check_place()
 
     def publish(self) -> list[str]:
         """Make the staged files the target, then write the pointers; return remarks.
@@ -226,7 +239,7 @@ class Target:
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def _check_disk(self) -> None:
-        status = os.statvfs(self._path.parent)
+        status = os.statvfs(_existing(self._path.parent))
         free = status.f_bavail * status.f_frsize
         needed = sum(-(-f.size // status.f_frsize) * status.f_frsize for f in self.plan.files)
         if needed > free:

@@ -43,6 +43,7 @@ WINDOW = 40 << 20
 """Most bytes that one read of a strided rectangle covers."""
 _DIRECT_RUN = 64 << 10  # bytes from which a run is worth a system call of its own
 _GAP = 64 << 10  # bytes of gap that are cheaper to read over than to skip
+_SPARSE = 1 << 20  # bytes between two steps of one rectangle from which it is read in parts
 _MAX_OPEN = 256
 
 _UNSIGNED: dict[int, np.dtype[Any]] = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
@@ -77,7 +78,8 @@ class Files:
                 if count == 0:
                     raise ConversionError(
                         f"{self.paths[file]}: ends at byte {offset + done}, expected data up to "
-                        f"byte {offset + len(buffer)}; the file was cut or changed while it was read"
+                        f"byte {offset + len(buffer)}; the file was cut or changed while it was "
+                        "read"
                     )
                 done += count
         except OSError as error:
@@ -206,7 +208,7 @@ class Gather:
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):
                 if (base.dtype, leaf.dtype) == ("float64", "float16"):
                     values = values.astype(np.float32)  # torch rounds twice
-                target[...] = values.astype(target.dtype)
+                np.copyto(target, values, casting="unsafe")
 
         self._after.append(convert)
 
@@ -291,13 +293,16 @@ def _request(
 
 
 def _bounded(request: _Request) -> list[_Request]:
-    """Return the request in parts whose spans fit a window."""
-    if request.span <= WINDOW or not request.counts:
+    """Return the request in parts whose spans fit a window and hold no wide gaps."""
+    if not request.counts:
         return [request]
     axis = max(range(len(request.counts)), key=lambda a: request.strides[a] * request.counts[a])
     count, stride = request.counts[axis], request.strides[axis]
     rest = request.span - (count - 1) * stride
-    step = max(1, (WINDOW - rest) // stride + 1) if rest < WINDOW else 1
+    sparse = stride - rest > _SPARSE
+    if request.span <= WINDOW and not sparse:
+        return [request]
+    step = max(1, (WINDOW - rest) // stride + 1) if rest < WINDOW and not sparse else 1
     parts = []
     for start in range(0, count, step):
         length = min(step, count - start)

@@ -5,7 +5,6 @@ The JSON is complete and its keys are stable. The text fits any width and shows 
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -105,9 +104,9 @@ class Report:
         """Output in GB (10^9 bytes) per second of wall time."""
         return self.facts.bytes_out / 1e9 / self.seconds if self.seconds else 0.0
 
-    def to_json(self) -> str:
+    def to_json(self) -> dict[str, Any]:
         """Return the whole report; every key is always there."""
-        content = {
+        return {
             "loader": self.loader,
             "saver": self.saver,
             "target": self.target,
@@ -116,7 +115,6 @@ class Report:
             "gb_per_second": round(self.rate, 3),
             "digest": self.digest,
         }
-        return json.dumps(content, indent=1)
 
     def render(self, width: int = 80) -> str:
         """Return the report as text of at most ``width`` columns."""
@@ -146,6 +144,8 @@ class Forecast:
     """The most memory that the conversion takes, all processes together."""
     spool: int
     """Disk that tensors without a source file take while the conversion runs."""
+    refused: str = ""
+    """Why the conversion would not start now: the target exists, the disk is too small."""
     tensors: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     """Each output tensor: ``file``, ``name``, ``dtype``, ``shape``, ``operations``."""
 
@@ -154,9 +154,9 @@ class Forecast:
         """Disk needed, the spool included."""
         return self.facts.bytes_out + self.spool
 
-    def to_json(self) -> str:
+    def to_json(self) -> dict[str, Any]:
         """Return the whole forecast; every key is always there."""
-        content = {
+        return {
             "loader": self.loader,
             "saver": self.saver,
             "target": self.target,
@@ -166,9 +166,9 @@ class Forecast:
             "peak_memory": self.peak_memory,
             "spool": self.spool,
             "disk": self.disk,
+            "refused": self.refused,
             "output_tensors": list(self.tensors),
         }
-        return json.dumps(content, indent=1)
 
     def render(self, width: int = 80) -> str:
         """Return the forecast as text of at most ``width`` columns; every output file is listed."""
@@ -177,6 +177,8 @@ class Forecast:
         lines += _facts_lines(self.facts, width)
         needed = f"{size_text(self.disk)} of disk, at most {size_text(self.peak_memory)} of memory"
         lines += _wrapped("needs", needed, width)
+        if self.refused:
+            lines += _wrapped("refused", f"convert would stop here: {self.refused}", width)
         lines += [line for stage in self.facts.stages for line in _wrapped("stage", stage, width)]
         for output in self.outputs:
             text = f"{output['path']}  {size_text(output['bytes'])}, {output['tensors']} tensors"

@@ -27,14 +27,15 @@ import xxhash
 from isal import isal_zlib
 
 from ckptx.errors import ConversionError
-from ckptx.lazy import ITEMSIZE, LazyTensor, Stored, flat_boxes, pieces
+from ckptx.lazy import ITEMSIZE, Cast, LazyTensor, Stored, flat_boxes, pieces
 from ckptx.plan import Crc32, FilePlan, Region, SavePlan
 from ckptx.reader import WINDOW, Files, Gather
 from ckptx.replicas import check_replicas
 
 LEAF = 4 << 20
 """Bytes of a tensor that one digest covers, and that one step writes."""
-_BATCH = 32 << 20  # bytes of output that one thread holds at a time
+_BATCH = 32 << 20  # bytes of output, and of what is cast to it, that one thread holds at a time
+_ALIGNMENT = 64  # of leaves in memory
 _BASE_MEMORY = 192 << 20  # three Python processes with their libraries
 _MAX_OPEN = 512
 
@@ -83,6 +84,7 @@ class _Leaf:
     stop: int
     size: int  # bytes
     source: tuple[int, int]  # file, byte: where its first element comes from
+    held: int  # bytes that a thread holds for it: its own, and those that a cast reads
 
     @property
     def tensor(self) -> LazyTensor:
@@ -181,7 +183,7 @@ class _Executor:
             buffer = staging[position : position + leaf.size]
             gather.add_range(leaf.tensor, leaf.start, leaf.stop, buffer)
             held.append((leaf, buffer.data))
-            position += -(-leaf.size // 64) * 64  # keep every leaf aligned
+            position += -(-leaf.size // _ALIGNMENT) * _ALIGNMENT
         gather.run()
         for leaf, data in held:
             self._write(leaf, data)
@@ -327,34 +329,36 @@ def _leaves(output: _Output) -> Iterator[_Leaf]:
         for start in range(0, tensor.numel, LEAF // itemsize):
             stop = min(tensor.numel, start + LEAF // itemsize)
             size = (stop - start) * itemsize
-            yield _Leaf(output, number, start, stop, size, _source(tensor, start, stop))
+            source, width = _source(tensor, start, stop)
+            held = -(-size // _ALIGNMENT) * _ALIGNMENT + (stop - start) * width
+            yield _Leaf(output, number, start, stop, size, source, held)
 
 
-def _source(tensor: LazyTensor, start: int, stop: int) -> tuple[int, int]:
-    """Return the file and byte from which the first stored element of a range comes."""
+def _source(tensor: LazyTensor, start: int, stop: int) -> tuple[tuple[int, int], int]:
+    """Return the file and byte from which the first stored element of a range comes.
+
+    The second value is the bytes per element that casts read beside it, 0 without a cast.
+    """
     for box, _ in flat_boxes(tensor.shape, start, stop):
         for piece in pieces(tensor, box):
-            leaf = piece.leaf
-            while not isinstance(leaf, Stored):
-                base = getattr(leaf, "base", None)
-                if base is None:
-                    break
-                leaf = next(iter(pieces(base))).leaf
-            else:
-                return leaf.file, leaf.offset
-    return -1, 0
+            leaf, width = piece.leaf, 0
+            while isinstance(leaf, Cast):
+                width += ITEMSIZE[leaf.base.dtype]
+                leaf = next(pieces(leaf.base)).leaf
+            if isinstance(leaf, Stored):
+                return (leaf.file, leaf.offset), width
+    return (-1, 0), 0
 
 
 def _batches(leaves: Sequence[_Leaf]) -> Iterator[list[_Leaf]]:
     batch: list[_Leaf] = []
     room = _BATCH
     for leaf in leaves:
-        padded = -(-leaf.size // 64) * 64
-        if batch and padded > room:
+        if batch and leaf.held > room:
             yield batch
             batch, room = [], _BATCH
         batch.append(leaf)
-        room -= padded
+        room -= leaf.held
     if batch:
         yield batch
 

@@ -7,7 +7,6 @@ source is detected if no loader is named); the second has exactly their options 
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from ckptx.commands.options import (
     long_options,
     megatron_options,
     short_options,
+    show_result,
 )
 from ckptx.errors import CkptxError, PluginError
 from ckptx.job import Job
@@ -94,7 +94,8 @@ class ConversionCommand(click.Command):
         self.style = style
         self.base = (short_options if style == "short" else long_options)()
         self.megatron = megatron_options()
-        params = [*self.base, *engine_options(), *self.megatron]
+        self.engine = engine_options()
+        params = [*self.base, *self.engine, *self.megatron]
         super().__init__(name, params=params, help=summary, short_help=summary)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -123,8 +124,8 @@ class ConversionCommand(click.Command):
             raise click.UsageError(f"say the format of {ctx.params['load_dir']} with --from", ctx)
         both = {}
         if chosen.modules:
-            shared = {name: ctx.params[name] for name in ctx.params if name not in ("as_json",)}
-            both["arguments"] = {**shared, **ctx.meta.get("arguments", {})}
+            names = {"loader": chosen.loader.name, "saver": chosen.saver.name}
+            both["arguments"] = {**ctx.params, **names, **ctx.meta.get("arguments", {})}
         job = Job(
             loader=chosen.loader.name,
             saver=chosen.saver.name,
@@ -139,7 +140,6 @@ class ConversionCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in groups: conversion, each plugin, engine, modules."""
         chosen: Chosen = ctx.meta.get("chosen") or Chosen(None, None, None)
-        engine = [p for p in self.get_params(ctx) if p not in (*self.base, *self.megatron)]
         _section(ctx, formatter, "Conversion", self.base)
         shown: list[click.Option] = []
         for owner, options in chosen.owners.items():
@@ -149,7 +149,8 @@ class ConversionCommand(click.Command):
         if chosen.modules:
             with formatter.section("Options of Megatron-style modules"):
                 formatter.write(compat.option_help(chosen.modules) + "\n")
-        _section(ctx, formatter, "Engine", engine)
+        help_option = self.get_help_option(ctx)
+        _section(ctx, formatter, "Engine", [*self.engine, *([help_option] if help_option else [])])
         _section(ctx, formatter, "For Megatron-style modules", self.megatron)
         if not chosen.owners:
             loaders, savers = (", ".join(manager.names(kind)) for kind in ("loader", "saver"))
@@ -171,6 +172,7 @@ class ConversionCommand(click.Command):
         ctx = scan.make_context("scan", list(args), resilient_parsing=True)
         loader, saver, path = (ctx.params.get(k) for k in ("loader", "saver", "megatron_path"))
         if loader is None and saver is not None:
+            manager.saver(saver, path)  # a wrong name is the better error to report
             # Values of options that are not known yet stand among the rest: take what exists.
             places = [Path(arg) for arg in ctx.args if not arg.startswith("-")]
             source = ctx.params.get("load_dir") or next((p for p in places if p.exists()), None)
@@ -197,20 +199,13 @@ def _convert(job: Job, params: dict[str, Any]) -> None:
     from ckptx import pipeline, progress
 
     report = pipeline.convert(job, progress.choose(params["quiet"] or params["as_json"]))
-    _show(report, params)
+    show_result(report, params["as_json"], params["quiet"])
 
 
 def _plan(job: Job, params: dict[str, Any]) -> None:
     from ckptx import pipeline
 
-    _show(pipeline.forecast(job), params)
-
-
-def _show(result: Any, params: dict[str, Any]) -> None:
-    if params["as_json"]:
-        click.echo(result.to_json())
-    elif not params["quiet"]:
-        click.echo(result.render(shutil.get_terminal_size().columns))
+    show_result(pipeline.forecast(job), params["as_json"], params["quiet"])
 
 
 def _section(

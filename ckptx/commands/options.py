@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,14 @@ class Dtype(click.ParamType[Any]):
         if value not in DTYPES:
             self.fail(f"{value!r} is not one of {', '.join(DTYPES)}", param, ctx)
         return DTYPES[value]
+
+
+def show_result(result: Any, as_json: bool, quiet: bool) -> None:
+    """Print a result that has ``to_json()`` and ``render(width)``."""
+    if as_json:
+        click.echo(json.dumps(result.to_json(), indent=1))
+    elif not quiet:
+        click.echo(result.render(shutil.get_terminal_size().columns))
 
 
 def output_options() -> list[click.Parameter]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ckptx import manager
-from ckptx.commands.options import output_options
+from ckptx.commands.options import output_options, show_result
 
 _PATH = click.Path(exists=True, path_type=Path)
 
@@ -21,7 +20,7 @@ def inspect_command() -> click.Command:
     def run(path: Path, loader: str | None, as_json: bool, quiet: bool, verbose: bool) -> None:
         from ckptx.inspection import inspect
 
-        _show(inspect(path, loader), as_json, quiet)
+        show_result(inspect(path, loader), as_json, quiet)
 
     return click.Command(
         "inspect",
@@ -50,7 +49,7 @@ def verify_command() -> click.Command:
         from ckptx.verify import compare
 
         comparison = compare(a, b, loader_a=loader_a, loader_b=loader_b)
-        _show(comparison, as_json, quiet)
+        show_result(comparison, as_json, quiet)
         if not comparison.equal:
             raise click.exceptions.Exit(1)
 
@@ -114,10 +113,3 @@ def _line(row: dict[str, Any]) -> str:
         for key, value in row["capabilities"].items()
     )
     return f"{head}  {' '.join(facts)}".rstrip()
-
-
-def _show(result: Any, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        click.echo(result.to_json())
-    elif not quiet:
-        click.echo(result.render(shutil.get_terminal_size().columns))

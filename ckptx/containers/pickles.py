@@ -73,6 +73,7 @@ KNOWN_GLOBALS = frozenset(
 FORBIDDEN = re.compile(
     r"(builtins\.(eval|exec|compile|open|input|__import__|setattr|delattr|globals|locals|vars|map"
     r"|filter|breakpoint|memoryview|apply|execfile|print|exit|quit)"
+    r"|_?io\.(open|open_code|FileIO)"
     r"|(os|posix|nt|sys|subprocess|shutil|socket|ctypes|importlib|imp|runpy|pty|code|codeop|commands"
     r"|multiprocessing|threading|asyncio|webbrowser|platform|pickle|_pickle|marshal|types|operator"
     r"|_operator|inspect|tempfile|pdb|bdb|timeit|cProfile|profile|doctest|ssl|urllib|http|requests"

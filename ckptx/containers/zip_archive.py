@@ -223,20 +223,22 @@ class ArchiveWriter:
         """Append a member."""
         name = f"{self._root}/{member.name}".encode()
         header, size = self._position, member.size
-        wide = [size, size] if size >= LIMIT32 else []
-        wide += [header] if header >= LIMIT32 else []
-        zip64 = _zip64_field(wide)
+        place = [header] if header >= LIMIT32 else []
+        wide = size >= LIMIT32
+        zip64 = _zip64_field([size, size, *place] if wide else place)
+        # miniz does not know the stored size yet when it writes the local header.
+        local_zip64 = _zip64_field([size, 0, *place] if wide else place)
         flags = _UTF8_AND_DESCRIPTOR if size else _UTF8
         unpadded = header + _LOCAL.size + len(name) + len(zip64) + _FIELD.size
         padding = -unpadded % ALIGNMENT
-        extra = zip64 + _FIELD.pack(_PADDING_FIELD, padding) + b"Z" * padding
+        extra = local_zip64 + _FIELD.pack(_PADDING_FIELD, padding) + b"Z" * padding
         self._put(_LOCAL.pack(b"PK\3\4", 0, flags, *(0,) * 6, len(name), len(extra)))
         self._put(name + extra)
         crc = self._put_payload(member)
         if size:
             self._put(b"PK\7\x08")
             self._put_crc(crc)
-            self._put((_DESCRIPTOR64 if wide else _DESCRIPTOR32).pack(size, size))
+            self._put((_DESCRIPTOR64 if zip64 else _DESCRIPTOR32).pack(size, size))
         entry = _CENTRAL.pack(
             *(b"PK\1\2", 0, 0, flags, 0, 0, 0, 0, min(size, LIMIT32), min(size, LIMIT32)),
             *(len(name), len(zip64), 0, 0, 0, 0, min(header, LIMIT32)),

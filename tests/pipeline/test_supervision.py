@@ -13,7 +13,7 @@ import pytest
 from ckptx import pipeline
 from ckptx.errors import ConversionError, FormatError, PlanError, PluginError
 
-from .conftest import is_gone, wait_for
+from .conftest import is_gone, session, wait_for
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -120,6 +120,7 @@ def test_interrupt_ends_everything(scene, signum, code, where):
     assert lines == [f"error: stopped by {signum.name}; nothing was written"]
     assert not out
     assert is_gone(child)
+    wait_for(lambda: not session(process.pid), seconds=5)
     scene.assert_clean()
 
 
@@ -129,6 +130,7 @@ def test_children_die_with_a_killed_parent_and_the_next_run_cleans_up(scene):
     process.kill()
     process.communicate(timeout=20)
     wait_for(lambda: is_gone(saver), seconds=5)
+    wait_for(lambda: not session(process.pid), seconds=5)
     assert {path.name for path in scene.root.iterdir() if path.suffix != ".pid"} == {
         "source",
         "site",

@@ -1,7 +1,7 @@
 """Random chains of the algebra, read from files, against eager torch doing the same.
 
-Files hold random bits at odd offsets between junk; every tensor is a pair: lazy, and what torch makes
-of the same bytes.
+Files hold random bits at odd offsets between junk; every tensor is a pair: lazy, and what torch
+makes of the same bytes.
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ def report(facts):
 def forecast(facts):
     outputs = [{"path": f"shard_{i}.bin", "bytes": 100, "tensors": 1} for i in range(12)]
     tensors = [{"file": "out.bin", "name": "embedding"}]
-    return Forecast("hf", "core", "/out", facts, outputs, ("tracker",), 512 << 20, 1 << 20, tensors)
+    return Forecast(
+        "hf", "core", "/out", facts, outputs, ("tracker",), 512 << 20, 1 << 20, "no room", tensors
+    )
 
 
 def test_facts_count_what_the_plan_does(facts):
@@ -66,7 +68,7 @@ def test_facts_count_what_the_plan_does(facts):
 
 
 def test_json_is_complete_and_its_keys_are_stable(report):
-    content = json.loads(report.to_json())
+    content = json.loads(json.dumps(report.to_json()))
     assert list(content) == [
         "loader",
         "saver",
@@ -98,11 +100,12 @@ def test_json_is_complete_and_its_keys_are_stable(report):
 
 
 def test_forecast_json_adds_files_tensors_and_needs(forecast):
-    content = json.loads(forecast.to_json())
+    content = json.loads(json.dumps(forecast.to_json()))
     assert len(content["outputs"]) == 12
     assert content["disk"] == 2080 + (1 << 20)
     assert content["peak_memory"] == 512 << 20
     assert content["pointers"] == ["tracker"]
+    assert content["refused"] == "no room"
     assert content["output_tensors"][0]["name"] == "embedding"
 
 

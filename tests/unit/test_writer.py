@@ -28,12 +28,16 @@ from ckptx.writer import LEAF, WriteOptions, execute
 RNG = np.random.default_rng(3)
 
 
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 @pytest.fixture(autouse=True)
 def no_thread_and_no_descriptor_is_left() -> Iterator[None]:
-    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    threads, files = threading.active_count(), open_files()
     yield
     assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert open_files() == files
 
 
 def file_of(path: str, *contents: LazyTensor | bytes | Crc32) -> FilePlan:

@@ -110,14 +110,15 @@ class Touch:
         self.how = how
 
     def __reduce__(self):
-        code = f"open({str(self.sentinel)!r}, 'w')"
+        path, code = str(self.sentinel), f"open({str(self.sentinel)!r}, 'w')"
+        if self.how == "pickle.loads":
+            return pickle.loads, (pickle.dumps(Touch(self.sentinel, "eval")),)
         return {
-            "os.system": (os.system, (f"touch {self.sentinel}",)),
+            "os.system": (os.system, (f"touch {path}",)),
             "eval": (eval, (code,)),
             "exec": (exec, (code,)),
-            "open": (open, (str(self.sentinel), "w")),
-            "os.mkdir": (os.mkdir, (str(self.sentinel),)),
-            "pickle.loads": (pickle.loads, (pickle.dumps(Touch(self.sentinel, "eval")),)),
+            "open": (open, (path, "w")),
+            "os.mkdir": (os.mkdir, (path,)),
             "getattr": (getattr, ("", "join")),
             "map": (map, (eval, [code])),
         }[self.how]

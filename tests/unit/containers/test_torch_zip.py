@@ -20,7 +20,7 @@ DTYPES = [getattr(torch, name) for name in ITEMSIZE]
 
 
 def tensor(dtype, *shape):
-    return torch.randn(*shape, dtype=torch.complex64 if dtype.is_complex else None).to(dtype)
+    return torch.randn(shape, dtype=torch.complex64 if dtype.is_complex else None).to(dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,6 @@ def test_reads_what_torch_wrote(tmp_path, eager, same):
             assert (lazy, real) == (TorchDtype("float16"), torch.float16)
 
     compare(found, value)
-    assert len({view.offset for view in found["views"][:1]} | {found["views"][3].offset}) == 2
 
 
 def test_views_of_one_storage_are_extents_of_it(tmp_path):
@@ -147,10 +146,11 @@ def test_members_beyond_4_gib_use_zip64(tmp_path):
     lazy = torch_zip.read(path, 0).value
     assert lazy["big"].offset % 64 == 0
     assert lazy["small"].offset > zip_archive.LIMIT32
-    # As torch 2.13 writes it: sizes, then the offset of the header, then padding.
+    # As torch 2.13 writes it: the local header does not know the stored size.
     data = span(path, 0, 2000)
     header = data.index(b"big/data/0")
-    assert data[header + 10 : header + 14] == struct.pack("<2H", 1, 16)
+    field = struct.pack("<2H2Q", 1, 16, big.nbytes, 0)
+    assert data[header + 10 : header + 10 + len(field)] == field
 
 
 def span(path, start, size):
@@ -185,8 +185,10 @@ def test_dcp_items_are_those_of_torch(dtype, shape, same):
     flat = value.reshape(-1)
     payload = flat.view(torch.uint8).numpy().tobytes() if value.numel() else b""
     item = envelope.prefix + payload + envelope.suffix
-    # The pickle's memo makes ours some bytes shorter, which the alignment absorbs.
-    assert len(item) == envelope.size == len(stream.getvalue())
+    assert len(item) == envelope.size
+    assert not len(envelope.prefix) % 64 or not value.numel()
+    ours, theirs = (zipfile.ZipFile(io.BytesIO(data)) for data in (item, stream.getvalue()))
+    assert ours.namelist() == theirs.namelist()
     assert same(torch.load(io.BytesIO(item), weights_only=True), value)
 
 

@@ -1,0 +1,295 @@
+"""Refresh the generated parts of the documentation of a checkout.
+
+    python -m ckptx.docs            rewrite them
+    python -m ckptx.docs --check    write nothing; exit 1 if one is out of date
+
+A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. What belongs
+there is read from the code: plugins, options, hooks, messages. Only ckptx's own plugins count,
+whatever else is installed.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptx import cli, hookspecs, manager, plugin, protocol, vocabulary
+from ckptx.errors import CkptxError, PluginError
+from ckptx.schema import Family
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKED = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+WIDTH = 80
+"""Columns of the help texts."""
+
+PROOFS: Mapping[str, tuple[tuple[str, str, str], ...]] = {
+    "hf": (("T", "transformers' own files come back byte for byte", "tests/formats/test_hf.py"),),
+    "core torch_dist": (
+        ("M", "real megatron-core loads it and gives transformers' logits", "tests/interop"),
+    ),
+    "core torch": (
+        ("M", "real megatron-core loads it and gives transformers' logits", "tests/interop"),
+    ),
+    "pytorch": (("P", "`torch.load` gives the same tensors", "tests/formats/test_pytorch.py"),),
+}
+"""By column of the support matrix: a letter, what it says, and the tests that show it."""
+
+
+def documents(root: Path = ROOT) -> list[Path]:
+    """Return the documents of a checkout."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def refreshed(text: str, place: str = "text") -> str:
+    """Return a document with its generated parts made anew.
+
+    Raises:
+        PluginError: it asks for a part that nothing generates.
+    """
+
+    def part(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in PARTS:
+            raise PluginError(f"{place}: no part is called {name!r}; known: {', '.join(PARTS)}")
+        return f"{match[1]}{PARTS[name]().rstrip()}\n{match[4]}"
+
+    return MARKED.sub(part, text)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Refresh the documents, or with ``--check`` name those that are out of date."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not set(args) <= {"--check"}:
+        click.echo("usage: python -m ckptx.docs [--check]", err=True)
+        return 2
+    if not (ROOT / "mkdocs.yml").is_file():
+        click.echo(f"error: {ROOT}: no checkout of ckptx, so no documents to refresh", err=True)
+        return 1
+    os.environ[manager.PIN] = "ckptx"
+    manager.entries.cache_clear()
+    manager.families.cache_clear()
+    stale = []
+    try:
+        for path in documents():
+            old = path.read_text()
+            new = refreshed(old, str(path.relative_to(ROOT)))
+            if new != old:
+                stale.append(path)
+                if not args:
+                    path.write_text(new)
+    except CkptxError as error:
+        click.echo(f"error: {error}", err=True)
+        return 1
+    for path in stale:
+        click.echo(f"{'out of date' if args else 'refreshed'}: {path.relative_to(ROOT)}")
+    if args and stale:
+        click.echo("run: python -m ckptx.docs", err=True)
+    return int(bool(args and stale))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def support_matrix() -> str:
+    """Return which family goes in and out of which format, and what proves it."""
+    columns = list(_columns())
+    used: dict[str, str] = {}
+    rows = []
+    for family in manager.families().values():
+        cells = [_cell(family, *column, used) for column in columns]
+        rows.append([family.name, ", ".join(family.architectures), *cells])
+    head = ["family", "architecture", *(f"`{column[0]}`" for column in columns)]
+    legend = [f"- {letter}: {text}" for letter, text in used.items()]
+    return "\n".join([table(head, rows), "", *legend])
+
+
+def _columns() -> Iterator[tuple[str, Mapping[str, Any] | None, Mapping[str, Any] | None]]:
+    """Yield each format with the capabilities of its loader and its saver, None for no such plugin."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for status in manager.statuses():
+        if status.entry.kind != "schema":
+            found.setdefault(status.entry.name, {})[status.entry.kind] = status.capabilities
+    for name in sorted(found, key=lambda name: (name != "hf", name)):
+        loader, saver = found[name].get("loader"), found[name].get("saver")
+        forms = (saver or loader or {}).get("formats", [])
+        for form in forms if name == "core" else [""]:
+            yield f"{name} {form}".strip(), loader, saver
+
+
+def _cell(
+    family: Family,
+    column: str,
+    loader: Mapping[str, Any] | None,
+    saver: Mapping[str, Any] | None,
+    used: dict[str, str],
+) -> str:
+    words = [
+        word
+        for word, capabilities in (("load", loader), ("save", saver))
+        if capabilities and set(capabilities.get("layouts", ())) & set(family.layouts)
+    ]
+    if not words:
+        return "-"
+    letters = []
+    for letter, text, tests in PROOFS.get(column, ()) if "hf" in family.layouts else ():
+        if (ROOT / tests).exists():
+            letters.append(letter)
+            used[letter] = f"{text} (`{tests}`)"
+    return f"{', '.join(words)} ({', '.join(letters) or 'no proof of its own'})"
+
+
+def commands() -> str:
+    """Return the help of every command, without plugins."""
+    group = cli.command()
+    parent = group.make_context("ckptx", [], resilient_parsing=True, terminal_width=WIDTH)
+    blocks = [_help("ckptx", parent.get_help())]
+    for name, command in group.commands.items():
+        context = command.make_context(name, [], parent=parent, resilient_parsing=True)
+        blocks.append(_help(f"ckptx {name}", context.get_help()))
+    long = cli.conversion.convert_command("long")
+    settings = {"help_option_names": ["-h", "--help"], "terminal_width": WIDTH}
+    context = long.make_context("convert.py", [], resilient_parsing=True, **settings)
+    blocks.append(_help("convert.py", context.get_help()))
+    return "\n\n".join(blocks)
+
+
+def _help(title: str, text: str) -> str:
+    return f"## {title}\n\n```text\n{text.rstrip()}\n```"
+
+
+def plugin_options() -> str:
+    """Return the options of every loader and saver."""
+    blocks = []
+    for kind in ("loader", "saver"):
+        for name in manager.names("loader" if kind == "loader" else "saver"):
+            chosen = manager.loader(name) if kind == "loader" else manager.saver(name)
+            context = click.Context(click.Command(name))
+            rows = [record for o in chosen.options() if (record := o.get_help_record(context))]
+            text = table(("option", "meaning"), [(f"`{o}`", " ".join(h.split())) for o, h in rows])
+            blocks.append(f"### {kind} {name}\n\n{text if rows else 'None.'}")
+    return "\n\n".join(blocks)
+
+
+def hooks() -> str:
+    """Return the hooks with their signatures and descriptions."""
+    blocks = []
+    for name, hook in vars(hookspecs).items():
+        if name.startswith("register_"):
+            signature = f"{name}{inspect.signature(hook)}".replace(" -> 'None'", "").replace("'", "")
+            blocks.append(f"### {name}\n\n```python\n{signature}\n```\n\n{_doc(hook)}")
+    return "\n\n".join(blocks)
+
+
+def contracts() -> str:
+    """Return what a loader and a saver must have."""
+    return "\n\n".join(_class(plugin, name) for name in ("Loader", "Saver"))
+
+
+def engine_values() -> str:
+    """Return the options of the engine that every plugin is given."""
+    rows = re.findall(r"^ {4}(\w+) {2,}(.+(?:\n {8,}.+)*)$", str(plugin.__doc__), re.MULTILINE)
+    return table(("key", "value"), [(f"`{name}`", _prose(text)) for name, text in rows])
+
+
+def messages() -> str:
+    """Return the messages of the protocol and their fields."""
+    names = ("Begin", "Tensors", "End", "SourceTensor", "Dropped")
+    return "\n\n".join(_class(protocol, name) for name in names)
+
+
+def canonical_names() -> str:
+    """Return the messages of the vocabulary and the keys of each."""
+    blocks = []
+    for message, keys in vocabulary.MESSAGES.items():
+        rows = [
+            (
+                f"`{key.name}`",
+                f"[{', '.join(key.shape)}]",
+                "-" if key.tp is None else str(key.tp),
+                key.meaning + (", never cast" if key.pinned else ""),
+                str(key.since),
+            )
+            for key in keys
+        ]
+        head = ("key", "shape", "TP axis", "meaning", "since")
+        blocks.append(f"### {message}\n\n{table(head, rows)}")
+    return "\n\n".join(blocks)
+
+
+def symbols() -> str:
+    """Return what the symbols in shapes stand for."""
+    rows = ((f"`{name}`", meaning) for name, meaning in vocabulary.SYMBOLS.items())
+    return table(("symbol", "elements"), rows)
+
+
+def recognised() -> str:
+    """Return the formats that ckptx knows of and does not convert yet."""
+    return "\n".join(f"- `{name}`: {what}" for name, what in manager.RECOGNISED.items())
+
+
+PARTS: Mapping[str, Callable[[], str]] = {
+    "support-matrix": support_matrix,
+    "commands": commands,
+    "plugin-options": plugin_options,
+    "hooks": hooks,
+    "contracts": contracts,
+    "engine-values": engine_values,
+    "messages": messages,
+    "vocabulary": canonical_names,
+    "symbols": symbols,
+    "recognised": recognised,
+}
+"""The generated parts by name."""
+
+
+def _class(module: object, name: str) -> str:
+    """Return a class as a section: its docstring, its attributes and methods with theirs."""
+    cls = getattr(module, name)
+    (node,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(node, ast.ClassDef)
+    rows = []
+    for position, entry in enumerate(node.body):
+        if isinstance(entry, ast.AnnAssign):
+            following = node.body[position + 1] if position + 1 < len(node.body) else None
+            rows.append((f"`{ast.unparse(entry.target)}: {ast.unparse(entry.annotation)}`", _said(following)))
+        elif isinstance(entry, ast.FunctionDef):
+            arguments = ast.unparse(entry.args).removeprefix("self").removeprefix(", ")
+            signature = f"{entry.name}({arguments}) -> {ast.unparse(entry.returns or ast.Constant(None))}"
+            rows.append((f"`{signature}`", _prose(ast.get_docstring(entry) or "")))
+    if any(meaning for _, meaning in rows):
+        members = table(("member", "meaning"), rows)
+    else:
+        members = f"Members: {', '.join(member for member, _ in rows)}."
+    return f"### {name}\n\n{_doc(cls)}\n\n{members}"
+
+
+def _said(node: ast.stmt | None) -> str:
+    """Return the string that stands after an attribute."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return _prose(str(node.value.value))
+    return ""
+
+
+def _doc(thing: object) -> str:
+    """Return a docstring as Markdown."""
+    return re.sub(r"``(.+?)``", r"`\1`", inspect.getdoc(thing) or "")
+
+
+def _prose(text: str) -> str:
+    """Return a docstring as one line of Markdown."""
+    return re.sub(r"``(.+?)``", r"`\1`", " ".join(text.split()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

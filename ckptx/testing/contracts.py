@@ -1,0 +1,637 @@
+"""What every loader, saver and family must do, as classes that a test class inherits.
+
+A class attribute says what is tested, and one method how a source comes about that the tested code
+has not written itself. pytest collects the rest:
+
+    class TestNpz(LoaderTests, SaverTests):
+        loader, saver = NpzLoader(), NpzSaver()
+
+        def write(self, directory, model):
+            numpy.savez(directory / "model.npz", **model.hf())
+            return Checkpoint(write_config(directory, model), model.canonical())
+
+Models and options are sampled so that each occurs; override ``models``, ``option_sets`` or
+``cases`` for more.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ckptx.errors import CkptxError
+from ckptx.lazy import ITEMSIZE, LazyTensor, Stored, pieces, stored
+from ckptx.plugin import Loader, Saver
+from ckptx.protocol import PASSTHROUGH, Begin, End, Message, Tensors
+from ckptx.schema import Family, Layout, Rule, Taker, check_message, give
+from ckptx.spec import ModelSpec
+from ckptx.testing import faults
+from ckptx.testing.conversion import (
+    checked,
+    end_of,
+    loaded_by_name,
+    plan_of_messages,
+    save,
+    values,
+)
+from ckptx.testing.models import (
+    MODELS,
+    Arrays,
+    Canonical,
+    TinyModel,
+    messages,
+    passthrough_messages,
+    tiny,
+    write_config,
+    write_safetensors,
+)
+from ckptx.testing.tagged import assert_same, tagged
+from ckptx.vocabulary import check_shapes, dimensions, keys_of
+
+if TYPE_CHECKING:
+    from _pytest.mark import ParameterSet
+
+Options = Mapping[str, Any]
+_PARALLEL = {
+    "tp": "target_tensor_parallel_size",
+    "pp": "target_pipeline_parallel_size",
+    "vpp": "target_virtual_pipeline_parallel_size",
+}
+_NO_TORCH = """
+import base64, importlib, pickle, sys
+from pathlib import Path
+module, name, source, options = pickle.loads(base64.b64decode(sys.argv[1]))
+loader = getattr(importlib.import_module(module), name)()
+assert loader.detect(Path(source))
+list(loader.load(Path(source), options))
+heavy = {"torch", "transformers", "megatron", "deepspeed"} & set(sys.modules)
+sys.exit(f"imported {', '.join(sorted(heavy))}" if heavy else 0)
+"""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source that a test made: where it is, and what a loader must find in it."""
+
+    path: Path
+    expected: Canonical
+    """By message and key; weights that pass through are in the message `PASSTHROUGH`."""
+    options: Options = field(default_factory=dict)
+
+
+class _Parametrized:
+    """Gives the tests of a class their arguments, from the class's own attributes."""
+
+    models: ClassVar[Sequence[TinyModel | ParameterSet]] = MODELS
+    """The models that a class is tested with; entries may be a ``pytest.param``."""
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Parametrise the arguments ``model``, ``case``, ``change`` and ``layout``."""
+        for argument in ("model", "case", "change", "layout"):
+            if argument in metafunc.fixturenames:
+                found = list(getattr(self, f"_{argument}s")())
+                metafunc.parametrize(argument, found, ids=_label)
+
+    def _models(self) -> Iterable[Any]:
+        return self.models
+
+
+class LoaderTests(_Parametrized):
+    """What a loader must do."""
+
+    loader: ClassVar[Loader]
+
+    def write(self, directory: Path, model: TinyModel) -> Checkpoint:
+        """Write a source of this model, by another road than the saver's.
+
+        ``directory`` exists and is empty.
+        """
+        raise NotImplementedError
+
+    def test_sends_begin_tensors_end(self, model: TinyModel, tmp_path: Path) -> None:
+        """Begin comes first, End last, each once; no message comes twice, nor do they change."""
+        checkpoint = self.write(tmp_path, model)
+        sent = self._load(checkpoint)
+        assert isinstance(sent[0], Begin)
+        assert isinstance(sent[-1], End)
+        between = [message for message in sent[1:-1] if isinstance(message, Tensors)]
+        assert len(between) == len(sent) - 2
+        names = [(message.part, message.name, message.state) for message in between]
+        assert len(set(names)) == len(names)
+        assert self._load(checkpoint) == sent, "loading twice gives the same messages"
+        assert pickle.loads(pickle.dumps(sent)) == sent, "messages cross a process boundary"
+
+    def test_speaks_the_vocabulary(self, model: TinyModel, tmp_path: Path) -> None:
+        """Every key is in the vocabulary and has the shape that the model's dimensions say."""
+        begin, *rest = self._load(self.write(tmp_path, model))
+        assert isinstance(begin, Begin)
+        for message in rest:
+            if isinstance(message, Tensors) and message.name != PASSTHROUGH:
+                assert keys_of(message.name), message.name
+                check_shapes(message.name, message.tensors, begin.parts[message.part])
+
+    def test_finds_every_value(self, model: TinyModel, tmp_path: Path) -> None:
+        """Messages, keys, dtypes, shapes and bytes are those that were written."""
+        checkpoint = self.write(tmp_path, model)
+        assert_equal(values(self._load(checkpoint)), checkpoint.expected)
+
+    def test_declares_every_source(self, model: TinyModel, tmp_path: Path) -> None:
+        """All bytes of the declared sources are sent or dropped by name, and no others are."""
+        sent = self._load(self.write(tmp_path, model))
+        begin = sent[0]
+        assert isinstance(begin, Begin)
+        assert all(Path(file).is_absolute() and Path(file).is_file() for file in begin.files)
+        checked(plan_of_messages(sent), sent)
+
+    def test_detects_its_own_alone(self, tmp_path: Path) -> None:
+        """``detect`` is true for this format and false for what is something else."""
+        own = tmp_path / "own"
+        own.mkdir()
+        assert self.loader.detect(self.write(own, _first(self.models)).path) is True
+        for name, path in _strangers(tmp_path / "others"):
+            if name != self.loader.name:
+                assert self.loader.detect(path) is False, name
+
+    def test_damage_is_an_error(self, tmp_path: Path) -> None:
+        """A file that is cut or missing is one line of error, if it matters at all.
+
+        A missing config may also mean that tensors pass through by name, which the loader remarks.
+        """
+        model = _first(self.models)
+        whole = tmp_path / "whole"
+        whole.mkdir()
+        checkpoint = self.write(whole, model)
+        files = [file for file in sorted(whole.rglob("*")) if file.is_file()]
+        for injure in (faults.truncate, faults.drop):
+            for number, file in enumerate(files):
+                copy = tmp_path / f"{injure.__name__}-{number}"
+                copy.mkdir()
+                damaged = self.write(copy, model)
+                injure(copy / file.relative_to(whole))
+                self._check_damaged(damaged, checkpoint.expected, f"{injure.__name__} {file.name}")
+
+    def test_imports_nothing_heavy(self, tmp_path: Path) -> None:
+        """Detecting and loading import no torch, unless ``capabilities["torch"]`` says so."""
+        if self.loader.capabilities.get("torch"):
+            pytest.skip("the loader says that it needs torch")
+        checkpoint = self.write(tmp_path, _first(self.models))
+        kind = type(self.loader)
+        call = (kind.__module__, kind.__qualname__, str(checkpoint.path), dict(checkpoint.options))
+        argument = base64.b64encode(pickle.dumps(call)).decode()
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109 - a string
+        done = subprocess.run(
+            [sys.executable, "-c", _NO_TORCH, argument],
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+    def _load(self, checkpoint: Checkpoint) -> list[Message]:
+        return list(self.loader.load(checkpoint.path, checkpoint.options))
+
+    def _check_damaged(self, damaged: Checkpoint, expected: Canonical, what: str) -> None:
+        try:
+            sent = self._load(damaged)
+            found = values(sent)
+        except CkptxError as error:
+            assert_one_line(error)
+            return
+        if PASSTHROUGH in found and PASSTHROUGH not in expected:
+            assert end_of(sent).notes, f"{what}: passes through without a remark"
+            return
+        assert_equal(found, expected)
+
+
+class SaverTests(_Parametrized):
+    """What a saver must do; results are read back with ``loader``."""
+
+    loader: ClassVar[Loader]
+    saver: ClassVar[Saver]
+
+    def option_sets(self) -> Sequence[Options]:
+        """Return the options to save with; by default a grid of what the capabilities say."""
+        return parallel_grid(self.saver.capabilities)
+
+    def cases(self) -> Iterable[Any]:
+        """Return (model, options) pairs; by default a sample in which each of both occurs."""
+        return paired([_plain(model) for model in self.models], self.option_sets())
+
+    def test_reads_back(self, case: tuple[TinyModel, Options], tmp_path: Path) -> None:
+        """The plan is proved, written, and read back: byte for byte the same model."""
+        model, options = case
+        sent = messages(model, tmp_path / "source")
+        result = save(self.saver, sent, tmp_path / "target", options)
+        found = values(self.loader.load(result, {}))
+        assert_equal(unpadded(found, model), model.canonical(padded=False))
+
+    def test_writes_the_same_twice(self, case: tuple[TinyModel, Options], tmp_path: Path) -> None:
+        """The output depends on nothing but the messages and the options."""
+        model, options = case
+        sent = messages(model, tmp_path / "source")
+        first, second = (tmp_path / name / "target" for name in ("first", "second"))
+        for target in (first, second):
+            target.parent.mkdir()
+            save(self.saver, sent, target, options)
+        assert_same_files(first, second)
+
+    def test_plans_from_metadata_alone(
+        self, case: tuple[TinyModel, Options], tmp_path: Path
+    ) -> None:
+        """Planning reads no weight: the files may be gone."""
+        model, options = case
+        sent = messages(model, tmp_path / "source")
+        faults.drop(tmp_path / "source" / "tiny.bin")
+        plan = self.saver.plan(iter(sent), {"target": tmp_path / "target", **options})
+        assert checked(plan, sent).tensors
+
+    def test_refuses(
+        self, change: Callable[[list[Message]], list[Message]], tmp_path: Path
+    ) -> None:
+        """What the format cannot hold, and what it needs and does not get, is one line of error."""
+        sent = change(messages(_first(self.models), tmp_path / "source"))
+        with pytest.raises(CkptxError) as error:  # noqa: PT012 - planning or proving may refuse
+            plan = self.saver.plan(iter(sent), {"target": tmp_path / "target"})
+            checked(plan, sent)
+        assert_one_line(error.value)
+
+    def test_keeps_unknown_models(self, tmp_path: Path) -> None:
+        """Tensors of an unknown family keep their names and bytes, where the format takes them."""
+        if not self.saver.capabilities.get("passthrough"):
+            pytest.skip("the saver needs a known family")
+        names = ("tower.weight", "tower.10.weight", "tower.2.weight", "scale", "nothing")
+        dtypes, sizes = ("float32", "bfloat16", "bfloat16", "float64", "float32"), ((3, 3),) * 3
+        arrays = {
+            name: tagged(name, dtype, shape)
+            for name, dtype, shape in zip(names, dtypes, (*sizes, (), (0, 4)), strict=True)
+        }
+        sent = passthrough_messages(arrays, tmp_path / "source")
+        result = save(self.saver, sent, tmp_path / "target", {})
+        assert_equal_arrays(loaded_by_name(self.loader, result), arrays, PASSTHROUGH)
+
+    def _cases(self) -> Iterable[Any]:
+        return self.cases()
+
+    def _changes(self) -> Iterable[Any]:
+        return _CHANGES
+
+
+class SchemaTests(_Parametrized):
+    """What the layouts of a family must do; ``families`` are those to test."""
+
+    families: ClassVar[Sequence[Family]]
+
+    def specs(self, family: Family) -> Sequence[ModelSpec]:
+        """Return the models to test a family with; by default those of the kit that are of it."""
+        own = [_plain(model).spec for model in self.models]
+        return [spec for spec in own if spec.family == family.name]
+
+    def _layouts(self) -> Iterator[Any]:
+        for family in self.families:
+            specs = self.specs(family)
+            assert specs, f"no model to test family {family.name} with"
+            for kind, layout in family.layouts.items():
+                for number, spec in enumerate(specs):
+                    label = f"{layout.name}-{family.name}-{number}"
+                    yield pytest.param((family, kind, spec), id=label)
+
+    def test_names_are_disjoint(self, layout: tuple[Family, str, ModelSpec]) -> None:
+        """No two tensors have one name, in any spelling, and no name is one that is ignored."""
+        family, kind, spec = layout
+        found = family.layouts[kind]
+        names = [
+            name.replace("{layer}", str(layer))
+            for _, layer, rules in found.expand(spec)
+            for entry in rules
+            for spelling in entry.spellings
+            for name in spelling.names
+        ]
+        assert len(set(names)) == len(names)
+        assert not [name for name in names if found.ignored and name.endswith(found.ignored)]
+
+    def test_speaks_the_vocabulary(self, layout: tuple[Family, str, ModelSpec]) -> None:
+        """Every key is in the vocabulary, once, and cut by tensor parallelism along its axis."""
+        family, kind, spec = layout
+        for message, _, rules in family.layouts[kind].expand(spec):
+            known = keys_of(message)
+            keys = [key for entry in rules for key in entry.keys]
+            assert len(set(keys)) == len(keys)
+            assert set(keys) <= set(known)
+            for entry in rules:
+                for key in entry.keys:
+                    assert entry.tp in (None, known[key].tp), f"{message}: {key}"
+
+    def test_unpacks_to_the_same_leaves(self, layout: tuple[Family, str, ModelSpec]) -> None:
+        """Packing and unpacking returns the very same lazy tensors, nothing around them."""
+        family, kind, spec = layout
+        found = family.layouts[kind]
+        for message, layer, rules in found.expand(spec):
+            before = _stored_message(rules, message, spec)
+            check_message(rules, before, message, found.name)
+            named = give(rules, before, spec, layer)
+            assert _taken(found, spec, rules, [named], layer) == before
+
+    def test_cut_and_joined_is_whole(self, layout: tuple[Family, str, ModelSpec]) -> None:
+        """What the ranks of any tensor-parallel size hold is the tensor, joined again."""
+        family, kind, spec = layout
+        found = family.layouts[kind]
+        for tp in (2, 4):
+            if spec.num_query_groups % tp or spec.ffn_hidden_size % tp:
+                continue
+            for message, layer, rules in found.expand(spec):
+                if all(entry.tp is None for entry in rules):
+                    continue
+                before = _stored_message(rules, message, spec)
+                shards = [give(rules, before, spec, layer, tp, rank) for rank in range(tp)]
+                joined = _taken(found, spec, rules, shards, layer)
+                assert joined.keys() == before.keys()
+                for key, tensor in before.items():
+                    assert np.array_equal(_addresses(joined[key]), _addresses(tensor)), key
+
+    def test_agrees_with_transformers(self, layout: tuple[Family, str, ModelSpec]) -> None:
+        """Names and shapes are those of transformers' own model, built on no device."""
+        family, kind, spec = layout
+        if kind != "hf":
+            pytest.skip("not a Hugging Face layout")
+        torch = pytest.importorskip("torch")
+        transformers = pytest.importorskip("transformers")
+        config = transformers.AutoConfig.for_model(**family.to_config(spec))
+        with torch.device("meta"):
+            state = transformers.AutoModelForCausalLM.from_config(config).state_dict()
+        if spec.tied:
+            state.pop("lm_head.weight")
+        found: dict[str, tuple[int, ...]] = {}
+        for message, layer, rules in family.layouts[kind].expand(spec):
+            named = give(rules, _stored_message(rules, message, spec), spec, layer)
+            found.update((name, tensor.shape) for name, tensor in named.items())
+        assert found == {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def parallel_grid(capabilities: Mapping[str, Any]) -> Sequence[Options]:
+    """Return options for the parallel sizes that a saver can write; always no options at all."""
+    sizes: tuple[dict[str, int], ...] = (
+        {},
+        {"tp": 2},
+        {"tp": 4},
+        {"pp": 2},
+        {"tp": 2, "pp": 4},
+        {"pp": 2, "vpp": 2},
+    )
+    return [
+        {_PARALLEL[name]: size for name, size in entry.items()}
+        for entry in sizes
+        if all(capabilities.get(name) for name in entry)
+    ]
+
+
+def fits(model: TinyModel, options: Options) -> bool:
+    """Return whether a model divides by these parallel sizes, by Megatron's rules."""
+    tp = options.get(_PARALLEL["tp"]) or 1
+    stages = (options.get(_PARALLEL["pp"]) or 1) * (options.get(_PARALLEL["vpp"]) or 1)
+    spec = model.spec
+    return not (
+        spec.num_attention_heads % tp
+        or spec.ffn_hidden_size % tp
+        or (spec.num_query_groups % tp and tp % spec.num_query_groups)
+        or spec.num_layers % stages
+    )
+
+
+def paired(
+    models: Sequence[TinyModel], option_sets: Sequence[Options]
+) -> list[tuple[TinyModel, Options]]:
+    """Return fitting pairs in which every model and every set of options occurs."""
+    found: list[tuple[TinyModel, Options]] = []
+    for number in range(max(len(models), len(option_sets))):
+        model = models[number % len(models)]
+        for step in range(len(option_sets)):
+            options = option_sets[(number + step) % len(option_sets)]
+            if fits(model, options):
+                found.append((model, options))
+                break
+    for options in option_sets:
+        if all(options != used for _, used in found):
+            found += [(model, options) for model in models if fits(model, options)][:1]
+    return found
+
+
+def unpadded(found: Canonical, model: TinyModel) -> Canonical:
+    """Return tensors without the rows that a format pads the vocabulary with."""
+    cut = {message: dict(keys) for message, keys in found.items()}
+    for message, key in (("embeddings", "word embeddings"), ("output layer", "weight")):
+        if key in cut.get(message, {}):
+            cut[message][key] = cut[message][key][: model.vocabulary]
+    return cut
+
+
+def assert_equal(found: Canonical, expected: Canonical) -> None:
+    """Fail unless both have the same messages, keys, dtypes, shapes and bytes."""
+    assert sorted(found) == sorted(expected)
+    among = {f"{m}: {key}": array for m, keys in expected.items() for key, array in keys.items()}
+    for message, keys in expected.items():
+        assert_equal_arrays(found[message], keys, message, among)
+
+
+def assert_equal_arrays(
+    found: Arrays, expected: Arrays, place: str, among: Arrays | None = None
+) -> None:
+    """Fail unless both have the same names, dtypes, shapes and bytes."""
+    assert sorted(found) == sorted(expected), place
+    for name, array in expected.items():
+        assert_same(found[name], array, f"{place}: {name}", among or expected)
+
+
+def assert_same_files(first: Path, second: Path) -> None:
+    """Fail unless two files or directories hold the same bytes under the same names."""
+    contents = [
+        {path.relative_to(root.parent): path.read_bytes() for path in _files(root)}
+        for root in (first, second)
+    ]
+    assert sorted(contents[0]) == sorted(contents[1])
+    assert [name for name, data in contents[0].items() if contents[1][name] != data] == []
+
+
+def assert_one_line(error: CkptxError) -> None:
+    """Fail unless an error is one line that says something."""
+    assert str(error).strip()
+    assert "\n" not in str(error), str(error)
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(path for path in (root, *root.rglob("*")) if path.is_file())
+
+
+def _label(value: Any) -> str | None:
+    match value:
+        case TinyModel():
+            return str(value)
+        case (TinyModel() as model, dict() as options):
+            said = [f"{name}={option}" for name, option in options.items()]
+            return "-".join([str(model), *said])
+        case _ if callable(value):
+            return str(value.__name__).strip("_")
+    return None
+
+
+def _plain(entry: TinyModel | ParameterSet) -> TinyModel:
+    if isinstance(entry, TinyModel):
+        return entry
+    (model,) = entry.values
+    assert isinstance(model, TinyModel)
+    return model
+
+
+def _first(models: Sequence[TinyModel | ParameterSet]) -> TinyModel:
+    return _plain(models[0])
+
+
+def _strangers(directory: Path) -> Iterator[tuple[str, Path]]:
+    """Yield sources of some format or none, each with the name of the loader it is for."""
+    model = tiny(num_layers=1)
+    places = {name: directory / name for name in ("hf", "core", "core-ranks", "text", "empty")}
+    for path in places.values():
+        path.mkdir(parents=True)
+    write_safetensors(write_config(places["hf"], model) / "model.safetensors", model.hf())
+    (places["core"] / "latest_checkpointed_iteration.txt").write_text("release")
+    (places["core-ranks"] / "mp_rank_00").mkdir()
+    (places["text"] / "README.md").write_text("no checkpoint\n")
+    for name, path in places.items():
+        yield name.partition("-")[0], path
+    yield "text", places["text"] / "README.md"
+    yield "hf", places["hf"] / "model.safetensors"
+    yield "hf", places["hf"] / "config.json"
+    for name, member, path in (
+        ("pytorch", "model/data.pkl", directory / "model.pt"),
+        ("npz", "weight.npy", directory / "model.npz"),
+    ):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(member, b"")
+        yield name, path
+
+
+def _unknown_message(sent: list[Message]) -> list[Message]:
+    return [*sent[:-1], _renamed(sent[-2], "lm head of mine"), sent[-1]]
+
+
+def _unknown_key(sent: list[Message]) -> list[Message]:
+    return _with_key(sent, "mystery weight")
+
+
+def _known_key_of_other_models(sent: list[Message]) -> list[Message]:
+    return _with_key(sent, "post norm bias")
+
+
+def _message_missing(sent: list[Message]) -> list[Message]:
+    return [sent[0], *sent[2:]]
+
+
+def _layer_missing(sent: list[Message]) -> list[Message]:
+    return [m for m in sent if not isinstance(m, Tensors) or m.name != "transformer layer 1"]
+
+
+def _key_missing(sent: list[Message]) -> list[Message]:
+    layer = sent[2]
+    assert isinstance(layer, Tensors)
+    less = {key: tensor for key, tensor in layer.tensors.items() if key != "dense weight"}
+    return [*sent[:2], Tensors(layer.name, less), *sent[3:]]
+
+
+def _message_twice(sent: list[Message]) -> list[Message]:
+    return [*sent[:-1], *sent[-2:]]
+
+
+def _begin_twice(sent: list[Message]) -> list[Message]:
+    return [sent[0], *sent]
+
+
+def _no_begin(sent: list[Message]) -> list[Message]:
+    # The proof needs a Begin; that it comes too late is for the saver to see.
+    return [*sent[1:], sent[0]]
+
+
+def _no_end(sent: list[Message]) -> list[Message]:
+    return sent[:-1]
+
+
+def _nothing(sent: list[Message]) -> list[Message]:
+    return [sent[0], sent[-1]]
+
+
+_CHANGES = (
+    _unknown_message,
+    _unknown_key,
+    _known_key_of_other_models,
+    _message_missing,
+    _layer_missing,
+    _key_missing,
+    _message_twice,
+    _begin_twice,
+    _no_begin,
+    _no_end,
+    _nothing,
+)
+
+
+def _renamed(message: Message, name: str) -> Tensors:
+    assert isinstance(message, Tensors)
+    return Tensors(name, message.tensors)
+
+
+def _with_key(sent: list[Message], key: str) -> list[Message]:
+    layer = sent[2]
+    assert isinstance(layer, Tensors)
+    norm = layer.tensors["input norm weight"]
+    return [*sent[:2], Tensors(layer.name, {**layer.tensors, key: norm}), *sent[3:]]
+
+
+def _stored_message(rules: Sequence[Rule], message: str, spec: ModelSpec) -> dict[str, LazyTensor]:
+    """Return a tensor of the right shape for every key of the rules, each in its own place."""
+    sizes = {**dimensions(spec), "vocab": spec.vocab_size or 40}
+    known = keys_of(message)
+    found: dict[str, LazyTensor] = {}
+    for number, key in enumerate(key for entry in rules for key in entry.keys):
+        shape = [sizes[symbol] for symbol in known[key].shape]
+        found[key] = stored(0, number << 32, spec.dtype, shape)
+    return found
+
+
+def _taken(
+    layout: Layout,
+    spec: ModelSpec,
+    rules: Sequence[Rule],
+    shards: Sequence[Mapping[str, LazyTensor]],
+    layer: int | None,
+) -> dict[str, LazyTensor]:
+    """Return the canonical tensors that a layout takes from shards; nothing may be left."""
+    left = [dict(shard) for shard in shards]
+    taker = Taker(layout, spec)
+    found = taker.take(rules, left, layer)
+    taker.finish([name for shard in left for name in shard])
+    return found
+
+
+def _addresses(tensor: LazyTensor) -> NDArray[np.int64]:
+    """Return the byte that every element of a tensor comes from."""
+    found = np.full(tensor.shape, -1, np.int64)
+    for piece in pieces(tensor):
+        leaf = piece.leaf
+        assert isinstance(leaf, Stored)
+        itemsize = ITEMSIZE[leaf.dtype]
+        steps = [stride * found.itemsize for stride in piece.strides]
+        place = np.ndarray(leaf.shape, np.int64, found, piece.offset * found.itemsize, steps)
+        index = np.indices(leaf.shape).reshape(len(leaf.shape), -1)
+        place[...] = (leaf.offset + itemsize * (leaf.strides @ index)).reshape(leaf.shape)
+    return found

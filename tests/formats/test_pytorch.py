@@ -1,0 +1,137 @@
+"""Single ``.pt`` files through the kit; the loader's sources are written by torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ckptx import manager
+from ckptx.errors import CkptxError, FormatError, SchemaError
+from ckptx.protocol import PASSTHROUGH
+from ckptx.testing.contracts import (
+    Checkpoint,
+    LoaderTests,
+    SaverTests,
+    assert_equal,
+    assert_equal_arrays,
+    assert_one_line,
+)
+from ckptx.testing.conversion import end_of, loaded, save
+from ckptx.testing.models import MODELS, PADDED, messages, without_family, write_config
+
+from .by_hand import args_of, assert_state, even, padded, rank_states, torch_of
+
+LOADER, SAVER = manager.loader("pytorch"), manager.saver("pytorch")
+LLAMA, TIED = MODELS[0], MODELS[6]
+
+
+def write(path: Path, state: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path)
+    return path
+
+
+def tensors_of(model):
+    return {name: torch_of(array) for name, array in model.hf().items()}
+
+
+class TestHfNames(LoaderTests, SaverTests):
+    loader, saver = LOADER, SAVER
+    models = (*MODELS, *PADDED)
+
+    def write(self, directory: Path, model) -> Checkpoint:
+        write_config(directory, model)
+        path = write(directory / "model.pt", tensors_of(model))
+        return Checkpoint(path, model.canonical(padded=False))
+
+
+class TestCoreNames(LoaderTests, SaverTests):
+    loader, saver = LOADER, SAVER
+    models = MODELS
+
+    def write(self, directory: Path, model) -> Checkpoint:
+        stages = even(model.spec.num_layers, 1)
+        ((_, models),) = rank_states(model, 1, stages, rows=model.vocabulary)
+        state = {name: torch_of(array) for name, array in models["model"].items()}
+        args = args_of(model, 1, stages, model.vocabulary)
+        path = write(directory / "model.pt", {"args": args, "model": state, "iteration": 3})
+        return Checkpoint(path, model.canonical())
+
+    def option_sets(self):
+        return [{"target_layout": "core"}, {"layout": "core"}]
+
+
+class TestUnknownFamily(LoaderTests):
+    loader = LOADER
+    models = (without_family(LLAMA),)
+
+    def write(self, directory: Path, model) -> Checkpoint:
+        path = write(directory / "model.pt", tensors_of(model))
+        return Checkpoint(path, {PASSTHROUGH: model.hf()})
+
+
+@pytest.mark.parametrize("model", [LLAMA, TIED, PADDED[0]], ids=str)
+def test_torch_reads_what_was_written(model, tmp_path):
+    path = save(SAVER, messages(model, tmp_path / "s"), tmp_path / "model.pt", {})
+    assert path == tmp_path / "model.pt"
+    assert_state(torch.load(path, weights_only=True), model.hf())
+    path = save(SAVER, messages(model, tmp_path / "s"), tmp_path / "core.pt", {"layout": "core"})
+    ((_, models),) = rank_states(model, 1, even(4, 1), rows=model.vocabulary)
+    assert_state(torch.load(path, weights_only=False)["model"], models["model"])
+
+
+def test_views_and_shared_storages_are_read_where_they_lie(tmp_path):
+    whole = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    state = {"whole": whole, "transposed": whole.T, "part": whole[1:3, 2:5], "scalar": whole[1, 1]}
+    found = loaded(LOADER, write(tmp_path / "m.pt", state))[PASSTHROUGH]
+    expected = {name: tensor.contiguous().numpy() for name, tensor in state.items()}
+    assert_equal_arrays(found, expected, "views")
+
+
+@pytest.mark.parametrize("container", ["model", "state_dict", "model_state_dict", "module"])
+def test_a_state_dict_inside_is_found_and_the_rest_named(container, tmp_path):
+    write_config(tmp_path, LLAMA)
+    state = {container: tensors_of(LLAMA), "optimizer": {"step": 3}, "epoch": 1}
+    path = write(tmp_path / "m.pt", state)
+    assert_equal(loaded(LOADER, path), LLAMA.canonical())
+    dropped = [drop.name for drop in end_of(LOADER.load(path, {})).dropped]
+    assert dropped == ["optimizer", "epoch"]
+
+
+def test_an_equal_copy_of_tied_embeddings_is_dropped(tmp_path):
+    write_config(tmp_path, TIED)
+    tensors = tensors_of(TIED)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    path = write(tmp_path / "m.pt", tensors)
+    assert_equal(loaded(LOADER, path), TIED.canonical())
+
+
+def test_padding_is_cut(tmp_path):
+    model = PADDED[0]
+    target = save(SAVER, messages(model, tmp_path / "s"), tmp_path / "t", {})
+    words = loaded(LOADER, target)["embeddings"]["word embeddings"]
+    expected = model.canonical(padded=False)["embeddings"]["word embeddings"]
+    assert words.tobytes() == expected.tobytes() != padded(expected, 64).tobytes()
+
+
+@pytest.mark.parametrize(
+    "state", [[], torch.zeros(2), {}, {"model": {}}, {"model": {"language_model": {"a": {}}}}]
+)
+def test_a_file_without_a_state_dict_is_an_error(state, tmp_path):
+    with pytest.raises(FormatError) as error:
+        list(LOADER.load(write(tmp_path / "m.pt", state), {}))
+    assert_one_line(error.value)
+
+
+def test_an_unknown_model_cannot_change_its_layout(tmp_path):
+    path = write(tmp_path / "m.pt", {"scale": torch.zeros(2)})
+    with pytest.raises(SchemaError, match="no schema knows"):
+        SAVER.plan(LOADER.load(path, {}), {"target_layout": "core"})
+
+
+def test_legacy_names_are_recognised_and_refused(tmp_path):
+    path = write(tmp_path / "m.pt", {"language_model.embedding.weight": torch.zeros(2)})
+    with pytest.raises(CkptxError, match="legacy"):
+        list(LOADER.load(path, {"layout": "legacy"}))

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from .conversion import FAMILIES, Source
+
+pytest.importorskip("megatron.core")
+
+
+@pytest.fixture(scope="session")
+def source_of(tmp_path_factory):
+    """The model of a family, written once."""
+
+    @cache
+    def written(name: str) -> Source:
+        directory = tmp_path_factory.mktemp(name) / "hf"
+        write, overrides = FAMILIES[name]
+        return Source(name, directory, write(directory, **overrides))
+
+    return written

@@ -1,0 +1,176 @@
+"""Conversions in this process, the models they move, and the logits both ends compute."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from ckptx import children, manager, pipeline, writer
+from ckptx.job import Job
+from ckptx.publish import Target
+from ckptx.report import Facts
+from tests.oracles import hf
+from tests.oracles.mcore import Layout, Model
+
+CLOSE = 1e-5
+"""What two implementations of one model may differ by, in float32 logits."""
+TOKENS = torch.randint(0, 131, (2, 16), generator=torch.Generator().manual_seed(1))
+# Rope scaling as Megatron has it changes wavelengths above 2048 positions only.
+LONG_TOKENS = torch.randint(0, 131, (1, 1024), generator=torch.Generator().manual_seed(2))
+
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (hf.llama, {}),
+    "llama-mha": (hf.llama, {"num_key_value_heads": 8}),
+    "llama-2groups": (hf.llama, {"num_key_value_heads": 2}),
+    "llama-mqa": (hf.llama, {"num_key_value_heads": 1}),
+    "llama-head-dim": (hf.llama, {"head_dim": 24}),
+    "llama-biases": (hf.llama, {"attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": (hf.llama3_rope, {}),
+    "mistral": (hf.mistral, {}),
+    "mistral-window": (hf.mistral, {"sliding_window": 5}),
+    "qwen2": (hf.qwen2, {}),
+    "qwen2-tied": (hf.qwen2, {"tied": True}),
+    "qwen3": (hf.qwen3, {}),
+    "qwen3-tied": (hf.qwen3, {"tied": True}),
+}
+
+LAYOUTS = {
+    "tp1": Layout(),
+    "tp2": Layout(tp=2),
+    "tp4": Layout(tp=4),
+    "tp2-pp2": Layout(tp=2, pp=2),
+    "pp2-vpp2": Layout(pp=2, vpp=2),
+    "pp2-first1": Layout(pp=2, first=1),
+    "tp2-pp2-last1": Layout(tp=2, pp=2, last=1),
+    "pp3-embedding-loss": Layout(pp=3, embedding_in_split=True, loss_in_split=True),
+    "tp2-pp2-layout": Layout(tp=2, pp=2, layout="Et|tt||tL"),
+}
+IMPLEMENTATIONS = {"te": "transformer_engine", "local": "local"}
+
+
+def convert(
+    source: Path,
+    target: Path,
+    saver: str,
+    *,
+    loader_options: dict[str, Any] | None = None,
+    dtype: str | None = None,
+    hf_base: Path | None = None,
+    **options: Any,
+) -> Facts:
+    """Convert as the pipeline does, without its processes; ``options`` are the saver's."""
+    job = Job(
+        manager.detect(source),
+        saver,
+        source,
+        target,
+        loader_options or {},
+        options,
+        dtype=dtype,
+        hf_base=hf_base,
+    )
+    begin, end, plan, proof = pipeline.plan_conversion(job)
+    with Target(job.target, [job.source]) as place:
+        staging = place.prepare(plan)
+        writer.execute(plan, begin.files, staging, children.write_options(job))
+        place.publish()
+    return Facts.of(begin, end, plan, proof)
+
+
+def sizes(layout: Layout) -> dict[str, Any]:
+    """The options of the core saver that ask for a layout."""
+    return {
+        "target_tensor_parallel_size": layout.tp,
+        "target_pipeline_parallel_size": layout.pp,
+        "target_virtual_pipeline_parallel_size": layout.vpp,
+        "decoder_first_pipeline_num_layers": layout.first,
+        "decoder_last_pipeline_num_layers": layout.last,
+        "pipeline_model_parallel_layout": layout.layout,
+        "account_for_embedding_in_pipeline_split": layout.embedding_in_split,
+        "account_for_loss_in_pipeline_split": layout.loss_in_split,
+    }
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model written by transformers."""
+
+    name: str
+    directory: Path
+    config: PreTrainedConfig
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        return LONG_TOKENS if self.name == "llama3-rope" else TOKENS
+
+    @cached_property
+    def logits(self) -> torch.Tensor:
+        return hf.logits(self.directory, self.tokens)
+
+    def megatron(self, spec: str, layout: Layout) -> Model:
+        """The Megatron model with these numbers, by the oracle's hand-made table."""
+        model = hf.mcore_model(self.config, spec=spec, pad_to=128 * layout.tp)
+        if getattr(self.config, "mlp_bias", False):
+            return replace(model, config={**model.config, "add_bias_linear": True})
+        return model
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest distance; infinite if anything is not a number."""
+    assert found.shape == expected.shape
+    assert expected.std() > 0.1  # logits of a dead model are equal, too
+    return float((found - expected).abs().nan_to_num(torch.inf).max())
+
+
+def strict_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of transformers, which finds in the files exactly what it looks for."""
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    assert {name: list(keys) for name, keys in loading.items() if keys} == {}
+    with torch.no_grad():
+        return model.eval()(tokens).logits
+
+
+def grid(*axes: Sequence[Any]) -> list[Any]:
+    """All combinations; those that a pairwise sample does not need are marked ``full``.
+
+    The sample is built greedily, so that any two values of two axes meet in it.
+    """
+    missing = {
+        pair for combination in itertools.product(*axes) for pair in _pairs(combination)
+    }
+    sampled = set()
+    while missing:
+        best = max(itertools.product(*axes), key=lambda c: len(missing.intersection(_pairs(c))))
+        sampled.add(best)
+        missing -= set(_pairs(best))
+    return [
+        pytest.param(*combination, marks=[] if combination in sampled else [pytest.mark.full])
+        for combination in itertools.product(*axes)
+    ]
+
+
+def _pairs(combination: Sequence[Any]) -> Iterator[Any]:
+    return itertools.combinations(enumerate(combination), 2)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory; ckptx's own manifest is not part of a model."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != "ckptx-manifest.json"
+    }

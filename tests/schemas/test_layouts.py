@@ -1,0 +1,17 @@
+"""Every registered layout through the kit."""
+
+from __future__ import annotations
+
+from ckptx import manager
+from ckptx.testing.contracts import SchemaTests
+from ckptx.testing.models import MODELS, tiny
+
+
+class TestLayouts(SchemaTests):
+    families = tuple(manager.families().values())
+    models = (
+        *MODELS,
+        tiny("gpt"),
+        tiny("gpt", tied=True, position_embedding_type="rope", activation="swiglu"),
+        tiny("gpt", qk_layernorm=True, add_bias_linear=False, add_qkv_bias=True),
+    )

@@ -1,0 +1,219 @@
+"""Tables read in both directions, with numbers that torch arranges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ckptx.errors import PlanError, SchemaError
+from ckptx.lazy import LazyTensor, Replicated, stored
+from ckptx.reader import read
+from ckptx.schema import (
+    GLU,
+    QKV,
+    Layout,
+    Section,
+    Taker,
+    check_message,
+    give,
+    place,
+    rule,
+)
+from ckptx.spec import ModelSpec
+
+HEADS, GROUPS, HEAD_DIM, HIDDEN, FFN = 8, 4, 2, 6, 10
+SPEC = ModelSpec("t", "T", 2, HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM, 32, 64, 1e-5)
+TIED = ModelSpec("t", "T", 2, HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM, 32, 64, 1e-5, tied=True)
+
+FUSED = rule("qkv weight", "layers.{layer}.qkv", tp=0)
+APART = rule("qkv weight", [f"layers.{{layer}}.{n}" for n in "qkv"], QKV, tp=0)
+GATED = rule(["mlp l0 weight W", "mlp l0 weight V"], "layers.{layer}.fc1", GLU, tp=0)
+DOWN = rule("mlp l1 weight", "layers.{layer}.fc2", tp=1)
+NORM = rule("norm", "layers.{layer}.norm", also=["layers.{layer}.ln"])
+HEAD = rule("head", "head", tp=0, when=lambda spec: not spec.tied)
+LAYOUT = Layout(
+    "test", (Section("transformer layer {layer}", (GATED, NORM)), Section("output", (HEAD,)))
+)
+
+
+class Store:
+    """Tensors in one file, lazy and eager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+
+    def put(self, eager: torch.Tensor) -> LazyTensor:
+        offset = self.path.stat().st_size
+        with self.path.open("ab") as file:
+            file.write(eager.numpy().tobytes())
+        return stored(0, offset, "float32", tuple(eager.shape))
+
+    def get(self, lazy: LazyTensor) -> torch.Tensor:
+        return torch.from_numpy(read(lazy, [str(self.path)]))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "tensors")
+
+
+def qkv() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return a fused weight by query group, and its query, key and value."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(n * HEAD_DIM, HIDDEN) for n in (HEADS, GROUPS, GROUPS))
+    groups = []
+    for group in range(GROUPS):
+        per = HEADS // GROUPS * HEAD_DIM
+        rows = slice(group * HEAD_DIM, (group + 1) * HEAD_DIM)
+        groups += [q[group * per : (group + 1) * per], k[rows], v[rows]]
+    return torch.cat(groups), [q, k, v]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_query_key_and_value_of_a_rank_are_those_of_its_groups(store, tp):
+    fused, parts = qkv()
+    message = {"qkv weight": store.put(fused)}
+    for rank in range(tp):
+        named = give([APART], message, SPEC, 3, tp, rank)
+        for name, part in zip("qkv", parts, strict=True):
+            assert torch.equal(store.get(named[f"layers.3.{name}"]), part.chunk(tp)[rank])
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_shards_of_separate_query_key_and_value_fuse_by_group(store, tp):
+    fused, parts = qkv()
+    shards = [
+        {f"layers.0.{n}": store.put(p.chunk(tp)[rank]) for n, p in zip("qkv", parts, strict=True)}
+        for rank in range(tp)
+    ]
+    taken = Taker(LAYOUT, SPEC).take([APART], shards, 0)
+    assert torch.equal(store.get(taken["qkv weight"]), fused)
+    assert not any(shards)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_gated_shard_holds_its_gate_then_its_up(store, tp):
+    gate, up = torch.randn(FFN, HIDDEN), torch.randn(FFN, HIDDEN)
+    message = {"mlp l0 weight W": store.put(gate), "mlp l0 weight V": store.put(up)}
+    shards = []
+    for rank in range(tp):
+        named = give([GATED], message, SPEC, 1, tp, rank)
+        expected = torch.cat([gate.chunk(tp)[rank], up.chunk(tp)[rank]])
+        assert torch.equal(store.get(named["layers.1.fc1"]), expected)
+        shards.append({"layers.1.fc1": store.put(expected)})
+    taken = Taker(LAYOUT, SPEC).take([GATED], shards, 1)
+    assert torch.equal(store.get(taken["mlp l0 weight W"]), gate)
+    assert torch.equal(store.get(taken["mlp l0 weight V"]), up)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_chunks_placed_in_a_global_tensor_fill_it(store, tp):
+    gate, up, down = torch.randn(FFN, HIDDEN), torch.randn(FFN, HIDDEN), torch.randn(HIDDEN, FFN)
+    message = {
+        "mlp l0 weight W": store.put(gate),
+        "mlp l0 weight V": store.put(up),
+        "mlp l1 weight": store.put(down),
+    }
+    found = {"layers.0.fc1": torch.zeros(2 * FFN, HIDDEN), "layers.0.fc2": torch.zeros(HIDDEN, FFN)}
+    for rank in range(tp):
+        for placed in place([GATED, DOWN], message, SPEC, 0, tp, rank):
+            whole = found[placed.name]
+            assert placed.global_shape == tuple(whole.shape)
+            assert not placed.replicated
+            part = store.get(placed.tensor)
+            where = tuple(slice(o, o + n) for o, n in zip(placed.origin, part.shape, strict=True))
+            assert not whole[where].any()
+            whole[where] = part
+    assert torch.equal(found["layers.0.fc1"], torch.cat([gate, up]))
+    assert torch.equal(found["layers.0.fc2"], down)
+
+
+def test_replicated_tensors_are_copies_and_placed_whole(store):
+    norm = torch.randn(HIDDEN)
+    shards = [{"layers.0.norm": store.put(norm)} for _ in range(2)]
+    taken = Taker(LAYOUT, SPEC).take([NORM], shards, 0)
+    assert isinstance(taken["norm"], Replicated)
+    (placed,) = place([NORM], taken, SPEC, 0, tp=2, rank=1)
+    assert (placed.origin, placed.global_shape, placed.replicated) == ((0,), (HIDDEN,), True)
+
+
+def test_other_spellings_are_read_and_the_first_is_written(store):
+    norm = store.put(torch.randn(HIDDEN))
+    assert Taker(LAYOUT, SPEC).take([NORM], [{"layers.0.ln": norm}], 0) == {"norm": norm}
+    assert give([NORM], {"norm": norm}, SPEC, 0) == {"layers.0.norm": norm}
+
+
+def test_a_layout_names_every_message_in_model_order():
+    messages = [(name, layer) for name, layer, _ in LAYOUT.expand(SPEC)]
+    layers = [("transformer layer 0", 0), ("transformer layer 1", 1)]
+    assert messages == [*layers, ("output", None)]
+    assert [(name, layer) for name, layer, _ in LAYOUT.expand(TIED)] == layers
+
+
+def test_one_error_names_what_is_missing_and_what_is_left(store):
+    norm = store.put(torch.randn(HIDDEN))
+    taker = Taker(LAYOUT, SPEC)
+    shards = [{"layers.0.norm": norm}, {"layers.0.fc1": norm, "layers.0.norm": norm}]
+    taker.take([GATED, NORM], shards, 0, "rank 1: ")
+    with pytest.raises(
+        SchemaError,
+        match=r"layout test: 1 tensors are missing: 'rank 1: layers.0.fc1'; 1 .*of it: 'extra'",
+    ):
+        taker.finish(["extra"])
+    Taker(LAYOUT, SPEC).finish([])
+
+
+@pytest.mark.parametrize(
+    ("entry", "shapes", "message"),
+    [
+        (GATED, {"layers.0.fc1": (5, 6)}, "5 rows has no two halves"),
+        (
+            APART,
+            {"layers.0.q": (14, 6), "layers.0.k": (8, 6), "layers.0.v": (8, 6)},
+            "query has 14",
+        ),
+        (APART, {"layers.0.q": (16, 6), "layers.0.k": (8, 6), "layers.0.v": (9, 6)}, "value has 9"),
+    ],
+)
+def test_shapes_that_do_not_fit_name_the_tensor(entry, shapes, message):
+    shard = {name: stored(0, 0, "float32", shape) for name, shape in shapes.items()}
+    with pytest.raises(SchemaError, match=rf"layers\.0\.(fc1|q): .*{message}"):
+        Taker(LAYOUT, SPEC).take([entry], [shard], 0)
+
+
+def test_ranks_that_do_not_fit_together_name_the_tensor():
+    shards = [{"layers.0.fc2": stored(0, 0, "float32", (6 + rank, 5))} for rank in range(2)]
+    with pytest.raises(SchemaError, match=r"layers\.0\.fc2: tensor-parallel ranks do not fit"):
+        Taker(LAYOUT, SPEC).take([DOWN], shards, 0)
+
+
+@pytest.mark.parametrize(("entry", "tp"), [(DOWN, 3), (FUSED, 5)])
+def test_a_tensor_that_does_not_divide_is_refused(entry, tp):
+    message = {"mlp l1 weight": stored(0, 0, "float32", (6, 10))}
+    message["qkv weight"] = stored(0, 0, "float32", (32, 6))
+    with pytest.raises(PlanError, match=f"does not divide over tensor-parallel size {tp}"):
+        give([entry], message, SPEC, 0, tp, 0)
+
+
+def test_query_groups_that_do_not_divide_are_refused():
+    message = {"qkv weight": stored(0, 0, "float32", (32, 6))}
+    with pytest.raises(SchemaError, match="4 query groups do not divide over 8 ranks"):
+        give([APART], message, SPEC, 0, 8, 0)
+
+
+def test_separate_query_key_and_value_have_no_place_in_one_tensor():
+    message = {"qkv weight": stored(0, 0, "float32", (32, 6))}
+    with pytest.raises(SchemaError, match="side by side"):
+        list(place([APART], message, SPEC, 0))
+
+
+def test_a_message_holds_exactly_the_keys_of_its_rules():
+    tensor = stored(0, 0, "float32", (6,))
+    check_message([NORM], {"norm": tensor}, "final norm", "mcore")
+    with pytest.raises(
+        SchemaError, match=r"'final norm' lacks 'norm' and has 'bias', which mcore cannot hold"
+    ):
+        check_message([NORM], {"bias": tensor}, "final norm", "mcore")
