@@ -238,6 +238,23 @@ def recognised() -> str:
     return "\n".join(f"- `{name}`: {what}" for name, what in manager.RECOGNISED.items())
 
 
+def example(pattern: str, language: str) -> Callable[[], str]:
+    """Return what shows the one file of the example package that a pattern matches."""
+
+    def show() -> str:
+        folder = ROOT / "examples" / "ckptx-npz"
+        found = sorted(folder.glob(pattern))
+        if not found:
+            raise PluginError(f"{folder}: holds no {pattern}, which the documents show")
+        blocks = [
+            f"`{path.relative_to(folder)}`:\n\n```{language}\n{path.read_text().rstrip()}\n```"
+            for path in found
+        ]
+        return "\n\n".join(blocks)
+
+    return show
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
     "support-matrix": support_matrix,
     "commands": commands,
@@ -249,6 +266,9 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "vocabulary": canonical_names,
     "symbols": symbols,
     "recognised": recognised,
+    "example-pyproject": example("pyproject.toml", "toml"),
+    "example-module": example("ckptx_npz.py", "python"),
+    "example-test": example("tests/test_*.py", "python"),
 }
 """The generated parts by name."""
 

@@ -32,7 +32,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ckptx.errors import CkptxError
-from ckptx.lazy import ITEMSIZE, LazyTensor, Stored, pieces, stored
+from ckptx.lazy import ITEMSIZE, LazyTensor, Shape, Stored, pieces, stored
 from ckptx.plugin import Loader, Saver
 from ckptx.protocol import PASSTHROUGH, Begin, End, Message, Tensors
 from ckptx.schema import Family, Layout, Rule, Taker, check_message, give
@@ -334,15 +334,31 @@ class SchemaTests(_Parametrized):
                 for key in entry.keys:
                     assert entry.tp in (None, known[key].tp), f"{message}: {key}"
 
-    def test_unpacks_to_the_same_leaves(self, layout: tuple[Family, str, ModelSpec]) -> None:
-        """Packing and unpacking returns the very same lazy tensors, nothing around them."""
+    def test_packing_and_unpacking_undo_each_other(
+        self, layout: tuple[Family, str, ModelSpec]
+    ) -> None:
+        """Every element comes back to its place, whether one starts from messages or from names.
+
+        What was joined and is divided again is the very same lazy tensor, with nothing around it.
+        """
         family, kind, spec = layout
         found = family.layouts[kind]
         for message, layer, rules in found.expand(spec):
-            before = _stored_message(rules, message, spec)
-            check_message(rules, before, message, found.name)
-            named = give(rules, before, spec, layer)
-            assert _taken(found, spec, rules, [named], layer) == before
+            canonical = _stored_message(rules, message, spec)
+            check_message(rules, canonical, message, found.name)
+            packed = give(rules, canonical, spec, layer)
+            _assert_elements(_taken(found, spec, rules, [packed], layer), canonical)
+            named = _stored({name: tensor.shape for name, tensor in packed.items()}, spec.dtype)
+            unpacked = _taken(found, spec, rules, [named], layer)
+            _assert_elements(give(rules, unpacked, spec, layer), named)
+            for entry in rules:
+                names = give([entry], canonical, spec, layer)
+                if len(entry.keys) >= len(names):
+                    taken = _taken(found, spec, [entry], [names], layer)
+                    assert taken == {key: canonical[key] for key in entry.keys}
+                if len(names) >= len(entry.keys):
+                    given = give([entry], unpacked, spec, layer)
+                    assert given == {name: named[name] for name in names}
 
     def test_cut_and_joined_is_whole(self, layout: tuple[Family, str, ModelSpec]) -> None:
         """What the ranks of any tensor-parallel size hold is the tensor, joined again."""
@@ -357,9 +373,7 @@ class SchemaTests(_Parametrized):
                 before = _stored_message(rules, message, spec)
                 shards = [give(rules, before, spec, layer, tp, rank) for rank in range(tp)]
                 joined = _taken(found, spec, rules, shards, layer)
-                assert joined.keys() == before.keys()
-                for key, tensor in before.items():
-                    assert np.array_equal(_addresses(joined[key]), _addresses(tensor)), key
+                _assert_elements(joined, before)
 
     def test_agrees_with_transformers(self, layout: tuple[Family, str, ModelSpec]) -> None:
         """Names and shapes are those of transformers' own model, built on no device."""
@@ -601,11 +615,26 @@ def _stored_message(rules: Sequence[Rule], message: str, spec: ModelSpec) -> dic
     """Return a tensor of the right shape for every key of the rules, each in its own place."""
     sizes = {**dimensions(spec), "vocab": spec.vocab_size or 40}
     known = keys_of(message)
-    found: dict[str, LazyTensor] = {}
-    for number, key in enumerate(key for entry in rules for key in entry.keys):
-        shape = [sizes[symbol] for symbol in known[key].shape]
-        found[key] = stored(0, number << 32, spec.dtype, shape)
-    return found
+    keys = [key for entry in rules for key in entry.keys]
+    shapes = {key: tuple(sizes[symbol] for symbol in known[key].shape) for key in keys}
+    return _stored(shapes, spec.dtype)
+
+
+def _stored(shapes: Mapping[str, Shape], dtype: str) -> dict[str, LazyTensor]:
+    """Return tensors of these shapes, far from each other in one file."""
+    return {
+        name: stored(0, number << 32, dtype, shape)
+        for number, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def _assert_elements(
+    found: Mapping[str, LazyTensor], expected: Mapping[str, LazyTensor]
+) -> None:
+    """Fail unless every element of the tensors comes from the same byte."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert np.array_equal(_addresses(found[name]), _addresses(tensor)), name
 
 
 def _taken(

@@ -150,7 +150,7 @@ def test_an_equal_copy_of_tied_embeddings_is_dropped_by_name(tmp_path):
 
 
 def test_a_different_copy_of_tied_embeddings_is_kept_and_said(tmp_path):
-    own = tagged("another", "bfloat16", (37, 12))
+    own = tagged("another", "bfloat16", (37, 16))
     source = _write_tied(tmp_path / "s", own)
     sent = list(HF_LOADER.load(source, {}))
     expected = {**TIED.canonical(), "output layer": {"weight": own}}
@@ -230,7 +230,7 @@ def test_an_index_that_does_not_fit_is_an_error(injure, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"hidden_size": 24}, "embedding|dimensions"),
+        ({"hidden_size": 32}, "embedding|dimensions"),
         ({"num_hidden_layers": 5}, "9 tensors are missing"),
         ({"num_hidden_layers": 3}, "9 tensors are not part of it"),
         ({"num_key_value_heads": 4}, "key"),
