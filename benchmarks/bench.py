@@ -3,9 +3,9 @@
     python benchmarks/bench.py [--work DIR] [--pairs 7] [--only NAME] [--memory]
 
 Every case is run in turn with a copy of the same source, ``cp -r`` followed by a sync of what was
-copied, because a conversion is durable when it returns. Both start from a warm page cache. A case is
-void where the slowest copy took more than 1.5 times the fastest: the machine was busy. Peak memory is
-the proportional set size (PSS) of the command and all its children, sampled every 20 ms.
+copied, because a conversion is durable when it returns. Both start from a warm page cache. A case
+is void where the slowest copy took more than 1.5 times the fastest: the machine was busy. Peak
+memory is the proportional set size (PSS) of the command and all its children, sampled every 20 ms.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from models import build  # noqa: E402 - the script's own folder
+from models import build
 
 CKPTX = Path(sys.executable).with_name("ckptx")
 

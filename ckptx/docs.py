@@ -22,6 +22,7 @@ from typing import Any
 import click
 
 from ckptx import cli, hookspecs, manager, plugin, protocol, vocabulary
+from ckptx.commands import conversion
 from ckptx.errors import CkptxError, PluginError
 from ckptx.schema import Family
 
@@ -30,17 +31,29 @@ MARKED = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.
 WIDTH = 80
 """Columns of the help texts."""
 
-PROOFS: Mapping[str, tuple[tuple[str, str, str], ...]] = {
-    "hf": (("T", "transformers' own files come back byte for byte", "tests/formats/test_hf.py"),),
-    "core torch_dist": (
-        ("M", "real megatron-core loads it and gives transformers' logits", "tests/interop"),
-    ),
-    "core torch": (
-        ("M", "real megatron-core loads it and gives transformers' logits", "tests/interop"),
-    ),
-    "pytorch": (("P", "`torch.load` gives the same tensors", "tests/formats/test_pytorch.py"),),
+FROM_HF, TO_HF = "tests/interop/test_hf_to_core.py", "tests/interop/test_core_to_hf.py"
+LOGITS_FAMILIES = "tests/interop/conversion.py"
+"""Names the families whose logits are compared, as ``hf.llama``."""
+
+PROOFS: Mapping[tuple[str, str], tuple[str, str]] = {
+    ("hf", "load"): ("L", FROM_HF),
+    ("hf", "save"): ("L", TO_HF),
+    ("core torch_dist", "load"): ("L", TO_HF),
+    ("core torch_dist", "save"): ("L", FROM_HF),
+    ("core torch", "load"): ("L", TO_HF),
+    ("core torch", "save"): ("L", FROM_HF),
+    ("pytorch", "load"): ("P", "tests/formats/test_pytorch.py"),
+    ("pytorch", "save"): ("P", "tests/formats/test_pytorch.py"),
 }
-"""By column of the support matrix: a letter, what it says, and the tests that show it."""
+"""By column of the support matrix and direction: a letter, and the tests that show it."""
+
+LEGEND = {
+    "L": "transformers and real megatron-core, on either side of the conversion, compute the same "
+    "logits (`tests/interop`)",
+    "P": "torch itself is on the other side (`tests/formats`)",
+    "K": "the conformance kit, with models made by hand (`tests/formats`, `tests/schemas`)",
+}
+"""What the letters say."""
 
 
 def documents(root: Path = ROOT) -> list[Path]:
@@ -76,77 +89,77 @@ def main(args: Sequence[str] | None = None) -> int:
     os.environ[manager.PIN] = "ckptx"
     manager.entries.cache_clear()
     manager.families.cache_clear()
-    stale = []
-    try:
-        for path in documents():
-            old = path.read_text()
+    stale, broken = [], False
+    for path in documents():
+        old = path.read_text()
+        try:
             new = refreshed(old, str(path.relative_to(ROOT)))
-            if new != old:
-                stale.append(path)
-                if not args:
-                    path.write_text(new)
-    except CkptxError as error:
-        click.echo(f"error: {error}", err=True)
-        return 1
+        except CkptxError as error:
+            click.echo(f"error: {error}", err=True)
+            broken = True
+            continue
+        if new != old:
+            stale.append(path)
+            if not args:
+                path.write_text(new)
     for path in stale:
         click.echo(f"{'out of date' if args else 'refreshed'}: {path.relative_to(ROOT)}")
     if args and stale:
         click.echo("run: python -m ckptx.docs", err=True)
-    return int(bool(args and stale))
+    return int(broken or bool(args and stale))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
 
 
 def support_matrix() -> str:
     """Return which family goes in and out of which format, and what proves it."""
     columns = list(_columns())
-    used: dict[str, str] = {}
     rows = []
     for family in manager.families().values():
-        cells = [_cell(family, *column, used) for column in columns]
+        cells = [_cell(family, *column) for column in columns]
         rows.append([family.name, ", ".join(family.architectures), *cells])
     head = ["family", "architecture", *(f"`{column[0]}`" for column in columns)]
-    legend = [f"- {letter}: {text}" for letter, text in used.items()]
+    used = {letter for row in rows for cell in row[2:] for letter in re.findall(r" (\w)", cell)}
+    legend = [f"- {letter}: {text}" for letter, text in LEGEND.items() if letter in used]
     return "\n".join([table(head, rows), "", *legend])
 
 
-def _columns() -> Iterator[tuple[str, Mapping[str, Any] | None, Mapping[str, Any] | None]]:
-    """Yield each format with the capabilities of its loader and its saver, None for no such plugin."""
+def _columns() -> Iterator[tuple[str, Mapping[str, Mapping[str, Any]]]]:
+    """Yield each format with what its loader and saver can do, as ``load`` and ``save``."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for status in manager.statuses():
         if status.entry.kind != "schema":
-            found.setdefault(status.entry.name, {})[status.entry.kind] = status.capabilities
+            direction = "load" if status.entry.kind == "loader" else "save"
+            found.setdefault(status.entry.name, {})[direction] = status.capabilities
     for name in sorted(found, key=lambda name: (name != "hf", name)):
-        loader, saver = found[name].get("loader"), found[name].get("saver")
-        forms = (saver or loader or {}).get("formats", [])
-        for form in forms if name == "core" else [""]:
-            yield f"{name} {form}".strip(), loader, saver
+        # The forms of Megatron Core differ in more than their container.
+        forms = found[name]["save"]["formats"] if name == "core" else [""]
+        for form in forms:
+            yield f"{name} {form}".strip(), found[name]
 
 
-def _cell(
-    family: Family,
-    column: str,
-    loader: Mapping[str, Any] | None,
-    saver: Mapping[str, Any] | None,
-    used: dict[str, str],
-) -> str:
+def _cell(family: Family, column: str, directions: Mapping[str, Mapping[str, Any]]) -> str:
     words = [
-        word
-        for word, capabilities in (("load", loader), ("save", saver))
-        if capabilities and set(capabilities.get("layouts", ())) & set(family.layouts)
+        f"{direction} {_proof(family, column, direction)}"
+        for direction, capabilities in directions.items()
+        if set(capabilities.get("layouts", ())) & set(family.layouts)
     ]
-    if not words:
-        return "-"
-    letters = []
-    for letter, text, tests in PROOFS.get(column, ()) if "hf" in family.layouts else ():
-        if (ROOT / tests).exists():
-            letters.append(letter)
-            used[letter] = f"{text} (`{tests}`)"
-    return f"{', '.join(words)} ({', '.join(letters) or 'no proof of its own'})"
+    return ", ".join(words) or "-"
+
+
+def _proof(family: Family, column: str, direction: str) -> str:
+    letter, tests = PROOFS.get((column, direction), ("K", ""))
+    shown = (ROOT / tests).is_file()
+    if letter == "L":
+        families = ROOT / LOGITS_FAMILIES
+        shown = shown and f"hf.{family.name}," in families.read_text()
+    return letter if shown else "K"
 
 
 def commands() -> str:
@@ -157,9 +170,9 @@ def commands() -> str:
     for name, command in group.commands.items():
         context = command.make_context(name, [], parent=parent, resilient_parsing=True)
         blocks.append(_help(f"ckptx {name}", context.get_help()))
-    long = cli.conversion.convert_command("long")
-    settings = {"help_option_names": ["-h", "--help"], "terminal_width": WIDTH}
-    context = long.make_context("convert.py", [], resilient_parsing=True, **settings)
+    long = conversion.convert_command("long")
+    long.context_settings = {"help_option_names": ["-h", "--help"]}
+    context = long.make_context("convert.py", [], resilient_parsing=True, terminal_width=WIDTH)
     blocks.append(_help("convert.py", context.get_help()))
     return "\n\n".join(blocks)
 
@@ -186,7 +199,9 @@ def hooks() -> str:
     blocks = []
     for name, hook in vars(hookspecs).items():
         if name.startswith("register_"):
-            signature = f"{name}{inspect.signature(hook)}".replace(" -> 'None'", "").replace("'", "")
+            signature = f"{name}{inspect.signature(hook)}".replace(" -> 'None'", "").replace(
+                "'", ""
+            )
             blocks.append(f"### {name}\n\n```python\n{signature}\n```\n\n{_doc(hook)}")
     return "\n\n".join(blocks)
 
@@ -235,7 +250,11 @@ def symbols() -> str:
 
 def recognised() -> str:
     """Return the formats that ckptx knows of and does not convert yet."""
-    return "\n".join(f"- `{name}`: {what}" for name, what in manager.RECOGNISED.items())
+    names: dict[str, list[str]] = {}
+    for name, what in manager.RECOGNISED.items():
+        names.setdefault(what, []).append(f"`{name}`")
+    lines = "; ".join(f"{what} ({', '.join(found)})" for what, found in names.items())
+    return f"{lines}."
 
 
 def example(pattern: str, language: str) -> Callable[[], str]:
@@ -282,10 +301,17 @@ def _class(module: object, name: str) -> str:
     for position, entry in enumerate(node.body):
         if isinstance(entry, ast.AnnAssign):
             following = node.body[position + 1] if position + 1 < len(node.body) else None
-            rows.append((f"`{ast.unparse(entry.target)}: {ast.unparse(entry.annotation)}`", _said(following)))
+            rows.append(
+                (
+                    f"`{ast.unparse(entry.target)}: {ast.unparse(entry.annotation)}`",
+                    _said(following),
+                )
+            )
         elif isinstance(entry, ast.FunctionDef):
             arguments = ast.unparse(entry.args).removeprefix("self").removeprefix(", ")
-            signature = f"{entry.name}({arguments}) -> {ast.unparse(entry.returns or ast.Constant(None))}"
+            signature = (
+                f"{entry.name}({arguments}) -> {ast.unparse(entry.returns or ast.Constant(None))}"
+            )
             rows.append((f"`{signature}`", _prose(ast.get_docstring(entry) or "")))
     if any(meaning for _, meaning in rows):
         members = table(("member", "meaning"), rows)

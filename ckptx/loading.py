@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
-import numpy as np
-
 from ckptx.errors import SchemaError
 from ckptx.lazy import ITEMSIZE, LazyTensor
 from ckptx.protocol import PASSTHROUGH, Dropped, SourceTensor, Tensors
-from ckptx.reader import Files, read
 from ckptx.schema import Layout, Taker
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import check_shapes
@@ -59,11 +56,15 @@ def drop_ignored(layout: Layout, tensors: MutableMapping[str, LazyTensor]) -> tu
 
 
 def equal(first: LazyTensor, second: LazyTensor, files: Sequence[str]) -> bool:
-    """Return whether two tensors have the same bytes; reads both unless they are the same extent."""
+    """Return whether two tensors have the same bytes; reads both unless they are one extent."""
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
     if first == second:
         return True
+    import numpy as np
+
+    from ckptx.reader import Files, read
+
     rows = max(1, _BLOCK // max(1, first.nbytes // max(1, first.shape[0])))
     source = Files(files)
     try:
@@ -89,8 +90,8 @@ def resolve_tie(
     """Decide what a tied model with an output weight of its own is.
 
     Returns:
-        Whether it is tied, what was dropped, and remarks. Equal copies are one tensor; a differing one
-        was trained and is kept, so the model is not tied whatever its config says.
+        Whether it is tied, what was dropped, and remarks. Equal copies are one tensor; a
+        differing one was trained and is kept: the model is not tied, whatever its config says.
     """
     if output not in tensors or embedding not in tensors:
         return True, (), ()

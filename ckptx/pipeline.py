@@ -64,7 +64,7 @@ def convert(job: Job, progress: Progress | None = None) -> Report:
             notes = target.publish()
     finally:
         progress.close()
-    facts = replace(facts.at(target.path), notes=(*facts.notes, *notes))
+    facts = replace(facts.at(job.target), notes=(*facts.notes, *notes))
     seconds = time.monotonic() - started
     return Report(job.loader, job.saver, str(target.path), facts, seconds, digest)
 
@@ -93,6 +93,7 @@ def forecast(job: Job) -> Forecast:
     """Return what `convert` would do, without writing."""
     from ckptx.lazy import LazyTensor
     from ckptx.proof import operations
+    from ckptx.writer import peak_memory
 
     with SpoolFile(job.target) as file:
         begin, end, plan, proof = plan_conversion(job, Spool(file.path))
@@ -124,7 +125,7 @@ def forecast(job: Job) -> Forecast:
         Facts.of(begin, end, plan, proof).at(job.target),
         outputs,
         sorted(plan.pointers),
-        job.max_memory,
+        peak_memory(children.write_options(job)),
         spooled,
         _refusal(job, plan),
         tensors,

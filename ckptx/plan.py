@@ -1,7 +1,7 @@
 """Plans: what every byte of every output file will be, and the proof that it is complete.
 
-A saver answers the messages of a loader with a `SavePlan`. Its files are divided into regions, which
-hold literal bytes, a lazy tensor, or a checksum that is known once a tensor has been written.
+A saver answers the messages of a loader with a `SavePlan`. Its files are divided into regions,
+which hold literal bytes, a lazy tensor, or a checksum that is known once a tensor has been written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """One output file: ``path`` relative to the target, ``size`` in bytes, regions in file order."""
+    """An output file: ``path`` below the target, ``size`` in bytes, regions in file order."""
 
     path: str
     size: int
@@ -49,9 +49,9 @@ class SavePlan:
     """Everything a saver will write.
 
     ``directory`` is the atomic unit below the target that the user named: ``""`` for the target
-    itself, ``"release"`` or ``"iter_0000010"`` in a Megatron root. ``pointers`` are small files beside
-    it, written last (the tracker file of Megatron). A target that is one file has ``single_file`` set
-    and exactly one file plan, whose path is the file's name.
+    itself, ``"release"`` or ``"iter_0000010"`` in a Megatron root. ``pointers`` are small files
+    beside it, written last (the tracker file of Megatron). A target that is one file has
+    ``single_file`` set and exactly one file plan, whose path is the file's name.
     """
 
     files: Sequence[FilePlan]

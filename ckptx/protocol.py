@@ -1,8 +1,8 @@
 """The messages between a loader and a saver.
 
-A loader yields one `Begin`, any number of `Tensors`, one `End`. Tensors are lazy: references to bytes in
-the files of `Begin.files`, never the bytes. The names of messages and keys are Megatron's converter
-protocol (``"transformer layer 3"``, ``"qkv weight"``); `ckptx.vocabulary` lists them.
+A loader yields one `Begin`, any number of `Tensors`, one `End`. Tensors are lazy: references to
+bytes in the files of `Begin.files`, never the bytes. The names of messages and keys are Megatron's
+converter protocol (``"transformer layer 3"``, ``"qkv weight"``); `ckptx.vocabulary` lists them.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Begin:
     sidecars: Mapping[str, bytes] = field(default_factory=dict)
     """``config.json``, tokenizer files and other small files of a model, by relative path."""
     training: Mapping[str, Any] = field(default_factory=dict)
-    """``iteration`` (int or ``"release"``), ``consumed_train_samples``, the source's own ``args``."""
+    """``iteration`` (number or ``"release"``), ``consumed_train_samples``, the source's `args`."""
     parallel: Mapping[str, Any] = field(default_factory=dict)
     """How the source is split: ``tp``, ``pp``, ``vpp``, ``ep`` and the layer placement."""
     version: int = VERSION

@@ -11,7 +11,11 @@ from ckptx.protocol import PASSTHROUGH, VERSION, Begin, Dropped, End, Message, T
 from ckptx.schema import Layout, check_message, give
 from ckptx.spec import ModelSpec
 
-VOCABULARY = {("embeddings", "word embeddings"), ("output layer", "weight"), ("output layer", "bias")}
+VOCABULARY = {
+    ("embeddings", "word embeddings"),
+    ("output layer", "weight"),
+    ("output layer", "bias"),
+}
 """The canonical tensors whose first axis is the vocabulary, as (message, key)."""
 
 
@@ -29,10 +33,10 @@ class Model:
         """The dimensions of the language model."""
         if "language" not in self.begin.parts:
             raise SchemaError(
-                f"the source ({self.begin.format}, {self.begin.layout}) is of no known model family, "
-                "so its tensors cannot change their layout; known families are listed by "
-                "'ckptx plugins'. Convert between formats that keep its names (--to hf, --to pytorch) "
-                "or give --hf-base with a config"
+                f"the source ({self.begin.format}, {self.begin.layout}) is of no known model "
+                "family, so its tensors cannot change their layout; known families are listed by "
+                "'ckptx plugins'. Convert between formats that keep its names (--to hf, --to "
+                "pytorch) or give --hf-base with a config"
             )
         return self.begin.parts["language"]
 

@@ -1,8 +1,8 @@
 """Schemas: tables that say how a layout names the tensors of a model, read in both directions.
 
-A rule ties canonical keys to names. An `Iso` packs the canonical tensors into the layout's and unpacks
-them again; no schema author writes an inverse. Names are enumerated from the model's dimensions, never
-matched, so what is missing and what is left over are set differences.
+A rule ties canonical keys to names. An `Iso` packs the canonical tensors into the layout's and
+unpacks them again; no schema author writes an inverse. Names are enumerated from the model's
+dimensions, never matched, so what is missing and what is left over are set differences.
 
     rule(["mlp l0 weight W", "mlp l0 weight V"], "mlp.linear_fc1.weight", GLU, tp=0)
          canonical keys                           name in the layout      iso  axis cut by TP
@@ -142,13 +142,15 @@ def rule(
 ) -> Rule:
     """Return a rule: canonical ``keys`` are stored under ``names``, arranged by ``iso``.
 
-    ``tp`` is the canonical axis that tensor parallelism cuts, None for replicated. ``also`` lists other
-    spellings that loaders accept; the first is the one that savers write.
+    ``tp`` is the canonical axis that tensor parallelism cuts, None for replicated. ``also`` lists
+    other spellings that loaders accept; the first is the one that savers write.
     """
     spellings = [Spelling(_tuple(names), iso)]
     for other in also:
         spellings.append(
-            Spelling((other,), iso) if isinstance(other, str) else Spelling(_tuple(other[0]), other[1])
+            Spelling((other,), iso)
+            if isinstance(other, str)
+            else Spelling(_tuple(other[0]), other[1])
         )
     return Rule(_tuple(keys), tuple(spellings), tp, when)
 
@@ -189,8 +191,8 @@ class Layout:
 class Taker:
     """Takes the tensors of messages out of shards, and knows what is missing and what is left.
 
-    ``take`` removes what it uses from the shards' mappings. Names that were not found are collected, so
-    that one error can list them all.
+    ``take`` removes what it uses from the shards' mappings. Names that were not found are
+    collected, so that one error can list them all.
     """
 
     def __init__(self, layout: Layout, spec: ModelSpec) -> None:
@@ -205,7 +207,7 @@ class Taker:
         layer: int | None = None,
         label: str = "",
     ) -> dict[str, Tensor]:
-        """Return the canonical tensors that the rules find in the shards of a tensor-parallel group.
+        """Return the canonical tensors that rules find in the shards of all tensor ranks.
 
         ``layer`` is the number that the shards use; ``label`` goes before names in messages.
         """
@@ -247,7 +249,7 @@ def give(
     tp: int = 1,
     rank: int = 0,
 ) -> dict[str, Tensor]:
-    """Return the tensors, by name, that tensor-parallel rank ``rank`` of ``tp`` holds of a message."""
+    """Return, by name, what tensor-parallel rank ``rank`` of ``tp`` holds of a message."""
     named: dict[str, Tensor] = {}
     for entry in rules:
         spelling = entry.spellings[0]

@@ -1,7 +1,7 @@
 """Model dimensions: what the config of every framework says, in one spelling.
 
-Field names are those of Megatron's arguments where Megatron has one. Everything is a plain value, so a
-spec pickles small and prints readably.
+Field names are those of Megatron's arguments where Megatron has one. Everything is a plain value,
+so a spec pickles small and prints readably.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 class ModelSpec:
     """The dimensions and switches of one model part.
 
-    ``vocab_size`` is the true vocabulary, None where the source does not say; the embedding itself may
-    hold more rows. ``family`` names a schema module's family (``"llama"``) and ``architecture`` the
-    class that Hugging Face configs name (``"LlamaForCausalLM"``).
+    ``vocab_size`` is the true vocabulary, None where the source does not say; the embedding itself
+    may hold more rows. ``family`` names a schema module's family (``"llama"``) and ``architecture``
+    the class that Hugging Face configs name (``"LlamaForCausalLM"``).
     """
 
     family: str

@@ -166,8 +166,8 @@ def _named(model: Model) -> dict[str, LazyTensor]:
     if model.passthrough is not None:
         if not model.begin.layout.startswith("hf"):
             raise PlanError(
-                f"{model.begin.root}: tensors are named as {model.begin.layout} and no schema knows "
-                "their model; only the same names can be compared"
+                f"{model.begin.root}: tensors are named as {model.begin.layout} and no schema "
+                "knows their model; only the same names can be compared"
             )
         return dict(model.passthrough)
     return named_tensors(model, family_named(model.spec.family).layout("hf"))[0]

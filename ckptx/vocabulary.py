@@ -82,7 +82,7 @@ _KEYS = {
 
 
 def keys_of(message: str) -> Mapping[str, Key]:
-    """Return the keys that a message may have, by name; none for one that is not in the vocabulary."""
+    """Return the keys that a message may have, by name; none for an unknown message."""
     return _KEYS.get(LAYER if message.startswith(LAYER) else message, {})
 
 

@@ -93,6 +93,11 @@ class _Leaf:
         return content
 
 
+def peak_memory(options: WriteOptions) -> int:
+    """Return the most bytes that a conversion with these options holds, all processes together."""
+    return _BASE_MEMORY + choose_threads(options) * (_BATCH + WINDOW)
+
+
 def choose_threads(options: WriteOptions) -> int:
     """Return the number of threads that the options and the memory allow."""
     fitting = max(1, (options.max_memory - _BASE_MEMORY) // (_BATCH + WINDOW))

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ckptx.errors import SchemaError
+from ckptx.errors import FormatError, SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.model_directory import base_sidecars, family_of, read_config, sidecars
 from ckptx.parallel import Pipeline
@@ -25,6 +25,7 @@ from ckptx.protocol import Begin, End, Message, Tensors
 from ckptx.schemas.args import spec_from_args
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import check_shapes
+
 
 class CoreLoader:
     """Reads what Megatron Core writes, at any tensor and pipeline parallel size."""
@@ -51,6 +52,11 @@ class CoreLoader:
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the model."""
+        if options.get("fill_from_base"):
+            raise FormatError(
+                "--fill-from-base fills tensors by their Hugging Face names, which a Megatron "
+                "source has not; convert it to hf first, then fill"
+            )
         place = directory.find(source)
         checkpoint = (distributed if place.format == "torch_dist" else ranks).read(place)
         beside = place.path / directory.SIDECARS

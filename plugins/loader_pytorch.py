@@ -15,8 +15,14 @@ from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor, Stored
 from ckptx.loading import drop_ignored, inventory, main_dtype, messages_of, passthrough, resolve_tie
 from ckptx.model_directory import base_sidecars, family_named, family_of, read_config, sidecars
+from ckptx.model_weights import Weights, fill_from_base
 from ckptx.plugin import Loader
-from ckptx.plugins.state_dict import layout_of, layout_option, layout_option_value
+from ckptx.plugins.state_dict import (
+    DIRECTORY_FILE,
+    layout_of,
+    layout_option,
+    layout_option_value,
+)
 from ckptx.protocol import Begin, Dropped, End, Message
 from ckptx.schemas.args import spec_from_args
 
@@ -42,32 +48,39 @@ class PytorchLoader:
 
     def detect(self, source: Path) -> bool:
         """Return whether the source is a zip archive with a name that torch files have."""
-        if not source.is_file() or source.suffix not in _SUFFIXES:
+        file = _file_of(source)
+        if not file.is_file() or file.suffix not in _SUFFIXES:
             return False
-        with source.open("rb") as file:
-            return file.read(4) == b"PK\3\4"
+        with file.open("rb") as stream:
+            return stream.read(4) == b"PK\3\4"
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the model; names that no schema knows pass through."""
+        source = _file_of(source)
         if not source.is_file():
             raise FormatError(f"{source}: expected one file of torch.save")
         value = torch_zip.read(source, 0).value
         tensors, others = state_dict(value, source)
+        weights = Weights([source], tensors, dict.fromkeys(tensors, source.name))
+        filled = fill_from_base(weights, options)
         files = {**_beside(source), **base_sidecars(options)}
         begin = Begin(
             format="pytorch",
             layout=layout_option_value(options) or layout_of(tensors),
             parts={},
-            files=(str(source),),
+            files=tuple(map(str, weights.paths)),
             sources=inventory(tensors),
             root=str(source.parent),
             sidecars=files,
             training={"iteration": value.get("iteration", "release")},
         )
-        yield from _messages(begin, tensors, value.get("args"), others)
+        for message in _messages(begin, dict(tensors), value.get("args"), others):
+            if isinstance(message, End):
+                message = replace(message, notes=(*filled, *message.notes))
+            yield message
 
 
-def state_dict(value: Any, source: Path) -> tuple[dict[str, LazyTensor], tuple[Dropped, ...]]:
+def state_dict(value: Any, source: Path) -> tuple[dict[str, Stored], tuple[Dropped, ...]]:
     """Return the tensors of a state dict, wherever it lies in a file, and what else is in it.
 
     Raises:
@@ -76,9 +89,7 @@ def state_dict(value: Any, source: Path) -> tuple[dict[str, LazyTensor], tuple[D
     if not isinstance(value, Mapping):
         raise FormatError(f"{source}: expected a dictionary, found {type(value).__name__}")
     inner = next((value[key] for key in _CONTAINERS if isinstance(value.get(key), Mapping)), value)
-    tensors: dict[str, LazyTensor] = {
-        str(name): entry for name, entry in inner.items() if isinstance(entry, Stored)
-    }
+    tensors = {str(name): entry for name, entry in inner.items() if isinstance(entry, Stored)}
     if not tensors:
         raise FormatError(
             f"{source}: holds no state dict of tensors ({listing(map(str, value))} found); known "
@@ -124,6 +135,11 @@ def _messages(
     yield replace(begin, layout=layout.name, parts={"language": spec}, training=training)
     yield from messages_of(layout, tensors, spec)
     yield End(dropped, notes)
+
+
+def _file_of(source: Path) -> Path:
+    """Return the file that is meant: a directory is one that the saver has written."""
+    return source / DIRECTORY_FILE if source.is_dir() else source
 
 
 def _beside(source: Path) -> dict[str, bytes]:

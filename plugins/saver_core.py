@@ -178,7 +178,8 @@ def _check_tp(spec: ModelSpec, tp: int) -> list[str]:
     groups = spec.num_query_groups
     if groups % tp and tp % groups:
         raise PlanError(
-            f"tensor-parallel size {tp} neither divides {groups} query groups nor is a multiple of them"
+            f"tensor-parallel size {tp} neither divides {groups} query groups nor is a multiple of "
+            "them"
         )
     if groups % tp:
         return [

@@ -98,7 +98,9 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
     family = family_named(spec.family)
     if config is None:
         files[CONFIG] = dump_config(family.to_config(spec))
-        notes.append(f"{CONFIG} was made from the checkpoint's own arguments; there is no tokenizer")
+        notes.append(
+            f"{CONFIG} was made from the checkpoint's own arguments; there is no tokenizer"
+        )
         return files, tuple(notes)
     other = family_of(config)
     if other is not family:
@@ -165,5 +167,3 @@ def in_library_order(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]
 def register_savers(register: Callable[[Saver], None]) -> None:
     """Register the saver."""
     register(HfSaver())
-
-

@@ -18,7 +18,7 @@ from ckptx.model_directory import family_named
 from ckptx.parallel import Pipeline
 from ckptx.plan import SavePlan, literal_files
 from ckptx.plugin import Saver
-from ckptx.plugins.state_dict import layout_option, layout_option_value
+from ckptx.plugins.state_dict import DIRECTORY_FILE, layout_option, layout_option_value
 from ckptx.protocol import Dropped, Message
 from ckptx.saving import Model, collect, named_tensors
 from ckptx.schemas.args import args_from_spec
@@ -27,7 +27,7 @@ _SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 
 
 class PytorchSaver:
-    """Writes a file for ``torch.load``, or a directory with ``model.pt`` and the model's small files."""
+    """Writes a ``.pt`` file, or a directory with ``model.pt`` and the model's small files."""
 
     name = "pytorch"
     capabilities: Mapping[str, Any] = {
@@ -54,7 +54,7 @@ class PytorchSaver:
         value, tensors, dropped = _state(model, options)
         target = options.get("target")
         single = target is not None and Path(target).suffix in _SUFFIXES
-        name = Path(target).name if single and target is not None else "model.pt"
+        name = Path(target).name if single and target is not None else DIRECTORY_FILE
         files = [torch_zip.plan_file(name, value)]
         notes: tuple[str, ...] = ()
         if single:
@@ -63,7 +63,7 @@ class PytorchSaver:
                 notes = (f"one file cannot hold {', '.join(left)}; name a directory to keep them",)
         else:
             files += literal_files(model.begin.sidecars)
-        place = "{target}" if single else "{target}/model.pt"
+        place = "{target}" if single else f"{{target}}/{DIRECTORY_FILE}"
         return SavePlan(
             files,
             single_file=single,
@@ -82,8 +82,8 @@ def _state(
     if model.passthrough is not None:
         if layout is not None and not model.begin.layout.startswith(layout):
             raise SchemaError(
-                f"tensors are named as {model.begin.layout} and no schema knows their model, so they "
-                f"cannot be written as {layout}; give --hf-base with a config"
+                f"tensors are named as {model.begin.layout} and no schema knows their model, so "
+                f"they cannot be written as {layout}; give --hf-base with a config"
             )
         return dict(model.passthrough), model.passthrough, ()
     spec = model.spec

@@ -9,6 +9,8 @@ import click
 
 from ckptx.errors import FormatError
 
+DIRECTORY_FILE = "model.pt"
+"""The file of a target that is a directory."""
 LAYOUTS = ("auto", "hf", "core", "legacy")
 
 

@@ -88,4 +88,3 @@ def hf_decoder() -> tuple[Section, ...]:
         Section("final norm", (rule("weight", "model.norm.weight"),)),
         Section("output layer", (rule("weight", "lm_head.weight", when=untied),)),
     )
-

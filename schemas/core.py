@@ -1,8 +1,9 @@
 """Megatron Core's GPT model: names of parameters, and of the states its modules keep besides.
 
-Two spellings exist. With Transformer Engine the norms before attention and MLP are part of the linear
-layer that follows; the ``local`` spec has them as modules. Loaders accept either, savers write the
-first unless told otherwise. Rules stand in the order in which Megatron registers parameters.
+Two spellings exist. With Transformer Engine the norms before attention and MLP are part of the
+linear layer that follows; the ``local`` spec has them as modules. Loaders accept either, savers
+write the first unless told otherwise. Rules stand in the order in which Megatron registers
+parameters.
 
 Source: NVIDIA/Megatron-LM megatron/core/models/gpt/gpt_layer_specs.py,
 megatron/core/transformer/{attention,mlp,transformer_layer}.py @ core_v0.16.1.
@@ -166,4 +167,3 @@ def extra_states(*, local: bool) -> Iterator[ExtraState]:
     if not local:
         yield ExtraState("final norm", "decoder.final_layernorm", True)
     yield ExtraState("output layer", "output_layer", False, distributed=False)
-

@@ -21,7 +21,11 @@ LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM",),
     model_types=("llama",),
-    layouts={"hf": Layout("hf/llama", hf_decoder(), _BUFFERS), "mcore": MCORE_GPT, "mcore-local": MCORE_GPT_LOCAL},
+    layouts={
+        "hf": Layout("hf/llama", hf_decoder(), _BUFFERS),
+        "mcore": MCORE_GPT,
+        "mcore-local": MCORE_GPT_LOCAL,
+    },
     from_config=partial(spec_from_config, family="llama"),
     to_config=config_from_spec,
 )
@@ -30,7 +34,11 @@ MISTRAL = Family(
     name="mistral",
     architectures=("MistralForCausalLM",),
     model_types=("mistral",),
-    layouts={"hf": Layout("hf/mistral", hf_decoder(), _BUFFERS), "mcore": MCORE_GPT, "mcore-local": MCORE_GPT_LOCAL},
+    layouts={
+        "hf": Layout("hf/mistral", hf_decoder(), _BUFFERS),
+        "mcore": MCORE_GPT,
+        "mcore-local": MCORE_GPT_LOCAL,
+    },
     from_config=partial(spec_from_config, family="mistral"),
     to_config=config_from_spec,
 )

@@ -20,7 +20,11 @@ QWEN2 = Family(
     name="qwen2",
     architectures=("Qwen2ForCausalLM",),
     model_types=("qwen2",),
-    layouts={"hf": Layout("hf/qwen2", hf_decoder()), "mcore": MCORE_GPT, "mcore-local": MCORE_GPT_LOCAL},
+    layouts={
+        "hf": Layout("hf/qwen2", hf_decoder()),
+        "mcore": MCORE_GPT,
+        "mcore-local": MCORE_GPT_LOCAL,
+    },
     from_config=partial(spec_from_config, family="qwen2"),
     to_config=config_from_spec,
 )
@@ -29,7 +33,11 @@ QWEN3 = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
     model_types=("qwen3",),
-    layouts={"hf": Layout("hf/qwen3", hf_decoder()), "mcore": MCORE_GPT, "mcore-local": MCORE_GPT_LOCAL},
+    layouts={
+        "hf": Layout("hf/qwen3", hf_decoder()),
+        "mcore": MCORE_GPT,
+        "mcore-local": MCORE_GPT_LOCAL,
+    },
     from_config=partial(spec_from_config, family="qwen3"),
     to_config=config_from_spec,
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -131,9 +131,18 @@ def plan_file(path: str, value: Any) -> FilePlan:
     """
     writer = ArchiveWriter(PurePosixPath(path).stem)
     pickled, storages = _pickled(value)
-    _add_members(writer, pickled, storages)
+    _add_members(writer, pickled, storages, dict(_labels(value, "")))
     size, regions = writer.finish()
     return FilePlan(path, size, regions)
+
+
+def _labels(value: Any, place: str) -> Iterator[tuple[int, str]]:
+    """Yield the identity of every tensor in nested dictionaries and its dotted path."""
+    if isinstance(value, LazyTensor):
+        yield id(value), place
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _labels(item, f"{place}.{key}" if place else str(key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +214,13 @@ def _pickled(value: Any) -> tuple[bytes, dict[str, LazyTensor]]:
     return dumps(value, record), storages
 
 
-def _add_members(writer: ArchiveWriter, pickled: bytes, storages: Mapping[str, LazyTensor]) -> None:
-    """Add the members of a torch file in torch's order."""
+def _add_members(
+    writer: ArchiveWriter,
+    pickled: bytes,
+    storages: Mapping[str, LazyTensor],
+    labels: Mapping[int, str] | None = None,
+) -> None:
+    """Add the members of a torch file in torch's order; labels name tensors by their identity."""
     # torch hashes names and data; any 40 digits will do, and these depend on the content alone.
     digest = int.from_bytes(hashlib.sha256(pickled).digest(), "big") % 10**40
     before = {
@@ -219,7 +233,9 @@ def _add_members(writer: ArchiveWriter, pickled: bytes, storages: Mapping[str, L
     for name, data in before.items():
         writer.add(NewMember(name, len(data), data))
     for key, tensor in storages.items():
-        writer.add(NewMember(f"data/{key}", tensor.nbytes, tensor, f"data/{key}"))
+        member = f"data/{key}"
+        label = (labels or {}).get(id(tensor), member)
+        writer.add(NewMember(member, tensor.nbytes, tensor, label))
     for name, data in after.items():
         writer.add(NewMember(name, len(data), data))
 

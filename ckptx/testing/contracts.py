@@ -51,6 +51,7 @@ from ckptx.testing.models import (
     Arrays,
     Canonical,
     TinyModel,
+    divides,
     messages,
     passthrough_messages,
     tiny,
@@ -370,7 +371,7 @@ class SchemaTests(_Parametrized):
             for message, layer, rules in found.expand(spec):
                 if all(entry.tp is None for entry in rules):
                     continue
-                before = _stored_message(rules, message, spec)
+                before = _stored_message(rules, message, spec, rows=48)
                 shards = [give(rules, before, spec, layer, tp, rank) for rank in range(tp)]
                 joined = _taken(found, spec, rules, shards, layer)
                 _assert_elements(joined, before)
@@ -415,13 +416,7 @@ def fits(model: TinyModel, options: Options) -> bool:
     """Return whether a model divides by these parallel sizes, by Megatron's rules."""
     tp = options.get(_PARALLEL["tp"]) or 1
     stages = (options.get(_PARALLEL["pp"]) or 1) * (options.get(_PARALLEL["vpp"]) or 1)
-    spec = model.spec
-    return not (
-        spec.num_attention_heads % tp
-        or spec.ffn_hidden_size % tp
-        or (spec.num_query_groups % tp and tp % spec.num_query_groups)
-        or spec.num_layers % stages
-    )
+    return divides(model.spec, tp) and not model.spec.num_layers % stages
 
 
 def paired(
@@ -611,9 +606,11 @@ def _with_key(sent: list[Message], key: str) -> list[Message]:
     return [*sent[:2], Tensors(layer.name, {**layer.tensors, key: norm}), *sent[3:]]
 
 
-def _stored_message(rules: Sequence[Rule], message: str, spec: ModelSpec) -> dict[str, LazyTensor]:
+def _stored_message(
+    rules: Sequence[Rule], message: str, spec: ModelSpec, rows: int | None = None
+) -> dict[str, LazyTensor]:
     """Return a tensor of the right shape for every key of the rules, each in its own place."""
-    sizes = {**dimensions(spec), "vocab": spec.vocab_size or 40}
+    sizes = {**dimensions(spec), "vocab": rows or spec.vocab_size or 40}
     known = keys_of(message)
     keys = [key for entry in rules for key in entry.keys]
     shapes = {key: tuple(sizes[symbol] for symbol in known[key].shape) for key in keys}
@@ -628,9 +625,7 @@ def _stored(shapes: Mapping[str, Shape], dtype: str) -> dict[str, LazyTensor]:
     }
 
 
-def _assert_elements(
-    found: Mapping[str, LazyTensor], expected: Mapping[str, LazyTensor]
-) -> None:
+def _assert_elements(found: Mapping[str, LazyTensor], expected: Mapping[str, LazyTensor]) -> None:
     """Fail unless every element of the tensors comes from the same byte."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():

@@ -200,7 +200,7 @@ def tiny(family: str = "llama", name: str | None = None, **changes: Any) -> Tiny
         "ffn_hidden_size": 40,
         "num_attention_heads": 8,
         "num_query_groups": 2,
-        "kv_channels": 3,
+        "kv_channels": 4,
         "vocab_size": 37,
         "max_position_embeddings": 64,
         "norm_epsilon": 1e-5,
@@ -249,7 +249,7 @@ MODELS: Sequence[TinyModel] = (
     tiny("mistral", "mistral-one-group", num_query_groups=1, norm_dtype="float32"),
     tiny("qwen2", "qwen2-tied", tied=True, num_query_groups=8),
     tiny("qwen2", vocab_size=64),
-    tiny("qwen3", kv_channels=5),
+    tiny("qwen3", kv_channels=6),
     tiny("qwen3", "qwen3-tied", tied=True, dtype="float32"),
 )
 """One model for everything that can go wrong; a sample of families and shapes, not the product."""
@@ -259,6 +259,19 @@ PADDED: Sequence[TinyModel] = (
     tiny("qwen2", "qwen2-tied-padded", rows=40, tied=True),
 )
 """Models whose embeddings have more rows than their vocabulary."""
+
+
+def divides(spec: ModelSpec, tp: int) -> bool:
+    """Return whether Megatron can cut a model over ``tp`` ranks.
+
+    A size above the number of query groups must be a multiple of it, and divide the fused rows.
+    """
+    groups = spec.num_query_groups
+    return not (
+        spec.num_attention_heads % tp
+        or spec.ffn_hidden_size % tp
+        or (groups % tp and (tp % groups or spec.qkv_rows % tp))
+    )
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, NDArray[Any]]) -> Path:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ckptx.errors import PlanError
 from ckptx.lazy import ITEMSIZE
 from ckptx.parallel import Pipeline
-from ckptx.testing.models import Arrays, TinyModel, tiny
+from ckptx.testing.models import Arrays, TinyModel, divides, tiny
 from ckptx.testing.tagged import tagged
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -60,15 +60,7 @@ def models(draw: st.DrawFn, max_layers: int = 6) -> TinyModel:
 
 def tensor_parallel_sizes(model: TinyModel, largest: int = 8) -> st.SearchStrategy[int]:
     """The tensor-parallel sizes that Megatron allows for a model."""
-    spec = model.spec
-    fitting = [
-        tp
-        for tp in range(1, largest + 1)
-        if not spec.num_attention_heads % tp
-        and not spec.ffn_hidden_size % tp
-        and (not spec.num_query_groups % tp or not tp % spec.num_query_groups)
-    ]
-    return st.sampled_from(fitting)
+    return st.sampled_from([tp for tp in range(1, largest + 1) if divides(model.spec, tp)])
 
 
 @st.composite

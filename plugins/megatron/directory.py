@@ -83,16 +83,16 @@ def find(source: Path) -> IterationDirectory:
         directory = source / iteration_name(iteration)
         if not directory.is_dir():
             raise FormatError(
-                f"{tracker}: points to {directory.name}, which is not there; correct the tracker or "
-                "give the iteration directory itself"
+                f"{tracker}: points to {directory.name}, which is not there; correct the tracker "
+                "or give the iteration directory itself"
             )
     else:
         iteration = _iteration_of(directory)
     stored = _format(directory)
     if stored is None:
         raise FormatError(
-            f"{directory}: neither metadata.json nor mp_rank_* is there; not a Megatron checkpoint, "
-            "or one whose saving was interrupted"
+            f"{directory}: neither metadata.json nor mp_rank_* is there; not a Megatron "
+            "checkpoint, or one whose saving was interrupted"
         )
     if stored == "fsdp_dtensor":
         raise FormatError(

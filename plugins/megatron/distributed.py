@@ -1,8 +1,9 @@
 """The ``torch_dist`` form: PyTorch DCP files with Megatron's global tensors.
 
-Layers are stacked: ``decoder.layers.mlp.linear_fc2.weight`` has a leading axis for the layers, unless
-the model is not homogeneous and has keys per layer. There is one chunk per layer and tensor-parallel
-rank; gate and up of a gated MLP are chunks of their own. Files are named after the rank that writes.
+Layers are stacked: ``decoder.layers.mlp.linear_fc2.weight`` has a leading axis for the layers,
+unless the model is not homogeneous and has keys per layer. There is one chunk per layer and
+tensor-parallel rank; gate and up of a gated MLP are chunks of their own. Files are named after the
+rank that writes.
 
 Source: NVIDIA/Megatron-LM megatron/core/dist_checkpointing/strategies/torch.py,
 megatron/core/transformer/transformer_block.py @ core_v0.16.1.
@@ -88,7 +89,7 @@ class Target:
 
 
 def plan(model: Model, target: Target) -> Iterator[FilePlan]:
-    """Yield the files of a ``torch_dist`` checkpoint: one per model-parallel rank, and the metadata."""
+    """Yield the files of a checkpoint: one per model-parallel rank, and the metadata."""
     files: dict[str, list[dcp.TensorItem | dcp.ObjectItem]] = {}
     for chunk in target.chunks:
         for rank in range(target.tp):
@@ -100,9 +101,23 @@ def plan(model: Model, target: Target) -> Iterator[FilePlan]:
         "checkpoint_version": 3.0,
         "iteration": target.iteration,
         "content_metadata": CONTENT,
+        **_empty_stages(target.chunks),
     }
     yield torch_zip.plan_file("common.pt", common)
     yield from literal_files({"metadata.json": json.dumps(METADATA).encode()})
+
+
+def _empty_stages(chunks: Sequence[Chunk]) -> dict[str, Any]:
+    """Return an empty ``modelN`` for every virtual stage that holds nothing on some rank.
+
+    A rank asks for the state of each of its stages. That of an empty one has no tensors, so Megatron
+    finds it among the common state, where it saves it, or not at all.
+    """
+    return {
+        f"model{chunk.vpp_rank}": {}
+        for chunk in chunks
+        if not (chunk.layers or chunk.embedding or chunk.output)
+    }
 
 
 def _items(
@@ -200,6 +215,6 @@ def _check_backend(path: Any) -> None:
         raise FormatError(f"{path}: not valid JSON: {error}") from error
     if backend != "torch_dist":
         raise FormatError(
-            f"{path}: sharded_backend is {backend!r}, expected 'torch_dist'; zarr checkpoints must be "
-            "saved again by the Megatron that wrote them"
+            f"{path}: sharded_backend is {backend!r}, expected 'torch_dist'; zarr checkpoints must "
+            "be saved again by the Megatron that wrote them"
         )

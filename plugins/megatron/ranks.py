@@ -85,7 +85,9 @@ def read(checkpoint: IterationDirectory) -> Source:
     }
 
     def messages(spec: ModelSpec) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
-        return _messages(grid, tp, Pipeline.from_args({**args, "num_layers": spec.num_layers}), spec)
+        return _messages(
+            grid, tp, Pipeline.from_args({**args, "num_layers": spec.num_layers}), spec
+        )
 
     return Source(
         directory,
@@ -259,8 +261,8 @@ def _check_directories(directory: Path, expected: list[str], found: list[str]) -
         )
     if extra:
         raise FormatError(
-            f"{directory}: {listing(extra)} do not belong to the {len(expected)} ranks that the args "
-            "name; the directory mixes checkpoints"
+            f"{directory}: {listing(extra)} do not belong to the {len(expected)} ranks that the "
+            "args name; the directory mixes checkpoints"
         )
 
 
@@ -269,8 +271,8 @@ def _check_same_run(first: _Rank, rank: _Rank) -> None:
         here, there = first.args.get(name), rank.args.get(name)
         if here != there:
             raise FormatError(
-                f"{rank.path}: {name} is {there}, in {first.path.parent.name} it is {here}; the rank "
-                "files are of different runs"
+                f"{rank.path}: {name} is {there}, in {first.path.parent.name} it is {here}; the "
+                "rank files are of different runs"
             )
     if first.iteration != rank.iteration:
         raise FormatError(
@@ -292,5 +294,3 @@ def _dropped(grid: list[_Rank]) -> Iterator[Dropped]:
                 totals[file.name] = totals.get(file.name, 0) + file.stat().st_size
     for key, size in totals.items():
         yield Dropped(key, WEIGHTS_ONLY, size)
-
-

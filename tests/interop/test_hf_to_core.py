@@ -13,7 +13,7 @@ FORMATS = ("torch_dist", "torch")
 
 
 @pytest.mark.parametrize(
-    ("family", "layout", "format", "spec"), grid(FAMILIES, LAYOUTS, FORMATS, IMPLEMENTATIONS)
+    ("family", "layout", "format", "spec"), grid(list(FAMILIES), list(LAYOUTS), FORMATS, list(IMPLEMENTATIONS))
 )
 def test_same_logits(family, layout, format, spec, source_of, tmp_path):
     source, layout = source_of(family), LAYOUTS[layout]
@@ -30,12 +30,14 @@ def test_same_logits(family, layout, format, spec, source_of, tmp_path):
     assert difference(found[..., : source.config.vocab_size], source.logits) <= CLOSE
 
 
-@pytest.mark.parametrize(("family", "format"), grid(FAMILIES, FORMATS))
-def test_checkpoint_alone_says_which_model_it_is(family, format, source_of, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoint_alone_says_which_model_it_is(family, source_of, tmp_path):
     source, layout = source_of(family), LAYOUTS["tp2-pp2"]
-    convert(source.directory, tmp_path / "core", "core", ckpt_format=format, **sizes(layout))
-    found = mcore.read(None, layout, tmp_path / "core", source.tokens, format=format)
-    assert difference(found[..., : source.config.vocab_size], source.logits) <= CLOSE
+    for format in FORMATS:
+        directory = tmp_path / format
+        convert(source.directory, directory, "core", ckpt_format=format, **sizes(layout))
+        found = mcore.read(None, layout, directory, source.tokens, format=format)
+        assert difference(found[..., : source.config.vocab_size], source.logits) <= CLOSE
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2-tied"])

@@ -1,0 +1,151 @@
+"""The weights of a Hugging Face model directory, and what a base model may fill in."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptx.containers import safetensors, torch_zip
+from ckptx.errors import FormatError, listing
+from ckptx.lazy import Stored
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(slots=True)
+class Weights:
+    """The tensors of several files, each name once.
+
+    ``paths`` is the file table that the tensors refer to, ``homes`` says in which file each lies.
+    """
+
+    paths: list[Path]
+    tensors: dict[str, Stored]
+    homes: dict[str, str]
+
+    def add(self, path: Path) -> None:
+        """Add the tensors of a file.
+
+        Raises:
+            FormatError: the file is damaged, or holds a tensor that another has.
+        """
+        number = len(self.paths)
+        self.paths.append(path)
+        for name, tensor in _read_file(path, number).items():
+            if name in self.tensors:
+                raise FormatError(
+                    f"{path}: {name!r} is also in {self.homes[name]}; remove the file that does "
+                    "not belong to this model"
+                )
+            self.tensors[name] = tensor
+            self.homes[name] = path.name
+
+
+def read_weights(source: Path) -> Weights:
+    """Return the tensors of a model directory, or of one file.
+
+    Raises:
+        FormatError: shards are missing, damaged, or do not belong together.
+    """
+    weights = Weights([], {}, {})
+    if source.is_file():
+        weights.add(source)
+        return weights
+    index = next((source / name for name in INDEXES if (source / name).exists()), None)
+    if index is not None:
+        _read_index(index, weights)
+        return weights
+    single = next((source / name for name in SINGLES if (source / name).exists()), None)
+    paths = [single] if single else sorted(source.glob("*.safetensors"))
+    numbered = [path for path in paths if "-of-" in path.name]
+    if numbered:
+        raise FormatError(
+            f"{source}: holds shards ({numbered[0].name}) but no index ({INDEXES[0]}), so a "
+            "missing shard could not be seen; copy the index"
+        )
+    if not paths:
+        raise FormatError(f"{source}: holds no weights ({', '.join(SINGLES)} or an index)")
+    for path in paths:
+        weights.add(path)
+    return weights
+
+
+def _read_index(index: Path, weights: Weights) -> None:
+    try:
+        mapping = json.loads(index.read_bytes())["weight_map"]
+        shards = sorted(set(mapping.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{index}: not a weight index: {error}") from error
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise FormatError(f"{index}: {shard!r} is not the name of a file beside it")
+    absent = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if absent:
+        raise FormatError(
+            f"{index.parent}: {len(absent)} of {len(shards)} shards are missing: "
+            f"{listing(absent)}; copy them"
+        )
+    for shard in shards:
+        weights.add(index.parent / shard)
+    wrong = [name for name, shard in mapping.items() if weights.homes.get(name) != shard]
+    if wrong:
+        first = wrong[0]
+        raise FormatError(
+            f"{index}: says {first!r} is in {mapping[first]}, found in "
+            f"{weights.homes.get(first, 'no file')} ({len(wrong)} such tensors); the index and the "
+            "shards are of different models"
+        )
+    unlisted = sorted(set(weights.tensors) - set(mapping))
+    if unlisted:
+        raise FormatError(
+            f"{index}: does not list {listing(unlisted)}, which the shards hold; the index and the "
+            "shards are of different models"
+        )
+
+
+def _read_file(path: Path, number: int) -> dict[str, Stored]:
+    if path.suffix == ".safetensors":
+        return safetensors.tensors(path, number)
+    value = torch_zip.read(path, number).value
+    if not isinstance(value, dict) or not all(isinstance(v, Stored) for v in value.values()):
+        raise FormatError(f"{path}: expected a plain state dict of tensors; use --loader pytorch")
+    return value
+
+
+def fill_from_base(weights: Weights, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Add tensors of ``--hf-base`` that the source lacks and ``--fill-from-base`` names.
+
+    Returns:
+        One remark for each tensor that was added.
+
+    Raises:
+        FormatError: patterns without a base, or a pattern that adds nothing.
+    """
+    patterns = tuple(options.get("fill_from_base") or ())
+    if not patterns:
+        return ()
+    if options.get("hf_base") is None:
+        raise FormatError("--fill-from-base needs --hf-base, the model to fill from")
+    base = read_weights(Path(options["hf_base"]))
+    shift = len(weights.paths)
+    notes = []
+    for pattern in patterns:
+        names = [n for n in fnmatch.filter(base.tensors, pattern) if n not in weights.tensors]
+        if not names:
+            raise FormatError(
+                f"--fill-from-base {pattern!r}: matches no tensor of the base that the source lacks"
+            )
+        for name in names:
+            tensor = base.tensors[name]
+            weights.tensors[name] = Stored(
+                tensor.dtype, tensor.shape, tensor.file + shift, tensor.offset, tensor.strides
+            )
+            weights.homes[name] = base.homes[name]
+            notes.append(f"{name!r} was filled from the base model, {base.homes[name]}")
+    weights.paths += base.paths
+    return tuple(notes)
