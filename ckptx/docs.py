@@ -257,19 +257,22 @@ def recognised() -> str:
     return f"{lines}."
 
 
-def example(pattern: str, language: str) -> Callable[[], str]:
-    """Return what shows the one file of the example package that a pattern matches."""
+def example(pattern: str, language: str, *, tests: bool = False) -> Callable[[], str]:
+    """Return what shows the files of the example package that a pattern matches."""
 
     def show() -> str:
         folder = ROOT / "examples" / "ckptx-npz"
-        found = sorted(folder.glob(pattern))
+        paths = {path.relative_to(folder): path for path in sorted(folder.rglob(pattern))}
+        found = {
+            name: path.read_text().rstrip()
+            for name, path in paths.items()
+            if ("tests" in name.parts) == tests and "build" not in name.parts
+        }
         if not found:
             raise PluginError(f"{folder}: holds no {pattern}, which the documents show")
-        blocks = [
-            f"`{path.relative_to(folder)}`:\n\n```{language}\n{path.read_text().rstrip()}\n```"
-            for path in found
-        ]
-        return "\n\n".join(blocks)
+        return "\n\n".join(
+            f"`{name}`:\n\n```{language}\n{text}\n```" for name, text in found.items() if text
+        )
 
     return show
 
@@ -286,8 +289,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "symbols": symbols,
     "recognised": recognised,
     "example-pyproject": example("pyproject.toml", "toml"),
-    "example-module": example("ckptx_npz.py", "python"),
-    "example-test": example("tests/test_*.py", "python"),
+    "example-module": example("*.py", "python"),
+    "example-test": example("test_*.py", "python", tests=True),
 }
 """The generated parts by name."""
 

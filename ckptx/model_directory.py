@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ckptx import manager
 from ckptx.errors import FormatError, SchemaError
+from ckptx.lazy import LazyTensor
+from ckptx.loading import drop_ignored, main_dtype, messages_of, passthrough, resolve_tie
+from ckptx.protocol import Begin, Dropped, End, Message
+from ckptx.saving import Model, named_tensors
 from ckptx.schema import Family
 
 CONFIG = "config.json"
@@ -93,6 +98,56 @@ def family_named(name: str) -> Family:
     if name not in families:
         raise SchemaError(f"unknown model family {name!r}; known: {', '.join(sorted(families))}")
     return families[name]
+
+
+def hf_messages(
+    begin: Begin, tensors: Mapping[str, LazyTensor], notes: tuple[str, ...] = ()
+) -> Iterator[Message]:
+    """Yield the messages of a model whose tensors have Hugging Face's names.
+
+    The config among the sidecars of ``begin`` says which model it is, and completes ``begin``.
+    Without one, or of an unknown architecture, tensors pass through. ``notes`` go before others.
+
+    Raises:
+        SchemaError: tensors are missing, left over, or not of the shapes that the config says.
+    """
+    config = read_config(begin.sidecars, begin.root)
+    family = family_of(config) if config else None
+    if config is None or family is None:
+        named = (config or {}).get("architectures") or ["no architecture"]
+        yield begin
+        yield passthrough(tensors)
+        note = f"{', '.join(named)}: no schema, tensors pass through by name"
+        yield End(notes=(*notes, note))
+        return
+    spec = replace(family.from_config(config), dtype=main_dtype(tensors))
+    layout = family.layout("hf")
+    left = dict(tensors)
+    dropped = drop_ignored(layout, left)
+    if spec.tied:
+        tied, copies, remarks = resolve_tie(
+            left, "model.embed_tokens.weight", "lm_head.weight", begin.files
+        )
+        spec, dropped, notes = replace(spec, tied=tied), (*dropped, *copies), (*notes, *remarks)
+    yield replace(begin, layout=layout.name, parts={"language": spec})
+    yield from messages_of(layout, left, spec)
+    yield End(dropped, notes)
+
+
+def hf_tensors(model: Model) -> tuple[dict[str, LazyTensor], tuple[Dropped, ...]]:
+    """Return the tensors of a model under Hugging Face's names, and the padding dropped.
+
+    Raises:
+        SchemaError: they have other names and no schema knows the model.
+    """
+    if model.passthrough is None:
+        return named_tensors(model, family_named(model.spec.family).layout("hf"))
+    if not model.begin.layout.startswith("hf"):
+        raise SchemaError(
+            f"tensors are named as {model.begin.layout} and no schema knows their model; "
+            "give --hf-base with a config of a known architecture"
+        )
+    return dict(model.passthrough), ()
 
 
 def dump_config(config: Mapping[str, Any]) -> bytes:

@@ -16,9 +16,10 @@ from ckptx.protocol import Dropped
 
 @dataclass(frozen=True, slots=True)
 class Crc32:
-    """Four bytes, little-endian: the CRC-32 of region number ``region`` of the same file."""
+    """Four bytes, little-endian: the CRC-32 of ``head`` and then ``region`` of the same file."""
 
     region: int
+    head: bytes = b""
 
 
 Content: TypeAlias = bytes | LazyTensor | Crc32

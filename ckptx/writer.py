@@ -217,7 +217,8 @@ class _Executor:
         """Write the checksums of a file whose tensors are all there, and sync it meanwhile."""
         for region in output.plan.regions:
             if isinstance(region.content, Crc32):
-                value = _combined(output.checksums[region.content.region])
+                parts = output.checksums[region.content.region]
+                value = _combined(isal_zlib.crc32(region.content.head), parts)
                 self._targets.write(output.path, region.offset, value.to_bytes(4, "little"))
         self._syncs.append(self._syncer.submit(self._targets.sync, output.path))
 
@@ -372,8 +373,7 @@ def _digests(output: _Output, name: str) -> dict[int, str]:
     return {number: tensor_digest(name, leaves) for number, leaves in output.leaves.items()}
 
 
-def _combined(parts: Sequence[tuple[int, int]]) -> int:
-    crc = 0
+def _combined(crc: int, parts: Sequence[tuple[int, int]]) -> int:
     for part, size in parts:
         crc = isal_zlib.crc32_combine(crc, part, size)
     return crc

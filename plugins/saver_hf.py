@@ -15,11 +15,11 @@ from ckptx.errors import PlanError, SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import ITEMSIZE, LazyTensor
 from ckptx.loading import main_dtype
-from ckptx.model_directory import CONFIG, dump_config, family_named, family_of, read_config
+from ckptx.model_directory import CONFIG, dump_config, family_named, family_of, hf_tensors, read_config
 from ckptx.plan import FilePlan, SavePlan, literal_files
 from ckptx.plugin import Saver
 from ckptx.protocol import Message
-from ckptx.saving import Model, collect, named_tensors
+from ckptx.saving import Model, collect
 from ckptx.schemas.hf import differences, merge_config
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -50,16 +50,7 @@ class HfSaver:
     def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
         """Return the plan of a model directory."""
         model = collect(messages)
-        if model.passthrough is None:
-            family = family_named(model.spec.family)
-            tensors, dropped = named_tensors(model, family.layout("hf"))
-        else:
-            if not model.begin.layout.startswith("hf"):
-                raise SchemaError(
-                    f"tensors are named as {model.begin.layout} and no schema knows their model; "
-                    "give --hf-base with a config of a known architecture"
-                )
-            tensors, dropped = dict(model.passthrough), ()
+        tensors, dropped = hf_tensors(model)
         files, notes = _sidecars(model, main_dtype(tensors))
         limit = parse_size(options.get("max_shard_size") or "5GB")
         plans = [*literal_files(files), *_weight_files(tensors, limit)]
@@ -97,6 +88,13 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
     spec = replace(model.spec, dtype=dtype)
     family = family_named(spec.family)
     if config is None:
+        if spec.vocab_size is None:
+            rows = model.messages["embeddings"]["word embeddings"].shape[0]
+            spec = replace(spec, vocab_size=rows)
+            notes.append(
+                f"the true vocabulary is unknown, so all {rows} rows are kept, padding included; "
+                "--true-vocab-size cuts it"
+            )
         files[CONFIG] = dump_config(family.to_config(spec))
         notes.append(
             f"{CONFIG} was made from the checkpoint's own arguments; there is no tokenizer"

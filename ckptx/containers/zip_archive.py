@@ -65,12 +65,17 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class NewMember:
-    """A member to be written; ``label`` names a tensor in reports."""
+    """A member to be written; ``label`` names a tensor in reports.
+
+    ``head`` are bytes before the content, as formats have them that wrap a tensor; ``size`` counts
+    both.
+    """
 
     name: str
     size: int
     content: bytes | LazyTensor
     label: str = ""
+    head: bytes = b""
 
 
 def read_members(file: SourceFile, start: int = 0, length: int | None = None) -> dict[str, Member]:
@@ -206,6 +211,8 @@ def _local_size(file: SourceFile, offset: int, name: str) -> int:
 class ArchiveWriter:
     """Collects the regions of one archive, bytes and tensors in file order.
 
+    Members are in the folder ``root``, or in none if it is empty.
+
     With ``checksums`` off the CRC-32 of tensors is left 0, as torch's readers allow.
     """
 
@@ -221,7 +228,7 @@ class ArchiveWriter:
 
     def add(self, member: NewMember) -> None:
         """Append a member."""
-        name = f"{self._root}/{member.name}".encode()
+        name = (f"{self._root}/{member.name}" if self._root else member.name).encode()
         header, size = self._position, member.size
         place = [header] if header >= LIMIT32 else []
         wide = size >= LIMIT32
@@ -272,17 +279,18 @@ class ArchiveWriter:
 
     def _put_payload(self, member: NewMember) -> bytes | Crc32:
         """Append the payload; return its CRC-32, or where it will come from."""
-        if isinstance(member.content, bytes):
-            self._put(member.content)
-            return zlib.crc32(member.content).to_bytes(4, "little")
-        if not member.size:
-            return bytes(4)
+        content, size = member.content, member.size - len(member.head)
+        if isinstance(content, bytes) or not size:
+            data = member.head + (content if isinstance(content, bytes) else b"")
+            self._put(data)
+            return zlib.crc32(data).to_bytes(4, "little")
+        self._put(member.head)
         self._flush()
         number = len(self._regions)
-        self._regions.append(Region(self._position, member.size, member.content, member.label))
-        self._position += member.size
+        self._regions.append(Region(self._position, size, content, member.label))
+        self._position += size
         self._pending_start = self._position
-        return Crc32(number) if self._checksums else bytes(4)
+        return Crc32(number, member.head) if self._checksums else bytes(4)
 
     def _put_crc(self, crc: bytes | Crc32) -> None:
         if isinstance(crc, bytes):

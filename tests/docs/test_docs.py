@@ -223,7 +223,7 @@ def test_shell_blocks_run(name, tmp_path):
 def test_site_builds(tmp_path):
     pytest.importorskip("mkdocs")
     run = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
