@@ -30,8 +30,8 @@ from ckptx.lazy import (
     Stored,
     Tiled,
     is_widening,
-    leaves,
 )
+from ckptx.pieces import leaves
 from ckptx.plan import Content, Crc32, FilePlan, SavePlan
 from ckptx.protocol import Begin, Dropped, End, SourceTensor
 

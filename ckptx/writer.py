@@ -27,7 +27,8 @@ import xxhash
 from isal import isal_zlib
 
 from ckptx.errors import ConversionError, PlanError
-from ckptx.lazy import ITEMSIZE, Cast, LazyTensor, Stored, flat_boxes, pieces
+from ckptx.lazy import ITEMSIZE, Cast, LazyTensor, Stored
+from ckptx.pieces import flat_boxes, pieces
 from ckptx.plan import Crc32, FilePlan, Region, SavePlan
 from ckptx.reader import WINDOW, Files, Gather
 from ckptx.replicas import check_replicas

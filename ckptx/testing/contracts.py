@@ -32,7 +32,8 @@ import pytest
 from numpy.typing import NDArray
 
 from ckptx.errors import CkptxError
-from ckptx.lazy import ITEMSIZE, LazyTensor, Shape, Stored, pieces, stored
+from ckptx.lazy import ITEMSIZE, LazyTensor, Shape, Stored, stored
+from ckptx.pieces import pieces
 from ckptx.plugin import Loader, Saver
 from ckptx.protocol import PASSTHROUGH, Begin, End, Message, Tensors
 from ckptx.schema import Family, Layout, Rule, Taker, check_message, give

@@ -14,7 +14,6 @@ from tests.oracles.mcore import Layout
 from .conversion import (
     CLOSE,
     FAMILIES,
-    IMPLEMENTATIONS,
     LAYOUTS,
     convert,
     difference,
@@ -24,7 +23,8 @@ from .conversion import (
 )
 
 FORMATS = ("torch_dist", "torch")
-ARGS_NAMES = ("0.16", "0.15")
+# The spec, and the version whose names args have.
+WRITERS = ("te 0.16", "te 0.15", "local 0.16")
 PER_LAYER = {
     "singleton shards": {"singleton_local_shards": True},
     "layers apart": {"non_homogeneous_layers": True},
@@ -32,11 +32,12 @@ PER_LAYER = {
 
 
 @pytest.mark.parametrize(
-    ("family", "layout", "format", "spec", "args_names"),
-    grid(list(FAMILIES), list(LAYOUTS), FORMATS, list(IMPLEMENTATIONS), ARGS_NAMES),
+    ("family", "layout", "format", "writer"),
+    grid(list(FAMILIES), list(LAYOUTS), FORMATS, WRITERS),
 )
-def test_same_logits(family, layout, format, spec, args_names, source_of, tmp_path):
+def test_same_logits(family, layout, format, writer, source_of, tmp_path):
     source, layout = source_of(family), LAYOUTS[layout]
+    spec, args_names = writer.split()
     expected = mcore.write(
         source.megatron(spec, layout),
         layout,
