@@ -477,6 +477,13 @@ class TestMegatronCheckpoints:
         torch.save({}, iteration / "common.pt")
         assert "--hf-base" in user.cannot_convert("hf")
 
+    def test_args_are_no_namespace(self, core, user):
+        import torch
+
+        path = core("torch_dist") / "common.pt"
+        torch.save({"args": 3}, path)
+        assert f"{path}: args are of type int, expected a namespace" in user.cannot_convert("hf")
+
     def test_base_model_of_another_family(self, core, user, write_llama):
         core("torch_dist")
         base = user.place / "base"
