@@ -358,6 +358,34 @@ def concat(parts: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
     return _tiled(shape, tiles)
 
 
+def rejoin(parts: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
+    """Return `concat` of what may have been cut from one tensor: then it is that tensor again.
+
+    Examples:
+        >>> whole = stored(0, 0, "bfloat16", (6, 4))
+        >>> rejoin([whole.narrow(0, 0, 2), whole.narrow(0, 2, 6)]) == whole
+        True
+    """
+    joined = list(parts[:1])
+    for part in parts[1:]:
+        extent = _extent_of(joined[-1], part, axis)
+        joined[-1:] = [joined[-1], part] if extent is None else [extent]
+    return concat(joined, axis)
+
+
+def _extent_of(first: LazyTensor, second: LazyTensor, axis: int) -> LazyTensor | None:
+    """Return the extent of which two stored tensors are the halves along ``axis``, if they are."""
+    if not (isinstance(first, Stored) and isinstance(second, Stored)):
+        return None
+    length = first._length(axis)
+    size = length + second._length(axis)
+    strides = second.strides if length == 1 else first.strides
+    shape = (*first.shape[:axis], size, *first.shape[axis + 1 :])
+    whole = Stored(first.dtype, shape, first.file, first.offset, strides)
+    halves = [whole.narrow(axis, 0, length), whole.narrow(axis, length, size)]
+    return whole if halves == [first, second] else None
+
+
 def stack(parts: Sequence[LazyTensor]) -> LazyTensor:
     """Return the parts, which have one shape, along a new first axis."""
     return concat([part.unsqueeze() for part in parts])

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from ckptx.errors import PlanError, SchemaError, listing
-from ckptx.lazy import LazyTensor, Shape, concat, deinterleave, interleave, replicated
+from ckptx.lazy import LazyTensor, Shape, concat, deinterleave, interleave, rejoin, replicated
 from ckptx.spec import ModelSpec
 
 Tensor: TypeAlias = LazyTensor
@@ -106,9 +106,56 @@ class _Qkv:
         return [spec.num_attention_heads // tp * spec.kv_channels, key, key]
 
 
+class _FusedQkv(_Qkv):
+    """Query, key and value in one tensor: all heads of query, then of key, then of value.
+
+    Source: huggingface/transformers src/transformers/models/{gpt2,phi3}/modeling_*.py @ v5.23.0.
+    """
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        return [rejoin(super().pack(canonical, spec, tp))]
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        (fused,) = packed
+        rows = self._rows(spec, tp)
+        if fused.shape[0] != sum(rows):
+            raise SchemaError(
+                f"query, key and value have {fused.shape[0]} rows, the config says {sum(rows)}"
+            )
+        return super().unpack(deinterleave(fused, rows, groups=1), spec, tp)
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        raise SchemaError("query, key and value one after another are not in Megatron's order")
+
+
+@dataclass(frozen=True, slots=True)
+class Transposed:
+    """What ``iso`` packs, each matrix stored as [in, out]: GPT-2's ``Conv1D``."""
+
+    iso: Iso
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        """Return the layout's tensors, transposed."""
+        return [self._turned(tensor) for tensor in self.iso.pack(canonical, spec, tp)]
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        """Return the canonical tensors of transposed ones."""
+        return self.iso.unpack([self._turned(tensor) for tensor in packed], spec, tp)
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        """Raise: no canonical tensor lies as it is in a transposed one."""
+        raise SchemaError("a transposed tensor does not hold the canonical one as it is")
+
+    def _turned(self, tensor: Tensor) -> Tensor:
+        if len(tensor.shape) != 2:
+            raise SchemaError(f"found {list(tensor.shape)} where a matrix is expected")
+        return tensor.permute((1, 0))
+
+
 SAME: Iso = _Same()
 GLU: Iso = _Glu()
 QKV: Iso = _Qkv()
+FUSED_QKV: Iso = _FusedQkv()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +236,19 @@ class Layout:
                     yield section.message.format(layer=layer), layer, rules
             elif rules:
                 yield section.message, None, rules
+
+    def names_of(self, message: str, key: str) -> tuple[str, ...]:
+        """Return the names, in any spelling, of a canonical tensor that is stored by itself.
+
+        Rules that depend on the model's dimensions count too.
+        """
+        return tuple(
+            spelling.names[0]
+            for section in self.sections
+            for entry in section.rules
+            for spelling in entry.spellings
+            if section.message == message and entry.keys == (key,) and len(spelling.names) == 1
+        )
 
 
 class Taker:
@@ -328,6 +388,10 @@ class Family:
     to_config: Callable[[ModelSpec], dict[str, Any]]
     proof: Mapping[str, str] = field(default_factory=dict)
     """For the support matrix: what proves each layout."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """By convention: why the family cannot have that layout."""
+    limits: tuple[str, ...] = ()
+    """For the support matrix: which models of the family cannot be converted, or need a hand."""
 
     def layout(self, convention: str) -> Layout:
         """Return the layout of a convention (``"hf"``, ``"mcore"``).
@@ -336,9 +400,10 @@ class Family:
             SchemaError: the family has none.
         """
         if convention not in self.layouts:
+            reason = self.refused.get(convention, "its tensors cannot be named that way")
             raise SchemaError(
                 f"family {self.name} has no {convention} layout, only "
-                f"{', '.join(sorted(self.layouts))}: its tensors cannot be named that way"
+                f"{', '.join(sorted(self.layouts))}: {reason}"
             )
         return self.layouts[convention]
 

@@ -16,6 +16,7 @@ from ckptx.lazy import (
     deinterleave,
     interleave,
     is_widening,
+    rejoin,
     replicated,
     stack,
     stored,
@@ -173,3 +174,21 @@ def test_widening_casts_are_those_that_keep_every_value():
         wide |= {(eight, w) for w in ("float16", "bfloat16", "float32", "float64")}
     assert proper == wide
     assert {(d, d) for d in ITEMSIZE} <= exact
+
+
+def test_what_was_cut_from_one_extent_is_that_extent_again():
+    whole = stored(0, 8, "float32", (6, 4))
+    for view in (whole, whole.permute((1, 0))):
+        rows = view.shape[0]
+        parts = [view.narrow(0, n, n + 2) for n in range(0, rows, 2)]
+        assert rejoin(parts) == view
+        assert rejoin([view.narrow(1, 0, 2), view.narrow(1, 2, view.shape[1])], 1) == view
+
+
+def test_what_was_not_cut_from_one_extent_is_only_joined():
+    whole = stored(0, 8, "float32", (6, 4))
+    first, last = whole.narrow(0, 0, 2), whole.narrow(0, 3, 6)
+    assert rejoin([first, last]) == concat([first, last])
+    assert rejoin([last, first]) == concat([last, first])
+    other = stored(1, 8 + 2 * 16, "float32", (2, 4))
+    assert rejoin([first, other]) == concat([first, other])

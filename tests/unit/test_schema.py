@@ -11,11 +11,15 @@ from ckptx.errors import PlanError, SchemaError
 from ckptx.lazy import LazyTensor, Replicated, stored
 from ckptx.reader import read
 from ckptx.schema import (
+    FUSED_QKV,
     GLU,
     QKV,
+    SAME,
+    Family,
     Layout,
     Section,
     Taker,
+    Transposed,
     check_message,
     give,
     place,
@@ -217,3 +221,53 @@ def test_a_message_holds_exactly_the_keys_of_its_rules():
         SchemaError, match=r"'final norm' lacks 'norm' and has 'bias', which mcore cannot hold"
     ):
         check_message([NORM], {"bias": tensor}, "final norm", "mcore")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_heads_one_after_another_are_those_of_torch(store, transposed):
+    """Both ways against a fused tensor that torch arranges, and as [in, out] as GPT-2's Conv1D."""
+    fused, parts = qkv()
+    joined = torch.cat(parts)
+    iso = Transposed(FUSED_QKV) if transposed else FUSED_QKV
+    packed = store.put(joined.T.contiguous() if transposed else joined)
+    (canonical,) = iso.unpack([packed], SPEC, 1)
+    assert torch.equal(store.get(canonical), fused)
+    (again,) = iso.pack([canonical], SPEC, 1)
+    assert again == packed  # the very same extent, not pieces of it
+    (made,) = iso.pack([store.put(fused)], SPEC, 1)
+    assert torch.equal(store.get(made), joined.T if transposed else joined)
+
+
+def test_biases_one_after_another_are_those_of_torch(store):
+    bias = torch.arange((HEADS + 2 * GROUPS) * HEAD_DIM, dtype=torch.float32)
+    (canonical,) = FUSED_QKV.unpack([store.put(bias)], SPEC, 1)
+    found = store.get(canonical).reshape(GROUPS, -1)
+    assert found[1].tolist() == [4.0, 5.0, 6.0, 7.0, 18.0, 19.0, 26.0, 27.0]
+
+
+def test_isos_that_rearrange_one_tensor_say_what_is_wrong(store):
+    tensor = store.put(torch.zeros(5, HIDDEN))
+    with pytest.raises(SchemaError, match="have 5 rows, the config says 32"):
+        FUSED_QKV.unpack([tensor], SPEC, 1)
+    with pytest.raises(SchemaError, match=r"found \[3\] where a matrix is expected"):
+        Transposed(SAME).pack([store.put(torch.zeros(3))], SPEC, 1)
+    for iso in (FUSED_QKV, Transposed(SAME)):
+        with pytest.raises(SchemaError):
+            iso.origins([(5, HIDDEN)])
+
+
+def test_a_layout_names_a_tensor_in_every_spelling():
+    assert LAYOUT.names_of("transformer layer {layer}", "norm") == (
+        "layers.{layer}.norm",
+        "layers.{layer}.ln",
+    )
+    assert LAYOUT.names_of("output", "head") == ("head",)
+    assert LAYOUT.names_of("output", "none") == ()
+
+
+def test_a_family_says_why_it_lacks_a_layout():
+    family = Family("t", (), (), {"hf": LAYOUT}, {}, {}, refused={"mcore": "it is round"})  # type: ignore[arg-type] # not called
+    with pytest.raises(SchemaError, match="family t has no mcore layout, only hf: it is round"):
+        family.layout("mcore")
+    with pytest.raises(SchemaError, match="cannot be named that way"):
+        family.layout("legacy")
