@@ -32,8 +32,8 @@ WIDTH = 80
 """Columns of the help texts."""
 
 FROM_HF, TO_HF = "tests/interop/test_hf_to_core.py", "tests/interop/test_core_to_hf.py"
-LOGITS_FAMILIES = "tests/interop/conversion.py"
-"""Names the families whose logits are compared, as ``hf.llama``."""
+LOGITS_FAMILIES = ("tests/interop/conversion.py", "tests/interop/test_dense_families.py")
+"""Name the families whose logits are compared, as ``hf.llama``."""
 
 PROOFS: Mapping[tuple[str, str], tuple[str, str]] = {
     ("hf", "load"): ("L", FROM_HF),
@@ -50,6 +50,8 @@ PROOFS: Mapping[tuple[str, str], tuple[str, str]] = {
 LEGEND = {
     "L": "transformers and real megatron-core, on either side of the conversion, compute the same "
     "logits (`tests/interop`)",
+    "T": "transformers loads what went through ckptx and computes the same logits as before "
+    "(`tests/interop`)",
     "P": "torch itself is on the other side (`tests/formats`)",
     "K": "the conformance kit, with models made by hand (`tests/formats`, `tests/schemas`)",
 }
@@ -127,7 +129,14 @@ def support_matrix() -> str:
     head = ["family", "architecture", *(f"`{column[0]}`" for column in columns)]
     used = {letter for row in rows for cell in row[2:] for letter in re.findall(r" (\w)", cell)}
     legend = [f"- {letter}: {text}" for letter, text in LEGEND.items() if letter in used]
-    return "\n".join([table(head, rows), "", *legend])
+    limits = [
+        f"- {family.name}: {line}"
+        for family in manager.families().values()
+        for line in (*dict.fromkeys(family.refused.values()), *family.limits)
+    ]
+    return "\n".join(
+        [table(head, rows), "", *legend, "", "What is not converted, and why:", "", *limits]
+    )
 
 
 def _columns() -> Iterator[tuple[str, Mapping[str, Mapping[str, Any]]]]:
@@ -157,8 +166,9 @@ def _proof(family: Family, column: str, direction: str) -> str:
     letter, tests = PROOFS.get((column, direction), ("K", ""))
     shown = (ROOT / tests).is_file()
     if letter == "L":
-        families = ROOT / LOGITS_FAMILIES
-        shown = shown and f"hf.{family.name}," in families.read_text()
+        texts = [(ROOT / path).read_text() for path in LOGITS_FAMILIES if (ROOT / path).is_file()]
+        shown = shown and any(re.search(rf"\bhf\.{family.name}\b", text) for text in texts)
+        letter = letter if "mcore" in family.layouts else "T"
     return letter if shown else "K"
 
 

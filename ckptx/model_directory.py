@@ -14,7 +14,7 @@ from ckptx.lazy import LazyTensor
 from ckptx.loading import drop_ignored, main_dtype, messages_of, passthrough, resolve_tie
 from ckptx.protocol import Begin, Dropped, End, Message
 from ckptx.saving import Model, named_tensors
-from ckptx.schema import Family
+from ckptx.schema import Family, Layout
 
 CONFIG = "config.json"
 _SUFFIXES = {".json", ".txt", ".model", ".py", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm"}
@@ -125,13 +125,19 @@ def hf_messages(
     left = dict(tensors)
     dropped = drop_ignored(layout, left)
     if spec.tied:
-        tied, copies, remarks = resolve_tie(
-            left, "model.embed_tokens.weight", "lm_head.weight", begin.files
-        )
+        tied, copies, remarks = resolve_tie(left, *tied_names(layout, left), begin.files)
         spec, dropped, notes = replace(spec, tied=tied), (*dropped, *copies), (*notes, *remarks)
     yield replace(begin, layout=layout.name, parts={"language": spec})
     yield from messages_of(layout, left, spec)
     yield End(dropped, notes)
+
+
+def tied_names(layout: Layout, tensors: Mapping[str, LazyTensor]) -> tuple[str, str]:
+    """Return the names that a layout has for the embedding and the output layer of a model."""
+    pair = (("embeddings", "word embeddings"), ("output layer", "weight"))
+    spellings = [layout.names_of(*one) for one in pair]
+    found = [next((name for name in names if name in tensors), names[0]) for names in spellings]
+    return found[0], found[1]
 
 
 def hf_tensors(model: Model) -> tuple[dict[str, LazyTensor], tuple[Dropped, ...]]:

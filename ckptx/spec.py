@@ -33,6 +33,8 @@ class ModelSpec:
     norm_epsilon: float
     normalization: str = "RMSNorm"
     activation: str = "swiglu"
+    """``swiglu``, ``gelu``, ``gelu_tanh``, ``squared_relu``, or gated by one of Gelu's forms:
+    ``geglu``, ``geglu_tanh``, ``quick_geglu``."""
     position_embedding_type: str = "rope"
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
@@ -48,7 +50,7 @@ class ModelSpec:
     @property
     def gated(self) -> bool:
         """Whether the MLP has a gate and an up projection."""
-        return self.activation in {"swiglu", "geglu"}
+        return "glu" in self.activation
 
     @property
     def qkv_rows(self) -> int:

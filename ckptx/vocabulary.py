@@ -37,6 +37,7 @@ SYMBOLS = {
     "qkv": "(num_attention_heads + 2 * num_query_groups) * kv_channels",
     "heads": "num_attention_heads * kv_channels",
     "head": "kv_channels",
+    "groups": "num_query_groups * kv_channels",
     "ffn": "ffn_hidden_size",
 }
 """What the symbols in shapes stand for."""
@@ -67,6 +68,10 @@ MESSAGES: Mapping[str, tuple[Key, ...]] = {
         Key("mlp l0 bias", ("ffn",), 0, "its bias"),
         Key("mlp l1 weight", ("hidden", "ffn"), 1, "down projection"),
         Key("mlp l1 bias", ("hidden",), None, "its bias"),
+        Key("q projection norm weight", ("heads",), None, "norm of the whole query"),
+        Key("k projection norm weight", ("groups",), None, "norm of the whole key"),
+        Key("attention output norm weight", _NORM, None, "norm after attention, before adding"),
+        Key("mlp output norm weight", _NORM, None, "norm after the MLP, before adding"),
     ),
     "final norm": (
         Key("weight", _NORM, None, "norm after the last layer"),
@@ -94,6 +99,7 @@ def dimensions(spec: ModelSpec) -> dict[str, int]:
         "qkv": spec.qkv_rows,
         "heads": spec.num_attention_heads * spec.kv_channels,
         "head": spec.kv_channels,
+        "groups": spec.num_query_groups * spec.kv_channels,
         "ffn": spec.ffn_hidden_size,
     }
 

@@ -22,7 +22,7 @@ from ckptx.plugins.megatron.options import (
 )
 from ckptx.plugins.megatron.source import Source
 from ckptx.protocol import Begin, End, Message, Tensors
-from ckptx.schemas.args import spec_from_args
+from ckptx.schemas.args import inexpressible, spec_from_args
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import check_shapes
 
@@ -113,6 +113,11 @@ def _spec(
                 rotary_scaling=spec.rotary_scaling or named.rotary_scaling,
                 extra={**named.extra, **spec.extra},
             )
+            if problems := inexpressible(spec):
+                raise SchemaError(
+                    f"{checkpoint.place}: the config at hand is not of this model: "
+                    f"{'; '.join(problems)}"
+                )
     vocab_size = true_vocab_size(options, spec.vocab_size)
     return replace(spec, vocab_size=vocab_size, dtype=checkpoint.dtype)
 

@@ -14,7 +14,14 @@ from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor, Stored
 from ckptx.loading import drop_ignored, inventory, main_dtype, messages_of, passthrough, resolve_tie
-from ckptx.model_directory import base_sidecars, family_named, family_of, read_config, sidecars
+from ckptx.model_directory import (
+    base_sidecars,
+    family_named,
+    family_of,
+    read_config,
+    sidecars,
+    tied_names,
+)
 from ckptx.model_weights import Weights, fill_from_base
 from ckptx.plugin import Loader
 from ckptx.plugins.megatron.source import args_of
@@ -127,11 +134,7 @@ def _messages(
     dropped: tuple[Dropped, ...] = (*others, *drop_ignored(layout, tensors))
     notes: tuple[str, ...] = ()
     if spec.tied:
-        names = (
-            ("embedding.word_embeddings.weight", "output_layer.weight")
-            if core
-            else ("model.embed_tokens.weight", "lm_head.weight")
-        )
+        names = tied_names(layout, tensors)
         tied, tie_dropped, notes = resolve_tie(tensors, *names, begin.files)
         spec, dropped = replace(spec, tied=tied), (*dropped, *tie_dropped)
     spec = replace(spec, dtype=main_dtype(tensors))

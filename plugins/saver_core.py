@@ -90,10 +90,11 @@ class CoreSaver:
         spec = model.spec
         local = options.get("saver_transformer_impl") == "local"
         ckpt_format = options.get("ckpt_format") or "torch_dist"
-        # torch_dist has one spelling: Megatron itself maps the local spec's names to these.
-        layout = family_named(spec.family).layout(
-            "mcore-local" if local and ckpt_format == "torch" else "mcore"
-        )
+        family = family_named(spec.family)
+        layout = family.layout("mcore-local" if local else "mcore")
+        if ckpt_format == "torch_dist":
+            # It has one spelling: Megatron itself maps the local spec's names to these.
+            layout = family.layout("mcore")
         check_messages(model, layout)
         tp, pipeline = _parallel(model, options)
         notes = [*_check_tp(spec, tp), *_check_expressible(spec)]

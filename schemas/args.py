@@ -18,6 +18,12 @@ from typing import Any
 from ckptx.containers.pickle_values import TorchDtype
 from ckptx.errors import SchemaError
 from ckptx.parallel import Pipeline
+from ckptx.schemas.activations import (
+    activation_flags,
+    activation_from_args,
+    activation_notes,
+    activation_to_args,
+)
 from ckptx.schemas.hf import (
     FAMILIES,
     FOREIGN,
@@ -61,13 +67,6 @@ ESSENTIAL = (
 # from TransformerConfig and they carry its names. Both are written, either is read.
 EPSILON = ("layernorm_epsilon", "norm_epsilon")
 ZERO_CENTERED = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
-
-ACTIVATIONS = {
-    "swiglu": "swiglu",
-    "squared_relu": "squared_relu",
-    "quick_geglu": "geglu",  # the only gated gelu that Megatron's command line has
-}
-"""Switches of ``args`` and the activation each means; none of them means gelu."""
 
 DTYPE_FLAGS = {"bfloat16": "bf16", "float16": "fp16"}
 
@@ -224,7 +223,7 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
         **{attribute: values[name] for name, attribute in FIELDS},
         vocab_size=args.get("vocab_size"),
         norm_epsilon=float(_first(args, EPSILON)),
-        activation=_activation_from_args(args),
+        activation=activation_from_args(args),
         rotary_scaling=note.get("rotary_scaling") or _scaling_from_args(args),
         tied=not args.get("untie_embeddings_and_output_weights"),
         dtype=_dtype_from_args(args),
@@ -235,20 +234,43 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
 
 def inexpressible(spec: ModelSpec) -> list[str]:
     """Return what Megatron Core has no parameter for: reasons to refuse the conversion."""
+    return [*_biases_inexpressible(spec), *_attention_inexpressible(spec)]
+
+
+def _biases_inexpressible(spec: ModelSpec) -> Iterator[str]:
     said = biases(spec)
     if said in (Biases(), Biases(qkv=True), Biases(True, True, True)):
-        return []
+        return
     parts = {"attention_bias": said.out, "mlp_bias": said.mlp}
     keys = " and ".join(f"{key}=true" for key, value in parts.items() if value)
-    return [
+    yield (
         f"{spec.architecture} with {keys} only: Megatron has biases on all linear layers "
         "(--add-bias-linear) or on query, key and value (--add-qkv-bias), and no other choice"
-    ]
+    )
+
+
+def _attention_inexpressible(spec: ModelSpec) -> Iterator[str]:
+    if spec.extra.get("use_parallel_residual"):
+        yield (
+            f"{spec.architecture} with use_parallel_residual=true: Megatron's TransformerLayer (to "
+            "core 0.16) adds the attention's output before the MLP, and has no parallel form"
+        )
+    for name, plain in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if spec.extra.get(name, plain) != plain:
+            yield (
+                f"{spec.architecture} with {name}={str(not plain).lower()}: Megatron scales the "
+                "attention of every layer by the square root of the head size"
+            )
 
 
 def notes(spec: ModelSpec) -> list[str]:
     """Return what Megatron must be told by hand although all weights are there, one line each."""
-    return [*_window_notes(spec), *_scaling_notes(spec)]
+    return [
+        *_window_notes(spec),
+        *_scaling_notes(spec),
+        *activation_notes(spec),
+        *_embedding_notes(spec),
+    ]
 
 
 def launch_flags(spec: ModelSpec) -> list[str]:
@@ -262,6 +284,9 @@ def launch_flags(spec: ModelSpec) -> list[str]:
     flags = ["--norm-epsilon", str(spec.norm_epsilon)]
     if spec.qk_layernorm:
         flags += ["--qk-layernorm"]
+    flags += activation_flags(spec)
+    if spec.extra.get(ZERO_CENTERED[0]):
+        flags += ["--apply-layernorm-1p"]
     if _is_llama3(spec):
         flags += ["--use-rope-scaling", "--rope-scaling-factor", str(_factor(spec))]
     flags += _window_flags(spec)
@@ -281,7 +306,7 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
         "rotary_interleaved": bool(spec.extra.get("rotary_interleaved")),
         **{name: spec.norm_epsilon for name in EPSILON},
         **{name: zero_centered for name in ZERO_CENTERED},
-        **{switch: spec.activation == name for switch, name in ACTIVATIONS.items()},
+        **activation_to_args(spec),
         **_scaling_to_args(spec),
         **_windows_to_args(spec),
         NOTE: _note(spec),
@@ -371,10 +396,6 @@ def _with_defaults(args: Mapping[str, Any]) -> dict[str, Any]:
     values["rotary_base"] = float(values["rotary_base"])
     values["rotary_percent"] = float(values["rotary_percent"])
     return values
-
-
-def _activation_from_args(args: Mapping[str, Any]) -> str:
-    return next((name for switch, name in ACTIVATIONS.items() if args.get(switch)), "gelu")
 
 
 def _dtype_from_args(args: Mapping[str, Any]) -> str:
@@ -472,7 +493,8 @@ def _windows_from_args(args: Mapping[str, Any]) -> tuple[int | None, list[bool]]
 def _guess(spec: ModelSpec) -> str:
     """Return the family that has what the spec says, ``gpt`` where none has."""
     windowed = any(windowed_layers(spec))
-    order = ("qwen3", "qwen2", "mistral") if windowed else ("qwen3", "qwen2", "llama")
+    usual = ("qwen3", "qwen2", "mistral") if windowed else ("qwen3", "qwen2", "llama")
+    order = (*usual, "starcoder2", "gpt2", "gpt_neox", "glm", "phi3")
     return next((family for family in order if not unheld(spec, family)), "gpt")
 
 
@@ -481,7 +503,10 @@ def _of_family(spec: ModelSpec, family: str, asked: bool) -> ModelSpec:
     if family not in FAMILIES:
         return spec
     values = {name: getattr(spec, name) for name in ModelSpec.__slots__}
-    values |= {"family": family, "architecture": FAMILIES[family].architecture}
+    traits = FAMILIES[family]
+    own = {name: value for name, value in traits.fixed.items() if name not in FOREIGN}
+    extra = {**own, **spec.extra}
+    values |= {"family": family, "architecture": traits.architecture, "extra": extra}
     named = ModelSpec(**values)
     if asked:
         try:
@@ -500,6 +525,15 @@ def _window_notes(spec: ModelSpec) -> Iterator[str]:
             f"sliding_window {spec.extra['sliding_window']}: Megatron does not take it from a "
             f"checkpoint; pass {' '.join(flags)} (core 0.15 or later; earlier ones attend to "
             "everything)"
+        )
+
+
+def _embedding_notes(spec: ModelSpec) -> Iterator[str]:
+    if spec.extra.get("scale_embeddings"):
+        yield (
+            f"{spec.architecture} multiplies embeddings by the square root of hidden_size, "
+            f"{spec.hidden_size**0.5:g}: Megatron (to core 0.16) has no setting for it; multiply "
+            "the output of GPTModel.embedding in a forward hook, or logits are wrong"
         )
 
 

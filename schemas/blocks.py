@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from ckptx.schema import QKV, Rule, Section, rule
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from ckptx.schema import FUSED_QKV, GLU, QKV, Rule, Section, rule
 from ckptx.spec import ModelSpec
+
+Block: TypeAlias = Callable[[str], tuple[Rule, ...]]
+"""The rules of a part of a layer, given the prefix of the layer's names."""
+
+
+def not_in_megatron(reason: str) -> Mapping[str, str]:
+    """Return the reason for which a family has no Megatron layout, by convention."""
+    return dict.fromkeys(("mcore", "mcore-local", "legacy"), f"Megatron Core 0.16 has no {reason}")
 
 
 def layer_norm_bias(spec: ModelSpec) -> bool:
@@ -71,20 +82,46 @@ def hf_gated_mlp(prefix: str) -> tuple[Rule, ...]:
     )
 
 
-def hf_decoder() -> tuple[Section, ...]:
+def hf_fused_gated_mlp(prefix: str) -> tuple[Rule, ...]:
+    """Return the rules of a gated ``mlp`` without biases whose gate and up are one tensor."""
+    return (
+        rule(["mlp l0 weight W", "mlp l0 weight V"], f"{prefix}mlp.gate_up_proj.weight", GLU),
+        rule("mlp l1 weight", f"{prefix}mlp.down_proj.weight"),
+    )
+
+
+def hf_fused_attention(prefix: str) -> tuple[Rule, ...]:
+    """Return the rules of ``self_attn`` without biases whose projections are one tensor."""
+    return (
+        rule("qkv weight", f"{prefix}self_attn.qkv_proj.weight", FUSED_QKV),
+        rule("dense weight", f"{prefix}self_attn.o_proj.weight"),
+    )
+
+
+def norm(key: str, name: str) -> tuple[Rule, Rule]:
+    """Return the rules of a norm called ``name``; ``key`` goes before ``weight`` and ``bias``."""
+    return (
+        rule(f"{key} weight".strip(), f"{name}.weight"),
+        rule(f"{key} bias".strip(), f"{name}.bias", when=layer_norm_bias),
+    )
+
+
+def hf_norms(prefix: str) -> tuple[Rule, ...]:
+    """Return the rules of a layer's norms as Llama's relatives name them."""
+    return (
+        *norm("input norm", f"{prefix}input_layernorm"),
+        *norm("post norm", f"{prefix}post_attention_layernorm"),
+    )
+
+
+def hf_decoder(
+    attention: Block = hf_attention, mlp: Block = hf_gated_mlp, norms: Block = hf_norms
+) -> tuple[Section, ...]:
     """Return the sections of a Llama-like decoder in transformers' module order."""
     layer = "model.layers.{layer}."
     return (
         Section("embeddings", (rule("word embeddings", "model.embed_tokens.weight"),)),
-        Section(
-            "transformer layer {layer}",
-            (
-                *hf_attention(layer),
-                *hf_gated_mlp(layer),
-                rule("input norm weight", f"{layer}input_layernorm.weight"),
-                rule("post norm weight", f"{layer}post_attention_layernorm.weight"),
-            ),
-        ),
-        Section("final norm", (rule("weight", "model.norm.weight"),)),
+        Section("transformer layer {layer}", (*attention(layer), *mlp(layer), *norms(layer))),
+        Section("final norm", norm("", "model.norm")),
         Section("output layer", (rule("weight", "lm_head.weight", when=untied),)),
     )

@@ -1,26 +1,56 @@
-"""``config.json`` of Llama-like decoders and `ModelSpec`, in both directions.
+"""``config.json`` of decoders and `ModelSpec`, in both directions.
 
-`FIELDS` pairs the keys that mean the same under another name; biases, rotary embedding and sliding
-window each have a pair of functions, because their keys depend on each other. What a family fixes
-without saying so in its config is in `FAMILIES`.
+`FIELDS` pairs the keys that mean the same under another name, in Llama's spelling; a family that
+spells them otherwise says so in its `Traits`. Biases, rotary embedding and sliding window each have
+a pair of functions (`ckptx.schemas.config`), because their keys depend on each other. What a family
+fixes without saying so in its config is in `FAMILIES`.
 
-A key that is absent has the default of its class in transformers, not one of ours. Those that
-matter here are the same in 4.x and 5.x.
-
-Source: huggingface/transformers src/transformers/models/{llama,mistral,qwen2,qwen3}/
-configuration_*.py and modeling_*.py, modeling_rope_utils.py @ v5.23.0.
+A key that is absent has the default of its class in transformers, not one of ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from ckptx.errors import SchemaError
+from ckptx.schemas.config.families import FAMILIES, FOREIGN
+from ckptx.schemas.config.rotary import rotary_from_config, rotary_to_config
+from ckptx.schemas.config.traits import (
+    Biases,
+    Traits,
+    biases,
+    biases_from_config,
+    biases_to_config,
+    from_biases,
+    holds_biases,
+    named_biases,
+)
+from ckptx.schemas.config.windows import (
+    holds_windows,
+    windowed_layers,
+    windows_extra,
+    windows_from_config,
+    windows_to_config,
+)
 from ckptx.spec import ModelSpec
 
-Windows: TypeAlias = Literal["none", "all layers", "some layers"]
+__all__ = [
+    "FAMILIES",
+    "FIELDS",
+    "FOREIGN",
+    "Biases",
+    "Traits",
+    "biases",
+    "check",
+    "config_from_spec",
+    "differences",
+    "merge_config",
+    "spec_from_config",
+    "unheld",
+    "windowed_layers",
+    "windows_extra",
+]
 
 FIELDS = (
     ("hidden_size", "hidden_size"),
@@ -36,88 +66,8 @@ FIELDS = (
 )
 """Pairs of a config's key and the spec's attribute."""
 
-
-@dataclass(frozen=True, slots=True)
-class Biases:
-    """Which projections have a bias."""
-
-    qkv: bool = False
-    out: bool = False
-    mlp: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Traits:
-    """What a family fixes, and the defaults of its config class."""
-
-    architecture: str
-    defaults: Mapping[str, Any]
-    bias_keys: tuple[str, ...] = ()
-    """The switches that the config has; ``attention_bias`` is for query, key, value and output."""
-    fixed_biases: Biases = field(default_factory=Biases)
-    qk_layernorm: bool = False
-    windows: Windows = "none"
-
-
-_LLAMA_DEFAULTS = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-_MISTRAL_DEFAULTS = _LLAMA_DEFAULTS | {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 4096 * 32,
-    "sliding_window": 4096,
-}
-_QWEN2_DEFAULTS = _LLAMA_DEFAULTS | {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-
-FAMILIES: Mapping[str, Traits] = {
-    "llama": Traits("LlamaForCausalLM", _LLAMA_DEFAULTS, ("attention_bias", "mlp_bias")),
-    "mistral": Traits("MistralForCausalLM", _MISTRAL_DEFAULTS, windows="all layers"),
-    "qwen2": Traits(
-        "Qwen2ForCausalLM",
-        _QWEN2_DEFAULTS,
-        fixed_biases=Biases(qkv=True),
-        windows="some layers",
-    ),
-    "qwen3": Traits(
-        "Qwen3ForCausalLM",
-        _QWEN2_DEFAULTS | {"head_dim": 128},
-        ("attention_bias",),
-        qk_layernorm=True,
-        windows="some layers",
-    ),
-}
-
-# Megatron switches that change what the weights mean and that no config of these families can say.
-FOREIGN = (
-    "layernorm_zero_centered_gamma",
-    "rotary_interleaved",
-    "qk_l2_norm",
-    "no_rope_freq",
-    "attention_output_gate",
-)
-
 # transformers computes float32 where a config says nothing.
 _DEFAULT_DTYPE = "float32"
-_DEFAULT_THETA = 10000.0
 
 
 def spec_from_config(config: Mapping[str, Any], family: str) -> ModelSpec:
@@ -129,37 +79,36 @@ def spec_from_config(config: Mapping[str, Any], family: str) -> ModelSpec:
     """
     traits = _traits(family)
     values = {**traits.defaults, **config}
-    if values["hidden_act"] != "silu":
+    sizes = _sizes(values, traits)
+    activation_key = str(traits.key("hidden_act"))
+    activation = traits.activations.get(values[activation_key])
+    if activation is None:
         raise SchemaError(
-            f"hidden_act is {values['hidden_act']!r}, family {family} is known with 'silu' only"
+            f"{activation_key} is {values[activation_key]!r}, family {family} is known with "
+            f"{' or '.join(map(repr, traits.activations))} only"
         )
-    heads, hidden = values["num_attention_heads"], values["hidden_size"]
-    if values["num_key_value_heads"] is None:
-        values["num_key_value_heads"] = heads
-    if values["head_dim"] is None:
-        if hidden % heads:
-            raise SchemaError(
-                f"hidden_size {hidden} does not divide over {heads} heads and there is no head_dim"
-            )
-        values["head_dim"] = hidden // heads
-    if heads % values["num_key_value_heads"]:
-        raise SchemaError(
-            f"{heads} heads do not divide over num_key_value_heads {values['num_key_value_heads']}"
-        )
-    base, percent, scaling = _rotary_from_config(values)
+    base, percent, scaling = rotary_from_config(values, traits)
     architectures = config.get("architectures") or [traits.architecture]
-    switches, extra = _from_biases(_biases_from_config(values, traits))
+    switches, extra = from_biases(biases_from_config(values, traits))
     return ModelSpec(
         family=family,
         architecture=architectures[0],
-        **{attribute: values[key] for key, attribute in FIELDS},
+        **{attribute: sizes[key] for key, attribute in FIELDS},
         **switches,
+        normalization=traits.normalization,
+        activation=activation,
+        position_embedding_type=traits.position_embedding_type,
         rotary_base=base,
         rotary_percent=percent,
         rotary_scaling=scaling,
         qk_layernorm=traits.qk_layernorm,
         dtype=_dtype_from_config(values),
-        extra=extra | _windows_from_config(values, traits),
+        extra={
+            **extra,
+            **windows_from_config(values, traits),
+            **traits.fixed,
+            **_kept_from_config(values, traits),
+        },
     )
 
 
@@ -183,16 +132,17 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     return {
         "architectures": [spec.architecture],
         "model_type": spec.family,
-        **{key: getattr(spec, attribute) for key, attribute in FIELDS},
-        "hidden_act": "silu",
-        **_biases_to_config(biases(spec), traits),
-        **_windows_to_config(spec, traits),
-        **_rotary_to_config(spec),
-        "attention_dropout": 0.0,
+        **_settings(spec, traits),
+        **biases_to_config(biases(spec), traits),
+        **windows_to_config(spec, traits),
+        **rotary_to_config(spec, traits),
+        **_kept(spec, traits),
+        **dict.fromkeys(traits.dropouts, 0.0),
         "use_cache": True,
         # A config without them says 1 and 2 for Llama and Mistral, true or not.
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
         "dtype": spec.dtype,
         "torch_dtype": spec.dtype,
     }
@@ -227,46 +177,49 @@ def merge_config(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     found = _contradictions(spec_from_config(config, _family_of(config, spec)), spec)
     if not found:
         return merged
-    source = _settings(spec) | _biases_to_config(biases(spec), FAMILIES[spec.family])
+    traits = FAMILIES[spec.family]
+    switches = biases_to_config(biases(spec), traits)
+    source = _settings(spec, traits) | switches | _kept(spec, traits)
     merged.update((key, source[key]) for key in found if key in source)
     if "model_type" in found:
         merged |= {"model_type": spec.family, "architectures": [spec.architecture]}
-        merged |= _biases_to_config(biases(spec), FAMILIES[spec.family])
-    if found.keys() & {"rope_theta", "rope_scaling"}:
-        merged |= _respelled(_rotary_to_config(spec), config, "rope_theta", "rope_parameters")
+        merged |= switches
+    theta, part = traits.rotary_keys
+    if found.keys() & {theta, part, "rope_scaling"}:
+        rotary = rotary_to_config(spec, traits)
+        merged |= _respelled(rotary, config, (theta, part), "rope_parameters")
         if spec.rotary_scaling is None and merged.get("rope_scaling") is not None:
             merged["rope_scaling"] = None
     if found.keys() & {"sliding_window", "layer_types"}:
-        merged |= _windows_to_config(spec, FAMILIES[spec.family])
+        merged |= windows_to_config(spec, traits)
     if "dtype" in found:
         both = {"dtype": spec.dtype, "torch_dtype": spec.dtype}
-        merged |= _respelled(both, config, "torch_dtype", "dtype")
+        merged |= _respelled(both, config, ("torch_dtype",), "dtype")
     return merged
-
-
-def biases(spec: ModelSpec) -> Biases:
-    """Return which projections of a model have a bias."""
-    every = spec.add_bias_linear
-    return Biases(
-        every or spec.add_qkv_bias,
-        every or bool(spec.extra.get("attention_out_bias")),
-        every or bool(spec.extra.get("mlp_bias")),
-    )
 
 
 def unheld(spec: ModelSpec, family: str) -> list[str]:
     """Return what a spec says that the config of a family cannot say, one reason each."""
     traits = _traits(family)
     wanted = biases(spec)
+    grouped = spec.num_query_groups != spec.num_attention_heads
+    odd_heads = spec.kv_channels * spec.num_attention_heads != spec.hidden_size
+    positions = f"{spec.position_embedding_type} positions"
+    percent = traits.rotary_percent is not None or spec.rotary_percent == 1.0
     held = (
-        (spec.normalization == "RMSNorm", f"normalization {spec.normalization}"),
-        (spec.activation == "swiglu", f"activation {spec.activation}"),
-        (spec.position_embedding_type == "rope", f"{spec.position_embedding_type} positions"),
-        (spec.rotary_percent == 1.0, f"rotary_percent {spec.rotary_percent}"),
+        (spec.normalization == traits.normalization, f"normalization {spec.normalization}"),
+        (spec.activation in traits.activations.values(), f"activation {spec.activation}"),
+        (spec.position_embedding_type == traits.position_embedding_type, positions),
+        (percent, f"rotary_percent {spec.rotary_percent}"),
         (spec.qk_layernorm == traits.qk_layernorm, f"qk_layernorm {spec.qk_layernorm}"),
-        (_holds_biases(wanted, traits), f"biases on {_named(wanted)}"),
-        (_holds_windows(spec, traits), "sliding windows in these layers"),
-        *((not spec.extra.get(name), name) for name in FOREIGN),
+        (holds_biases(wanted, traits), f"biases on {named_biases(wanted)}"),
+        (holds_windows(spec, traits), "sliding windows in these layers"),
+        (not grouped or traits.key("num_key_value_heads"), "query groups"),
+        (not odd_heads or traits.key("head_dim"), "heads of a size of their own"),
+        *(
+            (bool(spec.extra.get(name)) == (name in traits.fixed), _foreign(spec, name))
+            for name in FOREIGN
+        ),
     )
     return [reason for fits, reason in held if not fits]
 
@@ -282,24 +235,6 @@ def check(spec: ModelSpec) -> None:
         )
     if reasons := unheld(spec, spec.family):
         raise SchemaError(f"{spec.architecture} does not have: {', '.join(reasons)}")
-
-
-def windowed_layers(spec: ModelSpec) -> list[bool]:
-    """Return for every layer whether it attends within the sliding window only."""
-    if spec.extra.get("sliding_window") is None:
-        return [False] * spec.num_layers
-    types = spec.extra.get("layer_types") or ["sliding_attention"] * spec.num_layers
-    return [kind == "sliding_attention" for kind in types]
-
-
-def windows_extra(window: int | None, layers: list[bool]) -> dict[str, Any]:
-    """Return the entries of ``extra`` for a window of ``window`` tokens, the own one included."""
-    if window is None or not any(layers):
-        return {}
-    if all(layers):
-        return {"sliding_window": window}
-    types = ["sliding_attention" if inside else "full_attention" for inside in layers]
-    return {"sliding_window": window, "layer_types": types}
 
 
 def _traits(family: str) -> Traits:
@@ -319,29 +254,75 @@ def _family_of(config: Mapping[str, Any], spec: ModelSpec) -> str:
     return str(said)
 
 
-def _settings(spec: ModelSpec) -> dict[str, Any]:
+def _sizes(values: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
+    """Return the values of `FIELDS`, completed as the config classes do."""
+    found: dict[str, Any] = {}
+    for name, _ in FIELDS:
+        key = traits.key(name)
+        found[name] = None if key is None else values[key]
+    heads, hidden = found["num_attention_heads"], found["hidden_size"]
+    if found["num_key_value_heads"] is None:
+        found["num_key_value_heads"] = heads
+    if found["intermediate_size"] is None:
+        found["intermediate_size"] = 4 * hidden
+    if found["head_dim"] is None:
+        if hidden % heads:
+            raise SchemaError(
+                f"hidden_size {hidden} does not divide over {heads} heads and there is no head_dim"
+            )
+        found["head_dim"] = hidden // heads
+    if heads % found["num_key_value_heads"]:
+        raise SchemaError(
+            f"{heads} heads do not divide over num_key_value_heads {found['num_key_value_heads']}"
+        )
+    return found
+
+
+def _settings(spec: ModelSpec, traits: Traits) -> dict[str, Any]:
     """Return what can be compared and has one key in a config."""
-    return {key: getattr(spec, attribute) for key, attribute in FIELDS}
+    values = {key: getattr(spec, attribute) for key, attribute in FIELDS}
+    said = [word for word, meaning in traits.activations.items() if meaning == spec.activation]
+    values["hidden_act"] = said[0] if said else spec.activation
+    keys = {name: traits.key(name) for name in values}
+    return {key: values[name] for name, key in keys.items() if key is not None}
+
+
+def _kept_from_config(values: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
+    said = {key: values.get(key, plain) for key, plain in traits.kept.items()}
+    return {key: value for key, value in said.items() if value != traits.kept[key]}
+
+
+def _kept(spec: ModelSpec, traits: Traits) -> dict[str, Any]:
+    return {key: spec.extra.get(key, plain) for key, plain in traits.kept.items()}
+
+
+def _foreign(spec: ModelSpec, name: str) -> str:
+    return name if spec.extra.get(name) else f"no {name}"
 
 
 def _contradictions(theirs: ModelSpec, ours: ModelSpec) -> dict[str, tuple[Any, Any]]:
+    traits = FAMILIES[ours.family]
+    theta, part = traits.rotary_keys
+
     def compared(spec: ModelSpec) -> dict[str, Any]:
-        bias = biases(spec)
+        said = biases(spec)
+        switches = biases_to_config(said, traits)
         return {
             "model_type": spec.family,
-            **_settings(spec),
-            "attention_bias": bias.qkv,
-            "mlp_bias": bias.mlp,
-            "rope_theta": spec.rotary_base,
+            **_settings(spec, traits),
+            **(switches or {"attention_bias": said.qkv, "mlp_bias": said.mlp}),
+            theta: spec.rotary_base,
+            part: spec.rotary_percent,
             "rope_scaling": spec.rotary_scaling,
             "sliding_window": spec.extra.get("sliding_window"),
             "layer_types": windowed_layers(spec),
             "dtype": spec.dtype,
+            **_kept(spec, traits),
         }
 
     found, wanted = compared(theirs), compared(ours)
     if theirs.family != ours.family:  # each fixes its own
-        del found["attention_bias"], wanted["attention_bias"]
+        found.pop("attention_bias", None)
     if ours.vocab_size is None:  # Megatron knows the padded size only
         del found["vocab_size"], wanted["vocab_size"]
     if found["sliding_window"] is None or wanted["sliding_window"] is None:
@@ -358,12 +339,12 @@ def _shown(value: Any) -> str:
 
 
 def _respelled(
-    both: Mapping[str, Any], config: Mapping[str, Any], old: str, new: str
+    both: Mapping[str, Any], config: Mapping[str, Any], old: tuple[str, ...], new: str
 ) -> dict[str, Any]:
     """Return of both spellings those that a config uses, both where it uses neither."""
-    if new in config and old not in config:
+    if new in config and old[0] not in config:
         return {new: both[new]}
-    if old in config and new not in config:
+    if old[0] in config and new not in config:
         return {key: value for key, value in both.items() if key != new}
     return dict(both)
 
@@ -371,112 +352,3 @@ def _respelled(
 def _dtype_from_config(config: Mapping[str, Any]) -> str:
     said = config.get("dtype") or config.get("torch_dtype") or _DEFAULT_DTYPE
     return str(said).removeprefix("torch.")
-
-
-def _rotary_from_config(
-    config: Mapping[str, Any],
-) -> tuple[float, float, dict[str, Any] | None]:
-    """Return base, rotated part and scaling; ``rope_scaling`` wins over ``rope_parameters``.
-
-    Source: modeling_rope_utils.py convert_rope_params_to_dict @ v5.23.0.
-    """
-    said: Mapping[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    nested = [value for value in said.values() if isinstance(value, Mapping)]
-    if nested:
-        if any(other != nested[0] for other in nested):
-            raise SchemaError("rope_parameters differ between layer types; this family has one set")
-        said = nested[0]
-    scaling = {key: value for key, value in said.items() if key != "type"}
-    kind = scaling.pop("rope_type", said.get("type", "default"))
-    base = scaling.pop("rope_theta", config.get("rope_theta"))
-    percent = scaling.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
-    return (
-        float(_DEFAULT_THETA if base is None else base),
-        float(1.0 if percent is None else percent),
-        None if kind == "default" else {"rope_type": kind, **scaling},
-    )
-
-
-def _rotary_to_config(spec: ModelSpec) -> dict[str, Any]:
-    scaling = None if spec.rotary_scaling is None else dict(spec.rotary_scaling)
-    return {
-        "rope_theta": spec.rotary_base,
-        "rope_scaling": scaling,
-        "rope_parameters": {
-            "rope_theta": spec.rotary_base,
-            **(scaling or {"rope_type": "default"}),
-        },
-    }
-
-
-def _biases_from_config(config: Mapping[str, Any], traits: Traits) -> Biases:
-    attention = "attention_bias" in traits.bias_keys and bool(config.get("attention_bias"))
-    mlp = "mlp_bias" in traits.bias_keys and bool(config.get("mlp_bias"))
-    fixed = traits.fixed_biases
-    return Biases(fixed.qkv or attention, fixed.out or attention, fixed.mlp or mlp)
-
-
-def _biases_to_config(said: Biases, traits: Traits) -> dict[str, bool]:
-    values = {"attention_bias": said.out, "mlp_bias": said.mlp}
-    return {key: values[key] for key in traits.bias_keys}
-
-
-def _from_biases(said: Biases) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the spec's switches, and entries of ``extra`` for what Megatron has no switch for."""
-    if said == Biases(True, True, True):
-        return {"add_bias_linear": True, "add_qkv_bias": False}, {}
-    extra = {"attention_out_bias": said.out, "mlp_bias": said.mlp}
-    return {"add_qkv_bias": said.qkv}, {name: True for name, value in extra.items() if value}
-
-
-def _holds_biases(said: Biases, traits: Traits) -> bool:
-    config = _biases_to_config(said, traits)
-    return _biases_from_config(config, traits) == said
-
-
-def _named(said: Biases) -> str:
-    parts = (("qkv", said.qkv), ("attention output", said.out), ("mlp", said.mlp))
-    return ", ".join(name for name, value in parts if value) or "nothing"
-
-
-def _windows_from_config(config: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
-    if traits.windows == "none":
-        return {}
-    window, layers = config["sliding_window"], config["num_hidden_layers"]
-    if traits.windows == "all layers":
-        return windows_extra(window, [True] * layers)
-    kept = {"max_window_layers": config["max_window_layers"]}
-    if not config["use_sliding_window"]:
-        return kept
-    types = config.get("layer_types")
-    inside = (
-        [number >= config["max_window_layers"] for number in range(layers)]
-        if types is None
-        else [kind == "sliding_attention" for kind in types]
-    )
-    return kept | windows_extra(window, inside)
-
-
-def _windows_to_config(spec: ModelSpec, traits: Traits) -> dict[str, Any]:
-    window = spec.extra.get("sliding_window")
-    if traits.windows == "none":
-        return {}
-    if traits.windows == "all layers":
-        return {"sliding_window": window}
-    inside = windowed_layers(spec)
-    first = inside.index(True) if True in inside else len(inside)
-    return {
-        "use_sliding_window": window is not None,
-        "sliding_window": window,
-        "max_window_layers": spec.extra.get("max_window_layers", first),
-        "layer_types": ["sliding_attention" if one else "full_attention" for one in inside],
-    }
-
-
-def _holds_windows(spec: ModelSpec, traits: Traits) -> bool:
-    inside = windowed_layers(spec)
-    return (
-        traits.windows == "some layers"
-        or not any(inside)
-        or (traits.windows == "all layers" and all(inside))
-    )

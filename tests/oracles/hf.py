@@ -13,16 +13,26 @@ from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    Glm4Config,
+    GlmConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Starcoder2Config,
 )
 
 from .mcore import Model
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
     from typing import Literal
 
@@ -103,22 +113,100 @@ def qwen3(
     return _write(Qwen3Config, directory, seed, dtype, sizes | overrides)
 
 
+def gpt2(directory: Path, *, seed: int = 0, **overrides: Any) -> PreTrainedConfig:
+    """Write a GPT-2 checkpoint: learned positions, tied, head size 8."""
+    sizes = {
+        "n_embd": 64,
+        "n_inner": 96,
+        "n_layer": 4,
+        "n_head": 8,
+        "n_positions": 64,
+        "tie_word_embeddings": True,
+    }
+    return _write(GPT2Config, directory, seed, torch.float32, sizes | overrides, _OWN_NAMES)
+
+
+def gpt_neox(directory: Path, *, seed: int = 0, **overrides: Any) -> PreTrainedConfig:
+    """Write a GPT-NeoX checkpoint: one residual after the other, half of a head rotated."""
+    sizes = {
+        "use_parallel_residual": False,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+        "layer_norm_eps": 1e-4,
+    }
+    return _write(GPTNeoXConfig, directory, seed, torch.float32, sizes | overrides, _NEOX_NAMES)
+
+
+def phi3(directory: Path, *, seed: int = 0, **overrides: Any) -> PreTrainedConfig:
+    """Write a Phi-3 checkpoint of which three quarters of a head are rotated, as in Phi-4-mini."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+    sizes = {"rope_parameters": rope, "pad_token_id": None}
+    return _write(Phi3Config, directory, seed, torch.float32, sizes | overrides)
+
+
+def gemma(directory: Path, *, seed: int = 0, **overrides: Any) -> PreTrainedConfig:
+    """Write a Gemma checkpoint: tied, head size 16, not hidden / heads."""
+    sizes = {"head_dim": 16, "tie_word_embeddings": True, "pad_token_id": None}
+    return _write(GemmaConfig, directory, seed, torch.float32, sizes | overrides)
+
+
+def gemma2(directory: Path, *, seed: int = 0, **overrides: Any) -> PreTrainedConfig:
+    """Write a Gemma 2 checkpoint: norms after attention and MLP, windows in every other layer."""
+    sizes = {"head_dim": 16, "tie_word_embeddings": True, "pad_token_id": None, "sliding_window": 5}
+    return _write(Gemma2Config, directory, seed, torch.float32, sizes | overrides)
+
+
+def starcoder2(directory: Path, *, seed: int = 0, **overrides: Any) -> PreTrainedConfig:
+    """Write a StarCoder2 checkpoint: LayerNorm and biases everywhere, tied."""
+    sizes = {"tie_word_embeddings": True, "norm_epsilon": 1e-4}
+    return _write(
+        Starcoder2Config, directory, seed, torch.float32, sizes | overrides, {"rms_norm_eps"}
+    )
+
+
+def glm(directory: Path, *, seed: int = 0, **overrides: Any) -> PreTrainedConfig:
+    """Write a GLM-4 checkpoint: half of a head rotated, in pairs of neighbours."""
+    sizes = {"head_dim": 16, "pad_token_id": None, "rms_norm_eps": 1e-6}
+    return _write(GlmConfig, directory, seed, torch.float32, sizes | overrides)
+
+
+def glm4(directory: Path, *, seed: int = 0, **overrides: Any) -> PreTrainedConfig:
+    """Write a GLM-4-0414 checkpoint: GLM-4 with norms after attention and MLP."""
+    sizes = {"head_dim": 16, "pad_token_id": None}
+    return _write(Glm4Config, directory, seed, torch.float32, sizes | overrides)
+
+
+def olmo2(directory: Path, *, seed: int = 0, **overrides: Any) -> PreTrainedConfig:
+    """Write an OLMo 2 checkpoint: norms after attention and MLP only, and of whole projections."""
+    return _write(Olmo2Config, directory, seed, torch.float32, {"pad_token_id": None} | overrides)
+
+
+_OWN_NAMES = frozenset(_SIZES) - {"vocab_size", "bos_token_id", "eos_token_id"}
+"""Keys of `_SIZES` that GPT-2 spells in its own way."""
+_NEOX_NAMES = frozenset({"num_key_value_heads", "rms_norm_eps"})
+
+
 def _write(
     config_class: type[PreTrainedConfig],
     directory: Path,
     seed: int,
     dtype: torch.dtype,
     sizes: dict[str, Any],
+    without: Collection[str] = (),
 ) -> PreTrainedConfig:
-    config = config_class(**_SIZES | sizes)
+    usual = {key: value for key, value in _SIZES.items() if key not in without}
+    config = config_class(**usual | sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            norm = "norm" in name and name.endswith("weight")
+            norm = ("norm" in name or ".ln_" in name) and name.endswith("weight")
             scale = 0.1 if norm or name.endswith("bias") else 0.05
             values = torch.randn(parameter.shape, generator=generator) * scale
-            parameter.copy_(values + 1 if norm else values)
+            parameter.copy_(values + 1 if norm and "gemma" not in config.model_type else values)
     model.save_pretrained(directory)
     return model.config
 
@@ -158,40 +246,61 @@ def mcore_model(
     Raises:
         ValueError: the config says something this hand-made table does not know.
     """
-    qwen2_like = hf.model_type == "qwen2"
-    if hf.model_type not in ("llama", "mistral", "qwen2", "qwen3") or hf.hidden_act != "silu":
-        raise ValueError(f"no hand-made megatron model for {hf.model_type} with {hf.hidden_act}")
-    rope = hf.rope_parameters
+    known = _MEGATRON.get(hf.model_type)
+    activation = getattr(hf, "hidden_act", None) or getattr(hf, "activation_function", None)
+    if known is None or activation not in known:
+        raise ValueError(f"no hand-made megatron model for {hf.model_type} with {activation}")
+    rope = getattr(hf, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000}
     scaled = rope["rope_type"] == "llama3"
     if not scaled and rope["rope_type"] != "default":
         raise ValueError(f"no hand-made megatron rope for {rope}")
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    norm_names = ("rms_norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon")
+    layer_norm = hf.model_type in ("gpt2", "gpt_neox", "starcoder2")
     config = {
         "num_layers": hf.num_hidden_layers,
         "hidden_size": hf.hidden_size,
-        "ffn_hidden_size": hf.intermediate_size,
+        "ffn_hidden_size": hf.n_inner if hf.model_type == "gpt2" else hf.intermediate_size,
         "num_attention_heads": hf.num_attention_heads,
-        "num_query_groups": hf.num_key_value_heads,
+        "num_query_groups": getattr(hf, "num_key_value_heads", hf.num_attention_heads),
         "kv_channels": head_dim,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": hf.rms_norm_eps,
-        "add_bias_linear": False,
-        "add_qkv_bias": qwen2_like,
+        "normalization": "LayerNorm" if layer_norm else "RMSNorm",
+        "layernorm_epsilon": next(getattr(hf, name) for name in norm_names if hasattr(hf, name)),
+        "add_bias_linear": layer_norm,
+        "add_qkv_bias": hf.model_type in ("qwen2", "glm"),
         "qk_layernorm": hf.model_type == "qwen3",
-        "activation_func": "silu",
-        "gated_linear_unit": True,
+        **known[activation],
     }
+    if hf.model_type == "gemma":
+        config["layernorm_zero_centered_gamma"] = True
+    if hf.model_type == "glm":
+        config["rotary_interleaved"] = True
     window = getattr(hf, "sliding_window", None)
-    if hf.model_type == "mistral" and window is not None:
+    if hf.model_type in ("mistral", "phi3", "starcoder2") and window is not None:
         config["window_size"] = (window - 1, 0)  # HF counts the position itself, megatron does not
     gpt = {
         "vocab_size": math.ceil(hf.vocab_size / pad_to) * pad_to,
         "max_sequence_length": hf.max_position_embeddings,
-        "position_embedding_type": "rope",
+        "position_embedding_type": "learned_absolute" if hf.model_type == "gpt2" else "rope",
         "rotary_base": rope["rope_theta"],
-        "rotary_percent": 1.0,
+        "rotary_percent": rope.get("partial_rotary_factor", 1.0),
         "rope_scaling": scaled,
         "rope_scaling_factor": rope.get("factor", 8.0),
         "share_embeddings_and_output_weights": hf.tie_word_embeddings,
     }
-    return Model(config, gpt, spec, dtype)
+    scale = hf.hidden_size**0.5 if hf.model_type == "gemma" else None
+    return Model(config, gpt, spec, dtype, embedding_scale=scale)
+
+
+_SWIGLU = {"silu": {"activation_func": "silu", "gated_linear_unit": True}}
+# Megatron's kernels of gelu with bias or gate compute the tanh form.
+_FUSED_GELU = {"activation_func": "gelu", "bias_activation_fusion": True}
+_EXACT_GELU = {"activation_func": "gelu", "gated_linear_unit": False}
+_MEGATRON: dict[str, dict[str, dict[str, Any]]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "glm"), _SWIGLU),
+    "gpt2": {"gelu_new": _FUSED_GELU, "gelu": _EXACT_GELU},
+    "gpt_neox": {"gelu": _EXACT_GELU},
+    "starcoder2": {"gelu_pytorch_tanh": _FUSED_GELU},
+    "gemma": {"gelu_pytorch_tanh": {**_FUSED_GELU, "gated_linear_unit": True}},
+}
+"""By model_type and activation, what of TransformerConfig decides about the MLP."""

@@ -44,6 +44,7 @@ _RENAMED = (
     "num_query_groups",
     "layernorm_epsilon",
     "layernorm_zero_centered_gamma",
+    "bias_activation_fusion",
 )
 
 
@@ -76,7 +77,9 @@ def of_model(model: Model, layout: Layout, names: ArgsNames) -> dict[str, Any]:
         "squared_relu": activation == "squared_relu",
         "quick_geglu": gated and activation == "quick_gelu",
         "openai_gelu": False,
-        "bias_gelu_fusion": activation == "gelu_tanh",
+        "bias_gelu_fusion": activation == "gelu_tanh"
+        or bool(activation == "gelu" and config.get("bias_activation_fusion")),
+        "gated_linear_unit": gated,
         "bias_swiglu_fusion": True,
         "position_embedding_type": gpt.get("position_embedding_type", "learned_absolute"),
         "add_position_embedding": True,

@@ -62,9 +62,11 @@ class Model:
 
     ``config`` holds TransformerConfig arguments; ``activation_func`` is named by a string, one of
     ``silu``, ``gelu``, ``gelu_tanh``, ``squared_relu``, ``quick_gelu``. ``gpt`` holds GPTModel's.
+    ``embedding_scale`` is multiplied in by a hook: no parameter of megatron's says it.
     """
 
     config: Mapping[str, Any]
     gpt: Mapping[str, Any]
     spec: Literal["local", "te"] = "te"
     dtype: torch.dtype = torch.float32
+    embedding_scale: float | None = None

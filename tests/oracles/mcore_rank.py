@@ -136,8 +136,14 @@ def build(model: Model, layout: Layout) -> list[GPTModel]:
             vp_stage=vp_stage,
             **model.gpt,
         )
+        if model.embedding_scale is not None and hasattr(chunk, "embedding"):
+            _scale_output(chunk.embedding, model.embedding_scale)
         chunks.append(chunk.eval())
     return chunks
+
+
+def _scale_output(module: torch.nn.Module, scale: float) -> None:
+    module.register_forward_hook(lambda _module, _inputs, output: output * scale)
 
 
 def _transformer_config(model: Model, layout: Layout) -> TransformerConfig:

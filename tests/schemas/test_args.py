@@ -228,7 +228,8 @@ def test_everything_megatron_restores_is_there():
         ({"swiglu": False}, "gpt"),
         ({"apply_layernorm_1p": True}, "gpt"),
         ({"layernorm_zero_centered_gamma": True}, "gpt"),
-        ({"rotary_interleaved": True}, "gpt"),
+        ({"rotary_interleaved": True}, "glm"),
+        ({"rotary_percent": 0.5, "kv_channels": 16}, "phi3"),
         ({"position_embedding_type": "learned_absolute"}, "gpt"),
     ],
 )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from ckptx import manager
+from ckptx.schemas.hf import spec_from_config
 from ckptx.testing.contracts import SchemaTests
-from ckptx.testing.models import MODELS, tiny
+from ckptx.testing.models import MODELS, TinyModel, tiny
+
+from .dense import CONFIGS
 
 
 class TestLayouts(SchemaTests):
@@ -14,4 +17,8 @@ class TestLayouts(SchemaTests):
         tiny("gpt"),
         tiny("gpt", tied=True, position_embedding_type="rope", activation="swiglu"),
         tiny("gpt", qk_layernorm=True, add_bias_linear=False, add_qkv_bias=True),
+        *(
+            TinyModel(n, spec_from_config(config, family))
+            for n, (family, config) in CONFIGS.items()
+        ),
     )

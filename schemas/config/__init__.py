@@ -1,0 +1,1 @@
+"""What the ``config.json`` of each family says, and the parts whose keys depend on each other."""

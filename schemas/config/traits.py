@@ -1,0 +1,119 @@
+"""What a family fixes without saying so, and how its config spells the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from ckptx.spec import ModelSpec
+
+Windows: TypeAlias = Literal["none", "all layers", "some layers", "layer types"]
+"""Who has a sliding window: ``some layers`` by Qwen's keys, ``layer types`` by Gemma 2's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Biases:
+    """Which projections have a bias."""
+
+    qkv: bool = False
+    out: bool = False
+    mlp: bool = False
+
+    def __or__(self, other: Biases) -> Biases:
+        """Return the biases that either has."""
+        return Biases(self.qkv or other.qkv, self.out or other.out, self.mlp or other.mlp)
+
+    def within(self, other: Biases) -> bool:
+        """Return whether the other has all of them."""
+        return self | other == other
+
+
+SWITCHES: Mapping[str, Biases] = {
+    "attention_bias": Biases(qkv=True, out=True),
+    "mlp_bias": Biases(mlp=True),
+    "use_bias": Biases(True, True, True),
+}
+"""Keys of configs and the biases that they switch on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a family fixes, and the defaults of its config class."""
+
+    architecture: str
+    defaults: Mapping[str, Any]
+    """In the spelling of the family."""
+    bias_keys: tuple[str, ...] = ()
+    """The switches that the config has; `SWITCHES` says for which projections."""
+    fixed_biases: Biases = field(default_factory=Biases)
+    qk_layernorm: bool = False
+    windows: Windows = "none"
+    names: Mapping[str, str | None] = field(default_factory=dict)
+    """Llama's key to the family's, None where the config has none."""
+    switches: Mapping[str, Biases] = field(default_factory=lambda: SWITCHES)
+    normalization: str = "RMSNorm"
+    activations: Mapping[str, str] = field(default_factory=lambda: {"silu": "swiglu"})
+    """What the config's activations are in a spec; the first that fits is written."""
+    position_embedding_type: str = "rope"
+    rotary_percent: float | None = None
+    """The default of the rotated part of a head; None where all of it is, always."""
+    rotary_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
+    """Base and rotated part, as transformers 4 spells them."""
+    scalings: Mapping[str, str] = field(default_factory=dict)
+    """Other words for kinds of scaling."""
+    dropouts: tuple[str, ...] = ("attention_dropout",)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Entries of a spec's ``extra`` that hold for every model of the family."""
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that a spec's ``extra`` holds under their own names, with the value that is not held.
+
+    It is the value that asks nothing of Megatron.
+    """
+
+    def key(self, name: str) -> str | None:
+        """Return the family's key for one of Llama's."""
+        return self.names.get(name, name)
+
+
+def biases(spec: ModelSpec) -> Biases:
+    """Return which projections of a model have a bias."""
+    every = spec.add_bias_linear
+    return Biases(
+        every or spec.add_qkv_bias,
+        every or bool(spec.extra.get("attention_out_bias")),
+        every or bool(spec.extra.get("mlp_bias")),
+    )
+
+
+def biases_from_config(config: Mapping[str, Any], traits: Traits) -> Biases:
+    """Return which projections have a bias by a config, in its own keys."""
+    said = traits.fixed_biases
+    for key in traits.bias_keys:
+        if config.get(key):
+            said |= traits.switches[key]
+    return said
+
+
+def biases_to_config(said: Biases, traits: Traits) -> dict[str, bool]:
+    """Return the switches of a config for these biases."""
+    return {key: traits.switches[key].within(said) for key in traits.bias_keys}
+
+
+def from_biases(said: Biases) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the spec's switches, and entries of ``extra`` for what Megatron has no switch for."""
+    if said == Biases(True, True, True):
+        return {"add_bias_linear": True, "add_qkv_bias": False}, {}
+    extra = {"attention_out_bias": said.out, "mlp_bias": said.mlp}
+    return {"add_qkv_bias": said.qkv}, {name: True for name, value in extra.items() if value}
+
+
+def holds_biases(said: Biases, traits: Traits) -> bool:
+    """Return whether a config can say these biases."""
+    return biases_from_config(biases_to_config(said, traits), traits) == said
+
+
+def named_biases(said: Biases) -> str:
+    """Return the biases in words."""
+    parts = (("qkv", said.qkv), ("attention output", said.out), ("mlp", said.mlp))
+    return ", ".join(name for name, value in parts if value) or "nothing"

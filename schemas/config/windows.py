@@ -1,0 +1,83 @@
+"""Sliding windows: which layers have one, by each family's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckptx.schemas.config.traits import Traits
+from ckptx.spec import ModelSpec
+
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def windowed_layers(spec: ModelSpec) -> list[bool]:
+    """Return for every layer whether it attends within the sliding window only."""
+    if spec.extra.get("sliding_window") is None:
+        return [False] * spec.num_layers
+    types = spec.extra.get("layer_types") or [_SLIDING] * spec.num_layers
+    return [kind == _SLIDING for kind in types]
+
+
+def windows_extra(window: int | None, layers: list[bool]) -> dict[str, Any]:
+    """Return the entries of ``extra`` for a window of ``window`` tokens, the own one included."""
+    if window is None or not any(layers):
+        return {}
+    if all(layers):
+        return {"sliding_window": window}
+    return {"sliding_window": window, "layer_types": _types(layers)}
+
+
+def windows_from_config(config: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
+    """Return the entries of ``extra`` that a config's keys say."""
+    if traits.windows == "none":
+        return {}
+    window, layers = config["sliding_window"], config["num_hidden_layers"]
+    types = config.get("layer_types")
+    if traits.windows == "all layers":
+        return windows_extra(window, [True] * layers)
+    if traits.windows == "layer types":
+        inside = [not number % 2 for number in range(layers)]  # Gemma 2's, before it said so
+        return windows_extra(window, inside if types is None else [t == _SLIDING for t in types])
+    kept = {"max_window_layers": config["max_window_layers"]}
+    if not config["use_sliding_window"]:
+        return kept
+    inside = (
+        [number >= config["max_window_layers"] for number in range(layers)]
+        if types is None
+        else [kind == _SLIDING for kind in types]
+    )
+    return kept | windows_extra(window, inside)
+
+
+def windows_to_config(spec: ModelSpec, traits: Traits) -> dict[str, Any]:
+    """Return the keys of a config that say a spec's windows."""
+    window = spec.extra.get("sliding_window")
+    if traits.windows == "none":
+        return {}
+    if traits.windows == "all layers":
+        return {"sliding_window": window}
+    inside = windowed_layers(spec)
+    if traits.windows == "layer types":
+        return {"sliding_window": window, "layer_types": _types(inside)}
+    first = inside.index(True) if True in inside else len(inside)
+    return {
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": spec.extra.get("max_window_layers", first),
+        "layer_types": _types(inside),
+    }
+
+
+def holds_windows(spec: ModelSpec, traits: Traits) -> bool:
+    """Return whether a family's config can say a spec's windows."""
+    inside = windowed_layers(spec)
+    return (
+        traits.windows in ("some layers", "layer types")
+        or not any(inside)
+        or (traits.windows == "all layers" and all(inside))
+    )
+
+
+def _types(layers: list[bool]) -> list[str]:
+    return [_SLIDING if inside else _FULL for inside in layers]
