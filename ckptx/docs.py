@@ -32,6 +32,7 @@ WIDTH = 80
 """Columns of the help texts."""
 
 FROM_HF, TO_HF = "tests/interop/test_hf_to_core.py", "tests/interop/test_core_to_hf.py"
+META = "tests/interop/test_meta.py"
 LOGITS_FAMILIES = "tests/interop/conversion.py"
 """Names the families whose logits are compared, as ``hf.llama``."""
 
@@ -42,6 +43,8 @@ PROOFS: Mapping[tuple[str, str], tuple[str, str]] = {
     ("core torch_dist", "save"): ("L", FROM_HF),
     ("core torch", "load"): ("L", TO_HF),
     ("core torch", "save"): ("L", FROM_HF),
+    ("meta", "load"): ("L", META),
+    ("meta", "save"): ("L", META),
     ("pytorch", "load"): ("P", "tests/formats/test_pytorch.py"),
     ("pytorch", "save"): ("P", "tests/formats/test_pytorch.py"),
 }
@@ -134,7 +137,7 @@ def _columns() -> Iterator[tuple[str, Mapping[str, Mapping[str, Any]]]]:
     """Yield each format with what its loader and saver can do, as ``load`` and ``save``."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for status in manager.statuses():
-        if status.entry.kind != "schema":
+        if status.entry.kind != "schema" and status.capabilities.get("layouts"):
             direction = "load" if status.entry.kind == "loader" else "save"
             found.setdefault(status.entry.name, {})[direction] = status.capabilities
     for name in sorted(found, key=lambda name: (name != "hf", name)):

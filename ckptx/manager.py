@@ -42,8 +42,6 @@ RECOGNISED = {
     "fsdp_dtensor": "Megatron FSDP checkpoints",
     "verl": "verl training checkpoints",
     "rlinf": "RLinf training checkpoints",
-    "meta": "Meta's Llama releases",
-    "llama_mistral": "Llama and Mistral models, as Megatron's own loader reads them",
     "mixtral_hf": "Mixtral models, as Megatron's own loader reads them",
     "llava": "Megatron LLaVA checkpoints",
     "hf_llava": "Hugging Face LLaVA models",
