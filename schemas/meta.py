@@ -110,11 +110,8 @@ _LLAMA_32_SIZES = {(2048, 16), (3072, 28)}
 _TIKTOKEN = 65536
 """A vocabulary above it is that of Llama 3: earlier ones have 32,000 to 32,016 words."""
 
-# Pairs that Meta has published: no more than habit, any that gives the size is right.
-_PUBLISHED = (
-    *((multiple, None) for multiple in (256, 1024, 4096)),
-    *((multiple, factor) for factor in (1.3, 1.5, 1.2) for multiple in (256, 1024, 4096)),
-)
+# Pairs that Meta has published, so that its models keep theirs; any that gives the size is right.
+_PUBLISHED = ((256, None), (256, 1.5), (4096, 1.3), (1024, 1.3), (4096, 1.2))
 
 
 def spec_from_params(params: Mapping[str, Any], *, rows: int, ffn: int) -> ModelSpec:

@@ -1,11 +1,11 @@
 """Meta's own Llama in eager torch, run as its processes run it: every shard computes its share.
 
-Nothing is joined but activations, as fairscale joins them: outputs of column-parallel layers side by
-side, those of row-parallel layers by addition. So this reads shards by another road than any
+Nothing is joined but activations, as fairscale joins them: outputs of column-parallel layers side
+by side, those of row-parallel layers by addition. So this reads shards by another road than any
 converter. Queries and keys rotate as complex numbers, neighbours together.
 
-Mistral's model has the same names and computes the same, but for heads and feed-forward sizes of its
-own and a sliding window.
+Mistral's model has the same names and computes the same, but for heads and feed-forward sizes of
+its own and a sliding window.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import silu
 
 Weights = dict[str, torch.Tensor]
 
@@ -161,7 +161,7 @@ def logits(directory: Path, tokens: torch.Tensor, *, theta: float = 10000.0) -> 
         x = x + sum(attention)
         norm = take(f"{prefix}ffn_norm.weight", [dim])
         forward = [
-            (F.silu(y @ w1.T) * (y @ w3.T)) @ w2.T
+            (silu(y @ w1.T) * (y @ w3.T)) @ w2.T
             for scale, w1, w2, w3 in zip(
                 norm,
                 take(f"{prefix}feed_forward.w1.weight", [hidden, dim]),
@@ -174,9 +174,7 @@ def logits(directory: Path, tokens: torch.Tensor, *, theta: float = 10000.0) -> 
         x = x + sum(forward)
     scale = take("norm.weight", [dim])
     output = take("output.weight", [rows, dim])
-    found = [
-        _norm(x, s, params["norm_eps"]) @ w.T for s, w in zip(scale, output, strict=True)
-    ]
+    found = [_norm(x, s, params["norm_eps"]) @ w.T for s, w in zip(scale, output, strict=True)]
     assert not any(unused), unused
     return torch.cat(found, dim=-1)
 
