@@ -156,6 +156,8 @@ def test_mistrals_model_computes_what_transformers_does(family, source_of, tmp_p
     convert(source.directory, tmp_path / "meta", "meta")
     assert not list((tmp_path / "meta").glob("*.pth"))
     assert difference(meta.logits(tmp_path / "meta", source.tokens), source.logits) <= CLOSE
+    convert(tmp_path / "meta", tmp_path / "back", "hf")  # detected in spite of the config beside it
+    assert difference(strict_logits(tmp_path / "back", source.tokens), source.logits) == 0
 
 
 def test_tied_embeddings_are_stored_once_under_both_names(tmp_path):
