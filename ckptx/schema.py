@@ -365,8 +365,8 @@ def _joined(copies: Sequence[Tensor], tp: int | None, name: str) -> Tensor:
     if len(shapes) > 1:
         found = " and ".join(str(list(shape)) for shape in shapes)
         raise SchemaError(
-            f"{name}: tensor-parallel ranks hold {found}, expected equal shapes; their files are "
-            "not of one checkpoint"
+            f"{name}: tensor-parallel ranks do not fit together: they hold {found}, expected equal "
+            "shapes; their files are not of one checkpoint"
         )
     try:
         return replicated(copies) if tp is None else concat(copies, tp)
