@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ckptx import manager
-from ckptx.lazy import LazyTensor, Stored, leaves
+from ckptx.lazy import LazyTensor, Stored
 from ckptx.parallel import Pipeline
+from ckptx.pieces import leaves
 from ckptx.protocol import Begin, SourceTensor
 from ckptx.saving import Model, collect
 

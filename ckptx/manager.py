@@ -42,7 +42,7 @@ RECOGNISED = {
     "fsdp_dtensor": "Megatron FSDP checkpoints",
     "verl": "verl training checkpoints",
     "rlinf": "RLinf training checkpoints",
-    "mixtral_hf": "Mixtral models, as Megatron's own loader reads them",
+    "mixtral_hf": "Mixtral models, mixtures of experts",
     "llava": "Megatron LLaVA checkpoints",
     "hf_llava": "Hugging Face LLaVA models",
     "lora": "LoRA adapters",

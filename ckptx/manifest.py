@@ -12,7 +12,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ckptx.lazy import ITEMSIZE, LazyTensor, Stored, leaves
+from ckptx.lazy import ITEMSIZE, LazyTensor, Stored
+from ckptx.pieces import leaves
 from ckptx.plan import SavePlan
 from ckptx.proof import operations
 from ckptx.protocol import Begin

@@ -30,8 +30,8 @@ from ckptx.lazy import (
     Stored,
     Tiled,
     is_widening,
-    leaves,
 )
+from ckptx.pieces import leaves
 from ckptx.plan import Content, Crc32, FilePlan, SavePlan
 from ckptx.protocol import Begin, Dropped, End, SourceTensor
 
@@ -173,10 +173,7 @@ def _account(name: str, tensor: LazyTensor, proof: Proof) -> Iterator[Stored]:
         if isinstance(leaf, Stored):
             yield leaf
             if 0 in leaf.strides:
-                kept = math.prod(
-                    n for n, stride in zip(leaf.shape, leaf.strides, strict=True) if stride
-                )
-                proof.filled[name] = proof.filled.get(name, 0) + leaf.numel - kept
+                proof.filled[name] = proof.filled.get(name, 0) + leaf.numel
         else:
             proof.filled[name] = proof.filled.get(name, 0) + leaf.numel
 

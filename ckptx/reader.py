@@ -26,18 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptx.errors import ConversionError
-from ckptx.lazy import (
-    ITEMSIZE,
-    Box,
-    Cast,
-    Filled,
-    LazyTensor,
-    Shape,
-    Stored,
-    contiguous_strides,
-    flat_boxes,
-    pieces,
-)
+from ckptx.lazy import ITEMSIZE, Box, Cast, Filled, LazyTensor, Shape, Stored, contiguous_strides
+from ckptx.pieces import flat_boxes, pieces
 
 WINDOW = 40 << 20
 """Most bytes that one read of a strided rectangle covers."""

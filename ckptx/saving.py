@@ -33,10 +33,10 @@ class Model:
         """The dimensions of the language model."""
         if "language" not in self.begin.parts:
             raise SchemaError(
-                f"the source ({self.begin.format}, {self.begin.layout}) is of no known model "
-                "family, so its tensors cannot change their layout; known families are listed by "
-                "'ckptx plugins'. Convert between formats that keep its names (--to hf, --to "
-                "pytorch) or give --hf-base with a config"
+                f"the source ({'; '.join(self.end.notes) or self.begin.layout}) is of no known "
+                "model family, so its tensors cannot change their layout; known families are "
+                "listed by 'ckptx plugins'. Convert between formats that keep its names (--to hf, "
+                "--to pytorch) or give --hf-base with a config"
             )
         return self.begin.parts["language"]
 

@@ -90,7 +90,10 @@ class _Qkv:
         names = ("query", "key", "value")
         for name, part, rows in zip(names, packed, self._rows(spec, tp), strict=True):
             if part.shape[0] != rows:
-                raise SchemaError(f"the {name} has {part.shape[0]} rows, the config says {rows}")
+                raise SchemaError(
+                    f"the {name} has {part.shape[0]} rows, the config says {rows}; the config does "
+                    "not belong to these weights"
+                )
         return [interleave(packed, spec.num_query_groups // tp)]
 
     def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
@@ -274,6 +277,9 @@ class Taker:
             missing = [n for shard in shards for n in names if n not in shard]
             if missing:
                 self.missing += [label + name for name in dict.fromkeys(missing)]
+                for shard in shards:  # the others are known, and of no use alone
+                    for name in names:
+                        shard.pop(name, None)
                 continue
             parts = []
             for shard in shards:
@@ -281,7 +287,7 @@ class Taker:
                     packed = [shard.pop(name) for name in names]
                     parts.append(iso.unpack(packed, self.spec, len(shards)))
                 except (SchemaError, PlanError) as error:
-                    raise SchemaError(f"{label}{names[0]}: {error}") from error
+                    raise SchemaError(f"{label}{', '.join(names)}: {error}") from error
             for number, key in enumerate(entry.keys):
                 copies = [part[number] for part in parts]
                 message[key] = _joined(copies, entry.tp, label + names[0])
@@ -291,9 +297,9 @@ class Taker:
         """Raise a SchemaError that names what is missing and what was not used, if anything."""
         problems = []
         if self.missing:
-            problems.append(f"{len(self.missing)} tensors are missing: {listing(self.missing)}")
+            problems.append(f"{_counted(self.missing)} missing: {listing(self.missing)}")
         if left:
-            problems.append(f"{len(left)} tensors are not part of it: {listing(left)}")
+            problems.append(f"{_counted(left)} not part of it: {listing(left)}")
         if problems:
             raise SchemaError(f"layout {self.layout.name}: {'; '.join(problems)}")
 
@@ -412,6 +418,13 @@ def _names(spelling: Spelling, layer: int | None) -> tuple[str, ...]:
 
 
 def _joined(copies: Sequence[Tensor], tp: int | None, name: str) -> Tensor:
+    shapes = list(dict.fromkeys(copy.shape for copy in copies))
+    if len(shapes) > 1:
+        found = " and ".join(str(list(shape)) for shape in shapes)
+        raise SchemaError(
+            f"{name}: tensor-parallel ranks do not fit together: they hold {found}, expected equal "
+            "shapes; their files are not of one checkpoint"
+        )
     try:
         return replicated(copies) if tp is None else concat(copies, tp)
     except PlanError as error:
@@ -427,6 +440,10 @@ def _cut(tensor: Tensor, axis: int | None, tp: int, rank: int, key: str) -> Tens
             f"along axis {axis}"
         )
     return tensor.chunk(axis, tp, rank)
+
+
+def _counted(names: Sequence[str]) -> str:
+    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
 
 
 def _tuple(names: str | Sequence[str]) -> tuple[str, ...]:

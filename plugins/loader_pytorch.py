@@ -17,6 +17,7 @@ from ckptx.loading import drop_ignored, inventory, main_dtype, messages_of, pass
 from ckptx.model_directory import base_sidecars, family_named, family_of, read_config, sidecars
 from ckptx.model_weights import Weights, fill_from_base
 from ckptx.plugin import Loader
+from ckptx.plugins.megatron.source import args_of
 from ckptx.plugins.state_dict import (
     DIRECTORY_FILE,
     layout_of,
@@ -74,7 +75,7 @@ class PytorchLoader:
             sidecars=files,
             training={"iteration": value.get("iteration", "release")},
         )
-        for message in _messages(begin, dict(tensors), value.get("args"), others):
+        for message in _messages(begin, dict(tensors), args_of(value, source), others):
             if isinstance(message, End):
                 message = replace(message, notes=(*filled, *message.notes))
             yield message
@@ -105,13 +106,16 @@ def state_dict(value: Any, source: Path) -> tuple[dict[str, Stored], tuple[Dropp
 
 
 def _messages(
-    begin: Begin, tensors: dict[str, LazyTensor], args: Any, others: tuple[Dropped, ...]
+    begin: Begin,
+    tensors: dict[str, LazyTensor],
+    args: Mapping[str, Any],
+    others: tuple[Dropped, ...],
 ) -> Iterator[Message]:
     config = read_config(begin.sidecars, begin.root)
     family = family_of(config) if config else None
     core = begin.layout == "core"
-    if core and args is not None:
-        spec = spec_from_args(dict(vars(args)))
+    if core and args:
+        spec = spec_from_args(args)
     elif family is not None and config is not None:
         spec = family.from_config(config)
     else:
@@ -131,7 +135,7 @@ def _messages(
         tied, tie_dropped, notes = resolve_tie(tensors, *names, begin.files)
         spec, dropped = replace(spec, tied=tied), (*dropped, *tie_dropped)
     spec = replace(spec, dtype=main_dtype(tensors))
-    training = {**begin.training, "args": dict(vars(args)) if core and args is not None else None}
+    training = {**begin.training, "args": args if core and args else None}
     yield replace(begin, layout=layout.name, parts={"language": spec}, training=training)
     yield from messages_of(layout, tensors, spec)
     yield End(dropped, notes)

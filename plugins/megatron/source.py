@@ -34,13 +34,15 @@ def args_of(state: Any, file: Path) -> dict[str, Any]:
     """Return the ``args`` of a checkpoint's common state as a dictionary; empty if it has none.
 
     Raises:
-        FormatError: the state is no dictionary.
+        FormatError: the state is no dictionary, or its args are no namespace.
     """
     if not isinstance(state, Mapping):
         raise FormatError(f"{file}: expected a dictionary, found {type(state).__name__}")
     args = state.get("args")
     if args is None:
         return {}
+    if not isinstance(args, Mapping) and not hasattr(args, "__dict__"):
+        raise FormatError(f"{file}: args are of type {type(args).__name__}, expected a namespace")
     return dict(args if isinstance(args, Mapping) else vars(args))
 
 

@@ -26,15 +26,13 @@ from ckptx.lazy import (
     Stored,
     concat,
     deinterleave,
-    flat_boxes,
     interleave,
-    leaves,
-    pieces,
     replicated,
     stack,
     stored,
     tile,
 )
+from ckptx.pieces import flat_boxes, leaves, pieces
 from ckptx.reader import Files, Gather, read
 
 SETTINGS = settings(

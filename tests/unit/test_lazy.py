@@ -16,13 +16,12 @@ from ckptx.lazy import (
     deinterleave,
     interleave,
     is_widening,
-    leaves,
-    pieces,
     replicated,
     stack,
     stored,
     tile,
 )
+from ckptx.pieces import leaves, pieces
 
 MATRIX = stored(0, 0, "float32", (4, 6))
 VECTOR = stored(0, 0, "float32", (4,))

@@ -1,0 +1,177 @@
+"""Evaluate lazy tensors by pushing a box down.
+
+`pieces` yields rectangles, each a leaf and its place in the caller's buffer. They exist only while
+they are copied: a request for a few rows of a fused weight touches the leaves of those rows.
+
+Shapes, strides, boxes and origins count elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ckptx.lazy import (
+    Box,
+    Cast,
+    LazyTensor,
+    Merged,
+    Permuted,
+    Replicated,
+    Shape,
+    Sliced,
+    Split,
+    Tiled,
+    contiguous_strides,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A rectangle of a leaf and its place in the buffer of the box that was asked for.
+
+    ``leaf`` is a `Stored`, `Filled` or `Cast` tensor, already cut to the rectangle.
+    ``offset`` and ``strides`` count elements of the buffer, one stride per axis of the leaf.
+    """
+
+    leaf: LazyTensor
+    offset: int
+    strides: Shape
+
+
+def pieces(tensor: LazyTensor, box: Box | None = None, *, copies: bool = False) -> Iterator[Piece]:
+    """Yield the rectangles that fill a row-major buffer of ``box`` (by default the whole tensor).
+
+    Every element of the box is yielded exactly once. With ``copies`` the further copies of
+    replicated tensors are yielded as well, at the same places.
+    """
+    if box is None:
+        box = tuple((0, n) for n in tensor.shape)
+    lengths = tuple(stop - start for start, stop in box)
+    if math.prod(lengths):
+        yield from _pieces(tensor, box, 0, contiguous_strides(lengths), copies)
+
+
+def leaves(tensor: LazyTensor) -> Iterator[LazyTensor]:
+    """Yield the stored and filled rectangles that a tensor reads, those below casts included."""
+    for piece in pieces(tensor, copies=True):
+        match piece.leaf:
+            case Cast(base=base):
+                yield from leaves(base)
+            case leaf:
+                yield leaf
+
+
+def _pieces(
+    tensor: LazyTensor, box: Box, offset: int, strides: Shape, copies: bool
+) -> Iterator[Piece]:
+    match tensor:
+        case Replicated():
+            for copy in tensor.copies if copies else tensor.copies[:1]:
+                yield from _pieces(copy, box, offset, strides, copies)
+        case Tiled():
+            for origin, part in tensor.tiles:
+                inside = []
+                place = offset
+                for (start, stop), low, size, stride in zip(
+                    box, origin, part.shape, strides, strict=True
+                ):
+                    begin, end = max(start, low), min(stop, low + size)
+                    if begin >= end:
+                        break
+                    inside.append((begin - low, end - low))
+                    place += (begin - start) * stride
+                else:
+                    yield from _pieces(part, tuple(inside), place, strides, copies)
+        case Sliced():
+            moved = tuple(
+                (low + start, low + stop)
+                for (start, stop), (low, _) in zip(box, tensor.box, strict=True)
+            )
+            yield from _pieces(tensor.base, moved, offset, strides, copies)
+        case Permuted(axes=axes):
+            back = [axes.index(axis) for axis in range(len(axes))]
+            moved = tuple(box[place] for place in back)
+            yield from _pieces(
+                tensor.base, moved, offset, tuple(strides[place] for place in back), copies
+            )
+        case Split():
+            yield from _split_pieces(tensor, box, offset, strides, copies)
+        case Merged():
+            yield from _merged_pieces(tensor, box, offset, strides, copies)
+        case _:
+            leaf = tensor
+            for axis, (start, stop) in enumerate(box):
+                leaf = leaf.narrow(axis, start, stop)
+            yield Piece(leaf, offset, strides)
+
+
+def _split_pieces(
+    tensor: Split, box: Box, offset: int, strides: Shape, copies: bool
+) -> Iterator[Piece]:
+    axis, inner = tensor.axis, tensor.inner
+    (row, last_row), (column, last_column) = box[axis], box[axis + 1]
+    whole = last_column - column == inner and strides[axis] == inner * strides[axis + 1]
+    below = (*strides[:axis], *strides[axis + 1 :])
+    runs = (
+        [(row * inner, last_row * inner, 0)]
+        if whole
+        else [
+            (r * inner + column, r * inner + last_column, (r - row) * strides[axis])
+            for r in range(row, last_row)
+        ]
+    )
+    for start, stop, shift in runs:
+        moved = (*box[:axis], (start, stop), *box[axis + 2 :])
+        yield from _pieces(tensor.base, moved, offset + shift, below, copies)
+
+
+def _merged_pieces(
+    tensor: Merged, box: Box, offset: int, strides: Shape, copies: bool
+) -> Iterator[Piece]:
+    axis = tensor.axis
+    inner = tensor.base.shape[axis + 1]
+    start, stop = box[axis]
+    stride = strides[axis]
+    above = (*strides[:axis], stride * inner, *strides[axis:])
+    position = start
+    while position < stop:
+        row, column = divmod(position, inner)
+        if column or stop - position < inner:  # a partial first or last row
+            last = min(inner, column + stop - position)
+            rows, columns = (row, row + 1), (column, last)
+        else:
+            rows, columns = (row, stop // inner), (0, inner)
+        moved = (*box[:axis], rows, columns, *box[axis + 1 :])
+        yield from _pieces(tensor.base, moved, offset + (position - start) * stride, above, copies)
+        position += (rows[1] - rows[0]) * (columns[1] - columns[0])
+
+
+def flat_boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Box, int]]:
+    """Yield boxes that cover elements ``start`` to ``stop`` in row-major order, and their places.
+
+    A place is the number of elements between ``start`` and the first element of the box.
+
+    Examples:
+        >>> list(flat_boxes((3, 4), 2, 9))
+        [(((0, 1), (2, 4)), 0), (((1, 2), (0, 4)), 2), (((2, 3), (0, 1)), 6)]
+    """
+    strides = contiguous_strides(shape)
+    position = start
+    while position < stop:
+        index = [position // stride % size for stride, size in zip(strides, shape, strict=True)]
+        # The widest axis along which whole sub-blocks start here and end before ``stop``.
+        axis = len(shape) - 1
+        while axis > 0 and not any(index[axis:]) and strides[axis - 1] <= stop - position:
+            axis -= 1
+        if not shape:
+            yield (), 0
+            return
+        count = min((stop - position) // strides[axis], shape[axis] - index[axis])
+        box = tuple(
+            (i, i + 1) if a < axis else (i, i + count) if a == axis else (0, n)
+            for a, (i, n) in enumerate(zip(index, shape, strict=True))
+        )
+        yield box, position - start
+        position += count * strides[axis]
