@@ -126,7 +126,7 @@ class LlamaMistralLoader:
             raise SchemaError(f"{source}: not a model of family {size.family}, as {name} is")
         spec = begin.parts["language"]
         _check(name, size, spec, begin)
-        rows = true_vocab_size(options) or spec.vocab_size
+        rows = true_vocab_size(options, spec.vocab_size)
         begin = replace(
             begin,
             parts={"language": replace(spec, vocab_size=rows)},
