@@ -60,7 +60,8 @@ def main() -> int:
         print("|---|---|---|---|---|---|---|")
         for case in memory_cases(work) if arguments.memory else cases(work):
             if arguments.only in case.name:
-                print(measure(case, work, 1 if arguments.memory else arguments.pairs), flush=True)
+                pairs = 0 if arguments.memory else arguments.pairs
+                print(measure(case, work, pairs), flush=True)
     return 0
 
 
@@ -91,37 +92,29 @@ def core(tp: int, pp: int, ckpt_format: str) -> list[str]:
 
 
 def measure(case: Case, work: Path, pairs: int) -> str:
-    """Return a table row: medians over alternated pairs."""
+    """Return a table row: medians over alternated pairs, and the peak of a run of its own."""
     target, copy = work / "target", work / "copy"
     ours: list[Run] = []
     copies: list[Run] = []
-    written = 0
-    for pair in range(pairs + 1):
-        runs = []
-        for kind in ("ckptx", "cp") if pair % 2 else ("cp", "ckptx"):
+    for pair in range(pairs + 1 if pairs else 0):
+        for ckptx in (True, False) if pair % 2 else (False, True):
             remove(target, copy)
-            runs.append(
-                (
-                    kind,
-                    convert(case.source, target, case.options)
-                    if kind == "ckptx"
-                    else copied(case.source, copy),
-                )
-            )
-            if kind == "ckptx":
-                written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-        if pair or pairs == 1:  # the first pair warms up
-            ours += [run for kind, run in runs if kind == "ckptx"]
-            copies += [run for kind, run in runs if kind == "cp"]
+            run = convert(case.source, target, case.options) if ckptx else copied(case.source, copy)
+            if pair:  # the first pair warms up
+                (ours if ckptx else copies).append(run)
     remove(target, copy)
-    peak = sampled(case.source, target, case.options).peak
+    alone = sampled(case.source, target, case.options)
+    written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     remove(target, copy)
+    peak = f"{alone.peak / 2**20:.0f} |"
+    if not pairs:
+        return f"| {case.name} | {written:,} | {alone.wall:.1f} | - | - | - | {peak}"
     mine, theirs = median(ours), median(copies)
     spread = max(run.wall for run in copies) / min(run.wall for run in copies)
     void = f" (void: cp spread {spread:.2f})" if spread > 1.5 else ""
     return (
         f"| {case.name}{void} | {written:,} | {mine:.2f} | {theirs:.2f} | {mine / theirs:.2f} "
-        f"| {written / mine / 1e9:.2f} | {peak / 2**20:.0f} |"
+        f"| {written / mine / 1e9:.2f} | {peak}"
     )
 
 

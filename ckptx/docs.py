@@ -32,6 +32,7 @@ WIDTH = 80
 """Columns of the help texts."""
 
 FROM_HF, TO_HF = "tests/interop/test_hf_to_core.py", "tests/interop/test_core_to_hf.py"
+META = "tests/interop/test_meta.py"
 LOGITS_FAMILIES = ("tests/interop/conversion.py", "tests/interop/test_dense_families.py")
 """Name the families whose logits are compared, as ``hf.llama``."""
 
@@ -42,6 +43,8 @@ PROOFS: Mapping[tuple[str, str], tuple[str, str]] = {
     ("core torch_dist", "save"): ("L", FROM_HF),
     ("core torch", "load"): ("L", TO_HF),
     ("core torch", "save"): ("L", FROM_HF),
+    ("meta", "load"): ("R", META),
+    ("meta", "save"): ("R", META),
     ("pytorch", "load"): ("P", "tests/formats/test_pytorch.py"),
     ("pytorch", "save"): ("P", "tests/formats/test_pytorch.py"),
 }
@@ -52,6 +55,8 @@ LEGEND = {
     "logits (`tests/interop`)",
     "T": "transformers loads what went through ckptx and computes the same logits as before "
     "(`tests/interop`)",
+    "R": "transformers, real megatron-core and the publisher's own model, written anew in eager "
+    "torch for the tests, compute the same logits (`tests/interop`)",
     "P": "torch itself is on the other side (`tests/formats`)",
     "K": "the conformance kit, with models made by hand (`tests/formats`, `tests/schemas`)",
 }
@@ -143,7 +148,7 @@ def _columns() -> Iterator[tuple[str, Mapping[str, Mapping[str, Any]]]]:
     """Yield each format with what its loader and saver can do, as ``load`` and ``save``."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for status in manager.statuses():
-        if status.entry.kind != "schema":
+        if status.entry.kind != "schema" and status.capabilities.get("layouts"):
             direction = "load" if status.entry.kind == "loader" else "save"
             found.setdefault(status.entry.name, {})[direction] = status.capabilities
     for name in sorted(found, key=lambda name: (name != "hf", name)):
@@ -165,10 +170,10 @@ def _cell(family: Family, column: str, directions: Mapping[str, Mapping[str, Any
 def _proof(family: Family, column: str, direction: str) -> str:
     letter, tests = PROOFS.get((column, direction), ("K", ""))
     shown = (ROOT / tests).is_file()
-    if letter == "L":
+    if letter in ("L", "R"):
         texts = [(ROOT / path).read_text() for path in LOGITS_FAMILIES if (ROOT / path).is_file()]
         shown = shown and any(re.search(rf"\bhf\.{family.name}\b", text) for text in texts)
-        letter = letter if "mcore" in family.layouts else "T"
+        letter = letter if "mcore" in family.layouts or letter == "R" else "T"
     return letter if shown else "K"
 
 

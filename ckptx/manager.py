@@ -42,8 +42,6 @@ RECOGNISED = {
     "fsdp_dtensor": "Megatron FSDP checkpoints",
     "verl": "verl training checkpoints",
     "rlinf": "RLinf training checkpoints",
-    "meta": "Meta's Llama releases",
-    "llama_mistral": "Llama and Mistral models; use --loader hf for a Hugging Face directory",
     "mixtral_hf": "Mixtral models, mixtures of experts",
     "llava": "Megatron LLaVA checkpoints",
     "hf_llava": "Hugging Face LLaVA models",

@@ -152,10 +152,67 @@ class Transposed:
         return tensor.permute((1, 0))
 
 
+class _RotaryPairs:
+    """Query, key and value apart; those that rotate have another order of rows in every head.
+
+    Canonical heads rotate row ``i`` with row ``i + d / 2``; here neighbours rotate together, so a
+    head of ``d`` rows runs 0, d/2, 1, d/2 + 1, ...
+
+    Source: meta-llama/llama llama/model.py, apply_rotary_emb @ main; huggingface/transformers
+    src/transformers/models/llama/modeling_llama.py, rotate_half @ v5.23.0.
+    """
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        query, key, value = canonical
+        return [*(_turned(part, spec, spec.kv_channels // 2) for part in (query, key)), value]
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        query, key, value = packed
+        return [*(_turned(part, spec, 2) for part in (query, key)), value]
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        raise SchemaError("the rows of a rotary head do not lie side by side")
+
+
+def _turned(part: Tensor, spec: ModelSpec, inner: int) -> Tensor:
+    """Return heads seen as [d / inner, inner] rows with these two axes exchanged."""
+    if spec.kv_channels % 2 or spec.rotary_percent != 1.0:
+        raise SchemaError(
+            f"heads of {spec.kv_channels} rows of which {spec.rotary_percent:g} rotate: only whole "
+            "heads of even size have rotary pairs"
+        )
+    heads = part.split(0, spec.kv_channels).split(1, inner)
+    rest = range(3, len(heads.shape))
+    return heads.permute((0, 2, 1, *rest)).merge(1).merge(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """One iso after the other: the second rearranges what the first has packed."""
+
+    first: Iso
+    second: Iso
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        return self.second.pack(self.first.pack(canonical, spec, tp), spec, tp)
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        return self.first.unpack(self.second.unpack(packed, spec, tp), spec, tp)
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        raise SchemaError("tensors that were rearranged twice do not lie side by side")
+
+
 SAME: Iso = _Same()
 GLU: Iso = _Glu()
 QKV: Iso = _Qkv()
 FUSED_QKV: Iso = _FusedQkv()
+ROTARY_PAIRS: Iso = _RotaryPairs()
+
+
+def chain(first: Iso, second: Iso) -> Iso:
+    """Return the iso that packs with ``first`` and then with ``second``."""
+    return _Chain(first, second)
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,7 +440,7 @@ class Family:
     architectures: tuple[str, ...]
     model_types: tuple[str, ...]
     layouts: Mapping[str, Layout]
-    """By convention: ``"hf"``, ``"mcore"``."""
+    """By convention: ``"hf"``, ``"mcore"``, ``"meta"``."""
     from_config: Callable[[Mapping[str, Any]], ModelSpec]
     to_config: Callable[[ModelSpec], dict[str, Any]]
     proof: Mapping[str, str] = field(default_factory=dict)
@@ -430,8 +487,8 @@ def _joined(copies: Sequence[Tensor], tp: int | None, name: str) -> Tensor:
     if len(shapes) > 1:
         found = " and ".join(str(list(shape)) for shape in shapes)
         raise SchemaError(
-            f"{name}: tensor-parallel ranks hold {found}, expected equal shapes; their files are "
-            "not of one checkpoint"
+            f"{name}: tensor-parallel ranks do not fit together: they hold {found}, expected equal "
+            "shapes; their files are not of one checkpoint"
         )
     try:
         return replicated(copies) if tp is None else concat(copies, tp)

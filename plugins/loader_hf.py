@@ -37,7 +37,9 @@ class HfLoader:
             return source.suffix == ".safetensors"
         if any((source / name).exists() for name in (*INDEXES, *SINGLES)):
             return True
-        return (source / "config.json").exists() and any(source.glob("*.safetensors"))
+        # Mistral's own file may lie beside a config, too; it has other names.
+        others = (p for p in source.glob("*.safetensors") if not p.name.startswith("consolidated"))
+        return (source / "config.json").exists() and any(others)
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the model; tensors of an unknown architecture pass through by name."""

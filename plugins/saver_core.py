@@ -23,8 +23,10 @@ from ckptx.plugins.megatron.directory import (
 )
 from ckptx.plugins.megatron.options import (
     parallel_options,
+    tokenizer_model_option,
     transformer_impl_option,
     true_vocab_size,
+    vocabulary_multiple_option,
     vocabulary_options,
 )
 from ckptx.protocol import Dropped, Message
@@ -70,13 +72,8 @@ class CoreSaver:
             ),
             *parallel_options(),
             *vocabulary_options(),
-            click.Option(
-                ["--make-vocab-size-divisible-by"],
-                type=click.IntRange(1),
-                help="Pad the vocabulary to a multiple of this times TP.  "
-                "[default: the source's, else 128]",
-            ),
-            click.Option(["--tokenizer-model"], help="Recorded in args for Megatron."),
+            vocabulary_multiple_option(),
+            tokenizer_model_option(),
             transformer_impl_option("saver"),
             click.Option(
                 ["--iteration"],

@@ -105,9 +105,9 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
                 "--true-vocab-size cuts it"
             )
         files[CONFIG] = dump_config(family.to_config(spec))
-        notes.append(
-            f"{CONFIG} was made from the checkpoint's own arguments; there is no tokenizer"
-        )
+        tokenizer = ", ".join(name for name in sorted(files) if name.startswith("tokenizer"))
+        came = f"of the tokenizer came {tokenizer}" if tokenizer else "there is no tokenizer"
+        notes.append(f"{CONFIG} was made from the checkpoint's own arguments; {came}")
         return files, tuple(notes)
     other = family_of(config)
     if other is not family:

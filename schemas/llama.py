@@ -1,4 +1,4 @@
-"""Llama and Mistral, as Hugging Face names them.
+"""Llama and Mistral, as Hugging Face names them, and as Meta does.
 
 Source: huggingface/transformers src/transformers/models/{llama,mistral}/modeling_*.py @ v5.23.0.
 """
@@ -13,6 +13,7 @@ from ckptx.schema import Family, Layout
 from ckptx.schemas.blocks import hf_decoder
 from ckptx.schemas.core import MCORE_GPT, MCORE_GPT_LOCAL
 from ckptx.schemas.hf import config_from_spec, spec_from_config
+from ckptx.schemas.meta import META, META_WIDTH
 
 # Llama checkpoints of 2023 hold the rotary frequencies, which are computed anew from the config.
 _BUFFERS = ("rotary_emb.inv_freq",)
@@ -25,6 +26,8 @@ LLAMA = Family(
         "hf": Layout("hf/llama", hf_decoder(), _BUFFERS),
         "mcore": MCORE_GPT,
         "mcore-local": MCORE_GPT_LOCAL,
+        "meta": META,
+        "meta-width": META_WIDTH,
     },
     from_config=partial(spec_from_config, family="llama"),
     to_config=config_from_spec,
@@ -38,6 +41,8 @@ MISTRAL = Family(
         "hf": Layout("hf/mistral", hf_decoder(), _BUFFERS),
         "mcore": MCORE_GPT,
         "mcore-local": MCORE_GPT_LOCAL,
+        "meta": META,
+        "meta-width": META_WIDTH,
     },
     from_config=partial(spec_from_config, family="mistral"),
     to_config=config_from_spec,

@@ -72,6 +72,21 @@ def transformer_impl_option(role: str) -> click.Option:
     )
 
 
+def tokenizer_model_option() -> click.Option:
+    """Return ``--tokenizer-model``; loader and saver declare it alike."""
+    return click.Option(["--tokenizer-model"], help="Recorded in args for Megatron.")
+
+
+def vocabulary_multiple_option() -> click.Option:
+    """Return ``--make-vocab-size-divisible-by``; loader and saver declare it alike."""
+    return click.Option(
+        ["--make-vocab-size-divisible-by"],
+        type=click.IntRange(1),
+        help="Pad the vocabulary to a multiple of this times TP.  "
+        "[default: the source's, else 128]",
+    )
+
+
 def parallel_options() -> list[click.Option]:
     """Return the options that choose the parallel layout of a target."""
     size = click.IntRange(1)

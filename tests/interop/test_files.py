@@ -248,6 +248,17 @@ def test_state_dict_of_torch_save(family, source_of, tmp_path):
     assert difference(found[..., :131], source.logits) <= CLOSE
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen2-tied"])
+def test_single_file_in_megatrons_names(family, source_of, tmp_path):
+    """It is what one rank of Megatron holds, and says itself what it is."""
+    source, file = source_of(family), tmp_path / "core.pt"
+    convert(source.directory, file, "pytorch", target_layout="core")
+    assert torch.load(file, weights_only=False)["args"].num_layers == 4
+    convert(file, tmp_path / "core", "core", **sizes(LAYOUTS["tp2-pp2"]))
+    found = mcore.read(None, LAYOUTS["tp2-pp2"], tmp_path / "core", source.tokens)
+    assert difference(found[..., :131], source.logits) <= CLOSE
+
+
 @pytest.mark.parametrize("through_core", [False, True])
 @pytest.mark.parametrize("family", ["qwen3", "qwen2-tied"])
 def test_torch_loads_the_state_dict(family, through_core, source_of, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,14 @@ from ckptx.schema import (
     FUSED_QKV,
     GLU,
     QKV,
+    ROTARY_PAIRS,
     SAME,
     Family,
     Layout,
     Section,
     Taker,
     Transposed,
+    chain,
     check_message,
     give,
     place,
@@ -96,6 +99,42 @@ def test_shards_of_separate_query_key_and_value_fuse_by_group(store, tp):
     taken = Taker(LAYOUT, SPEC).take([APART], shards, 0)
     assert torch.equal(store.get(taken["qkv weight"]), fused)
     assert not any(shards)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_neighbouring_rows_of_a_head_rotate_together(store, tp):
+    """As Meta's permutation for Hugging Face is written, and Llama's own rotation pairs rows."""
+    spec = replace(SPEC, kv_channels=6)
+    names = [f"layers.{{layer}}.{n}" for n in "qkv"]
+    pairs = rule("qkv weight", names, chain(QKV, ROTARY_PAIRS), tp=0)
+    parts = [torch.randn(n * 6, HIDDEN) for n in (HEADS, GROUPS, GROUPS)]
+    shards = [
+        {f"layers.0.{n}": store.put(p.chunk(tp)[rank]) for n, p in zip("qkv", parts, strict=True)}
+        for rank in range(tp)
+    ]
+    given = {name: tensor for shard in shards for name, tensor in shard.items()}
+    canonical = Taker(LAYOUT, spec).take([pairs], shards, 0)
+    halves = give([rule("qkv weight", names, QKV, tp=0)], canonical, spec, 0)
+    for name, part, heads in zip("qk", parts, (HEADS, GROUPS), strict=False):
+        expected = part.view(heads, 3, 2, HIDDEN).transpose(1, 2).reshape(heads * 6, HIDDEN)
+        assert torch.equal(store.get(halves[f"layers.0.{name}"]), expected)
+    assert torch.equal(store.get(halves["layers.0.v"]), parts[2])
+    for rank in range(tp):
+        back = give([pairs], canonical, spec, 0, tp, rank)
+        for name, part in zip("qkv", parts, strict=True):
+            assert torch.equal(store.get(back[f"layers.0.{name}"]), part.chunk(tp)[rank])
+        if tp == 1:
+            assert back == given  # the very same extents
+
+
+@pytest.mark.parametrize("changes", [{"kv_channels": 3}, {"rotary_percent": 0.5}])
+def test_heads_that_rotate_in_part_have_no_pairs(store, changes):
+    spec = replace(SPEC, **changes)
+    names = [f"layers.{{layer}}.{n}" for n in "qkv"]
+    pairs = rule("qkv weight", names, chain(QKV, ROTARY_PAIRS), tp=0)
+    fused = store.put(torch.randn(spec.qkv_rows, HIDDEN))
+    with pytest.raises(SchemaError, match="only whole heads of even size"):
+        give([pairs], {"qkv weight": fused}, spec, 0)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -184,7 +223,7 @@ def test_one_error_names_what_is_missing_and_what_is_left(store):
 )
 def test_shapes_that_do_not_fit_name_the_tensor(entry, shapes, message):
     shard = {name: stored(0, 0, "float32", shape) for name, shape in shapes.items()}
-    with pytest.raises(SchemaError, match=rf"layers\.0\.(fc1|q): .*{message}"):
+    with pytest.raises(SchemaError, match=rf"layers\.0\.(fc1|q, .*): .*{message}"):
         Taker(LAYOUT, SPEC).take([entry], [shard], 0)
 
 
