@@ -150,6 +150,14 @@ def hf_tensors(model: Model) -> tuple[dict[str, LazyTensor], tuple[Dropped, ...]
     return dict(model.passthrough), ()
 
 
+def config_of(model: Model) -> dict[str, bytes]:
+    """Return a ``config.json`` made from the model's dimensions, nothing where they are unknown."""
+    if model.passthrough is not None:
+        return {}
+    spec = model.spec
+    return {CONFIG: dump_config(family_named(spec.family).to_config(spec))}
+
+
 def dump_config(config: Mapping[str, Any]) -> bytes:
     """Return a config as transformers writes it: sorted, indented by two, a newline at the end."""
     return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

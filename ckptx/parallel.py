@@ -128,6 +128,20 @@ class Pipeline:
             bool(args.get("account_for_loss_in_pipeline_split")),
         )
 
+    def flags(self) -> list[str]:
+        """Return the options that tell Megatron the same: it restores none of them by itself."""
+        sized = {
+            "--pipeline-model-parallel-size": self.pp,
+            "--num-virtual-stages-per-pipeline-rank": self.vpp,
+            "--decoder-first-pipeline-num-layers": self.first,
+            "--decoder-last-pipeline-num-layers": self.last,
+            "--pipeline-model-parallel-layout": repr(self.layout) if self.layout else None,
+        }
+        flags = [f"{name} {value}" for name, value in sized.items() if value is not None]
+        flags += ["--account-for-embedding-in-pipeline-split"] * self.embedding_in_split
+        flags += ["--account-for-loss-in-pipeline-split"] * self.loss_in_split
+        return flags
+
     def to_args(self) -> dict[str, Any]:
         """Return the settings as entries of ``args``."""
         return {

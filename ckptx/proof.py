@@ -173,10 +173,7 @@ def _account(name: str, tensor: LazyTensor, proof: Proof) -> Iterator[Stored]:
         if isinstance(leaf, Stored):
             yield leaf
             if 0 in leaf.strides:
-                kept = math.prod(
-                    n for n, stride in zip(leaf.shape, leaf.strides, strict=True) if stride
-                )
-                proof.filled[name] = proof.filled.get(name, 0) + leaf.numel - kept
+                proof.filled[name] = proof.filled.get(name, 0) + leaf.numel
         else:
             proof.filled[name] = proof.filled.get(name, 0) + leaf.numel
 

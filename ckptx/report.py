@@ -99,6 +99,10 @@ class Report:
     digest: str
     """Digest of all tensors of the target; empty if a Megatron-style module wrote them."""
 
+    def _speed(self) -> str:
+        """Return the speed where it says something: not for models of a few megabytes."""
+        return f" ({self.rate:.2f} GB/s)" if self.rate >= 0.01 else ""
+
     @property
     def rate(self) -> float:
         """Output in GB (10^9 bytes) per second of wall time."""
@@ -118,7 +122,7 @@ class Report:
 
     def render(self, width: int = 80) -> str:
         """Return the report as text of at most ``width`` columns."""
-        head = f"{self.loader} -> {self.saver} in {self.seconds:.1f} s ({self.rate:.2f} GB/s)"
+        head = f"{self.loader} -> {self.saver} in {self.seconds:.1f} s{self._speed()}"
         lines = [*_wrapped("converted", head, width), *_wrapped("target", self.target, width)]
         lines += _facts_lines(self.facts, width)
         if self.digest:
@@ -199,11 +203,12 @@ def _facts_lines(facts: Facts, width: int) -> Iterator[str]:
     for step, names in facts.inexact.items():
         yield from _wrapped("inexact", f"{step}: {_some(names)}", width)
     if not facts.inexact:
-        yield from _wrapped("inexact", "none: every value is the source's", width)
+        besides = " but the padding" if facts.filled else ""
+        yield from _wrapped("inexact", f"none: every value{besides} is the source's", width)
     for step, names in facts.widened.items():
         yield from _wrapped("widened", f"{step} (exact): {_some(names)}", width)
     if facts.filled:
-        elements = [f"{name} ({count} elements)" for name, count in facts.filled.items()]
+        elements = [f"{name} ({count:,} elements)" for name, count in facts.filled.items()]
         yield from _wrapped("filled", _some(elements), width)
     if facts.replicas:
         yield from _wrapped(

@@ -361,9 +361,9 @@ class Taker:
         """Raise a SchemaError that names what is missing and what was not used, if anything."""
         problems = []
         if self.missing:
-            problems.append(f"{len(self.missing)} tensors are missing: {listing(self.missing)}")
+            problems.append(f"{_counted(self.missing)} missing: {listing(self.missing)}")
         if left:
-            problems.append(f"{len(left)} tensors are not part of it: {listing(left)}")
+            problems.append(f"{_counted(left)} not part of it: {listing(left)}")
         if problems:
             raise SchemaError(f"layout {self.layout.name}: {'; '.join(problems)}")
 
@@ -509,6 +509,10 @@ def _piece(tensor: Tensor, entry: Rule, rank: Rank, key: str) -> tuple[Tensor, S
         tensor = tensor.chunk(axis, size, number)
         start[axis] = tensor.shape[axis] * number
     return tensor, tuple(start)
+
+
+def _counted(names: Sequence[str]) -> str:
+    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
 
 
 def _tuple(names: str | Sequence[str]) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 from isal import isal_zlib
 
-from ckptx.errors import ConversionError
+from ckptx.errors import ConversionError, PlanError
 from ckptx.lazy import ITEMSIZE, Cast, LazyTensor, Stored, flat_boxes, pieces
 from ckptx.plan import Crc32, FilePlan, Region, SavePlan
 from ckptx.reader import WINDOW, Files, Gather
@@ -100,7 +100,12 @@ def peak_memory(options: WriteOptions) -> int:
 
 def choose_threads(options: WriteOptions) -> int:
     """Return the number of threads that the options and the memory allow."""
-    fitting = max(1, (options.max_memory - _BASE_MEMORY) // (_BATCH + WINDOW))
+    fitting = (options.max_memory - _BASE_MEMORY) // (_BATCH + WINDOW)
+    if fitting < 1:
+        least = _BASE_MEMORY + _BATCH + WINDOW
+        raise PlanError(
+            f"--max-memory {options.max_memory >> 20} MiB: at least {least >> 20} MiB are needed"
+        )
     return min(options.threads or min(4, os.cpu_count() or 1), fitting)
 
 

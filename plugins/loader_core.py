@@ -94,7 +94,6 @@ def _spec(
 ) -> ModelSpec:
     """Return the model's dimensions: args say what was trained, the config the rest."""
     family = family_of(config) if config else None
-    vocab_size = true_vocab_size(options)
     if not checkpoint.args:
         if config is None or family is None:
             raise SchemaError(
@@ -114,7 +113,8 @@ def _spec(
                 rotary_scaling=spec.rotary_scaling or named.rotary_scaling,
                 extra={**named.extra, **spec.extra},
             )
-    return replace(spec, vocab_size=vocab_size or spec.vocab_size, dtype=checkpoint.dtype)
+    vocab_size = true_vocab_size(options, spec.vocab_size)
+    return replace(spec, vocab_size=vocab_size, dtype=checkpoint.dtype)
 
 
 @hookimpl

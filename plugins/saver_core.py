@@ -27,7 +27,7 @@ from ckptx.plugins.megatron.options import (
     true_vocab_size,
     vocabulary_options,
 )
-from ckptx.protocol import Message
+from ckptx.protocol import Dropped, Message
 from ckptx.saving import Model, check_messages, collect, resize_vocabulary
 from ckptx.schemas.args import args_from_spec, inexpressible, launch_flags
 from ckptx.schemas.args import notes as remarks
@@ -97,10 +97,10 @@ class CoreSaver:
         check_messages(model, layout)
         tp, pipeline = _parallel(model, options)
         notes = [*_check_tp(spec, tp), *_check_expressible(spec)]
-        true_rows = true_vocab_size(options) or spec.vocab_size
+        true_rows = true_vocab_size(options, spec.vocab_size)
         multiple = _multiple(model, options)
         padded = _padded_rows(model, true_rows, multiple, tp)
-        dropped = resize_vocabulary(model, padded)
+        dropped = _repad(model, true_rows, padded)
         iteration = _iteration(model, options)
         chunks = pipeline.chunks(spec.num_layers)
         args = args_from_spec(
@@ -136,7 +136,7 @@ class CoreSaver:
                 [
                     "pretrain_gpt.py --load {target} --use-checkpoint-args",
                     f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
-                    f"--pipeline-model-parallel-size {pipeline.pp}",
+                    *pipeline.flags(),
                     *launch_flags(spec),
                 ]
             ),
@@ -219,6 +219,17 @@ def _padded_rows(model: Model, true_rows: int | None, multiple: int, tp: int) ->
         )
     unit = multiple * tp
     return -(-true_rows // unit) * unit
+
+
+def _repad(model: Model, true_rows: int | None, padded: int) -> tuple[Dropped, ...]:
+    """Bring the vocabulary to ``padded`` rows; one that has them already stays as it is.
+
+    Else old padding is cut first, so that new rows repeat the last real one and not the last
+    random one.
+    """
+    if model.messages["embeddings"]["word embeddings"].shape[0] == padded:
+        return resize_vocabulary(model, padded)
+    return (*resize_vocabulary(model, true_rows), *resize_vocabulary(model, padded))
 
 
 def _iteration(model: Model, options: Mapping[str, Any]) -> Iteration:

@@ -15,7 +15,14 @@ from ckptx.errors import PlanError, SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import ITEMSIZE, LazyTensor
 from ckptx.loading import main_dtype
-from ckptx.model_directory import CONFIG, dump_config, family_named, family_of, hf_tensors, read_config
+from ckptx.model_directory import (
+    CONFIG,
+    dump_config,
+    family_named,
+    family_of,
+    hf_tensors,
+    read_config,
+)
 from ckptx.plan import FilePlan, SavePlan, literal_files
 from ckptx.plugin import Saver
 from ckptx.protocol import Message
@@ -51,6 +58,8 @@ class HfSaver:
         """Return the plan of a model directory."""
         model = collect(messages)
         tensors, dropped = hf_tensors(model)
+        if model.passthrough is None:
+            tensors = _by_module(tensors)
         files, notes = _sidecars(model, main_dtype(tensors))
         limit = parse_size(options.get("max_shard_size") or "5GB")
         plans = [*literal_files(files), *_weight_files(tensors, limit)]
@@ -106,7 +115,9 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
             f"{CONFIG} is of {', '.join(config.get('architectures') or ['no architecture'])}, the "
             f"weights are of family {family.name}; give the --hf-base of this model"
         )
-    differing = differences(config, spec)
+    # The dtype of the config is made to fit what is written; it contradicts nothing.
+    named = config.get("dtype") or config.get("torch_dtype") or dtype
+    differing = differences(config, replace(spec, dtype=named))
     if differing:
         config = merge_config(config, spec)
         notes += [f"{CONFIG}, the source wins: {line}" for line in differing]
@@ -122,6 +133,17 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
         return False
     config[key] = dtype
     return True
+
+
+def _by_module(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return the tensors in the order of torch's state dict: a module's weight and bias together.
+
+    It decides where a shard ends. Rules name query, key and value of one kind together.
+    """
+    modules: dict[str, dict[str, LazyTensor]] = {}
+    for name, tensor in tensors.items():
+        modules.setdefault(name.rpartition(".")[0], {})[name] = tensor
+    return {name: tensor for module in modules.values() for name, tensor in module.items()}
 
 
 def _weight_files(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[FilePlan]:

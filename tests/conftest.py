@@ -1,15 +1,76 @@
-"""What several suites share: one small model on disk."""
+"""What several suites share: a small model on disk, made without transformers."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
 
 
-@pytest.fixture(scope="session")
-def llama_directory(tmp_path_factory):
-    """A Llama of transformers: 4 layers, 8 heads in 4 groups, 131 words, float32. Do not change it."""
-    from tests.oracles import hf  # here: most suites do without transformers
-
-    directory = tmp_path_factory.mktemp("llama") / "hf"
-    hf.llama(directory)
+def write_llama(directory: Path, shards: int = 1, **changes: Any) -> Path:
+    """Write a Llama of 40 kB: ``config.json`` with ``changes``, and as many shards with an index."""
+    config = CONFIG | changes
+    generator = np.random.default_rng(0)
+    hidden, head = config["hidden_size"], config["head_dim"]
+    rows = {
+        "q_proj": config["num_attention_heads"] * head,
+        "k_proj": config["num_key_value_heads"] * head,
+        "v_proj": config["num_key_value_heads"] * head,
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden)
+    }
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}."
+        shapes |= {f"{name}self_attn.{part}.weight": (n, hidden) for part, n in rows.items()}
+        shapes[f"{name}self_attn.o_proj.weight"] = (hidden, rows["q_proj"])
+        for part in ("gate", "up"):
+            shapes[f"{name}mlp.{part}_proj.weight"] = (config["intermediate_size"], hidden)
+        shapes[f"{name}mlp.down_proj.weight"] = (hidden, config["intermediate_size"])
+        shapes[f"{name}input_layernorm.weight"] = (hidden,)
+        shapes[f"{name}post_attention_layernorm.weight"] = (hidden,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    tensors = {n: generator.standard_normal(s, np.float32) for n, s in shapes.items()}
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        return directory
+    homes = {}
+    for number, names in enumerate(np.array_split(list(tensors), shards), 1):
+        file = f"model-{number:05d}-of-{shards:05d}.safetensors"
+        save_file({str(n): tensors[str(n)] for n in names}, directory / file, {"format": "pt"})
+        homes |= {str(name): file for name in names}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": homes}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
+
+
+@pytest.fixture(name="write_llama", scope="session")
+def write_llama_fixture():
+    return write_llama

@@ -110,8 +110,8 @@ def plan(model: Model, target: Target) -> Iterator[FilePlan]:
 def _empty_stages(chunks: Sequence[Chunk]) -> dict[str, Any]:
     """Return an empty ``modelN`` for every virtual stage that holds nothing on some rank.
 
-    A rank asks for the state of each of its stages. That of an empty one has no tensors, so Megatron
-    finds it among the common state, where it saves it, or not at all.
+    A rank asks for the state of each of its stages. That of an empty one has no tensors, so
+    Megatron finds it among the common state, where it saves it, or not at all.
     """
     return {
         f"model{chunk.vpp_rank}": {}

@@ -28,12 +28,22 @@ def vocabulary_options() -> list[click.Option]:
     ]
 
 
-def true_vocab_size(options: Mapping[str, Any]) -> int | None:
-    """Return the vocabulary that the options give, None if they say nothing.
+def true_vocab_size(options: Mapping[str, Any], known: int | None) -> int | None:
+    """Return the vocabulary that the options give, else the one that is ``known``.
 
     Raises:
-        PlanError: the two options disagree.
+        PlanError: the two options disagree, or rows that the model is known to use would be cut.
     """
+    given = _given(options)
+    if given is not None and known is not None and given < known:
+        raise PlanError(
+            f"a true vocabulary of {given} was given, but the model's own is {known}: "
+            f"{known - given} rows of weights would be cut as padding"
+        )
+    return given or known
+
+
+def _given(options: Mapping[str, Any]) -> int | None:
     given: int | None = options.get("true_vocab_size")
     path = options.get("vocab_file")
     if path is None:

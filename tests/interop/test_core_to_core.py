@@ -1,4 +1,4 @@
-"""Megatron Core's own checkpoints, cut anew: it loads them there and computes what it did before."""
+"""Megatron Core's own checkpoints, cut anew: it computes there what it computed before."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .conversion import CLOSE, LAYOUTS, convert, difference, sizes
 
 FORMATS = ("torch_dist", "torch")
 NAMES = list(LAYOUTS)
-# A ring through the layouts, once around in each direction and form; the rest is for the full suite.
+# A ring through the layouts, with all pairs of forms; the rest is for the full suite.
 RING = {
     (here, there, FORMATS[number % 2], FORMATS[number // 2 % 2])
     for number, (here, there) in enumerate(zip(NAMES, NAMES[4:] + NAMES[:4], strict=True))

@@ -60,4 +60,4 @@ def test_the_message_about_lost_tensors_shows_ten_and_counts_the_rest():
 def test_repeated_elements_are_counted_as_filled():
     row = Stored("float32", (3, 6), 0, 0, (0, 1))
     source = stored(0, 0, "float32", (6,))
-    assert prove(plan_of(row), begin_of(source), End()).filled == {"w": 12}
+    assert prove(plan_of(row), begin_of(source), End()).filled == {"w": 18}

@@ -134,5 +134,5 @@ def test_text_of_a_forecast_lists_every_file_and_stage(forecast):
 def test_exact_conversion_says_so(facts):
     from dataclasses import replace
 
-    exact = Report("hf", "hf", "/out", replace(facts, inexact={}), 1.0, "")
+    exact = Report("hf", "hf", "/out", replace(facts, inexact={}, filled={}), 1.0, "")
     assert "inexact   none: every value is the source's" in exact.render(80).splitlines()

@@ -160,7 +160,7 @@ def test_one_error_names_what_is_missing_and_what_is_left(store):
     taker.take([GATED, NORM], shards, 0, "rank 1: ")
     with pytest.raises(
         SchemaError,
-        match=r"layout test: 1 tensors are missing: 'rank 1: layers.0.fc1'; 1 .*of it: 'extra'",
+        match=r"layout test: 1 tensor is missing: 'rank 1: layers.0.fc1'; 1 .*of it: 'extra'",
     ):
         taker.finish(["extra"])
     Taker(LAYOUT, SPEC).finish([])
