@@ -86,10 +86,11 @@ class _Glu:
 class _Each:
     """One set of tensors per expert; canonical tensors have the experts on their first axis.
 
-    Packed tensors run expert by expert, as names with ``{expert}`` do.
+    Packed tensors run expert by expert, ``width`` for each, as names with ``{expert}`` do.
     """
 
     iso: Iso
+    width: int
 
     def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
         packed: list[Tensor] = []
@@ -99,10 +100,9 @@ class _Each:
         return packed
 
     def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
-        width = len(packed) // max(1, _experts_of(packed, spec))
         parts = [
-            self.iso.unpack(packed[start : start + width], spec, tp)
-            for start in range(0, len(packed), width)
+            self.iso.unpack(packed[start : start + self.width], spec, tp)
+            for start in range(0, len(packed), self.width)
         ]
         return [stack(tensors) for tensors in zip(*parts, strict=True)]
 
@@ -134,11 +134,15 @@ class _Grouped:
 
     def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
         (tensor,) = packed
-        experts = max(1, _grouped_experts(tensor, spec, self.side_by_side))
+        rows = (spec.moe_ffn_hidden_size or 0) // tp  # of one expert in this shard
         if self.side_by_side:
-            tensor = tensor.merge(0).split(0, tensor.shape[1] // experts)
-        each = tensor.split(0, tensor.shape[0] // experts).permute((0, 2, 1))
-        return self.iso.unpack([each], spec, tp)
+            columns = rows * (2 if spec.gated else 1)
+            tensor = tensor.merge(0).split(0, columns)
+            experts = tensor.shape[0] // spec.hidden_size
+            turned = tensor.split(0, tensor.shape[0] // experts)
+        else:
+            turned = tensor.split(0, rows)
+        return self.iso.unpack([turned.permute((0, 2, 1))], spec, tp)
 
     def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
         raise SchemaError("grouped experts do not lie side by side as they are")
@@ -178,9 +182,18 @@ EXPERT_GLU: Iso = _Glu(axis=1)
 QKV: Iso = _Qkv()
 
 
-def each(iso: Iso = SAME) -> Iso:
-    """Return the iso of experts that have tensors of their own, under names with ``{expert}``."""
-    return _Each(iso)
+GROUPED_FC1: Iso = _Grouped(EXPERT_GLU, side_by_side=True)
+"""``weight1`` of Megatron's GroupedMLP, gated."""
+GROUPED_FC2: Iso = _Grouped(SAME, side_by_side=False)
+"""``weight2`` of Megatron's GroupedMLP."""
+
+
+def each(iso: Iso = SAME, width: int = 1) -> Iso:
+    """Return the iso of experts that have tensors of their own, under names with ``{expert}``.
+
+    ``width`` is the number of names that each expert has.
+    """
+    return _Each(iso, width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,14 +331,17 @@ class Taker:
     def take(
         self,
         rules: Sequence[Rule],
-        shards: Shards,
+        shards: Shards | Sequence[Shard],
         layer: int | None = None,
         label: str = "",
     ) -> dict[str, Tensor]:
         """Return the canonical tensors that rules find in the shards of a stage.
 
-        ``layer`` is the number that the shards use; ``label`` goes before names in messages.
+        A plain sequence of shards is one per tensor-parallel rank. ``layer`` is the number that
+        the shards use; ``label`` goes before names in messages.
         """
+        if not isinstance(shards, Shards):
+            shards = Shards.of_ranks(shards)
         message: dict[str, Tensor] = {}
         for entry in rules:
             groups = [shards.dense] if entry.ep is None else shards.experts

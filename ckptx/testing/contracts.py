@@ -35,7 +35,7 @@ from ckptx.errors import CkptxError
 from ckptx.lazy import ITEMSIZE, LazyTensor, Shape, Stored, pieces, stored
 from ckptx.plugin import Loader, Saver
 from ckptx.protocol import PASSTHROUGH, Begin, End, Message, Tensors
-from ckptx.schema import Family, Layout, Rule, Taker, check_message, give
+from ckptx.schema import Family, Layout, Rank, Rule, Taker, check_message, give
 from ckptx.spec import ModelSpec
 from ckptx.testing import faults
 from ckptx.testing.conversion import (
@@ -375,7 +375,7 @@ class SchemaTests(_Parametrized):
                 if all(entry.tp is None for entry in rules):
                     continue
                 before = _stored_message(rules, message, spec, rows=48)
-                shards = [give(rules, before, spec, layer, tp, rank) for rank in range(tp)]
+                shards = [give(rules, before, spec, layer, Rank(tp, rank)) for rank in range(tp)]
                 joined = _taken(found, spec, rules, shards, layer)
                 _assert_elements(joined, before)
 

@@ -15,6 +15,7 @@ from ckptx.schema import (
     QKV,
     Layout,
     Section,
+    Rank,
     Taker,
     check_message,
     give,
@@ -77,7 +78,7 @@ def test_query_key_and_value_of_a_rank_are_those_of_its_groups(store, tp):
     fused, parts = qkv()
     message = {"qkv weight": store.put(fused)}
     for rank in range(tp):
-        named = give([APART], message, SPEC, 3, tp, rank)
+        named = give([APART], message, SPEC, 3, Rank(tp, rank))
         for name, part in zip("qkv", parts, strict=True):
             assert torch.equal(store.get(named[f"layers.3.{name}"]), part.chunk(tp)[rank])
 
@@ -100,7 +101,7 @@ def test_a_gated_shard_holds_its_gate_then_its_up(store, tp):
     message = {"mlp l0 weight W": store.put(gate), "mlp l0 weight V": store.put(up)}
     shards = []
     for rank in range(tp):
-        named = give([GATED], message, SPEC, 1, tp, rank)
+        named = give([GATED], message, SPEC, 1, Rank(tp, rank))
         expected = torch.cat([gate.chunk(tp)[rank], up.chunk(tp)[rank]])
         assert torch.equal(store.get(named["layers.1.fc1"]), expected)
         shards.append({"layers.1.fc1": store.put(expected)})
@@ -119,7 +120,7 @@ def test_chunks_placed_in_a_global_tensor_fill_it(store, tp):
     }
     found = {"layers.0.fc1": torch.zeros(2 * FFN, HIDDEN), "layers.0.fc2": torch.zeros(HIDDEN, FFN)}
     for rank in range(tp):
-        for placed in place([GATED, DOWN], message, SPEC, 0, tp, rank):
+        for placed in place([GATED, DOWN], message, SPEC, 0, Rank(tp, rank)):
             whole = found[placed.name]
             assert placed.global_shape == tuple(whole.shape)
             assert not placed.replicated
@@ -136,7 +137,7 @@ def test_replicated_tensors_are_copies_and_placed_whole(store):
     shards = [{"layers.0.norm": store.put(norm)} for _ in range(2)]
     taken = Taker(LAYOUT, SPEC).take([NORM], shards, 0)
     assert isinstance(taken["norm"], Replicated)
-    (placed,) = place([NORM], taken, SPEC, 0, tp=2, rank=1)
+    (placed,) = place([NORM], taken, SPEC, 0, Rank(2, 1))
     assert (placed.origin, placed.global_shape, placed.replicated) == ((0,), (HIDDEN,), True)
 
 
@@ -195,13 +196,13 @@ def test_a_tensor_that_does_not_divide_is_refused(entry, tp):
     message = {"mlp l1 weight": stored(0, 0, "float32", (6, 10))}
     message["qkv weight"] = stored(0, 0, "float32", (32, 6))
     with pytest.raises(PlanError, match=f"does not divide over tensor-parallel size {tp}"):
-        give([entry], message, SPEC, 0, tp, 0)
+        give([entry], message, SPEC, 0, Rank(tp, 0))
 
 
 def test_query_groups_that_do_not_divide_are_refused():
     message = {"qkv weight": stored(0, 0, "float32", (32, 6))}
     with pytest.raises(SchemaError, match="4 query groups do not divide over 8 ranks"):
-        give([APART], message, SPEC, 0, 8, 0)
+        give([APART], message, SPEC, 0, Rank(8, 0))
 
 
 def test_separate_query_key_and_value_have_no_place_in_one_tensor():
