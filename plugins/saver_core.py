@@ -181,6 +181,11 @@ def _check_tp(spec: ModelSpec, tp: int) -> list[str]:
             f"tensor-parallel size {tp} neither divides {groups} query groups nor is a multiple of "
             "them"
         )
+    if spec.qkv_rows % tp:
+        raise PlanError(
+            f"tensor-parallel size {tp} does not divide the {spec.qkv_rows} rows of the fused "
+            f"query, key and value of {groups} query groups"
+        )
     if groups % tp:
         return [
             f"tensor-parallel size {tp} is more than {groups} query groups: Megatron Core 0.16 and "

@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
 
 
 def write_llama(directory: Path, shards: int = 1, **changes: Any) -> Path:
-    """Write a Llama of 40 kB: ``config.json`` with ``changes``, and as many shards with an index."""
+    """Write a Llama of 40 kB: ``config.json`` with ``changes``, and one file or ``shards``."""
     config = CONFIG | changes
     generator = np.random.default_rng(0)
     hidden, head = config["hidden_size"], config["head_dim"]

@@ -93,8 +93,10 @@ def megatron(tmp_path_factory, write_llama):
     for form in ("torch_dist", "torch"):
         with pytest.raises(SystemExit) as end:
             cli.main(
-                ["convert", str(source), str(place / form), "--to", "core", "--tp", "2"]
-                + ["--pp", "2", "--ckpt-format", form, "--iteration", "7", "--quiet"]
+                [
+                    *("convert", str(source), str(place / form), "--to", "core", "--quiet"),
+                    *("--tp", "2", "--pp", "2", "--ckpt-format", form, "--iteration", "7"),
+                ]
             )
         assert not end.value.code
     return place

@@ -1,4 +1,4 @@
-"""Bad input, as a user meets it: one line that says what and what to do, and nothing else happens."""
+"""Bad input, as a user meets it: one line says what and what to do, and nothing else happens."""
 
 from __future__ import annotations
 
@@ -116,10 +116,6 @@ class TestHuggingFaceFiles:
         assert SECOND in user.cannot_convert()
 
     def test_overlapping_extents(self, user):
-        def overlap(header):
-            first, second = (h for h in header.values() if "data_offsets" in h)[:2]
-            second["data_offsets"] = first["data_offsets"]
-
         def change(header):
             entries = [name for name in header if name != "__metadata__"]
             one, other = (header[name] for name in entries[:2])
@@ -307,8 +303,10 @@ class TestSizesThatDoNotFit:
             (["--pp", "2", "--vpp", "3"], "4 layers do not fit pipeline size 2, virtual size 3"),
             (["--pp", "2", "--decoder-first-pipeline-num-layers", "4"], "first stage 4"),
             (
-                ["--pp", "3", "--decoder-first-pipeline-num-layers", "1"]
-                + ["--decoder-last-pipeline-num-layers", "4"],
+                [
+                    *("--pp", "3", "--decoder-first-pipeline-num-layers", "1"),
+                    *("--decoder-last-pipeline-num-layers", "4"),
+                ],
                 "4 layers do not fit pipeline size 3, first stage 1, last stage 4",
             ),
             (
@@ -602,12 +600,11 @@ class TestPlaces:
         user.source.write_text("no weights here")
         assert str(user.source) in user.cannot_convert("core", *loader)
 
-    @pytest.mark.parametrize("nobody", [True])
-    def test_source_cannot_be_read(self, nobody, capfd, write_llama):
-        with _as_nobody(capfd) as user:
+    def test_source_cannot_be_read(self, capfd, write_llama):
+        with PlaceForAll(capfd) as user:
             write_llama(user.source)
             (user.source / "model.safetensors").chmod(0)
-            with _effective_user():
+            with Nobody():
                 code = user.run("convert", user.source, user.target, "--to", "hf")
             assert code == 1
             (line,) = user.errors.splitlines()
@@ -617,10 +614,10 @@ class TestPlaces:
             assert sorted(path.name for path in user.place.iterdir()) == ["source"]
 
     def test_target_cannot_be_written(self, capfd, write_llama):
-        with _as_nobody(capfd) as user:
+        with PlaceForAll(capfd) as user:
             write_llama(user.source)
             user.place.chmod(0o555)
-            with _effective_user():
+            with Nobody():
                 code = user.run("convert", user.source, user.target, "--to", "hf")
             assert code == 1
             assert f"error: {user.place}: is not writable" in user.errors
@@ -661,7 +658,7 @@ class TestPlaces:
             subprocess.run(["umount", str(disk)], check=True)
 
 
-class _as_nobody:
+class PlaceForAll:
     """A place that another user may reach, which pytest's own directories are not."""
 
     def __init__(self, capfd):
@@ -677,7 +674,7 @@ class _as_nobody:
         shutil.rmtree(self.place)
 
 
-class _effective_user:
+class Nobody:
     """Root reads everything, so become nobody for a while."""
 
     def __enter__(self):
