@@ -38,6 +38,10 @@ SYMBOLS = {
     "heads": "num_attention_heads * kv_channels",
     "head": "kv_channels",
     "ffn": "ffn_hidden_size",
+    "experts": "num_experts",
+    "moe ffn": "moe_ffn_hidden_size",
+    "shared": "moe_shared_expert_intermediate_size",
+    "one": "1",
 }
 """What the symbols in shapes stand for."""
 
@@ -67,6 +71,12 @@ MESSAGES: Mapping[str, tuple[Key, ...]] = {
         Key("mlp l0 bias", ("ffn",), 0, "its bias"),
         Key("mlp l1 weight", ("hidden", "ffn"), 1, "down projection"),
         Key("mlp l1 bias", ("hidden",), None, "its bias"),
+        Key("router weight", ("experts", "hidden"), None, "router of a mixture of experts"),
+        Key("router expert bias", ("experts",), None, "its balancing bias", pinned=True),
+        Key("shared gate weight", ("one", "hidden"), None, "gate of the shared expert"),
+        Key("shared mlp l0 weight W", ("shared", "hidden"), 0, "its gate projection"),
+        Key("shared mlp l0 weight V", ("shared", "hidden"), 0, "its up projection"),
+        Key("shared mlp l1 weight", ("hidden", "shared"), 1, "its down projection"),
     ),
     "final norm": (
         Key("weight", _NORM, None, "norm after the last layer"),
@@ -75,6 +85,13 @@ MESSAGES: Mapping[str, tuple[Key, ...]] = {
     "output layer": (Key("weight", ("vocab", "hidden"), 0, "output projection, absent when tied"),),
 }
 """Keys by message; ``N`` is the global layer number."""
+
+EXPERTS = (
+    Key("mlp l0 weight W", ("experts", "moe ffn", "hidden"), 1, "gate projections of all experts"),
+    Key("mlp l0 weight V", ("experts", "moe ffn", "hidden"), 1, "up projections of all experts"),
+    Key("mlp l1 weight", ("experts", "hidden", "moe ffn"), 2, "down projections of all experts"),
+)
+"""Keys of a layer that mean something else in a mixture of experts."""
 
 _KEYS = {
     message.removesuffix("N"): {key.name: key for key in keys} for message, keys in MESSAGES.items()
@@ -86,6 +103,12 @@ def keys_of(message: str) -> Mapping[str, Key]:
     return _KEYS.get(LAYER if message.startswith(LAYER) else message, {})
 
 
+def layer_of(message: str) -> int | None:
+    """Return the number of the layer that a message is about, None for any other message."""
+    number = message.removeprefix(LAYER)
+    return int(number) if number != message and number.isdigit() else None
+
+
 def dimensions(spec: ModelSpec) -> dict[str, int]:
     """Return the value of every symbol that a spec determines."""
     return {
@@ -95,6 +118,10 @@ def dimensions(spec: ModelSpec) -> dict[str, int]:
         "heads": spec.num_attention_heads * spec.kv_channels,
         "head": spec.kv_channels,
         "ffn": spec.ffn_hidden_size,
+        "experts": spec.num_experts or 0,
+        "moe ffn": spec.moe_ffn_hidden_size or 0,
+        "shared": spec.moe_shared_expert_intermediate_size or 0,
+        "one": 1,
     }
 
 
@@ -102,6 +129,8 @@ def check_shapes(message: str, tensors: Mapping[str, LazyTensor], spec: ModelSpe
     """Raise a SchemaError if a canonical tensor has not the shape that the spec gives it."""
     values = dimensions(spec)
     known = keys_of(message)
+    if spec.is_moe(layer_of(message)):
+        known = {**known, **{key.name: key for key in EXPERTS}}
     for name, tensor in tensors.items():
         key = known.get(name)
         if key is None:

@@ -11,7 +11,7 @@ from functools import partial
 from ckptx.hookspecs import hookimpl
 from ckptx.schema import Family, Layout
 from ckptx.schemas.blocks import hf_decoder
-from ckptx.schemas.core import MCORE_GPT, MCORE_GPT_LOCAL
+from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config
 
 # Llama checkpoints of 2023 hold the rotary frequencies, which are computed anew from the config.
@@ -23,8 +23,7 @@ LLAMA = Family(
     model_types=("llama",),
     layouts={
         "hf": Layout("hf/llama", hf_decoder(), _BUFFERS),
-        "mcore": MCORE_GPT,
-        "mcore-local": MCORE_GPT_LOCAL,
+        **MCORE,
     },
     from_config=partial(spec_from_config, family="llama"),
     to_config=config_from_spec,
@@ -36,8 +35,7 @@ MISTRAL = Family(
     model_types=("mistral",),
     layouts={
         "hf": Layout("hf/mistral", hf_decoder(), _BUFFERS),
-        "mcore": MCORE_GPT,
-        "mcore-local": MCORE_GPT_LOCAL,
+        **MCORE,
     },
     from_config=partial(spec_from_config, family="mistral"),
     to_config=config_from_spec,

@@ -14,8 +14,8 @@ from ckptx.schema import (
     GLU,
     QKV,
     Layout,
-    Section,
     Rank,
+    Section,
     Taker,
     check_message,
     give,
@@ -123,7 +123,6 @@ def test_chunks_placed_in_a_global_tensor_fill_it(store, tp):
         for placed in place([GATED, DOWN], message, SPEC, 0, Rank(tp, rank)):
             whole = found[placed.name]
             assert placed.global_shape == tuple(whole.shape)
-            assert not placed.replicated
             part = store.get(placed.tensor)
             where = tuple(slice(o, o + n) for o, n in zip(placed.origin, part.shape, strict=True))
             assert not whole[where].any()
@@ -138,7 +137,7 @@ def test_replicated_tensors_are_copies_and_placed_whole(store):
     taken = Taker(LAYOUT, SPEC).take([NORM], shards, 0)
     assert isinstance(taken["norm"], Replicated)
     (placed,) = place([NORM], taken, SPEC, 0, Rank(2, 1))
-    assert (placed.origin, placed.global_shape, placed.replicated) == ((0,), (HIDDEN,), True)
+    assert (placed.origin, placed.global_shape) == ((0,), (HIDDEN,))
 
 
 def test_other_spellings_are_read_and_the_first_is_written(store):
