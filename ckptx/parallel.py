@@ -160,8 +160,8 @@ class Pipeline:
 def stage_ranks(tp: int, ep: int = 1, etp: int | None = None) -> list[Rank]:
     """Return the ranks of one pipeline stage, in Megatron's order.
 
-    Dense ranks run with ``tp`` fastest. Expert ranks run with ``etp`` (``tp`` unless given) fastest,
-    then ``ep``; both grids lie over the same processes, as few as hold them.
+    Dense ranks run with ``tp`` fastest. Expert ranks run with ``etp`` (``tp`` unless given)
+    fastest, then ``ep``; both grids lie over the same processes, as few as hold them.
     """
     etp = etp or tp
     return [
