@@ -13,8 +13,8 @@ Shards are cut in canonical space and packed afterwards: a rank's gated weight i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 from ckptx.errors import PlanError, SchemaError, listing
@@ -206,6 +206,15 @@ class Spelling:
     names: tuple[str, ...]
     iso: Iso
 
+    def named(self, layer: int | None, experts: int) -> tuple[str, ...]:
+        """Return the names in one layer of a shard with so many experts, expert by expert."""
+        names = self.names
+        if layer is not None:
+            names = tuple(name.replace("{layer}", str(layer)) for name in names)
+        if not any("{expert}" in name for name in names):
+            return names
+        return tuple(name.replace("{expert}", str(e)) for e in range(experts) for name in names)
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -217,6 +226,10 @@ class Rule:
     when: Predicate
     ep: int | None = None
     layers: LayerPredicate | None = None
+
+    def only_in(self, layers: LayerPredicate) -> Rule:
+        """Return the rule for some of the layers."""
+        return replace(self, layers=layers)
 
 
 def always(spec: ModelSpec) -> bool:
@@ -285,6 +298,27 @@ class Layout:
             elif rules:
                 yield section.message, None, rules
 
+    def names(self, spec: ModelSpec) -> list[str]:
+        """Return the names of a whole model's tensors, in the order a module registers them."""
+        return in_module_order(
+            name
+            for _, layer, rules in self.expand(spec)
+            for entry in rules
+            for name in entry.spellings[0].named(layer, spec.num_experts or 0)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """The coordinates of one rank in its pipeline stage, and the sizes they belong to."""
+
+    tp: int = 1
+    tp_rank: int = 0
+    ep: int = 1
+    ep_rank: int = 0
+    etp: int = 1
+    etp_rank: int = 0
+
 
 @dataclass(frozen=True, slots=True)
 class Shards:
@@ -303,17 +337,16 @@ class Shards:
         ranks = [[shard] for shard in shards]
         return cls(ranks, [ranks])
 
-
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """The coordinates of one rank in its pipeline stage, and the sizes they belong to."""
-
-    tp: int = 1
-    tp_rank: int = 0
-    ep: int = 1
-    ep_rank: int = 0
-    etp: int = 1
-    etp_rank: int = 0
+    @classmethod
+    def of_grid(cls, shards: Sequence[Shard], ranks: Sequence[Rank]) -> Shards:
+        """Return the shards of the ranks of a stage; ``shards[i]`` is that of ``ranks[i]``."""
+        size = ranks[0]
+        dense: list[list[Shard]] = [[] for _ in range(size.tp)]
+        experts: list[list[list[Shard]]] = [[[] for _ in range(size.etp)] for _ in range(size.ep)]
+        for shard, rank in zip(shards, ranks, strict=True):
+            dense[rank.tp_rank].append(shard)
+            experts[rank.ep_rank][rank.etp_rank].append(shard)
+        return cls(dense, experts)
 
 
 class Taker:
@@ -399,8 +432,35 @@ def give(
         cut = [_piece(message[key], entry, rank, key)[0] for key in entry.keys]
         packed = spelling.iso.pack(cut, spec, rank.tp if entry.ep is None else rank.etp)
         experts = cut[0].shape[entry.ep] if entry.ep is not None else 0
-        named.update(zip(_names(spelling, layer, experts), packed, strict=True))
+        named.update(zip(spelling.named(layer, experts), packed, strict=True))
     return named
+
+
+def in_module_order(names: Iterable[str]) -> list[str]:
+    """Return names as a tree of modules has them: each module whole, at its first appearance.
+
+    Rules name one kind of tensor of all experts, or of query, key and value, after another.
+
+    Examples:
+        >>> in_module_order(["0.fc1.weight", "1.fc1.weight", "0.fc2.weight", "1.fc2.weight"])
+        ['0.fc1.weight', '0.fc2.weight', '1.fc1.weight', '1.fc2.weight']
+    """
+    tree: dict[str, Any] = {}
+    for name in names:
+        *modules, parameter = name.split(".")
+        place = tree
+        for module in modules:
+            place = place.setdefault(f"{module}.", {})
+        place[parameter] = name
+    return list(_leaves(tree))
+
+
+def _leaves(tree: Mapping[str, Any]) -> Iterator[str]:
+    for entry in tree.values():
+        if isinstance(entry, str):
+            yield entry
+        else:
+            yield from _leaves(entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,7 +487,7 @@ def place(
         whole = [message[key] for key in entry.keys]
         packed = spelling.iso.pack(whole, spec, 1)
         origins = spelling.iso.origins([tensor.shape for tensor in whole])
-        names = _names(spelling, layer, 0)
+        names = spelling.named(layer, 0)
         for key, full, (number, origin) in zip(entry.keys, whole, origins, strict=True):
             piece, start = _piece(full, entry, rank, key)
             at = tuple(low + shift for low, shift in zip(origin, start, strict=True))
@@ -462,6 +522,8 @@ class Family:
     to_config: Callable[[ModelSpec], dict[str, Any]]
     proof: Mapping[str, str] = field(default_factory=dict)
     """For the support matrix: what proves each layout."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """By convention: why the family cannot have that layout."""
 
     def layout(self, convention: str) -> Layout:
         """Return the layout of a convention (``"hf"``, ``"mcore"``).
@@ -470,9 +532,10 @@ class Family:
             SchemaError: the family has none.
         """
         if convention not in self.layouts:
+            reason = self.refused.get(convention, "its tensors cannot be named that way")
             raise SchemaError(
                 f"family {self.name} has no {convention} layout, only "
-                f"{', '.join(sorted(self.layouts))}: its tensors cannot be named that way"
+                f"{', '.join(sorted(self.layouts))}: {reason}"
             )
         return self.layouts[convention]
 
@@ -482,20 +545,10 @@ def _present(
 ) -> tuple[tuple[str, ...], Iso]:
     """Return the first spelling that the shard has, else the first of all."""
     for spelling in entry.spellings:
-        names = _names(spelling, layer, experts)
+        names = spelling.named(layer, experts)
         if all(name in shard for name in names):
             return names, spelling.iso
-    return _names(entry.spellings[0], layer, experts), entry.spellings[0].iso
-
-
-def _names(spelling: Spelling, layer: int | None, experts: int) -> tuple[str, ...]:
-    """Return the names of a spelling, expert by expert."""
-    names = spelling.names
-    if layer is not None:
-        names = tuple(name.replace("{layer}", str(layer)) for name in names)
-    if not any("{expert}" in name for name in names):
-        return names
-    return tuple(name.replace("{expert}", str(e)) for e in range(experts) for name in names)
+    return entry.spellings[0].named(layer, experts), entry.spellings[0].iso
 
 
 def _joined(copies: Sequence[Tensor], tp: int | None, name: str) -> Tensor:

@@ -45,7 +45,7 @@ class ModelSpec:
     num_experts: int | None = None
     moe_ffn_hidden_size: int | None = None
     moe_layers: tuple[bool, ...] = ()
-    """Which layers are mixtures of experts; empty for all of them, if there are experts at all."""
+    """Which layers are mixtures of experts; empty if all are alike, mixtures or not."""
     moe_router_topk: int = 2
     moe_shared_expert_intermediate_size: int | None = None
     moe_shared_expert_gate: bool = False
@@ -71,8 +71,8 @@ class ModelSpec:
 
     @property
     def homogeneous(self) -> bool:
-        """Whether all layers have the same parameters."""
-        return len({self.is_moe(layer) for layer in range(self.num_layers)}) == 1
+        """Whether Megatron takes all layers to be alike: no pattern of mixtures was given."""
+        return not self.moe_layers
 
     @property
     def qkv_rows(self) -> int:

@@ -37,6 +37,7 @@ SYMBOLS = {
     "qkv": "(num_attention_heads + 2 * num_query_groups) * kv_channels",
     "heads": "num_attention_heads * kv_channels",
     "head": "kv_channels",
+    "groups": "num_query_groups * kv_channels",
     "ffn": "ffn_hidden_size",
     "experts": "num_experts",
     "moe ffn": "moe_ffn_hidden_size",
@@ -71,6 +72,8 @@ MESSAGES: Mapping[str, tuple[Key, ...]] = {
         Key("mlp l0 bias", ("ffn",), 0, "its bias"),
         Key("mlp l1 weight", ("hidden", "ffn"), 1, "down projection"),
         Key("mlp l1 bias", ("hidden",), None, "its bias"),
+        Key("q projection norm weight", ("heads",), None, "norm of the whole query"),
+        Key("k projection norm weight", ("groups",), None, "norm of the whole key"),
         Key("router weight", ("experts", "hidden"), None, "router of a mixture of experts"),
         Key("router expert bias", ("experts",), None, "its balancing bias", pinned=True),
         Key("shared gate weight", ("one", "hidden"), None, "gate of the shared expert"),
@@ -96,11 +99,18 @@ EXPERTS = (
 _KEYS = {
     message.removesuffix("N"): {key.name: key for key in keys} for message, keys in MESSAGES.items()
 }
+_EXPERT_KEYS = {key.name: key for key in EXPERTS}
 
 
-def keys_of(message: str) -> Mapping[str, Key]:
-    """Return the keys that a message may have, by name; none for an unknown message."""
-    return _KEYS.get(LAYER if message.startswith(LAYER) else message, {})
+def keys_of(message: str, spec: ModelSpec | None = None) -> Mapping[str, Key]:
+    """Return the keys that a message may have, by name; none for an unknown message.
+
+    With a ``spec`` those of a layer are of the kind that this layer is.
+    """
+    known = _KEYS.get(LAYER if message.startswith(LAYER) else message, {})
+    if spec is not None and spec.is_moe(layer_of(message)):
+        known = {**known, **_EXPERT_KEYS}
+    return known
 
 
 def layer_of(message: str) -> int | None:
@@ -117,6 +127,7 @@ def dimensions(spec: ModelSpec) -> dict[str, int]:
         "qkv": spec.qkv_rows,
         "heads": spec.num_attention_heads * spec.kv_channels,
         "head": spec.kv_channels,
+        "groups": spec.num_query_groups * spec.kv_channels,
         "ffn": spec.ffn_hidden_size,
         "experts": spec.num_experts or 0,
         "moe ffn": spec.moe_ffn_hidden_size or 0,
@@ -128,9 +139,7 @@ def dimensions(spec: ModelSpec) -> dict[str, int]:
 def check_shapes(message: str, tensors: Mapping[str, LazyTensor], spec: ModelSpec) -> None:
     """Raise a SchemaError if a canonical tensor has not the shape that the spec gives it."""
     values = dimensions(spec)
-    known = keys_of(message)
-    if spec.is_moe(layer_of(message)):
-        known = {**known, **{key.name: key for key in EXPERTS}}
+    known = keys_of(message, spec)
     for name, tensor in tensors.items():
         key = known.get(name)
         if key is None:

@@ -123,7 +123,7 @@ class CoreSaver:
         if options.get("tokenizer_model"):
             args["tokenizer_model"] = options["tokenizer_model"]
         number = 0 if iteration == "release" else int(iteration)
-        args |= _expert_args(spec, ep, etp, style)
+        args |= _expert_args(spec, ep, etp, style, options)
         stage = stage_ranks if ckpt_format == "torch_dist" else ranks.stored_ranks
         target = distributed.Target(layout, style, stage(tp, ep, etp), chunks, args, number)
         files = (
@@ -144,6 +144,7 @@ class CoreSaver:
                     "pretrain_gpt.py --load {target} --use-checkpoint-args",
                     f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
                     *pipeline.flags(),
+                    *_expert_flags(spec, tp, ep, etp),
                     *launch_flags(spec),
                 ]
             ),
@@ -202,27 +203,42 @@ def _expert_parallel(model: Model, options: Mapping[str, Any], tp: int) -> tuple
 
 def _style(model: Model, options: Mapping[str, Any]) -> Style:
     """Return the spelling to write; the source's own grouping of experts unless it is chosen."""
+    local = options.get("saver_transformer_impl") == "local"
     if (options.get("ckpt_format") or "torch_dist") == "torch_dist":
-        return Style(distributed=True)
+        return Style(local, distributed=True)
     args = model.begin.training.get("args") or {}
     grouped = options.get("moe_grouped_gemm")
     if grouped is None:
         grouped = bool(args.get("moe_grouped_gemm"))
-    return Style(options.get("saver_transformer_impl") == "local", bool(grouped))
+    return Style(local, bool(grouped))
 
 
-def _expert_args(spec: ModelSpec, ep: int, etp: int, style: Style) -> dict[str, Any]:
+def _expert_args(
+    spec: ModelSpec, ep: int, etp: int, style: Style, options: Mapping[str, Any]
+) -> dict[str, Any]:
     if not spec.num_experts:
         return {}
-    sizes = {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
-    return sizes if style.distributed else {**sizes, "moe_grouped_gemm": style.grouped}
+    said = {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
+    chosen = options.get("moe_grouped_gemm") if style.distributed else style.grouped
+    return said if chosen is None else {**said, "moe_grouped_gemm": chosen}
+
+
+def _expert_flags(spec: ModelSpec, tp: int, ep: int, etp: int) -> list[str]:
+    """Return the options that tell Megatron the sizes; mixtures train over TP as sequences only."""
+    if not spec.num_experts:
+        return []
+    flags = [f"--expert-model-parallel-size {ep}", f"--expert-tensor-parallel-size {etp}"]
+    return flags + ["--sequence-parallel"] * (tp > 1)
 
 
 def _check_tp(spec: ModelSpec, tp: int) -> list[str]:
     """Refuse a tensor-parallel size that does not divide the model; return remarks."""
+    dense = not all(spec.is_moe(layer) for layer in range(spec.num_layers))
+    shared = spec.moe_shared_expert_intermediate_size or 0
     for name, size in (
         ("num_attention_heads", spec.num_attention_heads),
-        ("ffn_hidden_size", spec.ffn_hidden_size),
+        ("ffn_hidden_size", spec.ffn_hidden_size if dense else 0),
+        ("moe_shared_expert_intermediate_size", shared),
     ):
         if size % tp:
             raise PlanError(f"tensor-parallel size {tp} does not divide {name} {size}")

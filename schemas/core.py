@@ -14,7 +14,7 @@ megatron/core/transformer/moe/{router,experts,shared_experts}.py @ core_v0.16.1.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptx.schema import (
     EXPERT_GLU,
@@ -56,7 +56,8 @@ class Style:
     """Which of Megatron's spellings a saver writes.
 
     ``local`` is the spec without Transformer Engine, ``grouped`` the one with all local experts in
-    one module, ``distributed`` the names of ``torch_dist``, which knows neither.
+    one module, ``distributed`` the names of ``torch_dist``, which are those of Transformer Engine
+    and know no grouping; ``local`` then matters for the norm of a mixture alone.
     """
 
     local: bool = False
@@ -67,7 +68,7 @@ class Style:
     def name(self) -> str:
         """The layout's name: ``"mcore/gpt"`` for ``torch_dist``."""
         if self.distributed:
-            return "mcore/gpt"
+            return f"mcore/gpt{'-local-mixture' * self.local}"
         return f"mcore/gpt-{'local' if self.local else 'te'}{'-grouped' * self.grouped}"
 
     @property
@@ -153,7 +154,7 @@ def _experts(style: Style) -> tuple[Rule, Rule]:
         Style(local=True, grouped=True): (f"{EXPERTS}weight2", GROUPED_FC2),
     }
     halves = ([f"{single}1.weight_w", f"{single}1.weight_v"], each(width=2))
-    own = Style() if style == Style(local=True) else style
+    own = replace(style, local=style.local and style.grouped and not style.distributed)
     keys = ["mlp l0 weight W", "mlp l0 weight V"]
     others1 = [names for other, names in fc1.items() if other != own]
     others2 = [names for other, names in fc2.items() if other != own]
@@ -201,19 +202,23 @@ def _mixture(style: Style) -> tuple[Rule, ...]:
 
 def mcore_gpt(style: Style) -> Layout:
     """Return the layout of a GPT model in one of Megatron's spellings."""
+    modules = style.local and not style.distributed
 
     def ordered(fused: str, module: str) -> tuple[str, str]:
-        return (module, fused) if style.local else (fused, module)
+        return (module, fused) if modules else (fused, module)
 
     fused_norm = f"{MLP}linear_fc1.layer_norm_"
     module_norm = f"{LAYER}pre_mlp_layernorm."
     input_norm = _norm(
         "input norm", ordered(f"{ATTENTION}linear_qkv.layer_norm_", f"{LAYER}input_layernorm.")
     )
-    # torch_dist of a local mixture has the name of a dense layer's norm.
+    mixture_norm = (module_norm, fused_norm)
+    if style.local and style.distributed:
+        # Megatron maps it there, as it does with a dense layer's, and its TE spec does not look.
+        mixture_norm = (fused_norm, module_norm)
     post_norm = (
         *_norm("post norm", ordered(fused_norm, module_norm), not_moe),
-        *_norm("post norm", (module_norm, fused_norm), moe),
+        *_norm("post norm", mixture_norm, moe),
     )
     dense = (
         rule("dense weight", f"{ATTENTION}linear_proj.weight", tp=1),
@@ -236,7 +241,7 @@ def mcore_gpt(style: Style) -> Layout:
     )
     layer = (
         (*input_norm, *dense, *qkv, *qk_norms, *post_norm, *mlp)
-        if style.local
+        if modules
         else (*dense, *input_norm, *qkv, *qk_norms, *post_norm, *mlp)
     )
     return Layout(
@@ -269,6 +274,7 @@ def mcore_gpt(style: Style) -> Layout:
 
 STYLES = (
     Style(distributed=True),
+    Style(distributed=True, local=True),
     Style(),
     Style(grouped=True),
     Style(local=True),

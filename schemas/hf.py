@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from ckptx.errors import SchemaError
+from ckptx.schemas import experts
 from ckptx.spec import ModelSpec
 
 Windows: TypeAlias = Literal["none", "all layers", "some layers"]
@@ -87,6 +88,32 @@ _QWEN2_DEFAULTS = _LLAMA_DEFAULTS | {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+_MIXTRAL_DEFAULTS = _MISTRAL_DEFAULTS | {
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+}
+_QWEN2_MOE_DEFAULTS = _QWEN2_DEFAULTS | {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+}
+_QWEN3_MOE_DEFAULTS = _QWEN2_MOE_DEFAULTS | {
+    "intermediate_size": 6144,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+_OLMOE_DEFAULTS = _LLAMA_DEFAULTS | {
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
 
 FAMILIES: Mapping[str, Traits] = {
     "llama": Traits("LlamaForCausalLM", _LLAMA_DEFAULTS, ("attention_bias", "mlp_bias")),
@@ -104,6 +131,21 @@ FAMILIES: Mapping[str, Traits] = {
         qk_layernorm=True,
         windows="some layers",
     ),
+    "mixtral": Traits("MixtralForCausalLM", _MIXTRAL_DEFAULTS, windows="all layers"),
+    "qwen2_moe": Traits(
+        "Qwen2MoeForCausalLM",
+        _QWEN2_MOE_DEFAULTS,
+        fixed_biases=Biases(qkv=True),
+        windows="some layers",
+    ),
+    "qwen3_moe": Traits(
+        "Qwen3MoeForCausalLM",
+        _QWEN3_MOE_DEFAULTS,
+        ("attention_bias",),
+        qk_layernorm=True,
+        windows="all layers",
+    ),
+    "olmoe": Traits("OlmoeForCausalLM", _OLMOE_DEFAULTS, ("attention_bias",)),
 }
 
 # Megatron switches that change what the weights mean and that no config of these families can say.
@@ -128,7 +170,7 @@ def spec_from_config(config: Mapping[str, Any], family: str) -> ModelSpec:
             activation, heads that do not divide, a rotary embedding per layer type.
     """
     traits = _traits(family)
-    values = {**traits.defaults, **config}
+    values = experts.prepared({**traits.defaults, **config}, family)
     if values["hidden_act"] != "silu":
         raise SchemaError(
             f"hidden_act is {values['hidden_act']!r}, family {family} is known with 'silu' only"
@@ -154,6 +196,7 @@ def spec_from_config(config: Mapping[str, Any], family: str) -> ModelSpec:
         architecture=architectures[0],
         **{attribute: values[key] for key, attribute in FIELDS},
         **switches,
+        **experts.from_config(values, family),
         rotary_base=base,
         rotary_percent=percent,
         rotary_scaling=scaling,
@@ -186,6 +229,7 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         **{key: getattr(spec, attribute) for key, attribute in FIELDS},
         "hidden_act": "silu",
         **_biases_to_config(biases(spec), traits),
+        **experts.to_config(spec),
         **_windows_to_config(spec, traits),
         **_rotary_to_config(spec),
         "attention_dropout": 0.0,
@@ -229,6 +273,7 @@ def merge_config(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
         return merged
     source = _settings(spec) | _biases_to_config(biases(spec), FAMILIES[spec.family])
     merged.update((key, source[key]) for key in found if key in source)
+    merged |= experts.respelled(set(found), spec)
     if "model_type" in found:
         merged |= {"model_type": spec.family, "architectures": [spec.architecture]}
         merged |= _biases_to_config(biases(spec), FAMILIES[spec.family])
@@ -268,7 +313,8 @@ def unheld(spec: ModelSpec, family: str) -> list[str]:
         (_holds_windows(spec, traits), "sliding windows in these layers"),
         *((not spec.extra.get(name), name) for name in FOREIGN),
     )
-    return [reason for fits, reason in held if not fits]
+    reasons = [reason for fits, reason in held if not fits]
+    return reasons + experts.unheld(spec, family)
 
 
 def check(spec: ModelSpec) -> None:
@@ -330,6 +376,7 @@ def _contradictions(theirs: ModelSpec, ours: ModelSpec) -> dict[str, tuple[Any, 
         return {
             "model_type": spec.family,
             **_settings(spec),
+            **experts.compared(spec, ours.family),
             "attention_bias": bias.qkv,
             "mlp_bias": bias.mlp,
             "rope_theta": spec.rotary_base,
@@ -352,7 +399,7 @@ def _contradictions(theirs: ModelSpec, ours: ModelSpec) -> dict[str, tuple[Any, 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}" if value < 1 or not value.is_integer() else str(int(value))
-    if isinstance(value, list):
+    if isinstance(value, list) and value and isinstance(value[0], bool):
         return f"window in {sum(value)} of {len(value)} layers"
     return str(value)
 

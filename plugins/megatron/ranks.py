@@ -96,8 +96,8 @@ def read(checkpoint: IterationDirectory) -> Source:
     args = first.args
     tp = args.get("tensor_model_parallel_size") or _guess_tp(found)
     pp = args.get("pipeline_model_parallel_size") or 1
-    ep = args.get("expert_model_parallel_size") or 1
-    ranks = stored_ranks(tp, ep, args.get("expert_tensor_parallel_size") or tp)
+    ep, etp = expert_sizes(args, tp)
+    ranks = stored_ranks(tp, ep, etp)
     names = [directory_name(rank, pp_rank, pp) for pp_rank in range(pp) for rank in ranks]
     _check_directories(directory, names, [path.name for path in found])
     paths = [_file(directory / name) for name in names]
@@ -124,6 +124,24 @@ def read(checkpoint: IterationDirectory) -> Source:
         main_dtype(weights) if weights else "bfloat16",
         messages,
     )
+
+
+def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
+    """Return the expert- and expert-tensor-parallel sizes that args say; 1 and TP without experts.
+
+    Raises:
+        FormatError: the experts do not divide by them.
+    """
+    experts = args.get("num_experts")
+    if not experts:
+        return 1, tp
+    ep = args.get("expert_model_parallel_size") or 1
+    if experts % ep:
+        raise FormatError(
+            f"the args say {experts} experts over expert-parallel size {ep}, which does not divide "
+            "them; they do not belong to this checkpoint"
+        )
+    return ep, args.get("expert_tensor_parallel_size") or tp
 
 
 def plan(model: Model, target: Target, pp: int) -> Iterator[FilePlan]:
@@ -197,17 +215,18 @@ def _messages(
         ]
         for chunk in chunks
     }
+    stages = {place: Shards.of_grid(shards, ranks) for place, shards in left.items()}
     taker = Taker(MCORE_GPT, spec)
     found = {}
     for message, layer, rules in MCORE_GPT.expand(spec):
         chunk = next(c for c in chunks if holds(c, message, layer))
-        shards = _by_rank(left[chunk.pp_rank, chunk.vpp_rank], ranks)
+        shards = stages[chunk.pp_rank, chunk.vpp_rank]
         local = None if layer is None else chunk.layers.index(layer)
         label = f"{grid[chunk.pp_rank * width].path.parent.name}: "
         found[message] = taker.take(rules, shards, local, label)
     if spec.tied:
         last = next(chunk for chunk in chunks if chunk.output)
-        _join_tied(found, left[last.pp_rank, last.vpp_rank], ranks, taker)
+        _join_tied(found, stages[last.pp_rank, last.vpp_rank], taker)
     taker.finish(
         [
             f"{grid[pp_rank * width + number].path.parent.name}: {name}"
@@ -219,35 +238,18 @@ def _messages(
     return ((message, tensors) for message, tensors in found.items() if tensors)
 
 
-def _by_rank(shards: list[dict[str, LazyTensor]], ranks: list[Rank]) -> Shards:
-    """Return the shards of a stage by what they hold."""
-
-    def held(**wanted: int) -> list[dict[str, LazyTensor]]:
-        return [
-            shard
-            for shard, rank in zip(shards, ranks, strict=True)
-            if all(getattr(rank, name) == value for name, value in wanted.items())
-        ]
-
-    size = ranks[0]
-    return Shards(
-        [held(tp_rank=number) for number in range(size.tp)],
-        [[held(ep_rank=e, etp_rank=t) for t in range(size.etp)] for e in range(size.ep)],
-    )
-
-
 def _join_tied(
     found: dict[str, dict[str, LazyTensor]],
-    shards: list[dict[str, LazyTensor]],
-    ranks: list[Rank],
+    shards: Shards,
     taker: Taker,
 ) -> None:
     """Make the copy of tied embeddings that the last stage holds a replica of the first's."""
     embeddings = found["embeddings"]
-    if "word embeddings" not in embeddings or not any(TIED_COPY in shard for shard in shards):
+    held = any(TIED_COPY in shard for copies in shards.dense for shard in copies)
+    if "word embeddings" not in embeddings or not held:
         return
     rules = [r for s in MCORE_GPT.sections if s.message == "output layer" for r in s.rules]
-    copy = taker.take(rules, _by_rank(shards, ranks), None, "tied copy: ")
+    copy = taker.take(rules, shards, None, "tied copy: ")
     if copy:
         pair = [embeddings["word embeddings"], copy["weight"]]
         embeddings["word embeddings"] = replicated(pair)
