@@ -32,8 +32,8 @@ WIDTH = 80
 """Columns of the help texts."""
 
 FROM_HF, TO_HF = "tests/interop/test_hf_to_core.py", "tests/interop/test_core_to_hf.py"
-LOGITS_FAMILIES = "tests/interop/conversion.py"
-"""Names the families whose logits are compared, as ``hf.llama``."""
+LOGITS_FAMILIES = ("tests/interop/conversion.py", "tests/interop/experts.py")
+"""Name the families whose logits are compared, as ``hf.llama``."""
 
 PROOFS: Mapping[tuple[str, str], tuple[str, str]] = {
     ("hf", "load"): ("L", FROM_HF),
@@ -157,8 +157,8 @@ def _proof(family: Family, column: str, direction: str) -> str:
     letter, tests = PROOFS.get((column, direction), ("K", ""))
     shown = (ROOT / tests).is_file()
     if letter == "L":
-        families = ROOT / LOGITS_FAMILIES
-        shown = shown and f"hf.{family.name}," in families.read_text()
+        named = f"hf.{family.name},"
+        shown = shown and any(named in (ROOT / file).read_text() for file in LOGITS_FAMILIES)
     return letter if shown else "K"
 
 

@@ -330,6 +330,8 @@ class Shards:
 
     dense: Sequence[Sequence[Shard]]
     experts: Sequence[Sequence[Sequence[Shard]]]
+    labels: Mapping[int, str] = field(default_factory=dict)
+    """What goes before the names of a shard in messages, by the ``id`` of the shard."""
 
     @classmethod
     def of_ranks(cls, shards: Sequence[Shard]) -> Shards:
@@ -338,15 +340,17 @@ class Shards:
         return cls(ranks, [ranks])
 
     @classmethod
-    def of_grid(cls, shards: Sequence[Shard], ranks: Sequence[Rank]) -> Shards:
-        """Return the shards of the ranks of a stage; ``shards[i]`` is that of ``ranks[i]``."""
+    def of_grid(
+        cls, shards: Sequence[Shard], ranks: Sequence[Rank], labels: Sequence[str] = ()
+    ) -> Shards:
+        """Return the shards of a stage; ``shards[i]`` and ``labels[i]`` are of ``ranks[i]``."""
         size = ranks[0]
         dense: list[list[Shard]] = [[] for _ in range(size.tp)]
         experts: list[list[list[Shard]]] = [[[] for _ in range(size.etp)] for _ in range(size.ep)]
         for shard, rank in zip(shards, ranks, strict=True):
             dense[rank.tp_rank].append(shard)
             experts[rank.ep_rank][rank.etp_rank].append(shard)
-        return cls(dense, experts)
+        return cls(dense, experts, dict(zip(map(id, shards), labels, strict=False)))
 
 
 class Taker:
@@ -380,9 +384,16 @@ class Taker:
             groups = [shards.dense] if entry.ep is None else shards.experts
             experts = (self.spec.num_experts or 0) // len(groups)
             names, iso = _present(entry, groups[0][0][0], layer, experts)
-            missing = [n for g in groups for c in g for s in c for n in names if n not in s]
+            missing = [
+                shards.labels.get(id(shard), label) + name
+                for group in groups
+                for copies in group
+                for shard in copies
+                for name in names
+                if name not in shard
+            ]
             if missing:
-                self.missing += [label + name for name in dict.fromkeys(missing)]
+                self.missing += dict.fromkeys(missing)
                 continue
             parts = [self._unpacked(names, iso, group, label) for group in groups]
             for number, key in enumerate(entry.keys):
@@ -480,7 +491,10 @@ def place(
     layer: int | None = None,
     rank: Rank | None = None,
 ) -> Iterator[Placed]:
-    """Yield the chunks of the layout's global tensors that a rank holds, replicated ones too."""
+    """Yield the chunks of the layout's global tensors that a rank holds, replicated ones too.
+
+    Every expert is a chunk of its own: a chunk is read whole by who needs any of it.
+    """
     rank = rank or Rank()
     for entry in rules:
         spelling = entry.spellings[0]
@@ -491,7 +505,20 @@ def place(
         for key, full, (number, origin) in zip(entry.keys, whole, origins, strict=True):
             piece, start = _piece(full, entry, rank, key)
             at = tuple(low + shift for low, shift in zip(origin, start, strict=True))
-            yield Placed(names[number], packed[number].shape, at, piece)
+            for offset, one in _experts_of(piece, entry.ep):
+                where = tuple(low + shift for low, shift in zip(at, offset, strict=True))
+                yield Placed(names[number], packed[number].shape, where, one)
+
+
+def _experts_of(piece: Tensor, ep: int | None) -> Iterator[tuple[Shape, Tensor]]:
+    """Yield every expert of a piece and where it starts, or the piece if it holds none."""
+    origin = [0] * len(piece.shape)
+    if ep is None:
+        yield tuple(origin), piece
+        return
+    for expert in range(piece.shape[ep]):
+        origin[ep] = expert
+        yield tuple(origin), piece.narrow(ep, expert, expert + 1)
 
 
 def check_message(

@@ -100,8 +100,8 @@ class CoreSaver:
         layout = family_named(spec.family).layout(style.convention)
         check_messages(model, layout)
         tp, pipeline = _parallel(model, options)
-        ep, etp = _expert_parallel(model, options, tp)
         notes = [*_check_tp(spec, tp), *_check_expressible(spec)]
+        ep, etp = _expert_parallel(model, options, tp)
         true_rows = true_vocab_size(options, spec.vocab_size)
         multiple = _multiple(model, options)
         padded = _padded_rows(model, true_rows, multiple, tp)

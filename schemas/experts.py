@@ -314,9 +314,10 @@ def _windows(values: Mapping[str, Any], family: str) -> dict[str, Any]:
 def _evaluated(text: str) -> int | list[int]:
     """Return the number or list that a text spells with ``+``, ``*`` and brackets only."""
     try:
-        return _value(ast.parse(text.strip(), mode="eval").body)
+        read: int | list[int] = _value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise SchemaError(f"moe_layer_freq {text!r} cannot be read: {error}") from error
+    return read
 
 
 def _value(node: ast.expr) -> Any:

@@ -127,7 +127,8 @@ class TinyModel:
     def _mixture_config(self) -> dict[str, Any]:
         spec = self.spec
         count = "num_local_experts" if spec.family == "mixtral" else "num_experts"
-        config = {count: spec.num_experts, "num_experts_per_tok": spec.moe_router_topk}
+        config: dict[str, Any] = {count: spec.num_experts}
+        config["num_experts_per_tok"] = spec.moe_router_topk
         if spec.family != "mixtral":
             config["norm_topk_prob"] = not spec.moe_router_pre_softmax
         if spec.family.startswith("qwen"):
@@ -178,7 +179,9 @@ class TinyModel:
         place = prefix + ("block_sparse_moe." if spec.family == "mixtral" else "mlp.")
         gate, up, down = _EXPERT_PARTS[spec.family == "mixtral"]
         yield from self._tag(f"{place}gate", [spec.num_experts, hidden])
-        sizes = [(f"{place}experts.{e}.", spec.moe_ffn_hidden_size) for e in range(spec.num_experts)]
+        sizes = [
+            (f"{place}experts.{e}.", spec.moe_ffn_hidden_size) for e in range(spec.num_experts)
+        ]
         if spec.moe_shared_expert_intermediate_size:
             sizes.append((f"{place}shared_expert.", spec.moe_shared_expert_intermediate_size))
         for name, size in sizes:

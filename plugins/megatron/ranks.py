@@ -36,6 +36,7 @@ _SAME = (
     "expert_tensor_parallel_size",
     "num_layers",
     "hidden_size",
+    "num_experts",
 )
 
 
@@ -215,15 +216,18 @@ def _messages(
         ]
         for chunk in chunks
     }
-    stages = {place: Shards.of_grid(shards, ranks) for place, shards in left.items()}
+    stages = {}
+    for (pp_rank, vpp_rank), shards in left.items():
+        labels = [f"{rank.path.parent.name}: " for rank in grid[pp_rank * width :][:width]]
+        stages[pp_rank, vpp_rank] = Shards.of_grid(shards, ranks, labels)
     taker = Taker(MCORE_GPT, spec)
     found = {}
     for message, layer, rules in MCORE_GPT.expand(spec):
         chunk = next(c for c in chunks if holds(c, message, layer))
-        shards = stages[chunk.pp_rank, chunk.vpp_rank]
+        stage = stages[chunk.pp_rank, chunk.vpp_rank]
         local = None if layer is None else chunk.layers.index(layer)
         label = f"{grid[chunk.pp_rank * width].path.parent.name}: "
-        found[message] = taker.take(rules, shards, local, label)
+        found[message] = taker.take(rules, stage, local, label)
     if spec.tied:
         last = next(chunk for chunk in chunks if chunk.output)
         _join_tied(found, stages[last.pp_rank, last.vpp_rank], taker)

@@ -15,9 +15,13 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from .mcore import Model
@@ -103,6 +107,41 @@ def qwen3(
     return _write(Qwen3Config, directory, seed, dtype, sizes | overrides)
 
 
+def mixtral(
+    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedConfig:
+    """Write a Mixtral checkpoint with 4 experts, 2 of them for every token."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return _write(MixtralConfig, directory, seed, dtype, sizes | overrides)
+
+
+def qwen2_moe(
+    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedConfig:
+    """Write a Qwen2-MoE checkpoint: bias on q, k and v, and a shared expert with a gate."""
+    sizes = _EXPERTS | {"shared_expert_intermediate_size": 80}
+    return _write(Qwen2MoeConfig, directory, seed, dtype, sizes | overrides)
+
+
+def qwen3_moe(
+    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedConfig:
+    """Write a Qwen3-MoE checkpoint: norms on q and k, and heads of size 16."""
+    sizes = _EXPERTS | {"norm_topk_prob": True, "head_dim": 16}
+    return _write(Qwen3MoeConfig, directory, seed, dtype, sizes | overrides)
+
+
+def olmoe(
+    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedConfig:
+    """Write an OLMoE checkpoint: norms on q and k as wholes."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None}
+    return _write(OlmoeConfig, directory, seed, dtype, sizes | overrides)
+
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+
 def _write(
     config_class: type[PreTrainedConfig],
     directory: Path,
@@ -158,8 +197,10 @@ def mcore_model(
     Raises:
         ValueError: the config says something this hand-made table does not know.
     """
-    qwen2_like = hf.model_type == "qwen2"
-    if hf.model_type not in ("llama", "mistral", "qwen2", "qwen3") or hf.hidden_act != "silu":
+    qwen2_like = hf.model_type in ("qwen2", "qwen2_moe")
+    mixture = hf.model_type in ("mixtral", "qwen2_moe", "qwen3_moe")
+    dense = hf.model_type in ("llama", "mistral", "qwen2", "qwen3")
+    if not (dense or mixture) or hf.hidden_act != "silu":
         raise ValueError(f"no hand-made megatron model for {hf.model_type} with {hf.hidden_act}")
     rope = hf.rope_parameters
     scaled = rope["rope_type"] == "llama3"
@@ -177,10 +218,12 @@ def mcore_model(
         "layernorm_epsilon": hf.rms_norm_eps,
         "add_bias_linear": False,
         "add_qkv_bias": qwen2_like,
-        "qk_layernorm": hf.model_type == "qwen3",
+        "qk_layernorm": hf.model_type in ("qwen3", "qwen3_moe"),
         "activation_func": "silu",
         "gated_linear_unit": True,
     }
+    if mixture:
+        config |= _mixture(hf)
     window = getattr(hf, "sliding_window", None)
     if hf.model_type == "mistral" and window is not None:
         config["window_size"] = (window - 1, 0)  # HF counts the position itself, megatron does not
@@ -195,3 +238,24 @@ def mcore_model(
         "share_embeddings_and_output_weights": hf.tie_word_embeddings,
     }
     return Model(config, gpt, spec, dtype)
+
+
+def _mixture(hf: PreTrainedConfig) -> dict[str, Any]:
+    """Return TransformerConfig's arguments for the experts of a config."""
+    ffn = hf.intermediate_size if hf.model_type == "mixtral" else hf.moe_intermediate_size
+    normalized = hf.model_type == "mixtral" or hf.norm_topk_prob
+    config = {
+        "num_moe_experts": hf.num_experts,
+        "moe_ffn_hidden_size": ffn,
+        "moe_router_topk": hf.num_experts_per_tok,
+        "moe_router_pre_softmax": not normalized,
+        "moe_token_dispatcher_type": "allgather",
+        "moe_router_load_balancing_type": "none",
+    }
+    dense = getattr(hf, "mlp_only_layers", [])
+    if dense:
+        config["moe_layer_freq"] = [int(n not in dense) for n in range(hf.num_hidden_layers)]
+    if hf.model_type == "qwen2_moe":
+        config["moe_shared_expert_intermediate_size"] = hf.shared_expert_intermediate_size
+        config["moe_shared_expert_gate"] = True
+    return config

@@ -273,8 +273,7 @@ def test_everything_megatron_restores_is_there():
         (MIXTURE | {"moe_ffn_hidden_size": 96, "moe_router_pre_softmax": True}, "gpt"),
         (MIXTURE | {"qk_layernorm": True, "moe_router_score_function": "sigmoid"}, "gpt"),
         (
-            MIXTURE
-            | {"qk_layernorm": True, "moe_router_load_balancing_type": "sinkhorn"},
+            MIXTURE | {"qk_layernorm": True, "moe_router_load_balancing_type": "sinkhorn"},
             "gpt",
         ),
     ],

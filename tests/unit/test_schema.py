@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,23 @@ import torch
 
 from ckptx.errors import PlanError, SchemaError
 from ckptx.lazy import LazyTensor, Replicated, stored
+from ckptx.parallel import stage_ranks
 from ckptx.reader import read
 from ckptx.schema import (
+    EXPERT_GLU,
     GLU,
+    GROUPED_FC1,
+    GROUPED_FC2,
     QKV,
     Layout,
     Rank,
     Section,
+    Shards,
     Taker,
     check_message,
+    each,
     give,
+    in_module_order,
     place,
     rule,
 )
@@ -217,3 +225,125 @@ def test_a_message_holds_exactly_the_keys_of_its_rules():
         SchemaError, match=r"'final norm' lacks 'norm' and has 'bias', which mcore cannot hold"
     ):
         check_message([NORM], {"bias": tensor}, "final norm", "mcore")
+
+
+EXPERTS, EXPERT_FFN = 4, 8
+MIXTURE = replace(SPEC, num_experts=EXPERTS, moe_ffn_hidden_size=EXPERT_FFN)
+BOTH = ["mlp l0 weight W", "mlp l0 weight V"]
+CUT = {"ep": 0, "tp": 1}
+HALVES = rule(BOTH, ["e.{expert}.gate", "e.{expert}.up"], each(width=2), **CUT)
+FC1 = {
+    "apart": rule(BOTH, "e.{expert}.fc1", each(GLU), **CUT),
+    "halves": HALVES,
+    "one tensor": rule(BOTH, "fc1", EXPERT_GLU, **CUT),
+    "grouped": rule(BOTH, "weight1", GROUPED_FC1, **CUT),
+}
+FC2 = {
+    "apart": rule("mlp l1 weight", "e.{expert}.fc2", each(), ep=0, tp=2),
+    "one tensor": rule("mlp l1 weight", "fc2", ep=0, tp=2),
+    "grouped": rule("mlp l1 weight", "weight2", GROUPED_FC2, ep=0, tp=2),
+}
+SIZES = [(1, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 2), (2, 2, 1), (4, 2, 2), (2, 4, 1), (4, 1, 1)]
+
+
+def experts() -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    return {
+        "mlp l0 weight W": torch.randn(EXPERTS, EXPERT_FFN, HIDDEN),
+        "mlp l0 weight V": torch.randn(EXPERTS, EXPERT_FFN, HIDDEN),
+        "mlp l1 weight": torch.randn(EXPERTS, HIDDEN, EXPERT_FFN),
+    }
+
+
+def held_by(eager: dict[str, torch.Tensor], rank: Rank) -> dict[str, torch.Tensor]:
+    """What a rank holds under every name of `FC1` and `FC2`, by torch alone."""
+    gate, up, down = (
+        eager[key].chunk(rank.ep)[rank.ep_rank].chunk(rank.etp, axis)[rank.etp_rank]
+        for key, axis in zip((*BOTH, "mlp l1 weight"), (1, 1, 2), strict=True)
+    )
+    found = {"fc1": torch.cat([gate, up], 1), "fc2": down}
+    for e in range(len(gate)):
+        found |= {f"e.{e}.fc1": torch.cat([gate[e], up[e]]), f"e.{e}.fc2": down[e]}
+        found |= {f"e.{e}.gate": gate[e], f"e.{e}.up": up[e]}
+    # Megatron's GroupedMLP multiplies rows by ``weight1.view(experts, hidden, -1)``, and by
+    # ``weight2.view(experts, -1, hidden)``.
+    blocks = torch.stack([torch.cat([g, u]).T for g, u in zip(gate, up, strict=True)])
+    found["weight1"] = blocks.contiguous().view(HIDDEN, -1)
+    found["weight2"] = torch.stack([one.T for one in down]).contiguous().view(-1, HIDDEN)
+    return found
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("entry", [*FC1.values(), *FC2.values()], ids=lambda e: e.keys[0])
+def test_every_rank_holds_its_part_of_its_experts(entry, sizes, store):
+    eager, ranks = experts(), stage_ranks(*sizes)
+    message = {key: store.put(tensor) for key, tensor in eager.items()}
+    shards = []
+    for rank in ranks:
+        wanted = held_by(eager, rank)
+        named = give([entry], message, MIXTURE, 0, rank)
+        assert named
+        for name, tensor in named.items():
+            assert torch.equal(store.get(tensor), wanted[name])
+        shards.append({name: store.put(wanted[name].contiguous()) for name in named})
+    taker = Taker(LAYOUT, MIXTURE)
+    taken = taker.take([entry], Shards.of_grid(shards, ranks), 0)
+    assert not any(shards)
+    for key in entry.keys:
+        assert torch.equal(store.get(taken[key]), eager[key])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_chunks_of_experts_fill_their_tensor_one_expert_each(sizes, store):
+    eager = experts()
+    message = {key: store.put(tensor) for key, tensor in eager.items()}
+    found = {"fc1": torch.zeros(EXPERTS, 2 * EXPERT_FFN, HIDDEN)}
+    found["fc2"] = torch.zeros(EXPERTS, HIDDEN, EXPERT_FFN)
+    for rank in stage_ranks(*sizes):
+        rules = [FC1["one tensor"], FC2["one tensor"]]
+        for placed in place(rules, message, MIXTURE, 0, rank):
+            part = store.get(placed.tensor)
+            assert len(part) == 1
+            assert placed.global_shape == tuple(found[placed.name].shape)
+            where = tuple(slice(o, o + n) for o, n in zip(placed.origin, part.shape, strict=True))
+            found[placed.name][where] = part
+    whole = torch.cat([eager[key] for key in BOTH], 1)
+    assert torch.equal(found["fc1"], whole)
+    assert torch.equal(found["fc2"], eager["mlp l1 weight"])
+
+
+def test_dense_tensors_of_expert_ranks_are_copies(store):
+    norm, ranks = torch.randn(HIDDEN), stage_ranks(2, 4, 1)
+    shards = [{"layers.0.norm": store.put(norm)} for _ in ranks]
+    taken = Taker(LAYOUT, MIXTURE).take([NORM], Shards.of_grid(shards, ranks), 0)
+    assert isinstance(taken["norm"], Replicated)
+    assert not any(shards)
+
+
+def test_missing_experts_are_named_by_the_number_in_their_shard(store):
+    shards = [{"e.0.fc2": store.put(torch.zeros(HIDDEN, EXPERT_FFN))} for _ in range(2)]
+    taker = Taker(LAYOUT, MIXTURE)
+    taker.take([FC2["apart"]], Shards.of_grid(shards, stage_ranks(1, 2, 1)), 0, "rank: ")
+    with pytest.raises(SchemaError, match=r"1 tensor is missing: 'rank: e.1.fc2'"):
+        taker.finish([])
+
+
+def test_experts_that_do_not_divide_are_refused():
+    message = {"mlp l1 weight": stored(0, 0, "float32", (3, HIDDEN, 9))}
+    for rank, kind in ((Rank(ep=2), "expert-parallel size 2"), (Rank(etp=2), "expert-tensor-")):
+        with pytest.raises(PlanError, match=f"does not divide over {kind}"):
+            give([FC2["one tensor"]], message, MIXTURE, 0, rank)
+
+
+def test_module_order_is_that_of_torch():
+    class Expert(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+
+    model = torch.nn.ModuleDict({"a": Expert(), "e": torch.nn.ModuleList([Expert(), Expert()])})
+    order = list(model.state_dict())
+    shuffled = sorted(order, key=lambda name: (name[0], name.rpartition("fc")[2]))
+    by_kind = [name for kind in ("1.w", "1.b", "2.w", "2.b") for name in shuffled if kind in name]
+    assert by_kind != order
+    assert in_module_order(by_kind) == order
