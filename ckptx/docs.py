@@ -33,7 +33,11 @@ WIDTH = 80
 
 FROM_HF, TO_HF = "tests/interop/test_hf_to_core.py", "tests/interop/test_core_to_hf.py"
 META = "tests/interop/test_meta.py"
-LOGITS_FAMILIES = ("tests/interop/conversion.py", "tests/interop/test_dense_families.py")
+LOGITS_FAMILIES = (
+    "tests/interop/conversion.py",
+    "tests/interop/experts.py",
+    "tests/interop/test_dense_families.py",
+)
 """Name the families whose logits are compared, as ``hf.llama``."""
 
 PROOFS: Mapping[tuple[str, str], tuple[str, str]] = {

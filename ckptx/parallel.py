@@ -10,12 +10,14 @@ pipeline_parallel_layer_layout.py @ core_v0.16.1.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckptx.errors import PlanError
+from ckptx.schema import Rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,19 @@ class Pipeline:
             "account_for_embedding_in_pipeline_split": self.embedding_in_split,
             "account_for_loss_in_pipeline_split": self.loss_in_split,
         }
+
+
+def stage_ranks(tp: int, ep: int = 1, etp: int | None = None) -> list[Rank]:
+    """Return the ranks of one pipeline stage, in Megatron's order.
+
+    Dense ranks run with ``tp`` fastest. Expert ranks run with ``etp`` (``tp`` unless given)
+    fastest, then ``ep``; both grids lie over the same processes, as few as hold them.
+    """
+    etp = etp or tp
+    return [
+        Rank(tp, number % tp, ep, number // etp % ep, etp, number % etp)
+        for number in range(math.lcm(tp, ep * etp))
+    ]
 
 
 def describe(chunks: Sequence[Chunk]) -> list[str]:

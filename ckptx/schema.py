@@ -13,16 +13,27 @@ Shards are cut in canonical space and packed afterwards: a rank's gated weight i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 from ckptx.errors import PlanError, SchemaError, listing
-from ckptx.lazy import LazyTensor, Shape, concat, deinterleave, interleave, rejoin, replicated
+from ckptx.lazy import (
+    LazyTensor,
+    Shape,
+    concat,
+    deinterleave,
+    interleave,
+    rejoin,
+    replicated,
+    stack,
+)
 from ckptx.spec import ModelSpec
 
 Tensor: TypeAlias = LazyTensor
 Predicate: TypeAlias = Callable[[ModelSpec], bool]
+LayerPredicate: TypeAlias = Callable[[ModelSpec, int], bool]
+Shard: TypeAlias = MutableMapping[str, LazyTensor]
 
 
 class Iso(Protocol):
@@ -58,22 +69,92 @@ class _Same:
         return [(number, (0,) * len(shape)) for number, shape in enumerate(shapes)]
 
 
+@dataclass(frozen=True, slots=True)
 class _Glu:
-    """Gate and up projection in one tensor, all gate rows first."""
+    """Gate and up projection in one tensor, all gate rows first; rows lie along ``axis``."""
+
+    axis: int = 0
 
     def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
-        return [concat(canonical)]
+        return [concat(canonical, self.axis)]
 
     def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
         (fused,) = packed
-        half, odd = divmod(fused.shape[0], 2)
+        half, odd = divmod(fused.shape[self.axis], 2)
         if odd:
-            raise SchemaError(f"a gated weight of {fused.shape[0]} rows has no two halves")
-        return deinterleave(fused, [half, half], groups=1)
+            raise SchemaError(f"a gated weight of {fused.shape[self.axis]} rows has no two halves")
+        return deinterleave(fused, [half, half], groups=1, axis=self.axis)
 
     def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
         gate, up = shapes
-        return [(0, (0,) * len(gate)), (0, (gate[0], *(0,) * (len(up) - 1)))]
+        second = tuple(gate[axis] if axis == self.axis else 0 for axis in range(len(up)))
+        return [(0, (0,) * len(gate)), (0, second)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Each:
+    """One set of tensors per expert; canonical tensors have the experts on their first axis.
+
+    Packed tensors run expert by expert, ``width`` for each, as names with ``{expert}`` do.
+    """
+
+    iso: Iso
+    width: int
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        packed: list[Tensor] = []
+        for expert in range(canonical[0].shape[0]):
+            own = [tensor.narrow(0, expert, expert + 1).squeeze() for tensor in canonical]
+            packed += self.iso.pack(own, spec, tp)
+        return packed
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        parts = [
+            self.iso.unpack(packed[start : start + self.width], spec, tp)
+            for start in range(0, len(packed), self.width)
+        ]
+        return [stack(tensors) for tensors in zip(*parts, strict=True)]
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        raise SchemaError("experts of their own do not lie side by side in one tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class _Grouped:
+    """All experts in one matrix, transposed: ``weight1``, ``weight2`` of Megatron's GroupedMLP.
+
+    Memory holds one [in, out] matrix per expert after another. ``weight1`` is shaped as if they lay
+    side by side, [in, experts * out], ``weight2`` as they do lie, [experts * in, out].
+
+    Source: NVIDIA/Megatron-LM megatron/core/transformer/moe/experts.py, GroupedMLP @ core_v0.12.3.
+    """
+
+    iso: Iso
+    side_by_side: bool
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        packed = self.iso.pack(canonical, spec, tp)
+        joined = []
+        for tensor in packed:
+            experts, rows, _ = tensor.shape
+            turned = tensor.permute((0, 2, 1)).merge(0)
+            joined.append(turned.merge(0).split(0, experts * rows) if self.side_by_side else turned)
+        return joined
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        (tensor,) = packed
+        rows = (spec.moe_ffn_hidden_size or 0) // tp  # of one expert in this shard
+        if self.side_by_side:
+            columns = rows * (2 if spec.gated else 1)
+            tensor = tensor.merge(0).split(0, columns)
+            experts = tensor.shape[0] // spec.hidden_size
+            turned = tensor.split(0, tensor.shape[0] // experts)
+        else:
+            turned = tensor.split(0, rows)
+        return self.iso.unpack([turned.permute((0, 2, 1))], spec, tp)
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        raise SchemaError("grouped experts do not lie side by side as they are")
 
 
 class _Qkv:
@@ -205,6 +286,8 @@ class _Chain:
 
 SAME: Iso = _Same()
 GLU: Iso = _Glu()
+EXPERT_GLU: Iso = _Glu(axis=1)
+"""Gate and up projections of experts in one tensor, [experts, rows, columns]."""
 QKV: Iso = _Qkv()
 FUSED_QKV: Iso = _FusedQkv()
 ROTARY_PAIRS: Iso = _RotaryPairs()
@@ -215,12 +298,38 @@ def chain(first: Iso, second: Iso) -> Iso:
     return _Chain(first, second)
 
 
+GROUPED_FC1: Iso = _Grouped(EXPERT_GLU, side_by_side=True)
+"""``weight1`` of Megatron's GroupedMLP, gated."""
+GROUPED_FC2: Iso = _Grouped(SAME, side_by_side=False)
+"""``weight2`` of Megatron's GroupedMLP."""
+
+
+def each(iso: Iso = SAME, width: int = 1) -> Iso:
+    """Return the iso of experts that have tensors of their own, under names with ``{expert}``.
+
+    ``width`` is the number of names that each expert has.
+    """
+    return _Each(iso, width)
+
+
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """Names that a layout may use for a rule's tensors; ``{layer}`` stands for the layer number."""
+    """Names that a layout may use for a rule's tensors.
+
+    ``{layer}`` stands for the layer number, ``{expert}`` for the number of an expert in the shard.
+    """
 
     names: tuple[str, ...]
     iso: Iso
+
+    def named(self, layer: int | None, experts: int) -> tuple[str, ...]:
+        """Return the names in one layer of a shard with so many experts, expert by expert."""
+        names = self.names
+        if layer is not None:
+            names = tuple(name.replace("{layer}", str(layer)) for name in names)
+        if not any("{expert}" in name for name in names):
+            return names
+        return tuple(name.replace("{expert}", str(e)) for e in range(experts) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +340,12 @@ class Rule:
     spellings: tuple[Spelling, ...]
     tp: int | None
     when: Predicate
+    ep: int | None = None
+    layers: LayerPredicate | None = None
+
+    def only_in(self, layers: LayerPredicate) -> Rule:
+        """Return the rule for some of the layers."""
+        return replace(self, layers=layers)
 
 
 def always(spec: ModelSpec) -> bool:
@@ -244,13 +359,17 @@ def rule(
     iso: Iso = SAME,
     *,
     tp: int | None = None,
+    ep: int | None = None,
     when: Predicate = always,
+    layers: LayerPredicate | None = None,
     also: Sequence[tuple[str | Sequence[str], Iso] | str] = (),
 ) -> Rule:
     """Return a rule: canonical ``keys`` are stored under ``names``, arranged by ``iso``.
 
-    ``tp`` is the canonical axis that tensor parallelism cuts, None for replicated. ``also`` lists
-    other spellings that loaders accept; the first is the one that savers write.
+    ``tp`` is the canonical axis that tensor parallelism cuts, None for replicated. With ``ep``, the
+    axis that expert parallelism cuts, ``tp`` is cut by expert-tensor parallelism instead. ``when``
+    says for which models the rule holds, ``layers`` for which of their layers. ``also`` lists other
+    spellings that loaders accept; the first is the one that savers write.
     """
     spellings = [Spelling(_tuple(names), iso)]
     for other in also:
@@ -259,7 +378,7 @@ def rule(
             if isinstance(other, str)
             else Spelling(_tuple(other[0]), other[1])
         )
-    return Rule(_tuple(keys), tuple(spellings), tp, when)
+    return Rule(_tuple(keys), tuple(spellings), tp, when, ep, layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +409,8 @@ class Layout:
             rules = tuple(entry for entry in section.rules if entry.when(spec))
             if section.per_layer:
                 for layer in range(spec.num_layers):
-                    yield section.message.format(layer=layer), layer, rules
+                    held = tuple(r for r in rules if r.layers is None or r.layers(spec, layer))
+                    yield section.message.format(layer=layer), layer, held
             elif rules:
                 yield section.message, None, rules
 
@@ -306,6 +426,60 @@ class Layout:
             for spelling in entry.spellings
             if section.message == message and entry.keys == (key,) and len(spelling.names) == 1
         )
+
+    def names(self, spec: ModelSpec) -> list[str]:
+        """Return the names of a whole model's tensors, in the order a module registers them."""
+        return in_module_order(
+            name
+            for _, layer, rules in self.expand(spec)
+            for entry in rules
+            for name in entry.spellings[0].named(layer, spec.num_experts or 0)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """The coordinates of one rank in its pipeline stage, and the sizes they belong to."""
+
+    tp: int = 1
+    tp_rank: int = 0
+    ep: int = 1
+    ep_rank: int = 0
+    etp: int = 1
+    etp_rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """The shards of one pipeline stage, by what they hold.
+
+    ``dense[tp_rank]`` are the copies of the dense tensors that expert-parallel ranks hold alike,
+    ``experts[ep_rank][etp_rank]`` those of the experts. One shard may stand in both.
+    """
+
+    dense: Sequence[Sequence[Shard]]
+    experts: Sequence[Sequence[Sequence[Shard]]]
+    labels: Mapping[int, str] = field(default_factory=dict)
+    """What goes before the names of a shard in messages, by the ``id`` of the shard."""
+
+    @classmethod
+    def of_ranks(cls, shards: Sequence[Shard]) -> Shards:
+        """Return the shards of tensor-parallel ranks that are not expert-parallel."""
+        ranks = [[shard] for shard in shards]
+        return cls(ranks, [ranks])
+
+    @classmethod
+    def of_grid(
+        cls, shards: Sequence[Shard], ranks: Sequence[Rank], labels: Sequence[str] = ()
+    ) -> Shards:
+        """Return the shards of a stage; ``shards[i]`` and ``labels[i]`` are of ``ranks[i]``."""
+        size = ranks[0]
+        dense: list[list[Shard]] = [[] for _ in range(size.tp)]
+        experts: list[list[list[Shard]]] = [[[] for _ in range(size.etp)] for _ in range(size.ep)]
+        for shard, rank in zip(shards, ranks, strict=True):
+            dense[rank.tp_rank].append(shard)
+            experts[rank.ep_rank][rank.etp_rank].append(shard)
+        return cls(dense, experts, dict(zip(map(id, shards), labels, strict=False)))
 
 
 class Taker:
@@ -323,35 +497,57 @@ class Taker:
     def take(
         self,
         rules: Sequence[Rule],
-        shards: Sequence[MutableMapping[str, Tensor]],
+        shards: Shards | Sequence[Shard],
         layer: int | None = None,
         label: str = "",
     ) -> dict[str, Tensor]:
-        """Return the canonical tensors that rules find in the shards of all tensor ranks.
+        """Return the canonical tensors that rules find in the shards of a stage.
 
-        ``layer`` is the number that the shards use; ``label`` goes before names in messages.
+        A plain sequence of shards is one per tensor-parallel rank. ``layer`` is the number that
+        the shards use; ``label`` goes before names in messages.
         """
+        if not isinstance(shards, Shards):
+            shards = Shards.of_ranks(shards)
         message: dict[str, Tensor] = {}
         for entry in rules:
-            names, iso = _present(entry, shards[0], layer)
-            missing = [n for shard in shards for n in names if n not in shard]
+            groups = [shards.dense] if entry.ep is None else shards.experts
+            experts = (self.spec.num_experts or 0) // len(groups)
+            names, iso = _present(entry, groups[0][0][0], layer, experts)
+            missing = [
+                shards.labels.get(id(shard), label) + name
+                for group in groups
+                for copies in group
+                for shard in copies
+                for name in names
+                if name not in shard
+            ]
             if missing:
-                self.missing += [label + name for name in dict.fromkeys(missing)]
-                for shard in shards:  # the others are known, and of no use alone
-                    for name in names:
+                self.missing += dict.fromkeys(missing)
+                for shard in (s for group in groups for copies in group for s in copies):
+                    for name in names:  # the others are known, and of no use alone
                         shard.pop(name, None)
                 continue
-            parts = []
-            for shard in shards:
-                try:
-                    packed = [shard.pop(name) for name in names]
-                    parts.append(iso.unpack(packed, self.spec, len(shards)))
-                except (SchemaError, PlanError) as error:
-                    raise SchemaError(f"{label}{', '.join(names)}: {error}") from error
+            parts = [self._unpacked(names, iso, group, label) for group in groups]
             for number, key in enumerate(entry.keys):
-                copies = [part[number] for part in parts]
-                message[key] = _joined(copies, entry.tp, label + names[0])
+                joined = [
+                    _joined([part[number] for part in ranks], entry.tp, label + names[0])
+                    for ranks in parts
+                ]
+                message[key] = concat(joined, entry.ep) if entry.ep is not None else joined[0]
         return message
+
+    def _unpacked(
+        self, names: Sequence[str], iso: Iso, ranks: Sequence[Sequence[Shard]], label: str
+    ) -> list[list[Tensor]]:
+        """Return the canonical parts of each tensor-parallel rank; its copies are one."""
+        parts = []
+        for copies in ranks:
+            try:
+                packed = [replicated([shard.pop(name) for shard in copies]) for name in names]
+                parts.append(iso.unpack(packed, self.spec, len(ranks)))
+            except (SchemaError, PlanError) as error:
+                raise SchemaError(f"{label}{_some(names)}: {error}") from error
+        return parts
 
     def finish(self, left: Sequence[str]) -> None:
         """Raise a SchemaError that names what is missing and what was not used, if anything."""
@@ -369,17 +565,45 @@ def give(
     message: Mapping[str, Tensor],
     spec: ModelSpec,
     layer: int | None = None,
-    tp: int = 1,
-    rank: int = 0,
+    rank: Rank | None = None,
 ) -> dict[str, Tensor]:
-    """Return, by name, what tensor-parallel rank ``rank`` of ``tp`` holds of a message."""
+    """Return, by name, what a rank holds of a message; everything without a rank."""
+    rank = rank or Rank()
     named: dict[str, Tensor] = {}
     for entry in rules:
         spelling = entry.spellings[0]
-        cut = [_cut(message[key], entry.tp, tp, rank, key) for key in entry.keys]
-        packed = spelling.iso.pack(cut, spec, tp)
-        named.update(zip(_names(spelling, layer), packed, strict=True))
+        cut = [_piece(message[key], entry, rank, key)[0] for key in entry.keys]
+        packed = spelling.iso.pack(cut, spec, rank.tp if entry.ep is None else rank.etp)
+        experts = cut[0].shape[entry.ep] if entry.ep is not None else 0
+        named.update(zip(spelling.named(layer, experts), packed, strict=True))
     return named
+
+
+def in_module_order(names: Iterable[str]) -> list[str]:
+    """Return names as a tree of modules has them: each module whole, at its first appearance.
+
+    Rules name one kind of tensor of all experts, or of query, key and value, after another.
+
+    Examples:
+        >>> in_module_order(["0.fc1.weight", "1.fc1.weight", "0.fc2.weight", "1.fc2.weight"])
+        ['0.fc1.weight', '0.fc2.weight', '1.fc1.weight', '1.fc2.weight']
+    """
+    tree: dict[str, Any] = {}
+    for name in names:
+        *modules, parameter = name.split(".")
+        place = tree
+        for module in modules:
+            place = place.setdefault(f"{module}.", {})
+        place[parameter] = name
+    return list(_leaves(tree))
+
+
+def _leaves(tree: Mapping[str, Any]) -> Iterator[str]:
+    for entry in tree.values():
+        if isinstance(entry, str):
+            yield entry
+        else:
+            yield from _leaves(entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,7 +614,6 @@ class Placed:
     global_shape: Shape
     origin: Shape
     tensor: Tensor
-    replicated: bool
 
 
 def place(
@@ -398,23 +621,36 @@ def place(
     message: Mapping[str, Tensor],
     spec: ModelSpec,
     layer: int | None = None,
-    tp: int = 1,
-    rank: int = 0,
+    rank: Rank | None = None,
 ) -> Iterator[Placed]:
-    """Yield the chunks of the layout's global tensors that rank ``rank`` of ``tp`` holds."""
+    """Yield the chunks of the layout's global tensors that a rank holds, replicated ones too.
+
+    Every expert is a chunk of its own: a chunk is read whole by who needs any of it.
+    """
+    rank = rank or Rank()
     for entry in rules:
         spelling = entry.spellings[0]
         whole = [message[key] for key in entry.keys]
         packed = spelling.iso.pack(whole, spec, 1)
         origins = spelling.iso.origins([tensor.shape for tensor in whole])
-        names = _names(spelling, layer)
+        names = spelling.named(layer, 0)
         for key, full, (number, origin) in zip(entry.keys, whole, origins, strict=True):
-            piece = _cut(full, entry.tp, tp, rank, key)
-            at = list(origin)
-            if entry.tp is not None:
-                at[entry.tp] += piece.shape[entry.tp] * rank
-            replicated = entry.tp is None
-            yield Placed(names[number], packed[number].shape, tuple(at), piece, replicated)
+            piece, start = _piece(full, entry, rank, key)
+            at = tuple(low + shift for low, shift in zip(origin, start, strict=True))
+            for offset, one in _experts_of(piece, entry.ep):
+                where = tuple(low + shift for low, shift in zip(at, offset, strict=True))
+                yield Placed(names[number], packed[number].shape, where, one)
+
+
+def _experts_of(piece: Tensor, ep: int | None) -> Iterator[tuple[Shape, Tensor]]:
+    """Yield every expert of a piece and where it starts, or the piece if it holds none."""
+    origin = [0] * len(piece.shape)
+    if ep is None:
+        yield tuple(origin), piece
+        return
+    for expert in range(piece.shape[ep]):
+        origin[ep] = expert
+        yield tuple(origin), piece.narrow(ep, expert, expert + 1)
 
 
 def check_message(
@@ -466,20 +702,20 @@ class Family:
 
 
 def _present(
-    entry: Rule, shard: Mapping[str, Tensor], layer: int | None
+    entry: Rule, shard: Mapping[str, Tensor], layer: int | None, experts: int
 ) -> tuple[tuple[str, ...], Iso]:
     """Return the first spelling that the shard has, else the first of all."""
     for spelling in entry.spellings:
-        names = _names(spelling, layer)
+        names = spelling.named(layer, experts)
         if all(name in shard for name in names):
             return names, spelling.iso
-    return _names(entry.spellings[0], layer), entry.spellings[0].iso
+    return entry.spellings[0].named(layer, experts), entry.spellings[0].iso
 
 
-def _names(spelling: Spelling, layer: int | None) -> tuple[str, ...]:
-    if layer is None:
-        return spelling.names
-    return tuple(name.replace("{layer}", str(layer)) for name in spelling.names)
+def _some(names: Sequence[str]) -> str:
+    """Return the names of a rule; of many experts', the first few."""
+    more = len(names) - 3
+    return ", ".join(names[:3]) + f" and {more} more" * (more > 0)
 
 
 def _joined(copies: Sequence[Tensor], tp: int | None, name: str) -> Tensor:
@@ -496,15 +732,26 @@ def _joined(copies: Sequence[Tensor], tp: int | None, name: str) -> Tensor:
         raise SchemaError(f"{name}: tensor-parallel ranks do not fit together: {error}") from error
 
 
-def _cut(tensor: Tensor, axis: int | None, tp: int, rank: int, key: str) -> Tensor:
-    if axis is None or tp == 1:
-        return tensor
-    if tensor.shape[axis] % tp:
-        raise PlanError(
-            f"{key!r} {list(tensor.shape)} does not divide over tensor-parallel size {tp} "
-            f"along axis {axis}"
-        )
-    return tensor.chunk(axis, tp, rank)
+def _piece(tensor: Tensor, entry: Rule, rank: Rank, key: str) -> tuple[Tensor, Shape]:
+    """Return the part of a canonical tensor that a rank holds, and where it starts."""
+    start = [0] * len(tensor.shape)
+    cuts = [
+        (entry.ep, rank.ep, rank.ep_rank, "expert-parallel"),
+        (entry.tp, rank.tp, rank.tp_rank, "tensor-parallel")
+        if entry.ep is None
+        else (entry.tp, rank.etp, rank.etp_rank, "expert-tensor-parallel"),
+    ]
+    for axis, size, number, kind in cuts:
+        if axis is None or size == 1:
+            continue
+        if tensor.shape[axis] % size:
+            raise PlanError(
+                f"{key!r} {list(tensor.shape)} does not divide over {kind} size {size} "
+                f"along axis {axis}"
+            )
+        tensor = tensor.chunk(axis, size, number)
+        start[axis] = tensor.shape[axis] * number
+    return tensor, tuple(start)
 
 
 def _counted(names: Sequence[str]) -> str:

@@ -44,6 +44,19 @@ class ModelSpec:
     qk_layernorm: bool = False
     tied: bool = False
     dtype: str = "bfloat16"
+    num_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    moe_layers: tuple[bool, ...] = ()
+    """Which layers are mixtures of experts; empty if all are alike, mixtures or not."""
+    moe_router_topk: int = 2
+    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_gate: bool = False
+    moe_router_score_function: str = "softmax"
+    moe_router_pre_softmax: bool = False
+    moe_router_enable_expert_bias: bool = False
+    moe_router_num_groups: int | None = None
+    moe_router_group_topk: int | None = None
+    moe_router_topk_scaling_factor: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Settings without a Megatron argument (``sliding_window``), by their Hugging Face name."""
 
@@ -51,6 +64,17 @@ class ModelSpec:
     def gated(self) -> bool:
         """Whether the MLP has a gate and an up projection."""
         return "glu" in self.activation
+
+    def is_moe(self, layer: int | None) -> bool:
+        """Whether a layer is a mixture of experts."""
+        if not self.num_experts or layer is None:
+            return False
+        return self.moe_layers[layer] if self.moe_layers else True
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether Megatron takes all layers to be alike: no pattern of mixtures was given."""
+        return not self.moe_layers
 
     @property
     def qkv_rows(self) -> int:

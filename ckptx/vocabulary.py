@@ -39,6 +39,10 @@ SYMBOLS = {
     "head": "kv_channels",
     "groups": "num_query_groups * kv_channels",
     "ffn": "ffn_hidden_size",
+    "experts": "num_experts",
+    "moe ffn": "moe_ffn_hidden_size",
+    "shared": "moe_shared_expert_intermediate_size",
+    "one": "1",
 }
 """What the symbols in shapes stand for."""
 
@@ -72,6 +76,12 @@ MESSAGES: Mapping[str, tuple[Key, ...]] = {
         Key("k projection norm weight", ("groups",), None, "norm of the whole key"),
         Key("attention output norm weight", _NORM, None, "norm after attention, before adding"),
         Key("mlp output norm weight", _NORM, None, "norm after the MLP, before adding"),
+        Key("router weight", ("experts", "hidden"), None, "router of a mixture of experts"),
+        Key("router expert bias", ("experts",), None, "its balancing bias", pinned=True),
+        Key("shared gate weight", ("one", "hidden"), None, "gate of the shared expert"),
+        Key("shared mlp l0 weight W", ("shared", "hidden"), 0, "its gate projection"),
+        Key("shared mlp l0 weight V", ("shared", "hidden"), 0, "its up projection"),
+        Key("shared mlp l1 weight", ("hidden", "shared"), 1, "its down projection"),
     ),
     "final norm": (
         Key("weight", _NORM, None, "norm after the last layer"),
@@ -81,14 +91,34 @@ MESSAGES: Mapping[str, tuple[Key, ...]] = {
 }
 """Keys by message; ``N`` is the global layer number."""
 
+EXPERTS = (
+    Key("mlp l0 weight W", ("experts", "moe ffn", "hidden"), 1, "gate projections of all experts"),
+    Key("mlp l0 weight V", ("experts", "moe ffn", "hidden"), 1, "up projections of all experts"),
+    Key("mlp l1 weight", ("experts", "hidden", "moe ffn"), 2, "down projections of all experts"),
+)
+"""Keys of a layer that mean something else in a mixture of experts."""
+
 _KEYS = {
     message.removesuffix("N"): {key.name: key for key in keys} for message, keys in MESSAGES.items()
 }
+_EXPERT_KEYS = {key.name: key for key in EXPERTS}
 
 
-def keys_of(message: str) -> Mapping[str, Key]:
-    """Return the keys that a message may have, by name; none for an unknown message."""
-    return _KEYS.get(LAYER if message.startswith(LAYER) else message, {})
+def keys_of(message: str, spec: ModelSpec | None = None) -> Mapping[str, Key]:
+    """Return the keys that a message may have, by name; none for an unknown message.
+
+    With a ``spec`` those of a layer are of the kind that this layer is.
+    """
+    known = _KEYS.get(LAYER if message.startswith(LAYER) else message, {})
+    if spec is not None and spec.is_moe(layer_of(message)):
+        known = {**known, **_EXPERT_KEYS}
+    return known
+
+
+def layer_of(message: str) -> int | None:
+    """Return the number of the layer that a message is about, None for any other message."""
+    number = message.removeprefix(LAYER)
+    return int(number) if number != message and number.isdigit() else None
 
 
 def dimensions(spec: ModelSpec) -> dict[str, int]:
@@ -101,13 +131,17 @@ def dimensions(spec: ModelSpec) -> dict[str, int]:
         "head": spec.kv_channels,
         "groups": spec.num_query_groups * spec.kv_channels,
         "ffn": spec.ffn_hidden_size,
+        "experts": spec.num_experts or 0,
+        "moe ffn": spec.moe_ffn_hidden_size or 0,
+        "shared": spec.moe_shared_expert_intermediate_size or 0,
+        "one": 1,
     }
 
 
 def check_shapes(message: str, tensors: Mapping[str, LazyTensor], spec: ModelSpec) -> None:
     """Raise a SchemaError if a canonical tensor has not the shape that the spec gives it."""
     values = dimensions(spec)
-    known = keys_of(message)
+    known = keys_of(message, spec)
     for name, tensor in tensors.items():
         key = known.get(name)
         if key is None:

@@ -37,7 +37,7 @@ class CoreLoader:
         "tp": True,
         "pp": True,
         "vpp": True,
-        "ep": False,
+        "ep": True,
         "optimizer": False,
         "lossless": True,
     }
@@ -79,6 +79,8 @@ class CoreLoader:
             },
             parallel={
                 "tp": checkpoint.args.get("tensor_model_parallel_size") or 1,
+                "ep": checkpoint.args.get("expert_model_parallel_size") or 1,
+                "etp": checkpoint.args.get("expert_tensor_parallel_size"),
                 "pipeline": Pipeline.from_args(checkpoint.args),
                 "ckpt_format": place.format,
             },

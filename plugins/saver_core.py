@@ -10,7 +10,7 @@ import click
 from ckptx.errors import PlanError, SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.model_directory import family_named
-from ckptx.parallel import Pipeline, describe
+from ckptx.parallel import Pipeline, describe, stage_ranks
 from ckptx.plan import SavePlan, literal_files
 from ckptx.plugin import Saver
 from ckptx.plugins.megatron import distributed, ranks
@@ -33,6 +33,7 @@ from ckptx.protocol import Dropped, Message
 from ckptx.saving import Model, check_messages, collect, resize_vocabulary
 from ckptx.schemas.args import args_from_spec, inexpressible, launch_flags
 from ckptx.schemas.args import notes as remarks
+from ckptx.schemas.core import Style
 from ckptx.spec import ModelSpec
 
 _PIPELINE = {
@@ -55,7 +56,7 @@ class CoreSaver:
         "tp": True,
         "pp": True,
         "vpp": True,
-        "ep": False,
+        "ep": True,
         "optimizer": False,
         "lossless": True,
     }
@@ -76,6 +77,12 @@ class CoreSaver:
             tokenizer_model_option(),
             transformer_impl_option("saver"),
             click.Option(
+                ["--moe-grouped-gemm/--no-moe-grouped-gemm"],
+                default=None,
+                help="Per rank: all local experts in one module, or one each.  "
+                "[default: the source's, else one each]",
+            ),
+            click.Option(
                 ["--iteration"],
                 help="Number, or 'release'.  [default: the source's, 'release' if it has none]",
             ),
@@ -85,16 +92,14 @@ class CoreSaver:
         """Return the plan of one iteration directory below the target root."""
         model = collect(messages)
         spec = model.spec
-        local = options.get("saver_transformer_impl") == "local"
+        style = _style(model, options)
         ckpt_format = options.get("ckpt_format") or "torch_dist"
-        family = family_named(spec.family)
-        layout = family.layout("mcore-local" if local else "mcore")
-        if ckpt_format == "torch_dist":
-            # It has one spelling: Megatron itself maps the local spec's names to these.
-            layout = family.layout("mcore")
+        # torch_dist has one spelling, but a family may refuse the local spec altogether.
+        layout = family_named(spec.family).layout(style.convention)
         check_messages(model, layout)
         tp, pipeline = _parallel(model, options)
         notes = [*_check_tp(spec, tp), *_check_expressible(spec)]
+        ep, etp = _expert_parallel(model, options, tp)
         true_rows = true_vocab_size(options, spec.vocab_size)
         multiple = _multiple(model, options)
         padded = _padded_rows(model, true_rows, multiple, tp)
@@ -109,14 +114,16 @@ class CoreSaver:
             true_vocab_size=true_rows,
             make_vocab_size_divisible_by=multiple,
             iteration=0 if iteration == "release" else int(iteration),
-            transformer_impl="local" if local else "transformer_engine",
+            transformer_impl=options.get("saver_transformer_impl") or "transformer_engine",
             ckpt_format=ckpt_format,
             source_args=model.begin.training.get("args"),
         )
         if options.get("tokenizer_model"):
             args["tokenizer_model"] = options["tokenizer_model"]
         number = 0 if iteration == "release" else int(iteration)
-        target = distributed.Target(layout, local, tp, chunks, args, number)
+        args |= _expert_args(spec, ep, etp, style, options)
+        stage = stage_ranks if ckpt_format == "torch_dist" else ranks.stored_ranks
+        target = distributed.Target(layout, style, stage(tp, ep, etp), chunks, args, number)
         files = (
             distributed.plan(model, target)
             if ckpt_format == "torch_dist"
@@ -135,6 +142,7 @@ class CoreSaver:
                     "pretrain_gpt.py --load {target} --use-checkpoint-args",
                     f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
                     *pipeline.flags(),
+                    *_expert_flags(spec, tp, ep, etp),
                     *launch_flags(spec),
                 ]
             ),
@@ -143,6 +151,8 @@ class CoreSaver:
                 "tensor_parallel_size": tp,
                 "pipeline_parallel_size": pipeline.pp,
                 "virtual_pipeline_parallel_size": pipeline.vpp,
+                "expert_parallel_size": ep,
+                "expert_tensor_parallel_size": etp,
                 "padded_vocab_size": padded,
                 "true_vocab_size": true_rows,
                 "iteration": iteration,
@@ -152,8 +162,6 @@ class CoreSaver:
 
 def _parallel(model: Model, options: Mapping[str, Any]) -> tuple[int, Pipeline]:
     """Return the sizes asked for, else the source's, else 1."""
-    if (options.get("target_expert_parallel_size") or 1) > 1:
-        raise PlanError("--target-expert-parallel-size: the model has no experts to spread")
     before = model.begin.parallel.get("pipeline", Pipeline())
     tp = options.get("target_tensor_parallel_size") or model.begin.parallel.get("tp") or 1
     given: dict[str, Any] = {
@@ -165,11 +173,70 @@ def _parallel(model: Model, options: Mapping[str, Any]) -> tuple[int, Pipeline]:
     return tp, Pipeline(pp or before.pp, **given)
 
 
+def _expert_parallel(model: Model, options: Mapping[str, Any], tp: int) -> tuple[int, int]:
+    """Return the expert- and expert-tensor-parallel sizes: asked for, the source's, or the least.
+
+    Raises:
+        PlanError: they do not divide the experts.
+    """
+    spec, before = model.spec, model.begin.parallel
+    ep = options.get("target_expert_parallel_size") or before.get("ep") or 1
+    etp = options.get("target_expert_tensor_parallel_size")
+    if etp is None:
+        # Megatron's default follows TP, so a source's own choice holds only while TP does.
+        etp = (before.get("etp") if tp == before.get("tp") else None) or tp
+    if not spec.num_experts:
+        if ep > 1 or options.get("target_expert_tensor_parallel_size"):
+            raise PlanError("expert-parallel sizes were given, but the model has no experts")
+        return 1, tp
+    if spec.num_experts % ep:
+        raise PlanError(f"expert-parallel size {ep} does not divide {spec.num_experts} experts")
+    if (spec.moe_ffn_hidden_size or 0) % etp:
+        raise PlanError(
+            f"expert-tensor-parallel size {etp} does not divide moe_ffn_hidden_size "
+            f"{spec.moe_ffn_hidden_size}"
+        )
+    return ep, etp
+
+
+def _style(model: Model, options: Mapping[str, Any]) -> Style:
+    """Return the spelling to write; the source's own grouping of experts unless it is chosen."""
+    local = options.get("saver_transformer_impl") == "local"
+    if (options.get("ckpt_format") or "torch_dist") == "torch_dist":
+        return Style(local, distributed=True)
+    args = model.begin.training.get("args") or {}
+    grouped = options.get("moe_grouped_gemm")
+    if grouped is None:
+        grouped = bool(args.get("moe_grouped_gemm"))
+    return Style(local, bool(grouped))
+
+
+def _expert_args(
+    spec: ModelSpec, ep: int, etp: int, style: Style, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    if not spec.num_experts:
+        return {}
+    said = {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
+    chosen = options.get("moe_grouped_gemm") if style.distributed else style.grouped
+    return said if chosen is None else {**said, "moe_grouped_gemm": chosen}
+
+
+def _expert_flags(spec: ModelSpec, tp: int, ep: int, etp: int) -> list[str]:
+    """Return the options that tell Megatron the sizes; mixtures train over TP as sequences only."""
+    if not spec.num_experts:
+        return []
+    flags = [f"--expert-model-parallel-size {ep}", f"--expert-tensor-parallel-size {etp}"]
+    return flags + ["--sequence-parallel"] * (tp > 1)
+
+
 def _check_tp(spec: ModelSpec, tp: int) -> list[str]:
     """Refuse a tensor-parallel size that does not divide the model; return remarks."""
+    dense = not all(spec.is_moe(layer) for layer in range(spec.num_layers))
+    shared = spec.moe_shared_expert_intermediate_size or 0
     for name, size in (
         ("num_attention_heads", spec.num_attention_heads),
-        ("ffn_hidden_size", spec.ffn_hidden_size),
+        ("ffn_hidden_size", spec.ffn_hidden_size if dense else 0),
+        ("moe_shared_expert_intermediate_size", shared),
     ):
         if size % tp:
             raise PlanError(f"tensor-parallel size {tp} does not divide {name} {size}")

@@ -27,6 +27,7 @@ from ckptx.plan import FilePlan, SavePlan, literal_files
 from ckptx.plugin import Saver
 from ckptx.protocol import Message
 from ckptx.saving import Model, collect
+from ckptx.schema import in_module_order
 from ckptx.schemas.hf import differences, merge_config
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -59,7 +60,8 @@ class HfSaver:
         model = collect(messages)
         tensors, dropped = hf_tensors(model)
         if model.passthrough is None:
-            tensors = _by_module(tensors)
+            # It decides where a shard ends.
+            tensors = {name: tensors[name] for name in in_module_order(tensors)}
         files, notes = _sidecars(model, main_dtype(tensors))
         limit = parse_size(options.get("max_shard_size") or "5GB")
         plans = [*literal_files(files), *_weight_files(tensors, limit)]
@@ -133,17 +135,6 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
         return False
     config[key] = dtype
     return True
-
-
-def _by_module(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Return the tensors in the order of torch's state dict: a module's weight and bias together.
-
-    It decides where a shard ends. Rules name query, key and value of one kind together.
-    """
-    modules: dict[str, dict[str, LazyTensor]] = {}
-    for name, tensor in tensors.items():
-        modules.setdefault(name.rpartition(".")[0], {})[name] = tensor
-    return {name: tensor for module in modules.values() for name, tensor in module.items()}
 
 
 def _weight_files(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[FilePlan]:

@@ -19,7 +19,7 @@ from ckptx.plugin import Saver
 from ckptx.plugins.loader_meta import PARAMS
 from ckptx.protocol import Message
 from ckptx.saving import Model, check_messages, collect, resize_vocabulary
-from ckptx.schema import Layout, give
+from ckptx.schema import Layout, Rank, give
 from ckptx.schemas.meta import (
     EMBEDDING,
     META_WIDTH,
@@ -135,8 +135,9 @@ def _named(
 ) -> dict[str, LazyTensor]:
     """Return what a shard holds; Meta's model has an output of its own even where it is tied."""
     named: dict[str, LazyTensor] = {}
+    held = Rank(tp=shards, tp_rank=rank)
     for message, layer, rules in layout.expand(spec):
-        named.update(give(rules, model.messages[message], spec, layer, shards, rank))
+        named.update(give(rules, model.messages[message], spec, layer, held))
     if spec.tied:
         embedding = model.messages["embeddings"]["word embeddings"]
         copy = embedding.chunk(0, shards, rank)

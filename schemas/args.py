@@ -18,6 +18,7 @@ from typing import Any
 from ckptx.containers.pickle_values import TorchDtype
 from ckptx.errors import SchemaError
 from ckptx.parallel import Pipeline
+from ckptx.schemas import experts
 from ckptx.schemas.activations import (
     activation_flags,
     activation_from_args,
@@ -140,7 +141,7 @@ WEIGHTS_ONLY: Mapping[str, Any] = {
 }
 
 NOT_YET = {
-    "num_experts": "mixture of experts",
+    "moe_latent_size": "experts in a latent space",
     "multi_latent_attention": "multi-latent attention",
     "mtp_num_layers": "multi-token prediction",
     "heterogeneous_layers_config_path": "heterogeneous layers",
@@ -214,6 +215,7 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
         **note.get("extra", {}),
         **windows_extra(*_windows_from_args(args)),
         **{name: args[name] for name in FOREIGN if args.get(name)},
+        **experts.foreign(args),
     }
     if any(args.get(name) for name in ZERO_CENTERED):
         extra[ZERO_CENTERED[0]] = True
@@ -221,6 +223,7 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
         family="gpt",
         architecture="GPTModel",
         **{attribute: values[name] for name, attribute in FIELDS},
+        **experts.from_args(args),
         vocab_size=args.get("vocab_size"),
         norm_epsilon=float(_first(args, EPSILON)),
         activation=activation_from_args(args),
@@ -234,7 +237,11 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
 
 def inexpressible(spec: ModelSpec) -> list[str]:
     """Return what Megatron Core has no parameter for: reasons to refuse the conversion."""
-    return [*_biases_inexpressible(spec), *_attention_inexpressible(spec)]
+    return [
+        *_biases_inexpressible(spec),
+        *_attention_inexpressible(spec),
+        *experts.inexpressible(spec),
+    ]
 
 
 def _biases_inexpressible(spec: ModelSpec) -> Iterator[str]:
@@ -289,6 +296,7 @@ def launch_flags(spec: ModelSpec) -> list[str]:
         flags += ["--apply-layernorm-1p"]
     if _is_llama3(spec):
         flags += ["--use-rope-scaling", "--rope-scaling-factor", str(_factor(spec))]
+    flags += experts.launch_flags(spec)
     flags += _window_flags(spec)
     if spec.dtype in DTYPE_FLAGS:
         flags += [f"--{DTYPE_FLAGS[spec.dtype]}"]
@@ -308,6 +316,7 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
         **{name: zero_centered for name in ZERO_CENTERED},
         **activation_to_args(spec),
         **_scaling_to_args(spec),
+        **experts.to_args(spec),
         **_windows_to_args(spec),
         NOTE: _note(spec),
     }
@@ -492,6 +501,9 @@ def _windows_from_args(args: Mapping[str, Any]) -> tuple[int | None, list[bool]]
 
 def _guess(spec: ModelSpec) -> str:
     """Return the family that has what the spec says, ``gpt`` where none has."""
+    if spec.num_experts:
+        order: tuple[str, ...] = ("qwen3_moe", "qwen2_moe", "mixtral")
+        return next((family for family in order if not unheld(spec, family)), "gpt")
     windowed = any(windowed_layers(spec))
     usual = ("qwen3", "qwen2", "mistral") if windowed else ("qwen3", "qwen2", "llama")
     order = (*usual, "starcoder2", "gpt2", "gpt_neox", "glm", "phi3")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeAlias
 
 from ckptx.schema import FUSED_QKV, GLU, QKV, Rule, Section, rule
@@ -10,11 +10,6 @@ from ckptx.spec import ModelSpec
 
 Block: TypeAlias = Callable[[str], tuple[Rule, ...]]
 """The rules of a part of a layer, given the prefix of the layer's names."""
-
-
-def not_in_megatron(reason: str) -> Mapping[str, str]:
-    """Return the reason for which a family has no Megatron layout, by convention."""
-    return dict.fromkeys(("mcore", "mcore-local", "legacy"), f"Megatron Core 0.16 has no {reason}")
 
 
 def layer_norm_bias(spec: ModelSpec) -> bool:

@@ -1,20 +1,37 @@
 """Megatron Core's GPT model: names of parameters, and of the states its modules keep besides.
 
-Two spellings exist. With Transformer Engine the norms before attention and MLP are part of the
-linear layer that follows; the ``local`` spec has them as modules. Loaders accept either, savers
-write the first unless told otherwise. Rules stand in the order in which Megatron registers
-parameters.
+Several spellings exist. With Transformer Engine the norms before attention and MLP are part of the
+linear layer that follows; the ``local`` spec has them as modules. Experts are modules of their own
+or one grouped module, and ``torch_dist`` has a single tensor of all of them. Loaders accept every
+spelling, a saver writes the one of its `Style`. Rules stand in the order in which Megatron
+registers parameters.
 
 Source: NVIDIA/Megatron-LM megatron/core/models/gpt/gpt_layer_specs.py,
-megatron/core/transformer/{attention,mlp,transformer_layer}.py @ core_v0.16.1.
+megatron/core/transformer/{attention,mlp,transformer_layer}.py,
+megatron/core/transformer/moe/{router,experts,shared_experts}.py @ core_v0.16.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from ckptx.schema import GLU, SAME, Iso, Layout, Predicate, Rule, Section, always, rule
+from ckptx.schema import (
+    EXPERT_GLU,
+    GLU,
+    GROUPED_FC1,
+    GROUPED_FC2,
+    SAME,
+    Iso,
+    LayerPredicate,
+    Layout,
+    Predicate,
+    Rule,
+    Section,
+    always,
+    each,
+    rule,
+)
 from ckptx.schemas.blocks import (
     dense_bias,
     gated,
@@ -30,6 +47,34 @@ from ckptx.spec import ModelSpec
 LAYER = "decoder.layers.{layer}."
 ATTENTION = LAYER + "self_attention."
 MLP = LAYER + "mlp."
+EXPERTS = MLP + "experts."
+SHARED = MLP + "shared_experts."
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """Which of Megatron's spellings a saver writes.
+
+    ``local`` is the spec without Transformer Engine, ``grouped`` the one with all local experts in
+    one module, ``distributed`` the names of ``torch_dist``, which are those of Transformer Engine
+    and know no grouping; ``local`` then matters for the norm of a mixture alone.
+    """
+
+    local: bool = False
+    grouped: bool = False
+    distributed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The layout's name: ``"mcore/gpt"`` for ``torch_dist``."""
+        if self.distributed:
+            return f"mcore/gpt{'-local-mixture' * self.local}"
+        return f"mcore/gpt-{'local' if self.local else 'te'}{'-grouped' * self.grouped}"
+
+    @property
+    def convention(self) -> str:
+        """The key of the layout among those of a family: ``"mcore"`` for ``torch_dist``."""
+        return self.name.replace("/gpt", "")
 
 
 def learned_positions(spec: ModelSpec) -> bool:
@@ -37,42 +82,143 @@ def learned_positions(spec: ModelSpec) -> bool:
     return spec.position_embedding_type == "learned_absolute"
 
 
+def shared_experts(spec: ModelSpec) -> bool:
+    """Whether mixtures have an expert that every token goes through."""
+    return bool(spec.moe_shared_expert_intermediate_size)
+
+
+def shared_gate(spec: ModelSpec) -> bool:
+    """Whether the shared expert has a gate."""
+    return spec.moe_shared_expert_gate
+
+
+def expert_bias(spec: ModelSpec) -> bool:
+    """Whether the router balances experts by a bias."""
+    return spec.moe_router_enable_expert_bias
+
+
+def moe(spec: ModelSpec, layer: int) -> bool:
+    """Whether a layer is a mixture of experts."""
+    return spec.is_moe(layer)
+
+
+def not_moe(spec: ModelSpec, layer: int) -> bool:
+    """Whether a layer has one MLP."""
+    return not spec.is_moe(layer)
+
+
 def both(*predicates: Predicate) -> Predicate:
     """Return the predicate that all of these hold."""
     return lambda spec: all(predicate(spec) for predicate in predicates)
 
 
-def _norm(kind: str, key: str, name: str, other: str, when: Predicate = always) -> Rule:
-    """Return the rule of a norm's ``weight`` or ``bias`` (``kind``), which ``other`` also names."""
-    return rule(f"{key} {kind}", name + kind, when=when, also=[other + kind])
+def _norm(
+    key: str, names: tuple[str, str], layers: LayerPredicate | None = None
+) -> tuple[Rule, Rule]:
+    """Return the rules of a norm that goes by the first of two names, or by the second."""
+    name, other = names
+
+    def one(kind: str, when: Predicate) -> Rule:
+        also = [other + kind]
+        return rule(f"{key} {kind}", name + kind, when=when, layers=layers, also=also)
+
+    return one("weight", always), one("bias", layer_norm_bias)
 
 
 def _fc1(kind: str, when: Predicate) -> tuple[Rule, Rule]:
     name = f"{MLP}linear_fc1.{kind}"
     halves: list[tuple[list[str], Iso]] = [([f"{name}_w", f"{name}_v"], SAME)]
     keys = [f"mlp l0 {kind} W", f"mlp l0 {kind} V"]
+    gate = both(gated, when)
+    plain = both(ungated, when)
     return (
         # The halves are what singleton_local_shards writes.
-        rule(keys, name, GLU, tp=0, when=both(gated, when), also=halves),
-        rule(f"mlp l0 {kind}", name, tp=0, when=both(ungated, when)),
+        rule(keys, name, GLU, tp=0, when=gate, layers=not_moe, also=halves),
+        rule(f"mlp l0 {kind}", name, tp=0, when=plain, layers=not_moe),
     )
 
 
-def _norms(key: str, fused: str, module: str, *, local: bool) -> tuple[Rule, Rule]:
-    names = (module, fused) if local else (fused, module)
+def _experts(style: Style) -> tuple[Rule, Rule]:
+    """Return the rules of the experts' weights, [experts, rows, columns] in canonical space."""
+    single = EXPERTS + "experts.{expert}.linear_fc"
+    fc1: dict[Style, tuple[str | list[str], Iso]] = {
+        Style(distributed=True): (f"{EXPERTS}experts.linear_fc1.weight", EXPERT_GLU),
+        Style(grouped=True): (EXPERTS + "linear_fc1.weight{expert}", each(GLU)),
+        Style(): (EXPERTS + "local_experts.{expert}.linear_fc1.weight", each(GLU)),
+        Style(local=True, grouped=True): (f"{EXPERTS}weight1", GROUPED_FC1),
+    }
+    fc2: dict[Style, tuple[str | list[str], Iso]] = {
+        Style(distributed=True): (f"{EXPERTS}experts.linear_fc2.weight", SAME),
+        Style(grouped=True): (EXPERTS + "linear_fc2.weight{expert}", each()),
+        Style(): (EXPERTS + "local_experts.{expert}.linear_fc2.weight", each()),
+        Style(local=True, grouped=True): (f"{EXPERTS}weight2", GROUPED_FC2),
+    }
+    halves = ([f"{single}1.weight_w", f"{single}1.weight_v"], each(width=2))
+    own = replace(style, local=style.local and style.grouped and not style.distributed)
+    keys = ["mlp l0 weight W", "mlp l0 weight V"]
+    others1 = [names for other, names in fc1.items() if other != own]
+    others2 = [names for other, names in fc2.items() if other != own]
     return (
-        _norm("weight", key, *names),
-        _norm("bias", key, *names, when=layer_norm_bias),
+        rule(keys, *fc1[own], ep=0, tp=1, layers=moe, also=[*others1, halves]),
+        rule(
+            "mlp l1 weight",
+            *fc2[own],
+            ep=0,
+            tp=2,
+            layers=moe,
+            also=[*others2, ([f"{single}2.weight"], each())],
+        ),
     )
 
 
-def mcore_gpt(*, local: bool) -> Layout:
-    """Return the layout of a GPT model, in the names of Transformer Engine or of the local spec."""
-    input_norm = _norms(
-        "input norm", f"{ATTENTION}linear_qkv.layer_norm_", f"{LAYER}input_layernorm.", local=local
+def _mixture(style: Style) -> tuple[Rule, ...]:
+    shared = ["shared mlp l0 weight W", "shared mlp l0 weight V"]
+    halves: list[tuple[list[str], Iso]] = [
+        ([f"{SHARED}linear_fc1.weight_w", f"{SHARED}linear_fc1.weight_v"], SAME)
+    ]
+    return (
+        rule("router weight", f"{MLP}router.weight", layers=moe),
+        rule("router expert bias", f"{MLP}router.expert_bias", layers=moe, when=expert_bias),
+        *_experts(style),
+        rule("shared gate weight", f"{SHARED}gate_weight", layers=moe, when=shared_gate),
+        rule(
+            shared,
+            f"{SHARED}linear_fc1.weight",
+            GLU,
+            tp=0,
+            layers=moe,
+            when=shared_experts,
+            also=halves,
+        ),
+        rule(
+            "shared mlp l1 weight",
+            f"{SHARED}linear_fc2.weight",
+            tp=1,
+            layers=moe,
+            when=shared_experts,
+        ),
     )
-    post_norm = _norms(
-        "post norm", f"{MLP}linear_fc1.layer_norm_", f"{LAYER}pre_mlp_layernorm.", local=local
+
+
+def mcore_gpt(style: Style) -> Layout:
+    """Return the layout of a GPT model in one of Megatron's spellings."""
+    modules = style.local and not style.distributed
+
+    def ordered(fused: str, module: str) -> tuple[str, str]:
+        return (module, fused) if modules else (fused, module)
+
+    fused_norm = f"{MLP}linear_fc1.layer_norm_"
+    module_norm = f"{LAYER}pre_mlp_layernorm."
+    input_norm = _norm(
+        "input norm", ordered(f"{ATTENTION}linear_qkv.layer_norm_", f"{LAYER}input_layernorm.")
+    )
+    mixture_norm = (module_norm, fused_norm)
+    if style.local and style.distributed:
+        # Megatron maps it there, as it does with a dense layer's, and its TE spec does not look.
+        mixture_norm = (fused_norm, module_norm)
+    post_norm = (
+        *_norm("post norm", ordered(fused_norm, module_norm), not_moe),
+        *_norm("post norm", mixture_norm, moe),
     )
     dense = (
         rule("dense weight", f"{ATTENTION}linear_proj.weight", tp=1),
@@ -89,16 +235,17 @@ def mcore_gpt(*, local: bool) -> Layout:
     mlp = (
         *_fc1("weight", always),
         *_fc1("bias", mlp_bias),
-        rule("mlp l1 weight", f"{MLP}linear_fc2.weight", tp=1),
-        rule("mlp l1 bias", f"{MLP}linear_fc2.bias", when=mlp_bias),
+        rule("mlp l1 weight", f"{MLP}linear_fc2.weight", tp=1, layers=not_moe),
+        rule("mlp l1 bias", f"{MLP}linear_fc2.bias", when=mlp_bias, layers=not_moe),
+        *_mixture(style),
     )
     layer = (
         (*input_norm, *dense, *qkv, *qk_norms, *post_norm, *mlp)
-        if local
+        if modules
         else (*dense, *input_norm, *qkv, *qk_norms, *post_norm, *mlp)
     )
     return Layout(
-        "mcore/gpt-local" if local else "mcore/gpt",
+        style.name,
         (
             Section(
                 "embeddings",
@@ -125,10 +272,26 @@ def mcore_gpt(*, local: bool) -> Layout:
     )
 
 
-MCORE_GPT = mcore_gpt(local=False)
-MCORE_GPT_LOCAL = mcore_gpt(local=True)
+STYLES = (
+    Style(distributed=True),
+    Style(distributed=True, local=True),
+    Style(),
+    Style(grouped=True),
+    Style(local=True),
+    Style(local=True, grouped=True),
+)
+MCORE = {style.convention: mcore_gpt(style) for style in STYLES}
+"""Megatron's layouts by convention: ``"mcore"`` is that of ``torch_dist``."""
+MCORE_GPT = MCORE["mcore"]
+MCORE_LOCAL = tuple(style.convention for style in STYLES if style.local)
+"""The conventions of the spec without Transformer Engine, that of its ``torch_dist`` among them."""
 TIED_COPY = "output_layer.weight"
 """The copy of tied embeddings on the last stage of a per-rank checkpoint with several stages."""
+
+
+def not_in_megatron(reason: str) -> Mapping[str, str]:
+    """Return the reason for which a family has no Megatron layout, by convention."""
+    return dict.fromkeys((*MCORE, "legacy"), f"Megatron Core 0.16 has no {reason}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,29 +304,46 @@ class ExtraState:
 
     message: str
     module: str
+    """``{expert}`` in it stands for one module per expert."""
     engine: bool
     """Whether it is Transformer Engine's, so that its value is a tensor."""
-    distributed: bool = True
-    """Whether ``torch_dist`` holds it, too."""
     when: Predicate = always
+    layers: LayerPredicate | None = None
+    sharded_by_expert: bool = False
+    """Whether ``torch_dist`` holds one state per expert under one name."""
 
 
-def extra_states(*, local: bool) -> Iterator[ExtraState]:
+def extra_states(style: Style) -> Iterator[ExtraState]:
     """Yield the modules of a GPT model that keep an extra state."""
-    layer = "transformer layer {layer}"
 
-    def state(module: str, when: Predicate = always, *, distributed: bool = True) -> ExtraState:
-        return ExtraState(layer, module, not local, distributed, when)
+    def state(
+        module: str,
+        when: Predicate = always,
+        layers: LayerPredicate | None = None,
+        *,
+        sharded: bool = False,
+    ) -> ExtraState:
+        message = "transformer layer {layer}"
+        return ExtraState(message, module, not style.local, when, layers, sharded)
 
-    if not local:
-        yield state(f"{ATTENTION}core_attention", distributed=False)
+    if not style.local and not style.distributed:
+        yield state(f"{ATTENTION}core_attention")
     yield state(f"{ATTENTION}linear_proj")
     yield state(f"{ATTENTION}linear_qkv")
-    if not local:
+    if not style.local:
         yield state(f"{ATTENTION}q_layernorm", qk_norm)
         yield state(f"{ATTENTION}k_layernorm", qk_norm)
-    yield state(f"{MLP}linear_fc1")
-    yield state(f"{MLP}linear_fc2")
-    if not local:
+        yield state(f"{LAYER}pre_mlp_layernorm", layers=moe)
+    for part in ("linear_fc1", "linear_fc2"):
+        yield state(MLP + part, layers=not_moe)
+        if style.distributed:
+            yield state(f"{EXPERTS}experts.{part}", layers=moe, sharded=True)
+        elif not style.grouped:
+            yield state(EXPERTS + "local_experts.{expert}." + part, layers=moe)
+        elif not style.local:
+            yield state(EXPERTS + part, layers=moe)
+        yield state(SHARED + part, shared_experts, moe)
+    if not style.local:
         yield ExtraState("final norm", "decoder.final_layernorm", True)
-    yield ExtraState("output layer", "output_layer", False, distributed=False)
+    if not style.distributed:
+        yield ExtraState("output layer", "output_layer", False)

@@ -14,8 +14,8 @@ from functools import partial
 
 from ckptx.hookspecs import hookimpl
 from ckptx.schema import Family, Layout, Rule, rule
-from ckptx.schemas.blocks import hf_decoder, not_in_megatron
-from ckptx.schemas.core import MCORE_GPT
+from ckptx.schemas.blocks import hf_decoder
+from ckptx.schemas.core import MCORE, MCORE_LOCAL, not_in_megatron
 from ckptx.schemas.hf import config_from_spec, spec_from_config
 
 
@@ -34,14 +34,15 @@ GEMMA = Family(
     model_types=("gemma",),
     layouts={
         "hf": Layout("hf/gemma", hf_decoder(), ("rotary_emb.inv_freq",)),
-        "mcore": MCORE_GPT,
+        **{name: layout for name, layout in MCORE.items() if name not in MCORE_LOCAL},
     },
     from_config=partial(spec_from_config, family="gemma"),
     to_config=config_from_spec,
-    refused={
-        "mcore-local": "the norms of Megatron's local spec are not zero-centred "
+    refused=dict.fromkeys(
+        MCORE_LOCAL,
+        "the norms of Megatron's local spec are not zero-centred "
         "(megatron/core/transformer/torch_norm.py asserts it); write Transformer Engine's names",
-    },
+    ),
     limits=(
         "Megatron Core 0.16 has no setting for the scale of Gemma's embeddings: the model needs a "
         "forward hook, which the report names",

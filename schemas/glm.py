@@ -13,8 +13,8 @@ from functools import partial
 
 from ckptx.hookspecs import hookimpl
 from ckptx.schema import Family, Layout, Rule, rule
-from ckptx.schemas.blocks import hf_attention, hf_decoder, hf_fused_gated_mlp, not_in_megatron
-from ckptx.schemas.core import MCORE_GPT, MCORE_GPT_LOCAL
+from ckptx.schemas.blocks import hf_attention, hf_decoder, hf_fused_gated_mlp
+from ckptx.schemas.core import MCORE, not_in_megatron
 from ckptx.schemas.hf import config_from_spec, spec_from_config
 
 
@@ -33,8 +33,7 @@ GLM = Family(
     model_types=("glm",),
     layouts={
         "hf": Layout("hf/glm", hf_decoder(hf_attention, hf_fused_gated_mlp)),
-        "mcore": MCORE_GPT,
-        "mcore-local": MCORE_GPT_LOCAL,
+        **MCORE,
     },
     from_config=partial(spec_from_config, family="glm"),
     to_config=config_from_spec,

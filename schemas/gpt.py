@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from ckptx.errors import SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.schema import Family
-from ckptx.schemas.core import MCORE_GPT, MCORE_GPT_LOCAL
+from ckptx.schemas.core import MCORE
 from ckptx.spec import ModelSpec
 
 
@@ -23,7 +23,7 @@ GPT = Family(
     name="gpt",
     architectures=("GPTModel",),
     model_types=(),
-    layouts={"mcore": MCORE_GPT, "mcore-local": MCORE_GPT_LOCAL},
+    layouts=MCORE,
     from_config=_no_config,
     to_config=_no_config,
 )

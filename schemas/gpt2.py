@@ -15,7 +15,7 @@ from functools import partial
 from ckptx.hookspecs import hookimpl
 from ckptx.schema import FUSED_QKV, SAME, Family, Iso, Layout, Rule, Section, Transposed, rule
 from ckptx.schemas.blocks import norm, untied
-from ckptx.schemas.core import MCORE_GPT, MCORE_GPT_LOCAL
+from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config
 
 _LAYER = "transformer.h.{layer}."
@@ -69,8 +69,7 @@ GPT2 = Family(
             ),
             _BUFFERS,
         ),
-        "mcore": MCORE_GPT,
-        "mcore-local": MCORE_GPT_LOCAL,
+        **MCORE,
     },
     from_config=partial(spec_from_config, family="gpt2"),
     to_config=config_from_spec,

@@ -14,7 +14,7 @@ from functools import partial
 from ckptx.hookspecs import hookimpl
 from ckptx.schema import Family, Layout, Predicate, Rule, Section, rule
 from ckptx.schemas.blocks import dense_bias, mlp_bias, norm, qkv_bias, untied
-from ckptx.schemas.core import MCORE_GPT, MCORE_GPT_LOCAL
+from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config
 
 _LAYER = "gpt_neox.layers.{layer}."
@@ -58,8 +58,7 @@ GPT_NEOX = Family(
             ),
             _BUFFERS,
         ),
-        "mcore": MCORE_GPT,
-        "mcore-local": MCORE_GPT_LOCAL,
+        **MCORE,
     },
     from_config=partial(spec_from_config, family="gpt_neox"),
     to_config=config_from_spec,

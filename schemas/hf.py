@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptx.errors import SchemaError
+from ckptx.schemas import experts
 from ckptx.schemas.config.families import FAMILIES, FOREIGN
 from ckptx.schemas.config.rotary import rotary_from_config, rotary_to_config
 from ckptx.schemas.config.traits import (
@@ -78,7 +79,7 @@ def spec_from_config(config: Mapping[str, Any], family: str) -> ModelSpec:
             activation, heads that do not divide, a rotary embedding per layer type.
     """
     traits = _traits(family)
-    values = {**traits.defaults, **config}
+    values = experts.prepared({**traits.defaults, **config}, family)
     sizes = _sizes(values, traits)
     activation_key = str(traits.key("hidden_act"))
     activation = traits.activations.get(values[activation_key])
@@ -95,6 +96,7 @@ def spec_from_config(config: Mapping[str, Any], family: str) -> ModelSpec:
         architecture=architectures[0],
         **{attribute: sizes[key] for key, attribute in FIELDS},
         **switches,
+        **experts.from_config(values, family),
         normalization=traits.normalization,
         activation=activation,
         position_embedding_type=traits.position_embedding_type,
@@ -134,6 +136,7 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         "model_type": spec.family,
         **_settings(spec, traits),
         **biases_to_config(biases(spec), traits),
+        **experts.to_config(spec),
         **windows_to_config(spec, traits),
         **rotary_to_config(spec, traits),
         **_kept(spec, traits),
@@ -181,6 +184,7 @@ def merge_config(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     switches = biases_to_config(biases(spec), traits)
     source = _settings(spec, traits) | switches | _kept(spec, traits)
     merged.update((key, source[key]) for key in found if key in source)
+    merged |= experts.respelled(set(found), spec)
     if "model_type" in found:
         merged |= {"model_type": spec.family, "architectures": [spec.architecture]}
         merged |= switches
@@ -221,7 +225,8 @@ def unheld(spec: ModelSpec, family: str) -> list[str]:
             for name in FOREIGN
         ),
     )
-    return [reason for fits, reason in held if not fits]
+    reasons = [reason for fits, reason in held if not fits]
+    return reasons + experts.unheld(spec, family)
 
 
 def check(spec: ModelSpec) -> None:
@@ -310,6 +315,7 @@ def _contradictions(theirs: ModelSpec, ours: ModelSpec) -> dict[str, tuple[Any, 
         return {
             "model_type": spec.family,
             **_settings(spec, traits),
+            **experts.compared(spec, ours.family),
             **(switches or {"attention_bias": said.qkv, "mlp_bias": said.mlp}),
             theta: spec.rotary_base,
             part: spec.rotary_percent,
@@ -333,7 +339,7 @@ def _contradictions(theirs: ModelSpec, ours: ModelSpec) -> dict[str, tuple[Any, 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}" if value < 1 or not value.is_integer() else str(int(value))
-    if isinstance(value, list):
+    if isinstance(value, list) and value and isinstance(value[0], bool):
         return f"window in {sum(value)} of {len(value)} layers"
     return str(value)
 

@@ -11,7 +11,7 @@ from functools import partial
 from ckptx.hookspecs import hookimpl
 from ckptx.schema import Family, Layout
 from ckptx.schemas.blocks import hf_decoder
-from ckptx.schemas.core import MCORE_GPT, MCORE_GPT_LOCAL
+from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config
 from ckptx.schemas.meta import META, META_WIDTH
 
@@ -24,8 +24,7 @@ LLAMA = Family(
     model_types=("llama",),
     layouts={
         "hf": Layout("hf/llama", hf_decoder(), _BUFFERS),
-        "mcore": MCORE_GPT,
-        "mcore-local": MCORE_GPT_LOCAL,
+        **MCORE,
         "meta": META,
         "meta-width": META_WIDTH,
     },
@@ -39,8 +38,7 @@ MISTRAL = Family(
     model_types=("mistral",),
     layouts={
         "hf": Layout("hf/mistral", hf_decoder(), _BUFFERS),
-        "mcore": MCORE_GPT,
-        "mcore-local": MCORE_GPT_LOCAL,
+        **MCORE,
         "meta": META,
         "meta-width": META_WIDTH,
     },

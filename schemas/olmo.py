@@ -12,7 +12,8 @@ from functools import partial
 
 from ckptx.hookspecs import hookimpl
 from ckptx.schema import Family, Layout, Rule, rule
-from ckptx.schemas.blocks import hf_attention, hf_decoder, hf_gated_mlp, not_in_megatron
+from ckptx.schemas.blocks import hf_attention, hf_decoder, hf_gated_mlp
+from ckptx.schemas.core import not_in_megatron
 from ckptx.schemas.hf import config_from_spec, spec_from_config
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from ckptx.hookspecs import hookimpl
 from ckptx.schema import Family, Layout
 from ckptx.schemas.blocks import hf_decoder, hf_fused_attention, hf_fused_gated_mlp
-from ckptx.schemas.core import MCORE_GPT, MCORE_GPT_LOCAL
+from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config
 
 PHI3 = Family(
@@ -22,8 +22,7 @@ PHI3 = Family(
     model_types=("phi3",),
     layouts={
         "hf": Layout("hf/phi3", hf_decoder(hf_fused_attention, hf_fused_gated_mlp)),
-        "mcore": MCORE_GPT,
-        "mcore-local": MCORE_GPT_LOCAL,
+        **MCORE,
     },
     from_config=partial(spec_from_config, family="phi3"),
     to_config=config_from_spec,

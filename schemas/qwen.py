@@ -13,7 +13,7 @@ from functools import partial
 from ckptx.hookspecs import hookimpl
 from ckptx.schema import Family, Layout
 from ckptx.schemas.blocks import hf_decoder
-from ckptx.schemas.core import MCORE_GPT, MCORE_GPT_LOCAL
+from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config
 
 QWEN2 = Family(
@@ -22,8 +22,7 @@ QWEN2 = Family(
     model_types=("qwen2",),
     layouts={
         "hf": Layout("hf/qwen2", hf_decoder()),
-        "mcore": MCORE_GPT,
-        "mcore-local": MCORE_GPT_LOCAL,
+        **MCORE,
     },
     from_config=partial(spec_from_config, family="qwen2"),
     to_config=config_from_spec,
@@ -35,8 +34,7 @@ QWEN3 = Family(
     model_types=("qwen3",),
     layouts={
         "hf": Layout("hf/qwen3", hf_decoder()),
-        "mcore": MCORE_GPT,
-        "mcore-local": MCORE_GPT_LOCAL,
+        **MCORE,
     },
     from_config=partial(spec_from_config, family="qwen3"),
     to_config=config_from_spec,

@@ -11,7 +11,7 @@ from functools import partial
 from ckptx.hookspecs import hookimpl
 from ckptx.schema import Family, Layout, Rule, rule
 from ckptx.schemas.blocks import hf_attention, hf_decoder, mlp_bias
-from ckptx.schemas.core import MCORE_GPT, MCORE_GPT_LOCAL
+from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config
 
 
@@ -30,8 +30,7 @@ STARCODER2 = Family(
     model_types=("starcoder2",),
     layouts={
         "hf": Layout("hf/starcoder2", hf_decoder(hf_attention, _mlp), ("rotary_emb.inv_freq",)),
-        "mcore": MCORE_GPT,
-        "mcore-local": MCORE_GPT_LOCAL,
+        **MCORE,
     },
     from_config=partial(spec_from_config, family="starcoder2"),
     to_config=config_from_spec,

@@ -22,8 +22,8 @@ import pickle
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,10 +33,11 @@ from numpy.typing import NDArray
 
 from ckptx.errors import CkptxError
 from ckptx.lazy import ITEMSIZE, LazyTensor, Shape, Stored, stored
+from ckptx.parallel import stage_ranks
 from ckptx.pieces import pieces
 from ckptx.plugin import Loader, Saver
 from ckptx.protocol import PASSTHROUGH, Begin, End, Message, Tensors
-from ckptx.schema import SAME, Family, Layout, Rule, Taker, check_message, give
+from ckptx.schema import SAME, Family, Layout, Rule, Shards, Taker, check_message, give
 from ckptx.spec import ModelSpec
 from ckptx.testing import faults
 from ckptx.testing.conversion import (
@@ -101,7 +102,7 @@ class _Parametrized:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Parametrise the arguments that the tests of a class have."""
-        for argument in ("model", "case", "change", "layout", "hf_layout"):
+        for argument in ("model", "case", "change", "layout", "hf_layout", "expert_layout"):
             if argument in metafunc.fixturenames:
                 found = list(getattr(self, f"_{argument}s")())
                 metafunc.parametrize(argument, found, ids=_label)
@@ -313,16 +314,22 @@ class SchemaTests(_Parametrized):
     def _hf_layouts(self) -> Iterator[Any]:
         return (entry for entry in self._layouts() if entry.values[0][1] == "hf")
 
+    def _expert_layouts(self) -> Iterator[Any]:
+        for entry in self._layouts():
+            family, kind, spec = entry.values[0]
+            if any(one.ep is not None and one.tp is not None for one in _rules(family, kind, spec)):
+                yield entry
+
     def test_names_are_disjoint(self, layout: tuple[Family, str, ModelSpec]) -> None:
         """No two tensors have one name, in any spelling, and no name is one that is ignored."""
         family, kind, spec = layout
         found = family.layouts[kind]
         names = [
-            name.replace("{layer}", str(layer))
+            name
             for _, layer, rules in found.expand(spec)
             for entry in rules
             for spelling in entry.spellings
-            for name in spelling.names
+            for name in spelling.named(layer, spec.num_experts or 0)
         ]
         assert len(set(names)) == len(names)
         assert not [name for name in names if found.ignored and name.endswith(found.ignored)]
@@ -334,7 +341,7 @@ class SchemaTests(_Parametrized):
         """
         family, kind, spec = layout
         for message, _, rules in family.layouts[kind].expand(spec):
-            known = keys_of(message)
+            known = keys_of(message, spec)
             keys = [key for entry in rules for key in entry.keys]
             assert len(set(keys)) == len(keys)
             assert set(keys) <= set(known)
@@ -361,6 +368,9 @@ class SchemaTests(_Parametrized):
             unpacked = _taken(found, spec, rules, [named], layer)
             _assert_elements(give(rules, unpacked, spec, layer), named)
             for entry in rules:
+                own = entry.spellings[0].names
+                if "{expert}" in own[0] and len(own) < len(entry.keys):
+                    continue  # experts divided, the tensors of each joined
                 names = give([entry], canonical, spec, layer)
                 if len(entry.keys) > len(names) or entry.spellings[0].iso is SAME:
                     taken = _taken(found, spec, [entry], [names], layer)
@@ -380,8 +390,22 @@ class SchemaTests(_Parametrized):
                 if all(entry.tp is None for entry in rules):
                     continue
                 before = _stored_message(rules, message, spec, rows=48)
-                shards = [give(rules, before, spec, layer, tp, rank) for rank in range(tp)]
+                shards = [give(rules, before, spec, layer, rank) for rank in stage_ranks(tp)]
                 joined = _taken(found, spec, rules, shards, layer)
+                _assert_elements(joined, before)
+
+    def test_experts_cut_and_joined_are_whole(
+        self, expert_layout: tuple[Family, str, ModelSpec]
+    ) -> None:
+        """What the ranks of any expert-parallel sizes hold are the experts, joined again."""
+        family, kind, spec = expert_layout
+        found = family.layouts[kind]
+        for tp, ep, etp in ((1, 2, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 4, 2), (2, 4, 1)):
+            ranks = stage_ranks(tp, ep, etp)
+            for message, layer, rules in found.expand(spec):
+                before = _stored_message(rules, message, spec, rows=48)
+                held = [give(rules, before, spec, layer, rank) for rank in ranks]
+                joined = _taken(found, spec, rules, Shards.of_grid(held, ranks), layer)
                 _assert_elements(joined, before)
 
     def test_agrees_with_transformers(self, hf_layout: tuple[Family, str, ModelSpec]) -> None:
@@ -401,8 +425,10 @@ class SchemaTests(_Parametrized):
                 state[first] = state.pop(name)
         found: dict[str, tuple[int, ...]] = {}
         for message, layer, rules in family.layouts[kind].expand(spec):
-            named = give(rules, _stored_message(rules, message, spec), spec, layer)
-            found.update((name, tensor.shape) for name, tensor in named.items())
+            whole = _stored_message(rules, message, spec)
+            for entry in rules:
+                named = give([_spelt_as(entry, state, layer)], whole, spec, layer)
+                found.update((name, tensor.shape) for name, tensor in named.items())
         assert found == {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
@@ -622,7 +648,7 @@ def _stored_message(
 ) -> dict[str, LazyTensor]:
     """Return a tensor of the right shape for every key of the rules, each in its own place."""
     sizes = {**dimensions(spec), "vocab": rows or spec.vocab_size or 40}
-    known = keys_of(message)
+    known = keys_of(message, spec)
     keys = [key for entry in rules for key in entry.keys]
     shapes = {key: tuple(sizes[symbol] for symbol in known[key].shape) for key in keys}
     return _stored(shapes, spec.dtype)
@@ -643,18 +669,31 @@ def _assert_elements(found: Mapping[str, LazyTensor], expected: Mapping[str, Laz
         assert np.array_equal(_addresses(found[name]), _addresses(tensor)), name
 
 
+def _rules(family: Family, kind: str, spec: ModelSpec) -> list[Rule]:
+    return [entry for _, _, rules in family.layouts[kind].expand(spec) for entry in rules]
+
+
+def _spelt_as(entry: Rule, names: Container[str], layer: int | None) -> Rule:
+    """Return a rule in the spelling whose names there are, else as it is written."""
+    for spelling in entry.spellings:
+        if all(name in names for name in spelling.named(layer, 1)):
+            return replace(entry, spellings=(spelling,))
+    return entry
+
+
 def _taken(
     layout: Layout,
     spec: ModelSpec,
     rules: Sequence[Rule],
-    shards: Sequence[Mapping[str, LazyTensor]],
+    shards: Shards | Sequence[dict[str, LazyTensor]],
     layer: int | None,
 ) -> dict[str, LazyTensor]:
     """Return the canonical tensors that a layout takes from shards; nothing may be left."""
-    left = [dict(shard) for shard in shards]
+    if not isinstance(shards, Shards):
+        shards = Shards.of_ranks([dict(shard) for shard in shards])
     taker = Taker(layout, spec)
-    found = taker.take(rules, left, layer)
-    taker.finish([name for shard in left for name in shard])
+    found = taker.take(rules, shards, layer)
+    taker.finish([name for copies in shards.dense for shard in copies for name in shard])
     return found
 
 

@@ -30,8 +30,13 @@ _CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
     "gpt": "GPTModel",
 }
+_EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _SAFETENSORS = {
     "bfloat16": "BF16",
     "float16": "F16",
@@ -83,7 +88,8 @@ class TinyModel:
         for layer in range(self.spec.num_layers):
             prefix = f"model.layers.{layer}."
             own = {n.removeprefix(prefix): a for n, a in named.items() if n.startswith(prefix)}
-            messages[f"transformer layer {layer}"] = dict(self._layer(own))
+            found = {**dict(self._layer(own)), **dict(self._mixture(own))}
+            messages[f"transformer layer {layer}"] = found
         final = {"weight": named["model.norm.weight"]}
         if "model.norm.bias" in named:
             final["bias"] = named["model.norm.bias"]
@@ -114,8 +120,22 @@ class TinyModel:
         }
         if spec.family == "llama":
             config |= {"attention_bias": spec.add_bias_linear, "mlp_bias": spec.add_bias_linear}
-        if spec.family == "mistral":
+        if spec.family in ("mistral", "mixtral"):
             config["sliding_window"] = None
+        return config | (self._mixture_config() if spec.num_experts else {})
+
+    def _mixture_config(self) -> dict[str, Any]:
+        spec = self.spec
+        count = "num_local_experts" if spec.family == "mixtral" else "num_experts"
+        config: dict[str, Any] = {count: spec.num_experts}
+        config["num_experts_per_tok"] = spec.moe_router_topk
+        if spec.family != "mixtral":
+            config["norm_topk_prob"] = not spec.moe_router_pre_softmax
+        if spec.family.startswith("qwen"):
+            dense = [layer for layer in range(spec.num_layers) if not spec.is_moe(layer)]
+            config |= {"moe_intermediate_size": spec.moe_ffn_hidden_size, "mlp_only_layers": dense}
+        if spec.moe_shared_expert_gate:
+            config["shared_expert_intermediate_size"] = spec.moe_shared_expert_intermediate_size
         return config
 
     def _named(self, rows: int) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -137,14 +157,55 @@ class TinyModel:
             if spec.qk_layernorm:
                 yield from self._norm(f"{attention}q_norm", spec.kv_channels)
                 yield from self._norm(f"{attention}k_norm", spec.kv_channels)
+            if spec.family == "olmoe":
+                yield from self._norm(f"{attention}q_norm", query)
+                yield from self._norm(f"{attention}k_norm", key)
+            yield from self._norm(f"{prefix}input_layernorm", hidden)
+            yield from self._norm(f"{prefix}post_attention_layernorm", hidden)
+            if spec.is_moe(layer):
+                yield from self._experts(prefix)
+                continue
             for part in ("gate_proj", "up_proj") if spec.gated else ("up_proj",):
                 yield from self._tag(mlp + part, [spec.ffn_hidden_size, hidden], bias=every)
             yield from self._tag(f"{mlp}down_proj", [hidden, spec.ffn_hidden_size], bias=every)
-            yield from self._norm(f"{prefix}input_layernorm", hidden)
-            yield from self._norm(f"{prefix}post_attention_layernorm", hidden)
         yield from self._norm("model.norm", hidden)
         if not spec.tied:
             yield from self._tag("lm_head", [rows, hidden])
+
+    def _experts(self, prefix: str) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Yield the tensors of a mixture, named as its family's files name them."""
+        spec, hidden = self.spec, self.spec.hidden_size
+        assert spec.num_experts and spec.moe_ffn_hidden_size, "a mixture has experts"
+        place = prefix + ("block_sparse_moe." if spec.family == "mixtral" else "mlp.")
+        gate, up, down = _EXPERT_PARTS[spec.family == "mixtral"]
+        yield from self._tag(f"{place}gate", [spec.num_experts, hidden])
+        sizes = [
+            (f"{place}experts.{e}.", spec.moe_ffn_hidden_size) for e in range(spec.num_experts)
+        ]
+        if spec.moe_shared_expert_intermediate_size:
+            sizes.append((f"{place}shared_expert.", spec.moe_shared_expert_intermediate_size))
+        for name, size in sizes:
+            yield from self._tag(name + gate, [size, hidden])
+            yield from self._tag(name + up, [size, hidden])
+            yield from self._tag(name + down, [hidden, size])
+        if spec.moe_shared_expert_gate:
+            yield from self._tag(f"{place}shared_expert_gate", [1, hidden])
+
+    def _mixture(self, own: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Yield the canonical tensors of a mixture, given a layer's tensors without prefix."""
+        place = "block_sparse_moe." if self.spec.family == "mixtral" else "mlp."
+        if f"{place}gate.weight" not in own:
+            return
+        yield "router weight", own[f"{place}gate.weight"]
+        parts = _EXPERT_PARTS[self.spec.family == "mixtral"]
+        for key, part in zip(("l0 weight W", "l0 weight V", "l1 weight"), parts, strict=True):
+            experts = range(self.spec.num_experts or 0)
+            every = [own[f"{place}experts.{expert}.{part}.weight"] for expert in experts]
+            yield f"mlp {key}", np.stack(every)
+            if f"{place}shared_expert.{part}.weight" in own:
+                yield f"shared mlp {key}", own[f"{place}shared_expert.{part}.weight"]
+        if f"{place}shared_expert_gate.weight" in own:
+            yield "shared gate weight", own[f"{place}shared_expert_gate.weight"]
 
     def _tag(
         self, name: str, shape: list[int], *, bias: bool = False
@@ -164,11 +225,12 @@ class TinyModel:
         for kind in ("weight", "bias"):
             if f"self_attn.q_proj.{kind}" in own:
                 yield f"qkv {kind}", self._fused([own[f"self_attn.{p}_proj.{kind}"] for p in "qkv"])
+        normed = "projection norm" if self.spec.family == "olmoe" else "norm"
         gate, up = ("mlp l0 {} W", "mlp l0 {} V") if self.spec.gated else ("", "mlp l0 {}")
         names = {
             "self_attn.o_proj": "dense {}",
-            "self_attn.q_norm": "q norm {}",
-            "self_attn.k_norm": "k norm {}",
+            "self_attn.q_norm": f"q {normed} {{}}",
+            "self_attn.k_norm": f"k {normed} {{}}",
             "mlp.gate_proj": gate,
             "mlp.up_proj": up,
             "mlp.down_proj": "mlp l1 {}",
@@ -185,6 +247,9 @@ class TinyModel:
         groups = self.spec.num_query_groups
         rows = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
         return np.concatenate(rows, axis=1).reshape(-1, *parts[0].shape[1:])
+
+
+_EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 24, "moe_router_topk": 2}
 
 
 def tiny(family: str = "llama", name: str | None = None, **changes: Any) -> TinyModel:
@@ -208,6 +273,16 @@ def tiny(family: str = "llama", name: str | None = None, **changes: Any) -> Tiny
     families: dict[str, dict[str, Any]] = {
         "qwen2": {"add_qkv_bias": True},
         "qwen3": {"qk_layernorm": True},
+        "mixtral": _EXPERTS | {"moe_ffn_hidden_size": 40},
+        "qwen2_moe": _EXPERTS
+        | {
+            "add_qkv_bias": True,
+            "moe_shared_expert_intermediate_size": 32,
+            "moe_shared_expert_gate": True,
+            "moe_router_pre_softmax": True,
+        },
+        "qwen3_moe": _EXPERTS | {"qk_layernorm": True},
+        "olmoe": _EXPERTS | {"moe_ffn_hidden_size": 40, "kv_channels": 2},
         "gpt": {
             "normalization": "LayerNorm",
             "activation": "gelu",
@@ -253,6 +328,17 @@ MODELS: Sequence[TinyModel] = (
     tiny("qwen3", "qwen3-tied", tied=True, dtype="float32"),
 )
 """One model for everything that can go wrong; a sample of families and shapes, not the product."""
+
+MIXTURES: Sequence[TinyModel] = (
+    tiny("mixtral"),
+    tiny("qwen2_moe", moe_layers=(True, False, True, False)),
+    tiny("qwen3_moe", tied=True),
+    tiny("qwen3_moe", "qwen3_moe-dense-first", moe_layers=(False, True, True, True)),
+)
+"""Mixtures of experts, some with dense layers between."""
+
+OLMOE = tiny("olmoe")
+"""A mixture that Megatron Core cannot hold."""
 
 PADDED: Sequence[TinyModel] = (
     tiny("llama", "llama-padded", rows=64),

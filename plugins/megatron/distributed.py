@@ -19,7 +19,7 @@ from typing import Any
 from ckptx.containers import dcp, torch_zip
 from ckptx.containers.pickle_values import Namespace
 from ckptx.errors import FormatError
-from ckptx.lazy import Filled, LazyTensor
+from ckptx.lazy import Filled, LazyTensor, Shape
 from ckptx.loading import inventory, main_dtype, messages_of
 from ckptx.parallel import Chunk
 from ckptx.plan import FilePlan, literal_files
@@ -27,8 +27,8 @@ from ckptx.plugins.megatron.directory import IterationDirectory
 from ckptx.plugins.megatron.source import ENGINE_STATE, WEIGHTS_ONLY, Source, args_of
 from ckptx.protocol import Dropped
 from ckptx.saving import Model
-from ckptx.schema import Layout, place
-from ckptx.schemas.core import MCORE_GPT, extra_states
+from ckptx.schema import Layout, Placed, Rank, place
+from ckptx.schemas.core import MCORE_GPT, ExtraState, Style, extra_states
 from ckptx.spec import ModelSpec
 
 METADATA = {
@@ -81,8 +81,9 @@ class Target:
     """How a checkpoint is to be laid out."""
 
     layout: Layout
-    local: bool
-    tp: int
+    style: Style
+    ranks: Sequence[Rank]
+    """Those of one pipeline stage."""
     chunks: Sequence[Chunk]
     args: Mapping[str, Any]
     iteration: int
@@ -92,15 +93,18 @@ def plan(model: Model, target: Target) -> Iterator[FilePlan]:
     """Yield the files of a checkpoint: one per model-parallel rank, and the metadata."""
     files: dict[str, list[dcp.TensorItem | dcp.ObjectItem]] = {}
     for chunk in target.chunks:
-        for rank in range(target.tp):
-            number = chunk.pp_rank * target.tp + rank
-            files.setdefault(f"__{number}_0.distcp", []).extend(_items(model, target, chunk, rank))
+        written: set[tuple[str, Shape]] = set()
+        for number, rank in enumerate(target.ranks, chunk.pp_rank * len(target.ranks)):
+            items = files.setdefault(f"__{number}_0.distcp", [])
+            items.extend(_items(model, target, chunk, rank, written))
     yield from dcp.plan_directory(files)
     common = {
         "args": Namespace(**target.args),
         "checkpoint_version": 3.0,
         "iteration": target.iteration,
-        "content_metadata": CONTENT,
+        "content_metadata": {**CONTENT, "non_homogeneous_layers": True}
+        if not model.spec.homogeneous
+        else CONTENT,
         **_empty_stages(target.chunks),
     }
     yield torch_zip.plan_file("common.pt", common)
@@ -121,40 +125,70 @@ def _empty_stages(chunks: Sequence[Chunk]) -> dict[str, Any]:
 
 
 def _items(
-    model: Model, target: Target, chunk: Chunk, rank: int
+    model: Model, target: Target, chunk: Chunk, rank: Rank, written: set[tuple[str, Shape]]
 ) -> Iterator[dcp.TensorItem | dcp.ObjectItem]:
-    """Yield the chunks that one rank writes for one pipeline chunk; replicas are rank 0's."""
-    depth = model.spec.num_layers
-    for message, layer, rules in target.layout.expand(model.spec):
+    """Yield what one rank writes for one pipeline chunk: what no rank before it has written."""
+    spec = model.spec
+    first = not written
+    for message, layer, rules in target.layout.expand(spec):
         if not holds(chunk, message, layer):
             continue
-        for placed in place(rules, model.messages[message], model.spec, None, target.tp, rank):
-            if placed.replicated and rank:
-                continue
-            if layer is None:
-                yield dcp.TensorItem(placed.name, placed.global_shape, placed.origin, placed.tensor)
-            else:
-                yield dcp.TensorItem(
-                    _stacked(placed.name),
-                    (depth, *placed.global_shape),
-                    (layer, *placed.origin),
-                    placed.tensor.unsqueeze(),
-                )
-        if rank == 0:
-            yield from _states(model.spec, target, message, layer)
+        for placed in place(rules, model.messages[message], spec, None, rank):
+            item = _item(placed, layer, spec)
+            if (item.key, item.offsets) not in written:
+                written.add((item.key, item.offsets))
+                yield item
+        if first:
+            yield from _states(spec, target, message, layer)
+
+
+def _item(placed: Placed, layer: int | None, spec: ModelSpec) -> dcp.TensorItem:
+    """Return a chunk of a global tensor; layers are stacked where they are all alike."""
+    if layer is None:
+        return dcp.TensorItem(placed.name, placed.global_shape, placed.origin, placed.tensor)
+    if not spec.homogeneous:
+        name = placed.name.replace("{layer}", str(layer))
+        return dcp.TensorItem(name, placed.global_shape, placed.origin, placed.tensor)
+    return dcp.TensorItem(
+        _stacked(placed.name),
+        (spec.num_layers, *placed.global_shape),
+        (layer, *placed.origin),
+        placed.tensor.unsqueeze(),
+    )
 
 
 def _states(
     spec: ModelSpec, target: Target, message: str, layer: int | None
 ) -> Iterator[dcp.ObjectItem]:
-    for state in extra_states(local=False):
-        if not state.distributed or not state.when(spec):
+    # Megatron itself maps the modules of the local spec to these.
+    for state in extra_states(Style(distributed=True)):
+        if not applies(state, spec, message, layer):
             continue
-        if state.message.format(layer=layer) == message:
-            place = f"{layer}_{spec.num_layers}" if layer is not None else "0_1"
-            # A list of one element: what a sharded object of Megatron unpickles to.
-            value = [Filled("uint8", (0,)) if state.engine else None]
-            yield dcp.ObjectItem(f"{_stacked(state.module)}._extra_state/shard_{place}", value)
+        # A list of one element: what a sharded object of Megatron unpickles to.
+        value = [Filled("uint8", (0,)) if state.engine else None]
+        for shard in _shards(state, spec, layer):
+            name = _stacked(state.module) if spec.homogeneous else state.module
+            name = name.replace("{layer}", str(layer))
+            yield dcp.ObjectItem(f"{name}._extra_state/shard_{shard}", value)
+
+
+def _shards(state: ExtraState, spec: ModelSpec, layer: int | None) -> Iterator[str]:
+    """Yield the coordinates of a state among its kind: ``offsets_sizes``, joined by dots."""
+    stacked = layer is not None and spec.homogeneous
+    offsets, sizes = ([str(layer)], [str(spec.num_layers)]) if stacked else ([], [])
+    if not state.sharded_by_expert:
+        yield f"{'.'.join(offsets or ['0'])}_{'.'.join(sizes or ['1'])}"
+        return
+    experts = spec.num_experts or 0
+    for expert in range(experts):
+        yield f"{'.'.join([*offsets, str(expert)])}_{'.'.join([*sizes, str(experts)])}"
+
+
+def applies(state: ExtraState, spec: ModelSpec, message: str, layer: int | None) -> bool:
+    """Return whether a model has a module with a state in a message."""
+    if state.message.format(layer=layer) != message or not state.when(spec):
+        return False
+    return state.layers is None or layer is None or state.layers(spec, layer)
 
 
 def holds(chunk: Chunk, message: str, layer: int | None) -> bool:

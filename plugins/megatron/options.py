@@ -101,6 +101,11 @@ def parallel_options() -> list[click.Option]:
         sized(["--target-virtual-pipeline-parallel-size", "--vpp"], "Virtual stages per stage."),
         sized(["--target-expert-parallel-size", "--ep"], "Expert-parallel ranks."),
         click.Option(
+            ["--target-expert-tensor-parallel-size", "--etp"],
+            type=size,
+            help="Tensor-parallel ranks of every expert.  [default: TP]",
+        ),
+        click.Option(
             ["--decoder-first-pipeline-num-layers"], type=size, help="Layers of the first stage."
         ),
         click.Option(

@@ -15,31 +15,61 @@ from typing import Any
 
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import Namespace
-from ckptx.errors import FormatError, listing
+from ckptx.errors import FormatError, PlanError, listing
 from ckptx.lazy import Filled, LazyTensor, Stored, replicated
 from ckptx.loading import main_dtype
-from ckptx.parallel import Chunk, Pipeline
+from ckptx.parallel import Chunk, Pipeline, stage_ranks
 from ckptx.plan import FilePlan
 from ckptx.plugins.megatron.directory import RANK_FILES, IterationDirectory
-from ckptx.plugins.megatron.distributed import Target, holds
+from ckptx.plugins.megatron.distributed import Target, applies, holds
 from ckptx.plugins.megatron.source import ENGINE_STATE, WEIGHTS_ONLY, Source, args_of, stored_bytes
 from ckptx.protocol import Dropped, SourceTensor
 from ckptx.saving import Model
-from ckptx.schema import Taker, give
+from ckptx.schema import Rank, Shards, Taker, give
 from ckptx.schemas.core import MCORE_GPT, TIED_COPY, extra_states
 from ckptx.spec import ModelSpec
 
-_SAME = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers", "hidden_size")
+_SAME = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "num_layers",
+    "hidden_size",
+    "num_experts",
+)
 
 
-def directory_name(tp_rank: int, pp_rank: int, pp: int) -> str:
-    """Return the name of a rank's directory; the pipeline rank shows only where there are several.
+def directory_name(rank: Rank, pp_rank: int, pp: int) -> str:
+    """Return the name of a rank's directory.
+
+    The pipeline and the expert rank show only where there are several, so a name alone does not
+    say which of the two its second number is.
 
     Examples:
-        >>> directory_name(1, 0, 1), directory_name(1, 0, 2)
-        ('mp_rank_01', 'mp_rank_01_000')
+        >>> directory_name(Rank(2, 1), 0, 1), directory_name(Rank(2, 1, ep=2, ep_rank=1), 0, 2)
+        ('mp_rank_01', 'mp_rank_01_000_001')
     """
-    return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if pp > 1 else "")
+    name = f"mp_rank_{rank.tp_rank:02d}"
+    name += f"_{pp_rank:03d}" if pp > 1 else ""
+    return name + (f"_{rank.ep_rank:03d}" if rank.ep > 1 else "")
+
+
+def stored_ranks(tp: int, ep: int, etp: int) -> list[Rank]:
+    """Return the ranks of a stage that have a directory.
+
+    Raises:
+        PlanError: two ranks with different expert shards would have one name.
+    """
+    named: dict[tuple[int, int], Rank] = {}
+    for rank in stage_ranks(tp, ep, etp):
+        known = named.setdefault((rank.tp_rank, rank.ep_rank), rank)
+        if known.etp_rank != rank.etp_rank:
+            raise PlanError(
+                f"expert-tensor-parallel size {etp} with tensor-parallel size {tp}: Megatron names "
+                "the files of several ranks alike and overwrites them; use --ckpt-format torch_dist"
+            )
+    return list(named.values())
 
 
 @dataclass(slots=True)
@@ -67,11 +97,9 @@ def read(checkpoint: IterationDirectory) -> Source:
     args = first.args
     tp = args.get("tensor_model_parallel_size") or _guess_tp(found)
     pp = args.get("pipeline_model_parallel_size") or 1
-    if (args.get("expert_model_parallel_size") or 1) > 1 or args.get("num_experts"):
-        raise FormatError(
-            f"{directory}: a mixture of experts, which ckptx recognises but does not convert yet"
-        )
-    names = [directory_name(t, p, pp) for p in range(pp) for t in range(tp)]
+    ep, etp = expert_sizes(args, tp)
+    ranks = stored_ranks(tp, ep, etp)
+    names = [directory_name(rank, pp_rank, pp) for pp_rank in range(pp) for rank in ranks]
     _check_directories(directory, names, [path.name for path in found])
     paths = [_file(directory / name) for name in names]
     grid = [_read_rank(path, number) for number, path in enumerate(paths)]
@@ -85,9 +113,8 @@ def read(checkpoint: IterationDirectory) -> Source:
     }
 
     def messages(spec: ModelSpec) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
-        return _messages(
-            grid, tp, Pipeline.from_args({**args, "num_layers": spec.num_layers}), spec
-        )
+        pipeline = Pipeline.from_args({**args, "num_layers": spec.num_layers})
+        return _messages(grid, ranks, pipeline, spec)
 
     return Source(
         directory,
@@ -100,12 +127,30 @@ def read(checkpoint: IterationDirectory) -> Source:
     )
 
 
+def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
+    """Return the expert- and expert-tensor-parallel sizes that args say; 1 and TP without experts.
+
+    Raises:
+        FormatError: the experts do not divide by them.
+    """
+    experts = args.get("num_experts")
+    if not experts:
+        return 1, tp
+    ep = args.get("expert_model_parallel_size") or 1
+    if experts % ep:
+        raise FormatError(
+            f"the args say {experts} experts over expert-parallel size {ep}, which does not divide "
+            "them; they do not belong to this checkpoint"
+        )
+    return ep, args.get("expert_tensor_parallel_size") or tp
+
+
 def plan(model: Model, target: Target, pp: int) -> Iterator[FilePlan]:
     """Yield one file per rank."""
     virtual = any(chunk.vpp_rank for chunk in target.chunks)
     for pp_rank in range(pp):
         chunks = [chunk for chunk in target.chunks if chunk.pp_rank == pp_rank]
-        for rank in range(target.tp):
+        for rank in target.ranks:
             state: dict[str, Any] = {
                 "args": Namespace(**target.args),
                 "checkpoint_version": 3.0,
@@ -118,7 +163,7 @@ def plan(model: Model, target: Target, pp: int) -> Iterator[FilePlan]:
             yield torch_zip.plan_file(path, state)
 
 
-def _state_dict(model: Model, target: Target, chunk: Chunk, rank: int) -> dict[str, Any]:
+def _state_dict(model: Model, target: Target, chunk: Chunk, rank: Rank) -> dict[str, Any]:
     """Return what one rank's ``model`` holds for one pipeline chunk."""
     spec = model.spec
     named: dict[str, Any] = {}
@@ -128,31 +173,33 @@ def _state_dict(model: Model, target: Target, chunk: Chunk, rank: int) -> dict[s
         if not holds(chunk, message, layer):
             continue
         local = None if layer is None else chunk.layers.index(layer)
-        named.update(give(rules, model.messages[message], spec, local, target.tp, rank))
-        named.update(_states(spec, target, message, layer, local))
+        named.update(give(rules, model.messages[message], spec, local, rank))
+        named.update(_states(spec, target, message, layer, local, rank))
     if chunk.output:
         if spec.tied:
             if not chunk.embedding:
                 embedding = model.messages["embeddings"]["word embeddings"]
-                named[TIED_COPY] = embedding.chunk(0, target.tp, rank)
+                named[TIED_COPY] = embedding.chunk(0, rank.tp, rank.tp_rank)
         else:
             output = model.messages["output layer"]["weight"]
-            named[TIED_COPY] = output.chunk(0, target.tp, rank)
+            named[TIED_COPY] = output.chunk(0, rank.tp, rank.tp_rank)
         named["output_layer._extra_state"] = None
     return named
 
 
 def _states(
-    spec: ModelSpec, target: Target, message: str, layer: int | None, local: int | None
+    spec: ModelSpec, target: Target, message: str, layer: int | None, local: int | None, rank: Rank
 ) -> Iterator[tuple[str, Any]]:
-    for state in extra_states(local=target.local):
-        if state.when(spec) and state.message.format(layer=layer) == message:
+    for state in extra_states(target.style):
+        if applies(state, spec, message, layer):
             value = Filled("uint8", (0,)) if state.engine else None
-            yield f"{state.module.format(layer=local)}._extra_state", value
+            experts = (spec.num_experts or 0) // rank.ep if "{expert}" in state.module else 1
+            for expert in range(experts):
+                yield f"{state.module.format(layer=local, expert=expert)}._extra_state", value
 
 
 def _messages(
-    grid: list[_Rank], tp: int, pipeline: Pipeline, spec: ModelSpec
+    grid: list[_Rank], ranks: list[Rank], pipeline: Pipeline, spec: ModelSpec
 ) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
     chunks = pipeline.chunks(spec.num_layers)
     virtual = max(chunk.vpp_rank for chunk in chunks) + 1
@@ -161,26 +208,32 @@ def _messages(
             raise FormatError(
                 f"{rank.path}: holds {len(rank.models)} virtual stages, the args say {virtual}"
             )
+    width = len(ranks)
     left = {
         (chunk.pp_rank, chunk.vpp_rank): [
             dict(rank.models[chunk.vpp_rank])
-            for rank in grid[chunk.pp_rank * tp : (chunk.pp_rank + 1) * tp]
+            for rank in grid[chunk.pp_rank * width : (chunk.pp_rank + 1) * width]
         ]
         for chunk in chunks
     }
+    stages = {}
+    for (pp_rank, vpp_rank), shards in left.items():
+        labels = [f"{rank.path.parent.name}: " for rank in grid[pp_rank * width :][:width]]
+        stages[pp_rank, vpp_rank] = Shards.of_grid(shards, ranks, labels)
     taker = Taker(MCORE_GPT, spec)
     found = {}
     for message, layer, rules in MCORE_GPT.expand(spec):
         chunk = next(c for c in chunks if holds(c, message, layer))
-        shards = left[chunk.pp_rank, chunk.vpp_rank]
+        stage = stages[chunk.pp_rank, chunk.vpp_rank]
         local = None if layer is None else chunk.layers.index(layer)
-        label = f"{grid[chunk.pp_rank * tp].path.parent.name}: "
-        found[message] = taker.take(rules, shards, local, label)
+        label = f"{grid[chunk.pp_rank * width].path.parent.name}: "
+        found[message] = taker.take(rules, stage, local, label)
     if spec.tied:
-        _join_tied(found, left, taker, chunks)
+        last = next(chunk for chunk in chunks if chunk.output)
+        _join_tied(found, stages[last.pp_rank, last.vpp_rank], taker)
     taker.finish(
         [
-            f"{grid[pp_rank * tp + number].path.parent.name}: {name}"
+            f"{grid[pp_rank * width + number].path.parent.name}: {name}"
             for (pp_rank, _), shards in left.items()
             for number, shard in enumerate(shards)
             for name in shard
@@ -191,15 +244,13 @@ def _messages(
 
 def _join_tied(
     found: dict[str, dict[str, LazyTensor]],
-    left: Mapping[tuple[int, int], list[dict[str, LazyTensor]]],
+    shards: Shards,
     taker: Taker,
-    chunks: tuple[Chunk, ...],
 ) -> None:
     """Make the copy of tied embeddings that the last stage holds a replica of the first's."""
-    last = next(chunk for chunk in chunks if chunk.output)
-    shards = left[last.pp_rank, last.vpp_rank]
     embeddings = found["embeddings"]
-    if "word embeddings" not in embeddings or not any(TIED_COPY in shard for shard in shards):
+    held = any(TIED_COPY in shard for copies in shards.dense for shard in copies)
+    if "word embeddings" not in embeddings or not held:
         return
     rules = [r for s in MCORE_GPT.sections if s.message == "output layer" for r in s.rules]
     copy = taker.take(rules, shards, None, "tied copy: ")

@@ -3,7 +3,8 @@
 Those defaults that matter here are the same in 4.x and 5.x.
 
 Source: huggingface/transformers src/transformers/models/{llama,mistral,qwen2,qwen3,gpt2,gpt_neox,
-phi3,gemma,gemma2,starcoder2,glm,glm4,olmo2}/configuration_*.py and modeling_*.py @ v5.23.0.
+phi3,gemma,gemma2,starcoder2,glm,glm4,olmo2,mixtral,qwen2_moe,qwen3_moe,olmoe}/configuration_*.py and
+modeling_*.py @ v5.23.0.
 """
 
 from __future__ import annotations
@@ -128,6 +129,32 @@ _GLM_DEFAULTS = _LLAMA_DEFAULTS | {
 }
 _OLMO2_DEFAULTS = _LLAMA_DEFAULTS | {
     "vocab_size": 50304,
+    "rms_norm_eps": 1e-5,
+}
+_MIXTRAL_DEFAULTS = _MISTRAL_DEFAULTS | {
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+}
+_QWEN2_MOE_DEFAULTS = _QWEN2_DEFAULTS | {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+}
+_QWEN3_MOE_DEFAULTS = _QWEN2_MOE_DEFAULTS | {
+    "intermediate_size": 6144,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+_OLMOE_DEFAULTS = _LLAMA_DEFAULTS | {
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
 }
 
@@ -262,6 +289,21 @@ FAMILIES: Mapping[str, Traits] = {
         ("attention_bias",),
         names={"head_dim": None},
     ),
+    "mixtral": Traits("MixtralForCausalLM", _MIXTRAL_DEFAULTS, windows="all layers"),
+    "qwen2_moe": Traits(
+        "Qwen2MoeForCausalLM",
+        _QWEN2_MOE_DEFAULTS,
+        fixed_biases=Biases(qkv=True),
+        windows="some layers",
+    ),
+    "qwen3_moe": Traits(
+        "Qwen3MoeForCausalLM",
+        _QWEN3_MOE_DEFAULTS,
+        ("attention_bias",),
+        qk_layernorm=True,
+        windows="all layers",
+    ),
+    "olmoe": Traits("OlmoeForCausalLM", _OLMOE_DEFAULTS, ("attention_bias",)),
 }
 
 # Megatron switches that change what the weights mean; a family has each, always, or never.

@@ -26,7 +26,7 @@ from ckptx.testing.contracts import (
     unpadded,
 )
 from ckptx.testing.conversion import begin_of, convert, loaded, save
-from ckptx.testing.models import MODELS, PADDED, messages, tiny, write_hf
+from ckptx.testing.models import MIXTURES, MODELS, PADDED, messages, tiny, write_hf
 
 from .by_hand import (
     assert_state,
@@ -329,3 +329,28 @@ def test_the_iteration_is_kept_and_can_be_chosen(tmp_path):
     named = convert(LOADER, root / "iter_0000010", SAVER, tmp_path / "named", {"iteration": "3"})
     assert (named / "iter_0000003" / "metadata.json").is_file()
     assert begin_of(LOADER.load(named, {})).training["iteration"] == 3
+
+
+class TestMixtures(SaverTests):
+    """Experts at every kind of size, and held in every way."""
+
+    loader, saver = LOADER, SAVER
+    models = MIXTURES
+
+    def option_sets(self):
+        sizes = ((1, 1, None), (1, 2, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2), (2, 4, 1), (4, 2, 2))
+        for number, (tp, ep, etp) in enumerate(sizes):
+            chosen = options(
+                tp,
+                pp=1 + number % 2,
+                target_expert_parallel_size=ep,
+                target_expert_tensor_parallel_size=etp,
+                moe_grouped_gemm=number % 3 == 0,
+                saver_transformer_impl="local" if number // 2 % 2 else "transformer_engine",
+            )
+            for ckpt_format in ("torch_dist", "torch"):
+                yield {**chosen, "ckpt_format": ckpt_format}
+
+    def cases(self):
+        for number, chosen in enumerate(self.option_sets()):
+            yield self.models[(number + number // 4) % len(self.models)], chosen

@@ -25,7 +25,9 @@ from ckptx.testing.contracts import (
 )
 from ckptx.testing.conversion import convert, end_of, loaded, loaded_by_name, save, values
 from ckptx.testing.models import (
+    MIXTURES,
     MODELS,
+    OLMOE,
     PADDED,
     TinyModel,
     messages,
@@ -45,7 +47,7 @@ INDEX = "model.safetensors.index.json"
 
 class TestOneFile(LoaderTests, SaverTests):
     loader, saver = HF_LOADER, HF_SAVER
-    models = (*MODELS, *PADDED)
+    models = (*MODELS, *PADDED, *MIXTURES, OLMOE)
 
     def write(self, directory: Path, model: TinyModel) -> Checkpoint:
         return Checkpoint(write_hf(directory, model), model.canonical(padded=False))

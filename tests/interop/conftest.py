@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 
+from . import experts
 from .conversion import FAMILIES, Source
 
 pytest.importorskip("megatron.core")
@@ -16,7 +17,7 @@ def source_of(tmp_path_factory):
     @cache
     def written(name: str) -> Source:
         directory = tmp_path_factory.mktemp(name) / "hf"
-        write, overrides = FAMILIES[name]
+        write, overrides = {**FAMILIES, **experts.FAMILIES}[name]
         return Source(name, directory, write(directory, **overrides))
 
     return written

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from transformers import AutoModelForCausalLM
 
-from ckptx.schemas.core import MCORE_GPT, MCORE_GPT_LOCAL
+from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import spec_from_config
 from tests.oracles import hf, mcore
 from tests.oracles.mcore import Layout
@@ -186,14 +186,8 @@ def test_rules_stand_in_the_order_of_megatrons_parameters(family, spec, source_o
     state = torch.load(file, weights_only=False)["model"]
     theirs = [name for name in state if not name.endswith("_extra_state")]
     config = json.loads((source.directory / "config.json").read_text())
-    layout = MCORE_GPT if spec == "te" else MCORE_GPT_LOCAL
-    ours = [
-        name.replace("{layer}", str(layer))
-        for _, layer, rules in layout.expand(spec_from_config(config, config["model_type"]))
-        for rule in rules
-        for name in rule.spellings[0].names
-    ]
-    assert ours == theirs
+    layout = MCORE[f"mcore-{spec}"]
+    assert layout.names(spec_from_config(config, config["model_type"])) == theirs
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2-tied"])

@@ -21,11 +21,15 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     Starcoder2Config,
 )
 
@@ -189,6 +193,41 @@ _OWN_NAMES = frozenset(_SIZES) - {"vocab_size", "bos_token_id", "eos_token_id"}
 _NEOX_NAMES = frozenset({"num_key_value_heads", "rms_norm_eps"})
 
 
+def mixtral(
+    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedConfig:
+    """Write a Mixtral checkpoint with 4 experts, 2 of them for every token."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return _write(MixtralConfig, directory, seed, dtype, sizes | overrides)
+
+
+def qwen2_moe(
+    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedConfig:
+    """Write a Qwen2-MoE checkpoint: bias on q, k and v, and a shared expert with a gate."""
+    sizes = _EXPERTS | {"shared_expert_intermediate_size": 80}
+    return _write(Qwen2MoeConfig, directory, seed, dtype, sizes | overrides)
+
+
+def qwen3_moe(
+    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedConfig:
+    """Write a Qwen3-MoE checkpoint: norms on q and k, and heads of size 16."""
+    sizes = _EXPERTS | {"norm_topk_prob": True, "head_dim": 16}
+    return _write(Qwen3MoeConfig, directory, seed, dtype, sizes | overrides)
+
+
+def olmoe(
+    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedConfig:
+    """Write an OLMoE checkpoint: norms on q and k as wholes."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None}
+    return _write(OlmoeConfig, directory, seed, dtype, sizes | overrides)
+
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+
 def _write(
     config_class: type[PreTrainedConfig],
     directory: Path,
@@ -267,14 +306,16 @@ def mcore_model(
         "normalization": "LayerNorm" if layer_norm else "RMSNorm",
         "layernorm_epsilon": next(getattr(hf, name) for name in norm_names if hasattr(hf, name)),
         "add_bias_linear": layer_norm,
-        "add_qkv_bias": hf.model_type in ("qwen2", "glm"),
-        "qk_layernorm": hf.model_type == "qwen3",
+        "add_qkv_bias": hf.model_type in ("qwen2", "qwen2_moe", "glm"),
+        "qk_layernorm": hf.model_type in ("qwen3", "qwen3_moe"),
         **known[activation],
     }
     if hf.model_type == "gemma":
         config["layernorm_zero_centered_gamma"] = True
     if hf.model_type == "glm":
         config["rotary_interleaved"] = True
+    if hf.model_type in _MIXTURES:
+        config |= _mixture(hf)
     window = getattr(hf, "sliding_window", None)
     if hf.model_type in ("mistral", "phi3", "starcoder2") and window is not None:
         config["window_size"] = (window - 1, 0)  # HF counts the position itself, megatron does not
@@ -292,15 +333,37 @@ def mcore_model(
     return Model(config, gpt, spec, dtype, embedding_scale=scale)
 
 
+_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 _SWIGLU = {"silu": {"activation_func": "silu", "gated_linear_unit": True}}
 # Megatron's kernels of gelu with bias or gate compute the tanh form.
 _FUSED_GELU = {"activation_func": "gelu", "bias_activation_fusion": True}
 _EXACT_GELU = {"activation_func": "gelu", "gated_linear_unit": False}
 _MEGATRON: dict[str, dict[str, dict[str, Any]]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "glm"), _SWIGLU),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "glm", *_MIXTURES), _SWIGLU),
     "gpt2": {"gelu_new": _FUSED_GELU, "gelu": _EXACT_GELU},
     "gpt_neox": {"gelu": _EXACT_GELU},
     "starcoder2": {"gelu_pytorch_tanh": _FUSED_GELU},
     "gemma": {"gelu_pytorch_tanh": {**_FUSED_GELU, "gated_linear_unit": True}},
 }
 """By model_type and activation, what of TransformerConfig decides about the MLP."""
+
+
+def _mixture(hf: PreTrainedConfig) -> dict[str, Any]:
+    """Return TransformerConfig's arguments for the experts of a config."""
+    ffn = hf.intermediate_size if hf.model_type == "mixtral" else hf.moe_intermediate_size
+    normalized = hf.model_type == "mixtral" or hf.norm_topk_prob
+    config = {
+        "num_moe_experts": hf.num_experts,
+        "moe_ffn_hidden_size": ffn,
+        "moe_router_topk": hf.num_experts_per_tok,
+        "moe_router_pre_softmax": not normalized,
+        "moe_token_dispatcher_type": "allgather",
+        "moe_router_load_balancing_type": "none",
+    }
+    dense = getattr(hf, "mlp_only_layers", [])
+    if dense:
+        config["moe_layer_freq"] = [int(n not in dense) for n in range(hf.num_hidden_layers)]
+    if hf.model_type == "qwen2_moe":
+        config["moe_shared_expert_intermediate_size"] = hf.shared_expert_intermediate_size
+        config["moe_shared_expert_gate"] = True
+    return config

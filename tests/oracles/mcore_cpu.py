@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import types
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,20 @@ def _set_rng_state(new_state: torch.Tensor, *_: object, **__: object) -> None:
     torch.set_rng_state(new_state)
 
 
+def _gmm(rows: torch.Tensor, matrices: torch.Tensor, sizes: torch.Tensor, trans_b: bool) -> Any:
+    """Stand for ``grouped_gemm.ops.gmm``: the rows of every expert times its matrix."""
+    assert not trans_b  # megatron never asks for it
+    parts = torch.split(rows, [int(size) for size in sizes])
+    return torch.cat([part @ matrix for part, matrix in zip(parts, matrices, strict=True)])
+
+
+def _register_grouped_gemm() -> None:
+    """Put a stand-in for ``grouped_gemm``, a CUDA extension, into ``sys.modules``."""
+    module = types.ModuleType("grouped_gemm")
+    module.ops = types.SimpleNamespace(gmm=_gmm)  # type: ignore[attr-defined] # all that is used
+    sys.modules["grouped_gemm"] = module
+
+
 def install(*, transformer_engine: bool = False) -> None:
     """Patch torch for CPU-only megatron; do it before the first megatron import.
 
@@ -90,6 +105,7 @@ def install(*, transformer_engine: bool = False) -> None:
 
         te_stand_in.register()
 
+    _register_grouped_gemm()
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

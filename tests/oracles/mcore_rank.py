@@ -6,6 +6,7 @@ Runs in a child forked by `mcore_server`, where megatron is imported with the CP
 from __future__ import annotations
 
 import argparse
+import copy
 import enum
 import hashlib
 import queue
@@ -18,8 +19,12 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.activations import quick_gelu, squared_relu
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
@@ -31,6 +36,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.moe.experts import GroupedMLP
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import (
     MLATransformerConfig,
@@ -138,6 +144,11 @@ def build(model: Model, layout: Layout) -> list[GPTModel]:
         )
         if model.embedding_scale is not None and hasattr(chunk, "embedding"):
             _scale_output(chunk.embedding, model.embedding_scale)
+        for module in chunk.modules():
+            if isinstance(module, GroupedMLP):
+                # Its forward insists on the flag, not on the dtype of weights.
+                module.config = copy.copy(config)
+                module.config.bf16 = True
         chunks.append(chunk.eval())
     return chunks
 
@@ -224,12 +235,24 @@ def _sharded(chunks: list[GPTModel], content_metadata: dict[str, Any]) -> dict[s
 
 
 def _shards(chunks: list[GPTModel], content_metadata: dict[str, Any]) -> Iterator[ShardedTensor]:
-    """Yield every tensor of the chunks with its place in the whole model; data is the live one."""
+    """Yield every tensor of the chunks with its place in the whole model; data is the live one.
+
+    What GroupedMLP's factories build are copies, for its weights are transposed: they are merged
+    back when the caller asks for the next tensor.
+    """
     for leaf in nested_values(_sharded(chunks, content_metadata)):
         if isinstance(leaf, ShardedTensorFactory):
-            yield from (part for part in nested_values(leaf.build()))
+            built = leaf.build()
+            parts = [built] if isinstance(built, ShardedTensor) else nested_values(built)
+            yield from (part for part in parts if isinstance(part, ShardedTensor))
+            leaf.data.copy_(leaf.merge_fn(dict_list_map_outplace(_content, built)))
         elif isinstance(leaf, ShardedTensor):
             yield leaf
+
+
+def _content(part: ShardedTensor | LocalNonpersistentObject) -> Any:
+    """Return what megatron finds in a part's place once it is loaded."""
+    return part.data if isinstance(part, ShardedTensor) else part.unwrap()
 
 
 def _fill(chunks: list[GPTModel], seed: int, content_metadata: dict[str, Any]) -> None:

@@ -117,6 +117,20 @@ COMMON = {
     "multi_latent_attention": False,
     "mtp_num_layers": None,
 }
+MIXTURE = {
+    "num_experts": 4,
+    "moe_ffn_hidden_size": 24,
+    "moe_layer_freq": 1,
+    "moe_router_topk": 2,
+    "moe_router_pre_softmax": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_router_topk_scaling_factor": None,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False,
+}
 # family, changes to the config, changes to the arguments.
 CASES = [
     ("llama", {}, {}),
@@ -156,6 +170,29 @@ CASES = [
         {"add_qkv_bias": True, "window_size": (7, 0), "window_attn_skip_freq": [0, 0, 0, 1]},
     ),
     ("qwen3", {}, {"qk_layernorm": True, "kv_channels": 128}),
+    (
+        "mixtral",
+        {"num_local_experts": 4},
+        MIXTURE | {"moe_ffn_hidden_size": 96, "rotary_base": 1000000},
+    ),
+    (
+        "qwen2_moe",
+        {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
+        MIXTURE
+        | {
+            "add_qkv_bias": True,
+            "moe_router_topk": 3,
+            "moe_router_pre_softmax": True,
+            "moe_shared_expert_intermediate_size": 5632,
+            "moe_shared_expert_gate": True,
+        },
+    ),
+    (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        | {"norm_topk_prob": True, "mlp_only_layers": [0], "decoder_sparse_step": 1},
+        MIXTURE | {"qk_layernorm": True, "moe_layer_freq": [0, 1, 1, 1]},
+    ),
 ]
 
 
@@ -231,6 +268,15 @@ def test_everything_megatron_restores_is_there():
         ({"rotary_interleaved": True}, "glm"),
         ({"rotary_percent": 0.5, "kv_channels": 16}, "phi3"),
         ({"position_embedding_type": "learned_absolute"}, "gpt"),
+        (MIXTURE | {"moe_ffn_hidden_size": None}, "mixtral"),
+        (MIXTURE, "gpt"),  # experts of a size of their own, neither norms nor biases
+        (MIXTURE | {"qk_layernorm": True}, "qwen3_moe"),
+        (MIXTURE | {"moe_ffn_hidden_size": 96, "moe_router_pre_softmax": True}, "gpt"),
+        (MIXTURE | {"qk_layernorm": True, "moe_router_score_function": "sigmoid"}, "gpt"),
+        (
+            MIXTURE | {"qk_layernorm": True, "moe_router_load_balancing_type": "sinkhorn"},
+            "gpt",
+        ),
     ],
 )
 def test_the_family_follows_from_the_switches(changes, family):
@@ -273,6 +319,41 @@ def test_other_megatron_s_spellings_are_read(changes, facts):
     assert {name: getattr(spec, name) for name in facts} == facts
 
 
+@pytest.mark.parametrize(
+    ("frequency", "layers"),
+    [
+        (1, ()),
+        (2, (True, False, True, False)),
+        ([0, 1, 1, 0], (False, True, True, False)),
+        ([1, 1, 1, 1], (True, True, True, True)),
+        ("([0]*1+[1]*3)", (False, True, True, True)),
+        ("[1, 0] * 2", (True, False, True, False)),
+        ("1", ()),
+        (None, ()),
+    ],
+)
+def test_the_pattern_of_mixtures_is_read_and_written(frequency, layers):
+    spec = spec_from_args(COMMON | MIXTURE | {"moe_layer_freq": frequency})
+    assert spec.moe_layers == layers
+    assert spec.homogeneous == (not layers)
+    assert write(spec)["moe_layer_freq"] == ([int(moe) for moe in layers] or 1)
+
+
+@pytest.mark.parametrize(
+    "frequency",
+    ["[1]*3", "[2]*4", "__import__('os').abort()", "[1]*4000000000", "[" * 999, "1.5", [1, 1], 0.5],
+)
+def test_a_pattern_that_is_none_is_refused(frequency):
+    with pytest.raises(SchemaError, match="moe_layer_freq"):
+        spec_from_args(COMMON | MIXTURE | {"moe_layer_freq": frequency})
+
+
+def test_one_expert_per_token_has_no_softmax_of_its_own():
+    spec = small("mixtral", num_local_experts=4, num_experts_per_tok=1)
+    with pytest.raises(SchemaError, match="one expert per token and normalised"):
+        write(spec)
+
+
 def test_missing_args_are_all_named():
     args = {name: value for name, value in COMMON.items() if "epsilon" not in name}
     del args["hidden_size"], args["num_layers"], args["num_query_groups"]
@@ -285,7 +366,7 @@ def test_missing_args_are_all_named():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_experts": 8}, {"multi_latent_attention": True}, {"mtp_num_layers": 1}]
+    "changes", [{"moe_latent_size": 8}, {"multi_latent_attention": True}, {"mtp_num_layers": 1}]
 )
 def test_what_is_not_there_yet_is_named(changes):
     with pytest.raises(SchemaError, match=f"{next(iter(changes))} .* cannot be converted yet"):
@@ -390,3 +471,8 @@ def test_launch_flags_are_what_megatron_does_not_restore():
         *("--use-rope-scaling", "--rope-scaling-factor", "8.0", "--fp16"),
     ]
     assert launch_flags(small("llama", torch_dtype="float32")) == ["--norm-epsilon", "1e-06"]
+    assert "--moe-shared-expert-gate" in launch_flags(small("qwen2_moe"))
+    grouped = replace(small("qwen3_moe"), moe_router_num_groups=4, moe_router_group_topk=2)
+    assert launch_flags(grouped)[-5:-1] == [
+        *("--moe-router-num-groups", "4", "--moe-router-group-topk", "2"),
+    ]

@@ -21,7 +21,16 @@ from ckptx.schemas.hf import (
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2Moe",
+    "qwen3_moe": "Qwen3Moe",
+    "olmoe": "Olmoe",
+}
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -110,6 +119,29 @@ PUBLISHED = {
         head_dim=128, tie_word_embeddings=False, attention_bias=False, max_window_layers=36,
         rope_scaling=None, use_sliding_window=False, sliding_window=None,
     ),
+    "Mixtral-8x7B": published(
+        "mixtral", 4096, 14336, 32, 32, 8, 32000, 32768, 1e-5, 1000000.0,
+        sliding_window=None, num_local_experts=8, num_experts_per_tok=2,
+        tie_word_embeddings=False,
+    ),
+    "Qwen1.5-MoE-A2.7B": published(
+        "qwen2_moe", 2048, 5632, 24, 16, 16, 151936, 8192, 1e-6, 1000000.0,
+        decoder_sparse_step=1, moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
+        num_experts=60, num_experts_per_tok=4, norm_topk_prob=False, max_window_layers=21,
+        tie_word_embeddings=False, **QWEN_OFF,
+    ),
+    "Qwen3-30B-A3B": published(
+        "qwen3_moe", 2048, 6144, 48, 32, 4, 151936, 40960, 1e-6, 1000000.0,
+        head_dim=128, attention_bias=False, decoder_sparse_step=1, mlp_only_layers=[],
+        moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
+        rope_scaling=None, use_sliding_window=False, sliding_window=None, max_window_layers=48,
+        tie_word_embeddings=False,
+    ),
+    "OLMoE-1B-7B": published(
+        "olmoe", 2048, 1024, 16, 16, 16, 50304, 4096, 1e-5, 10000.0,
+        attention_bias=False, clip_qkv=None, norm_topk_prob=False, num_experts=64,
+        num_experts_per_tok=8, rope_scaling=None, tie_word_embeddings=False,
+    ),
 }  # fmt: skip
 
 TINY = {
@@ -153,6 +185,19 @@ VARIANTS = [
         },
     ),
 ]
+MIXTURES = [
+    ("mixtral", {"num_local_experts": 4}),
+    ("mixtral", {"num_experts_per_tok": 3, "sliding_window": 7}),
+    ("qwen2_moe", {"num_experts": 4, "shared_expert_intermediate_size": 48}),
+    ("qwen2_moe", {"norm_topk_prob": True, "mlp_only_layers": [1]}),
+    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+    ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
+    ("qwen3_moe", {"decoder_sparse_step": 2, "norm_topk_prob": True, "head_dim": 24}),
+    ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1]}),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 9}),
+    ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "attention_bias": True}),
+]
+DENSE, VARIANTS = VARIANTS, VARIANTS + MIXTURES
 IDS = [
     f"{family}-{'-'.join(changes) or 'plain'}-{n}" for n, (family, changes) in enumerate(VARIANTS)
 ]
@@ -198,8 +243,27 @@ def meaning(config):
         "layer_types": types,
         "hidden_act": config.hidden_act,
         "attention_dropout": config.attention_dropout,
+        **{name: getattr(config, name, None) for name in ROUTING},
+        "mixtures": mixtures(config),
         "dtype": config.dtype or torch.float32,
     }
+
+
+ROUTING = (
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "norm_topk_prob",
+)
+
+
+def mixtures(config):
+    """The layers with experts, as the decoder layers of Qwen's models decide it."""
+    step = getattr(config, "decoder_sparse_step", 1)
+    layers = range(config.num_hidden_layers)
+    dense = getattr(config, "mlp_only_layers", [])
+    return [n for n in layers if n not in dense and (n + 1) % step == 0]
 
 
 def shapes(config):
@@ -280,7 +344,7 @@ def test_a_synthesised_config_means_what_the_saved_one_means(family, changes, tm
     assert spec_from_config(save(again, tmp_path), family) == spec
 
 
-@pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=IDS)
+@pytest.mark.parametrize(("family", "changes"), DENSE, ids=IDS[: len(DENSE)])
 def test_the_spec_has_the_model_s_parameters(family, changes, tmp_path):
     original = config_of(family, **TINY | changes)
     spec = spec_from_config(save(original, tmp_path), family)
@@ -330,6 +394,56 @@ def test_published_configs_keep_their_meaning(name, tmp_path):
 def test_published_configs_read_as_known(name, facts):
     spec = spec_from_config(PUBLISHED[name], PUBLISHED[name]["model_type"])
     assert {key: getattr(spec, key) for key in facts} == facts
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        (
+            "Mixtral-8x7B",
+            {"num_experts": 8, "moe_ffn_hidden_size": 14336, "moe_router_pre_softmax": False},
+        ),
+        (
+            "Qwen1.5-MoE-A2.7B",
+            {
+                "num_experts": 60,
+                "moe_ffn_hidden_size": 1408,
+                "moe_router_topk": 4,
+                "moe_router_pre_softmax": True,
+                "moe_shared_expert_intermediate_size": 5632,
+                "moe_shared_expert_gate": True,
+                "moe_layers": (),
+            },
+        ),
+        (
+            "Qwen3-30B-A3B",
+            {"num_experts": 128, "moe_router_topk": 8, "moe_router_pre_softmax": False},
+        ),
+    ],
+)
+def test_published_mixtures_read_as_known(name, facts):
+    spec = spec_from_config(PUBLISHED[name], PUBLISHED[name]["model_type"])
+    assert {key: getattr(spec, key) for key in facts} == facts
+
+
+def test_contradictions_of_a_mixture_are_named_and_the_source_wins():
+    config = PUBLISHED["Qwen3-30B-A3B"]
+    trained = replace(
+        spec_from_config(config, "qwen3_moe"),
+        num_experts=64,
+        moe_router_topk=4,
+        moe_router_pre_softmax=True,
+        moe_layers=(False, *[True] * 47),
+    )
+    assert differences(config, trained) == [
+        "num_experts: config 128, source args 64",
+        "num_experts_per_tok: config 8, source args 4",
+        "norm_topk_prob: config True, source args False",
+        "mlp_only_layers: config [], source args [0]",
+    ]
+    merged = merge_config(config, trained)
+    assert differences(merged, trained) == []
+    assert merged["num_local_experts"] == merged["num_experts"] == 64
 
 
 def test_a_contradiction_is_named_and_the_source_wins():
@@ -387,6 +501,9 @@ def test_a_merged_config_takes_biases_windows_and_family():
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"hidden_size": 65, "num_attention_heads": 4}, "does not divide over 4 heads"),
         ({"num_attention_heads": 6, "num_key_value_heads": 4, "head_dim": 8}, "6 heads do not"),
+        ({"num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok 5 of num_experts 4"),
+        ({"num_experts": 4, "num_local_experts": 5}, "contradict each other"),
+        ({"qkv_bias": False}, "qkv_bias is False"),
         (
             {"rope_parameters": {"a": {"rope_theta": 1.0}, "b": {"rope_theta": 2.0}}},
             "differ between layer types",
@@ -394,8 +511,9 @@ def test_a_merged_config_takes_biases_windows_and_family():
     ],
 )
 def test_a_config_that_cannot_be_is_refused(config, message):
+    family = {"num_local_experts": "qwen3_moe", "num_experts": "olmoe", "qkv_bias": "qwen2_moe"}
     with pytest.raises(SchemaError, match=message):
-        spec_from_config(config, "llama")
+        spec_from_config(config, next((family[key] for key in family if key in config), "llama"))
 
 
 def test_an_unknown_family_is_refused():
@@ -415,6 +533,7 @@ def test_an_unknown_family_is_refused():
         ({"rotary_percent": 0.5}, "rotary_percent 0.5"),
         ({"extra": {"sliding_window": 5}}, "sliding windows"),
         ({"extra": {"layernorm_zero_centered_gamma": True}}, "layernorm_zero_centered_gamma"),
+        ({"num_experts": 4, "moe_ffn_hidden_size": 8}, "does not have: experts"),
         ({"family": "gpt", "architecture": "GPTModel"}, "no Hugging Face family"),
     ],
 )
@@ -423,6 +542,27 @@ def test_what_a_family_cannot_say_is_refused(changes, message):
     for refuse in (check, config_from_spec, lambda spec: merge_config({}, spec)):
         with pytest.raises(SchemaError, match=message):
             refuse(spec)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mixtral", {"moe_router_pre_softmax": True}, "do not add up to one"),
+        ("mixtral", {"moe_layers": (False, *[True] * 31)}, "dense layers between mixtures"),
+        ("mixtral", {"moe_ffn_hidden_size": 8}, "experts of a size of their own"),
+        ("mixtral", {"num_experts": None}, "no experts"),
+        ("qwen3_moe", {"moe_router_enable_expert_bias": True}, "expert biases"),
+        ("qwen3_moe", {"moe_router_score_function": "sigmoid"}, "sigmoid scores"),
+        ("qwen3_moe", {"moe_router_group_topk": 2}, "groups of experts"),
+        ("qwen3_moe", {"moe_router_topk_scaling_factor": 2.5}, "scaled probabilities"),
+        ("qwen3_moe", {"moe_shared_expert_intermediate_size": 8}, "a shared expert"),
+        ("qwen2_moe", {"moe_shared_expert_gate": False}, "a shared expert without a gate"),
+        ("qwen2_moe", {"extra": {"moe_router_load_balancing_type": "sinkhorn"}}, "sinkhorn"),
+    ],
+)
+def test_what_a_mixture_cannot_say_is_refused(family, changes, message):
+    with pytest.raises(SchemaError, match=message):
+        config_from_spec(replace(spec_from_config({}, family), **changes))
 
 
 def test_an_unknown_vocabulary_is_refused():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ckptx import manager
 from ckptx.schemas.hf import spec_from_config
 from ckptx.testing.contracts import SchemaTests
-from ckptx.testing.models import MODELS, TinyModel, tiny
+from ckptx.testing.models import MIXTURES, MODELS, OLMOE, TinyModel, tiny
 
 from .dense import CONFIGS
 
@@ -14,7 +14,10 @@ class TestLayouts(SchemaTests):
     families = tuple(manager.families().values())
     models = (
         *MODELS,
+        *MIXTURES,
+        OLMOE,
         tiny("gpt"),
+        tiny("gpt", num_experts=4, moe_ffn_hidden_size=24, activation="swiglu"),
         tiny("gpt", tied=True, position_embedding_type="rope", activation="swiglu"),
         tiny("gpt", qk_layernorm=True, add_bias_linear=False, add_qkv_bias=True),
         *(

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from ckptx.errors import PlanError
-from ckptx.parallel import Chunk, Pipeline, describe
+from ckptx.parallel import Chunk, Pipeline, describe, stage_ranks
+from ckptx.schema import Rank
 
 
 def layers(pipeline: Pipeline, num_layers: int) -> dict[tuple[int, int], list[int]]:
@@ -236,3 +237,33 @@ def test_chunks_are_those_of_megatron_core(pipeline):
             accepted += 1
             assert layers(pipeline, num_layers) == expected
     assert accepted or set(pipeline.layout or "") & set("( *")
+
+
+def test_an_expert_rank_follows_from_the_rank_not_from_its_tensor_rank():
+    """What Megatron wrote at TP2 EP2 ETP1: tensor rank 0 has expert rank 0, and 1 has 1."""
+    assert stage_ranks(2, 2, 1) == [Rank(2, 0, 2, 0, 1, 0), Rank(2, 1, 2, 1, 1, 0)]
+    assert stage_ranks(2) == [Rank(2, 0, 1, 0, 2, 0), Rank(2, 1, 1, 0, 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("tp", "ep", "etp"),
+    [(1, 1, 1), (4, 1, 4), (1, 4, 1), (2, 2, 2), (2, 2, 1), (2, 4, 1), (4, 2, 2), (1, 2, 2)]
+    + [(2, 1, 1), (4, 2, 1), (8, 4, 2), (3, 2, 1), (2, 3, 1)],
+)
+def test_ranks_are_those_of_megatron_core(tp, ep, etp):
+    pytest.importorskip("megatron.core")
+    from megatron.core.parallel_state import RankGenerator
+
+    ranks = stage_ranks(tp, ep, etp)
+    world, order = len(ranks), "tp-cp-ep-dp-pp"
+    dense = RankGenerator(tp=tp, ep=1, dp=world // tp, pp=1, cp=1, order=order)
+    experts = RankGenerator(tp=etp, ep=ep, dp=world // (etp * ep), pp=1, cp=1, order=order)
+
+    def places(generator, kind):
+        groups = generator.get_ranks(kind)
+        return {rank: group.index(rank) for group in groups for rank in group}
+
+    wanted = places(dense, "tp"), places(experts, "ep"), places(experts, "tp")
+    for number, rank in enumerate(ranks):
+        assert (rank.tp, rank.ep, rank.etp) == (tp, ep, etp)
+        assert (rank.tp_rank, rank.ep_rank, rank.etp_rank) == tuple(w[number] for w in wanted)

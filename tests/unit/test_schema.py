@@ -10,21 +10,29 @@ import torch
 
 from ckptx.errors import PlanError, SchemaError
 from ckptx.lazy import LazyTensor, Replicated, stored
+from ckptx.parallel import stage_ranks
 from ckptx.reader import read
 from ckptx.schema import (
+    EXPERT_GLU,
     FUSED_QKV,
     GLU,
+    GROUPED_FC1,
+    GROUPED_FC2,
     QKV,
     ROTARY_PAIRS,
     SAME,
     Family,
     Layout,
+    Rank,
     Section,
+    Shards,
     Taker,
     Transposed,
     chain,
     check_message,
+    each,
     give,
+    in_module_order,
     place,
     rule,
 )
@@ -84,7 +92,7 @@ def test_query_key_and_value_of_a_rank_are_those_of_its_groups(store, tp):
     fused, parts = qkv()
     message = {"qkv weight": store.put(fused)}
     for rank in range(tp):
-        named = give([APART], message, SPEC, 3, tp, rank)
+        named = give([APART], message, SPEC, 3, Rank(tp, rank))
         for name, part in zip("qkv", parts, strict=True):
             assert torch.equal(store.get(named[f"layers.3.{name}"]), part.chunk(tp)[rank])
 
@@ -143,7 +151,7 @@ def test_a_gated_shard_holds_its_gate_then_its_up(store, tp):
     message = {"mlp l0 weight W": store.put(gate), "mlp l0 weight V": store.put(up)}
     shards = []
     for rank in range(tp):
-        named = give([GATED], message, SPEC, 1, tp, rank)
+        named = give([GATED], message, SPEC, 1, Rank(tp, rank))
         expected = torch.cat([gate.chunk(tp)[rank], up.chunk(tp)[rank]])
         assert torch.equal(store.get(named["layers.1.fc1"]), expected)
         shards.append({"layers.1.fc1": store.put(expected)})
@@ -162,10 +170,9 @@ def test_chunks_placed_in_a_global_tensor_fill_it(store, tp):
     }
     found = {"layers.0.fc1": torch.zeros(2 * FFN, HIDDEN), "layers.0.fc2": torch.zeros(HIDDEN, FFN)}
     for rank in range(tp):
-        for placed in place([GATED, DOWN], message, SPEC, 0, tp, rank):
+        for placed in place([GATED, DOWN], message, SPEC, 0, Rank(tp, rank)):
             whole = found[placed.name]
             assert placed.global_shape == tuple(whole.shape)
-            assert not placed.replicated
             part = store.get(placed.tensor)
             where = tuple(slice(o, o + n) for o, n in zip(placed.origin, part.shape, strict=True))
             assert not whole[where].any()
@@ -179,8 +186,8 @@ def test_replicated_tensors_are_copies_and_placed_whole(store):
     shards = [{"layers.0.norm": store.put(norm)} for _ in range(2)]
     taken = Taker(LAYOUT, SPEC).take([NORM], shards, 0)
     assert isinstance(taken["norm"], Replicated)
-    (placed,) = place([NORM], taken, SPEC, 0, tp=2, rank=1)
-    assert (placed.origin, placed.global_shape, placed.replicated) == ((0,), (HIDDEN,), True)
+    (placed,) = place([NORM], taken, SPEC, 0, Rank(2, 1))
+    assert (placed.origin, placed.global_shape) == ((0,), (HIDDEN,))
 
 
 def test_other_spellings_are_read_and_the_first_is_written(store):
@@ -238,13 +245,13 @@ def test_a_tensor_that_does_not_divide_is_refused(entry, tp):
     message = {"mlp l1 weight": stored(0, 0, "float32", (6, 10))}
     message["qkv weight"] = stored(0, 0, "float32", (32, 6))
     with pytest.raises(PlanError, match=f"does not divide over tensor-parallel size {tp}"):
-        give([entry], message, SPEC, 0, tp, 0)
+        give([entry], message, SPEC, 0, Rank(tp, 0))
 
 
 def test_query_groups_that_do_not_divide_are_refused():
     message = {"qkv weight": stored(0, 0, "float32", (32, 6))}
     with pytest.raises(SchemaError, match="4 query groups do not divide over 8 ranks"):
-        give([APART], message, SPEC, 0, 8, 0)
+        give([APART], message, SPEC, 0, Rank(8, 0))
 
 
 def test_separate_query_key_and_value_have_no_place_in_one_tensor():
@@ -310,3 +317,125 @@ def test_a_family_says_why_it_lacks_a_layout():
         family.layout("mcore")
     with pytest.raises(SchemaError, match="cannot be named that way"):
         family.layout("legacy")
+
+
+EXPERTS, EXPERT_FFN = 4, 8
+MIXTURE = replace(SPEC, num_experts=EXPERTS, moe_ffn_hidden_size=EXPERT_FFN)
+BOTH = ["mlp l0 weight W", "mlp l0 weight V"]
+CUT = {"ep": 0, "tp": 1}
+HALVES = rule(BOTH, ["e.{expert}.gate", "e.{expert}.up"], each(width=2), **CUT)
+FC1 = {
+    "apart": rule(BOTH, "e.{expert}.fc1", each(GLU), **CUT),
+    "halves": HALVES,
+    "one tensor": rule(BOTH, "fc1", EXPERT_GLU, **CUT),
+    "grouped": rule(BOTH, "weight1", GROUPED_FC1, **CUT),
+}
+FC2 = {
+    "apart": rule("mlp l1 weight", "e.{expert}.fc2", each(), ep=0, tp=2),
+    "one tensor": rule("mlp l1 weight", "fc2", ep=0, tp=2),
+    "grouped": rule("mlp l1 weight", "weight2", GROUPED_FC2, ep=0, tp=2),
+}
+SIZES = [(1, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 2), (2, 2, 1), (4, 2, 2), (2, 4, 1), (4, 1, 1)]
+
+
+def experts() -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    return {
+        "mlp l0 weight W": torch.randn(EXPERTS, EXPERT_FFN, HIDDEN),
+        "mlp l0 weight V": torch.randn(EXPERTS, EXPERT_FFN, HIDDEN),
+        "mlp l1 weight": torch.randn(EXPERTS, HIDDEN, EXPERT_FFN),
+    }
+
+
+def held_by(eager: dict[str, torch.Tensor], rank: Rank) -> dict[str, torch.Tensor]:
+    """What a rank holds under every name of `FC1` and `FC2`, by torch alone."""
+    gate, up, down = (
+        eager[key].chunk(rank.ep)[rank.ep_rank].chunk(rank.etp, axis)[rank.etp_rank]
+        for key, axis in zip((*BOTH, "mlp l1 weight"), (1, 1, 2), strict=True)
+    )
+    found = {"fc1": torch.cat([gate, up], 1), "fc2": down}
+    for e in range(len(gate)):
+        found |= {f"e.{e}.fc1": torch.cat([gate[e], up[e]]), f"e.{e}.fc2": down[e]}
+        found |= {f"e.{e}.gate": gate[e], f"e.{e}.up": up[e]}
+    # Megatron's GroupedMLP multiplies rows by ``weight1.view(experts, hidden, -1)``, and by
+    # ``weight2.view(experts, -1, hidden)``.
+    blocks = torch.stack([torch.cat([g, u]).T for g, u in zip(gate, up, strict=True)])
+    found["weight1"] = blocks.contiguous().view(HIDDEN, -1)
+    found["weight2"] = torch.stack([one.T for one in down]).contiguous().view(-1, HIDDEN)
+    return found
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("entry", [*FC1.values(), *FC2.values()], ids=lambda e: e.keys[0])
+def test_every_rank_holds_its_part_of_its_experts(entry, sizes, store):
+    eager, ranks = experts(), stage_ranks(*sizes)
+    message = {key: store.put(tensor) for key, tensor in eager.items()}
+    shards = []
+    for rank in ranks:
+        wanted = held_by(eager, rank)
+        named = give([entry], message, MIXTURE, 0, rank)
+        assert named
+        for name, tensor in named.items():
+            assert torch.equal(store.get(tensor), wanted[name])
+        shards.append({name: store.put(wanted[name].contiguous()) for name in named})
+    taker = Taker(LAYOUT, MIXTURE)
+    taken = taker.take([entry], Shards.of_grid(shards, ranks), 0)
+    assert not any(shards)
+    for key in entry.keys:
+        assert torch.equal(store.get(taken[key]), eager[key])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_chunks_of_experts_fill_their_tensor_one_expert_each(sizes, store):
+    eager = experts()
+    message = {key: store.put(tensor) for key, tensor in eager.items()}
+    found = {"fc1": torch.zeros(EXPERTS, 2 * EXPERT_FFN, HIDDEN)}
+    found["fc2"] = torch.zeros(EXPERTS, HIDDEN, EXPERT_FFN)
+    for rank in stage_ranks(*sizes):
+        rules = [FC1["one tensor"], FC2["one tensor"]]
+        for placed in place(rules, message, MIXTURE, 0, rank):
+            part = store.get(placed.tensor)
+            assert len(part) == 1
+            assert placed.global_shape == tuple(found[placed.name].shape)
+            where = tuple(slice(o, o + n) for o, n in zip(placed.origin, part.shape, strict=True))
+            found[placed.name][where] = part
+    whole = torch.cat([eager[key] for key in BOTH], 1)
+    assert torch.equal(found["fc1"], whole)
+    assert torch.equal(found["fc2"], eager["mlp l1 weight"])
+
+
+def test_dense_tensors_of_expert_ranks_are_copies(store):
+    norm, ranks = torch.randn(HIDDEN), stage_ranks(2, 4, 1)
+    shards = [{"layers.0.norm": store.put(norm)} for _ in ranks]
+    taken = Taker(LAYOUT, MIXTURE).take([NORM], Shards.of_grid(shards, ranks), 0)
+    assert isinstance(taken["norm"], Replicated)
+    assert not any(shards)
+
+
+def test_missing_experts_are_named_by_the_number_in_their_shard(store):
+    shards = [{"e.0.fc2": store.put(torch.zeros(HIDDEN, EXPERT_FFN))} for _ in range(2)]
+    taker = Taker(LAYOUT, MIXTURE)
+    taker.take([FC2["apart"]], Shards.of_grid(shards, stage_ranks(1, 2, 1)), 0, "rank: ")
+    with pytest.raises(SchemaError, match=r"1 tensor is missing: 'rank: e.1.fc2'"):
+        taker.finish([])
+
+
+def test_experts_that_do_not_divide_are_refused():
+    message = {"mlp l1 weight": stored(0, 0, "float32", (3, HIDDEN, 9))}
+    for rank, kind in ((Rank(ep=2), "expert-parallel size 2"), (Rank(etp=2), "expert-tensor-")):
+        with pytest.raises(PlanError, match=f"does not divide over {kind}"):
+            give([FC2["one tensor"]], message, MIXTURE, 0, rank)
+
+
+def test_module_order_is_that_of_torch():
+    class Expert(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+
+    model = torch.nn.ModuleDict({"a": Expert(), "e": torch.nn.ModuleList([Expert(), Expert()])})
+    order = list(model.state_dict())
+    shuffled = sorted(order, key=lambda name: (name[0], name.rpartition("fc")[2]))
+    by_kind = [name for kind in ("1.w", "1.b", "2.w", "2.b") for name in shuffled if kind in name]
+    assert by_kind != order
+    assert in_module_order(by_kind) == order

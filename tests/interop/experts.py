@@ -1,0 +1,76 @@
+"""Mixtures of experts: the models, the layouts they are cut to, and Megatron's ways to hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tests.oracles import hf
+from tests.oracles.mcore import Layout, Model
+
+from .conversion import Source, sizes
+
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mixtral": (hf.mixtral, {}),
+    "mixtral-3of4": (hf.mixtral, {"num_experts_per_tok": 3, "num_key_value_heads": 2}),
+    "qwen2_moe": (hf.qwen2_moe, {}),
+    "qwen2_moe-normalised": (hf.qwen2_moe, {"norm_topk_prob": True, "tie_word_embeddings": True}),
+    "qwen2_moe-mixed": (hf.qwen2_moe, {"mlp_only_layers": [1, 3]}),
+    "qwen3_moe": (hf.qwen3_moe, {}),
+    "qwen3_moe-unnormalised": (hf.qwen3_moe, {"norm_topk_prob": False}),
+    "qwen3_moe-mixed": (hf.qwen3_moe, {"mlp_only_layers": [0], "tie_word_embeddings": True}),
+}
+THOROUGH = ("mixtral", "qwen2_moe-mixed")
+
+LAYOUTS = {
+    "tp1": Layout(),
+    "ep2": Layout(ep=2),
+    "ep4": Layout(ep=4),
+    "tp2": Layout(tp=2),
+    "tp2-ep2": Layout(tp=2, ep=2),
+    "tp2-ep2-etp1": Layout(tp=2, ep=2, etp=1),
+    "tp2-pp2-ep2-etp1": Layout(tp=2, pp=2, ep=2, etp=1),
+    "tp2-ep4-etp1": Layout(tp=2, ep=4, etp=1),
+    "pp2-ep2": Layout(pp=2, ep=2),
+    "pp2-vpp2-ep2": Layout(pp=2, vpp=2, ep=2),
+    "tp4-ep2-etp2": Layout(tp=4, ep=2, etp=2),
+    "pp2-first1-ep4": Layout(pp=2, first=1, ep=4),
+}
+DISTRIBUTED_ONLY = {"ep2-etp2": Layout(ep=2, etp=2)}
+"""Several ranks would write files of one name."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A spec of Megatron's and how it holds its experts."""
+
+    spec: str
+    grouped: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The saver's options for it."""
+        impl = {"te": "transformer_engine", "local": "local"}[self.spec]
+        return {"saver_transformer_impl": impl, "moe_grouped_gemm": self.grouped}
+
+    def model(self, source: Source, layout: Layout) -> Model:
+        """The Megatron model with the numbers of a source."""
+        model = source.megatron(self.spec, layout)
+        return replace(model, config={**model.config, "moe_grouped_gemm": self.grouped})
+
+
+KINDS = {
+    "te": Kind("te", False),
+    "te-grouped": Kind("te", True),
+    "local": Kind("local", False),
+    "local-grouped": Kind("local", True),
+}
+
+
+def expert_sizes(layout: Layout) -> dict[str, Any]:
+    """The options of the core saver that ask for a layout."""
+    return {
+        **sizes(layout),
+        "target_expert_parallel_size": layout.ep,
+        "target_expert_tensor_parallel_size": layout.etp,
+    }
