@@ -24,6 +24,12 @@ from ckptx.report import Facts
 from ckptx.spec import ModelSpec
 from ckptx.spool import Spool
 
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
 _ORDER = ("embeddings", "transformer layer", "final norm", "output layer", "pooler", "lm head")
 
 
@@ -252,7 +258,7 @@ def spec_of(metadata: Any, messages: list[Tensors]) -> ModelSpec:
     """Return the model dimensions of a metadata namespace; tensors tell what it leaves out.
 
     The protocol names no family. A gated model with RMS norms is taken for a Llama, or for the Qwen
-    that has its query, key and value biases or norms.
+    that has its query, key and value biases or norms; with experts for a Mixtral.
     """
     args = getattr(metadata, "checkpoint_args", None) or SimpleNamespace()
     get = _lookup(metadata, args)
@@ -263,11 +269,15 @@ def spec_of(metadata: Any, messages: list[Tensors]) -> ModelSpec:
     bias = bool(getattr(metadata, "qkv_bias", False))
     rms = not getattr(metadata, "norm_has_bias", get("normalization", "RMSNorm") == "LayerNorm")
     family = "qwen3" if qk_norm else "qwen2" if bias else "llama"
-    architecture = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    experts = get("num_experts", None) or None
     known = swiglu and rms and not getattr(metadata, "linear_bias", False)
+    if experts:
+        known = known and family == "llama"
+        family = "mixtral"
+    architecture = _ARCHITECTURES[family]
     return ModelSpec(
         family=family if known else "",
-        architecture=f"{architecture}ForCausalLM" if known else "",
+        architecture=architecture if known else "",
         num_layers=metadata.num_layers,
         hidden_size=hidden,
         ffn_hidden_size=get("ffn_hidden_size", None) or shapes.get("mlp l1 weight", (0, 0))[-1],
@@ -287,6 +297,9 @@ def spec_of(metadata: Any, messages: list[Tensors]) -> ModelSpec:
         qk_layernorm=qk_norm,
         tied=not getattr(metadata, "output_layer", True),
         dtype=str(getattr(metadata, "params_dtype", "bfloat16")).removeprefix("torch."),
+        num_experts=experts,
+        moe_ffn_hidden_size=shapes.get("mlp l1 weight", (None,))[-1] if experts else None,
+        moe_router_topk=get("moe_router_topk", 2),
     )
 
 
@@ -354,7 +367,9 @@ def _arguments(spec: ModelSpec, begin: Begin) -> dict[str, Any]:
         "make_vocab_size_divisible_by": 128,
         "tokenizer_type": "HuggingFaceTokenizer",
         "bert_binary_head": False,
-        "num_experts": None,
+        "num_experts": spec.num_experts,
+        "moe_ffn_hidden_size": spec.moe_ffn_hidden_size,
+        "moe_router_topk": spec.moe_router_topk,
         "sequence_parallel": False,
         "apply_query_key_layer_scaling": False,
         "fp16": spec.dtype == "float16",

@@ -245,7 +245,8 @@ def messages() -> str:
 def canonical_names() -> str:
     """Return the messages of the vocabulary and the keys of each."""
     blocks = []
-    for message, keys in vocabulary.MESSAGES.items():
+    layer = f"{vocabulary.LAYER}N, where it is a mixture of experts"
+    for message, keys in (*vocabulary.MESSAGES.items(), (layer, vocabulary.EXPERTS)):
         rows = [
             (
                 f"`{key.name}`",

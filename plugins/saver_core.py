@@ -122,8 +122,10 @@ class CoreSaver:
             args["tokenizer_model"] = options["tokenizer_model"]
         number = 0 if iteration == "release" else int(iteration)
         args |= _expert_args(spec, ep, etp, style, options)
-        stage = stage_ranks if ckpt_format == "torch_dist" else ranks.stored_ranks
-        target = distributed.Target(layout, style, stage(tp, ep, etp), chunks, args, number)
+        stored = stage_ranks if ckpt_format == "torch_dist" else ranks.stored_ranks
+        stage = stored(tp, ep, etp)
+        args |= {"world_size": len(stage) * pipeline.pp, "data_parallel_size": len(stage) // tp}
+        target = distributed.Target(layout, style, stage, chunks, args, number)
         files = (
             distributed.plan(model, target)
             if ckpt_format == "torch_dist"

@@ -175,13 +175,11 @@ class TinyModel:
     def _experts(self, prefix: str) -> Iterator[tuple[str, NDArray[Any]]]:
         """Yield the tensors of a mixture, named as its family's files name them."""
         spec, hidden = self.spec, self.spec.hidden_size
-        assert spec.num_experts and spec.moe_ffn_hidden_size, "a mixture has experts"
+        count, ffn = spec.num_experts or 0, spec.moe_ffn_hidden_size or 0
         place = prefix + ("block_sparse_moe." if spec.family == "mixtral" else "mlp.")
         gate, up, down = _EXPERT_PARTS[spec.family == "mixtral"]
-        yield from self._tag(f"{place}gate", [spec.num_experts, hidden])
-        sizes = [
-            (f"{place}experts.{e}.", spec.moe_ffn_hidden_size) for e in range(spec.num_experts)
-        ]
+        yield from self._tag(f"{place}gate", [count, hidden])
+        sizes = [(f"{place}experts.{expert}.", ffn) for expert in range(count)]
         if spec.moe_shared_expert_intermediate_size:
             sizes.append((f"{place}shared_expert.", spec.moe_shared_expert_intermediate_size))
         for name, size in sizes:

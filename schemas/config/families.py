@@ -3,8 +3,8 @@
 Those defaults that matter here are the same in 4.x and 5.x.
 
 Source: huggingface/transformers src/transformers/models/{llama,mistral,qwen2,qwen3,gpt2,gpt_neox,
-phi3,gemma,gemma2,starcoder2,glm,glm4,olmo2,mixtral,qwen2_moe,qwen3_moe,olmoe}/configuration_*.py and
-modeling_*.py @ v5.23.0.
+phi3,gemma,gemma2,starcoder2,glm,glm4,olmo2,mixtral,qwen2_moe,qwen3_moe,olmoe}/configuration_*.py
+and modeling_*.py @ v5.23.0.
 """
 
 from __future__ import annotations

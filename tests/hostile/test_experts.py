@@ -112,8 +112,8 @@ def test_copies_of_dense_tensors_that_differ(user, ranks):
 
 
 def test_pattern_of_layers_that_is_code(user, ranks):
+    pattern = "__import__('os').abort()"
     for file in ranks.rglob("*.pt"):
-        pattern = "__import__('os').abort()"
         change(file, lambda state: vars(state["args"]).update(moe_layer_freq=pattern))
     assert "moe_layer_freq" in user.cannot_convert("hf")
 

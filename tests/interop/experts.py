@@ -1,4 +1,4 @@
-"""Mixtures of experts: the models, the layouts they are cut to, and Megatron's ways to hold them."""
+"""Mixtures of experts: models, the layouts they are cut to, Megatron's ways to hold them."""
 
 from __future__ import annotations
 

@@ -134,8 +134,8 @@ def test_sizes_whose_ranks_share_a_name_are_for_torch_dist(layout, source_of, tm
     model = KINDS["te-grouped"].model(source, layout)
     found = mcore.read(model, layout, tmp_path / "core", source.tokens)
     assert difference(found[..., :131], source.logits) <= CLOSE
+    options = {"ckpt_format": "torch", **expert_sizes(layout)}
     with pytest.raises(PlanError, match="names the files of several ranks alike"):
-        options = {"ckpt_format": "torch", **expert_sizes(layout)}
         convert(source.directory, tmp_path / "ranks", "core", **options)
 
 

@@ -247,8 +247,10 @@ def test_an_expert_rank_follows_from_the_rank_not_from_its_tensor_rank():
 
 @pytest.mark.parametrize(
     ("tp", "ep", "etp"),
-    [(1, 1, 1), (4, 1, 4), (1, 4, 1), (2, 2, 2), (2, 2, 1), (2, 4, 1), (4, 2, 2), (1, 2, 2)]
-    + [(2, 1, 1), (4, 2, 1), (8, 4, 2), (3, 2, 1), (2, 3, 1)],
+    [
+        *[(1, 1, 1), (4, 1, 4), (1, 4, 1), (2, 2, 2), (2, 2, 1), (2, 4, 1), (4, 2, 2)],
+        *[(1, 2, 2), (2, 1, 1), (4, 2, 1), (8, 4, 2), (3, 2, 1), (2, 3, 1)],
+    ],
 )
 def test_ranks_are_those_of_megatron_core(tp, ep, etp):
     pytest.importorskip("megatron.core")
