@@ -103,7 +103,8 @@ def parallel_options() -> list[click.Option]:
         click.Option(
             ["--target-expert-tensor-parallel-size", "--etp"],
             type=size,
-            help="Tensor-parallel ranks of every expert.  [default: TP]",
+            help="Tensor-parallel ranks of every expert.  [default: the source's while TP stays, "
+            "else TP]",
         ),
         click.Option(
             ["--decoder-first-pipeline-num-layers"], type=size, help="Layers of the first stage."

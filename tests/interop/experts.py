@@ -72,5 +72,6 @@ def expert_sizes(layout: Layout) -> dict[str, Any]:
     return {
         **sizes(layout),
         "target_expert_parallel_size": layout.ep,
-        "target_expert_tensor_parallel_size": layout.etp,
+        # Megatron's default, said: ours is the source's own while TP stays.
+        "target_expert_tensor_parallel_size": layout.etp or layout.tp,
     }
