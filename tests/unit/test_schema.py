@@ -128,7 +128,7 @@ def test_neighbouring_rows_of_a_head_rotate_together(store, tp):
         assert torch.equal(store.get(halves[f"layers.0.{name}"]), expected)
     assert torch.equal(store.get(halves["layers.0.v"]), parts[2])
     for rank in range(tp):
-        back = give([pairs], canonical, spec, 0, tp, rank)
+        back = give([pairs], canonical, spec, 0, Rank(tp, rank))
         for name, part in zip("qkv", parts, strict=True):
             assert torch.equal(store.get(back[f"layers.0.{name}"]), part.chunk(tp)[rank])
         if tp == 1:
