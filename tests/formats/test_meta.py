@@ -352,13 +352,13 @@ def test_flags_of_megatron(tmp_path):
     directory = write_meta(tmp_path / "meta", LLAMAS[0])
     tokenizer = tmp_path / "tokenizer.model"
     tokenizer.write_bytes(b"sentencepiece")
-    more = {"tokenizer_model": str(tokenizer), "true_vocab_size": 39, "fp16": True}
+    more = {"tokenizer_model": str(tokenizer), "true_vocab_size": 40, "fp16": True}
     sent = megatron(directory, model_size="llama3", **more)
     begin = sent[0]
     assert isinstance(begin, Begin)
     assert begin.sidecars["tokenizer.model"] == b"sentencepiece"
     spec = begin.parts["language"]
-    assert (spec.vocab_size, spec.dtype) == (39, "float16")
+    assert (spec.vocab_size, spec.dtype) == (40, "float16")
     assert {array.dtype.name for keys in values(sent).values() for array in keys.values()} == {
         "float16"
     }
