@@ -69,8 +69,9 @@ class Loader:
         yield Begin("fake", "fake", {}, (str(source / "data.bin"),), sources, root=str(source))
         if fault == "lambda":
             yield Tensors("passthrough", {"f": lambda: 0})
-        while fault == "endless":
+        if fault == "endless":
             (source.parent / "endless.pid").write_text(str(os.getpid()))
+        while fault == "endless":
             yield Tensors("padding", {})
         for name, tensor in tensors.items():
             yield Tensors("passthrough", {name: tensor})
@@ -181,8 +182,15 @@ class Scene:
     def pid(self, fault: str) -> int:
         """Wait until a child is at its fault; return its process."""
         path = self.root / f"{fault}.pid"
-        wait_for(lambda: path.exists() and path.read_text())
-        return int(path.read_text())
+        found = ""
+
+        def written() -> bool:
+            nonlocal found
+            found = path.read_text() if path.exists() else ""
+            return found.isdigit()
+
+        wait_for(written)
+        return int(found)
 
     def assert_clean(self) -> None:
         """Check that nothing is left at the target."""
