@@ -30,6 +30,7 @@ from ckptx.errors import ConversionError, PlanError
 from ckptx.lazy import ITEMSIZE, Cast, LazyTensor, Stored
 from ckptx.pieces import flat_boxes, pieces
 from ckptx.plan import Crc32, FilePlan, Region, SavePlan
+from ckptx.publish import sync_directory
 from ckptx.reader import WINDOW, Files, Gather
 from ckptx.replicas import check_replicas
 
@@ -430,15 +431,6 @@ def _sync_directories(directory: Path, outputs: Sequence[_Output]) -> None:
             parent = parent.parent
     for folder in folders:
         sync_directory(folder)
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _states(files: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,7 @@ from ckptx.parallel import Pipeline
 from ckptx.plugin import Loader
 from ckptx.plugins.megatron import directory, distributed, ranks
 from ckptx.plugins.megatron.options import (
+    CAPABILITIES,
     transformer_impl_option,
     true_vocab_size,
     vocabulary_options,
@@ -31,16 +32,7 @@ class CoreLoader:
     """Reads what Megatron Core writes, at any tensor and pipeline parallel size."""
 
     name = "core"
-    capabilities: Mapping[str, Any] = {
-        "formats": ["torch_dist", "torch"],
-        "layouts": ["mcore"],
-        "tp": True,
-        "pp": True,
-        "vpp": True,
-        "ep": True,
-        "optimizer": False,
-        "lossless": True,
-    }
+    capabilities = CAPABILITIES
 
     def options(self) -> list[click.Option]:
         """Return the options for the vocabulary."""

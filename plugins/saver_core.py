@@ -22,6 +22,7 @@ from ckptx.plugins.megatron.directory import (
     parse_iteration,
 )
 from ckptx.plugins.megatron.options import (
+    CAPABILITIES,
     parallel_options,
     tokenizer_model_option,
     transformer_impl_option,
@@ -50,16 +51,7 @@ class CoreSaver:
     """Writes what Megatron Core loads with ``--use-checkpoint-args``."""
 
     name = "core"
-    capabilities: Mapping[str, Any] = {
-        "formats": ["torch_dist", "torch"],
-        "layouts": ["mcore"],
-        "tp": True,
-        "pp": True,
-        "vpp": True,
-        "ep": True,
-        "optimizer": False,
-        "lossless": True,
-    }
+    capabilities = CAPABILITIES
 
     def options(self) -> list[click.Option]:
         """Return the options for format, parallel layout and vocabulary."""

@@ -11,6 +11,18 @@ import click
 
 from ckptx.errors import FormatError, PlanError
 
+CAPABILITIES: Mapping[str, Any] = {
+    "formats": ["torch_dist", "torch"],
+    "layouts": ["mcore"],
+    "tp": True,
+    "pp": True,
+    "vpp": True,
+    "ep": True,
+    "optimizer": False,
+    "lossless": True,
+}
+"""What both the loader and the saver of Megatron Core's checkpoints can do."""
+
 
 def vocabulary_options() -> list[click.Option]:
     """Return the options that give the true vocabulary; loader and saver declare them alike."""
