@@ -91,6 +91,8 @@ def named_tensors(
     named: dict[str, LazyTensor] = {}
     for message, layer, rules in layout.expand(model.spec):
         named.update(give(rules, model.messages[message], model.spec, layer))
+    for message, key, name in layout.copies_of(model.spec):
+        named[name] = model.messages[message][key]
     return named, dropped
 
 

@@ -97,7 +97,7 @@ class CoreSaver:
         padded = _padded_rows(model, true_rows, multiple, tp)
         dropped = _repad(model, true_rows, padded)
         iteration = _iteration(model, options)
-        chunks = pipeline.chunks(spec.num_layers)
+        chunks = pipeline.chunks(spec.num_layers, spec.mtp_num_layers)
         args = args_from_spec(
             spec,
             tp=tp,

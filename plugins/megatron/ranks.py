@@ -28,6 +28,7 @@ from ckptx.saving import Model
 from ckptx.schema import Rank, Shards, Taker, give
 from ckptx.schemas.core import MCORE_GPT, TIED_COPY, extra_states
 from ckptx.spec import ModelSpec
+from ckptx.vocabulary import layer_of
 
 _SAME = (
     "tensor_model_parallel_size",
@@ -168,11 +169,9 @@ def _state_dict(model: Model, target: Target, chunk: Chunk, rank: Rank) -> dict[
     spec = model.spec
     named: dict[str, Any] = {}
     for message, layer, rules in target.layout.expand(spec):
-        if layer is None and message == "output layer":
+        if message == "output layer" or not _stores(chunk, message, layer):
             continue
-        if not holds(chunk, message, layer):
-            continue
-        local = None if layer is None else chunk.layers.index(layer)
+        local = _local(chunk, message, layer)
         named.update(give(rules, model.messages[message], spec, local, rank))
         named.update(_states(spec, target, message, layer, local, rank))
     if chunk.output:
@@ -185,6 +184,16 @@ def _state_dict(model: Model, target: Target, chunk: Chunk, rank: Rank) -> dict[
             named[TIED_COPY] = output.chunk(0, rank.tp, rank.tp_rank)
         named["output_layer._extra_state"] = None
     return named
+
+
+def _stores(chunk: Chunk, message: str, layer: int | None) -> bool:
+    """Return whether a chunk's file has a message; multi-token prediction embeds for itself."""
+    return holds(chunk, message, layer) or (message == "embeddings" and chunk.mtp)
+
+
+def _local(chunk: Chunk, message: str, layer: int | None) -> int | None:
+    """Return the number that a layer has in the file of its chunk."""
+    return layer if layer_of(message) is None else chunk.layers.index(layer or 0)
 
 
 def _states(
@@ -201,7 +210,7 @@ def _states(
 def _messages(
     grid: list[_Rank], ranks: list[Rank], pipeline: Pipeline, spec: ModelSpec
 ) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
-    chunks = pipeline.chunks(spec.num_layers)
+    chunks = pipeline.chunks(spec.num_layers, spec.mtp_num_layers)
     virtual = max(chunk.vpp_rank for chunk in chunks) + 1
     for rank in grid:
         if len(rank.models) != virtual:
@@ -223,11 +232,13 @@ def _messages(
     taker = Taker(MCORE_GPT, spec)
     found = {}
     for message, layer, rules in MCORE_GPT.expand(spec):
-        chunk = next(c for c in chunks if holds(c, message, layer))
-        stage = stages[chunk.pp_rank, chunk.vpp_rank]
-        local = None if layer is None else chunk.layers.index(layer)
-        label = f"{grid[chunk.pp_rank * width].path.parent.name}: "
-        found[message] = taker.take(rules, stage, local, label)
+        copies = []
+        for chunk in (c for c in chunks if _stores(c, message, layer)):
+            stage = stages[chunk.pp_rank, chunk.vpp_rank]
+            label = f"{grid[chunk.pp_rank * width].path.parent.name}: "
+            copies.append(taker.take(rules, stage, _local(chunk, message, layer), label))
+        keys = set.intersection(*map(set, copies))
+        found[message] = {k: replicated([c[k] for c in copies]) for k in copies[0] if k in keys}
     if spec.tied:
         last = next(chunk for chunk in chunks if chunk.output)
         _join_tied(found, stages[last.pp_rank, last.vpp_rank], taker)
