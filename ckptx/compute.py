@@ -8,8 +8,10 @@ in the tensor, never on the box.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -57,13 +59,24 @@ class Dequantise:
         self, tensor: Computed, box: Box, inputs: Sequence[NDArray[Any]]
     ) -> NDArray[np.float32]:
         """Return the product."""
-        values, scales = inputs
-        spread = scales.astype(np.float32)
-        for axis, ((start, stop), size) in enumerate(zip(box, tensor.params, strict=True)):
-            first = start // size * size
-            spread = spread.repeat(size, axis).take(range(start - first, stop - first), axis)
-        product: NDArray[np.float32] = values.astype(np.float32) * spread
+        codes, scales = inputs
+        (top, bottom), (left, right) = box
+        rows, columns = tensor.params
+        wide = scales.astype(np.float32).repeat(columns, 1)[:, left % columns :][:, : right - left]
+        product = _table(tensor.inputs[0].dtype)[codes.view(np.uint8)]
+        for number, scale in enumerate(wide, top // rows):
+            # The rows of the box that lie in this block.
+            first, last = max(number * rows, top) - top, min((number + 1) * rows, bottom) - top
+            product[first:last] *= scale
         return product
+
+
+@cache
+def _table(dtype: str) -> NDArray[np.float32]:
+    """Return the value of every code: looking one up is faster than computing it."""
+    codes = np.arange(256, dtype=np.uint8).view(getattr(ml_dtypes, dtype))
+    table: NDArray[np.float32] = codes.astype(np.float32)
+    return table
 
 
 OPERATIONS: Mapping[str, Operation] = {"dequantise": Dequantise()}

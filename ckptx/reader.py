@@ -226,8 +226,8 @@ class Gather:
             inputs.append(held.view(numpy_dtype(part.dtype)).reshape(part.shape))
 
         def compute() -> None:
-            values = OPERATIONS[tensor.op].evaluate(tensor, box, inputs)
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                values = OPERATIONS[tensor.op].evaluate(tensor, box, inputs)
                 np.copyto(target, values, casting="unsafe")
 
         self._after.append(compute)
