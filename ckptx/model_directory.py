@@ -14,7 +14,7 @@ from ckptx.lazy import LazyTensor
 from ckptx.loading import drop_ignored, main_dtype, messages_of, passthrough, resolve_tie
 from ckptx.protocol import Begin, Dropped, End, Message
 from ckptx.saving import Model, named_tensors
-from ckptx.schema import Family, Layout
+from ckptx.schema import Family, Layout, Parts
 
 CONFIG = "config.json"
 _SUFFIXES = {".json", ".txt", ".model", ".py", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm"}
@@ -120,16 +120,26 @@ def hf_messages(
         note = f"{', '.join(named)}: no schema, tensors pass through by name"
         yield End(notes=(*notes, note))
         return
-    spec = replace(family.from_config(config), dtype=main_dtype(tensors))
+    parts = parts_from_config(family, config, main_dtype(tensors))
+    spec = parts["language"]
     layout = family.layout("hf")
     left = dict(tensors)
     dropped = drop_ignored(layout, left)
     if spec.tied:
         tied, copies, remarks = resolve_tie(left, *tied_names(layout, left), begin.files)
         spec, dropped, notes = replace(spec, tied=tied), (*dropped, *copies), (*notes, *remarks)
-    yield replace(begin, layout=layout.name, parts={"language": spec})
-    yield from messages_of(layout, left, spec)
+    parts = {**parts, "language": spec}
+    composed = family.name if family.composition else ""
+    yield replace(begin, layout=layout.name, parts=parts, family=composed)
+    yield from messages_of(layout, left, parts)
     yield End(dropped, notes)
+
+
+def parts_from_config(family: Family, config: Mapping[str, Any], dtype: str) -> Parts:
+    """Return the dimensions of every part that a config of a family says."""
+    composed = family.composition
+    parts = composed.from_config(config) if composed else {"language": family.from_config(config)}
+    return {part: replace(spec, dtype=dtype) for part, spec in parts.items()}
 
 
 def tied_names(layout: Layout, tensors: Mapping[str, LazyTensor]) -> tuple[str, str]:
@@ -147,7 +157,7 @@ def hf_tensors(model: Model) -> tuple[dict[str, LazyTensor], tuple[Dropped, ...]
         SchemaError: they have other names and no schema knows the model.
     """
     if model.passthrough is None:
-        return named_tensors(model, family_named(model.spec.family).layout("hf"))
+        return named_tensors(model, family_named(model.family).layout("hf"))
     if not model.begin.layout.startswith("hf"):
         raise SchemaError(
             f"tensors are named as {model.begin.layout} and no schema knows their model; "
@@ -160,8 +170,13 @@ def config_of(model: Model) -> dict[str, bytes]:
     """Return a ``config.json`` made from the model's dimensions, nothing where they are unknown."""
     if model.passthrough is not None:
         return {}
-    spec = model.spec
-    return {CONFIG: dump_config(family_named(spec.family).to_config(spec))}
+    return {CONFIG: dump_config(config_from_parts(family_named(model.family), model.parts))}
+
+
+def config_from_parts(family: Family, parts: Parts) -> dict[str, Any]:
+    """Return a complete config for a model whose own is not at hand."""
+    composed = family.composition
+    return composed.to_config(parts) if composed else family.to_config(parts["language"])
 
 
 def dump_config(config: Mapping[str, Any]) -> bytes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ckptx.errors import PlanError, SchemaError, listing
 from ckptx.lazy import LazyTensor, Stored, concat
 from ckptx.protocol import PASSTHROUGH, VERSION, Begin, Dropped, End, Message, Tensors
-from ckptx.schema import Layout, check_message, give
+from ckptx.schema import Layout, Parts, check_message, give
 from ckptx.spec import ModelSpec
 
 VOCABULARY = {
@@ -21,7 +21,7 @@ VOCABULARY = {
 
 @dataclass(slots=True)
 class Model:
-    """Everything a loader said of a model with one part."""
+    """Everything a loader said of a model. Names of messages are unique over all its parts."""
 
     begin: Begin
     end: End
@@ -39,6 +39,16 @@ class Model:
                 "--to pytorch) or give --hf-base with a config"
             )
         return self.begin.parts["language"]
+
+    @property
+    def family(self) -> str:
+        """The name of the family whose layouts hold the whole model."""
+        return self.begin.family or self.spec.family
+
+    @property
+    def parts(self) -> Parts:
+        """The dimensions of every part; there is a language model among them."""
+        return {**self.begin.parts, "language": self.spec}
 
 
 def collect(messages: Iterator[Message]) -> Model:
@@ -71,7 +81,7 @@ def collect(messages: Iterator[Message]) -> Model:
 
 def check_messages(model: Model, layout: Layout) -> None:
     """Raise unless the model's messages are exactly those that a layout can hold."""
-    expected = {name: rules for name, _, rules in layout.expand(model.spec) if rules}
+    expected = {held.message: held.rules for held in layout.held(model.parts) if held.rules}
     missing = [name for name in expected if name not in model.messages]
     unknown = [name for name in model.messages if name not in expected]
     if missing or unknown:
@@ -89,8 +99,8 @@ def named_tensors(
     check_messages(model, layout)
     dropped = resize_vocabulary(model, model.spec.vocab_size, fill=False)
     named: dict[str, LazyTensor] = {}
-    for message, layer, rules in layout.expand(model.spec):
-        named.update(give(rules, model.messages[message], model.spec, layer))
+    for held in layout.held(model.parts):
+        named.update(give(held.rules, model.messages[held.message], held.spec, held.layer))
     for message, key, name in layout.copies_of(model.spec):
         named[name] = model.messages[message][key]
     return named, dropped

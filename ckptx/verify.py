@@ -170,7 +170,7 @@ def _named(model: Model) -> dict[str, LazyTensor]:
                 "knows their model; only the same names can be compared"
             )
         return dict(model.passthrough)
-    return named_tensors(model, family_named(model.spec.family).layout("hf"))[0]
+    return named_tensors(model, family_named(model.family).layout("hf"))[0]
 
 
 def _differences(
