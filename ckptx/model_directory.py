@@ -15,6 +15,7 @@ from ckptx.loading import drop_ignored, main_dtype, messages_of, passthrough, re
 from ckptx.protocol import Begin, Dropped, End, Message
 from ckptx.saving import Model, named_tensors
 from ckptx.schema import Family, Layout, Parts
+from ckptx.spec import ModelSpec
 
 CONFIG = "config.json"
 _SUFFIXES = {".json", ".txt", ".model", ".py", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm"}
@@ -120,26 +121,61 @@ def hf_messages(
         note = f"{', '.join(named)}: no schema, tensors pass through by name"
         yield End(notes=(*notes, note))
         return
-    parts = parts_from_config(family, config, main_dtype(tensors))
+    composed = family.name if family.composition else ""
+    parts = parts_from_config(family, config)
+    yield from named_messages(
+        replace(begin, family=composed), tensors, parts, family.layout("hf"), notes
+    )
+
+
+def named_messages(
+    begin: Begin,
+    tensors: Mapping[str, LazyTensor],
+    spec: ModelSpec | Parts,
+    layout: Layout,
+    notes: tuple[str, ...] = (),
+    dropped: tuple[Dropped, ...] = (),
+) -> Iterator[Message]:
+    """Yield the messages of a model of known dimensions whose tensors have the names of a layout.
+
+    ``spec`` are the dimensions of its one part, or those of each. ``notes`` and ``dropped`` go
+    before others.
+
+    Raises:
+        SchemaError: tensors are missing, left over, or not of the shapes that the spec says.
+    """
+    dtype = main_dtype(tensors)
+    said = {"language": spec} if isinstance(spec, ModelSpec) else spec
+    parts = {part: replace(one, dtype=dtype) for part, one in said.items()}
     spec = parts["language"]
-    layout = family.layout("hf")
     left = dict(tensors)
-    dropped = drop_ignored(layout, left)
+    dropped = (*dropped, *drop_ignored(layout, left))
+    if spec.mtp_num_layers and not further_names(layout, spec) & set(left):
+        note = (
+            f"the config says {spec.mtp_num_layers} layers for multi-token prediction, the weights "
+            "hold none, as transformers saves them: the model is converted without"
+        )
+        spec, notes = replace(spec, mtp_num_layers=0), (*notes, note)
     if spec.tied:
         tied, copies, remarks = resolve_tie(left, *tied_names(layout, left), begin.files)
         spec, dropped, notes = replace(spec, tied=tied), (*dropped, *copies), (*notes, *remarks)
     parts = {**parts, "language": spec}
-    composed = family.name if family.composition else ""
-    yield replace(begin, layout=layout.name, parts=parts, family=composed)
+    yield replace(begin, layout=layout.name, parts=parts)
     yield from messages_of(layout, left, parts)
     yield End(dropped, notes)
 
 
-def parts_from_config(family: Family, config: Mapping[str, Any], dtype: str) -> Parts:
+def parts_from_config(family: Family, config: Mapping[str, Any]) -> Parts:
     """Return the dimensions of every part that a config of a family says."""
     composed = family.composition
-    parts = composed.from_config(config) if composed else {"language": family.from_config(config)}
-    return {part: replace(spec, dtype=dtype) for part, spec in parts.items()}
+    return composed.from_config(config) if composed else {"language": family.from_config(config)}
+
+
+def further_names(layout: Layout, spec: ModelSpec) -> set[str]:
+    """Return the names that the layers for multi-token prediction have in a layout."""
+    without = replace(spec, mtp_num_layers=0)
+    copies = {name for _, _, name in layout.copies_of(spec)}
+    return copies | set(layout.names(spec)) - set(layout.names(without))
 
 
 def tied_names(layout: Layout, tensors: Mapping[str, LazyTensor]) -> tuple[str, str]:

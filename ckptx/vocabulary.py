@@ -17,6 +17,8 @@ LAYER = "transformer layer "
 """Layer messages are ``"transformer layer 0"``, ``"transformer layer 1"``, ..."""
 VISION_LAYER = "vit transformer layer "
 """Those of a vision tower are ``"vit transformer layer 0"``, ..."""
+VISION = ("vit ", "vision ")
+"""How the names of messages begin that are of a vision tower or of its projection."""
 MTP_LAYER = "mtp layer "
 """Messages of the layers for multi-token prediction, which Megatron's converter does not know."""
 
