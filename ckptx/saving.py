@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckptx.errors import PlanError, SchemaError, listing
 from ckptx.lazy import LazyTensor, Stored, concat
 from ckptx.protocol import PASSTHROUGH, VERSION, Begin, Dropped, End, Message, Tensors
-from ckptx.schema import Layout, Parts, check_message, give
+from ckptx.schema import Family, Layout, Parts, check_message, give
 from ckptx.spec import ModelSpec
 
 VOCABULARY = {
@@ -90,6 +90,37 @@ def check_messages(model: Model, layout: Layout) -> None:
         raise SchemaError(f"the model {' and '.join(problems)}")
     for name, rules in expected.items():
         check_message(rules, model.messages[name], name, layout.name)
+
+
+def leave_unused(model: Model, family: Family) -> tuple[Dropped, ...]:
+    """Leave out what takes no part in the output of a model of several parts; return it.
+
+    Raises:
+        SchemaError: what is used cannot be told.
+    """
+    assert family.composition is not None  # there are several parts
+    used = family.composition.used(model.parts)
+    layout = family.layout("hf")
+    kept = set(_keys(layout, used))
+    dropped = []
+    for message, key in set(_keys(layout, model.parts)) - kept:
+        tensor = model.messages[message][key]
+        label = f"{message}: {key}"
+        reason = "behind the features that the language model sees"
+        dropped.append(Dropped(label, reason, tensor.nbytes, (tensor,)))
+        model.messages[message] = {
+            name: one for name, one in model.messages[message].items() if name != key
+        }
+    model.messages = {name: tensors for name, tensors in model.messages.items() if tensors}
+    model.begin = replace(model.begin, parts=used)
+    return tuple(sorted(dropped, key=lambda one: one.name))
+
+
+def _keys(layout: Layout, parts: Parts) -> Iterator[tuple[str, str]]:
+    """Yield message and key of every canonical tensor that a layout has of a model."""
+    for held in layout.held(parts):
+        for entry in held.rules:
+            yield from ((held.message, key) for key in entry.keys)
 
 
 def named_tensors(

@@ -17,6 +17,7 @@ from ckptx.lazy import ITEMSIZE, LazyTensor
 from ckptx.loading import main_dtype
 from ckptx.model_directory import (
     CONFIG,
+    config_from_parts,
     dump_config,
     family_named,
     family_of,
@@ -97,7 +98,8 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
             files[CONFIG] = dump_config(config)
         return files, ()
     spec = replace(model.spec, dtype=dtype)
-    family = family_named(spec.family)
+    family = family_named(model.family)
+    composed = family.composition
     if config is None:
         if spec.vocab_size is None:
             rows = model.messages["embeddings"]["word embeddings"].shape[0]
@@ -106,7 +108,8 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
                 f"the true vocabulary is unknown, so all {rows} rows are kept, padding included; "
                 "--true-vocab-size cuts it"
             )
-        files[CONFIG] = dump_config(family.to_config(spec))
+        parts = {part: replace(one, dtype=dtype) for part, one in model.parts.items()}
+        files[CONFIG] = dump_config(config_from_parts(family, {**parts, "language": spec}))
         tokenizer = ", ".join(name for name in sorted(files) if name.startswith("tokenizer"))
         came = f"of the tokenizer came {tokenizer}" if tokenizer else "there is no tokenizer"
         notes.append(f"{CONFIG} was made from the checkpoint's own arguments; {came}")
@@ -119,9 +122,15 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
         )
     # The dtype of the config is made to fit what is written; it contradicts nothing.
     named = config.get("dtype") or config.get("torch_dtype") or dtype
-    differing = differences(config, replace(spec, dtype=named))
-    if differing:
+    if composed is not None:
+        differing = composed.differences(config, model.parts)
+    else:
+        differing = differences(config, replace(spec, dtype=named))
+    if differing and composed is not None:
+        config = composed.merge_config(config, model.parts)
+    elif differing:
         config = merge_config(config, spec)
+    if differing:
         notes += [f"{CONFIG}, the source wins: {line}" for line in differing]
     if _set_dtype(config, dtype) or differing:
         files[CONFIG] = dump_config(config)
