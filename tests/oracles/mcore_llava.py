@@ -173,7 +173,9 @@ def forward(
     """Return logits [batch, sequence, vocabulary]; of a single stage the image's features, too."""
     batch, length = tokens.shape
     positions = torch.arange(length).expand(batch, length)
-    combined = length - 1 + chunk.img_seq_len
+    seen_length = length - 1 + chunk.img_seq_len
+    pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
+    combined = model.gpt["max_sequence_length"] if pipelined else seen_length  # stages are padded
     mask = torch.triu(torch.ones(1, 1, combined, combined, dtype=torch.bool), diagonal=1)
     group = parallel_state.get_pipeline_model_parallel_group()
     ranks = dist.get_process_group_ranks(group)
@@ -190,7 +192,7 @@ def forward(
             out, _ = chunk(images, tokens, positions, mask)
             if stage == len(ranks) - 1:
                 logits = mcore_rank.gather_vocabulary(out)
-                return None if logits is None else {"logits": logits, **seen}
+                return None if logits is None else {"logits": logits[:, :seen_length], **seen}
             hidden = out.contiguous()
         if stage < len(ranks) - 1:
             dist.broadcast(hidden, source, group=group)
