@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ckptx.errors import PlanError, SchemaError, listing
-from ckptx.lazy import LazyTensor, Stored, concat
+from ckptx.lazy import Filled, LazyTensor, Stored, concat
 from ckptx.protocol import PASSTHROUGH, VERSION, Begin, Dropped, End, Message, Tensors
 from ckptx.schema import Family, Layout, Parts, check_message, give
 from ckptx.spec import ModelSpec
@@ -114,6 +114,21 @@ def leave_unused(model: Model, family: Family) -> tuple[Dropped, ...]:
     model.messages = {name: tensors for name, tensors in model.messages.items() if tensors}
     model.begin = replace(model.begin, parts=used)
     return tuple(sorted(dropped, key=lambda one: one.name))
+
+
+def fill_unused(model: Model, family: Family) -> tuple[str, ...]:
+    """Add what a Hugging Face model must have although it takes no part in its output; say so."""
+    if family.composition is None:
+        return ()
+    parts, lacking = family.composition.completed(model.parts)
+    for (message, key), (shape, value) in lacking.items():
+        filled = Filled(model.spec.dtype, shape, value)
+        model.messages[message] = {**model.messages[message], key: filled}
+    model.begin = replace(model.begin, parts=parts)
+    return tuple(
+        f"{message}: {key} takes no part in the output and the source has none: filled with {value}"
+        for (message, key), (_, value) in lacking.items()
+    )
 
 
 def _keys(layout: Layout, parts: Parts) -> Iterator[tuple[str, str]]:

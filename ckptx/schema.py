@@ -788,6 +788,10 @@ class Composition:
     """Return a config in which the parts win where both speak."""
     used: Callable[[Parts], Parts]
     """Return the parts without what takes no part in the model's output."""
+    completed: Callable[[Parts], tuple[Parts, Mapping[tuple[str, str], tuple[Shape, float]]]]
+    """Return the parts with what a Hugging Face model must have and does not use.
+
+    Where the parts lack it, there is a shape and a value by message and key to fill it with."""
 
 
 @dataclass(frozen=True, slots=True)

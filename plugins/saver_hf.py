@@ -27,7 +27,7 @@ from ckptx.model_directory import (
 from ckptx.plan import FilePlan, SavePlan, literal_files
 from ckptx.plugin import Saver
 from ckptx.protocol import Message
-from ckptx.saving import Model, collect
+from ckptx.saving import Model, collect, fill_unused
 from ckptx.schema import in_module_order
 from ckptx.schemas.hf import differences, merge_config
 
@@ -59,6 +59,8 @@ class HfSaver:
     def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
         """Return the plan of a model directory."""
         model = collect(messages)
+        known = model.passthrough is None and bool(model.begin.parts)
+        filled = fill_unused(model, family_named(model.family)) if known else ()
         tensors, dropped = hf_tensors(model)
         if model.passthrough is None:
             # It decides where a shard ends.
@@ -69,10 +71,14 @@ class HfSaver:
         return SavePlan(
             plans,
             dropped=dropped,
-            notes=notes,
-            load_hint='transformers.AutoModelForCausalLM.from_pretrained("{target}")',
+            notes=(*filled, *notes),
+            load_hint=f'transformers.{_auto_class(model)}.from_pretrained("{{target}}")',
             details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
         )
+
+
+def _auto_class(model: Model) -> str:
+    return "AutoModelForImageTextToText" if "vision" in model.begin.parts else "AutoModelForCausalLM"
 
 
 def parse_size(text: str) -> int:
@@ -109,7 +115,12 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
                 "--true-vocab-size cuts it"
             )
         parts = {part: replace(one, dtype=dtype) for part, one in model.parts.items()}
-        files[CONFIG] = dump_config(config_from_parts(family, {**parts, "language": spec}))
+        made = config_from_parts(family, {**parts, "language": spec})
+        files[CONFIG] = dump_config(made)
+        if composed is not None and "image_token_index" not in made:
+            notes.append(
+                f"nothing says which token stands for an image: set image_token_index in {CONFIG}"
+            )
         tokenizer = ", ".join(name for name in sorted(files) if name.startswith("tokenizer"))
         came = f"of the tokenizer came {tokenizer}" if tokenizer else "there is no tokenizer"
         notes.append(f"{CONFIG} was made from the checkpoint's own arguments; {came}")

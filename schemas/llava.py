@@ -20,12 +20,14 @@ from typing import Any
 
 from ckptx.errors import SchemaError
 from ckptx.hookspecs import hookimpl
+from ckptx.lazy import Shape
 from ckptx.schema import Composition, Family, Layout, Parts, Section
 from ckptx.schemas.blocks import hf_decoder
 from ckptx.schemas.core import STYLES, Style, extra_states, mcore_gpt
 from ckptx.schemas.core import ExtraState
 from ckptx.schemas.hf import FAMILIES, config_from_spec, differences, merge_config, spec_from_config
 from ckptx.schemas.vision import (
+    EMBEDDINGS,
     TOWERS,
     converter_sections,
     hf_sections,
@@ -100,6 +102,9 @@ _VISION_FIELDS = (
     ("layer_norm_eps", "norm_epsilon"),
 )
 _KEPT = ("projection_dim",)
+# transformers 5 reads features behind the last norm where the vision config has this key, true
+# (utils/output_capturing.py capture_outputs @ v5.23.0); earlier releases never do.
+_NORMED = "tie_last_hidden_states"
 
 
 def _hf_language() -> tuple[Section, ...]:
@@ -179,6 +184,22 @@ def used(parts: Parts) -> Parts:
     if vision.family == "clip":
         extra["post_norm"] = False
     return {**parts, "vision": replace(vision, num_layers=layers, extra=extra)}
+
+
+def completed(parts: Parts) -> tuple[Parts, dict[tuple[str, str], tuple[Shape, float]]]:
+    """Return the parts with CLIP's norm behind the features, and what fills it.
+
+    Megatron's CLIP has none, transformers' has one that no feature goes through.
+    """
+    vision = parts["vision"]
+    if vision.family != "clip" or vision.extra["post_norm"]:
+        return parts, {}
+    shape = (vision.hidden_size,)
+    whole = replace(vision, extra={**vision.extra, "post_norm": True})
+    return {**parts, "vision": whole}, {
+        (EMBEDDINGS, "ln post weight"): (shape, 1.0),
+        (EMBEDDINGS, "ln post bias"): (shape, 0.0),
+    }
 
 
 def _layers_read(vision: ModelSpec) -> int:
@@ -285,6 +306,7 @@ def _vision_from_config(config: Mapping[str, Any], of_llava: Mapping[str, Any]) 
             "feature_layer": of_llava["vision_feature_layer"],
             "select": of_llava["vision_feature_select_strategy"],
             "image_size": values["image_size"],
+            "normed_features": bool(values.get(_NORMED)),
             **kept,
         },
     )
@@ -370,6 +392,7 @@ def _vision_to_config(vision: ModelSpec) -> dict[str, Any]:
         "num_channels": 3,
         **{key: vision.extra[key] for key in _KEPT if key in vision.extra},
         **(head if vision.family == "siglip" else {}),
+        **({_NORMED: True} if vision.extra.get("normed_features") else {}),
     }
 
 
@@ -462,6 +485,7 @@ LLAVA = Family(
         differences=differences_of,
         merge_config=merged_config,
         used=used,
+        completed=completed,
     ),
     limits=(
         "language models Llama, Mistral, Qwen2 and Qwen3; CLIP and SigLIP towers to and from "

@@ -93,12 +93,14 @@ def write(directory: Path, config: LlavaConfig, *, seed: int = 0) -> LlavaConfig
     return config
 
 
-def computed(directory: Path, *, missing: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+def computed(directory: Path, *, image_token: int | None = None) -> dict[str, torch.Tensor]:
     """Return logits and projected features of transformers, which finds all that it looks for."""
     model, loading = LlavaForConditionalGeneration.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert {name: list(keys) for name, keys in loading.items() if keys} == {}
+    if image_token is not None:
+        model.config.image_token_index = image_token
     model.eval()
     seen: dict[str, torch.Tensor] = {}
     model.model.multi_modal_projector.register_forward_hook(

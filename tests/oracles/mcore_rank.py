@@ -290,7 +290,7 @@ def _fill(chunks: list[GPTModel], seed: int, content_metadata: dict[str, Any]) -
             digest = hashlib.sha256(f"{seed} {shard.key}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             whole = torch.randn(shard.global_shape, generator=generator)
-            norm = "norm" in shard.key and shard.key.endswith("weight")
+            norm = ("norm" in shard.key or ".ln_" in shard.key) and shard.key.endswith("weight")
             scale = 0.1 if norm or shard.key.endswith("bias") else 0.05
             wholes[shard.key] = whole * scale + (1.0 if norm and one_centred else 0.0)
         axes = shard.prepend_axis_num
