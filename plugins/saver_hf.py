@@ -67,7 +67,7 @@ class HfSaver:
             tensors = {name: tensors[name] for name in in_module_order(tensors)}
         files, notes = _sidecars(model, main_dtype(tensors))
         limit = parse_size(options.get("max_shard_size") or "5GB")
-        plans = [*literal_files(files), *_weight_files(tensors, limit)]
+        plans = [*literal_files(files), *weight_files(tensors, limit)]
         return SavePlan(
             plans,
             dropped=dropped,
@@ -157,7 +157,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     return True
 
 
-def _weight_files(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[FilePlan]:
+def weight_files(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[FilePlan]:
     shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,6 +35,7 @@ from transformers import (
     Qwen3MoeConfig,
     Starcoder2Config,
 )
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
 from .mcore import Model
 
@@ -478,3 +480,64 @@ def _latent(hf: PreTrainedConfig, rope: dict[str, Any]) -> dict[str, Any]:
             "moe_router_group_topk": hf.topk_group,
         }
     return config
+
+
+def add_further_layer(directory: Path, config: PreTrainedConfig, seed: int = 7) -> None:
+    """Give a DeepSeek-V3 checkpoint a layer for multi-token prediction, as the published one has.
+
+    Its decoder layer has the shapes of the last one's.
+    """
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    last, own = (f"model.layers.{config.num_hidden_layers + shift}." for shift in (-1, 0))
+    shapes = {n.removeprefix(last): t.shape for n, t in tensors.items() if n.startswith(last)}
+    hidden = config.hidden_size
+    norms = ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")
+    shapes |= {"eh_proj.weight": (hidden, 2 * hidden), **dict.fromkeys(norms, (hidden,))}
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in shapes.items():
+        norm = "norm" in name
+        values = torch.randn(shape, generator=generator) * (0.1 if norm else 0.05)
+        tensors[own + name] = values + 1 if norm else values
+    tensors[f"{own}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[f"{own}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, file, {"format": "pt"})
+    said = json.loads((directory / "config.json").read_text())
+    said["num_nextn_predict_layers"] = 1
+    (directory / "config.json").write_text(json.dumps(said, indent=2))
+
+
+def further_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logits of the first layer for multi-token prediction, computed by hand.
+
+    The decoder layer is transformers' own; around it stands the formula of the DeepSeek-V3 report
+    (section 2.2) with Megatron's ends: the token after the last is number 0.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    ).eval()
+    depth = model.config.num_hidden_layers
+    prefix = f"model.layers.{depth}."
+    own = {n.removeprefix(prefix): t for n, t in weights(directory).items() if n.startswith(prefix)}
+    layer = DeepseekV3DecoderLayer(model.config, depth).eval()
+    experts = [
+        [own.pop(f"mlp.experts.{e}.{part}_proj.weight") for part in ("gate", "up", "down")]
+        for e in range(model.config.n_routed_experts)
+    ]
+    own["mlp.experts.gate_up_proj"] = torch.stack([torch.cat(e[:2]) for e in experts])
+    own["mlp.experts.down_proj"] = torch.stack([e[2] for e in experts])
+    layer.load_state_dict({name: own[name] for name in layer.state_dict()})
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], own[name], model.config.rms_norm_eps)
+
+    with torch.no_grad():
+        hidden = model.model(tokens).last_hidden_state
+        following = torch.cat([tokens[:, 1:], torch.zeros_like(tokens[:, :1])], 1)
+        pair = [norm(own["embed_tokens.weight"][following], "enorm.weight")]
+        x = torch.cat([*pair, norm(hidden, "hnorm.weight")], -1) @ own["eh_proj.weight"].T
+        length = tokens.shape[1]
+        positions = model.model.rotary_emb(x, torch.arange(length)[None])
+        mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
+        x = layer(x, attention_mask=mask, position_embeddings=positions)
+        return norm(x, "shared_head.norm.weight") @ own["shared_head.head.weight"].T
