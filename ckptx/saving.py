@@ -6,11 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ckptx.errors import PlanError, SchemaError, listing
-<<<<<<< HEAD
-from ckptx.lazy import Filled, LazyTensor, Stored, concat
-=======
-from ckptx.lazy import LazyTensor, Replicated, Stored, concat, replicated
->>>>>>> main
+from ckptx.lazy import Filled, LazyTensor, Replicated, Stored, concat, replicated
 from ckptx.protocol import PASSTHROUGH, VERSION, Begin, Dropped, End, Message, Tensors
 from ckptx.schema import Family, Layout, Parts, check_message, give
 from ckptx.spec import ModelSpec

@@ -88,20 +88,13 @@ class CoreSaver:
         style = _style(model, options)
         ckpt_format = options.get("ckpt_format") or "torch_dist"
         # torch_dist has one spelling, but a family may refuse the local spec altogether.
-<<<<<<< HEAD
         layout = family_named(model.family).layout(style.convention)
         tp, pipeline = _parallel(model, options)
         seeing = model.family == llava.FAMILY
         unused, remarked = llava.prepare(model, tp) if seeing else ((), ())
         check_messages(model, layout)
-        notes = [*_check_tp(spec, tp), *_check_expressible(spec), *remarked]
-=======
-        layout = family_named(spec.family).layout(style.convention)
-        check_messages(model, layout)
         _widen_biases(model)
-        tp, pipeline = _parallel(model, options)
-        notes = [*_check_tp(spec, tp), *_check_expressible(spec, style.local)]
->>>>>>> main
+        notes = [*_check_tp(spec, tp), *_check_expressible(spec, style.local), *remarked]
         ep, etp = _expert_parallel(model, options, tp)
         true_rows = true_vocab_size(options, spec.vocab_size)
         multiple = _multiple(model, options)
@@ -171,21 +164,20 @@ class CoreSaver:
         )
 
 
-<<<<<<< HEAD
 def _states(style: Style, seeing: bool) -> Iterator[ExtraState]:
     """Return the modules that keep an extra state."""
     if seeing:
         return llava_states(style)
     # Megatron itself maps the modules of the local spec to those of torch_dist.
     return extra_states(Style(distributed=True) if style.distributed else style)
-=======
+
+
 def _widen_biases(model: Model) -> None:
     """Make the biases that choose experts float32, as Megatron's router holds them."""
     key = "router expert bias"
     for name, tensors in model.messages.items():
         if key in tensors:
             model.messages[name] = {**tensors, key: tensors[key].cast("float32")}
->>>>>>> main
 
 
 def _parallel(model: Model, options: Mapping[str, Any]) -> tuple[int, Pipeline]:
