@@ -12,6 +12,7 @@ import click
 from ckptx.errors import FormatError, SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.model_directory import (
+    CONFIG,
     base_sidecars,
     family_named,
     family_of,
@@ -71,6 +72,8 @@ class CoreLoader:
         seeing = is_llava(checkpoint.weights)
         if seeing:
             known = said if said and "vision" in said else None
+            if known is None:
+                files.pop(CONFIG, None)  # the language model's own says nothing of the whole
             parts, dummies = llava.parts_of(checkpoint, known, parts["language"])
             _check_dummies(options, dummies, checkpoint)
             layout = family_named(llava.FAMILY).layout("mcore")

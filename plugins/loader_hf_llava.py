@@ -9,7 +9,14 @@ from typing import Any
 from ckptx.errors import SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.loading import inventory
-from ckptx.model_directory import base_sidecars, family_named, named_messages, read_config, sidecars
+from ckptx.model_directory import (
+    CONFIG,
+    base_sidecars,
+    family_named,
+    named_messages,
+    read_config,
+    sidecars,
+)
 from ckptx.model_weights import fill_from_base, read_weights
 from ckptx.plugin import Loader
 from ckptx.plugins.loader_hf import HfLoader
@@ -37,7 +44,9 @@ class HfLlavaLoader(HfLoader):
         """Yield the model."""
         weights = read_weights(source)
         filled = fill_from_base(weights, options)
-        files = {**sidecars(source), **base_sidecars(options)} if source.is_dir() else {}
+        files = {**(sidecars(source) if source.is_dir() else {}), **base_sidecars(options)}
+        config = read_config(files, source)
+        files.pop(CONFIG, None)  # it is ours, or of the language model alone
         begin = Begin(
             format=self.name,
             layout=CONVERTER,
@@ -50,7 +59,7 @@ class HfLlavaLoader(HfLoader):
             family=FAMILY,
         )
         try:
-            parts = parts_from(read_config(files, source), weights.tensors)
+            parts = parts_from(config, weights.tensors)
         except SchemaError as error:
             raise SchemaError(f"{source}: {error}") from error
         layout = family_named(FAMILY).layout(CONVERTER)

@@ -91,7 +91,7 @@ def parts_from(
         )
     language = spec_from_config({**text, "architectures": [FAMILIES[family].architecture]}, family)
     if config is not None and config.get("model_type") == MODEL_TYPE:
-        noted = {part: ModelSpec(**config[f"{part}_config"]) for part in ("vision", "projection")}
+        noted = {part: _noted(config, f"{part}_config") for part in ("vision", "projection")}
         return {**noted, "language": language}
     vision = _vision(tensors)
     first = _shape(tensors, "mlp1.1.weight")
@@ -108,6 +108,13 @@ def parts_from(
         normalization=norm,
     )
     return {"vision": vision, "projection": projection, "language": language}
+
+
+def _noted(config: Mapping[str, Any], key: str) -> ModelSpec:
+    try:
+        return ModelSpec(**{"vocab_size": None, **config[key]})
+    except (TypeError, KeyError) as error:
+        raise SchemaError(f"config.json: {key} is not what ckptx has written: {error}") from error
 
 
 def _vision(tensors: Mapping[str, LazyTensor]) -> ModelSpec:
@@ -155,7 +162,7 @@ def _vision(tensors: Mapping[str, LazyTensor]) -> ModelSpec:
         num_attention_heads=hidden // channels,
         positions=positions,
         patch_size=patch,
-        extra={"class_tokens": token[-2] if token else 0, "normed_features": True},
+        extra={"class_tokens": token[-2] if token else 0, "normed_features": name == "siglip"},
     )
 
 

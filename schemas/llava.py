@@ -166,8 +166,13 @@ def megatron_layout(style: Style) -> Layout:
 
 
 def states(style: Style) -> Iterator[ExtraState]:
-    """Yield the modules of Megatron's LLaVAModel that keep an extra state."""
+    """Yield the modules of Megatron's LLaVAModel that keep an extra state.
+
+    Its towers need Transformer Engine, and where that is, the last norm is one of its.
+    """
     yield from megatron_states(style)
+    if style.local:
+        yield ExtraState("final norm", f"{LANGUAGE}decoder.final_layernorm", True)
     for state in extra_states(style):
         yield replace(state, module=LANGUAGE + state.module)
 
@@ -306,7 +311,8 @@ def _vision_from_config(config: Mapping[str, Any], of_llava: Mapping[str, Any]) 
             "feature_layer": of_llava["vision_feature_layer"],
             "select": of_llava["vision_feature_select_strategy"],
             "image_size": values["image_size"],
-            "normed_features": bool(values.get(_NORMED)),
+            # CLIP's last norm is for what it pools, and never for its features.
+            "normed_features": name == "siglip" and bool(values.get(_NORMED)),
             **kept,
         },
     )
@@ -428,8 +434,10 @@ def merged_config(config: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
     check(parts)
     theirs = parts_from_config(config)
     merged = dict(config)
-    text = merge_config(_text_config(config, parts), parts["language"])
-    merged["text_config"] = {key: value for key, value in text.items() if key != "architectures"}
+    said = _text_config(config, parts)
+    if differences(said, parts["language"]):
+        text = merge_config(said, parts["language"])
+        merged["text_config"] = {k: value for k, value in text.items() if k != "architectures"}
     merged["vision_config"] = dict(config.get("vision_config") or _VISION_OF_LLAVA)
     for place, key, _, wanted in _contradictions(theirs, parts):
         (merged["vision_config"] if place else merged)[key] = wanted

@@ -204,7 +204,7 @@ def _vision(
     extra: dict[str, Any] = {
         "class_tokens": token[-2],
         "post_norm": f"{VISION_MODEL}ln_post.weight" in shapes.shapes,
-        "normed_features": True,
+        "normed_features": f"{VISION_MODEL}ln_post.weight" in shapes.shapes,
         "select": "default" if args.get("disable_vision_class_token") and token[-2] else "full",
     }
     if images["img_h"] and images["img_h"] == images["img_w"]:
@@ -326,8 +326,6 @@ def inexpressible(parts: Parts) -> list[str]:
             f"vision_feature_select_strategy 'default' with {vision.family}, which has no class "
             "token: the first patch would be left out"
         )
-    if vision.extra.get("normed_features") and not vision.extra["post_norm"]:
-        reasons.append(f"features of {vision.family} behind its post_layernorm")
     return reasons
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 
 from tests.oracles import llava
 from tests.oracles.mcore import Layout
 
-from .conversion import CLOSE, convert, difference, sizes
+from .conversion import CLOSE, IMPLEMENTATIONS, convert, difference, sizes
 
 FORMATS = ("torch_dist", "torch")
 LAYOUTS = {
@@ -74,3 +76,43 @@ def test_transformers_computes_what_megatron_does(tower, layout, format, source_
     facts = convert(tmp_path / "core", tmp_path / "hf", "hf")
     same(llava.computed(tmp_path / "hf", image_token=llava.IMAGE), expected)
     assert ("takes no part in the output" in " ".join(facts.notes)) is (tower == "clip")
+
+
+def held(directory):
+    """Every tensor of a checkpoint with a file per rank, by rank and name."""
+    files = sorted(directory.rglob("model_optim_rng.pt"))
+    models = {f.parent.name: torch.load(f, weights_only=False)["model"] for f in files}
+    return {
+        (rank, name): tensor
+        for rank, model in models.items()
+        for name, tensor in model.items()
+    }
+
+
+@pytest.mark.parametrize("layers", ["te", "local"])
+@pytest.mark.parametrize("tower", llava.TOWERS)
+def test_our_ranks_hold_what_megatrons_hold(tower, layers, tmp_path):
+    """Megatron writes one model in three ways; cutting one of them anew gives the others."""
+    model = llava.tower(tower, local_layers=layers == "local", projection_norm=layers == "te")
+    two = replace(model, gpt={**model.gpt, "vocab_size": 256})
+    for name, layout, format in (
+        ("whole", Layout(), "torch_dist"),
+        ("ranks", Layout(tp=2, pp=2), "torch"),
+    ):
+        llava.megatron_writes(two, layout, tmp_path / name, format=format, images=None)
+    options = {"saver_transformer_impl": IMPLEMENTATIONS[layers], **sizes(Layout(tp=2, pp=2))}
+    convert(tmp_path / "whole", tmp_path / "ours", "llava", ckpt_format="torch", **options)
+    ours, theirs = held(tmp_path / "ours"), held(tmp_path / "ranks")
+    assert sorted(ours) == sorted(theirs)
+    for name, tensor in theirs.items():
+        assert (ours[name] is None) is (tensor is None), name
+        if tensor is not None:
+            assert torch.equal(ours[name], tensor), name
+            assert ours[name].dtype == tensor.dtype
+    # And back to one whole, which Megatron loads as it is.
+    options = {"saver_transformer_impl": IMPLEMENTATIONS[layers], **sizes(Layout())}
+    convert(tmp_path / "ranks", tmp_path / "back", "llava", ckpt_format="torch_dist", **options)
+    found = llava.megatron_reads(two, Layout(), tmp_path / "back", images=None)
+    expected = llava.megatron_reads(two, Layout(), tmp_path / "whole", images=None)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -175,6 +175,40 @@ def megatron(config: LlavaConfig, *, tp: int = 1, **changes: Any) -> LlavaModel:
     return LlavaModel(language, gpt, "te", **values)
 
 
+_CHANNELS = {"internvit": 128, "radio": 80, "siglip": 72}
+"""Channels of a head where they are not 64, as Megatron's examples fix them."""
+TOWERS = ("clip", "siglip", "internvit", "internvit300M", "radio", "radio-g", "cradio-g")
+
+
+def tower(name: str, *, heads: int = 2, stored_heads: int | None = None, **changes: Any) -> LlavaModel:
+    """Return a tiny Megatron model with a tower; it may store more heads than count."""
+    channels = _CHANNELS.get(name, 64)
+    vision = {
+        "num_layers": 2,
+        "hidden_size": heads * channels,
+        "ffn_hidden_size": 80,
+        "num_attention_heads": stored_heads or heads,
+        "kv_channels": channels,
+        "normalization": "RMSNorm" if name == "internvit" else "LayerNorm",
+        "layernorm_epsilon": 1e-6,
+        "add_qkv_bias": True,
+        "activation_func": "silu" if name == "radio-g" else "gelu",
+        "gated_linear_unit": name == "radio-g",
+    }
+    radio = "radio" in name
+    sizes = {
+        "vision": vision,
+        "tower": name,
+        "drop_class_token": name != "siglip",
+        "features_before_norm": False,
+        "image_size": 64 if radio else 28,
+        "patch_size": 32 if radio else 7,
+    }
+    base = config("clip")
+    base.vision_config.hidden_size = heads * channels
+    return megatron(base, **{**sizes, **changes})
+
+
 def megatron_writes(
     model: LlavaModel,
     layout: Layout,

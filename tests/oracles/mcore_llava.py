@@ -69,6 +69,18 @@ class WholeNormAttention(SelfAttention):
 
     def __init__(self, config: Any, submodules: SelfAttentionSubmodules, *args: Any, **kw: Any):
         super().__init__(config, submodules, *args, **kw)
+        self.linear_qkv = build_module(
+            submodules.linear_qkv,
+            config.hidden_size,
+            self.query_projection_size + 2 * self.kv_projection_size,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+        )
         size = self.hidden_size_per_attention_head * self.num_attention_heads_per_partition
         for name in ("q_layernorm", "k_layernorm"):
             norm = build_module(getattr(submodules, name), hidden_size=size, config=config)
@@ -197,6 +209,14 @@ def forward(
         if stage < len(ranks) - 1:
             dist.broadcast(hidden, source, group=group)
     return None
+
+
+def parameters(chunk: LLaVAModel) -> dict[str, npt.NDArray[np.float32]]:
+    """Return every parameter of this rank; none may be what it was before loading."""
+    found = {name: one.detach().float() for name, one in chunk.named_parameters()}
+    unset = [name for name, one in found.items() if one.isnan().any()]
+    assert not unset, f"not loaded: {unset}"
+    return {name: one.numpy().copy() for name, one in found.items()}
 
 
 def _note(seen: dict[str, Any], name: str, _module: Any, _inputs: Any, output: Any) -> None:

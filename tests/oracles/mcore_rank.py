@@ -107,7 +107,8 @@ def _forward(chunks: list[Any], request: Request) -> Any:
 
     images = request.options.get("images")
     if images is None:
-        return {}
+        held = mcore_llava.parameters(chunks[0])
+        return held if dist.get_rank() == 0 else None
     return mcore_llava.forward(model, chunks[0], tokens, torch.from_numpy(images))
 
 
