@@ -21,7 +21,7 @@ from ckptx.schemas.vision import TOWERS, projection_spec, tower_spec
 from ckptx.spec import ModelSpec
 
 MODEL_TYPE = "megatron_llava"
-TOWERS_HELD = ("internvit", "internvit300M", "siglip", "radio")
+TOWERS_HELD = ("internvit", "siglip", "radio")
 """Towers for which there are names."""
 _VIT, _RADIO = "vision_model.vision_model.", "vision_model.radio_model."
 _CONDITIONER = {
@@ -128,8 +128,6 @@ def _vision(tensors: Mapping[str, LazyTensor]) -> ModelSpec:
         name = "siglip"
     elif f"{first}attn.q_norm.weight" in tensors:
         name = "internvit"
-    elif f"{first}ls1" in tensors:
-        name = "internvit300M"
     else:
         raise SchemaError(
             "the names are of no vision tower that Megatron's converter writes "

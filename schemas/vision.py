@@ -412,7 +412,7 @@ def converter_sections(prefix: str) -> tuple[Section, ...]:
     InternViT and RADIO keep query, key and value in one tensor, all of query first.
     """
     vit, radio = f"{prefix}vision_model.", f"{prefix}radio_model."
-    internvit = of("internvit", "internvit300M")
+    internvit = of("internvit")
     layer = vit + "encoder.layers.{layer}."
     block = radio + "model.blocks.{layer}."
     generator = f"{radio}model.patch_generator."
@@ -447,9 +447,6 @@ def converter_sections(prefix: str) -> tuple[Section, ...]:
             *_norms(f"{layer}norm1", f"{layer}norm2"),
             *_fused_attention(f"{layer}attn."),
             *_mlp(layer),
-        ),
-        *_only(
-            of("internvit"),
             rule("q norm weight", f"{layer}attn.q_norm.weight"),
             rule("k norm weight", f"{layer}attn.k_norm.weight"),
         ),
