@@ -23,10 +23,9 @@ from ckptx.plan import FilePlan
 from ckptx.plugins.megatron.directory import RANK_FILES, IterationDirectory
 from ckptx.plugins.megatron.distributed import Target, applies, holds
 from ckptx.plugins.megatron.source import ENGINE_STATE, WEIGHTS_ONLY, Source, args_of, stored_bytes
-from ckptx.protocol import Dropped, SourceTensor
+from ckptx.protocol import Dropped, SourceTensor, Tensors
 from ckptx.saving import Model
-from ckptx.schema import Rank, Shards, Taker, give
-from ckptx.schemas.core import MCORE_GPT, TIED_COPY, extra_states
+from ckptx.schema import Layout, Parts, Rank, Shards, Taker, give
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import layer_of
 
@@ -113,9 +112,9 @@ def read(checkpoint: IterationDirectory) -> Source:
         for name, tensor in model.items()
     }
 
-    def messages(spec: ModelSpec) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
-        pipeline = Pipeline.from_args({**args, "num_layers": spec.num_layers})
-        return _messages(grid, ranks, pipeline, spec)
+    def messages(layout: Layout, parts: Parts) -> Iterator[Tensors]:
+        pipeline = Pipeline.from_args({**args, "num_layers": parts["language"].num_layers})
+        return _messages(grid, ranks, pipeline, layout, parts)
 
     return Source(
         directory,
@@ -125,6 +124,8 @@ def read(checkpoint: IterationDirectory) -> Source:
         list(_dropped(grid)),
         main_dtype(weights) if weights else "bfloat16",
         messages,
+        grid[0].models[0],
+        tp,
     )
 
 
@@ -166,24 +167,30 @@ def plan(model: Model, target: Target, pp: int) -> Iterator[FilePlan]:
 
 def _state_dict(model: Model, target: Target, chunk: Chunk, rank: Rank) -> dict[str, Any]:
     """Return what one rank's ``model`` holds for one pipeline chunk."""
-    spec = model.spec
     named: dict[str, Any] = {}
-    for message, layer, rules in target.layout.expand(spec):
+    for held in target.layout.held(model.parts):
+        message, layer = held.message, held.layer
         if message == "output layer" or not _stores(chunk, message, layer):
             continue
         local = _local(chunk, message, layer)
-        named.update(give(rules, model.messages[message], spec, local, rank))
-        named.update(_states(spec, target, message, layer, local, rank))
+        named.update(give(held.rules, model.messages[message], held.spec, local, rank))
+        named.update(_states(held.spec, target, message, layer, local, rank))
     if chunk.output:
-        if spec.tied:
+        name = _output_name(target.layout)
+        if model.spec.tied:
             if not chunk.embedding:
                 embedding = model.messages["embeddings"]["word embeddings"]
-                named[TIED_COPY] = embedding.chunk(0, rank.tp, rank.tp_rank)
+                named[name] = embedding.chunk(0, rank.tp, rank.tp_rank)
         else:
             output = model.messages["output layer"]["weight"]
-            named[TIED_COPY] = output.chunk(0, rank.tp, rank.tp_rank)
-        named["output_layer._extra_state"] = None
+            named[name] = output.chunk(0, rank.tp, rank.tp_rank)
+        named[f"{name.removesuffix('weight')}_extra_state"] = None
     return named
+
+
+def _output_name(layout: Layout) -> str:
+    """Return the name of the output layer's weight: tied, of the copy on the last stage."""
+    return layout.names_of("output layer", "weight")[0]
 
 
 def _stores(chunk: Chunk, message: str, layer: int | None) -> bool:
@@ -199,7 +206,7 @@ def _local(chunk: Chunk, message: str, layer: int | None) -> int | None:
 def _states(
     spec: ModelSpec, target: Target, message: str, layer: int | None, local: int | None, rank: Rank
 ) -> Iterator[tuple[str, Any]]:
-    for state in extra_states(target.style):
+    for state in target.states:
         if applies(state, spec, message, layer):
             value = Filled("uint8", (0,)) if state.engine else None
             experts = (spec.num_experts or 0) // rank.ep if "{expert}" in state.module else 1
@@ -208,8 +215,9 @@ def _states(
 
 
 def _messages(
-    grid: list[_Rank], ranks: list[Rank], pipeline: Pipeline, spec: ModelSpec
-) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
+    grid: list[_Rank], ranks: list[Rank], pipeline: Pipeline, layout: Layout, parts: Parts
+) -> Iterator[Tensors]:
+    spec = parts["language"]
     chunks = pipeline.chunks(spec.num_layers, spec.mtp_num_layers)
     virtual = max(chunk.vpp_rank for chunk in chunks) + 1
     for rank in grid:
@@ -229,14 +237,18 @@ def _messages(
     for (pp_rank, vpp_rank), shards in left.items():
         labels = [f"{rank.path.parent.name}: " for rank in grid[pp_rank * width :][:width]]
         stages[pp_rank, vpp_rank] = Shards.of_grid(shards, ranks, labels)
-    taker = Taker(MCORE_GPT, spec)
+    taker = Taker(layout, spec)
     found = {}
-    for message, layer, rules in MCORE_GPT.expand(spec):
+    part_of = {}
+    for held in layout.held(parts):
+        message, layer = held.message, held.layer
+        part_of[message] = held.part
+        own = taker.of(held.spec)
         copies = []
         for chunk in (c for c in chunks if _stores(c, message, layer)):
             stage = stages[chunk.pp_rank, chunk.vpp_rank]
             label = f"{grid[chunk.pp_rank * width].path.parent.name}: "
-            copies.append(taker.take(rules, stage, _local(chunk, message, layer), label))
+            copies.append(own.take(held.rules, stage, _local(chunk, message, layer), label))
         keys = set.intersection(*map(set, copies))
         found[message] = {k: replicated([c[k] for c in copies]) for k in copies[0] if k in keys}
     if spec.tied:
@@ -250,7 +262,9 @@ def _messages(
             for name in shard
         ]
     )
-    return ((message, tensors) for message, tensors in found.items() if tensors)
+    return (
+        Tensors(message, tensors, part_of[message]) for message, tensors in found.items() if tensors
+    )
 
 
 def _join_tied(
@@ -260,10 +274,11 @@ def _join_tied(
 ) -> None:
     """Make the copy of tied embeddings that the last stage holds a replica of the first's."""
     embeddings = found["embeddings"]
-    held = any(TIED_COPY in shard for copies in shards.dense for shard in copies)
+    name = _output_name(taker.layout)
+    held = any(name in shard for copies in shards.dense for shard in copies)
     if "word embeddings" not in embeddings or not held:
         return
-    rules = [r for s in MCORE_GPT.sections if s.message == "output layer" for r in s.rules]
+    rules = [r for s in taker.layout.sections if s.message == "output layer" for r in s.rules]
     copy = taker.take(rules, shards, None, "tied copy: ")
     if copy:
         pair = [embeddings["word embeddings"], copy["weight"]]
