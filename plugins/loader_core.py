@@ -9,12 +9,13 @@ from typing import Any
 
 import click
 
-from ckptx.errors import FormatError, SchemaError
+from ckptx.errors import CkptxError, FormatError, SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.model_directory import base_sidecars, family_of, read_config, sidecars
 from ckptx.parallel import Pipeline
 from ckptx.plugin import Loader
 from ckptx.plugins.megatron import directory, distributed, ranks
+from ckptx.plugins.megatron.forms import LEGACY, Form
 from ckptx.plugins.megatron.options import (
     CAPABILITIES,
     transformer_impl_option,
@@ -32,6 +33,7 @@ class CoreLoader:
     """Reads what Megatron Core writes, at any tensor and pipeline parallel size."""
 
     name = "core"
+    layout = "mcore/gpt"
     capabilities = CAPABILITIES
 
     def options(self) -> list[click.Option]:
@@ -39,8 +41,8 @@ class CoreLoader:
         return [*vocabulary_options(), transformer_impl_option("loader")]
 
     def detect(self, source: Path) -> bool:
-        """Return whether there is a tracker file or an iteration directory."""
-        return directory.looks_like(source)
+        """Return whether there is a tracker file or an iteration directory, of no legacy model."""
+        return directory.looks_like(source) and found_form(source) is not LEGACY
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the model."""
@@ -50,14 +52,14 @@ class CoreLoader:
                 "source has not; convert it to hf first, then fill"
             )
         place = directory.find(source)
-        checkpoint = (distributed if place.format == "torch_dist" else ranks).read(place)
+        checkpoint = self.read(place)
         beside = place.path / directory.SIDECARS
         files = {**(sidecars(beside) if beside.is_dir() else {}), **base_sidecars(options)}
         spec = _spec(checkpoint, read_config(files, beside), options)
         messages = list(checkpoint.messages(spec))
         yield Begin(
-            format="core",
-            layout="mcore/gpt",
+            format=self.name,
+            layout=self.layout,
             parts={"language": spec},
             files=checkpoint.files,
             sources=checkpoint.sources,
@@ -80,7 +82,26 @@ class CoreLoader:
         for name, tensors in messages:
             check_shapes(name, tensors, spec)
             yield Tensors(name, tensors)
-        yield End(tuple(checkpoint.dropped))
+        yield End(tuple(checkpoint.dropped), tuple(self.notes(spec)))
+
+    def read(self, place: directory.IterationDirectory) -> Source:
+        """Read the metadata of a checkpoint."""
+        if place.format == "torch_dist":
+            return distributed.read(place)
+        return ranks.read(place)
+
+    def notes(self, spec: ModelSpec) -> list[str]:
+        """Return remarks on a model that was found."""
+        return []
+
+
+def found_form(source: Path) -> Form | None:
+    """Return which kind of model a per-rank checkpoint holds, None where that cannot be told."""
+    try:
+        place = directory.find(source)
+        return ranks.form_in(place) if place.format == "torch" else None
+    except CkptxError:
+        return None  # the loader will say what is wrong
 
 
 def _spec(

@@ -347,7 +347,8 @@ class SchemaTests(_Parametrized):
             assert set(keys) <= set(known)
             for entry in rules:
                 for key in entry.keys:
-                    axes = (known[key].tp,) if "mcore" in kind else range(len(known[key].shape))
+                    megatron = "mcore" in kind or kind == "legacy"
+                    axes = (known[key].tp,) if megatron else range(len(known[key].shape))
                     assert entry.tp is None or entry.tp in axes, f"{message}: {key}"
 
     def test_packing_and_unpacking_undo_each_other(

@@ -21,6 +21,7 @@ from ckptx.containers.pickle_values import Namespace
 from ckptx.errors import FormatError
 from ckptx.lazy import Filled, LazyTensor, Shape
 from ckptx.loading import inventory, main_dtype, messages_of
+from ckptx.model_directory import family_named
 from ckptx.parallel import Chunk
 from ckptx.plan import FilePlan, literal_files
 from ckptx.plugins.megatron.directory import IterationDirectory
@@ -28,7 +29,7 @@ from ckptx.plugins.megatron.source import ENGINE_STATE, WEIGHTS_ONLY, Source, ar
 from ckptx.protocol import Dropped
 from ckptx.saving import Model
 from ckptx.schema import Layout, Placed, Rank, place
-from ckptx.schemas.core import MCORE_GPT, ExtraState, Style, extra_states
+from ckptx.schemas.core import ExtraState, Style, extra_states
 from ckptx.spec import ModelSpec
 
 METADATA = {
@@ -62,7 +63,8 @@ def read(checkpoint: IterationDirectory) -> Source:
     dropped = list(_dropped(state, training, metadata))
 
     def messages(spec: ModelSpec) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
-        for message in messages_of(MCORE_GPT, _unstacked(weights, spec), spec):
+        layout = family_named(spec.family).layout("mcore")
+        for message in messages_of(layout, _unstacked(weights, spec), spec):
             yield message.name, message.tensors
 
     return Source(
@@ -81,7 +83,8 @@ class Target:
     """How a checkpoint is to be laid out."""
 
     layout: Layout
-    style: Style
+    style: Style | None
+    """None for a legacy model, whose modules keep no states."""
     ranks: Sequence[Rank]
     """Those of one pipeline stage."""
     chunks: Sequence[Chunk]

@@ -2,31 +2,33 @@
 
 Layers are numbered from 0 in every pipeline chunk; with virtual stages a file holds ``model0``,
 ``model1``, ... instead of ``model``. Gated weights hold each rank's gate and up rows together.
+Models of Megatron Core and legacy ones differ in what ``model`` is: a `Form`.
 
 Source: NVIDIA/Megatron-LM megatron/training/checkpointing.py @ core_v0.16.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import Namespace
-from ckptx.errors import FormatError, PlanError, listing
+from ckptx.errors import FormatError, PlanError, SchemaError, listing
 from ckptx.lazy import Filled, LazyTensor, Stored, replicated
 from ckptx.loading import main_dtype
 from ckptx.parallel import Chunk, Pipeline, stage_ranks
 from ckptx.plan import FilePlan
 from ckptx.plugins.megatron.directory import RANK_FILES, IterationDirectory
 from ckptx.plugins.megatron.distributed import Target, applies, holds
+from ckptx.plugins.megatron.forms import CORE, Form, form_of
 from ckptx.plugins.megatron.source import ENGINE_STATE, WEIGHTS_ONLY, Source, args_of, stored_bytes
 from ckptx.protocol import Dropped, SourceTensor
 from ckptx.saving import Model
-from ckptx.schema import Rank, Shards, Taker, give
-from ckptx.schemas.core import MCORE_GPT, TIED_COPY, extra_states
+from ckptx.schema import Layout, Rank, Shards, Taker, give, rule
+from ckptx.schemas.core import extra_states
 from ckptx.spec import ModelSpec
 
 _SAME = (
@@ -79,30 +81,47 @@ class _Rank:
     path: Path
     args: dict[str, Any]
     iteration: Any
+    version: Any
     models: list[dict[str, LazyTensor]]
     states: int
     """Bytes of extra states."""
     other: dict[str, int]
 
 
-def read(checkpoint: IterationDirectory) -> Source:
-    """Read the pickles of every rank.
+def form_in(checkpoint: IterationDirectory) -> Form:
+    """Return which kind of model the first rank's file holds.
+
+    Raises:
+        FormatError: the file is damaged or holds no model.
+    """
+    path = _file(_directories(checkpoint.path)[0])
+    state = torch_zip.read(path, 0).value
+    args_of(state, path)
+    return form_of(next(_models(state, path))[1])
+
+
+def read(
+    checkpoint: IterationDirectory,
+    form: Form = CORE,
+    completed: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
+) -> Source:
+    """Read the pickles of every rank; ``completed`` returns their args as they are to be taken.
 
     Raises:
         FormatError: a rank is missing, superfluous, damaged or of another run.
     """
     directory = checkpoint.path
-    found = sorted(path for path in directory.glob("mp_rank_*") if path.is_dir())
-    first = _read_rank(_file(found[0]), 0)
-    args = first.args
-    tp = args.get("tensor_model_parallel_size") or _guess_tp(found)
-    pp = args.get("pipeline_model_parallel_size") or 1
+    found = _directories(directory)
+    first = _read_rank(_file(found[0]), 0, form)
+    args = completed(first.args)
+    tp = args.get("tensor_model_parallel_size") or _numbers(found, 2)
+    pp = args.get("pipeline_model_parallel_size") or (1 if args else _numbers(found, 3))
     ep, etp = expert_sizes(args, tp)
     ranks = stored_ranks(tp, ep, etp)
     names = [directory_name(rank, pp_rank, pp) for pp_rank in range(pp) for rank in ranks]
     _check_directories(directory, names, [path.name for path in found])
     paths = [_file(directory / name) for name in names]
-    grid = [_read_rank(path, number) for number, path in enumerate(paths)]
+    grid = [_read_rank(path, number, form) for number, path in enumerate(paths)]
     for rank in grid:
         _check_same_run(first, rank)
     weights = {
@@ -113,8 +132,8 @@ def read(checkpoint: IterationDirectory) -> Source:
     }
 
     def messages(spec: ModelSpec) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
-        pipeline = Pipeline.from_args({**args, "num_layers": spec.num_layers})
-        return _messages(grid, ranks, pipeline, spec)
+        pipeline = _pipeline(args, pp, len(first.models), spec)
+        return _messages(grid, ranks, pipeline, spec, form)
 
     return Source(
         directory,
@@ -145,7 +164,7 @@ def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
     return ep, args.get("expert_tensor_parallel_size") or tp
 
 
-def plan(model: Model, target: Target, pp: int) -> Iterator[FilePlan]:
+def plan(model: Model, target: Target, pp: int, form: Form = CORE) -> Iterator[FilePlan]:
     """Yield one file per rank."""
     virtual = any(chunk.vpp_rank for chunk in target.chunks)
     for pp_rank in range(pp):
@@ -158,39 +177,37 @@ def plan(model: Model, target: Target, pp: int) -> Iterator[FilePlan]:
             }
             for chunk in chunks:
                 key = f"model{chunk.vpp_rank}" if virtual else "model"
-                state[key] = _state_dict(model, target, chunk, rank)
+                state[key] = form.stored(_state_dict(model, target, chunk, rank, form))
             path = f"{directory_name(rank, pp_rank, pp)}/{RANK_FILES[0]}"
             yield torch_zip.plan_file(path, state)
 
 
-def _state_dict(model: Model, target: Target, chunk: Chunk, rank: Rank) -> dict[str, Any]:
-    """Return what one rank's ``model`` holds for one pipeline chunk."""
+def _state_dict(
+    model: Model, target: Target, chunk: Chunk, rank: Rank, form: Form
+) -> dict[str, Any]:
+    """Return what one rank's ``model`` holds for one pipeline chunk, by name."""
     spec = model.spec
     named: dict[str, Any] = {}
     for message, layer, rules in target.layout.expand(spec):
-        if layer is None and message == "output layer":
-            continue
         if not holds(chunk, message, layer):
             continue
         local = None if layer is None else chunk.layers.index(layer)
         named.update(give(rules, model.messages[message], spec, local, rank))
-        named.update(_states(spec, target, message, layer, local, rank))
+        if message != "output layer":
+            named.update(_states(spec, target, message, layer, local, rank))
+    if chunk.output and not chunk.embedding and spec.tied:
+        embedding = model.messages["embeddings"]["word embeddings"]
+        named[form.tied_copy] = embedding.chunk(0, rank.tp, rank.tp_rank)
     if chunk.output:
-        if spec.tied:
-            if not chunk.embedding:
-                embedding = model.messages["embeddings"]["word embeddings"]
-                named[TIED_COPY] = embedding.chunk(0, rank.tp, rank.tp_rank)
-        else:
-            output = model.messages["output layer"]["weight"]
-            named[TIED_COPY] = output.chunk(0, rank.tp, rank.tp_rank)
-        named["output_layer._extra_state"] = None
+        # The module is there even where its weight is not.
+        named.update(_states(spec, target, "output layer", None, None, rank))
     return named
 
 
 def _states(
     spec: ModelSpec, target: Target, message: str, layer: int | None, local: int | None, rank: Rank
 ) -> Iterator[tuple[str, Any]]:
-    for state in extra_states(target.style):
+    for state in extra_states(target.style) if target.style else ():
         if applies(state, spec, message, layer):
             value = Filled("uint8", (0,)) if state.engine else None
             experts = (spec.num_experts or 0) // rank.ep if "{expert}" in state.module else 1
@@ -199,7 +216,7 @@ def _states(
 
 
 def _messages(
-    grid: list[_Rank], ranks: list[Rank], pipeline: Pipeline, spec: ModelSpec
+    grid: list[_Rank], ranks: list[Rank], pipeline: Pipeline, spec: ModelSpec, form: Form
 ) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
     chunks = pipeline.chunks(spec.num_layers)
     virtual = max(chunk.vpp_rank for chunk in chunks) + 1
@@ -220,9 +237,10 @@ def _messages(
     for (pp_rank, vpp_rank), shards in left.items():
         labels = [f"{rank.path.parent.name}: " for rank in grid[pp_rank * width :][:width]]
         stages[pp_rank, vpp_rank] = Shards.of_grid(shards, ranks, labels)
-    taker = Taker(MCORE_GPT, spec)
+    layout = _layout(grid, spec, form)
+    taker = Taker(layout, spec)
     found = {}
-    for message, layer, rules in MCORE_GPT.expand(spec):
+    for message, layer, rules in layout.expand(spec):
         chunk = next(c for c in chunks if holds(c, message, layer))
         stage = stages[chunk.pp_rank, chunk.vpp_rank]
         local = None if layer is None else chunk.layers.index(layer)
@@ -230,7 +248,7 @@ def _messages(
         found[message] = taker.take(rules, stage, local, label)
     if spec.tied:
         last = next(chunk for chunk in chunks if chunk.output)
-        _join_tied(found, stages[last.pp_rank, last.vpp_rank], taker)
+        _join_tied(found, stages[last.pp_rank, last.vpp_rank], taker, form.tied_copy)
     taker.finish(
         [
             f"{grid[pp_rank * width + number].path.parent.name}: {name}"
@@ -242,49 +260,66 @@ def _messages(
     return ((message, tensors) for message, tensors in found.items() if tensors)
 
 
+def _layout(grid: list[_Rank], spec: ModelSpec, form: Form) -> Layout:
+    """Return how the files name the model; the first's version is the others', too."""
+    try:
+        return form.layout(spec, grid[0].version)
+    except SchemaError as error:
+        raise SchemaError(f"{grid[0].path}: {error}") from error
+
+
 def _join_tied(
-    found: dict[str, dict[str, LazyTensor]],
-    shards: Shards,
-    taker: Taker,
+    found: dict[str, dict[str, LazyTensor]], shards: Shards, taker: Taker, name: str
 ) -> None:
     """Make the copy of tied embeddings that the last stage holds a replica of the first's."""
     embeddings = found["embeddings"]
-    held = any(TIED_COPY in shard for copies in shards.dense for shard in copies)
+    held = any(name in shard for copies in shards.dense for shard in copies)
     if "word embeddings" not in embeddings or not held:
         return
-    rules = [r for s in MCORE_GPT.sections if s.message == "output layer" for r in s.rules]
-    copy = taker.take(rules, shards, None, "tied copy: ")
+    copy = taker.take([rule("weight", name, tp=0)], shards, None, "tied copy: ")
     if copy:
         pair = [embeddings["word embeddings"], copy["weight"]]
         embeddings["word embeddings"] = replicated(pair)
 
 
-def _read_rank(path: Path, number: int) -> _Rank:
+def _read_rank(path: Path, number: int, form: Form) -> _Rank:
     state = torch_zip.read(path, number).value
     args = args_of(state, path)
-    keys = [key for key in state if key == "model" or _is_virtual(key)]
-    if not keys:
-        raise FormatError(f"{path}: holds no model ({listing(map(str, state))})")
     models: list[dict[str, LazyTensor]] = []
     states = 0
-    for key in sorted(keys, key=lambda key: int(key.removeprefix("model") or 0)):
-        entries = state[key]
-        if not isinstance(entries, Mapping) or any(
-            isinstance(v, Mapping) for v in entries.values()
-        ):
+    held = dict(_models(state, path))
+    for key, entries in held.items():
+        other = form_of(entries)
+        if other is not form:
             raise FormatError(
-                f"{path}: {key!r} is nested: a legacy Megatron checkpoint, which ckptx recognises "
-                "but does not load yet"
+                f"{path}: {key!r} is of {other.meaning}, not of {form.meaning}; use --loader "
+                f"{other.name} (--from {other.name})"
             )
-        weights = {n: v for n, v in entries.items() if not n.endswith("_extra_state")}
+        try:
+            named = form.named(entries)
+        except SchemaError as error:
+            raise FormatError(f"{path}: {key!r}: {error}") from error
+        weights = {n: v for n, v in named.items() if not n.endswith("_extra_state")}
         unknown = [name for name, value in weights.items() if not isinstance(value, Stored)]
         if unknown:
             raise FormatError(f"{path}: {listing(unknown)} of {key!r} are no tensors")
         models.append(weights)
-        states += stored_bytes([v for n, v in entries.items() if n not in weights])
-    known = {*keys, "args", "checkpoint_version", "iteration"}
-    other = {key: stored_bytes(value) for key, value in state.items() if key not in known}
-    return _Rank(path, args, state.get("iteration"), models, states, other)
+        states += stored_bytes([v for n, v in named.items() if n not in weights])
+    known = {*held, "args", "checkpoint_version", "iteration"}
+    rest = {key: stored_bytes(value) for key, value in state.items() if key not in known}
+    version = state.get("checkpoint_version", 0)
+    return _Rank(path, args, state.get("iteration"), version, models, states, rest)
+
+
+def _models(state: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the entries of a file that hold its virtual stages, in order."""
+    keys = [key for key in state if key == "model" or _is_virtual(key)]
+    if not keys:
+        raise FormatError(f"{path}: holds no model ({listing(map(str, state))})")
+    for key in sorted(keys, key=lambda key: int(key.removeprefix("model") or 0)):
+        if not isinstance(state[key], Mapping):
+            raise FormatError(f"{path}: {key!r} is no dictionary of tensors")
+        yield key, state[key]
 
 
 def _is_virtual(key: object) -> bool:
@@ -298,8 +333,21 @@ def _file(directory: Path) -> Path:
     raise FormatError(f"{directory}: holds no {RANK_FILES[0]}; the checkpoint is incomplete")
 
 
-def _guess_tp(found: list[Path]) -> int:
-    return len({path.name.split("_")[2] for path in found})
+def _directories(directory: Path) -> list[Path]:
+    """Return the directories of all ranks by name."""
+    return sorted(path for path in directory.glob("mp_rank_*") if path.is_dir())
+
+
+def _numbers(found: list[Path], part: int) -> int:
+    """Return how many numbers a part of the ranks' names has; 1 where names have no such part."""
+    return len({tuple(path.name.split("_")[part : part + 1]) for path in found})
+
+
+def _pipeline(args: Mapping[str, Any], pp: int, virtual: int, spec: ModelSpec) -> Pipeline:
+    """Return what args say of the pipeline; the files themselves where there are none."""
+    if args:
+        return Pipeline.from_args({**args, "num_layers": spec.num_layers})
+    return Pipeline(pp, virtual if virtual > 1 else None)
 
 
 def _check_directories(directory: Path, expected: list[str], found: list[str]) -> None:
@@ -325,6 +373,11 @@ def _check_same_run(first: _Rank, rank: _Rank) -> None:
                 f"{rank.path}: {name} is {there}, in {first.path.parent.name} it is {here}; the "
                 "rank files are of different runs"
             )
+    if first.version != rank.version:
+        raise FormatError(
+            f"{rank.path}: checkpoint_version is {rank.version}, in {first.path.parent.name} it is "
+            f"{first.version}; the rank files are of different runs"
+        )
     if first.iteration != rank.iteration:
         raise FormatError(
             f"{rank.path}: is of iteration {rank.iteration}, {first.path.parent.name} of "

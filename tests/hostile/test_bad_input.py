@@ -531,7 +531,10 @@ class TestMegatronCheckpoints:
         state = torch.load(file, weights_only=False)
         state["model"] = {"language_model": {"embedding": {}}}
         torch.save(state, file)
-        assert "a legacy Megatron checkpoint, which ckptx recognises" in user.cannot_convert("hf")
+        reason = user.cannot_convert("hf", "--from", "core")
+        assert f"{file}: 'model' is of a legacy Megatron model" in reason
+        assert "use --loader legacy (--from legacy)" in reason
+        assert "mp_rank_00_000" in user.cannot_convert("hf"), "other ranks are of Megatron Core"
 
 
 class TestPlaces:
