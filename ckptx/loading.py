@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
 from ckptx.errors import SchemaError
-from ckptx.lazy import ITEMSIZE, LazyTensor
+from ckptx.lazy import ITEMSIZE, LazyTensor, replicated
 from ckptx.protocol import PASSTHROUGH, Dropped, SourceTensor, Tensors
 from ckptx.schema import Layout, Taker
 from ckptx.spec import ModelSpec
@@ -29,13 +29,16 @@ def messages_of(
     """
     left = dict(tensors)
     taker = Taker(layout, spec)
-    found = []
+    found = {}
     for message, layer, rules in layout.expand(spec):
         canonical = taker.take(rules, [left], layer)
         if canonical:
-            found.append((message, canonical))
+            found[message] = canonical
+    for message, key, name in layout.copies_of(spec):
+        if name in left and key in found.get(message, {}):
+            found[message][key] = replicated([found[message][key], left.pop(name)])
     taker.finish(list(left))
-    for message, canonical in found:
+    for message, canonical in found.items():
         check_shapes(message, canonical, spec)
         yield Tensors(message, canonical)
 

@@ -15,6 +15,7 @@ from ckptx.loading import drop_ignored, main_dtype, messages_of, passthrough, re
 from ckptx.protocol import Begin, Dropped, End, Message
 from ckptx.saving import Model, named_tensors
 from ckptx.schema import Family, Layout
+from ckptx.spec import ModelSpec
 
 CONFIG = "config.json"
 _SUFFIXES = {".json", ".txt", ".model", ".py", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm"}
@@ -120,16 +121,48 @@ def hf_messages(
         note = f"{', '.join(named)}: no schema, tensors pass through by name"
         yield End(notes=(*notes, note))
         return
-    spec = replace(family.from_config(config), dtype=main_dtype(tensors))
-    layout = family.layout("hf")
+    yield from named_messages(
+        begin, tensors, family.from_config(config), family.layout("hf"), notes
+    )
+
+
+def named_messages(
+    begin: Begin,
+    tensors: Mapping[str, LazyTensor],
+    spec: ModelSpec,
+    layout: Layout,
+    notes: tuple[str, ...] = (),
+    dropped: tuple[Dropped, ...] = (),
+) -> Iterator[Message]:
+    """Yield the messages of a model of known dimensions whose tensors have the names of a layout.
+
+    ``notes`` and ``dropped`` go before others.
+
+    Raises:
+        SchemaError: tensors are missing, left over, or not of the shapes that the spec says.
+    """
+    spec = replace(spec, dtype=main_dtype(tensors))
     left = dict(tensors)
-    dropped = drop_ignored(layout, left)
+    dropped = (*dropped, *drop_ignored(layout, left))
+    if spec.mtp_num_layers and not further_names(layout, spec) & set(left):
+        note = (
+            f"the config says {spec.mtp_num_layers} layers for multi-token prediction, the weights "
+            "hold none, as transformers saves them: the model is converted without"
+        )
+        spec, notes = replace(spec, mtp_num_layers=0), (*notes, note)
     if spec.tied:
         tied, copies, remarks = resolve_tie(left, *tied_names(layout, left), begin.files)
         spec, dropped, notes = replace(spec, tied=tied), (*dropped, *copies), (*notes, *remarks)
     yield replace(begin, layout=layout.name, parts={"language": spec})
     yield from messages_of(layout, left, spec)
     yield End(dropped, notes)
+
+
+def further_names(layout: Layout, spec: ModelSpec) -> set[str]:
+    """Return the names that the layers for multi-token prediction have in a layout."""
+    without = replace(spec, mtp_num_layers=0)
+    copies = {name for _, _, name in layout.copies_of(spec)}
+    return copies | set(layout.names(spec)) - set(layout.names(without))
 
 
 def tied_names(layout: Layout, tensors: Mapping[str, LazyTensor]) -> tuple[str, str]:

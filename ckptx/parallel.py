@@ -29,6 +29,8 @@ class Chunk:
     layers: tuple[int, ...]
     embedding: bool
     output: bool
+    mtp: bool = False
+    """Whether it holds the layers of multi-token prediction, all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +49,10 @@ class Pipeline:
     embedding_in_split: bool = False
     loss_in_split: bool = False
 
-    def chunks(self, num_layers: int) -> tuple[Chunk, ...]:
+    def chunks(self, num_layers: int, mtp_num_layers: int = 0) -> tuple[Chunk, ...]:
         """Return the chunks in execution order.
+
+        Layers of multi-token prediction lie in the last one, unless a layout places them.
 
         Raises:
             PlanError: the settings do not place every layer exactly once.
@@ -61,7 +65,7 @@ class Pipeline:
                 "count as layers exclude each other"
             )
         if self.layout is not None:
-            return _from_layout(self.layout, self.pp, self.vpp, num_layers)
+            return _from_layout(self.layout, self.pp, self.vpp, num_layers, mtp_num_layers)
         counts = self._counts(num_layers)
         if sum(counts) != num_layers or min(counts) < 0:
             raise PlanError(
@@ -69,7 +73,7 @@ class Pipeline:
                 f"{sum(counts)}; choose sizes that divide, --decoder-first-pipeline-num-layers, "
                 "--decoder-last-pipeline-num-layers or --pipeline-model-parallel-layout"
             )
-        return tuple(_numbered(counts, self.pp))
+        return tuple(_numbered(counts, self.pp, bool(mtp_num_layers)))
 
     def __str__(self) -> str:
         """Return the settings as a user would say them."""
@@ -188,21 +192,24 @@ def describe(chunks: Sequence[Chunk]) -> list[str]:
                 held = [f"layer {layer}"]
             case _:
                 held = [f"layers {chunk.layers[0]}-{chunk.layers[-1]}"]
-        held += ["embeddings"] * chunk.embedding + ["final norm, output layer"] * chunk.output
+        held += ["embeddings"] * chunk.embedding + ["multi-token prediction"] * chunk.mtp
+        held += ["final norm, output layer"] * chunk.output
         lines.append(f"{place}: {', '.join(held)}")
     return lines
 
 
-def _numbered(counts: Sequence[int], pp: int) -> Iterator[Chunk]:
+def _numbered(counts: Sequence[int], pp: int, mtp: bool) -> Iterator[Chunk]:
     position = 0
     for number, count in enumerate(counts):
         layers = tuple(range(position, position + count))
         position += count
         last = number == len(counts) - 1
-        yield Chunk(number % pp, number // pp, layers, number == 0, last)
+        yield Chunk(number % pp, number // pp, layers, number == 0, last, mtp and last)
 
 
-def _from_layout(layout: str, pp: int, vpp: int | None, num_layers: int) -> tuple[Chunk, ...]:
+def _from_layout(
+    layout: str, pp: int, vpp: int | None, num_layers: int, mtp_num_layers: int
+) -> tuple[Chunk, ...]:
     stages = _expand(layout).split("|")
     expected = pp * (vpp or 1)
     if vpp is None and len(stages) % pp == 0:
@@ -223,12 +230,20 @@ def _from_layout(layout: str, pp: int, vpp: int | None, num_layers: int) -> tupl
         raise PlanError(f"pipeline layout {layout!r} must begin with one E and end with one L")
     if "t" in joined.partition("m")[2]:
         raise PlanError(f"pipeline layout {layout!r} has decoder layers after an m")
+    further = [stage.count("m") for stage in stages if "m" in stage]
+    if sum(further) != mtp_num_layers or len(further) > 1:
+        raise PlanError(
+            f"pipeline layout {layout!r} places {sum(further)} layers of multi-token prediction in "
+            f"{len(further)} stages, the model has {mtp_num_layers}, which one stage must hold"
+        )
     chunks = []
     position = 0
     for number, stage in enumerate(stages):
         layers = tuple(range(position, position + stage.count("t")))
         position += len(layers)
-        chunks.append(Chunk(number % pp, number // pp, layers, "E" in stage, "L" in stage))
+        chunks.append(
+            Chunk(number % pp, number // pp, layers, "E" in stage, "L" in stage, "m" in stage)
+        )
     return tuple(chunks)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ckptx.errors import PlanError, SchemaError, listing
-from ckptx.lazy import LazyTensor, Stored, concat
+from ckptx.lazy import LazyTensor, Replicated, Stored, concat, replicated
 from ckptx.protocol import PASSTHROUGH, VERSION, Begin, Dropped, End, Message, Tensors
 from ckptx.schema import Layout, check_message, give
 from ckptx.spec import ModelSpec
@@ -91,6 +91,8 @@ def named_tensors(
     named: dict[str, LazyTensor] = {}
     for message, layer, rules in layout.expand(model.spec):
         named.update(give(rules, model.messages[message], model.spec, layer))
+    for message, key, name in layout.copies_of(model.spec):
+        named[name] = model.messages[message][key]
     return named, dropped
 
 
@@ -116,7 +118,7 @@ def resize_vocabulary(model: Model, rows: int | None, *, fill: bool = True) -> t
                 label = f"{name}: {key!r} rows {rows} to {found - 1}"
                 dropped.append(Dropped(label, "vocabulary padding", cut.nbytes, (cut,)))
             elif fill:
-                changed[key] = concat([tensor, _repeat_last(tensor, rows - found)])
+                changed[key] = _extended(tensor, rows - found)
             else:
                 raise SchemaError(
                     f"{name}: {key!r} has {found} rows, the vocabulary is {rows}; the config or "
@@ -126,9 +128,13 @@ def resize_vocabulary(model: Model, rows: int | None, *, fill: bool = True) -> t
     return tuple(dropped)
 
 
-def _repeat_last(tensor: LazyTensor, count: int) -> LazyTensor:
+def _extended(tensor: LazyTensor, count: int) -> LazyTensor:
+    """Return a tensor with its last row repeated ``count`` times at its end."""
+    if isinstance(tensor, Replicated):
+        return replicated([_extended(copy, count) for copy in tensor.copies])
     last = tensor.narrow(0, tensor.shape[0] - 1, tensor.shape[0])
-    if isinstance(last, Stored):
-        shape = (count, *last.shape[1:])
-        return Stored(last.dtype, shape, last.file, last.offset, (0, *last.strides[1:]))
-    return concat([last] * count)
+    if not isinstance(last, Stored):
+        return concat([tensor, *[last] * count])
+    shape = (count, *last.shape[1:])
+    strides = (0, *last.strides[1:])
+    return concat([tensor, Stored(last.dtype, shape, last.file, last.offset, strides)])

@@ -29,6 +29,7 @@ from ckptx.lazy import (
     stack,
 )
 from ckptx.spec import ModelSpec
+from ckptx.vocabulary import MTP_LAYER
 
 Tensor: TypeAlias = LazyTensor
 Predicate: TypeAlias = Callable[[ModelSpec], bool]
@@ -342,10 +343,23 @@ class Rule:
     when: Predicate
     ep: int | None = None
     layers: LayerPredicate | None = None
+    rows: Callable[[ModelSpec], int] | None = None
 
     def only_in(self, layers: LayerPredicate) -> Rule:
         """Return the rule for some of the layers."""
         return replace(self, layers=layers)
+
+    def under(self, prefix: str, *others: str) -> Rule:
+        """Return the rule with names that begin with others instead of ``prefix``.
+
+        Each spelling comes with the first of them, then each with the second, and so on.
+        """
+        moved = tuple(
+            Spelling(tuple(other + name.removeprefix(prefix) for name in one.names), one.iso)
+            for other in others
+            for one in self.spellings
+        )
+        return replace(self, spellings=moved)
 
 
 def always(spec: ModelSpec) -> bool:
@@ -363,13 +377,15 @@ def rule(
     when: Predicate = always,
     layers: LayerPredicate | None = None,
     also: Sequence[tuple[str | Sequence[str], Iso] | str] = (),
+    rows: Callable[[ModelSpec], int] | None = None,
 ) -> Rule:
     """Return a rule: canonical ``keys`` are stored under ``names``, arranged by ``iso``.
 
     ``tp`` is the canonical axis that tensor parallelism cuts, None for replicated. With ``ep``, the
     axis that expert parallelism cuts, ``tp`` is cut by expert-tensor parallelism instead. ``when``
     says for which models the rule holds, ``layers`` for which of their layers. ``also`` lists other
-    spellings that loaders accept; the first is the one that savers write.
+    spellings that loaders accept; the first is the one that savers write. ``rows`` is the number of
+    rows of a tensor that some ranks hold whole and others cut along them: its shape tells which.
     """
     spellings = [Spelling(_tuple(names), iso)]
     for other in also:
@@ -378,19 +394,34 @@ def rule(
             if isinstance(other, str)
             else Spelling(_tuple(other[0]), other[1])
         )
-    return Rule(_tuple(keys), tuple(spellings), tp, when, ep, layers)
+    return Rule(_tuple(keys), tuple(spellings), tp, when, ep, layers, rows)
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """The rules of one message; ``transformer layer {layer}`` stands for one message per layer."""
+    """The rules of one message; ``transformer layer {layer}`` stands for one message per layer.
+
+    ``mtp layer {layer}`` stands for those of multi-token prediction; names number them from 0, or
+    with ``numbered_on`` from the number of layers before.
+    """
 
     message: str
     rules: tuple[Rule, ...]
+    numbered_on: bool = False
+
+    def layers(self, spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
+        """Yield message, number in names and place in the model of every layer, if it has them."""
+        if "{layer}" not in self.message:
+            return
+        further = self.message.startswith(MTP_LAYER)
+        first, count = (spec.num_layers, spec.mtp_num_layers) if further else (0, spec.num_layers)
+        for layer in range(count):
+            number = first + layer if self.numbered_on else layer
+            yield self.message.format(layer=layer), number, first + layer
 
     @property
     def per_layer(self) -> bool:
-        """Whether the section repeats for every layer."""
+        """Whether the section repeats for layers."""
         return "{layer}" in self.message
 
 
@@ -402,17 +433,30 @@ class Layout:
     sections: tuple[Section, ...]
     ignored: tuple[str, ...] = ()
     """Endings of names that carry no weights (``"rotary_emb.inv_freq"``), dropped with a reason."""
+    copies: tuple[tuple[str, str, str], ...] = ()
+    """Names under which the layers of multi-token prediction repeat a tensor, as ``(message, key,
+    name)``; they are written, and where they are read compared."""
 
     def expand(self, spec: ModelSpec) -> Iterator[tuple[str, int | None, tuple[Rule, ...]]]:
-        """Yield ``(message, layer, rules)`` for every message of a model, in model order."""
+        """Yield ``(message, layer, rules)`` for every message of a model, in model order.
+
+        ``layer`` is the number in names, None for a message that is not of a layer.
+        """
         for section in self.sections:
             rules = tuple(entry for entry in section.rules if entry.when(spec))
-            if section.per_layer:
-                for layer in range(spec.num_layers):
-                    held = tuple(r for r in rules if r.layers is None or r.layers(spec, layer))
-                    yield section.message.format(layer=layer), layer, held
-            elif rules:
+            for message, number, place in section.layers(spec):
+                held = tuple(r for r in rules if r.layers is None or r.layers(spec, place))
+                yield message, number, held
+            if rules and not section.per_layer:
                 yield section.message, None, rules
+
+    def copies_of(self, spec: ModelSpec) -> Iterator[tuple[str, str, str]]:
+        """Yield message, key and name of every tensor that the layout holds once more."""
+        for message, key, name in self.copies:
+            if spec.tied and message == "output layer":
+                message, key = "embeddings", "word embeddings"
+            for layer in range(spec.mtp_num_layers):
+                yield message, key, name.replace("{layer}", str(spec.num_layers + layer))
 
     def names_of(self, message: str, key: str) -> tuple[str, ...]:
         """Return the names, in any spelling, of a canonical tensor that is stored by itself.
@@ -528,9 +572,10 @@ class Taker:
                         shard.pop(name, None)
                 continue
             parts = [self._unpacked(names, iso, group, label) for group in groups]
+            place = label + names[0]
             for number, key in enumerate(entry.keys):
                 joined = [
-                    _joined([part[number] for part in ranks], entry.tp, label + names[0])
+                    _joined([part[number] for part in ranks], self._cut(entry, ranks), place)
                     for ranks in parts
                 ]
                 message[key] = concat(joined, entry.ep) if entry.ep is not None else joined[0]
@@ -548,6 +593,12 @@ class Taker:
             except (SchemaError, PlanError) as error:
                 raise SchemaError(f"{label}{_some(names)}: {error}") from error
         return parts
+
+    def _cut(self, entry: Rule, ranks: Sequence[Sequence[Tensor]]) -> int | None:
+        """Return the axis along which ranks hold parts of a tensor, None if each holds all."""
+        if entry.rows is not None and ranks[0][0].shape[0] < entry.rows(self.spec):
+            return 0
+        return entry.tp
 
     def finish(self, left: Sequence[str]) -> None:
         """Raise a SchemaError that names what is missing and what was not used, if anything."""

@@ -57,6 +57,17 @@ class ModelSpec:
     moe_router_num_groups: int | None = None
     moe_router_group_topk: int | None = None
     moe_router_topk_scaling_factor: float | None = None
+    multi_latent_attention: bool = False
+    """Query, key and value come from latent vectors; ``kv_channels`` are those of a value head."""
+    q_lora_rank: int | None = None
+    """Size of the query's latent vector, None where queries are projected directly."""
+    kv_lora_rank: int = 0
+    qk_head_dim: int = 0
+    """Channels of a query or key head without position."""
+    qk_pos_emb_head_dim: int = 0
+    """Channels of a query or key head that rotate."""
+    mtp_num_layers: int = 0
+    """Layers after the last that predict further tokens, each like the last one."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Settings without a Megatron argument (``sliding_window``), by their Hugging Face name."""
 
@@ -66,10 +77,10 @@ class ModelSpec:
         return "glu" in self.activation
 
     def is_moe(self, layer: int | None) -> bool:
-        """Whether a layer is a mixture of experts."""
+        """Whether a layer is a mixture of experts; those of multi-token prediction come last."""
         if not self.num_experts or layer is None:
             return False
-        return self.moe_layers[layer] if self.moe_layers else True
+        return self.moe_layers[min(layer, self.num_layers - 1)] if self.moe_layers else True
 
     @property
     def homogeneous(self) -> bool:

@@ -13,14 +13,14 @@ from ckptx.containers import torch_zip
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor, Stored
-from ckptx.loading import drop_ignored, inventory, main_dtype, messages_of, passthrough, resolve_tie
+from ckptx.loading import inventory, passthrough
 from ckptx.model_directory import (
     base_sidecars,
     family_named,
     family_of,
+    named_messages,
     read_config,
     sidecars,
-    tied_names,
 )
 from ckptx.model_weights import Weights, fill_from_base
 from ckptx.plugin import Loader
@@ -131,17 +131,10 @@ def _messages(
         yield End(others, ("no config or args name the model: tensors pass through by name",))
         return
     layout = family_named(spec.family).layout("mcore" if core else "hf")
-    dropped: tuple[Dropped, ...] = (*others, *drop_ignored(layout, tensors))
-    notes: tuple[str, ...] = ()
-    if spec.tied:
-        names = tied_names(layout, tensors)
-        tied, tie_dropped, notes = resolve_tie(tensors, *names, begin.files)
-        spec, dropped = replace(spec, tied=tied), (*dropped, *tie_dropped)
-    spec = replace(spec, dtype=main_dtype(tensors))
     training = {**begin.training, "args": args if core and args else None}
-    yield replace(begin, layout=layout.name, parts={"language": spec}, training=training)
-    yield from messages_of(layout, tensors, spec)
-    yield End(dropped, notes)
+    yield from named_messages(
+        replace(begin, training=training), tensors, spec, layout, dropped=others
+    )
 
 
 def _file_of(source: Path) -> Path:

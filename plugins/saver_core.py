@@ -81,15 +81,16 @@ class CoreSaver:
         # torch_dist has one spelling, but a family may refuse the local spec altogether.
         layout = family_named(spec.family).layout(style.convention)
         check_messages(model, layout)
+        _widen_biases(model)
         tp, pipeline = parallel_sizes(model, options)
-        notes = [*check_tensor_parallel(spec, tp), *_check_expressible(spec)]
+        notes = [*check_tensor_parallel(spec, tp), *_check_expressible(spec, style.local)]
         ep, etp = expert_sizes(model, options, tp)
         true_rows = true_vocab_size(options, spec.vocab_size)
         multiple = vocabulary_multiple(model, options)
         padded = padded_rows(model, true_rows, multiple, tp)
         dropped = repad(model, true_rows, padded)
         iteration = chosen_iteration(model, options)
-        chunks = pipeline.chunks(spec.num_layers)
+        chunks = pipeline.chunks(spec.num_layers, spec.mtp_num_layers)
         args = args_from_spec(
             spec,
             tp=tp,
@@ -146,6 +147,14 @@ class CoreSaver:
         )
 
 
+def _widen_biases(model: Model) -> None:
+    """Make the biases that choose experts float32, as Megatron's router holds them."""
+    key = "router expert bias"
+    for name, tensors in model.messages.items():
+        if key in tensors:
+            model.messages[name] = {**tensors, key: tensors[key].cast("float32")}
+
+
 def _style(model: Model, options: Mapping[str, Any]) -> Style:
     """Return the spelling to write; the source's own grouping of experts unless it is chosen."""
     local = options.get("saver_transformer_impl") == "local"
@@ -176,9 +185,11 @@ def _expert_flags(spec: ModelSpec, tp: int, ep: int, etp: int) -> list[str]:
     return flags + ["--sequence-parallel"] * (tp > 1)
 
 
-def _check_expressible(spec: ModelSpec) -> list[str]:
+def _check_expressible(spec: ModelSpec, local: bool) -> list[str]:
     """Refuse what Megatron has no weights for; return what it must be told by hand."""
     problems = inexpressible(spec)
+    if spec.multi_latent_attention and local:
+        problems.append("the local spec, asked for, has no multi-latent attention")
     if problems:
         raise SchemaError(f"Megatron Core cannot hold this model: {'; '.join(problems)}")
     return remarks(spec)

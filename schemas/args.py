@@ -18,7 +18,7 @@ from typing import Any
 from ckptx.containers.pickle_values import TorchDtype
 from ckptx.errors import SchemaError
 from ckptx.parallel import Pipeline
-from ckptx.schemas import experts
+from ckptx.schemas import experts, latent
 from ckptx.schemas.activations import (
     activation_flags,
     activation_from_args,
@@ -142,8 +142,6 @@ WEIGHTS_ONLY: Mapping[str, Any] = {
 
 NOT_YET = {
     "moe_latent_size": "experts in a latent space",
-    "multi_latent_attention": "multi-latent attention",
-    "mtp_num_layers": "multi-token prediction",
     "heterogeneous_layers_config_path": "heterogeneous layers",
     "heterogeneous_layers_config_encoded_json": "heterogeneous layers",
     "is_hybrid_model": "hybrid models",
@@ -222,8 +220,11 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
     spec = ModelSpec(
         family="gpt",
         architecture="GPTModel",
-        **{attribute: values[name] for name, attribute in FIELDS},
-        **experts.from_args(args),
+        **{
+            **{attribute: values[name] for name, attribute in FIELDS},
+            **experts.from_args(args),
+            **latent.from_args(args),
+        },
         vocab_size=args.get("vocab_size"),
         norm_epsilon=float(_first(args, EPSILON)),
         activation=activation_from_args(args),
@@ -240,6 +241,7 @@ def inexpressible(spec: ModelSpec) -> list[str]:
     return [
         *_biases_inexpressible(spec),
         *_attention_inexpressible(spec),
+        *latent.inexpressible(spec),
         *experts.inexpressible(spec),
     ]
 
@@ -274,7 +276,8 @@ def notes(spec: ModelSpec) -> list[str]:
     """Return what Megatron must be told by hand although all weights are there, one line each."""
     return [
         *_window_notes(spec),
-        *_scaling_notes(spec),
+        *([] if spec.multi_latent_attention else _scaling_notes(spec)),
+        *latent.notes(spec),
         *activation_notes(spec),
         *_embedding_notes(spec),
     ]
@@ -297,6 +300,7 @@ def launch_flags(spec: ModelSpec) -> list[str]:
     if _is_llama3(spec):
         flags += ["--use-rope-scaling", "--rope-scaling-factor", str(_factor(spec))]
     flags += experts.launch_flags(spec)
+    flags += latent.launch_flags(spec)
     flags += _window_flags(spec)
     if spec.dtype in DTYPE_FLAGS:
         flags += [f"--{DTYPE_FLAGS[spec.dtype]}"]
@@ -317,6 +321,7 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
         **activation_to_args(spec),
         **_scaling_to_args(spec),
         **experts.to_args(spec),
+        **latent.to_args(spec),
         **_windows_to_args(spec),
         NOTE: _note(spec),
     }
@@ -351,7 +356,8 @@ def _note(spec: ModelSpec) -> dict[str, Any]:
     said_otherwise = {"sliding_window", "layer_types", *FOREIGN}
     extra = {key: value for key, value in spec.extra.items() if key not in said_otherwise}
     note: dict[str, Any] = {"family": spec.family} if spec.family in FAMILIES else {}
-    if spec.rotary_scaling is not None and not _is_exact_llama3(spec):
+    exact = latent.is_exact if spec.multi_latent_attention else _is_exact_llama3
+    if spec.rotary_scaling is not None and not exact(spec):
         note["rotary_scaling"] = dict(spec.rotary_scaling)
     return note | ({"extra": extra} if extra else {})
 
@@ -415,6 +421,8 @@ def _dtype_from_args(args: Mapping[str, Any]) -> str:
 
 
 def _scaling_from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
+    if args.get("multi_latent_attention"):
+        return latent.scaling_from_args(args)
     if args.get("use_rope_scaling"):
         factor = args.get("rope_scaling_factor") or BUILDER_FACTOR
         return {"rope_type": "llama3", "factor": float(factor), **LLAMA3_CONSTANTS}
@@ -502,7 +510,13 @@ def _windows_from_args(args: Mapping[str, Any]) -> tuple[int | None, list[bool]]
 def _guess(spec: ModelSpec) -> str:
     """Return the family that has what the spec says, ``gpt`` where none has."""
     if spec.num_experts:
-        order: tuple[str, ...] = ("qwen3_moe", "qwen2_moe", "mixtral")
+        order: tuple[str, ...] = (
+            "qwen3_moe",
+            "qwen2_moe",
+            "mixtral",
+            "deepseek_v3",
+            "deepseek_v2",
+        )
         return next((family for family in order if not unheld(spec, family)), "gpt")
     windowed = any(windowed_layers(spec))
     usual = ("qwen3", "qwen2", "mistral") if windowed else ("qwen3", "qwen2", "llama")

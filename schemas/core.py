@@ -13,7 +13,7 @@ megatron/core/transformer/moe/{router,experts,shared_experts}.py @ core_v0.16.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ckptx.schema import (
@@ -37,6 +37,7 @@ from ckptx.schemas.blocks import (
     gated,
     layer_norm_bias,
     mlp_bias,
+    norm,
     qk_norm,
     qkv_bias,
     ungated,
@@ -45,6 +46,9 @@ from ckptx.schemas.blocks import (
 from ckptx.spec import ModelSpec
 
 LAYER = "decoder.layers.{layer}."
+MTP = "mtp.layers.{layer}."
+# The module was renamed in core 0.17; torch_dist keeps the first name.
+MTP_MODEL = (f"{MTP}transformer_layer.", f"{MTP}mtp_model_layer.")
 ATTENTION = LAYER + "self_attention."
 MLP = LAYER + "mlp."
 EXPERTS = MLP + "experts."
@@ -107,22 +111,50 @@ def not_moe(spec: ModelSpec, layer: int) -> bool:
     return not spec.is_moe(layer)
 
 
+def latent(spec: ModelSpec) -> bool:
+    """Whether attention goes through latent vectors."""
+    return spec.multi_latent_attention
+
+
+def plain(spec: ModelSpec) -> bool:
+    """Whether query, key and value are projected from the hidden state."""
+    return not spec.multi_latent_attention
+
+
+def latent_query(spec: ModelSpec) -> bool:
+    """Whether the query too goes through a latent vector."""
+    return spec.multi_latent_attention and spec.q_lora_rank is not None
+
+
+def direct_query(spec: ModelSpec) -> bool:
+    """Whether the query of latent attention is projected from the hidden state."""
+    return spec.multi_latent_attention and spec.q_lora_rank is None
+
+
+def further_layers(spec: ModelSpec) -> bool:
+    """Whether there are layers for multi-token prediction."""
+    return bool(spec.mtp_num_layers)
+
+
 def both(*predicates: Predicate) -> Predicate:
     """Return the predicate that all of these hold."""
     return lambda spec: all(predicate(spec) for predicate in predicates)
 
 
 def _norm(
-    key: str, names: tuple[str, str], layers: LayerPredicate | None = None
+    key: str,
+    names: tuple[str, ...],
+    layers: LayerPredicate | None = None,
+    when: Predicate = always,
 ) -> tuple[Rule, Rule]:
-    """Return the rules of a norm that goes by the first of two names, or by the second."""
-    name, other = names
+    """Return the rules of a norm that goes by the first of several names, or by another."""
+    name, *others = names
 
     def one(kind: str, when: Predicate) -> Rule:
-        also = [other + kind]
+        also = [other + kind for other in others]
         return rule(f"{key} {kind}", name + kind, when=when, layers=layers, also=also)
 
-    return one("weight", always), one("bias", layer_norm_bias)
+    return one("weight", when), one("bias", both(layer_norm_bias, when))
 
 
 def _fc1(kind: str, when: Predicate) -> tuple[Rule, Rule]:
@@ -200,6 +232,56 @@ def _mixture(style: Style) -> tuple[Rule, ...]:
     )
 
 
+def _latent_attention() -> tuple[Rule, ...]:
+    """Return the rules of multi-latent attention, in the names of Transformer Engine's spec.
+
+    Its projections to latent vectors lie whole in every rank; the local spec cuts them along their
+    rows, and has the norms of latent vectors as modules.
+
+    Source: megatron/core/transformer/multi_latent_attention.py @ core_v0.16.1.
+    """
+
+    def down(key: str, name: str, rows: Callable[[ModelSpec], int], when: Predicate) -> Rule:
+        return rule(f"{key} down weight", f"{ATTENTION}linear_{name}.weight", when=when, rows=rows)
+
+    def up(key: str, name: str, module: str, when: Predicate) -> tuple[Rule, Rule]:
+        linear = f"{ATTENTION}linear_{name}."
+        own = f"{ATTENTION}{module}.weight"
+        normed = both(when, qk_norm)
+        return (
+            rule(f"{key} down norm weight", f"{linear}layer_norm_weight", when=normed, also=[own]),
+            rule(f"{key} up weight", f"{linear}weight", tp=0, when=when),
+        )
+
+    return (
+        rule("q projection weight", f"{ATTENTION}linear_q_proj.weight", tp=0, when=direct_query),
+        down("q", "q_down_proj", lambda spec: spec.q_lora_rank or 0, latent_query),
+        *up("q", "q_up_proj", "q_layernorm", latent_query),
+        down(
+            "kv",
+            "kv_down_proj",
+            lambda spec: spec.kv_lora_rank + spec.qk_pos_emb_head_dim,
+            latent,
+        ),
+        *up("kv", "kv_up_proj", "kv_layernorm", latent),
+    )
+
+
+def _further_layers(layer: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Return the rules of a layer for multi-token prediction, given those of a decoder layer.
+
+    Source: megatron/core/transformer/multi_token_prediction.py @ core_v0.16.1 and core_v0.17.0.
+    """
+    inner = (entry.under(LAYER, *MTP_MODEL) for entry in layer)
+    return (
+        *norm("embedding norm", f"{MTP}enorm"),
+        *norm("hidden norm", f"{MTP}hnorm"),
+        rule("projection weight", f"{MTP}eh_proj.weight", tp=0),
+        *inner,
+        *norm("final norm", f"{MTP}final_layernorm"),
+    )
+
+
 def mcore_gpt(style: Style) -> Layout:
     """Return the layout of a GPT model in one of Megatron's spellings."""
     modules = style.local and not style.distributed
@@ -210,8 +292,11 @@ def mcore_gpt(style: Style) -> Layout:
     fused_norm = f"{MLP}linear_fc1.layer_norm_"
     module_norm = f"{LAYER}pre_mlp_layernorm."
     input_norm = _norm(
-        "input norm", ordered(f"{ATTENTION}linear_qkv.layer_norm_", f"{LAYER}input_layernorm.")
+        "input norm",
+        ordered(f"{ATTENTION}linear_qkv.layer_norm_", f"{LAYER}input_layernorm."),
+        when=plain,
     )
+    latent_norm = _norm("input norm", (f"{LAYER}input_layernorm.",), when=latent)
     mixture_norm = (module_norm, fused_norm)
     if style.local and style.distributed:
         # Megatron maps it there, as it does with a dense layer's, and its TE spec does not look.
@@ -225,12 +310,13 @@ def mcore_gpt(style: Style) -> Layout:
         rule("dense bias", f"{ATTENTION}linear_proj.bias", when=dense_bias),
     )
     qkv = (
-        rule("qkv weight", f"{ATTENTION}linear_qkv.weight", tp=0),
-        rule("qkv bias", f"{ATTENTION}linear_qkv.bias", tp=0, when=qkv_bias),
+        rule("qkv weight", f"{ATTENTION}linear_qkv.weight", tp=0, when=plain),
+        rule("qkv bias", f"{ATTENTION}linear_qkv.bias", tp=0, when=both(plain, qkv_bias)),
     )
     qk_norms = (
-        rule("q norm weight", f"{ATTENTION}q_layernorm.weight", when=qk_norm),
-        rule("k norm weight", f"{ATTENTION}k_layernorm.weight", when=qk_norm),
+        rule("q norm weight", f"{ATTENTION}q_layernorm.weight", when=both(plain, qk_norm)),
+        rule("k norm weight", f"{ATTENTION}k_layernorm.weight", when=both(plain, qk_norm)),
+        *_latent_attention(),
     )
     mlp = (
         *_fc1("weight", always),
@@ -239,11 +325,8 @@ def mcore_gpt(style: Style) -> Layout:
         rule("mlp l1 bias", f"{MLP}linear_fc2.bias", when=mlp_bias, layers=not_moe),
         *_mixture(style),
     )
-    layer = (
-        (*input_norm, *dense, *qkv, *qk_norms, *post_norm, *mlp)
-        if modules
-        else (*dense, *input_norm, *qkv, *qk_norms, *post_norm, *mlp)
-    )
+    attention = (*input_norm, *dense) if modules else (*dense, *input_norm)
+    layer = (*latent_norm, *attention, *qkv, *qk_norms, *post_norm, *mlp)
     return Layout(
         style.name,
         (
@@ -266,6 +349,7 @@ def mcore_gpt(style: Style) -> Layout:
                     rule("bias", "decoder.final_layernorm.bias", when=layer_norm_bias),
                 ),
             ),
+            Section("mtp layer {layer}", _further_layers(layer)),
             Section("output layer", (rule("weight", "output_layer.weight", tp=0, when=untied),)),
         ),
         ignored=("_extra_state",),
@@ -315,6 +399,17 @@ class ExtraState:
 
 def extra_states(style: Style) -> Iterator[ExtraState]:
     """Yield the modules of a GPT model that keep an extra state."""
+    yield from _layer_states(style)
+    if not style.local:
+        yield ExtraState("final norm", "decoder.final_layernorm", True)
+    for state in _further_states(style):
+        yield replace(state, message="mtp layer {layer}")
+    if not style.distributed:
+        yield ExtraState("output layer", "output_layer", False)
+
+
+def _layer_states(style: Style, *, further: bool = False) -> Iterator[ExtraState]:
+    """Yield those of a decoder layer; ``torch_dist`` keeps one more in ``further`` layers."""
 
     def state(
         module: str,
@@ -326,13 +421,19 @@ def extra_states(style: Style) -> Iterator[ExtraState]:
         message = "transformer layer {layer}"
         return ExtraState(message, module, not style.local, when, layers, sharded)
 
-    if not style.local and not style.distributed:
+    if not style.local and (further or not style.distributed):
         yield state(f"{ATTENTION}core_attention")
     yield state(f"{ATTENTION}linear_proj")
-    yield state(f"{ATTENTION}linear_qkv")
+    yield state(f"{ATTENTION}linear_qkv", plain)
+    yield state(f"{ATTENTION}linear_q_proj", direct_query)
+    for part in ("linear_q_down_proj", "linear_q_up_proj"):
+        yield state(ATTENTION + part, latent_query)
+    for part in ("linear_kv_down_proj", "linear_kv_up_proj"):
+        yield state(ATTENTION + part, latent)
     if not style.local:
-        yield state(f"{ATTENTION}q_layernorm", qk_norm)
-        yield state(f"{ATTENTION}k_layernorm", qk_norm)
+        yield state(f"{LAYER}input_layernorm", latent)
+        yield state(f"{ATTENTION}q_layernorm", both(plain, qk_norm))
+        yield state(f"{ATTENTION}k_layernorm", both(plain, qk_norm))
         yield state(f"{LAYER}pre_mlp_layernorm", layers=moe)
     for part in ("linear_fc1", "linear_fc2"):
         yield state(MLP + part, layers=not_moe)
@@ -343,7 +444,12 @@ def extra_states(style: Style) -> Iterator[ExtraState]:
         elif not style.local:
             yield state(EXPERTS + part, layers=moe)
         yield state(SHARED + part, shared_experts, moe)
+
+
+def _further_states(style: Style) -> Iterator[ExtraState]:
+    for state in _layer_states(style, further=True):
+        yield replace(state, module=MTP_MODEL[0] + state.module.removeprefix(LAYER))
+    yield ExtraState("", f"{MTP}eh_proj", not style.local)
     if not style.local:
-        yield ExtraState("final norm", "decoder.final_layernorm", True)
-    if not style.distributed:
-        yield ExtraState("output layer", "output_layer", False)
+        for part in ("enorm", "hnorm", "final_layernorm"):
+            yield ExtraState("", MTP + part, True)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptx.errors import SchemaError
-from ckptx.schemas import experts
+from ckptx.schemas.config import mixtures
 from ckptx.schemas.config.families import FAMILIES, FOREIGN
 from ckptx.schemas.config.rotary import rotary_from_config, rotary_to_config
 from ckptx.schemas.config.traits import (
@@ -79,7 +79,7 @@ def spec_from_config(config: Mapping[str, Any], family: str) -> ModelSpec:
             activation, heads that do not divide, a rotary embedding per layer type.
     """
     traits = _traits(family)
-    values = experts.prepared({**traits.defaults, **config}, family)
+    values = mixtures.prepared({**traits.defaults, **config}, family)
     sizes = _sizes(values, traits)
     activation_key = str(traits.key("hidden_act"))
     activation = traits.activations.get(values[activation_key])
@@ -94,9 +94,10 @@ def spec_from_config(config: Mapping[str, Any], family: str) -> ModelSpec:
     return ModelSpec(
         family=family,
         architecture=architectures[0],
-        **{attribute: sizes[key] for key, attribute in FIELDS},
+        **{attribute: sizes[key] for key, attribute in _fields(traits)},
+        multi_latent_attention=traits.latent,
         **switches,
-        **experts.from_config(values, family),
+        **mixtures.from_config(values, family),
         normalization=traits.normalization,
         activation=activation,
         position_embedding_type=traits.position_embedding_type,
@@ -136,7 +137,7 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         "model_type": spec.family,
         **_settings(spec, traits),
         **biases_to_config(biases(spec), traits),
-        **experts.to_config(spec),
+        **mixtures.to_config(spec),
         **windows_to_config(spec, traits),
         **rotary_to_config(spec, traits),
         **_kept(spec, traits),
@@ -184,7 +185,7 @@ def merge_config(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     switches = biases_to_config(biases(spec), traits)
     source = _settings(spec, traits) | switches | _kept(spec, traits)
     merged.update((key, source[key]) for key in found if key in source)
-    merged |= experts.respelled(set(found), spec)
+    merged |= mixtures.respelled(set(found), spec)
     if "model_type" in found:
         merged |= {"model_type": spec.family, "architectures": [spec.architecture]}
         merged |= switches
@@ -210,6 +211,7 @@ def unheld(spec: ModelSpec, family: str) -> list[str]:
     odd_heads = spec.kv_channels * spec.num_attention_heads != spec.hidden_size
     positions = f"{spec.position_embedding_type} positions"
     percent = traits.rotary_percent is not None or spec.rotary_percent == 1.0
+    further = any(attribute == "mtp_num_layers" for _, attribute in traits.fields)
     held = (
         (spec.normalization == traits.normalization, f"normalization {spec.normalization}"),
         (spec.activation in traits.activations.values(), f"activation {spec.activation}"),
@@ -218,6 +220,8 @@ def unheld(spec: ModelSpec, family: str) -> list[str]:
         (spec.qk_layernorm == traits.qk_layernorm, f"qk_layernorm {spec.qk_layernorm}"),
         (holds_biases(wanted, traits), f"biases on {named_biases(wanted)}"),
         (holds_windows(spec, traits), "sliding windows in these layers"),
+        (spec.multi_latent_attention == traits.latent, _latent(spec)),
+        (not spec.mtp_num_layers or further, "multi-token prediction"),
         (not grouped or traits.key("num_key_value_heads"), "query groups"),
         (not odd_heads or traits.key("head_dim"), "heads of a size of their own"),
         *(
@@ -226,7 +230,7 @@ def unheld(spec: ModelSpec, family: str) -> list[str]:
         ),
     )
     reasons = [reason for fits, reason in held if not fits]
-    return reasons + experts.unheld(spec, family)
+    return reasons + mixtures.unheld(spec, family)
 
 
 def check(spec: ModelSpec) -> None:
@@ -251,6 +255,9 @@ def _traits(family: str) -> Traits:
 def _family_of(config: Mapping[str, Any], spec: ModelSpec) -> str:
     """Return the family a config is of: the spec's where it does not say."""
     said = config.get("model_type", spec.family)
+    if said not in FAMILIES:  # Kimi K2 is DeepSeek V3 under a name of its own
+        classes = config.get("architectures") or []
+        said = next((name for name, t in FAMILIES.items() if t.architecture in classes), said)
     if said not in FAMILIES:
         raise SchemaError(
             f"model_type {said!r} of the config is not one of {', '.join(FAMILIES)}, the source is "
@@ -259,10 +266,14 @@ def _family_of(config: Mapping[str, Any], spec: ModelSpec) -> str:
     return str(said)
 
 
+def _fields(traits: Traits) -> tuple[tuple[str, str], ...]:
+    return (*FIELDS, *traits.fields)
+
+
 def _sizes(values: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
-    """Return the values of `FIELDS`, completed as the config classes do."""
+    """Return the values of a family's fields, completed as the config classes do."""
     found: dict[str, Any] = {}
-    for name, _ in FIELDS:
+    for name, _ in _fields(traits):
         key = traits.key(name)
         found[name] = None if key is None else values[key]
     heads, hidden = found["num_attention_heads"], found["hidden_size"]
@@ -285,7 +296,7 @@ def _sizes(values: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
 
 def _settings(spec: ModelSpec, traits: Traits) -> dict[str, Any]:
     """Return what can be compared and has one key in a config."""
-    values = {key: getattr(spec, attribute) for key, attribute in FIELDS}
+    values = {key: getattr(spec, attribute) for key, attribute in _fields(traits)}
     said = [word for word, meaning in traits.activations.items() if meaning == spec.activation]
     values["hidden_act"] = said[0] if said else spec.activation
     keys = {name: traits.key(name) for name in values}
@@ -299,6 +310,10 @@ def _kept_from_config(values: Mapping[str, Any], traits: Traits) -> dict[str, An
 
 def _kept(spec: ModelSpec, traits: Traits) -> dict[str, Any]:
     return {key: spec.extra.get(key, plain) for key, plain in traits.kept.items()}
+
+
+def _latent(spec: ModelSpec) -> str:
+    return f"{'' if spec.multi_latent_attention else 'no '}multi-latent attention"
 
 
 def _foreign(spec: ModelSpec, name: str) -> str:
@@ -315,7 +330,7 @@ def _contradictions(theirs: ModelSpec, ours: ModelSpec) -> dict[str, tuple[Any, 
         return {
             "model_type": spec.family,
             **_settings(spec, traits),
-            **experts.compared(spec, ours.family),
+            **mixtures.compared(spec, ours.family),
             **(switches or {"attention_bias": said.qkv, "mlp_bias": said.mlp}),
             theta: spec.rotary_base,
             part: spec.rotary_percent,

@@ -338,6 +338,8 @@ def inexpressible(spec: ModelSpec) -> list[str]:
     router = (spec.moe_router_topk, spec.moe_router_score_function)
     refused = (
         (spec.qk_layernorm, "norms of query and key heads"),
+        (spec.multi_latent_attention, "multi-latent attention"),
+        (spec.mtp_num_layers, "multi-token prediction"),
         (spec.gated and spec.activation != "swiglu", f"activation {spec.activation}"),
         (spec.extra.get("rotary_interleaved"), "rotary embeddings of neighbouring rows"),
         (

@@ -24,8 +24,11 @@ MLP = LAYER + "mlp."
 _GATE_UP = ["mlp l0 weight W", "mlp l0 weight V"]
 
 
-def _experts(prefix: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """Return the rules of experts called ``prefix`` and a number; in memory they are fused."""
+def experts_of(prefix: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """Return the rules of experts called ``prefix`` and a number; in memory they are fused.
+
+    In memory they lie in ``mlp`` whatever ``prefix`` is.
+    """
     own = f"{prefix}experts.{{expert}}."
     fused = f"{MLP}experts."
     return (
@@ -76,8 +79,8 @@ _SHARED_GATE = rule(
     "shared gate weight", f"{MLP}shared_expert_gate.weight", when=shared_gate, layers=moe
 )
 # Mixtral's own prefix is that of files; transformers 5 calls the module ``mlp`` in memory.
-_MIXTURE = (*_experts(_MIXTRAL, "w1", "w3", "w2"),)
-_QWEN = (*_DENSE, _router(f"{MLP}gate.weight"), *_experts(MLP, *_NAMES))
+_MIXTURE = (*experts_of(_MIXTRAL, "w1", "w3", "w2"),)
+_QWEN = (*_DENSE, _router(f"{MLP}gate.weight"), *experts_of(MLP, *_NAMES))
 _PROJECTION_NORMS = (
     rule("q projection norm weight", f"{LAYER}self_attn.q_norm.weight"),
     rule("k projection norm weight", f"{LAYER}self_attn.k_norm.weight"),
@@ -136,7 +139,7 @@ OLMOE = Family(
             "hf/olmoe",
             _decoder(
                 (*hf_attention(LAYER), *_PROJECTION_NORMS),
-                (_router(f"{MLP}gate.weight"), *_experts(MLP, *_NAMES)),
+                (_router(f"{MLP}gate.weight"), *experts_of(MLP, *_NAMES)),
             ),
         )
     },

@@ -75,6 +75,8 @@ def check_tensor_parallel(spec: ModelSpec, tp: int) -> list[str]:
     ):
         if size % tp:
             raise PlanError(f"tensor-parallel size {tp} does not divide {name} {size}")
+    if spec.multi_latent_attention:
+        return []
     groups = spec.num_query_groups
     if groups % tp and tp % groups:
         raise PlanError(

@@ -31,6 +31,7 @@ from ckptx.saving import Model
 from ckptx.schema import Layout, Placed, Rank, place
 from ckptx.schemas.core import ExtraState, Style, extra_states
 from ckptx.spec import ModelSpec
+from ckptx.vocabulary import MTP_LAYER, layer_of, position_of
 
 METADATA = {
     "sharded_backend": "torch_dist",
@@ -137,7 +138,7 @@ def _items(
         if not holds(chunk, message, layer):
             continue
         for placed in place(rules, model.messages[message], spec, None, rank):
-            item = _item(placed, layer, spec)
+            item = _item(placed, message, layer, spec)
             if (item.key, item.offsets) not in written:
                 written.add((item.key, item.offsets))
                 yield item
@@ -145,11 +146,14 @@ def _items(
             yield from _states(spec, target, message, layer)
 
 
-def _item(placed: Placed, layer: int | None, spec: ModelSpec) -> dcp.TensorItem:
+def _stacks(message: str, spec: ModelSpec) -> bool:
+    """Return whether a message is of a layer that is stacked with all others."""
+    return spec.homogeneous and layer_of(message) is not None
+
+
+def _item(placed: Placed, message: str, layer: int | None, spec: ModelSpec) -> dcp.TensorItem:
     """Return a chunk of a global tensor; layers are stacked where they are all alike."""
-    if layer is None:
-        return dcp.TensorItem(placed.name, placed.global_shape, placed.origin, placed.tensor)
-    if not spec.homogeneous:
+    if layer is None or not _stacks(message, spec):
         name = placed.name.replace("{layer}", str(layer))
         return dcp.TensorItem(name, placed.global_shape, placed.origin, placed.tensor)
     return dcp.TensorItem(
@@ -169,16 +173,19 @@ def _states(
             continue
         # A list of one element: what a sharded object of Megatron unpickles to.
         value = [Filled("uint8", (0,)) if state.engine else None]
-        for shard in _shards(state, spec, layer):
-            name = _stacked(state.module) if spec.homogeneous else state.module
+        stacked = _stacks(message, spec)
+        for shard in _shards(state, spec, layer if stacked else None):
+            name = _stacked(state.module) if stacked else state.module
             name = name.replace("{layer}", str(layer))
             yield dcp.ObjectItem(f"{name}._extra_state/shard_{shard}", value)
 
 
 def _shards(state: ExtraState, spec: ModelSpec, layer: int | None) -> Iterator[str]:
-    """Yield the coordinates of a state among its kind: ``offsets_sizes``, joined by dots."""
-    stacked = layer is not None and spec.homogeneous
-    offsets, sizes = ([str(layer)], [str(spec.num_layers)]) if stacked else ([], [])
+    """Yield the coordinates of a state among its kind: ``offsets_sizes``, joined by dots.
+
+    ``layer`` is given where layers are stacked.
+    """
+    offsets, sizes = ([], []) if layer is None else ([str(layer)], [str(spec.num_layers)])
     if not state.sharded_by_expert:
         yield f"{'.'.join(offsets or ['0'])}_{'.'.join(sizes or ['1'])}"
         return
@@ -191,11 +198,14 @@ def applies(state: ExtraState, spec: ModelSpec, message: str, layer: int | None)
     """Return whether a model has a module with a state in a message."""
     if state.message.format(layer=layer) != message or not state.when(spec):
         return False
-    return state.layers is None or layer is None or state.layers(spec, layer)
+    place = position_of(message, spec)
+    return state.layers is None or place is None or state.layers(spec, place)
 
 
 def holds(chunk: Chunk, message: str, layer: int | None) -> bool:
     """Return whether a pipeline chunk holds a message of a GPT model."""
+    if message.startswith(MTP_LAYER):
+        return chunk.mtp
     if layer is not None:
         return layer in chunk.layers
     return chunk.embedding if message == "embeddings" else chunk.output

@@ -30,6 +30,7 @@ from ckptx.saving import Model
 from ckptx.schema import Layout, Rank, Shards, Taker, give, rule
 from ckptx.schemas.core import extra_states
 from ckptx.spec import ModelSpec
+from ckptx.vocabulary import layer_of
 
 _SAME = (
     "tensor_model_parallel_size",
@@ -189,9 +190,9 @@ def _state_dict(
     spec = model.spec
     named: dict[str, Any] = {}
     for message, layer, rules in target.layout.expand(spec):
-        if not holds(chunk, message, layer):
+        if not _stores(chunk, message, layer):
             continue
-        local = None if layer is None else chunk.layers.index(layer)
+        local = _local(chunk, message, layer)
         named.update(give(rules, model.messages[message], spec, local, rank))
         if message != "output layer":
             named.update(_states(spec, target, message, layer, local, rank))
@@ -202,6 +203,16 @@ def _state_dict(
         # The module is there even where its weight is not.
         named.update(_states(spec, target, "output layer", None, None, rank))
     return named
+
+
+def _stores(chunk: Chunk, message: str, layer: int | None) -> bool:
+    """Return whether a chunk's file has a message; multi-token prediction embeds for itself."""
+    return holds(chunk, message, layer) or (message == "embeddings" and chunk.mtp)
+
+
+def _local(chunk: Chunk, message: str, layer: int | None) -> int | None:
+    """Return the number that a layer has in the file of its chunk."""
+    return layer if layer_of(message) is None else chunk.layers.index(layer or 0)
 
 
 def _states(
@@ -218,7 +229,7 @@ def _states(
 def _messages(
     grid: list[_Rank], ranks: list[Rank], pipeline: Pipeline, spec: ModelSpec, form: Form
 ) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
-    chunks = pipeline.chunks(spec.num_layers)
+    chunks = pipeline.chunks(spec.num_layers, spec.mtp_num_layers)
     virtual = max(chunk.vpp_rank for chunk in chunks) + 1
     for rank in grid:
         if len(rank.models) != virtual:
@@ -241,11 +252,13 @@ def _messages(
     taker = Taker(layout, spec)
     found = {}
     for message, layer, rules in layout.expand(spec):
-        chunk = next(c for c in chunks if holds(c, message, layer))
-        stage = stages[chunk.pp_rank, chunk.vpp_rank]
-        local = None if layer is None else chunk.layers.index(layer)
-        label = f"{grid[chunk.pp_rank * width].path.parent.name}: "
-        found[message] = taker.take(rules, stage, local, label)
+        copies = []
+        for chunk in (c for c in chunks if _stores(c, message, layer)):
+            stage = stages[chunk.pp_rank, chunk.vpp_rank]
+            label = f"{grid[chunk.pp_rank * width].path.parent.name}: "
+            copies.append(taker.take(rules, stage, _local(chunk, message, layer), label))
+        keys = set.intersection(*map(set, copies))
+        found[message] = {k: replicated([c[k] for c in copies]) for k in copies[0] if k in keys}
     if spec.tied:
         last = next(chunk for chunk in chunks if chunk.output)
         _join_tied(found, stages[last.pp_rank, last.vpp_rank], taker, form.tied_copy)
@@ -291,9 +304,11 @@ def _read_rank(path: Path, number: int, form: Form) -> _Rank:
     for key, entries in held.items():
         other = form_of(entries)
         if other is not form:
+            advice = f"use --loader {other.name} (--from {other.name})"
+            if number:
+                advice = "the rank files are of different runs"
             raise FormatError(
-                f"{path}: {key!r} is of {other.meaning}, not of {form.meaning}; use --loader "
-                f"{other.name} (--from {other.name})"
+                f"{path}: {key!r} is of {other.meaning}, not of {form.meaning}; {advice}"
             )
         try:
             named = form.named(entries)

@@ -3,8 +3,8 @@
 Those defaults that matter here are the same in 4.x and 5.x.
 
 Source: huggingface/transformers src/transformers/models/{llama,mistral,qwen2,qwen3,gpt2,gpt_neox,
-phi3,gemma,gemma2,starcoder2,glm,glm4,olmo2,mixtral,qwen2_moe,qwen3_moe,olmoe}/configuration_*.py
-and modeling_*.py @ v5.23.0.
+phi3,gemma,gemma2,starcoder2,glm,glm4,olmo2,mixtral,qwen2_moe,qwen3_moe,olmoe,deepseek_v2,
+deepseek_v3}/configuration_*.py and modeling_*.py @ v5.23.0.
 """
 
 from __future__ import annotations
@@ -157,6 +157,32 @@ _OLMOE_DEFAULTS = _LLAMA_DEFAULTS | {
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
 }
+_DEEPSEEK_V2_DEFAULTS = {
+    key: value for key, value in _LLAMA_DEFAULTS.items() if key != "head_dim"
+} | {
+    "vocab_size": 102400,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+_DEEPSEEK_V3_DEFAULTS = _DEEPSEEK_V2_DEFAULTS | {
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "max_position_embeddings": 4096,
+    "num_nextn_predict_layers": 1,
+}
+_LATENT = (
+    ("q_lora_rank", "q_lora_rank"),
+    ("kv_lora_rank", "kv_lora_rank"),
+    ("qk_nope_head_dim", "qk_head_dim"),
+    ("qk_rope_head_dim", "qk_pos_emb_head_dim"),
+)
 
 # The same formula under several names; transformers src/transformers/activations.py ACT2FN.
 _GELU = {
@@ -304,6 +330,25 @@ FAMILIES: Mapping[str, Traits] = {
         windows="all layers",
     ),
     "olmoe": Traits("OlmoeForCausalLM", _OLMOE_DEFAULTS, ("attention_bias",)),
+    "deepseek_v2": Traits(
+        "DeepseekV2ForCausalLM",
+        _DEEPSEEK_V2_DEFAULTS,
+        ("attention_bias", "mlp_bias"),
+        qk_layernorm=True,
+        names={"head_dim": "v_head_dim"},
+        latent=True,
+        fields=_LATENT,
+    ),
+    "deepseek_v3": Traits(
+        "DeepseekV3ForCausalLM",
+        _DEEPSEEK_V3_DEFAULTS,
+        ("attention_bias",),
+        qk_layernorm=True,
+        names={"head_dim": "v_head_dim"},
+        kept={"rope_interleave": True},
+        latent=True,
+        fields=(*_LATENT, ("num_nextn_predict_layers", "mtp_num_layers")),
+    ),
 }
 
 # Megatron switches that change what the weights mean; a family has each, always, or never.

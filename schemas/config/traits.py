@@ -71,6 +71,11 @@ class Traits:
     It is the value that asks nothing of Megatron.
     """
 
+    latent: bool = False
+    """Whether attention goes through latent vectors."""
+    fields: tuple[tuple[str, str], ...] = ()
+    """Pairs of a key of its own and the spec's attribute."""
+
     def key(self, name: str) -> str | None:
         """Return the family's key for one of Llama's."""
         return self.names.get(name, name)

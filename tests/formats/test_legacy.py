@@ -338,7 +338,7 @@ def test_a_tensor_too_many(tmp_path):
         torch.ones(2)
     )
     torch.save(state, path)
-    with pytest.raises(SchemaError, match="inter_attention.query.weight") as error:
+    with pytest.raises(SchemaError, match=r"inter_attention\.query\.weight") as error:
         list(LOADER.load(root, {}))
     assert_one_line(error.value)
 

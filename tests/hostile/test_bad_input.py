@@ -534,7 +534,10 @@ class TestMegatronCheckpoints:
         reason = user.cannot_convert("hf", "--from", "core")
         assert f"{file}: 'model' is of a legacy Megatron model" in reason
         assert "use --loader legacy (--from legacy)" in reason
-        assert "mp_rank_00_000" in user.cannot_convert("hf"), "other ranks are of Megatron Core"
+        reason = user.cannot_convert("hf")
+        assert "mp_rank_01_000" in reason
+        assert "is of a model of Megatron Core" in reason
+        assert "of different runs" in reason
 
 
 class TestPlaces:

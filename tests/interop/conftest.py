@@ -17,7 +17,7 @@ def source_of(tmp_path_factory):
     @cache
     def written(name: str) -> Source:
         directory = tmp_path_factory.mktemp(name) / "hf"
-        write, overrides = {**FAMILIES, **experts.FAMILIES}[name]
+        write, overrides = {**FAMILIES, **experts.FAMILIES, **experts.LATENT}[name]
         return Source(name, directory, write(directory, **overrides))
 
     return written

@@ -20,6 +20,33 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3_moe-unnormalised": (hf.qwen3_moe, {"norm_topk_prob": False}),
     "qwen3_moe-mixed": (hf.qwen3_moe, {"mlp_only_layers": [0], "tie_word_embeddings": True}),
 }
+LATENT: dict[str, tuple[Any, dict[str, Any]]] = {
+    "deepseek_v2-lite": (hf.deepseek_v2, {}),
+    "deepseek_v2": (
+        hf.deepseek_v2,
+        {
+            "q_lora_rank": 40,
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 3,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+        },
+    ),
+    "deepseek_v3": (hf.deepseek_v3, {}),
+    "moonlight": (
+        hf.deepseek_v3,
+        {
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+        },
+    ),
+}
+"""Models with latent attention; a group of V2 counts by its best expert in either framework."""
 THOROUGH = ("mixtral", "qwen2_moe-mixed")
 
 LAYOUTS = {

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     GemmaConfig,
     Glm4Config,
@@ -32,6 +35,7 @@ from transformers import (
     Qwen3MoeConfig,
     Starcoder2Config,
 )
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
 from .mcore import Model
 
@@ -225,6 +229,63 @@ def olmoe(
     return _write(OlmoeConfig, directory, seed, dtype, sizes | overrides)
 
 
+def deepseek_v2(
+    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedConfig:
+    """Write a DeepSeek-V2-Lite checkpoint: no query rank, two shared experts, YaRN."""
+    sizes = _LATENT | {
+        "q_lora_rank": None,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+        "first_k_dense_replace": 1,
+        "rope_parameters": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    }
+    return _write(DeepseekV2Config, directory, seed, dtype, sizes | overrides)
+
+
+def deepseek_v3(
+    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedConfig:
+    """Write a DeepSeek-V3 checkpoint: a query rank, biases that choose experts, four groups.
+
+    A token goes to 4 experts in 2 of 4 groups, so a group counts by its best 2, as in the
+    published model.
+    """
+    sizes = _LATENT | {
+        "q_lora_rank": 40,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 2,
+        "num_nextn_predict_layers": 0,
+        "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    }
+    return _write(DeepseekV3Config, directory, seed, dtype, sizes | overrides)
+
+
+_LATENT = {
+    # transformers normalises latent vectors with this one whatever the config says.
+    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 48,
+    "pad_token_id": None,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 64,
+}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 
@@ -246,6 +307,9 @@ def _write(
             scale = 0.1 if norm or name.endswith("bias") else 0.05
             values = torch.randn(parameter.shape, generator=generator) * scale
             parameter.copy_(values + 1 if norm and "gemma" not in config.model_type else values)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.05)
     model.save_pretrained(directory)
     return model.config
 
@@ -290,8 +354,9 @@ def mcore_model(
     if known is None or activation not in known:
         raise ValueError(f"no hand-made megatron model for {hf.model_type} with {activation}")
     rope = getattr(hf, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000}
+    latent = hf.model_type in _LATENT_FAMILIES
     scaled = rope["rope_type"] == "llama3"
-    if not scaled and rope["rope_type"] != "default":
+    if not latent and not scaled and rope["rope_type"] != "default":
         raise ValueError(f"no hand-made megatron rope for {rope}")
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     norm_names = ("rms_norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon")
@@ -316,6 +381,8 @@ def mcore_model(
         config["rotary_interleaved"] = True
     if hf.model_type in _MIXTURES:
         config |= _mixture(hf)
+    if latent:
+        config |= _latent(hf, rope)
     window = getattr(hf, "sliding_window", None)
     if hf.model_type in ("mistral", "phi3", "starcoder2") and window is not None:
         config["window_size"] = (window - 1, 0)  # HF counts the position itself, megatron does not
@@ -333,7 +400,8 @@ def mcore_model(
     return Model(config, gpt, spec, dtype, embedding_scale=scale)
 
 
-_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+_LATENT_FAMILIES = ("deepseek_v2", "deepseek_v3")
+_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", *_LATENT_FAMILIES)
 _SWIGLU = {"silu": {"activation_func": "silu", "gated_linear_unit": True}}
 # Megatron's kernels of gelu with bias or gate compute the tanh form.
 _FUSED_GELU = {"activation_func": "gelu", "bias_activation_fusion": True}
@@ -352,8 +420,9 @@ def _mixture(hf: PreTrainedConfig) -> dict[str, Any]:
     """Return TransformerConfig's arguments for the experts of a config."""
     ffn = hf.intermediate_size if hf.model_type == "mixtral" else hf.moe_intermediate_size
     normalized = hf.model_type == "mixtral" or hf.norm_topk_prob
+    experts = "n_routed_experts" if hf.model_type in _LATENT_FAMILIES else "num_experts"
     config = {
-        "num_moe_experts": hf.num_experts,
+        "num_moe_experts": getattr(hf, experts),
         "moe_ffn_hidden_size": ffn,
         "moe_router_topk": hf.num_experts_per_tok,
         "moe_router_pre_softmax": not normalized,
@@ -367,3 +436,108 @@ def _mixture(hf: PreTrainedConfig) -> dict[str, Any]:
         config["moe_shared_expert_intermediate_size"] = hf.shared_expert_intermediate_size
         config["moe_shared_expert_gate"] = True
     return config
+
+
+def _latent(hf: PreTrainedConfig, rope: dict[str, Any]) -> dict[str, Any]:
+    """Return TransformerConfig's arguments for DeepSeek's attention and routing."""
+    dense = hf.first_k_dense_replace
+    config = {
+        "multi_latent_attention": True,
+        "qk_layernorm": True,
+        "q_lora_rank": hf.q_lora_rank,
+        "kv_lora_rank": hf.kv_lora_rank,
+        "qk_head_dim": hf.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": hf.qk_rope_head_dim,
+        "v_head_dim": hf.v_head_dim,
+        "kv_channels": hf.v_head_dim,
+        "num_query_groups": None,
+        "rotary_base": rope["rope_theta"],
+        "rope_type": "yarn" if rope["rope_type"] == "yarn" else "rope",
+        "moe_layer_freq": [0] * dense + [1] * (hf.num_hidden_layers - dense),
+        "moe_shared_expert_intermediate_size": hf.n_shared_experts * hf.moe_intermediate_size,
+        "moe_router_topk_scaling_factor": hf.routed_scaling_factor,
+    }
+    if rope["rope_type"] == "yarn":
+        config |= {
+            "rotary_scaling_factor": rope["factor"],
+            "original_max_position_embeddings": rope["original_max_position_embeddings"],
+            "beta_fast": rope["beta_fast"],
+            "beta_slow": rope["beta_slow"],
+            "mscale": rope["mscale"],
+            "mscale_all_dim": rope["mscale_all_dim"],
+        }
+    if hf.model_type == "deepseek_v3":
+        config |= {
+            "moe_router_score_function": "sigmoid",
+            "moe_router_pre_softmax": False,
+            "moe_router_enable_expert_bias": True,
+            "moe_router_num_groups": hf.n_group,
+            "moe_router_group_topk": hf.topk_group,
+        }
+    elif hf.topk_method != "greedy":
+        config |= {
+            "moe_router_num_groups": hf.n_group,
+            "moe_router_group_topk": hf.topk_group,
+        }
+    return config
+
+
+def add_further_layer(directory: Path, config: PreTrainedConfig, seed: int = 7) -> None:
+    """Give a DeepSeek-V3 checkpoint a layer for multi-token prediction, as the published one has.
+
+    Its decoder layer has the shapes of the last one's.
+    """
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    last, own = (f"model.layers.{config.num_hidden_layers + shift}." for shift in (-1, 0))
+    shapes = {n.removeprefix(last): t.shape for n, t in tensors.items() if n.startswith(last)}
+    hidden = config.hidden_size
+    norms = ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")
+    shapes |= {"eh_proj.weight": (hidden, 2 * hidden), **dict.fromkeys(norms, (hidden,))}
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in shapes.items():
+        norm = "norm" in name
+        values = torch.randn(shape, generator=generator) * (0.1 if norm else 0.05)
+        tensors[own + name] = values + 1 if norm else values
+    tensors[f"{own}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[f"{own}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, file, {"format": "pt"})
+    said = json.loads((directory / "config.json").read_text())
+    said["num_nextn_predict_layers"] = 1
+    (directory / "config.json").write_text(json.dumps(said, indent=2))
+
+
+def further_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logits of the first layer for multi-token prediction, computed by hand.
+
+    The decoder layer is transformers' own; around it stands the formula of the DeepSeek-V3 report
+    (section 2.2) with Megatron's ends: the token after the last is number 0.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    ).eval()
+    depth = model.config.num_hidden_layers
+    prefix = f"model.layers.{depth}."
+    own = {n.removeprefix(prefix): t for n, t in weights(directory).items() if n.startswith(prefix)}
+    layer = DeepseekV3DecoderLayer(model.config, depth).eval()
+    experts = [
+        [own.pop(f"mlp.experts.{e}.{part}_proj.weight") for part in ("gate", "up", "down")]
+        for e in range(model.config.n_routed_experts)
+    ]
+    own["mlp.experts.gate_up_proj"] = torch.stack([torch.cat(e[:2]) for e in experts])
+    own["mlp.experts.down_proj"] = torch.stack([e[2] for e in experts])
+    layer.load_state_dict({name: own[name] for name in layer.state_dict()})
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], own[name], model.config.rms_norm_eps)
+
+    with torch.no_grad():
+        hidden = model.model(tokens).last_hidden_state
+        following = torch.cat([tokens[:, 1:], torch.zeros_like(tokens[:, :1])], 1)
+        pair = [norm(own["embed_tokens.weight"][following], "enorm.weight")]
+        x = torch.cat([*pair, norm(hidden, "hnorm.weight")], -1) @ own["eh_proj.weight"].T
+        length = tokens.shape[1]
+        positions = model.model.rotary_emb(x, torch.arange(length)[None])
+        mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
+        x = layer(x, attention_mask=mask, position_embeddings=positions)
+        return norm(x, "shared_head.norm.weight") @ own["shared_head.head.weight"].T

@@ -281,7 +281,10 @@ def _fill(chunks: list[GPTModel], seed: int, content_metadata: dict[str, Any]) -
 def forward(
     chunks: list[GPTModel], tokens: torch.Tensor, hidden_size: int
 ) -> npt.NDArray[np.float32] | None:
-    """Run all chunks in execution order; rank 0 of the last stage returns [batch, seq, vocab]."""
+    """Run all chunks in execution order; rank 0 of the last stage returns [batch, seq, vocab].
+
+    Logits of multi-token prediction follow those of the model along the sequence.
+    """
     batch, length = tokens.shape
     positions = torch.arange(length).expand(batch, length)
     mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), diagonal=1)
@@ -294,6 +297,10 @@ def forward(
         for stage, source in enumerate(ranks):
             if stage == mine:
                 chunks[chunk].set_input_tensor(hidden)
+                if chunks[chunk].post_process and chunks[chunk].config.mtp_num_layers:
+                    return _gather_vocabulary(
+                        _further_logits(chunks[chunk], tokens, positions, mask)
+                    )
                 out = chunks[chunk](tokens, positions, mask)
                 if chunks[chunk].post_process:
                     return _gather_vocabulary(out)
@@ -304,6 +311,18 @@ def forward(
             if chunk == len(chunks) - 1 and stage == len(ranks) - 2 and mine != len(ranks) - 1:
                 return None
     return None
+
+
+def _further_logits(chunk: GPTModel, *inputs: torch.Tensor) -> torch.Tensor:
+    """Return the logits of every prediction; megatron computes the further ones for a loss only."""
+    found: list[torch.Tensor] = []
+    hook = chunk.output_layer.register_forward_hook(
+        lambda _module, _inputs, output: found.append(output[0].transpose(0, 1).clone())
+    )
+    chunk(*inputs, labels=inputs[0])
+    hook.remove()
+    *further, main = found
+    return torch.cat([main, *further], 1)
 
 
 def _gather_vocabulary(logits: torch.Tensor) -> npt.NDArray[np.float32] | None:
