@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ckptx.errors import PlanError, SchemaError
+from ckptx.errors import PlanError
 from ckptx.hookspecs import hookimpl
 from ckptx.model_directory import family_named
 from ckptx.parallel import Pipeline, describe
@@ -40,7 +40,6 @@ from ckptx.protocol import Message
 from ckptx.saving import check_messages, collect
 from ckptx.schemas import legacy
 from ckptx.schemas.args import args_from_spec, launch_flags
-from ckptx.schemas.args import inexpressible as inexpressible_in_args
 from ckptx.spec import ModelSpec
 
 
@@ -71,7 +70,7 @@ class LegacySaver:
         model = collect(messages)
         spec = model.spec
         layout = family_named(spec.family).layout("legacy")
-        _check_expressible(spec)
+        legacy.check(spec)
         check_messages(model, layout)
         _check_implementation(options)
         tp, pipeline = parallel_sizes(model, options)
@@ -134,14 +133,6 @@ class LegacySaver:
                 "true_vocab_size": true_rows,
                 "iteration": iteration,
             },
-        )
-
-
-def _check_expressible(spec: ModelSpec) -> None:
-    problems = [*inexpressible_in_args(spec), *legacy.inexpressible(spec)]
-    if problems:
-        raise SchemaError(
-            f"a legacy Megatron model cannot be this {spec.architecture}: {'; '.join(problems)}"
         )
 
 

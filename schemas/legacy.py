@@ -60,6 +60,7 @@ _ATTENTION = f"{_LAYER}self_attention."
 _MLP = f"{_LAYER}mlp."
 _EXPERT = _MLP + "local_experts.{expert}."
 _TABLES = ("word_embeddings", "position_embeddings", "tokentype_embeddings")
+_PARTS = ("embedding", "encoder", "transformer")
 _HEADS = ("lm_head", "binary_head", "word_embeddings_for_head")
 _MODULES = (
     *(f"{_EMBEDDING}{table}" for table in _TABLES),
@@ -202,9 +203,19 @@ LEGACY = Layout(
 
 def is_legacy(model: Tree) -> bool:
     """Return whether a rank's ``model`` is one of a legacy model: nested, or named like one."""
-    return any(
-        isinstance(entry, Mapping) or name.startswith(_MODEL) for name, entry in model.items()
-    )
+    return any(isinstance(entry, Mapping) or names_legacy(name) for name, entry in model.items())
+
+
+def names_legacy(name: str) -> bool:
+    """Return whether a tensor's path is one that only legacy models have.
+
+    Examples:
+        >>> names_legacy("language_model.encoder.final_norm.weight")
+        True
+        >>> names_legacy("language_model.decoder.final_layernorm.weight")  # Megatron Core's LLaVA
+        False
+    """
+    return name.startswith(tuple(f"{_MODEL}{part}." for part in _PARTS))
 
 
 def flattened(model: Tree) -> dict[str, Any]:
@@ -334,7 +345,7 @@ def launch_flags(spec: ModelSpec) -> list[str]:
 
 
 def inexpressible(spec: ModelSpec) -> list[str]:
-    """Return what legacy models have no parameter for, or compute otherwise, one reason each."""
+    """Return what a spec says and legacy models do not have."""
     router = (spec.moe_router_topk, spec.moe_router_score_function)
     refused = (
         (spec.qk_layernorm, "norms of query and key heads"),
@@ -354,7 +365,16 @@ def inexpressible(spec: ModelSpec) -> list[str]:
         (spec.moe_shared_expert_intermediate_size, "shared experts"),
         (spec.moe_router_enable_expert_bias, "routers with a bias per expert"),
     )
-    return [f"legacy models have no {what}" for holds, what in refused if holds]
+    return [what for holds, what in refused if holds]
+
+
+def check(spec: ModelSpec) -> None:
+    """Raise a SchemaError unless a legacy model can be what a spec says."""
+    if problems := inexpressible(spec):
+        raise SchemaError(
+            f"a legacy Megatron model cannot be this {spec.architecture}: it has no "
+            f"{', and no '.join(problems)}"
+        )
 
 
 def notes(spec: ModelSpec) -> list[str]:

@@ -153,7 +153,7 @@ def test_ranks_hold_what_numpy_cuts(name, tp, stages, tmp_path):
         assert state["args"].use_legacy_models is True
         assert sorted(key for key in state if key.startswith("model")) == sorted(models)
         for key, arrays in models.items():
-            assert_state(oracle._flat(state[key]), arrays)
+            assert_state(oracle.flat(state[key]), arrays)
 
 
 def test_the_tree_is_the_one_that_megatron_looks_for(tmp_path):

@@ -147,7 +147,7 @@ def read(root: Path) -> tuple[Namespace, list[list[Weights]], float]:
     keys = sorted(key for key in next(iter(states.values())) if key.startswith("model"))
     chunks = [
         [
-            _flat(states[f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")][key])
+            flat(states[f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")][key])
             for rank in range(tp)
         ]
         for key in keys
@@ -156,11 +156,12 @@ def read(root: Path) -> tuple[Namespace, list[list[Weights]], float]:
     return args, chunks, next(iter(states.values())).get("checkpoint_version", 0)
 
 
-def _flat(tree: Tree, prefix: str = "") -> Weights:
+def flat(tree: Tree, prefix: str = "") -> Weights:
+    """The tensors of a tree by their path."""
     found: Weights = {}
     for name, entry in tree.items():
         if isinstance(entry, dict):
-            found |= _flat(entry, f"{prefix}{name}.")
+            found |= flat(entry, f"{prefix}{name}.")
         elif entry is not None:
             found[f"{prefix}{name}"] = entry
     return found
