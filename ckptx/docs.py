@@ -245,8 +245,11 @@ def messages() -> str:
 def canonical_names() -> str:
     """Return the messages of the vocabulary and the keys of each."""
     blocks = []
-    layer = f"{vocabulary.LAYER}N, where it is a mixture of experts"
-    for message, keys in (*vocabulary.MESSAGES.items(), (layer, vocabulary.EXPERTS)):
+    others = (
+        (f"{vocabulary.LAYER}N, where it is a mixture of experts", vocabulary.EXPERTS),
+        ("vit embeddings, of RADIO", vocabulary.RADIO),
+    )
+    for message, keys in (*vocabulary.MESSAGES.items(), *others):
         rows = [
             (
                 f"`{key.name}`",

@@ -38,7 +38,7 @@ class Inspection:
             "path": self.path,
             "format": self.begin.format,
             "layout": self.begin.layout,
-            "family": spec.family if spec else None,
+            "family": self.begin.family or (spec.family if spec else None),
             "architecture": spec.architecture if spec else None,
             "dtype": self._dtypes(),
             "parameters": self.parameters,
@@ -46,6 +46,11 @@ class Inspection:
             "iteration": self.begin.training.get("iteration"),
             "parallel": _parallel(self.begin.parallel),
             "model": _plain(asdict(spec)) if spec else None,
+            "parts": {
+                part: _plain(asdict(one))
+                for part, one in self.begin.parts.items()
+                if part != "language"
+            },
             "files": [Path(file).name for file in self.begin.files],
             "sidecars": sorted(self.begin.sidecars),
             "left_out": [
@@ -72,6 +77,11 @@ class Inspection:
             ("path", self.path),
             ("format", f"{self.begin.format} ({self.begin.layout})"),
             ("model", f"{spec.architecture}, {spec.num_layers} layers" if spec else "no schema"),
+            *(
+                (part, f"{one.family}, {one.num_layers} layers" if one.num_layers else one.family)
+                for part, one in self.begin.parts.items()
+                if part != "language"
+            ),
             ("parameters", f"{self.parameters:,}"),
             ("stored", f"{size:,} bytes in {len(self.begin.files)} files"),
             ("dtype", ", ".join(self._dtypes())),

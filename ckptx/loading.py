@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from ckptx.errors import SchemaError
 from ckptx.lazy import ITEMSIZE, LazyTensor, replicated
 from ckptx.protocol import PASSTHROUGH, Dropped, SourceTensor, Tensors
-from ckptx.schema import Layout, Taker
+from ckptx.schema import Held, Layout, Parts, Taker
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import check_shapes
 
@@ -20,27 +20,31 @@ def inventory(tensors: Mapping[str, LazyTensor], label: str = "") -> tuple[Sourc
 
 
 def messages_of(
-    layout: Layout, tensors: Mapping[str, LazyTensor], spec: ModelSpec
+    layout: Layout, tensors: Mapping[str, LazyTensor], spec: ModelSpec | Parts
 ) -> Iterator[Tensors]:
     """Yield the messages of a model whose tensors are whole, in model order.
+
+    ``spec`` are the dimensions of its one part, or those of each.
 
     Raises:
         SchemaError: a tensor is missing, left over, or of another shape than the spec says.
     """
     left = dict(tensors)
-    taker = Taker(layout, spec)
-    found = {}
-    for message, layer, rules in layout.expand(spec):
-        canonical = taker.take(rules, [left], layer)
+    parts = {"language": spec} if isinstance(spec, ModelSpec) else spec
+    taker = Taker(layout, parts["language"])
+    found: dict[str, tuple[Held, dict[str, LazyTensor]]] = {}
+    for held in layout.held(parts):
+        canonical = taker.of(held.spec).take(held.rules, [left], held.layer)
         if canonical:
-            found[message] = canonical
-    for message, key, name in layout.copies_of(spec):
-        if name in left and key in found.get(message, {}):
-            found[message][key] = replicated([found[message][key], left.pop(name)])
+            found[held.message] = held, canonical
+    for message, key, name in layout.copies_of(parts["language"]):
+        if name in left and message in found and key in found[message][1]:
+            own = found[message][1]
+            own[key] = replicated([own[key], left.pop(name)])
     taker.finish(list(left))
-    for message, canonical in found.items():
-        check_shapes(message, canonical, spec)
-        yield Tensors(message, canonical)
+    for message, (held, canonical) in found.items():
+        check_shapes(message, canonical, held.spec)
+        yield Tensors(message, canonical, held.part)
 
 
 def passthrough(tensors: Mapping[str, LazyTensor]) -> Tensors:

@@ -42,8 +42,6 @@ RECOGNISED = {
     "verl": "verl training checkpoints",
     "rlinf": "RLinf training checkpoints",
     "mixtral_hf": "Mixtral models, mixtures of experts",
-    "llava": "Megatron LLaVA checkpoints",
-    "hf_llava": "Hugging Face LLaVA models",
     "lora": "LoRA adapters",
     "peft": "PEFT adapters",
     "nemo": "NeMo checkpoints",

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckptx import manager
+from ckptx import manager, quantised
 from ckptx.errors import FormatError, SchemaError
 from ckptx.lazy import LazyTensor
 from ckptx.loading import drop_ignored, main_dtype, messages_of, passthrough, resolve_tie
 from ckptx.protocol import Begin, Dropped, End, Message
 from ckptx.saving import Model, named_tensors
-from ckptx.schema import Family, Layout
+from ckptx.schema import Family, Layout, Parts
 from ckptx.spec import ModelSpec
 
 CONFIG = "config.json"
@@ -102,12 +102,16 @@ def family_named(name: str) -> Family:
 
 
 def hf_messages(
-    begin: Begin, tensors: Mapping[str, LazyTensor], notes: tuple[str, ...] = ()
+    begin: Begin,
+    tensors: Mapping[str, LazyTensor],
+    notes: tuple[str, ...] = (),
+    dtype: str | None = None,
 ) -> Iterator[Message]:
     """Yield the messages of a model whose tensors have Hugging Face's names.
 
     The config among the sidecars of ``begin`` says which model it is, and completes ``begin``.
     Without one, or of an unknown architecture, tensors pass through. ``notes`` go before others.
+    Quantised weights are dequantised to ``dtype``, by default to the one that the config names.
 
     Raises:
         SchemaError: tensors are missing, left over, or not of the shapes that the config says.
@@ -121,27 +125,38 @@ def hf_messages(
         note = f"{', '.join(named)}: no schema, tensors pass through by name"
         yield End(notes=(*notes, note))
         return
+    before, tensors = tensors, quantised.dequantise(tensors, config, dtype)
+    if len(tensors) < len(before):
+        plain = {key: value for key, value in config.items() if key != quantised.KEY}
+        begin = replace(begin, sidecars={**begin.sidecars, CONFIG: dump_config(plain)})
+        notes = (*notes, f"{quantised.KEY} was taken out of {CONFIG}: no weight is quantised now")
+    composed = family.name if family.composition else ""
+    parts = parts_from_config(family, config)
     yield from named_messages(
-        begin, tensors, family.from_config(config), family.layout("hf"), notes
+        replace(begin, family=composed), tensors, parts, family.layout("hf"), notes
     )
 
 
 def named_messages(
     begin: Begin,
     tensors: Mapping[str, LazyTensor],
-    spec: ModelSpec,
+    spec: ModelSpec | Parts,
     layout: Layout,
     notes: tuple[str, ...] = (),
     dropped: tuple[Dropped, ...] = (),
 ) -> Iterator[Message]:
     """Yield the messages of a model of known dimensions whose tensors have the names of a layout.
 
-    ``notes`` and ``dropped`` go before others.
+    ``spec`` are the dimensions of its one part, or those of each. ``notes`` and ``dropped`` go
+    before others.
 
     Raises:
         SchemaError: tensors are missing, left over, or not of the shapes that the spec says.
     """
-    spec = replace(spec, dtype=main_dtype(tensors))
+    dtype = main_dtype(tensors)
+    said = {"language": spec} if isinstance(spec, ModelSpec) else spec
+    parts = {part: replace(one, dtype=dtype) for part, one in said.items()}
+    spec = parts["language"]
     left = dict(tensors)
     dropped = (*dropped, *drop_ignored(layout, left))
     if spec.mtp_num_layers and not further_names(layout, spec) & set(left):
@@ -153,9 +168,16 @@ def named_messages(
     if spec.tied:
         tied, copies, remarks = resolve_tie(left, *tied_names(layout, left), begin.files)
         spec, dropped, notes = replace(spec, tied=tied), (*dropped, *copies), (*notes, *remarks)
-    yield replace(begin, layout=layout.name, parts={"language": spec})
-    yield from messages_of(layout, left, spec)
+    parts = {**parts, "language": spec}
+    yield replace(begin, layout=layout.name, parts=parts)
+    yield from messages_of(layout, left, parts)
     yield End(dropped, notes)
+
+
+def parts_from_config(family: Family, config: Mapping[str, Any]) -> Parts:
+    """Return the dimensions of every part that a config of a family says."""
+    composed = family.composition
+    return composed.from_config(config) if composed else {"language": family.from_config(config)}
 
 
 def further_names(layout: Layout, spec: ModelSpec) -> set[str]:
@@ -180,7 +202,7 @@ def hf_tensors(model: Model) -> tuple[dict[str, LazyTensor], tuple[Dropped, ...]
         SchemaError: they have other names and no schema knows the model.
     """
     if model.passthrough is None:
-        return named_tensors(model, family_named(model.spec.family).layout("hf"))
+        return named_tensors(model, family_named(model.family).layout("hf"))
     if not model.begin.layout.startswith("hf"):
         raise SchemaError(
             f"tensors are named as {model.begin.layout} and no schema knows their model; "
@@ -193,8 +215,13 @@ def config_of(model: Model) -> dict[str, bytes]:
     """Return a ``config.json`` made from the model's dimensions, nothing where they are unknown."""
     if model.passthrough is not None:
         return {}
-    spec = model.spec
-    return {CONFIG: dump_config(family_named(spec.family).to_config(spec))}
+    return {CONFIG: dump_config(config_from_parts(family_named(model.family), model.parts))}
+
+
+def config_from_parts(family: Family, parts: Parts) -> dict[str, Any]:
+    """Return a complete config for a model whose own is not at hand."""
+    composed = family.composition
+    return composed.to_config(parts) if composed else family.to_config(parts["language"])
 
 
 def dump_config(config: Mapping[str, Any]) -> bytes:

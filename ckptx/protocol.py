@@ -56,7 +56,9 @@ class Begin:
     layout: str
     """How its tensors are named: ``"hf/llama"``; passthrough tensors speak it."""
     parts: Mapping[str, ModelSpec]
-    """Model dimensions by part: ``"language"``. Empty where the family is unknown."""
+    """Model dimensions by part: ``"language"``, and ``"vision"``, ``"projection"`` where there are.
+
+    Empty where the family is unknown."""
     files: tuple[str, ...]
     """Absolute paths; `ckptx.lazy.Stored.file` indexes them."""
     sources: tuple[SourceTensor, ...]
@@ -69,6 +71,8 @@ class Begin:
     """``iteration`` (number or ``"release"``), ``consumed_train_samples``, the source's `args`."""
     parallel: Mapping[str, Any] = field(default_factory=dict)
     """How the source is split: ``tp``, ``pp``, ``vpp``, ``ep`` and the layer placement."""
+    family: str = ""
+    """The family of the whole where there are several parts (``"llava"``); else its part's own."""
     version: int = VERSION
 
 

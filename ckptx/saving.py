@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckptx.errors import PlanError, SchemaError, listing
-from ckptx.lazy import LazyTensor, Replicated, Stored, concat, replicated
+from ckptx.lazy import Filled, LazyTensor, Replicated, Stored, concat, replicated
 from ckptx.protocol import PASSTHROUGH, VERSION, Begin, Dropped, End, Message, Tensors
-from ckptx.schema import Layout, check_message, give
+from ckptx.schema import Family, Layout, Parts, check_message, give
 from ckptx.spec import ModelSpec
 
 VOCABULARY = {
@@ -21,7 +21,7 @@ VOCABULARY = {
 
 @dataclass(slots=True)
 class Model:
-    """Everything a loader said of a model with one part."""
+    """Everything a loader said of a model. Names of messages are unique over all its parts."""
 
     begin: Begin
     end: End
@@ -39,6 +39,16 @@ class Model:
                 "--to pytorch) or give --hf-base with a config"
             )
         return self.begin.parts["language"]
+
+    @property
+    def family(self) -> str:
+        """The name of the family whose layouts hold the whole model."""
+        return self.begin.family or self.spec.family
+
+    @property
+    def parts(self) -> Parts:
+        """The dimensions of every part; there is a language model among them."""
+        return {**self.begin.parts, "language": self.spec}
 
 
 def collect(messages: Iterator[Message]) -> Model:
@@ -71,7 +81,7 @@ def collect(messages: Iterator[Message]) -> Model:
 
 def check_messages(model: Model, layout: Layout) -> None:
     """Raise unless the model's messages are exactly those that a layout can hold."""
-    expected = {name: rules for name, _, rules in layout.expand(model.spec) if rules}
+    expected = {held.message: held.rules for held in layout.held(model.parts) if held.rules}
     missing = [name for name in expected if name not in model.messages]
     unknown = [name for name in model.messages if name not in expected]
     if missing or unknown:
@@ -82,6 +92,52 @@ def check_messages(model: Model, layout: Layout) -> None:
         check_message(rules, model.messages[name], name, layout.name)
 
 
+def leave_unused(model: Model, family: Family) -> tuple[Dropped, ...]:
+    """Leave out what takes no part in the output of a model of several parts; return it.
+
+    Raises:
+        SchemaError: what is used cannot be told.
+    """
+    assert family.composition is not None  # there are several parts
+    used = family.composition.used(model.parts)
+    layout = family.layout("hf")
+    kept = set(_keys(layout, used))
+    dropped = []
+    for message, key in set(_keys(layout, model.parts)) - kept:
+        tensor = model.messages[message][key]
+        label = f"{message}: {key}"
+        reason = "behind the features that the language model sees"
+        dropped.append(Dropped(label, reason, tensor.nbytes, (tensor,)))
+        model.messages[message] = {
+            name: one for name, one in model.messages[message].items() if name != key
+        }
+    model.messages = {name: tensors for name, tensors in model.messages.items() if tensors}
+    model.begin = replace(model.begin, parts=used)
+    return tuple(sorted(dropped, key=lambda one: one.name))
+
+
+def fill_unused(model: Model, family: Family) -> tuple[str, ...]:
+    """Add what a Hugging Face model must have although it takes no part in its output; say so."""
+    if family.composition is None:
+        return ()
+    parts, lacking = family.composition.completed(model.parts)
+    for (message, key), (shape, value) in lacking.items():
+        filled = Filled(model.spec.dtype, shape, value)
+        model.messages[message] = {**model.messages[message], key: filled}
+    model.begin = replace(model.begin, parts=parts)
+    return tuple(
+        f"{message}: {key} takes no part in the output and the source has none: filled with {value}"
+        for (message, key), (_, value) in lacking.items()
+    )
+
+
+def _keys(layout: Layout, parts: Parts) -> Iterator[tuple[str, str]]:
+    """Yield message and key of every canonical tensor that a layout has of a model."""
+    for held in layout.held(parts):
+        for entry in held.rules:
+            yield from ((held.message, key) for key in entry.keys)
+
+
 def named_tensors(
     model: Model, layout: Layout
 ) -> tuple[dict[str, LazyTensor], tuple[Dropped, ...]]:
@@ -89,8 +145,8 @@ def named_tensors(
     check_messages(model, layout)
     dropped = resize_vocabulary(model, model.spec.vocab_size, fill=False)
     named: dict[str, LazyTensor] = {}
-    for message, layer, rules in layout.expand(model.spec):
-        named.update(give(rules, model.messages[message], model.spec, layer))
+    for held in layout.held(model.parts):
+        named.update(give(held.rules, model.messages[held.message], held.spec, held.layer))
     for message, key, name in layout.copies_of(model.spec):
         named[name] = model.messages[message][key]
     return named, dropped

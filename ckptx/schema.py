@@ -35,6 +35,8 @@ Tensor: TypeAlias = LazyTensor
 Predicate: TypeAlias = Callable[[ModelSpec], bool]
 LayerPredicate: TypeAlias = Callable[[ModelSpec, int], bool]
 Shard: TypeAlias = MutableMapping[str, LazyTensor]
+Parts: TypeAlias = Mapping[str, ModelSpec]
+"""Dimensions by part: ``"language"``, ``"vision"``, ``"projection"``."""
 
 
 class Iso(Protocol):
@@ -269,6 +271,28 @@ def _turned(part: Tensor, spec: ModelSpec, inner: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class _Bare:
+    """The layout leaves out so many axes of length 1 in front of each canonical tensor."""
+
+    axes: int
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        packed = list(canonical)
+        for _ in range(self.axes):
+            packed = [tensor.squeeze() for tensor in packed]
+        return packed
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        canonical = list(packed)
+        for _ in range(self.axes):
+            canonical = [tensor.unsqueeze() for tensor in canonical]
+        return canonical
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        raise SchemaError("a tensor with fewer axes does not hold the canonical one as it is")
+
+
+@dataclass(frozen=True, slots=True)
 class _Chain:
     """One iso after the other: the second rearranges what the first has packed."""
 
@@ -292,6 +316,11 @@ EXPERT_GLU: Iso = _Glu(axis=1)
 QKV: Iso = _Qkv()
 FUSED_QKV: Iso = _FusedQkv()
 ROTARY_PAIRS: Iso = _RotaryPairs()
+
+
+def bare(axes: int) -> Iso:
+    """Return the iso that leaves out ``axes`` axes of length 1 in front."""
+    return _Bare(axes)
 
 
 def chain(first: Iso, second: Iso) -> Iso:
@@ -408,6 +437,8 @@ class Section:
     message: str
     rules: tuple[Rule, ...]
     numbered_on: bool = False
+    part: str = "language"
+    """The part of the model that the message is of, and whose dimensions it has."""
 
     def layers(self, spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
         """Yield message, number in names and place in the model of every layer, if it has them."""
@@ -424,10 +455,26 @@ class Section:
         """Whether the section repeats for layers."""
         return "{layer}" in self.message
 
+    def under(self, prefix: str, *others: str) -> Section:
+        """Return the section with names that begin with others instead of ``prefix``."""
+        return replace(self, rules=tuple(entry.under(prefix, *others) for entry in self.rules))
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One message of a model of one or several parts, and the rules of what it holds."""
+
+    part: str
+    spec: ModelSpec
+    """The dimensions of the part."""
+    message: str
+    layer: int | None
+    rules: tuple[Rule, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How one convention names the tensors of a model part; sections in the model's own order."""
+    """How one convention names the tensors of a model; sections in the model's own order."""
 
     name: str
     sections: tuple[Section, ...]
@@ -457,6 +504,13 @@ class Layout:
                 message, key = "embeddings", "word embeddings"
             for layer in range(spec.mtp_num_layers):
                 yield message, key, name.replace("{layer}", str(spec.num_layers + layer))
+
+    def held(self, parts: Parts) -> Iterator[Held]:
+        """Yield every message of a model of several parts, part by part, as `expand` does."""
+        for part, spec in parts.items():
+            sections = tuple(section for section in self.sections if section.part == part)
+            for message, layer, rules in replace(self, sections=sections).expand(spec):
+                yield Held(part, spec, message, layer, rules)
 
     def names_of(self, message: str, key: str) -> tuple[str, ...]:
         """Return the names, in any spelling, of a canonical tensor that is stored by itself.
@@ -537,6 +591,12 @@ class Taker:
         self.layout = layout
         self.spec = spec
         self.missing: list[str] = []
+
+    def of(self, spec: ModelSpec) -> Taker:
+        """Return a taker for a part of these dimensions; what it does not find is missing here."""
+        other = Taker(self.layout, spec)
+        other.missing = self.missing
+        return other
 
     def take(
         self,
@@ -717,6 +777,24 @@ def check_message(
 
 
 @dataclass(frozen=True, slots=True)
+class Composition:
+    """How the parts of a model of several parts are described together."""
+
+    from_config: Callable[[Mapping[str, Any]], Parts]
+    to_config: Callable[[Parts], dict[str, Any]]
+    differences: Callable[[Mapping[str, Any], Parts], list[str]]
+    """One line per key in which a config contradicts the parts."""
+    merge_config: Callable[[Mapping[str, Any], Parts], dict[str, Any]]
+    """Return a config in which the parts win where both speak."""
+    used: Callable[[Parts], Parts]
+    """Return the parts without what takes no part in the model's output."""
+    completed: Callable[[Parts], tuple[Parts, Mapping[tuple[str, str], tuple[Shape, float]]]]
+    """Return the parts with what a Hugging Face model must have and does not use.
+
+    Where the parts lack it, there is a shape and a value by message and key to fill it with."""
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """A model architecture: the layouts it has, and how its Hugging Face config reads.
 
@@ -734,6 +812,8 @@ class Family:
     """For the support matrix: what proves each layout."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """By convention: why the family cannot have that layout."""
+    composition: Composition | None = None
+    """For a model of several parts; `from_config` and `to_config` are then of its language part."""
     limits: tuple[str, ...] = ()
     """For the support matrix: which models of the family cannot be converted, or need a hand."""
 

@@ -20,7 +20,7 @@ from ckptx.errors import PlanError
 from ckptx.lazy import ITEMSIZE, LazyTensor
 from ckptx.model_directory import family_named
 from ckptx.reader import Files, Gather, numpy_dtype
-from ckptx.saving import VOCABULARY, Model, collect, named_tensors
+from ckptx.saving import VOCABULARY, Model, collect, leave_unused, named_tensors
 
 _BLOCK = 8 << 20  # bytes
 
@@ -108,7 +108,7 @@ def compare(
         CkptxError: one of them cannot be read, or they have no names in common.
     """
     models = [_load(left, loader_a), _load(right, loader_b)]
-    notes = _same_vocabulary(*models)
+    notes = (*_same_use(*models), *_same_vocabulary(*models))
     tensors = _tensors(*models)
     files = [Files(model.begin.files) for model in models]
     try:
@@ -124,6 +124,25 @@ def compare(
 def _load(path: Path, loader: str | None) -> Model:
     plugin = manager.loader(loader or manager.detect(path))
     return collect(iter(plugin.load(path, {})))
+
+
+def _same_use(left: Model, right: Model) -> tuple[str, ...]:
+    """Leave out of both sides what takes no part in the output, where only one has it."""
+    if any("vision" not in model.begin.parts for model in (left, right)):
+        return ()
+    if {name: set(one) for name, one in left.messages.items()} == {
+        name: set(one) for name, one in right.messages.items()
+    }:
+        return ()
+    notes = []
+    for label, model in (("A", left), ("B", right)):
+        unused = leave_unused(model, family_named(model.family))
+        if unused:
+            size = sum(one.nbytes for one in unused)
+            notes.append(
+                f"{label}: {len(unused)} tensors, {size:,} bytes, left out: {unused[0].reason}"
+            )
+    return tuple(notes)
 
 
 def _same_vocabulary(left: Model, right: Model) -> tuple[str, ...]:
@@ -170,7 +189,7 @@ def _named(model: Model) -> dict[str, LazyTensor]:
                 "knows their model; only the same names can be compared"
             )
         return dict(model.passthrough)
-    return named_tensors(model, family_named(model.spec.family).layout("hf"))[0]
+    return named_tensors(model, family_named(model.family).layout("hf"))[0]
 
 
 def _differences(

@@ -15,6 +15,10 @@ from ckptx.spec import ModelSpec
 
 LAYER = "transformer layer "
 """Layer messages are ``"transformer layer 0"``, ``"transformer layer 1"``, ..."""
+VISION_LAYER = "vit transformer layer "
+"""Those of a vision tower are ``"vit transformer layer 0"``, ..."""
+VISION = ("vit ", "vision ")
+"""How the names of messages begin that are of a vision tower or of its projection."""
 MTP_LAYER = "mtp layer "
 """Messages of the layers for multi-token prediction, which Megatron's converter does not know."""
 
@@ -46,11 +50,17 @@ SYMBOLS = {
     "shared": "moe_shared_expert_intermediate_size",
     "one": "1",
     "two hidden": "2 * hidden_size",
+    "three hidden": "3 * hidden_size",
     "query": "num_attention_heads * (qk_head_dim + qk_pos_emb_head_dim)",
     "query rank": "q_lora_rank",
     "latent": "kv_lora_rank + qk_pos_emb_head_dim",
     "latent rank": "kv_lora_rank",
     "key value": "num_attention_heads * (qk_head_dim + kv_channels)",
+    "channels": "3, those of an image",
+    "patch": "height and width of a patch of an image",
+    "patch values": "channels * patch * patch",
+    "class tokens": "tokens before those of the patches",
+    "features": "what the projection takes: hidden_size of the vision tower, or a multiple",
 }
 """What the symbols in shapes stand for."""
 
@@ -115,6 +125,62 @@ MESSAGES: Mapping[str, tuple[Key, ...]] = {
         Key("bias", _NORM, None, "its bias"),
     ),
     "output layer": (Key("weight", ("vocab", "hidden"), 0, "output projection, absent when tied"),),
+    "vit embeddings": (
+        Key("conv1 weight", ("hidden", "channels", "patch", "patch"), None, "of every patch"),
+        Key("conv1 bias", _NORM, None, "its bias"),
+        Key("embedder weight", ("hidden", "patch values"), 0, "of every patch, in RADIO"),
+        Key("embedder bias", _NORM, 0, "its bias"),
+        Key("position embeddings", ("positions", "hidden"), None, "learned positions"),
+        Key("class token", ("one", "class tokens", "hidden"), None, "before the patches"),
+        Key("mask token", ("one", "hidden"), None, "in place of a patch"),
+        Key("ln pre weight", _NORM, None, "norm before the first layer"),
+        Key("ln pre bias", _NORM, None, "its bias"),
+        Key("ln post weight", _NORM, None, "norm after the last layer"),
+        Key("ln post bias", _NORM, None, "its bias"),
+    ),
+    "vit transformer layer N": (
+        Key("input norm weight", _NORM, None, "norm before attention"),
+        Key("input norm bias", _NORM, None, "its bias"),
+        Key("qkv weight", ("qkv", "hidden"), 0, "query, key, value, fused head by head"),
+        Key("qkv bias", ("qkv",), 0, "its bias, in the same order"),
+        Key("q norm weight", ("heads",), 0, "norm of the whole query, in InternViT"),
+        Key("k norm weight", ("heads",), 0, "norm of the whole key, in InternViT"),
+        Key("dense weight", ("hidden", "heads"), 1, "output projection of attention"),
+        Key("dense bias", ("hidden",), None, "its bias"),
+        Key("ls1", _NORM, None, "scale of attention's output"),
+        Key("pre mlp norm weight", _NORM, None, "norm before the MLP"),
+        Key("pre mlp norm bias", _NORM, None, "its bias"),
+        Key("mlp l0 weight W", ("ffn", "hidden"), 0, "gate projection of a gated MLP"),
+        Key("mlp l0 weight V", ("ffn", "hidden"), 0, "up projection of a gated MLP"),
+        Key("mlp l0 bias W", ("ffn",), 0, "bias of the gate"),
+        Key("mlp l0 bias V", ("ffn",), 0, "bias of the up projection"),
+        Key("mlp l0 weight", ("ffn", "hidden"), 0, "first projection of a plain MLP"),
+        Key("mlp l0 bias", ("ffn",), 0, "its bias"),
+        Key("mlp l1 weight", ("hidden", "ffn"), 1, "down projection"),
+        Key("mlp l1 bias", ("hidden",), None, "its bias"),
+        Key("ls2", _NORM, None, "scale of the MLP's output"),
+    ),
+    "vit head": (
+        Key("probe", ("one", "one", "hidden"), None, "query of SigLIP's pooling"),
+        Key("qkv weight", ("three hidden", "hidden"), None, "all of query, then key, then value"),
+        Key("qkv bias", ("three hidden",), None, "its bias"),
+        Key("dense weight", ("hidden", "hidden"), None, "output projection of the pooling"),
+        Key("dense bias", _NORM, None, "its bias"),
+        Key("norm weight", _NORM, None, "norm before the MLP"),
+        Key("norm bias", _NORM, None, "its bias"),
+        Key("mlp l0 weight", ("ffn", "hidden"), None, "first projection"),
+        Key("mlp l0 bias", ("ffn",), None, "its bias"),
+        Key("mlp l1 weight", ("hidden", "ffn"), None, "down projection"),
+        Key("mlp l1 bias", _NORM, None, "its bias"),
+    ),
+    "vision projection": (
+        Key("vision projection norm weight", ("features",), None, "norm before the projection"),
+        Key("vision projection norm bias", ("features",), None, "its bias"),
+        Key("vision projection l0 weight", ("ffn", "features"), 0, "first, or only, projection"),
+        Key("vision projection l0 bias", ("ffn",), 0, "its bias"),
+        Key("vision projection l1 weight", ("hidden", "ffn"), 1, "second projection"),
+        Key("vision projection l1 bias", ("hidden",), None, "its bias"),
+    ),
 }
 """Keys by message; ``N`` is the global layer number, or that of a layer for further tokens."""
 
@@ -125,10 +191,17 @@ EXPERTS = (
 )
 """Keys of a layer that mean something else in a mixture of experts."""
 
+RADIO = (
+    Key("position embeddings", ("one", "positions", "hidden"), None, "learned positions"),
+    Key("class token", ("class tokens", "hidden"), None, "before the patches"),
+)
+"""Keys of a vision tower's embeddings that have another shape in RADIO."""
+
 _KEYS = {
     message.removesuffix("N"): {key.name: key for key in keys} for message, keys in MESSAGES.items()
 }
 _EXPERT_KEYS = {key.name: key for key in EXPERTS}
+_RADIO_KEYS = {key.name: key for key in RADIO}
 
 
 def keys_of(message: str, spec: ModelSpec | None = None) -> Mapping[str, Key]:
@@ -136,10 +209,13 @@ def keys_of(message: str, spec: ModelSpec | None = None) -> Mapping[str, Key]:
 
     With a ``spec`` those of a layer are of the kind that this layer is.
     """
-    numbered = next((kind for kind in (LAYER, MTP_LAYER) if message.startswith(kind)), message)
+    kinds = (LAYER, VISION_LAYER, MTP_LAYER)
+    numbered = next((kind for kind in kinds if message.startswith(kind)), message)
     known = _KEYS.get(numbered, {})
     if spec is not None and spec.is_moe(position_of(message, spec)):
         known = {**known, **_EXPERT_KEYS}
+    if spec is not None and message == "vit embeddings" and "radio" in spec.family:
+        known = {**known, **_RADIO_KEYS}
     return known
 
 
@@ -172,12 +248,24 @@ def dimensions(spec: ModelSpec) -> dict[str, int]:
         "shared": spec.moe_shared_expert_intermediate_size or 0,
         "one": 1,
         "two hidden": 2 * spec.hidden_size,
+        "three hidden": 3 * spec.hidden_size,
         "query": spec.num_attention_heads * (spec.qk_head_dim + spec.qk_pos_emb_head_dim),
         "query rank": spec.q_lora_rank or 0,
         "latent": spec.kv_lora_rank + spec.qk_pos_emb_head_dim,
         "latent rank": spec.kv_lora_rank,
         "key value": spec.num_attention_heads * (spec.qk_head_dim + spec.kv_channels),
+        "channels": 3,
+        **_of_images(spec),
     }
+
+
+def _of_images(spec: ModelSpec) -> dict[str, int]:
+    """Return the symbols of a vision tower or a projection, as far as its spec says them."""
+    extra = spec.extra
+    said = {"features": extra.get("input_size"), "class tokens": extra.get("class_tokens")}
+    if patch := extra.get("patch_size"):
+        said |= {"patch": patch, "patch values": 3 * patch * patch}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def check_shapes(message: str, tensors: Mapping[str, LazyTensor], spec: ModelSpec) -> None:

@@ -11,10 +11,18 @@ import click
 
 from ckptx.errors import CkptxError, FormatError, SchemaError
 from ckptx.hookspecs import hookimpl
-from ckptx.model_directory import base_sidecars, family_of, read_config, sidecars
+from ckptx.model_directory import (
+    CONFIG,
+    base_sidecars,
+    family_named,
+    family_of,
+    parts_from_config,
+    read_config,
+    sidecars,
+)
 from ckptx.parallel import Pipeline
 from ckptx.plugin import Loader
-from ckptx.plugins.megatron import directory, distributed, ranks
+from ckptx.plugins.megatron import directory, distributed, llava, ranks
 from ckptx.plugins.megatron.forms import LEGACY, Form
 from ckptx.plugins.megatron.options import (
     CAPABILITIES,
@@ -23,8 +31,10 @@ from ckptx.plugins.megatron.options import (
     vocabulary_options,
 )
 from ckptx.plugins.megatron.source import Source
-from ckptx.protocol import Begin, End, Message, Tensors
+from ckptx.protocol import Begin, End, Message
+from ckptx.schema import Layout, Parts
 from ckptx.schemas.args import inexpressible, spec_from_args
+from ckptx.schemas.llava_args import is_llava, language_args
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import check_shapes
 
@@ -33,7 +43,6 @@ class CoreLoader:
     """Reads what Megatron Core writes, at any tensor and pipeline parallel size."""
 
     name = "core"
-    layout = "mcore/gpt"
     capabilities = CAPABILITIES
 
     def options(self) -> list[click.Option]:
@@ -55,12 +64,29 @@ class CoreLoader:
         checkpoint = self.read(place)
         beside = place.path / directory.SIDECARS
         files = {**(sidecars(beside) if beside.is_dir() else {}), **base_sidecars(options)}
-        spec = _spec(checkpoint, read_config(files, beside), options)
-        messages = list(checkpoint.messages(spec))
+        config = read_config(files, beside)
+        family = family_of(config) if config else None
+        said = parts_from_config(family, config) if config and family else None
+        dropped = list(checkpoint.dropped)
+        parts: Parts = {"language": _spec(checkpoint, said, options)}
+        seeing = is_llava(checkpoint.weights)
+        if seeing:
+            known = said if said and "vision" in said else None
+            if known is None:
+                files.pop(CONFIG, None)  # the language model's own says nothing of the whole
+            parts, dummies = llava.parts_of(checkpoint, known, parts["language"])
+            _check_dummies(options, dummies, checkpoint)
+            layout = family_named(llava.FAMILY).layout("mcore")
+            stored = checkpoint.messages(layout, llava.stored_parts(parts, dummies))
+            messages = list(llava.without_dummies(stored, parts["vision"], dummies, dropped))
+        else:
+            layout = self.layout(checkpoint, parts["language"])
+            messages = list(checkpoint.messages(layout, parts))
         yield Begin(
             format=self.name,
-            layout=self.layout,
-            parts={"language": spec},
+            layout=layout.name,
+            parts=parts,
+            family=llava.FAMILY if seeing else "",
             files=checkpoint.files,
             sources=checkpoint.sources,
             root=str(place.path),
@@ -79,16 +105,20 @@ class CoreLoader:
                 "ckpt_format": place.format,
             },
         )
-        for name, tensors in messages:
-            check_shapes(name, tensors, spec)
-            yield Tensors(name, tensors)
-        yield End(tuple(checkpoint.dropped), tuple(self.notes(spec)))
+        for message in messages:
+            check_shapes(message.name, message.tensors, parts[message.part])
+            yield message
+        yield End(tuple(dropped), tuple(self.notes(parts["language"])))
 
     def read(self, place: directory.IterationDirectory) -> Source:
         """Read the metadata of a checkpoint."""
         if place.format == "torch_dist":
             return distributed.read(place)
         return ranks.read(place)
+
+    def layout(self, checkpoint: Source, spec: ModelSpec) -> Layout:
+        """Return how a model is named."""
+        return family_named(spec.family).layout("mcore")
 
     def notes(self, spec: ModelSpec) -> list[str]:
         """Return remarks on a model that was found."""
@@ -104,23 +134,30 @@ def found_form(source: Path) -> Form | None:
         return None  # the loader will say what is wrong
 
 
-def _spec(
-    checkpoint: Source, config: Mapping[str, Any] | None, options: Mapping[str, Any]
-) -> ModelSpec:
-    """Return the model's dimensions: args say what was trained, the config the rest."""
-    family = family_of(config) if config else None
-    if not checkpoint.args:
-        if config is None or family is None:
+def _check_dummies(options: Mapping[str, Any], dummies: int, checkpoint: Source) -> None:
+    said = options.get("vit_dummy_head_count")
+    if said and said != dummies:
+        raise SchemaError(
+            f"{checkpoint.place}: --vit-dummy-head-count is {said}, the weights have {dummies}; "
+            "leave the option out"
+        )
+
+
+def _spec(checkpoint: Source, said: Parts | None, options: Mapping[str, Any]) -> ModelSpec:
+    """Return the language model's dimensions: args say what was trained, a config the rest."""
+    named = said["language"] if said else None
+    args = language_args(checkpoint.args)
+    if not args:
+        if named is None:
             raise SchemaError(
                 f"{checkpoint.place}: holds no args that describe the model; give --hf-base with a "
                 "config of a known architecture"
             )
-        spec = family.from_config(config)
+        spec = named
     else:
-        spec = spec_from_args(checkpoint.args, family.name if family else None)
-        if config is not None and family is not None:
+        spec = spec_from_args(args, named.family if named else None)
+        if named is not None:
             # What args cannot say comes from the config; where both speak, args were trained with.
-            named = family.from_config(config)
             spec = replace(
                 spec,
                 architecture=named.architecture,

@@ -8,14 +8,16 @@ from typing import Any
 
 import click
 
-from ckptx.errors import FormatError
+from ckptx.errors import FormatError, SchemaError
 from ckptx.hookspecs import hookimpl
+from ckptx.model_directory import family_named
 from ckptx.plugin import Loader
 from ckptx.plugins.loader_core import CoreLoader, found_form
 from ckptx.plugins.megatron import directory, ranks
 from ckptx.plugins.megatron.forms import LEGACY
 from ckptx.plugins.megatron.options import LEGACY_CAPABILITIES
 from ckptx.plugins.megatron.source import Source
+from ckptx.schema import Layout
 from ckptx.schemas import legacy
 from ckptx.spec import ModelSpec
 
@@ -24,7 +26,6 @@ class LegacyLoader(CoreLoader):
     """Reads per-rank files of any ``checkpoint_version``, in old spellings and new."""
 
     name = "legacy"
-    layout = "legacy/gpt"
     capabilities: Mapping[str, Any] = LEGACY_CAPABILITIES
 
     def options(self) -> list[click.Option]:
@@ -54,6 +55,14 @@ class LegacyLoader(CoreLoader):
                 f"{place.format}: use --loader core (--from core)"
             )
         return ranks.read(place, LEGACY, legacy.completed)
+
+    def layout(self, checkpoint: Source, spec: ModelSpec) -> Layout:
+        """Return how a model is named and ordered in files of this version."""
+        layout = family_named(spec.family).layout("legacy")
+        try:
+            return legacy.ordered(layout, checkpoint.version, spec)
+        except SchemaError as error:
+            raise SchemaError(f"{checkpoint.files[0]}: {error}") from error
 
     def notes(self, spec: ModelSpec) -> list[str]:
         """Return what legacy models compute otherwise than the args say."""

@@ -13,7 +13,7 @@ from ckptx.model_directory import family_named
 from ckptx.parallel import describe, stage_ranks
 from ckptx.plan import SavePlan, literal_files
 from ckptx.plugin import Saver
-from ckptx.plugins.megatron import distributed, ranks
+from ckptx.plugins.megatron import distributed, llava, ranks
 from ckptx.plugins.megatron.choices import (
     check_tensor_parallel,
     chosen_iteration,
@@ -38,7 +38,8 @@ from ckptx.protocol import Message
 from ckptx.saving import Model, check_messages, collect
 from ckptx.schemas.args import args_from_spec, inexpressible, launch_flags
 from ckptx.schemas.args import notes as remarks
-from ckptx.schemas.core import Style
+from ckptx.schemas.core import ExtraState, Style, extra_states
+from ckptx.schemas.llava import states as llava_states
 from ckptx.spec import ModelSpec
 
 
@@ -79,16 +80,22 @@ class CoreSaver:
         style = _style(model, options)
         ckpt_format = options.get("ckpt_format") or "torch_dist"
         # torch_dist has one spelling, but a family may refuse the local spec altogether.
-        layout = family_named(spec.family).layout(style.convention)
+        layout = family_named(model.family).layout(style.convention)
+        tp, pipeline = parallel_sizes(model, options)
+        seeing = model.family == llava.FAMILY
+        unused, remarked = llava.prepare(model, tp) if seeing else ((), ())
         check_messages(model, layout)
         _widen_biases(model)
-        tp, pipeline = parallel_sizes(model, options)
-        notes = [*check_tensor_parallel(spec, tp), *_check_expressible(spec, style.local)]
+        notes = [
+            *check_tensor_parallel(spec, tp),
+            *_check_expressible(spec, style.local),
+            *remarked,
+        ]
         ep, etp = expert_sizes(model, options, tp)
         true_rows = true_vocab_size(options, spec.vocab_size)
         multiple = vocabulary_multiple(model, options)
         padded = padded_rows(model, true_rows, multiple, tp)
-        dropped = repad(model, true_rows, padded)
+        dropped = (*unused, *repad(model, true_rows, padded))
         iteration = chosen_iteration(model, options)
         chunks = pipeline.chunks(spec.num_layers, spec.mtp_num_layers)
         args = args_from_spec(
@@ -110,7 +117,11 @@ class CoreSaver:
         stored = stage_ranks if ckpt_format == "torch_dist" else ranks.stored_ranks
         stage = stored(tp, ep, etp)
         args |= {"world_size": len(stage) * pipeline.pp, "data_parallel_size": len(stage) // tp}
-        target = distributed.Target(layout, style, stage, chunks, args, number)
+        if seeing:
+            args = llava.args_of_parts(model.parts, args, model.begin.training.get("args"))
+        target = distributed.Target(
+            layout, tuple(_states(style, seeing)), stage, chunks, args, number
+        )
         files = (
             distributed.plan(model, target)
             if ckpt_format == "torch_dist"
@@ -123,14 +134,16 @@ class CoreSaver:
             pointers={TRACKER: str(iteration).encode()},
             dropped=dropped,
             notes=tuple(notes),
-            stages=describe(chunks),
+            stages=llava.describe(chunks) if seeing else describe(chunks),
             load_hint=" ".join(
                 [
-                    "pretrain_gpt.py --load {target} --use-checkpoint-args",
+                    llava.SCRIPT if seeing else "pretrain_gpt.py",
+                    "--load {target} --use-checkpoint-args",
                     f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
                     *pipeline.flags(),
                     *_expert_flags(spec, tp, ep, etp),
                     *launch_flags(spec),
+                    *(llava.launch_flags(args) if seeing else ()),
                 ]
             ),
             details={
@@ -145,6 +158,14 @@ class CoreSaver:
                 "iteration": iteration,
             },
         )
+
+
+def _states(style: Style, seeing: bool) -> Iterator[ExtraState]:
+    """Return the modules that keep an extra state."""
+    if seeing:
+        return llava_states(style)
+    # Megatron itself maps the modules of the local spec to those of torch_dist.
+    return extra_states(Style(distributed=True) if style.distributed else style)
 
 
 def _widen_biases(model: Model) -> None:

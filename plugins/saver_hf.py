@@ -17,6 +17,7 @@ from ckptx.lazy import ITEMSIZE, LazyTensor
 from ckptx.loading import main_dtype
 from ckptx.model_directory import (
     CONFIG,
+    config_from_parts,
     dump_config,
     family_named,
     family_of,
@@ -26,7 +27,7 @@ from ckptx.model_directory import (
 from ckptx.plan import FilePlan, SavePlan, literal_files
 from ckptx.plugin import Saver
 from ckptx.protocol import Message
-from ckptx.saving import Model, collect
+from ckptx.saving import Model, collect, fill_unused
 from ckptx.schema import in_module_order
 from ckptx.schemas.hf import differences, merge_config
 
@@ -58,20 +59,26 @@ class HfSaver:
     def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
         """Return the plan of a model directory."""
         model = collect(messages)
+        known = model.passthrough is None and bool(model.begin.parts)
+        filled = fill_unused(model, family_named(model.family)) if known else ()
         tensors, dropped = hf_tensors(model)
         if model.passthrough is None:
             # It decides where a shard ends.
             tensors = {name: tensors[name] for name in in_module_order(tensors)}
         files, notes = _sidecars(model, main_dtype(tensors))
         limit = parse_size(options.get("max_shard_size") or "5GB")
-        plans = [*literal_files(files), *_weight_files(tensors, limit)]
+        plans = [*literal_files(files), *weight_files(tensors, limit)]
         return SavePlan(
             plans,
             dropped=dropped,
-            notes=notes,
-            load_hint='transformers.AutoModelForCausalLM.from_pretrained("{target}")',
+            notes=(*filled, *notes),
+            load_hint=f'transformers.{_auto_class(model)}.from_pretrained("{{target}}")',
             details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
         )
+
+
+def _auto_class(model: Model) -> str:
+    return "AutoModelForImageTextToText" if "vision" in model.begin.parts else "AutoModelForCausalLM"
 
 
 def parse_size(text: str) -> int:
@@ -97,7 +104,8 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
             files[CONFIG] = dump_config(config)
         return files, ()
     spec = replace(model.spec, dtype=dtype)
-    family = family_named(spec.family)
+    family = family_named(model.family)
+    composed = family.composition
     if config is None:
         if spec.vocab_size is None:
             rows = model.messages["embeddings"]["word embeddings"].shape[0]
@@ -106,7 +114,13 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
                 f"the true vocabulary is unknown, so all {rows} rows are kept, padding included; "
                 "--true-vocab-size cuts it"
             )
-        files[CONFIG] = dump_config(family.to_config(spec))
+        parts = {part: replace(one, dtype=dtype) for part, one in model.parts.items()}
+        made = config_from_parts(family, {**parts, "language": spec})
+        files[CONFIG] = dump_config(made)
+        if composed is not None and "image_token_index" not in made:
+            notes.append(
+                f"nothing says which token stands for an image: set image_token_index in {CONFIG}"
+            )
         tokenizer = ", ".join(name for name in sorted(files) if name.startswith("tokenizer"))
         came = f"of the tokenizer came {tokenizer}" if tokenizer else "there is no tokenizer"
         notes.append(f"{CONFIG} was made from the checkpoint's own arguments; {came}")
@@ -119,9 +133,15 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
         )
     # The dtype of the config is made to fit what is written; it contradicts nothing.
     named = config.get("dtype") or config.get("torch_dtype") or dtype
-    differing = differences(config, replace(spec, dtype=named))
-    if differing:
+    if composed is not None:
+        differing = composed.differences(config, model.parts)
+    else:
+        differing = differences(config, replace(spec, dtype=named))
+    if differing and composed is not None:
+        config = composed.merge_config(config, model.parts)
+    elif differing:
         config = merge_config(config, spec)
+    if differing:
         notes += [f"{CONFIG}, the source wins: {line}" for line in differing]
     if _set_dtype(config, dtype) or differing:
         files[CONFIG] = dump_config(config)
@@ -137,7 +157,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     return True
 
 
-def _weight_files(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[FilePlan]:
+def weight_files(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[FilePlan]:
     shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

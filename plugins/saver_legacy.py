@@ -102,7 +102,7 @@ class LegacySaver:
             args |= {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
         stage = ranks.stored_ranks(tp, ep, etp)
         args |= {"world_size": len(stage) * pipeline.pp, "data_parallel_size": len(stage) // tp}
-        target = Target(layout, None, stage, chunks, args, number)
+        target = Target(layout, (), stage, chunks, args, number)
         return SavePlan(
             [
                 *ranks.plan(model, target, pipeline.pp, LEGACY),

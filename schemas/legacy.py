@@ -60,7 +60,7 @@ _ATTENTION = f"{_LAYER}self_attention."
 _MLP = f"{_LAYER}mlp."
 _EXPERT = _MLP + "local_experts.{expert}."
 _TABLES = ("word_embeddings", "position_embeddings", "tokentype_embeddings")
-_PARTS = ("embedding", "encoder", "transformer")
+_ENCODERS = ("encoder", "transformer")
 _HEADS = ("lm_head", "binary_head", "word_embeddings_for_head")
 _MODULES = (
     *(f"{_EMBEDDING}{table}" for table in _TABLES),
@@ -215,7 +215,7 @@ def names_legacy(name: str) -> bool:
         >>> names_legacy("language_model.decoder.final_layernorm.weight")  # Megatron Core's LLaVA
         False
     """
-    return name.startswith(tuple(f"{_MODEL}{part}." for part in _PARTS))
+    return name.startswith(tuple(f"{_MODEL}{part}." for part in _ENCODERS))
 
 
 def flattened(model: Tree) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def _respelled(path: str) -> str:
     rest = path.removeprefix(_MODEL)
     if rest.startswith(_TABLES):
         return _EMBEDDING + rest
-    for encoder in ("transformer.", "encoder."):
+    for encoder in (f"{name}." for name in _ENCODERS):
         if rest.startswith(encoder):
             rest = rest.removeprefix(encoder).replace(".attention.", ".self_attention.")
             return _ENCODER + rest.replace("layernorm", "norm")

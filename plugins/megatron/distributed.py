@@ -21,17 +21,18 @@ from ckptx.containers.pickle_values import Namespace
 from ckptx.errors import FormatError
 from ckptx.lazy import Filled, LazyTensor, Shape
 from ckptx.loading import inventory, main_dtype, messages_of
-from ckptx.model_directory import family_named
 from ckptx.parallel import Chunk
 from ckptx.plan import FilePlan, literal_files
 from ckptx.plugins.megatron.directory import IterationDirectory
 from ckptx.plugins.megatron.source import ENGINE_STATE, WEIGHTS_ONLY, Source, args_of
-from ckptx.protocol import Dropped
+from ckptx.protocol import Dropped, Tensors
 from ckptx.saving import Model
-from ckptx.schema import Layout, Placed, Rank, place
-from ckptx.schemas.core import ExtraState, Style, extra_states
+from ckptx.schema import Layout, Parts, Placed, Rank, place
+from ckptx.schemas.core import ExtraState
+from ckptx.schemas.llava import LANGUAGE
+from ckptx.schemas.vision import VISION_MODEL
 from ckptx.spec import ModelSpec
-from ckptx.vocabulary import MTP_LAYER, layer_of, position_of
+from ckptx.vocabulary import MTP_LAYER, VISION, VISION_LAYER, layer_of, position_of
 
 METADATA = {
     "sharded_backend": "torch_dist",
@@ -41,6 +42,8 @@ METADATA = {
 }
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _STACK = "decoder.layers."
+_STACKED_IN = {"": "language", LANGUAGE: "language", VISION_MODEL: "vision"}
+"""What goes before a stack, by the part whose layers it has."""
 _OPTIMIZER = ("optimizer.", "chained_")
 
 
@@ -63,10 +66,8 @@ def read(checkpoint: IterationDirectory) -> Source:
     weights = dcp.tensors(metadata, files, [n for n in metadata.tensors if n not in set(training)])
     dropped = list(_dropped(state, training, metadata))
 
-    def messages(spec: ModelSpec) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
-        layout = family_named(spec.family).layout("mcore")
-        for message in messages_of(layout, _unstacked(weights, spec), spec):
-            yield message.name, message.tensors
+    def messages(layout: Layout, parts: Parts) -> Iterator[Tensors]:
+        return messages_of(layout, _unstacked(weights, parts), parts)
 
     return Source(
         directory,
@@ -76,6 +77,7 @@ def read(checkpoint: IterationDirectory) -> Source:
         dropped,
         main_dtype(weights) if weights else "bfloat16",
         messages,
+        weights,
     )
 
 
@@ -84,8 +86,8 @@ class Target:
     """How a checkpoint is to be laid out."""
 
     layout: Layout
-    style: Style | None
-    """None for a legacy model, whose modules keep no states."""
+    states: Sequence[ExtraState]
+    """The modules that keep an extra state."""
     ranks: Sequence[Rank]
     """Those of one pipeline stage."""
     chunks: Sequence[Chunk]
@@ -132,23 +134,24 @@ def _items(
     model: Model, target: Target, chunk: Chunk, rank: Rank, written: set[tuple[str, Shape]]
 ) -> Iterator[dcp.TensorItem | dcp.ObjectItem]:
     """Yield what one rank writes for one pipeline chunk: what no rank before it has written."""
-    spec = model.spec
     first = not written
-    for message, layer, rules in target.layout.expand(spec):
+    for held in target.layout.held(model.parts):
+        message, layer = held.message, held.layer
         if not holds(chunk, message, layer):
             continue
-        for placed in place(rules, model.messages[message], spec, None, rank):
-            item = _item(placed, message, layer, spec)
+        for placed in place(held.rules, model.messages[message], held.spec, None, rank):
+            item = _item(placed, message, layer, held.spec)
             if (item.key, item.offsets) not in written:
                 written.add((item.key, item.offsets))
                 yield item
         if first:
-            yield from _states(spec, target, message, layer)
+            yield from _states(held.spec, target, message, layer)
 
 
 def _stacks(message: str, spec: ModelSpec) -> bool:
     """Return whether a message is of a layer that is stacked with all others."""
-    return spec.homogeneous and layer_of(message) is not None
+    of_tower = message.startswith(VISION_LAYER)
+    return spec.homogeneous and (of_tower or layer_of(message) is not None)
 
 
 def _item(placed: Placed, message: str, layer: int | None, spec: ModelSpec) -> dcp.TensorItem:
@@ -167,8 +170,7 @@ def _item(placed: Placed, message: str, layer: int | None, spec: ModelSpec) -> d
 def _states(
     spec: ModelSpec, target: Target, message: str, layer: int | None
 ) -> Iterator[dcp.ObjectItem]:
-    # Megatron itself maps the modules of the local spec to these.
-    for state in extra_states(Style(distributed=True)):
+    for state in target.states:
         if not applies(state, spec, message, layer):
             continue
         # A list of one element: what a sharded object of Megatron unpickles to.
@@ -203,7 +205,9 @@ def applies(state: ExtraState, spec: ModelSpec, message: str, layer: int | None)
 
 
 def holds(chunk: Chunk, message: str, layer: int | None) -> bool:
-    """Return whether a pipeline chunk holds a message of a GPT model."""
+    """Return whether a pipeline chunk holds a message; vision is where the embeddings are."""
+    if message.startswith(VISION):
+        return chunk.embedding
     if message.startswith(MTP_LAYER):
         return chunk.mtp
     if layer is not None:
@@ -215,21 +219,23 @@ def _stacked(name: str) -> str:
     return name.replace("layers.{layer}.", "layers.")
 
 
-def _unstacked(tensors: Mapping[str, LazyTensor], spec: ModelSpec) -> dict[str, LazyTensor]:
+def _unstacked(tensors: Mapping[str, LazyTensor], parts: Parts) -> dict[str, LazyTensor]:
     """Return the tensors under names per layer; those that have them already stay as they are."""
     named = {}
     for name, tensor in tensors.items():
-        rest = name.removeprefix(_STACK)
-        if rest == name or rest.partition(".")[0].isdigit():
+        model, stack, rest = name.partition(_STACK)
+        part = _STACKED_IN.get(model)
+        if not stack or part not in parts or rest.partition(".")[0].isdigit():
             named[name] = tensor
             continue
-        if tensor.shape[0] != spec.num_layers:
+        layers = parts[part].num_layers
+        if tensor.shape[0] != layers:
             raise FormatError(
-                f"{name!r} stacks {tensor.shape[0]} layers, the checkpoint's args say "
-                f"{spec.num_layers}"
+                f"{name!r} stacks {tensor.shape[0]} layers, the checkpoint's args say {layers}"
             )
-        for layer in range(spec.num_layers):
-            named[f"{_STACK}{layer}.{rest}"] = tensor.narrow(0, layer, layer + 1).squeeze()
+        for layer in range(layers):
+            one = tensor.narrow(0, layer, layer + 1).squeeze()
+            named[f"{model}{stack}{layer}.{rest}"] = one
     return named
 
 

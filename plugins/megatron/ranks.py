@@ -25,10 +25,9 @@ from ckptx.plugins.megatron.directory import RANK_FILES, IterationDirectory
 from ckptx.plugins.megatron.distributed import Target, applies, holds
 from ckptx.plugins.megatron.forms import CORE, Form, form_of
 from ckptx.plugins.megatron.source import ENGINE_STATE, WEIGHTS_ONLY, Source, args_of, stored_bytes
-from ckptx.protocol import Dropped, SourceTensor
+from ckptx.protocol import Dropped, SourceTensor, Tensors
 from ckptx.saving import Model
-from ckptx.schema import Layout, Rank, Shards, Taker, give, rule
-from ckptx.schemas.core import extra_states
+from ckptx.schema import Layout, Parts, Rank, Shards, Taker, give, rule
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import layer_of
 
@@ -132,9 +131,9 @@ def read(
         for name, tensor in model.items()
     }
 
-    def messages(spec: ModelSpec) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
-        pipeline = _pipeline(args, pp, len(first.models), spec)
-        return _messages(grid, ranks, pipeline, spec, form)
+    def messages(layout: Layout, parts: Parts) -> Iterator[Tensors]:
+        pipeline = _pipeline(args, pp, len(first.models), parts["language"])
+        return _messages(grid, ranks, pipeline, layout, parts, form)
 
     return Source(
         directory,
@@ -144,6 +143,9 @@ def read(
         list(_dropped(grid)),
         main_dtype(weights) if weights else "bfloat16",
         messages,
+        grid[0].models[0],
+        tp,
+        first.version,
     )
 
 
@@ -187,21 +189,21 @@ def _state_dict(
     model: Model, target: Target, chunk: Chunk, rank: Rank, form: Form
 ) -> dict[str, Any]:
     """Return what one rank's ``model`` holds for one pipeline chunk, by name."""
-    spec = model.spec
     named: dict[str, Any] = {}
-    for message, layer, rules in target.layout.expand(spec):
+    for held in target.layout.held(model.parts):
+        message, layer = held.message, held.layer
         if not _stores(chunk, message, layer):
             continue
         local = _local(chunk, message, layer)
-        named.update(give(rules, model.messages[message], spec, local, rank))
+        named.update(give(held.rules, model.messages[message], held.spec, local, rank))
         if message != "output layer":
-            named.update(_states(spec, target, message, layer, local, rank))
-    if chunk.output and not chunk.embedding and spec.tied:
+            named.update(_states(held.spec, target, message, layer, local, rank))
+    if chunk.output and model.spec.tied and not chunk.embedding:
         embedding = model.messages["embeddings"]["word embeddings"]
-        named[form.tied_copy] = embedding.chunk(0, rank.tp, rank.tp_rank)
+        named[form.tied_copy(target.layout)] = embedding.chunk(0, rank.tp, rank.tp_rank)
     if chunk.output:
         # The module is there even where its weight is not.
-        named.update(_states(spec, target, "output layer", None, None, rank))
+        named.update(_states(model.spec, target, "output layer", None, None, rank))
     return named
 
 
@@ -218,7 +220,7 @@ def _local(chunk: Chunk, message: str, layer: int | None) -> int | None:
 def _states(
     spec: ModelSpec, target: Target, message: str, layer: int | None, local: int | None, rank: Rank
 ) -> Iterator[tuple[str, Any]]:
-    for state in extra_states(target.style) if target.style else ():
+    for state in target.states:
         if applies(state, spec, message, layer):
             value = Filled("uint8", (0,)) if state.engine else None
             experts = (spec.num_experts or 0) // rank.ep if "{expert}" in state.module else 1
@@ -227,8 +229,14 @@ def _states(
 
 
 def _messages(
-    grid: list[_Rank], ranks: list[Rank], pipeline: Pipeline, spec: ModelSpec, form: Form
-) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
+    grid: list[_Rank],
+    ranks: list[Rank],
+    pipeline: Pipeline,
+    layout: Layout,
+    parts: Parts,
+    form: Form,
+) -> Iterator[Tensors]:
+    spec = parts["language"]
     chunks = pipeline.chunks(spec.num_layers, spec.mtp_num_layers)
     virtual = max(chunk.vpp_rank for chunk in chunks) + 1
     for rank in grid:
@@ -248,20 +256,24 @@ def _messages(
     for (pp_rank, vpp_rank), shards in left.items():
         labels = [f"{rank.path.parent.name}: " for rank in grid[pp_rank * width :][:width]]
         stages[pp_rank, vpp_rank] = Shards.of_grid(shards, ranks, labels)
-    layout = _layout(grid, spec, form)
     taker = Taker(layout, spec)
     found = {}
-    for message, layer, rules in layout.expand(spec):
+    part_of = {}
+    for held in layout.held(parts):
+        message, layer = held.message, held.layer
+        part_of[message] = held.part
+        own = taker.of(held.spec)
         copies = []
         for chunk in (c for c in chunks if _stores(c, message, layer)):
             stage = stages[chunk.pp_rank, chunk.vpp_rank]
             label = f"{grid[chunk.pp_rank * width].path.parent.name}: "
-            copies.append(taker.take(rules, stage, _local(chunk, message, layer), label))
+            copies.append(own.take(held.rules, stage, _local(chunk, message, layer), label))
         keys = set.intersection(*map(set, copies))
         found[message] = {k: replicated([c[k] for c in copies]) for k in copies[0] if k in keys}
     if spec.tied:
         last = next(chunk for chunk in chunks if chunk.output)
-        _join_tied(found, stages[last.pp_rank, last.vpp_rank], taker, form.tied_copy)
+        copy = form.tied_copy(layout)
+        _join_tied(found, stages[last.pp_rank, last.vpp_rank], taker, copy)
     taker.finish(
         [
             f"{grid[pp_rank * width + number].path.parent.name}: {name}"
@@ -270,15 +282,9 @@ def _messages(
             for name in shard
         ]
     )
-    return ((message, tensors) for message, tensors in found.items() if tensors)
-
-
-def _layout(grid: list[_Rank], spec: ModelSpec, form: Form) -> Layout:
-    """Return how the files name the model; the first's version is the others', too."""
-    try:
-        return form.layout(spec, grid[0].version)
-    except SchemaError as error:
-        raise SchemaError(f"{grid[0].path}: {error}") from error
+    return (
+        Tensors(message, tensors, part_of[message]) for message, tensors in found.items() if tensors
+    )
 
 
 def _join_tied(

@@ -9,8 +9,8 @@ from typing import Any
 
 from ckptx.errors import FormatError
 from ckptx.lazy import LazyTensor, Stored
-from ckptx.protocol import Dropped, SourceTensor
-from ckptx.spec import ModelSpec
+from ckptx.protocol import Dropped, SourceTensor, Tensors
+from ckptx.schema import Layout, Parts
 
 WEIGHTS_ONLY = "only weights are converted"
 ENGINE_STATE = "quantisation state of Transformer Engine; holds no weights"
@@ -26,8 +26,14 @@ class Source:
     sources: tuple[SourceTensor, ...]
     dropped: Sequence[Dropped]
     dtype: str
-    messages: Callable[[ModelSpec], Iterator[tuple[str, Mapping[str, LazyTensor]]]]
-    """Yields message names and canonical tensors, once the dimensions are known."""
+    messages: Callable[[Layout, Parts], Iterator[Tensors]]
+    """Yields canonical tensors, once names and dimensions are known."""
+    weights: Mapping[str, LazyTensor]
+    """What the first rank holds; of ``torch_dist`` everything, layers stacked or not."""
+    cut: int = 1
+    """Into how many tensor-parallel parts these weights are cut."""
+    version: Any = None
+    """The ``checkpoint_version`` of rank files."""
 
 
 def args_of(state: Any, file: Path) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def convert(
     target: Path,
     saver: str,
     *,
+    loader: str | None = None,
     loader_options: dict[str, Any] | None = None,
     dtype: str | None = None,
     hf_base: Path | None = None,
@@ -71,7 +72,7 @@ def convert(
 ) -> Facts:
     """Convert as the pipeline does, without its processes; ``options`` are the saver's."""
     job = Job(
-        manager.detect(source),
+        loader or manager.detect(source),
         saver,
         source,
         target,

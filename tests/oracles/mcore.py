@@ -117,7 +117,7 @@ def write(
         options,
         timeout,
     )
-    return torch.from_numpy(_ask(request))
+    return torch.from_numpy(ask(request))
 
 
 def read(
@@ -157,7 +157,7 @@ def read(
         {"weights_only": weights_only, "strict": strict},
         timeout,
     )
-    return torch.from_numpy(_ask(request))
+    return torch.from_numpy(ask(request))
 
 
 def checkpoint_args(
@@ -170,7 +170,7 @@ def checkpoint_args(
     torch_dist: by dist_checkpointing.load_common_state_dict, so under torch's weights_only with
     megatron's list of safe globals. torch: by torch.load of the first rank's file.
     """
-    return _ask(Request("args", Path(directory), format, "local"))
+    return ask(Request("args", Path(directory), format, "local"))
 
 
 class _Server:
@@ -225,7 +225,8 @@ class _Server:
 _servers: dict[tuple[int, str], _Server] = {}
 
 
-def _ask(request: Request) -> Any:
+def ask(request: Request) -> Any:
+    """Return what the ranks of a request compute; its server starts on the first."""
     key = (os.getpid(), request.spec)
     server = _servers.get(key)
     if server is None or not server.alive():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import lcm
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,3 +70,25 @@ class Model:
     spec: Literal["local", "te"] = "te"
     dtype: torch.dtype = torch.float32
     embedding_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class LlavaModel(Model):
+    """A LLaVAModel without parallel sizes; ``config`` and ``gpt`` are those of its language model.
+
+    Its towers need Transformer Engine for the norms around their layers, whatever the layers are:
+    ``local_layers`` are those without. ``vision`` and ``projection`` hold TransformerConfig arguments of their own. With
+    ``features_before_norm`` the norm after the tower is left out, as transformers leaves it out.
+    """
+
+    tower: str = "clip"
+    vision: Mapping[str, Any] = field(default_factory=dict)
+    projection: Mapping[str, Any] = field(default_factory=dict)
+    projection_type: Literal["mlp", "affine"] = "mlp"
+    projection_norm: bool = False
+    drop_class_token: bool = True
+    features_before_norm: bool = False
+    local_layers: bool = False
+    image_size: int = 28
+    patch_size: int = 7
+    image_token: int = 130

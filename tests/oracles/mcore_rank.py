@@ -44,9 +44,10 @@ from megatron.core.transformer.transformer_config import (
 )
 
 from . import mcore_args
+from .mcore_model import LlavaModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import numpy as np
@@ -78,15 +79,37 @@ def run(request: Request, rank: int, scratch: Path) -> Any:
     assert request.model is not None and request.tokens is not None  # noqa: PT018 - mcore.py sets both
     layout, model = request.layout, request.model
     _initialise(layout, rank, scratch)
-    chunks = build(model, layout)
+    chunks = _build(model, layout)
     if request.action == "write":
         _fill(chunks, request.options["seed"], request.options["content_metadata"])
         _save(request, chunks)
     else:
         _load(request, chunks)
-    logits = forward(chunks, torch.from_numpy(request.tokens), model.config["hidden_size"])
+    computed = _forward(chunks, request)
     dist.barrier()
-    return logits
+    return computed
+
+
+def _build(model: Model, layout: Layout) -> list[Any]:
+    if not isinstance(model, LlavaModel):
+        return build(model, layout)
+    from . import mcore_llava
+
+    return mcore_llava.build(model, layout)
+
+
+def _forward(chunks: list[Any], request: Request) -> Any:
+    model, tokens = request.model, torch.from_numpy(request.tokens)
+    assert model is not None  # checked by the caller
+    if not isinstance(model, LlavaModel):
+        return forward(chunks, tokens, model.config["hidden_size"])
+    from . import mcore_llava
+
+    images = request.options.get("images")
+    if images is None:
+        held = mcore_llava.parameters(chunks[0])
+        return held if dist.get_rank() == 0 else None
+    return mcore_llava.forward(model, chunks[0], tokens, torch.from_numpy(images))
 
 
 def _initialise(layout: Layout, rank: int, scratch: Path) -> None:
@@ -122,7 +145,7 @@ def _chunks_per_rank(layout: Layout) -> int | None:
 
 def build(model: Model, layout: Layout) -> list[GPTModel]:
     """Return this rank's model chunks, as megatron.training's get_model and gpt_builders do."""
-    config = _transformer_config(model, layout)
+    config = transformer_config(model, layout, {})
     use_te = model.spec == "te"
     vpp = config.virtual_pipeline_model_parallel_size
     chunks = []
@@ -157,7 +180,10 @@ def _scale_output(module: torch.nn.Module, scale: float) -> None:
     module.register_forward_hook(lambda _module, _inputs, output: output * scale)
 
 
-def _transformer_config(model: Model, layout: Layout) -> TransformerConfig:
+def transformer_config(
+    model: Model, layout: Layout, changes: Mapping[str, Any], *, alone: bool = False
+) -> TransformerConfig:
+    """Return the config of a model, changed; of a part of its own, if ``alone``."""
     values: dict[str, Any] = {
         "use_cpu_initialization": True,
         "perform_initialization": False,
@@ -171,7 +197,8 @@ def _transformer_config(model: Model, layout: Layout) -> TransformerConfig:
         "fp16": model.dtype == torch.float16,
         **layout.config(),
         "virtual_pipeline_model_parallel_size": _chunks_per_rank(layout),
-        **model.config,
+        **({} if alone else model.config),
+        **changes,
     }
     values["activation_func"] = ACTIVATIONS[values.get("activation_func", "gelu")]
     mla = values.get("multi_latent_attention")
@@ -264,7 +291,7 @@ def _fill(chunks: list[GPTModel], seed: int, content_metadata: dict[str, Any]) -
             digest = hashlib.sha256(f"{seed} {shard.key}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             whole = torch.randn(shard.global_shape, generator=generator)
-            norm = "norm" in shard.key and shard.key.endswith("weight")
+            norm = ("norm" in shard.key or ".ln_" in shard.key) and shard.key.endswith("weight")
             scale = 0.1 if norm or shard.key.endswith("bias") else 0.05
             wholes[shard.key] = whole * scale + (1.0 if norm and one_centred else 0.0)
         axes = shard.prepend_axis_num
@@ -298,12 +325,12 @@ def forward(
             if stage == mine:
                 chunks[chunk].set_input_tensor(hidden)
                 if chunks[chunk].post_process and chunks[chunk].config.mtp_num_layers:
-                    return _gather_vocabulary(
+                    return gather_vocabulary(
                         _further_logits(chunks[chunk], tokens, positions, mask)
                     )
                 out = chunks[chunk](tokens, positions, mask)
                 if chunks[chunk].post_process:
-                    return _gather_vocabulary(out)
+                    return gather_vocabulary(out)
                 hidden = out.contiguous()
             last = chunk == len(chunks) - 1 and stage >= len(ranks) - 1
             if len(ranks) > 1 and not last:
@@ -325,7 +352,8 @@ def _further_logits(chunk: GPTModel, *inputs: torch.Tensor) -> torch.Tensor:
     return torch.cat([main, *further], 1)
 
 
-def _gather_vocabulary(logits: torch.Tensor) -> npt.NDArray[np.float32] | None:
+def gather_vocabulary(logits: torch.Tensor) -> npt.NDArray[np.float32] | None:
+    """Return the logits of all tensor-parallel ranks on the first of them, None elsewhere."""
     group = parallel_state.get_tensor_model_parallel_group()
     parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, logits.contiguous(), group=group)

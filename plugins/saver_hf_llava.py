@@ -1,0 +1,54 @@
+"""Save a LLaVA under the names that Megatron's converter has for Hugging Face files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ckptx.errors import SchemaError
+from ckptx.hookspecs import hookimpl
+from ckptx.loading import main_dtype
+from ckptx.model_directory import CONFIG, dump_config, family_named
+from ckptx.plan import SavePlan, literal_files
+from ckptx.plugin import Saver
+from ckptx.plugins.megatron.llava import FAMILY
+from ckptx.plugins.saver_hf import HfSaver, parse_size, weight_files
+from ckptx.protocol import Message
+from ckptx.saving import collect, leave_unused, named_tensors
+from ckptx.schemas.hf_llava import check, config_from_parts, constants
+from ckptx.schemas.llava import CONVERTER
+
+
+class HfLlavaSaver(HfSaver):
+    """Writes safetensors, where Megatron's saver writes ``pytorch_model*.bin``."""
+
+    name = "hf_llava"
+    capabilities: Mapping[str, Any] = {
+        "formats": ["safetensors"],
+        "layouts": [CONVERTER],
+        "lossless": True,
+    }
+
+    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+        """Return the plan of a directory with weights, and a config that ckptx reads."""
+        model = collect(messages)
+        if "vision" not in model.begin.parts:
+            raise SchemaError("the source has no vision tower, so it is no LLaVA; use --saver hf")
+        check(model.parts)
+        family = family_named(FAMILY)
+        unused = leave_unused(model, family)
+        tensors, dropped = named_tensors(model, family.layout(CONVERTER))
+        tensors |= constants(model.parts)
+        files = {**model.begin.sidecars, CONFIG: dump_config(config_from_parts(model.parts))}
+        limit = parse_size(options.get("max_shard_size") or "5GB")
+        return SavePlan(
+            [*literal_files(files), *weight_files(tensors, limit)],
+            dropped=(*unused, *dropped),
+            details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
+        )
+
+
+@hookimpl
+def register_savers(register: Callable[[Saver], None]) -> None:
+    """Register the saver."""
+    register(HfLlavaSaver())
