@@ -33,7 +33,8 @@ from ckptx.plugins.megatron.options import (
 from ckptx.plugins.megatron.source import Source
 from ckptx.protocol import Begin, End, Message
 from ckptx.schema import Layout, Parts
-from ckptx.schemas.args import inexpressible, spec_from_args
+from ckptx.schemas import bert
+from ckptx.schemas.args import NOTE, inexpressible, spec_from_args
 from ckptx.schemas.llava_args import is_llava, language_args
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import check_shapes
@@ -155,6 +156,8 @@ def _spec(checkpoint: Source, said: Parts | None, options: Mapping[str, Any]) ->
             )
         spec = named
     else:
+        if named is None and bert.looks_like(checkpoint.names):
+            args = {**args, NOTE: {"family": bert.NAME, **(args.get(NOTE) or {})}}
         spec = spec_from_args(args, named.family if named else None)
         if named is not None:
             # What args cannot say comes from the config; where both speak, args were trained with.
@@ -170,6 +173,7 @@ def _spec(checkpoint: Source, said: Parts | None, options: Mapping[str, Any]) ->
                     f"{checkpoint.place}: the config at hand is not of this model: "
                     f"{'; '.join(problems)}"
                 )
+    spec = bert.with_types(spec, checkpoint.weights)
     vocab_size = true_vocab_size(options, spec.vocab_size)
     return replace(spec, vocab_size=vocab_size, dtype=checkpoint.dtype)
 

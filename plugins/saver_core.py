@@ -36,9 +36,10 @@ from ckptx.plugins.megatron.options import (
 )
 from ckptx.protocol import Message
 from ckptx.saving import Model, check_messages, collect
+from ckptx.schemas import bert
 from ckptx.schemas.args import args_from_spec, inexpressible, launch_flags
 from ckptx.schemas.args import notes as remarks
-from ckptx.schemas.core import ExtraState, Style, extra_states
+from ckptx.schemas.core import ExtraState, Style
 from ckptx.schemas.llava import states as llava_states
 from ckptx.spec import ModelSpec
 
@@ -120,7 +121,7 @@ class CoreSaver:
         if seeing:
             args = llava.args_of_parts(model.parts, args, model.begin.training.get("args"))
         target = distributed.Target(
-            layout, tuple(_states(style, seeing)), stage, chunks, args, number
+            layout, tuple(_states(spec, style, seeing)), stage, chunks, args, number
         )
         files = (
             distributed.plan(model, target)
@@ -137,12 +138,13 @@ class CoreSaver:
             stages=llava.describe(chunks) if seeing else describe(chunks),
             load_hint=" ".join(
                 [
-                    llava.SCRIPT if seeing else "pretrain_gpt.py",
+                    llava.SCRIPT if seeing else bert.script(spec),
                     "--load {target} --use-checkpoint-args",
                     f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
                     *pipeline.flags(),
                     *_expert_flags(spec, tp, ep, etp),
                     *launch_flags(spec),
+                    *bert.launch_flags(spec, style.local),
                     *(llava.launch_flags(args) if seeing else ()),
                 ]
             ),
@@ -160,12 +162,12 @@ class CoreSaver:
         )
 
 
-def _states(style: Style, seeing: bool) -> Iterator[ExtraState]:
+def _states(spec: ModelSpec, style: Style, seeing: bool) -> Iterator[ExtraState]:
     """Return the modules that keep an extra state."""
     if seeing:
         return llava_states(style)
     # Megatron itself maps the modules of the local spec to those of torch_dist.
-    return extra_states(Style(distributed=True) if style.distributed else style)
+    return bert.states_of(spec, Style(distributed=True) if style.distributed else style)
 
 
 def _widen_biases(model: Model) -> None:

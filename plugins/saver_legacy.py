@@ -38,7 +38,7 @@ from ckptx.plugins.megatron.options import (
 )
 from ckptx.protocol import Message
 from ckptx.saving import check_messages, collect
-from ckptx.schemas import legacy
+from ckptx.schemas import bert, legacy
 from ckptx.schemas.args import args_from_spec, launch_flags
 from ckptx.spec import ModelSpec
 
@@ -115,12 +115,14 @@ class LegacySaver:
             stages=describe(chunks),
             load_hint=" ".join(
                 [
-                    "pretrain_gpt.py --load {target} --use-checkpoint-args --ckpt-format torch",
+                    bert.script(spec),
+                    "--load {target} --use-checkpoint-args --ckpt-format torch",
                     *legacy.launch_flags(spec),
                     f"--tensor-model-parallel-size {tp}",
                     *pipeline.flags(),
                     *([f"--expert-model-parallel-size {ep}"] if spec.num_experts else []),
                     *launch_flags(spec),
+                    *bert.launch_flags(spec),
                 ]
             ),
             details={

@@ -36,6 +36,12 @@ class Source:
     """The ``checkpoint_version`` of rank files."""
 
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors, a rank's behind its own."""
+        return [source.name for source in self.sources]
+
+
 def args_of(state: Any, file: Path) -> dict[str, Any]:
     """Return the ``args`` of a checkpoint's common state as a dictionary; empty if it has none.
 
