@@ -25,7 +25,7 @@ from ckptx.schemas.core import STYLES, ExtraState, Style, extra_states, mcore_gp
 from ckptx.schemas.hf import config_from_spec, spec_from_config
 from ckptx.spec import ModelSpec
 
-NAME = "megatron-bert"
+NAME = legacy.BERT
 """The family."""
 PRETRAINING, MASKED_LM = "MegatronBertForPreTraining", "MegatronBertForMaskedLM"
 """With the binary head, and without it."""

@@ -49,6 +49,8 @@ VERSION = 3.0
 """The ``checkpoint_version`` that is written."""
 TIED_COPY = "word_embeddings_for_head.weight"
 """The copy of tied embeddings on the last of several pipeline stages."""
+BERT = "megatron-bert"
+"""The family of models with a head for masked tokens."""
 ROTARY_BASE = 10000.0
 """The only one: the model builds its rotary embedding without ``args.rotary_base``."""
 
@@ -331,9 +333,12 @@ def _standalone_embedding(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_args(spec: ModelSpec) -> dict[str, Any]:
     """Return the arguments that make Megatron build a legacy model of these dimensions."""
+    # Kernels of bias and gelu compute the tanh form, too, where there is a bias; in a BERT's head
+    # for masked tokens there is none of them.
+    unfused = not spec.add_bias_linear or spec.family == BERT
     return {
         "use_legacy_models": True,
-        "openai_gelu": spec.activation == "gelu_tanh" and not spec.add_bias_linear,
+        "openai_gelu": spec.activation == "gelu_tanh" and unfused,
         "transformer_impl": "local",
     }
 
