@@ -268,6 +268,7 @@ def dimensions(spec: ModelSpec) -> dict[str, int]:
         "shared": spec.moe_shared_expert_intermediate_size or 0,
         "one": 1,
         "two": 2,
+        "token types": spec.extra.get("type_vocab_size") or 0,
         "two hidden": 2 * spec.hidden_size,
         "three hidden": 3 * spec.hidden_size,
         "query": spec.num_attention_heads * (spec.qk_head_dim + spec.qk_pos_emb_head_dim),

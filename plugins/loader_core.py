@@ -123,7 +123,7 @@ class CoreLoader:
 
     def notes(self, spec: ModelSpec) -> list[str]:
         """Return remarks on a model that was found."""
-        return []
+        return bert.head_notes(spec)
 
 
 def found_form(source: Path) -> Form | None:

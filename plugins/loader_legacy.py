@@ -18,7 +18,7 @@ from ckptx.plugins.megatron.forms import LEGACY
 from ckptx.plugins.megatron.options import LEGACY_CAPABILITIES
 from ckptx.plugins.megatron.source import Source
 from ckptx.schema import Layout
-from ckptx.schemas import legacy
+from ckptx.schemas import bert, legacy
 from ckptx.spec import ModelSpec
 
 
@@ -66,7 +66,7 @@ class LegacyLoader(CoreLoader):
 
     def notes(self, spec: ModelSpec) -> list[str]:
         """Return what legacy models compute otherwise than the args say."""
-        return legacy.notes(spec)
+        return [*legacy.notes(spec), *bert.head_notes(spec)]
 
 
 @hookimpl

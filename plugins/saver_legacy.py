@@ -111,7 +111,7 @@ class LegacySaver:
             directory=iteration_name(iteration),
             pointers={TRACKER: str(iteration).encode()},
             dropped=dropped,
-            notes=tuple(legacy.notes(spec)),
+            notes=(*legacy.notes(spec), *bert.type_notes(spec)),
             stages=describe(chunks),
             load_hint=" ".join(
                 [

@@ -140,6 +140,7 @@ LEGACY = Layout(
 )
 """As version 2 and later have it; embeddings are always tied."""
 
+
 class _Twice:
     """One tensor under two names; both are read, and compared."""
 
@@ -249,22 +250,30 @@ def to_args(spec: ModelSpec) -> dict[str, Any]:
 
 
 def notes(spec: ModelSpec) -> list[str]:
-    """Return what Megatron and transformers build, or compute, each in its own way."""
-    if not is_bert(spec):
+    """Return what Megatron must be told by hand of a BERT, or computes otherwise."""
+    return [*head_notes(spec), *type_notes(spec)]
+
+
+def head_notes(spec: ModelSpec) -> list[str]:
+    """Return what the head for masked tokens computes otherwise in transformers."""
+    if not is_bert(spec) or spec.activation != "gelu_tanh":
         return []
-    found = []
-    if spec.activation == "gelu_tanh":
-        found.append(
-            "tanh form of gelu: the head for masked tokens of Megatron Core's BERT computes the "
-            "exact form, transformers' the same as the layers; logits differ slightly"
-        )
-    if spec.extra.get(TYPES) != (2 if binary_head(spec) else 0):
-        found.append(
-            f"{spec.extra.get(TYPES)} token types {'with' if binary_head(spec) else 'without'} a "
-            f"binary head: {_SCRIPT} builds 2 with, none without; pass num_tokentypes="
-            f"{spec.extra.get(TYPES)} to BertModel there"
-        )
-    return found
+    return [
+        "tanh form of gelu: BERT's head for masked tokens computes the exact form in Megatron "
+        "(legacy models with --openai-gelu the tanh form), in transformers the form of the "
+        "layers; logits may differ slightly"
+    ]
+
+
+def type_notes(spec: ModelSpec) -> list[str]:
+    """Return how to build a number of token types that Megatron's script does not build."""
+    if not is_bert(spec) or spec.extra[TYPES] == (2 if binary_head(spec) else 0):
+        return []
+    return [
+        f"{spec.extra[TYPES]} token types {'with' if binary_head(spec) else 'without'} a binary "
+        f"head: {_SCRIPT} builds 2 with, none without; pass num_tokentypes={spec.extra[TYPES]} to "
+        "BertModel there"
+    ]
 
 
 def _from_config(config: Mapping[str, Any]) -> ModelSpec:

@@ -35,7 +35,6 @@ class Source:
     version: Any = None
     """The ``checkpoint_version`` of rank files."""
 
-
     @property
     def names(self) -> list[str]:
         """The names of all tensors, a rank's behind its own."""

@@ -66,7 +66,9 @@ def logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([out.prediction_logits, binary], -1)
 
 
-def mcore_model(config: Any, *, spec: str = "te", pad_to: int = 128, binary: bool = True) -> BertModel:
+def mcore_model(
+    config: Any, *, spec: str = "te", pad_to: int = 128, binary: bool = True
+) -> BertModel:
     """The model of Megatron Core with these dimensions."""
     rows = -(-config.vocab_size // pad_to) * pad_to
     return BertModel(

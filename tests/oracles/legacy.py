@@ -1,4 +1,4 @@
-"""Megatron's legacy GPT model in eager torch, run as its ranks run it, and its files.
+"""Megatron's legacy GPT and BERT models in eager torch, run as its ranks run it, and its files.
 
 Every tensor-parallel rank computes its share from its own file, read by torch.load, in the order
 that the file's ``checkpoint_version`` has; nothing is joined but activations. So weights come here
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+
+from .bert import token_types
 
 Weights = dict[str, torch.Tensor]
 Tree = dict[str, Any]
@@ -170,7 +172,8 @@ def flat(tree: Tree, prefix: str = "") -> Weights:
 def logits(root: Path, tokens: torch.Tensor) -> torch.Tensor:
     """What the model in these files computes, [batch, sequence, padded vocabulary]."""
     args, chunks, version = read(root)
-    hidden = _embedded(chunks[0], args, tokens)
+    bert = "lm_head.dense.weight" in chunks[-1][0]
+    hidden = _embedded(chunks[0], args, tokens, bert)
     for ranks in chunks:
         layer = 0
         while f"language_model.encoder.layers.{layer}.input_norm.weight" in ranks[0]:
@@ -179,22 +182,46 @@ def logits(root: Path, tokens: torch.Tensor) -> torch.Tensor:
                 {n.removeprefix(prefix): w for n, w in rank.items() if n.startswith(prefix)}
                 for rank in ranks
             ]
-            hidden = _layer(own, args, version, hidden)
+            hidden = _layer(own, args, version, hidden, causal=not bert)
             layer += 1
     last = chunks[-1]
     hidden = _norm(hidden, last[0], "language_model.encoder.final_norm", args)
     names = ("language_model.output_layer.weight", "word_embeddings_for_head.weight")
     words = "language_model.embedding.word_embeddings.weight"
     name = next(name for name in (*names, words) if name in last[0])
+    if bert:
+        return _bert_logits(last, name, hidden, args)
     return torch.cat([hidden @ rank[name].T for rank in last], -1)
 
 
-def _embedded(ranks: Sequence[Weights], args: Namespace, tokens: torch.Tensor) -> torch.Tensor:
+def _bert_logits(
+    ranks: Sequence[Weights], words: str, hidden: torch.Tensor, args: Namespace
+) -> torch.Tensor:
+    """Logits of tokens, and behind them of every one those of the binary head."""
+    first = ranks[0]
+    head = functional.linear(hidden, first["lm_head.dense.weight"], first["lm_head.dense.bias"])
+    head = functional.gelu(head, approximate="tanh" if args.openai_gelu else "none")
+    head = _norm(head, first, "lm_head.norm", args)
+    logits = torch.cat([head @ rank[words].T + rank["lm_head.bias"] for rank in ranks], -1)
+    if "binary_head.weight" not in first:
+        return logits
+    pooler = (first[f"language_model.pooler.dense.{kind}"] for kind in ("weight", "bias"))
+    pooled = functional.linear(hidden[:, 0], *pooler).tanh()
+    binary = functional.linear(pooled, first["binary_head.weight"], first["binary_head.bias"])
+    return torch.cat([logits, binary[:, None].expand(-1, logits.shape[1], -1)], -1)
+
+
+def _embedded(
+    ranks: Sequence[Weights], args: Namespace, tokens: torch.Tensor, bert: bool
+) -> torch.Tensor:
     table = torch.cat([rank["language_model.embedding.word_embeddings.weight"] for rank in ranks])
     hidden = table[tokens]
     if args.position_embedding_type == "learned_absolute":
         positions = ranks[0]["language_model.embedding.position_embeddings.weight"]
         hidden = hidden + positions[: tokens.shape[1]]
+    types = "language_model.embedding.tokentype_embeddings.weight"
+    if bert and types in ranks[0]:
+        hidden = hidden + ranks[0][types][token_types(tokens)]
     return hidden
 
 
@@ -208,10 +235,17 @@ def _norm(hidden: torch.Tensor, weights: Weights, name: str, args: Namespace) ->
 
 
 def _layer(
-    ranks: Sequence[Weights], args: Namespace, version: float, hidden: torch.Tensor
+    ranks: Sequence[Weights],
+    args: Namespace,
+    version: float,
+    hidden: torch.Tensor,
+    *,
+    causal: bool,
 ) -> torch.Tensor:
     normed = _norm(hidden, ranks[0], "input_norm", args)
-    hidden = hidden + sum(_attention(rank, args, len(ranks), version, normed) for rank in ranks)
+    hidden = hidden + sum(
+        _attention(rank, args, len(ranks), version, normed, causal=causal) for rank in ranks
+    )
     hidden = hidden + ranks[0].get("self_attention.dense.bias", 0)
     normed = _norm(hidden, ranks[0], "post_attention_norm", args)
     hidden = hidden + sum(_mlp(rank, args, normed) for rank in ranks)
@@ -219,7 +253,13 @@ def _layer(
 
 
 def _attention(
-    rank: Weights, args: Namespace, tp: int, version: float, hidden: torch.Tensor
+    rank: Weights,
+    args: Namespace,
+    tp: int,
+    version: float,
+    hidden: torch.Tensor,
+    *,
+    causal: bool,
 ) -> torch.Tensor:
     name = "self_attention.query_key_value."
     parts = unfused(rank[f"{name}weight"], args, tp, version)
@@ -233,8 +273,10 @@ def _attention(
     repeats = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(repeats, 1) for part in (key, value))
     scores = query @ key.transpose(-1, -2) / math.sqrt(args.kv_channels)
-    mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    context = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        scores = scores.masked_fill(~mask, -torch.inf)
+    context = scores.softmax(-1) @ value
     return context.transpose(1, 2).flatten(2) @ rank["self_attention.dense.weight"].T
 
 
