@@ -299,7 +299,6 @@ MEGATRON_BERT = Family(
     layouts={"hf": HF, **MCORE, "legacy": LEGACY},
     from_config=_from_config,
     to_config=_to_config,
-    refused={"meta": "Meta's models are decoders"},
 )
 
 _POST_NORM = (

@@ -1,4 +1,7 @@
-"""BERT: real Megatron Core agrees with transformers' MegatronBert, through our files."""
+"""BERT: real Megatron Core agrees with transformers, through our files.
+
+The classes are MegatronBertForPreTraining and MegatronBertForMaskedLM.
+"""
 
 from __future__ import annotations
 
