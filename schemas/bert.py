@@ -2,7 +2,8 @@
 
 Its layers are those of a GPT model, norms first, under ``encoder``. Behind them come the head for
 masked tokens and, with the binary head, a pooler. transformers' own ``Bert`` normalises after
-attention and MLP instead, so no weights of either make the other.
+attention and MLP instead, so no weights of either make the other. Sections stand in the order in
+which Megatron's converter sends them.
 
 Source: NVIDIA/Megatron-LM megatron/core/models/bert/{bert_model,bert_lm_head,pooler}.py,
 pretrain_bert.py @ core_v0.16.1; megatron/legacy/model/bert_model.py @ core_v0.12.3;
@@ -111,15 +112,15 @@ def mcore_bert(style: Style) -> Layout:
             _encoder(gpt["transformer layer {layer}"]),
             _encoder(gpt["final norm"]),
             Section(
-                "lm head",
-                (*_linear("dense", "lm_head.dense"), *norm("norm", "lm_head.layer_norm")),
-            ),
-            Section(
                 "output layer",
                 (*gpt["output layer"].rules, rule("bias", "output_layer.bias", tp=0)),
             ),
-            Section("binary head", _when_binary(_linear("", "binary_head"))),
             Section("pooler", _when_binary(_linear("", "pooler.dense"))),
+            Section(
+                "lm head",
+                (*_linear("dense", "lm_head.dense"), *norm("norm", "lm_head.layer_norm")),
+            ),
+            Section("binary head", _when_binary(_linear("", "binary_head"))),
         ),
         ignored=("_extra_state",),
     )
@@ -131,9 +132,9 @@ LEGACY = Layout(
     (
         legacy.embeddings(_tokentypes("language_model.embedding.tokentype_embeddings.weight")),
         *legacy.transformer(),
+        Section("output layer", (rule("bias", "lm_head.bias", tp=0),)),
         Section("pooler", _when_binary(_linear("", "language_model.pooler.dense"))),
         Section("lm head", (*_linear("dense", "lm_head.dense"), *norm("norm", "lm_head.norm"))),
-        Section("output layer", (rule("bias", "lm_head.bias", tp=0),)),
         Section("binary head", _when_binary(_linear("", "binary_head"))),
     ),
     ignored=("_extra_state",),
@@ -189,7 +190,6 @@ HF = Layout(
             ),
         ),
         Section("final norm", norm("", "bert.encoder.ln")),
-        Section("pooler", _when_binary(_linear("", "bert.pooler.dense"))),
         Section(
             "output layer",
             (
@@ -198,6 +198,7 @@ HF = Layout(
                 rule("weight", f"{_HEAD}decoder.weight", when=untied),
             ),
         ),
+        Section("pooler", _when_binary(_linear("", "bert.pooler.dense"))),
         Section(
             "lm head",
             (
