@@ -111,7 +111,7 @@ class LegacySaver:
             directory=iteration_name(iteration),
             pointers={TRACKER: str(iteration).encode()},
             dropped=dropped,
-            notes=(*legacy.notes(spec), *bert.type_notes(spec)),
+            notes=(*legacy.notes(spec), *_group_notes(spec, tp), *bert.type_notes(spec)),
             stages=describe(chunks),
             load_hint=" ".join(
                 [
@@ -144,6 +144,18 @@ def _check_implementation(options: Mapping[str, Any]) -> None:
             "--saver-transformer-impl transformer_engine: the layers of a legacy model are then "
             "Transformer Engine's own, whose names ckptx does not know; leave it at local"
         )
+
+
+def _group_notes(spec: ModelSpec, tp: int) -> list[str]:
+    """Return what keeps several query groups of one rank from running."""
+    groups = spec.num_query_groups // tp
+    if groups == 1 or spec.num_query_groups == spec.num_attention_heads:
+        return []
+    return [
+        f"{groups} query groups per rank: ParallelAttention of legacy models (core 0.12 to 0.16) "
+        "cannot view their queries and stops in the first forward pass; make .view there .reshape, "
+        f"or use --tp {spec.num_query_groups}"
+    ]
 
 
 def _check_parallel(spec: ModelSpec, tp: int, pipeline: Pipeline) -> None:

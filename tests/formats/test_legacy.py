@@ -369,10 +369,12 @@ def test_what_legacy_models_compute_otherwise_is_said(tmp_path):
     scaling = {"rope_type": "llama3", "factor": 8.0}
     model = tiny("mistral", rotary_base=500000.0, rotary_scaling=scaling, extra=extra)
     plan = SAVER.plan(iter(messages(model, tmp_path)), {})
-    base, scaled, window = plan.notes
+    base, scaled, window, groups = plan.notes
     assert base.startswith("rotary_base 500000: legacy models have 10000 fixed")
     assert scaled.startswith("rope_scaling")
     assert window.startswith("sliding_window 16: legacy models attend to everything")
+    assert groups.startswith("2 query groups per rank")
+    assert len(SAVER.plan(iter(messages(model, tmp_path / "p")), options(tp=2)).notes) == 3
     root = save(SAVER, messages(model, tmp_path / "s"), tmp_path / "t", {})
     assert base in end_of(LOADER.load(root, {})).notes
 
