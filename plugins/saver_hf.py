@@ -78,7 +78,11 @@ class HfSaver:
 
 
 def _auto_class(model: Model) -> str:
-    return "AutoModelForImageTextToText" if "vision" in model.begin.parts else "AutoModelForCausalLM"
+    if model.passthrough is None and "Bert" in model.spec.architecture:
+        return model.spec.architecture  # the class for causal models would drop heads
+    return (
+        "AutoModelForImageTextToText" if "vision" in model.begin.parts else "AutoModelForCausalLM"
+    )
 
 
 def parse_size(text: str) -> int:

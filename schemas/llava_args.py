@@ -54,7 +54,9 @@ LANGUAGES: Mapping[str, Named] = {
     "llama3.1_8b": Named("llama", _SILU, 14336, 32, 4096, _projection("LayerNorm", bias=True)),
     "llama3.1_70B": Named("llama", _SILU, 28672, 80, 0, {}),
     "mistral_7b": Named("mistral", _SILU, 14336, 32, 14336, _projection("none")),
-    "nemotron5-8b": Named("gpt", _SQUARED, 21504, None, 21504, _projection(activation="squared_relu")),
+    "nemotron5-8b": Named(
+        "gpt", _SQUARED, 21504, None, 21504, _projection(activation="squared_relu")
+    ),
     "yi-34b": Named("llama", _SILU, 20480, 60, 20480, _projection("LayerNorm")),
     "qwen2.0_72B": Named("qwen2", _QWEN, 29568, 80, 29568, _projection("LayerNorm")),
     "qwen2.5_7B": Named("qwen2", _QWEN, 18944, 28, 3584, _projection()),
@@ -276,9 +278,7 @@ def _projected(
     )
 
 
-def llava_args(
-    parts: Parts, source: Mapping[str, Any], note: Mapping[str, Any]
-) -> dict[str, Any]:
+def llava_args(parts: Parts, source: Mapping[str, Any], note: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of ``args`` that a LLaVA has besides those of its language model.
 
     ``note`` is the entry that the language model has already.
@@ -345,7 +345,9 @@ def notes(parts: Parts) -> Iterator[str]:
     elif vision.norm_epsilon != parts["language"].norm_epsilon:
         theirs = parts["language"].norm_epsilon
         wanted["layernorm_epsilon"] = (theirs, vision.norm_epsilon)
-    changed = [f"{key} {here} (not {there})" for key, (there, here) in wanted.items() if there != here]
+    changed = [
+        f"{key} {here} (not {there})" for key, (there, here) in wanted.items() if there != here
+    ]
     if changed:
         yield (
             f"examples/multimodal/config.py fixes the tower {vision.family}: set "

@@ -87,9 +87,7 @@ def held(directory):
     files = sorted(directory.rglob("model_optim_rng.pt"))
     models = {f.parent.name: torch.load(f, weights_only=False)["model"] for f in files}
     return {
-        (rank, name): tensor
-        for rank, model in models.items()
-        for name, tensor in model.items()
+        (rank, name): tensor for rank, model in models.items() for name, tensor in model.items()
     }
 
 
@@ -198,11 +196,15 @@ def test_heads_that_do_not_divide_are_padded_with_zeros(tmp_path):
         ("q_layernorm.weight", 0, 128),
         ("linear_proj.weight", 1, 128),
     ):
-        joined = torch.cat([ours[rank, prefix + name] for rank in ("mp_rank_00", "mp_rank_01")], axis)
+        joined = torch.cat(
+            [ours[rank, prefix + name] for rank in ("mp_rank_00", "mp_rank_01")], axis
+        )
         assert torch.equal(joined.narrow(axis, 0, 3 * each), one["mp_rank_00", prefix + name])
         assert not joined.narrow(axis, 3 * each, each).any()
     # Back again, and Megatron's own with heads of anything: they are cut and named.
-    facts = convert(tmp_path / "two", tmp_path / "back", "llava", ckpt_format="torch", **sizes(Layout()))
+    facts = convert(
+        tmp_path / "two", tmp_path / "back", "llava", ckpt_format="torch", **sizes(Layout())
+    )
     assert {drop["reason"] for drop in facts.dropped} >= {"dummy heads, which Megatron zeroes"}
     back = held(tmp_path / "back")
     assert back.keys() == one.keys()
@@ -214,7 +216,9 @@ def converters_names(tower, state):
 
     NVIDIA/Megatron-LM tools/checkpoint/{saver_hf_llava,schema_hf}.py @ core_v0.16.1.
     """
-    vision = {n.removeprefix("vision_model."): t for n, t in state.items() if n.startswith("vision_")}
+    vision = {
+        n.removeprefix("vision_model."): t for n, t in state.items() if n.startswith("vision_")
+    }
     heads = 2
 
     def apart(fused):
@@ -248,7 +252,9 @@ def converters_names(tower, state):
     norms = ("layer_norm1", "layer_norm2") if tower == "siglip" else ("norm1", "norm2")
     for layer in range(2):
         here = f"decoder.layers.{layer}."
-        there = root + (f"model.blocks.{layer}." if tower == "radio" else f"encoder.layers.{layer}.")
+        there = root + (
+            f"model.blocks.{layer}." if tower == "radio" else f"encoder.layers.{layer}."
+        )
         fused = tower != "internvit"
         places = (
             ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_")
@@ -260,7 +266,9 @@ def converters_names(tower, state):
                 if here + place + kind in vision:
                     found[f"{there}{norm}.{kind}"] = vision[here + place + kind]
             for number in (1, 2):
-                found[f"{there}mlp.fc{number}.{kind}"] = vision[f"{here}mlp.linear_fc{number}.{kind}"]
+                found[f"{there}mlp.fc{number}.{kind}"] = vision[
+                    f"{here}mlp.linear_fc{number}.{kind}"
+                ]
             out = "self_attn.out_proj" if tower == "siglip" else "attn.proj"
             found[f"{there}{out}.{kind}"] = vision[f"{here}self_attention.linear_proj.{kind}"]
             qkv = vision.get(f"{here}self_attention.linear_qkv.{kind}")
@@ -308,8 +316,12 @@ def language_names(state):
             f"{new}self_attn.k_proj.weight": groups[:, 2].reshape(32, 64),
             f"{new}self_attn.v_proj.weight": groups[:, 3].reshape(32, 64),
             f"{new}self_attn.o_proj.weight": state[f"{old}self_attention.linear_proj.weight"],
-            f"{new}input_layernorm.weight": state[f"{old}self_attention.linear_qkv.layer_norm_weight"],
-            f"{new}post_attention_layernorm.weight": state[f"{old}mlp.linear_fc1.layer_norm_weight"],
+            f"{new}input_layernorm.weight": state[
+                f"{old}self_attention.linear_qkv.layer_norm_weight"
+            ],
+            f"{new}post_attention_layernorm.weight": state[
+                f"{old}mlp.linear_fc1.layer_norm_weight"
+            ],
             f"{new}mlp.gate_proj.weight": gate,
             f"{new}mlp.up_proj.weight": up,
             f"{new}mlp.down_proj.weight": state[f"{old}mlp.linear_fc2.weight"],
@@ -334,7 +346,9 @@ def test_names_of_megatrons_converter(tower, source_of, tmp_path):
         assert found[name].dtype == tensor.dtype
     # Megatron's saver writes one pickle and no config: that of the language model says the rest.
     (tmp_path / "bin").mkdir()
-    torch.save({n: t.clone() for n, t in vocabulary.items()}, tmp_path / "bin" / "pytorch_model.bin")
+    torch.save(
+        {n: t.clone() for n, t in vocabulary.items()}, tmp_path / "bin" / "pytorch_model.bin"
+    )
     text = tmp_path / "text"
     text.mkdir()
     config = {"architectures": ["LlamaForCausalLM"], **source_of("clip")[1].text_config.to_dict()}
