@@ -33,7 +33,6 @@ ALIASES = {"mcore": "core", "megatron": "legacy"}
 """Names that Megatron's converter still accepts."""
 
 RECOGNISED = {
-    "legacy": "Megatron-LM legacy checkpoints",
     "deepspeed": "DeepSpeed ZeRO checkpoints",
     "zero": "DeepSpeed ZeRO checkpoints",
     "universal": "DeepSpeed universal checkpoints",

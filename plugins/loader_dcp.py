@@ -125,7 +125,7 @@ def _model(
         if not any(word in TRAINING or word == "state" for word in path.split("."))
     }
     if len(models) != 1:
-        found = listing(sorted(map(repr, models))) if models else "none"
+        found = listing(sorted(models)) if models else "none"
         raise FormatError(
             f"{source}: expected one container of weights, found {found}; say which with "
             "--container"

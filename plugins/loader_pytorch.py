@@ -32,10 +32,12 @@ from ckptx.plugins.state_dict import (
     layout_option_value,
 )
 from ckptx.protocol import Begin, Dropped, End, Message
+from ckptx.schemas import legacy
 from ckptx.schemas.args import spec_from_args
 
 _SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 _CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
+_CONVENTIONS = {"hf": "hf", "core": "mcore", "legacy": "legacy"}
 WEIGHTS_ONLY = "only weights are converted"
 
 
@@ -45,7 +47,7 @@ class PytorchLoader:
     name = "pytorch"
     capabilities: Mapping[str, Any] = {
         "formats": ["torch.save"],
-        "layouts": ["hf", "mcore"],
+        "layouts": ["hf", "mcore", "legacy"],
         "passthrough": True,
         "lossless": True,
     }
@@ -82,7 +84,8 @@ class PytorchLoader:
             sidecars=files,
             training={"iteration": value.get("iteration", "release")},
         )
-        for message in _messages(begin, dict(tensors), args_of(value, source), others):
+        version = value.get("checkpoint_version", 0)
+        for message in _messages(begin, dict(tensors), args_of(value, source), version, others):
             if isinstance(message, End):
                 message = replace(message, notes=(*filled, *message.notes))
             yield message
@@ -97,6 +100,9 @@ def state_dict(value: Any, source: Path) -> tuple[dict[str, Stored], tuple[Dropp
     if not isinstance(value, Mapping):
         raise FormatError(f"{source}: expected a dictionary, found {type(value).__name__}")
     inner = next((value[key] for key in _CONTAINERS if isinstance(value.get(key), Mapping)), value)
+    content = inner
+    if "language_model" in inner:
+        inner = legacy.flattened(inner)
     tensors = {str(name): entry for name, entry in inner.items() if isinstance(entry, Stored)}
     if not tensors:
         raise FormatError(
@@ -104,8 +110,8 @@ def state_dict(value: Any, source: Path) -> tuple[dict[str, Stored], tuple[Dropp
             f"containers: {', '.join(_CONTAINERS)}"
         )
     others = [str(name) for name in inner if name not in tensors]
-    if inner is not value:
-        others += [str(key) for key in value if value[key] is not inner]
+    if content is not value:
+        others += [str(key) for key in value if value[key] is not content]
     dropped = tuple(
         Dropped(name, WEIGHTS_ONLY) for name in others if not name.endswith("_extra_state")
     )
@@ -116,12 +122,16 @@ def _messages(
     begin: Begin,
     tensors: dict[str, LazyTensor],
     args: Mapping[str, Any],
+    version: Any,
     others: tuple[Dropped, ...],
 ) -> Iterator[Message]:
     config = read_config(begin.sidecars, begin.root)
     family = family_of(config) if config else None
-    core = begin.layout == "core"
-    if core and args:
+    convention = _CONVENTIONS[begin.layout]
+    megatron = convention != "hf"
+    if begin.layout == "legacy":
+        args = legacy.completed(args)
+    if megatron and args:
         spec = spec_from_args(args)
     elif family is not None and config is not None:
         spec = family.from_config(config)
@@ -130,8 +140,10 @@ def _messages(
         yield passthrough(tensors)
         yield End(others, ("no config or args name the model: tensors pass through by name",))
         return
-    layout = family_named(spec.family).layout("mcore" if core else "hf")
-    training = {**begin.training, "args": args if core and args else None}
+    layout = family_named(spec.family).layout(convention)
+    if begin.layout == "legacy":
+        layout = legacy.ordered(layout, version, spec)
+    training = {**begin.training, "args": args if megatron and args else None}
     yield from named_messages(
         replace(begin, training=training), tensors, spec, layout, dropped=others
     )
