@@ -29,12 +29,10 @@ if TYPE_CHECKING:
 
 GROUP = "ckptx"
 PIN = "CKPTX_PLUGINS"
-ALIASES = {"mcore": "core", "megatron": "legacy"}
-"""Names that Megatron's converter still accepts."""
+ALIASES = {"mcore": "core", "megatron": "legacy", "zero": "deepspeed"}
+"""Other names of formats; the first two are those that Megatron's converter accepts."""
 
 RECOGNISED = {
-    "deepspeed": "DeepSpeed ZeRO checkpoints",
-    "zero": "DeepSpeed ZeRO checkpoints",
     "universal": "DeepSpeed universal checkpoints",
     "fsdp": "PyTorch FSDP checkpoints",
     "fsdp_dtensor": "Megatron FSDP checkpoints",

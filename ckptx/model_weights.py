@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,26 +126,41 @@ def fill_from_base(weights: Weights, options: Mapping[str, Any]) -> tuple[str, .
     Raises:
         FormatError: patterns without a base, or a pattern that adds nothing.
     """
+    filled, notes = base_tensors(weights.paths, weights.tensors, options)
+    weights.tensors |= filled
+    weights.homes |= {name: weights.paths[tensor.file].name for name, tensor in filled.items()}
+    return notes
+
+
+def base_tensors(
+    paths: list[Path], present: Container[str], options: Mapping[str, Any]
+) -> tuple[dict[str, Stored], tuple[str, ...]]:
+    """Return tensors of ``--hf-base`` that are not present and ``--fill-from-base`` names.
+
+    Their files are added to ``paths``, the file table. With them come the remarks and the errors of
+    `fill_from_base`.
+    """
     patterns = tuple(options.get("fill_from_base") or ())
     if not patterns:
-        return ()
+        return {}, ()
     if options.get("hf_base") is None:
         raise FormatError("--fill-from-base needs --hf-base, the model to fill from")
     base = read_weights(Path(options["hf_base"]))
-    shift = len(weights.paths)
+    filled: dict[str, Stored] = {}
     notes = []
     for pattern in patterns:
-        names = [n for n in fnmatch.filter(base.tensors, pattern) if n not in weights.tensors]
+        names = [
+            name
+            for name in fnmatch.filter(base.tensors, pattern)
+            if name not in present and name not in filled
+        ]
         if not names:
             raise FormatError(
                 f"--fill-from-base {pattern!r}: matches no tensor of the base that the source lacks"
             )
         for name in names:
             tensor = base.tensors[name]
-            weights.tensors[name] = Stored(
-                tensor.dtype, tensor.shape, tensor.file + shift, tensor.offset, tensor.strides
-            )
-            weights.homes[name] = base.homes[name]
+            filled[name] = replace(tensor, file=tensor.file + len(paths))
             notes.append(f"{name!r} was filled from the base model, {base.homes[name]}")
-    weights.paths += base.paths
-    return tuple(notes)
+    paths += base.paths
+    return filled, tuple(notes)

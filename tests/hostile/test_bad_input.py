@@ -717,7 +717,7 @@ class TestPlugins:
         assert "core, hf" in known
         assert f"unknown {role} 'quux'; known {role}s: {known}" in reason
 
-    @pytest.mark.parametrize("name", ["gguf", "deepspeed"])
+    @pytest.mark.parametrize("name", ["gguf", "nemo"])
     def test_format_that_is_recognised_and_not_there_yet(self, name, user):
         reason = user.cannot_convert(name)
         assert f"saver '{name}': ckptx knows of this format" in reason

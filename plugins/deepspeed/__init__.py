@@ -1,0 +1,1 @@
+"""What the loader of DeepSpeed's checkpoints is made of."""

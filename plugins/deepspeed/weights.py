@@ -1,0 +1,411 @@
+"""From the pieces that ranks hold to whole weights.
+
+ZeRO 1 and 2 lay the parameters of a group end to end and cut that row into one piece for each rank:
+
+    param_shapes[g]      | embedding      | q    | k  | v  | ...          | norm |
+    ranks                | 0         | 1         | 2         | 3            |
+
+ZeRO 3 cuts every parameter by itself, into pieces of ceil(elements / ranks), the last one padded:
+
+    rank 0               | embedding 0 | q 0 | k 0 | ...
+    rank 1               | embedding 1 | q 1 | k 1 | ...
+
+The order is that of ``param_shapes``. ``param_slice_mappings`` say something else where gradients
+are assigned round robin, and are wrong then.
+
+Source: deepspeedai/DeepSpeed deepspeed/utils/zero_to_fp32.py,
+deepspeed/runtime/zero/{stage_1_and_2,stage3}.py @ v0.19.8.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ckptx.errors import FormatError, PlanError
+from ckptx.lazy import Filled, LazyTensor, Shape, Stored, concat, is_widening, replicated
+from ckptx.loading import equal
+from ckptx.plugins.deepspeed.directory import Checkpoint
+from ckptx.protocol import Dropped, SourceTensor
+
+PADDING = "padding of the ranks' pieces"
+_SAMPLE = 4096
+"""Elements at either end of a tensor of which master and module are compared."""
+
+
+@dataclass(slots=True)
+class Weights:
+    """The weights of a checkpoint by name, and what became of everything else that it holds."""
+
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)
+    sources: list[SourceTensor] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def declare(self, place: str, tensors: Mapping[str, LazyTensor]) -> None:
+        """Add tensors to what the source holds, those without elements left out."""
+        self.sources += [
+            SourceTensor(f"{place}: {name}", tensor)
+            for name, tensor in tensors.items()
+            if tensor.numel
+        ]
+
+    def drop(self, name: str, reason: str, tensors: Sequence[LazyTensor]) -> None:
+        """Leave declared tensors behind under one name; nothing if they have no elements."""
+        left = tuple(tensor for tensor in tensors if tensor.numel)
+        if left:
+            self.dropped.append(Dropped(name, reason, sum(t.nbytes for t in left), left))
+
+
+def of_module(checkpoint: Checkpoint) -> Weights:
+    """Return the weights of the module, in the dtype that was computed in.
+
+    Raises:
+        FormatError: ZeRO 3 has left none in it.
+    """
+    if checkpoint.stage == 3:
+        raise FormatError(
+            f"{checkpoint.directory}: ZeRO 3 leaves no weights in the module; take the fp32 "
+            "masters: leave --weights module out"
+        )
+    weights = Weights()
+    module = _module(checkpoint, weights)
+    weights.tensors |= module
+    _drop_fragments(checkpoint, weights)
+    return weights
+
+
+def of_masters(checkpoint: Checkpoint) -> Weights:
+    """Return the fp32 masters of what is trained, and all else as the module has it.
+
+    Raises:
+        FormatError: pieces have not the sizes that the shapes need, or masters and module are not
+            of one save.
+    """
+    weights = Weights()
+    module = _module(checkpoint, weights)
+    if checkpoint.stage == 0 and not _has_masters(checkpoint):
+        weights.tensors |= module
+        weights.notes.append("there are no fp32 masters: the weights are those of the module")
+        return weights
+    masters = {0: _unsplit, 2: _joined, 3: _gathered}[checkpoint.stage](checkpoint, weights)
+    _check_against_module(checkpoint, masters, module)
+    trained = [module[name] for name in masters if name in module]
+    weights.drop("module", "the fp32 masters of these are converted", trained)
+    weights.tensors |= masters
+    weights.tensors |= _frozen(checkpoint, module, weights)
+    shared = checkpoint.model.get("shared_params") or {}
+    for alias, name in shared.items():
+        if name not in weights.tensors:
+            raise FormatError(
+                f"{checkpoint.directory}: {alias!r} shares its weight with {name!r}, which is "
+                "nowhere"
+            )
+        weights.tensors[alias] = weights.tensors[name]
+    return weights
+
+
+def _module(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
+    """Return the tensors of the module that have elements or need none."""
+    module: dict[str, LazyTensor] = {
+        str(name): tensor
+        for name, tensor in checkpoint.module.items()
+        if isinstance(tensor, Stored) and (checkpoint.stage < 3 or tensor.numel)
+    }
+    weights.declare("module", module)
+    return module
+
+
+def _joined(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
+    """Return the masters of ZeRO 1 and 2: the pieces of all ranks, one after another."""
+    found: dict[str, LazyTensor] = {}
+    states = [state["optimizer_state_dict"] for state in checkpoint.optimizers]
+    for rank, state in enumerate(states):
+        pieces = _pieces(checkpoint, state, "single_partition_of_fp32_groups")
+        weights.declare(f"rank {rank}", {f"group {g}": piece for g, piece in enumerate(pieces)})
+    paddings = states[0].get("param_alignment_paddings") or []
+    tails = []
+    for group, shapes in enumerate(checkpoint.model["param_shapes"]):
+        flat = concat([state["single_partition_of_fp32_groups"][group] for state in states])
+        gaps = paddings[group] if group < len(paddings) else [0] * len(shapes)
+        position = 0
+        for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
+            stop = position + math.prod(shape)
+            _check_room(checkpoint, stop, flat, f"group {group}")
+            found[name] = _shaped(flat.narrow(0, position, stop), tuple(shape))
+            tails.append(flat.narrow(0, stop, min(stop + gap, flat.numel)))
+            position = min(stop + gap, flat.numel)
+        if flat.numel - position >= 2 * len(states):  # what a group is padded to a multiple of
+            raise FormatError(
+                f"{checkpoint.directory}: group {group} holds {flat.numel} elements, its "
+                f"parameters {position}; the files are not of one checkpoint"
+            )
+        tails.append(flat.narrow(0, position, flat.numel))
+    weights.drop("padding", PADDING, tails)
+    return found
+
+
+def _gathered(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
+    """Return the masters of ZeRO 3: of each parameter a piece of every rank."""
+    _check_steps(checkpoint)
+    flats = []
+    for rank, state in enumerate(checkpoint.optimizers):
+        pieces = _pieces(checkpoint, state["optimizer_state_dict"], "fp32_flat_groups")
+        weights.declare(f"rank {rank}", {f"group {g}": piece for g, piece in enumerate(pieces)})
+        flats.append(concat(pieces))
+    found: dict[str, LazyTensor] = {}
+    tails = []
+    position = 0
+    for name, shape in _trained(checkpoint):
+        size = math.prod(shape)
+        stop = position + -(-size // len(flats))
+        for rank, flat in enumerate(flats):
+            _check_room(checkpoint, stop, flat, f"rank {rank}")
+        pieces = [flat.narrow(0, position, stop) for flat in flats]
+        found[name], tail = _without_tail(pieces, shape)
+        tails.append(tail)
+        position = stop
+    tails += [flat.narrow(0, position, flat.numel) for flat in flats]
+    if any(flat.numel - position >= 2 * len(flats) for flat in flats):
+        raise FormatError(
+            f"{checkpoint.directory}: ranks hold {flats[0].numel} elements, their parameters "
+            f"{position}; the files are not of one checkpoint"
+        )
+    weights.drop("padding", PADDING, tails)
+    return found
+
+
+def _unsplit(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
+    """Return the masters of an optimizer without ZeRO, whose tensors are whole and nameless.
+
+    They are in the order of the optimizer. With one group and nothing frozen this is that of the
+    module, which shapes and the comparison with the module confirm.
+    """
+    optimizer = checkpoint.model["optimizer"]
+    buffers = set(checkpoint.model.get("buffer_names") or ())
+    kept: dict[LazyTensor, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in checkpoint.module.items():
+        if name not in buffers:
+            aliases[name] = kept.setdefault(tensor, name)
+    groups = [_cut(group, list(kept)) for group in optimizer[_masters_key(optimizer)]]
+    shapes = [tensor.shape for tensor in kept]
+    if [[tensor.shape for tensor in group] for group in groups] != [shapes]:
+        raise FormatError(
+            f"{checkpoint.directory}: without ZeRO the fp32 masters have no names, and several "
+            "groups or frozen weights leave open whose they are; take the module's weights with "
+            "--weights module"
+        )
+    masters = dict(zip(kept.values(), groups[0], strict=True))
+    weights.declare("master", masters)
+    return {name: masters[own] for name, own in aliases.items()}
+
+
+def _has_masters(checkpoint: Checkpoint) -> bool:
+    """Return whether an optimizer without ZeRO keeps weights of its own: it does not in fp32."""
+    optimizer = checkpoint.model.get("optimizer")
+    return isinstance(optimizer, Mapping) and _masters_key(optimizer) in optimizer
+
+
+def _masters_key(optimizer: Mapping[str, Any]) -> str:
+    """Return the key of the masters, which a fused optimizer lays end to end."""
+    return "fp32_groups_flat" if "fp32_groups_flat" in optimizer else "fp32_groups"
+
+
+def _cut(group: Any, like: Sequence[LazyTensor]) -> list[LazyTensor]:
+    """Return the masters of a group, cut where those of a fused optimizer lie end to end."""
+    if not isinstance(group, LazyTensor):
+        return list(group)
+    sizes = [tensor.numel for tensor in like]
+    if sum(sizes) != group.numel:
+        return [group]
+    stops = list(itertools.accumulate(sizes))
+    return [
+        _shaped(group.narrow(0, stop - size, stop), tensor.shape)
+        for tensor, size, stop in zip(like, sizes, stops, strict=True)
+    ]
+
+
+def _frozen(
+    checkpoint: Checkpoint, module: Mapping[str, LazyTensor], weights: Weights
+) -> dict[str, LazyTensor]:
+    """Return what has no master: frozen weights, made as wide as the masters, and buffers."""
+    shared = checkpoint.model.get("shared_params") or {}
+    buffers = set(checkpoint.model.get("buffer_names") or ())
+    rest = {
+        name: tensor
+        for name, tensor in module.items()
+        if name not in weights.tensors and name not in shared
+    }
+    frozen = {name: tensor for name, tensor in rest.items() if name not in buffers}
+    for name, shape, pieces in _fragments(checkpoint, weights):
+        if checkpoint.stage == 3:
+            frozen[name], tail = _without_tail(pieces, shape)
+            weights.drop(f"{name} padding", PADDING, [tail])
+        else:  # whole, and in the module as well, unless that has been left out
+            frozen[name] = replicated([*([frozen[name]] if name in frozen else []), *pieces])
+    wide = widened(frozen)
+    if changed := [name for name in frozen if wide[name] is not frozen[name]]:
+        weights.notes.append(
+            f"{len(changed)} frozen weights have no fp32 master; they are widened to float32"
+        )
+    return {**{name: rest[name] for name in rest if name in buffers}, **wide}
+
+
+def widened(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return tensors as float32, where that is exact: a model has one dtype."""
+    return {
+        name: tensor.cast("float32") if is_widening(tensor.dtype, "float32") else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _fragments(
+    checkpoint: Checkpoint, weights: Weights
+) -> Iterator[tuple[str, Shape, list[LazyTensor]]]:
+    """Yield the name, the shape and the ranks' fragments of frozen weights; declare these."""
+    shapes = checkpoint.model.get("frozen_param_shapes") or {}
+    for name, shape in shapes.items():
+        pieces: list[LazyTensor] = []
+        for rank, model in enumerate(checkpoint.models):
+            fragment = (model.get("frozen_param_fragments") or {}).get(name)
+            if not isinstance(fragment, Stored):
+                raise FormatError(
+                    f"{checkpoint.directory}: rank {rank} holds no fragment of the frozen weight "
+                    f"{name!r}; the files are not of one checkpoint"
+                )
+            weights.declare(f"rank {rank}", {f"frozen {name}": fragment})
+            pieces.append(fragment)
+        yield name, tuple(shape), pieces
+
+
+def _drop_fragments(checkpoint: Checkpoint, weights: Weights) -> None:
+    fragments = [one for _, _, pieces in _fragments(checkpoint, weights) for one in pieces]
+    weights.drop("frozen_param_fragments", "copies of weights of the module", fragments)
+
+
+def _check_against_module(
+    checkpoint: Checkpoint, masters: Mapping[str, LazyTensor], module: Mapping[str, LazyTensor]
+) -> None:
+    """Raise unless the masters, rounded, are the module's weights: then all ranks are of one save.
+
+    Both ends of every tensor are compared, which shows files of another run or step, and wrong
+    order. Buffers and frozen weights have no master.
+    """
+    files = [str(path) for path in checkpoint.files]
+    for name, master in masters.items():
+        own = module.get(name)
+        if own is None:
+            continue
+        if own.shape != master.shape:
+            raise FormatError(
+                f"{checkpoint.directory}: {name!r} is {list(own.shape)} in the module and "
+                f"{list(master.shape)} in param_shapes"
+            )
+        rounded = master.cast(own.dtype)
+        if not all(equal(*ends, files) for ends in _ends(rounded, own)):
+            raise FormatError(
+                f"{checkpoint.directory}: {name!r}: the fp32 master in the optimizer's files, "
+                f"rounded to {own.dtype}, is not the weight in the module; the files are not of "
+                "one save. Find the right ones, or take the module's weights with --weights module"
+            )
+
+
+def _ends(first: LazyTensor, second: LazyTensor) -> Iterator[tuple[LazyTensor, LazyTensor]]:
+    """Yield the first and the last rows of two tensors of one shape; nothing of scalars."""
+    shape = first.shape
+    if shape:
+        rows = min(shape[0], max(1, _SAMPLE // max(1, math.prod(shape[1:]))))
+        for start in sorted({0, shape[0] - rows}):
+            yield first.narrow(0, start, start + rows), second.narrow(0, start, start + rows)
+
+
+def _check_steps(checkpoint: Checkpoint) -> None:
+    """Raise unless the optimizers of all ranks have made as many steps.
+
+    ZeRO 3 leaves nothing in the module that the masters could be compared with.
+    """
+    files = [str(path) for path in checkpoint.files]
+    first, *others = [_steps(state) for state in checkpoint.optimizers]
+    for rank, steps in enumerate(others, 1):
+        same = len(steps) == len(first) and all(
+            equal(one, other, files) if isinstance(one, Stored) else one == other
+            for one, other in zip(first, steps, strict=True)
+        )
+        if not same:
+            raise FormatError(
+                f"{checkpoint.directory}: the optimizers of ranks 0 and {rank} have not made as "
+                "many steps; the files are not of one checkpoint"
+            )
+
+
+def _steps(state: Any) -> list[Any]:
+    """Return the counts of steps in an optimizer's state; tensors of one element as one row."""
+    found = []
+    for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+        if key == "step":
+            scalar = isinstance(value, Stored) and value.numel == 1
+            found.append(replace(value, shape=(1,), strides=(1,)) if scalar else value)
+        elif isinstance(value, Mapping | list):
+            found += _steps(value)
+    return found
+
+
+def _trained(checkpoint: Checkpoint) -> Iterator[tuple[str, Shape]]:
+    """Yield the trained parameters of all groups with their shapes."""
+    for shapes in checkpoint.model["param_shapes"]:
+        for name, shape in shapes.items():
+            yield name, tuple(shape)
+
+
+def _pieces(checkpoint: Checkpoint, state: Mapping[str, Any], key: str) -> list[LazyTensor]:
+    """Return what one rank holds of every group, each of one axis."""
+    pieces = state.get(key)
+    groups = len(checkpoint.model["param_shapes"])
+    if not isinstance(pieces, list) or not all(
+        isinstance(piece, Stored) and len(piece.shape) == 1 for piece in pieces
+    ):
+        raise FormatError(
+            f"{checkpoint.directory}: expected {key!r}, a list of flat tensors, in every "
+            "*_optim_states.pt; they were not written by ZeRO"
+        )
+    if not pieces or (checkpoint.stage == 2 and len(pieces) != groups):
+        raise FormatError(
+            f"{checkpoint.directory}: the model has {groups} groups of parameters, a rank's "
+            f"optimizer {len(pieces)}; the files are not of one checkpoint"
+        )
+    return list(pieces)
+
+
+def _without_tail(pieces: Sequence[LazyTensor], shape: Shape) -> tuple[LazyTensor, LazyTensor]:
+    """Return the tensor that the pieces of all ranks are, and the padding behind it."""
+    flat, size = concat(pieces), math.prod(shape)
+    if not size <= flat.numel < size + len(pieces):
+        raise FormatError(
+            f"pieces of {len(pieces)} ranks hold {flat.numel} elements, {list(shape)} needs {size}"
+        )
+    return _shaped(flat.narrow(0, 0, size), shape), flat.narrow(0, size, flat.numel)
+
+
+def _shaped(flat: LazyTensor, shape: Shape) -> LazyTensor:
+    """Return a flat tensor in a shape of as many elements."""
+    if not flat.numel:
+        return Filled(flat.dtype, shape)
+    if not shape:
+        if not isinstance(flat, Stored):
+            raise PlanError(f"a scalar of {type(flat).__name__}")
+        return replace(flat, shape=(), strides=())
+    for size in reversed(shape[1:]):
+        flat = flat.split(0, size)
+    return flat
+
+
+def _check_room(checkpoint: Checkpoint, stop: int, flat: LazyTensor, what: str) -> None:
+    if stop > flat.numel:
+        raise FormatError(
+            f"{checkpoint.directory}: {what} holds {flat.numel} fp32 elements, its parameters need "
+            f"{stop} or more; the files are not of one checkpoint"
+        )

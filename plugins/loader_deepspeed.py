@@ -1,0 +1,138 @@
+"""Load a checkpoint of DeepSpeed: ZeRO stages 0 to 3, any number of ranks.
+
+Weights are the fp32 masters of the optimizer, put together from the ranks' pieces; names are those
+of the module that was given to ``deepspeed.initialize``: Hugging Face's.
+
+Source: deepspeedai/DeepSpeed deepspeed/runtime/engine.py @ v0.19.8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptx.hookspecs import hookimpl
+from ckptx.lazy import Stored
+from ckptx.model_directory import CONFIG, base_sidecars, hf_messages, sidecars
+from ckptx.model_weights import base_tensors
+from ckptx.plugin import Loader
+from ckptx.plugins.deepspeed import directory, weights
+from ckptx.protocol import Begin, Dropped, End, Message
+
+WEIGHTS_ONLY = "only weights are converted"
+_BESIDE = ("huggingface", "hf_config", "tokenizer")
+_CONSUMED = frozenset(
+    {
+        *("module", "buffer_names", "param_shapes", "frozen_param_shapes", "shared_params"),
+        *("frozen_param_fragments", "dp_world_size", "mp_world_size", "num_experts"),
+        *("checkpoint_parallel_dimensions", "ds_config", "ds_version", "ds_autoep_layers"),
+    }
+)
+"""What the model states say about the weights; all else is the state of the training."""
+_PIECES = frozenset(
+    {"single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups", "fp32_groups_flat"}
+)
+
+
+class DeepspeedLoader:
+    """Reads the pieces where they lie; nothing is gathered, no process group, no model."""
+
+    name = "deepspeed"
+    capabilities: Mapping[str, Any] = {
+        "formats": ["DeepSpeed ZeRO 0 to 3"],
+        "layouts": ["hf"],
+        "passthrough": True,
+        "lossless": True,
+    }
+
+    def options(self) -> list[click.Option]:
+        """Return the options for the tag and for which weights are taken."""
+        return [
+            click.Option(["--tag", "-t"], help="Checkpoint below SRC.  [what 'latest' says]"),
+            click.Option(
+                ["--weights"],
+                type=click.Choice(["master", "module"]),
+                default="master",
+                show_default=True,
+                help="The optimizer's fp32 weights, or those that the module computes with.",
+            ),
+        ]
+
+    def detect(self, source: Path) -> bool:
+        """Return whether there are DeepSpeed's model states, here or in a tag below."""
+        return source.is_dir() and (directory.is_tag(source) or bool(directory.tags(source)))
+
+    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+        """Yield the model; names that no schema knows pass through."""
+        masters = (options.get("weights") or "master") == "master"
+        checkpoint = directory.read(directory.find(source, options.get("tag")), masters)
+        found = weights.of_masters(checkpoint) if masters else weights.of_module(checkpoint)
+        files = list(checkpoint.files)
+        filled, remarks = base_tensors(files, found.tensors, options)
+        found.declare("base", filled)
+        found.tensors |= weights.widened(filled) if masters else filled
+        left = _left(checkpoint)
+        begin = Begin(
+            format=self.name,
+            layout="hf",
+            parts={},
+            files=tuple(map(str, files)),
+            sources=tuple(found.sources),
+            root=str(checkpoint.directory),
+            sidecars={**_beside(checkpoint.directory), **base_sidecars(options)},
+            training={"iteration": "release"},
+        )
+        notes = (*found.notes, *remarks)
+        for message in hf_messages(begin, found.tensors, notes, options.get("dtype")):
+            if isinstance(message, End):
+                message = replace(message, dropped=(*found.dropped, *left, *message.dropped))
+            yield message
+
+
+def _left(checkpoint: directory.Checkpoint) -> tuple[Dropped, ...]:
+    """Return the state of the training, by name with its bytes in all ranks together."""
+    sizes: dict[str, int] = {}
+    for model in checkpoint.models:
+        for key, value in model.items():
+            if key not in _CONSUMED and value is not None:
+                _add_sizes(str(key), value, sizes)
+    for state in checkpoint.optimizers:
+        _add_sizes("optimizer_state_dict", state["optimizer_state_dict"], sizes)
+    skipped = tuple(
+        Dropped(path.name, WEIGHTS_ONLY, path.stat().st_size) for path in checkpoint.skipped
+    )
+    return (*(Dropped(name, WEIGHTS_ONLY, size) for name, size in sizes.items()), *skipped)
+
+
+def _add_sizes(name: str, value: Any, sizes: dict[str, int]) -> None:
+    """Add the bytes of all tensors in nested values, under the last word of their path."""
+    if isinstance(value, Stored):
+        sizes[name] = sizes.get(name, 0) + value.nbytes
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in _PIECES:
+                _add_sizes(key if isinstance(key, str) else name, item, sizes)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _add_sizes(name, item, sizes)
+    else:
+        sizes.setdefault(name, 0)
+
+
+def _beside(tag: Path) -> dict[str, bytes]:
+    """Return the sidecars of the nearest directory that has a config: here, or above."""
+    for place in (tag, *list(tag.absolute().parents)[:2]):
+        for folder in (place, *(place / name for name in _BESIDE)):
+            if (folder / CONFIG).is_file():
+                return sidecars(folder)
+    return {}
+
+
+@hookimpl
+def register_loaders(register: Callable[[Loader], None]) -> None:
+    """Register the loader."""
+    register(DeepspeedLoader())

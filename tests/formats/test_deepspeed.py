@@ -1,0 +1,349 @@
+"""DeepSpeed checkpoints: those that DeepSpeed wrote, and the kit with ones made by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from ckptx import manager
+from ckptx.errors import FormatError, PluginError, SchemaError
+from ckptx.testing import faults
+from ckptx.testing.contracts import Checkpoint, LoaderTests, assert_one_line
+from ckptx.testing.conversion import (
+    checked,
+    convert,
+    end_of,
+    loaded_by_name,
+    plan_of_messages,
+    save,
+    values,
+)
+from ckptx.testing.models import MODELS, write_config
+
+from . import zero_by_hand
+from .by_hand import torch_of
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "deepspeed"
+CASES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
+LOADER = manager.loader("deepspeed")
+HF_SAVER = manager.saver("hf")
+BY_NAME = {model.name: model for model in MODELS}
+LLAMA, TIED = BY_NAME["llama"], BY_NAME["qwen2-tied"]
+EXCLUDED = "zero2_excluded"
+FILLED = ("model.embed_tokens.weight", "*.up_proj.weight", "model.norm.weight")
+
+
+def gathered(case):
+    """What the ranks gathered from the live engine."""
+    return load_file(GOLDEN / f"{case}.safetensors")
+
+
+def assert_state(found, expected):
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        own = torch_of(found[name])
+        assert own.dtype == tensor.dtype, name
+        assert own.shape == tensor.shape, name
+        assert torch.equal(own, tensor), name
+
+
+def wide(tensor):
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def with_alias(state, case):
+    """Tied weights are in DeepSpeed's module under both names."""
+    tied = case in ("zero2_bf16_groups", "zero3_bf16")
+    return state | ({"lm_head.weight": state["model.embed_tokens.weight"]} if tied else {})
+
+
+def model_of(directory, **changes):
+    """Write the config of the golden models."""
+    config = json.loads((GOLDEN / "model" / "config.json").read_text())
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    return directory
+
+
+def copied(case, directory):
+    return Path(shutil.copytree(GOLDEN / case, directory / case))
+
+
+def refusal(source, **options):
+    with pytest.raises(FormatError) as caught:
+        list(LOADER.load(source, options))
+    assert_one_line(caught.value)
+    return str(caught.value)
+
+
+class TestMasters:
+    """The fp32 weights are those that DeepSpeed itself gathers."""
+
+    @pytest.mark.parametrize("case", [case for case in CASES if case != EXCLUDED])
+    def test_are_what_deepspeed_gathers(self, case):
+        expected = {name: wide(tensor) for name, tensor in gathered(case).items()}
+        assert_state(loaded_by_name(LOADER, GOLDEN / case), with_alias(expected, case))
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_nothing_is_lost_in_silence(self, case):
+        for choice in ("master",) if "zero3" in case else ("master", "module"):
+            sent = list(LOADER.load(GOLDEN / case, {"weights": choice}))
+            assert checked(plan_of_messages(sent), sent).sources
+
+    @pytest.mark.parametrize("case", [case for case in CASES if "zero3" not in case])
+    def test_the_module_is_what_is_computed_with(self, case):
+        found = values(LOADER.load(GOLDEN / case, {"weights": "module"}))["passthrough"]
+        dtype = torch.float16 if "fp16" in case else torch.bfloat16 if "bf16" in case else None
+        expected = with_alias(gathered(case), case)
+        if case == EXCLUDED:
+            expected = {name: expected[name] for name in found}
+            assert len(found) == len(gathered(case)) - len(FILLED)
+        assert_state(found, {n: t.to(dtype) if dtype else t for n, t in expected.items()})
+
+    def test_what_is_left_behind_is_named(self):
+        sent = list(LOADER.load(GOLDEN / "zero2_bf16_groups", {}))
+        left = {drop.name: drop.nbytes for drop in end_of(sent).dropped}
+        size = sum(tensor.numel() for tensor in gathered("zero2_bf16_groups").values())
+        assert left["module"] == 2 * size
+        assert left["exp_avg"] == left["exp_avg_sq"] >= 4 * size
+        assert {"loss_scaler", "global_steps", "skipped_steps"} <= set(left)
+
+    def test_frozen_weights_are_widened_and_named(self):
+        notes = end_of(LOADER.load(GOLDEN / "zero1_bf16_frozen", {})).notes
+        assert "3 frozen weights have no fp32 master; they are widened to float32" in notes
+
+    @pytest.mark.parametrize("case", ["zero2_bf16_groups", "zero3_bf16", "bf16_optimizer"])
+    def test_transformers_loads_the_result(self, case, tmp_path):
+        base = model_of(tmp_path / "base", tie_word_embeddings="optimizer" not in case)
+        options = {"hf_base": base}
+        convert(LOADER, GOLDEN / case, HF_SAVER, tmp_path / "hf", {}, options)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+        expected = with_alias(gathered(case), case)
+        found = model.state_dict()
+        assert set(found) == set(expected)
+        assert all(torch.equal(found[name], tensor.float()) for name, tensor in expected.items())
+
+    def test_excluded_weights_come_from_the_base(self, tmp_path):
+        base = model_of(tmp_path / "base")
+        expected = gathered(EXCLUDED)
+        save_file({n: t.bfloat16() for n, t in expected.items()}, base / "model.safetensors")
+        options = {"hf_base": base}
+        with pytest.raises(SchemaError, match=r"model\.embed_tokens\.weight"):
+            list(LOADER.load(GOLDEN / EXCLUDED, options))
+        sent = list(LOADER.load(GOLDEN / EXCLUDED, {**options, "fill_from_base": FILLED}))
+        assert len([n for n in end_of(sent).notes if "was filled from the base model" in n]) == 3
+        save(HF_SAVER, sent, tmp_path / "hf", {})
+        found = load_file(tmp_path / "hf" / "model.safetensors")
+        filled = {"model.embed_tokens.weight", "model.norm.weight"}
+        filled |= {name for name in expected if "up_proj" in name}
+        for name, tensor in expected.items():
+            want = tensor.bfloat16().float() if name in filled else tensor
+            assert torch.equal(found[name], want), name
+
+
+class _Zero(LoaderTests):
+    loader = LOADER
+    stage = 2
+
+    def write(self, directory, model):
+        shared = {"lm_head.weight": "model.embed_tokens.weight"} if model.spec.tied else {}
+        state = {name: torch_of(array) for name, array in model.hf().items()}
+        write_config(directory, model)
+        zero_by_hand.write(directory, state, self.stage, 3, groups=2, shared=shared)
+        return Checkpoint(directory, model.canonical(padded=False))
+
+
+class TestKit2(_Zero):
+    models = (LLAMA, TIED)
+
+
+class TestKit3(_Zero):
+    models = (LLAMA, TIED)
+    stage = 3
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("world", [1, 2, 11, 64])
+@pytest.mark.parametrize("alignment", [1, 32])
+def test_any_number_of_ranks(stage, world, alignment, tmp_path):
+    """Ranks go by number, not by name; gaps and padding are skipped."""
+    shapes = {"a.weight": (7, 5), "b.bias": (3,), "c.weight": (13, 4, 3), "d.weight": (1, 1)}
+    start, state = 0, {}
+    for name, shape in shapes.items():
+        numel = int(np.prod(shape))
+        state[name] = torch.arange(start, start + numel, dtype=torch.float32).reshape(shape) / 7
+        start += numel
+    options = {"groups": 2, "alignment": alignment}
+    zero_by_hand.write(tmp_path / "zero", state, stage, world, **options)
+    sent = list(LOADER.load(tmp_path / "zero", {}))
+    assert_state(values(sent)["passthrough"], state)
+    assert checked(plan_of_messages(sent), sent).sources
+
+
+class TestDirectory:
+    def test_tags(self, tmp_path):
+        root = copied("zero2_bf16_groups", tmp_path)
+        shutil.copytree(root / "global_step3", root / "best")
+        for source, options in (
+            (root, {}),
+            (root, {"tag": "best"}),
+            (root / "best", {}),
+            (root / "best", {"tag": "best"}),
+        ):
+            assert LOADER.detect(source)
+            begin = next(iter(LOADER.load(source, options)))
+            named = "best" if "best" in (source.name, options.get("tag")) else "global_step3"
+            assert Path(begin.root).name == named
+        assert "itself, and --tag says 'global_step3'" in refusal(root / "best", tag="global_step3")
+        assert "--tag says 'last', found 'best', 'global_step3'" in refusal(root, tag="last")
+        (root / "latest").write_text("global_step9\n")
+        assert "latest says 'global_step9', found 'best'" in refusal(root)
+        (root / "latest").unlink()
+        assert "holds 'best', 'global_step3' and no file 'latest'" in refusal(root)
+        faults.drop(root / "best")
+        assert list(LOADER.load(root, {}))
+
+    def test_zero_is_another_name(self):
+        assert manager.loader("zero") is LOADER
+        with pytest.raises(PluginError, match="saver 'deepspeed'"):
+            manager.saver("deepspeed")
+
+    def test_no_checkpoint(self, tmp_path):
+        assert not LOADER.detect(tmp_path)
+        assert r"no *_model_states.pt" in refusal(tmp_path)
+
+    def test_the_config_may_lie_beside(self, tmp_path):
+        root = copied("zero3_bf16", tmp_path)
+        model_of(root / "huggingface", tie_word_embeddings=True)
+        begin = next(iter(LOADER.load(root, {})))
+        assert begin.parts["language"].family == "llama"
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("case", ["zero2_bf16_groups", "zero3_bf16"])
+    @pytest.mark.parametrize("rank", [0, 1, 2])
+    def test_a_missing_rank(self, case, rank, tmp_path):
+        root = copied(case, tmp_path)
+        file = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        faults.drop(root / "global_step3" / file)
+        reason = refusal(root)
+        assert f"rank {rank}; copy" in reason or "split over 3 ranks, found files of 2" in reason
+
+    def test_missing_model_states_of_a_rank(self, tmp_path):
+        root = copied("zero3_bf16", tmp_path)
+        faults.drop(root / "global_step3" / "zero_pp_rank_1_mp_rank_00_model_states.pt")
+        assert "model states of 1 of 3 ranks are missing: rank 1; copy them" in refusal(root)
+
+    @pytest.mark.parametrize("case", ["zero2_bf16_groups", "zero3_bf16"])
+    def test_no_optimizer_files(self, case, tmp_path):
+        root = copied(case, tmp_path)
+        for path in root.glob("*/*_optim_states.pt"):
+            path.unlink()
+        reason = refusal(root)
+        assert "holds no *_optim_states.pt" in reason
+        assert ("--weights module" in reason) == ("zero2" in case)
+
+    def test_zero_3_has_no_module(self):
+        assert "ZeRO 3 leaves no weights" in refusal(GOLDEN / "zero3_bf16", weights="module")
+
+    @pytest.mark.parametrize("case", ["zero2_bf16_groups", "zero3_bf16", "zero0_bf16"])
+    def test_cut_files(self, case, tmp_path):
+        for number, path in enumerate(sorted((GOLDEN / case).rglob("*.pt"))):
+            (tmp_path / str(number)).mkdir()
+            root = copied(case, tmp_path / str(number))
+            faults.truncate(root / path.relative_to(GOLDEN / case))
+            assert path.name in refusal(root)
+
+    def test_masters_of_another_save(self, tmp_path):
+        """The flat piece of one rank lies in the place of another's."""
+        root = copied("zero2_fp16_round_robin", tmp_path)
+        first, second = sorted(root.glob("*/*_optim_states.pt"))
+        shutil.copy(second, tmp_path / "kept")
+        shutil.move(first, second)
+        shutil.move(tmp_path / "kept", first)
+        reason = refusal(root)
+        assert "rounded to float16, is not the weight in the module" in reason
+        assert "--weights module" in reason
+        assert list(LOADER.load(root, {"weights": "module"}))
+
+    def test_optimizers_of_another_step(self, tmp_path):
+        state = {"a.weight": torch.ones(6, 4)}
+        for name, step in (("one", 7.0), ("two", 8.0)):
+            zero_by_hand.write(tmp_path / name, state, 3, 2, step=step)
+        file = Path("global_step7", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")
+        shutil.copy(tmp_path / "two" / file, tmp_path / "one" / file)
+        reason = refusal(tmp_path / "one")
+        assert "optimizers of ranks 0 and 1 have not made as many steps" in reason
+
+    @pytest.mark.parametrize("stage", [2, 3])
+    def test_optimizers_of_another_model(self, stage, tmp_path):
+        for name, rows in (("one", 40), ("two", 50)):
+            state = {"a.weight": torch.ones(rows, 4), "b.weight": torch.ones(3, 3)}
+            zero_by_hand.write(tmp_path / name, state, stage, 2)
+        for path in tmp_path.glob("two/*/*optim_states.pt"):
+            shutil.copy(path, tmp_path / "one" / "global_step7")
+        assert "are not of one checkpoint" in refusal(tmp_path / "one")
+        for path in tmp_path.glob("two/*/*model_states.pt"):
+            shutil.copy(path, tmp_path / "one" / "global_step7")
+        zero_by_hand.write(tmp_path / "three", {"a.weight": torch.ones(40, 4)}, stage, 2)
+        for path in tmp_path.glob("three/*/*optim_states.pt"):
+            shutil.copy(path, tmp_path / "one" / "global_step7")
+        assert "are not of one checkpoint" in refusal(tmp_path / "one")
+
+    def test_two_checkpoints_in_one_directory(self, tmp_path):
+        root = copied("zero2_bf16_groups", tmp_path)
+        tag = root / "global_step3"
+        rank = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+        faults.duplicate(tag / f"bf16_{rank}", rank)
+        assert "is of the same rank; they are of two checkpoints" in refusal(root)
+        faults.drop(tag / rank)
+        for path in GOLDEN.glob("zero3_bf16/*/*model_states.pt"):
+            shutil.copy(path, tag)
+        assert "found both; they are of two checkpoints" in refusal(root)
+
+    def test_several_groups_without_zero(self, tmp_path):
+        """Masters that have no names are not guessed."""
+        root = copied("zero0_bf16", tmp_path)
+        path = root / "global_step3" / "mp_rank_00_model_states.pt"
+        value = torch.load(path, weights_only=True)
+        groups = value["optimizer"]["fp32_groups"]
+        value["optimizer"]["fp32_groups"] = [groups[0][:2], groups[0][2:]]
+        torch.save(value, path)
+        assert "the fp32 masters have no names" in refusal(root)
+        assert list(LOADER.load(root, {"weights": "module"}))
+
+    @pytest.mark.parametrize(
+        ("file", "reason"),
+        [
+            ("layer_00-model_states.pt", "DeepSpeed's PipelineModule"),
+            ("layer_0_expert_1_mp_rank_00_model_states.pt", "own mixture of experts"),
+            ("expp_rank_0_mp_rank_00_optim_states.pt", "own mixture of experts"),
+            ("mp_rank_01_model_states.pt", "tensor or pipeline parallel rank 1"),
+        ],
+    )
+    def test_what_is_not_loaded_is_named(self, file, reason, tmp_path):
+        root = copied("zero2_bf16_groups", tmp_path)
+        (root / "global_step3" / file).touch()
+        assert reason in refusal(root)
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"module": None}, "PipelineModule"),
+            ({"num_experts": [4, 4]}, "mixture of experts"),
+            ({"mp_world_size": 2}, "split over 2 tensor or pipeline parallel ranks"),
+            ({"shared_params": {"x": "y"}}, "'x' shares its weight with 'y', which is nowhere"),
+        ],
+    )
+    def test_model_states_that_say_so(self, changes, reason, tmp_path):
+        root = copied("zero2_bf16_groups", tmp_path)
+        path = root / "global_step3" / "mp_rank_00_model_states.pt"
+        torch.save(torch.load(path, weights_only=True) | changes, path)
+        assert reason in refusal(root)
