@@ -38,6 +38,7 @@ LOGITS_FAMILIES = (
     "tests/interop/experts.py",
     "tests/interop/test_dense_families.py",
     "tests/interop/test_bert.py",
+    "tests/interop/test_experts.py",
 )
 """Name the families whose logits are compared, as ``hf.llama`` or by their class."""
 
