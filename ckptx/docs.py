@@ -37,8 +37,8 @@ LOGITS_FAMILIES = (
     "tests/interop/conversion.py",
     "tests/interop/experts.py",
     "tests/interop/test_dense_families.py",
-    "tests/interop/test_bert.py",
     "tests/interop/test_experts.py",
+    "tests/interop/test_bert.py",
 )
 """Name the families whose logits are compared, as ``hf.llama`` or by their class."""
 
@@ -53,6 +53,8 @@ PROOFS: Mapping[tuple[str, str], tuple[str, str]] = {
     ("meta", "save"): ("R", META),
     ("legacy", "load"): ("M", LEGACY),
     ("legacy", "save"): ("M", LEGACY),
+    ("dcp", "load"): ("P", "tests/interop/test_dcp.py"),
+    ("dcp", "save"): ("P", "tests/interop/test_dcp.py"),
     ("pytorch", "load"): ("P", "tests/formats/test_pytorch.py"),
     ("pytorch", "save"): ("P", "tests/formats/test_pytorch.py"),
 }
@@ -67,7 +69,7 @@ LEGEND = {
     "torch for the tests, compute the same logits (`tests/interop`)",
     "M": "transformers and Megatron's legacy model, written anew in eager torch for the tests, "
     "compute the same logits (`tests/interop`); so did the original",
-    "P": "torch itself is on the other side (`tests/formats`)",
+    "P": "torch itself is on the other side (`tests/formats`, `tests/interop/test_dcp.py`)",
     "K": "the conformance kit, with models made by hand (`tests/formats`, `tests/schemas`)",
 }
 """What the letters say."""
