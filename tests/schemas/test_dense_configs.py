@@ -18,7 +18,10 @@ from ckptx.schemas.hf import (
     spec_from_config,
 )
 
-from .dense import CLASSES, CONFIGS
+from . import dense, latent
+
+CONFIGS = {**dense.CONFIGS, **latent.CONFIGS}
+CLASSES = {**dense.CLASSES, "deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3"}
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

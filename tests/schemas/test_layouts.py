@@ -8,6 +8,7 @@ from ckptx.testing.contracts import SchemaTests
 from ckptx.testing.models import MIXTURES, MODELS, OLMOE, TinyModel, tiny
 
 from .dense import CONFIGS
+from .latent import CONFIGS as LATENT
 
 
 class TestLayouts(SchemaTests):
@@ -26,6 +27,6 @@ class TestLayouts(SchemaTests):
         tiny("gpt", qk_layernorm=True, add_bias_linear=False, add_qkv_bias=True),
         *(
             TinyModel(n, spec_from_config(config, family))
-            for n, (family, config) in CONFIGS.items()
+            for n, (family, config) in {**CONFIGS, **LATENT}.items()
         ),
     )
