@@ -19,6 +19,7 @@ from ckptx.model_directory import (
     family_named,
     family_of,
     named_messages,
+    parts_from_config,
     read_config,
     sidecars,
 )
@@ -32,6 +33,7 @@ from ckptx.plugins.state_dict import (
     layout_option_value,
 )
 from ckptx.protocol import Begin, Dropped, End, Message
+from ckptx.schema import Parts
 from ckptx.schemas.args import spec_from_args
 
 _SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
@@ -121,20 +123,21 @@ def _messages(
     config = read_config(begin.sidecars, begin.root)
     family = family_of(config) if config else None
     core = begin.layout == "core"
+    parts: Parts
     if core and args:
-        spec = spec_from_args(args)
+        parts = {"language": spec_from_args(args)}
     elif family is not None and config is not None:
-        spec = family.from_config(config)
+        parts = parts_from_config(family, config)
     else:
         yield begin
         yield passthrough(tensors)
         yield End(others, ("no config or args name the model: tensors pass through by name",))
         return
-    layout = family_named(spec.family).layout("mcore" if core else "hf")
+    composed = family.name if family is not None and "vision" in parts else ""
+    layout = family_named(composed or parts["language"].family).layout("mcore" if core else "hf")
     training = {**begin.training, "args": args if core and args else None}
-    yield from named_messages(
-        replace(begin, training=training), tensors, spec, layout, dropped=others
-    )
+    begin = replace(begin, training=training, family=composed)
+    yield from named_messages(begin, tensors, parts, layout, dropped=others)
 
 
 def _file_of(source: Path) -> Path:

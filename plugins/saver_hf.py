@@ -78,7 +78,9 @@ class HfSaver:
 
 
 def _auto_class(model: Model) -> str:
-    return "AutoModelForImageTextToText" if "vision" in model.begin.parts else "AutoModelForCausalLM"
+    return (
+        "AutoModelForImageTextToText" if "vision" in model.begin.parts else "AutoModelForCausalLM"
+    )
 
 
 def parse_size(text: str) -> int:

@@ -87,7 +87,12 @@ def _state(
             )
         return dict(model.passthrough), model.passthrough, ()
     spec = model.spec
-    family = family_named(spec.family)
+    family = family_named(model.family)
+    if layout == "core" and family.composition is not None:
+        raise SchemaError(
+            f"a {family.name} under Megatron's names is no single state dict; use --to llava "
+            "--ckpt-format torch"
+        )
     if layout != "core":
         tensors, dropped = named_tensors(model, family.layout("hf"))
         return dict(tensors), tensors, dropped

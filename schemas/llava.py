@@ -287,9 +287,7 @@ def _vision_from_config(config: Mapping[str, Any], of_llava: Mapping[str, Any]) 
     sizes = {attribute: values[key] for key, attribute in _VISION_FIELDS}
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     if hidden % heads:
-        raise SchemaError(
-            f"vision_config: hidden_size {hidden} does not divide over {heads} heads"
-        )
+        raise SchemaError(f"vision_config: hidden_size {hidden} does not divide over {heads} heads")
     if values["num_channels"] != 3:
         raise SchemaError(
             f"vision_config: {values['num_channels']} channels per pixel, expected 3: Megatron's "

@@ -54,7 +54,9 @@ LANGUAGES: Mapping[str, Named] = {
     "llama3.1_8b": Named("llama", _SILU, 14336, 32, 4096, _projection("LayerNorm", bias=True)),
     "llama3.1_70B": Named("llama", _SILU, 28672, 80, 0, {}),
     "mistral_7b": Named("mistral", _SILU, 14336, 32, 14336, _projection("none")),
-    "nemotron5-8b": Named("gpt", _SQUARED, 21504, None, 21504, _projection(activation="squared_relu")),
+    "nemotron5-8b": Named(
+        "gpt", _SQUARED, 21504, None, 21504, _projection(activation="squared_relu")
+    ),
     "yi-34b": Named("llama", _SILU, 20480, 60, 20480, _projection("LayerNorm")),
     "qwen2.0_72B": Named("qwen2", _QWEN, 29568, 80, 29568, _projection("LayerNorm")),
     "qwen2.5_7B": Named("qwen2", _QWEN, 18944, 28, 3584, _projection()),
@@ -190,7 +192,8 @@ def _vision(
     else:
         patch = round((shapes.whole(f"{VISION_MODEL}embedder.weight")[1] / 3) ** 0.5)
         positions = shapes.whole(f"{VISION_MODEL}position_embeddings")[1]
-    token = shapes.shapes.get(f"{VISION_MODEL}class_token", (0, 0))
+    token = shapes.shapes.get(f"{VISION_MODEL}class_token", ())
+    tokens = token[-2] if tower.class_tokens and len(token) > 1 else tower.class_tokens
     known = config["vision"] if config and config["vision"].family == name else None
     channels = noted["kv_channels"] if noted else known.kv_channels if known else tower.kv_channels
     # InternViT is padded with heads that count for nothing; the true ones are as wide as the model.
@@ -202,10 +205,9 @@ def _vision(
         )
     images = {key: args.get(key) for key in ("img_h", "img_w")}
     extra: dict[str, Any] = {
-        "class_tokens": token[-2],
-        "post_norm": f"{VISION_MODEL}ln_post.weight" in shapes.shapes,
-        "normed_features": f"{VISION_MODEL}ln_post.weight" in shapes.shapes,
-        "select": "default" if args.get("disable_vision_class_token") and token[-2] else "full",
+        "class_tokens": tokens,
+        "normed_features": tower.post_norm,
+        "select": "default" if args.get("disable_vision_class_token") and tokens else "full",
     }
     if images["img_h"] and images["img_h"] == images["img_w"]:
         extra["image_size"] = images["img_h"]
@@ -276,9 +278,7 @@ def _projected(
     )
 
 
-def llava_args(
-    parts: Parts, source: Mapping[str, Any], note: Mapping[str, Any]
-) -> dict[str, Any]:
+def llava_args(parts: Parts, source: Mapping[str, Any], note: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of ``args`` that a LLaVA has besides those of its language model.
 
     ``note`` is the entry that the language model has already.
@@ -345,7 +345,9 @@ def notes(parts: Parts) -> Iterator[str]:
     elif vision.norm_epsilon != parts["language"].norm_epsilon:
         theirs = parts["language"].norm_epsilon
         wanted["layernorm_epsilon"] = (theirs, vision.norm_epsilon)
-    changed = [f"{key} {here} (not {there})" for key, (there, here) in wanted.items() if there != here]
+    changed = [
+        f"{key} {here} (not {there})" for key, (there, here) in wanted.items() if there != here
+    ]
     if changed:
         yield (
             f"examples/multimodal/config.py fixes the tower {vision.family}: set "

@@ -37,9 +37,7 @@ def parts_of(
     """Return the dimensions of all parts, and how many heads of InternViT count for nothing."""
     args = checkpoint.args
     try:
-        vision = llava_args.vision_parts(
-            args, checkpoint.weights, checkpoint.cut, config, language
-        )
+        vision = llava_args.vision_parts(args, checkpoint.weights, checkpoint.cut, config, language)
     except SchemaError as error:
         raise SchemaError(f"{checkpoint.place}: {error}") from error
     shapes = {name: tensor.shape for name, tensor in checkpoint.weights.items()}

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -24,6 +25,30 @@ LAYOUTS = {
     "pp2": Layout(pp=2),
     "tp2-pp2": Layout(tp=2, pp=2),
 }
+
+
+# What two of three axes have not met elsewhere; the full suite has all of it.
+EVERYDAY = {
+    ("clip", "tp1", "torch"),
+    ("clip", "tp2-pp2", "torch_dist"),
+    ("siglip", "tp2", "torch_dist"),
+    ("siglip", "tp2-pp2", "torch"),
+}
+GRID = [
+    pytest.param(*one, marks=[] if one in EVERYDAY else [pytest.mark.full])
+    for one in product(("clip", "siglip"), LAYOUTS, FORMATS)
+]
+EVERYDAY_TOWERS = {
+    ("clip", "local"),
+    ("siglip", "te"),
+    ("internvit", "te"),
+    ("radio", "local"),
+    ("radio-g", "te"),
+}
+TOWERS = [
+    pytest.param(*one, marks=[] if one in EVERYDAY_TOWERS else [pytest.mark.full])
+    for one in product(llava.TOWERS, IMPLEMENTATIONS)
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +74,7 @@ def same(found, expected):
         assert difference(here[..., :rows], there[..., :rows]) <= CLOSE, name
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize(("tower", "layout", "format"), GRID)
 def test_megatron_computes_what_transformers_does(tower, layout, format, source_of, tmp_path):
     directory, config, expected = source_of(tower)
     layout = LAYOUTS[layout]
@@ -68,9 +91,7 @@ def written_by_megatron(tower, config, layout, directory, format, **args):
     return llava.megatron_writes(model, layout, directory, format=format, args=args)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize(("tower", "layout", "format"), GRID)
 def test_transformers_computes_what_megatron_does(tower, layout, format, source_of, tmp_path):
     _, config, _ = source_of(tower)
     layout = LAYOUTS[layout]
@@ -87,14 +108,11 @@ def held(directory):
     files = sorted(directory.rglob("model_optim_rng.pt"))
     models = {f.parent.name: torch.load(f, weights_only=False)["model"] for f in files}
     return {
-        (rank, name): tensor
-        for rank, model in models.items()
-        for name, tensor in model.items()
+        (rank, name): tensor for rank, model in models.items() for name, tensor in model.items()
     }
 
 
-@pytest.mark.parametrize("layers", ["te", "local"])
-@pytest.mark.parametrize("tower", llava.TOWERS)
+@pytest.mark.parametrize(("tower", "layers"), TOWERS)
 def test_our_ranks_hold_what_megatrons_hold(tower, layers, tmp_path):
     """Megatron writes one model in three ways; cutting one of them anew gives the others."""
     model = llava.tower(tower, local_layers=layers == "local", projection_norm=layers == "te")
@@ -122,7 +140,10 @@ def test_our_ranks_hold_what_megatrons_hold(tower, layers, tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("language", ["mistral", "qwen2", "qwen2-tied"])
+@pytest.mark.parametrize(
+    "language",
+    [*(pytest.param(one, marks=pytest.mark.full) for one in ("mistral", "qwen2")), "qwen2-tied"],
+)
 def test_languages_go_there_and_come_back(language, source_of, tmp_path):
     directory, config, expected = source_of("clip", language)
     layout = LAYOUTS["tp2-pp2"]
@@ -198,11 +219,15 @@ def test_heads_that_do_not_divide_are_padded_with_zeros(tmp_path):
         ("q_layernorm.weight", 0, 128),
         ("linear_proj.weight", 1, 128),
     ):
-        joined = torch.cat([ours[rank, prefix + name] for rank in ("mp_rank_00", "mp_rank_01")], axis)
+        joined = torch.cat(
+            [ours[rank, prefix + name] for rank in ("mp_rank_00", "mp_rank_01")], axis
+        )
         assert torch.equal(joined.narrow(axis, 0, 3 * each), one["mp_rank_00", prefix + name])
         assert not joined.narrow(axis, 3 * each, each).any()
     # Back again, and Megatron's own with heads of anything: they are cut and named.
-    facts = convert(tmp_path / "two", tmp_path / "back", "llava", ckpt_format="torch", **sizes(Layout()))
+    facts = convert(
+        tmp_path / "two", tmp_path / "back", "llava", ckpt_format="torch", **sizes(Layout())
+    )
     assert {drop["reason"] for drop in facts.dropped} >= {"dummy heads, which Megatron zeroes"}
     back = held(tmp_path / "back")
     assert back.keys() == one.keys()
@@ -214,7 +239,9 @@ def converters_names(tower, state):
 
     NVIDIA/Megatron-LM tools/checkpoint/{saver_hf_llava,schema_hf}.py @ core_v0.16.1.
     """
-    vision = {n.removeprefix("vision_model."): t for n, t in state.items() if n.startswith("vision_")}
+    vision = {
+        n.removeprefix("vision_model."): t for n, t in state.items() if n.startswith("vision_")
+    }
     heads = 2
 
     def apart(fused):
@@ -248,7 +275,9 @@ def converters_names(tower, state):
     norms = ("layer_norm1", "layer_norm2") if tower == "siglip" else ("norm1", "norm2")
     for layer in range(2):
         here = f"decoder.layers.{layer}."
-        there = root + (f"model.blocks.{layer}." if tower == "radio" else f"encoder.layers.{layer}.")
+        there = root + (
+            f"model.blocks.{layer}." if tower == "radio" else f"encoder.layers.{layer}."
+        )
         fused = tower != "internvit"
         places = (
             ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_")
@@ -260,7 +289,9 @@ def converters_names(tower, state):
                 if here + place + kind in vision:
                     found[f"{there}{norm}.{kind}"] = vision[here + place + kind]
             for number in (1, 2):
-                found[f"{there}mlp.fc{number}.{kind}"] = vision[f"{here}mlp.linear_fc{number}.{kind}"]
+                found[f"{there}mlp.fc{number}.{kind}"] = vision[
+                    f"{here}mlp.linear_fc{number}.{kind}"
+                ]
             out = "self_attn.out_proj" if tower == "siglip" else "attn.proj"
             found[f"{there}{out}.{kind}"] = vision[f"{here}self_attention.linear_proj.{kind}"]
             qkv = vision.get(f"{here}self_attention.linear_qkv.{kind}")
@@ -308,8 +339,12 @@ def language_names(state):
             f"{new}self_attn.k_proj.weight": groups[:, 2].reshape(32, 64),
             f"{new}self_attn.v_proj.weight": groups[:, 3].reshape(32, 64),
             f"{new}self_attn.o_proj.weight": state[f"{old}self_attention.linear_proj.weight"],
-            f"{new}input_layernorm.weight": state[f"{old}self_attention.linear_qkv.layer_norm_weight"],
-            f"{new}post_attention_layernorm.weight": state[f"{old}mlp.linear_fc1.layer_norm_weight"],
+            f"{new}input_layernorm.weight": state[
+                f"{old}self_attention.linear_qkv.layer_norm_weight"
+            ],
+            f"{new}post_attention_layernorm.weight": state[
+                f"{old}mlp.linear_fc1.layer_norm_weight"
+            ],
             f"{new}mlp.gate_proj.weight": gate,
             f"{new}mlp.up_proj.weight": up,
             f"{new}mlp.down_proj.weight": state[f"{old}mlp.linear_fc2.weight"],
@@ -334,7 +369,9 @@ def test_names_of_megatrons_converter(tower, source_of, tmp_path):
         assert found[name].dtype == tensor.dtype
     # Megatron's saver writes one pickle and no config: that of the language model says the rest.
     (tmp_path / "bin").mkdir()
-    torch.save({n: t.clone() for n, t in vocabulary.items()}, tmp_path / "bin" / "pytorch_model.bin")
+    torch.save(
+        {n: t.clone() for n, t in vocabulary.items()}, tmp_path / "bin" / "pytorch_model.bin"
+    )
     text = tmp_path / "text"
     text.mkdir()
     config = {"architectures": ["LlamaForCausalLM"], **source_of("clip")[1].text_config.to_dict()}

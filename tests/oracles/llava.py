@@ -77,7 +77,9 @@ def config(tower: str, language: str = "llama", **changes: Any) -> LlavaConfig:
         "image_seq_length": 16,
         **changes,
     }
-    return LlavaConfig(vision_config=vision(**_VISION, **sizes), text_config=text(**_TEXT, **more), **values)
+    return LlavaConfig(
+        vision_config=vision(**_VISION, **sizes), text_config=text(**_TEXT, **more), **values
+    )
 
 
 def write(directory: Path, config: LlavaConfig, *, seed: int = 0) -> LlavaConfig:
@@ -180,7 +182,9 @@ _CHANNELS = {"internvit": 128, "radio": 80, "siglip": 72}
 TOWERS = ("clip", "siglip", "internvit", "internvit300M", "radio", "radio-g", "cradio-g")
 
 
-def tower(name: str, *, heads: int = 2, stored_heads: int | None = None, **changes: Any) -> LlavaModel:
+def tower(
+    name: str, *, heads: int = 2, stored_heads: int | None = None, **changes: Any
+) -> LlavaModel:
     """Return a tiny Megatron model with a tower; it may store more heads than count."""
     channels = _CHANNELS.get(name, 64)
     vision = {
