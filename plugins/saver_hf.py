@@ -160,6 +160,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
 
 
 def weight_files(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[FilePlan]:
+    """Yield the safetensors files of a model, each of ``limit`` bytes at most, and their index."""
     shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

@@ -23,8 +23,7 @@ from ckptx.hookspecs import hookimpl
 from ckptx.lazy import Shape
 from ckptx.schema import Composition, Family, Layout, Parts, Section
 from ckptx.schemas.blocks import hf_decoder
-from ckptx.schemas.core import STYLES, Style, extra_states, mcore_gpt
-from ckptx.schemas.core import ExtraState
+from ckptx.schemas.core import STYLES, ExtraState, Style, extra_states, mcore_gpt
 from ckptx.schemas.hf import FAMILIES, config_from_spec, differences, merge_config, spec_from_config
 from ckptx.schemas.vision import (
     EMBEDDINGS,
@@ -41,7 +40,7 @@ from ckptx.spec import ModelSpec
 
 LANGUAGE = "language_model."
 CONVERTER = "hf_llava"
-"""The convention of the names that Megatron's converter gives such a model in Hugging Face files."""
+"""The convention of Megatron's own names for such a model in Hugging Face files."""
 LANGUAGES = ("llama", "mistral", "qwen2", "qwen3")
 """Families that the language model can be of."""
 

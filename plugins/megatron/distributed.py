@@ -224,7 +224,7 @@ def _unstacked(tensors: Mapping[str, LazyTensor], parts: Parts) -> dict[str, Laz
     named = {}
     for name, tensor in tensors.items():
         model, stack, rest = name.partition(_STACK)
-        part = _STACKED_IN.get(model)
+        part = _STACKED_IN.get(model, "")
         if not stack or part not in parts or rest.partition(".")[0].isdigit():
             named[name] = tensor
             continue

@@ -16,6 +16,7 @@ from ckptx.protocol import Dropped, Tensors
 from ckptx.saving import Model, leave_unused
 from ckptx.schema import Parts
 from ckptx.schemas import llava_args
+from ckptx.schemas.args import NOTE
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import VISION_LAYER
 
@@ -95,7 +96,7 @@ def with_dummies(model: Model, tp: int) -> tuple[str, ...]:
     model.begin = replace(model.begin, parts=stored_parts(model.parts, dummies))
     note = (
         f"{tower.num_attention_heads} heads of internvit do not divide over tensor-parallel size "
-        f"{tp}: {dummies} heads of zeros were added, as Megatron's examples expect"
+        f"{tp}: as Megatron's examples expect, heads of zeros were added, {dummies} of them"
     )
     return (note,)
 
@@ -151,6 +152,6 @@ def args_of_parts(
     parts: Parts, args: Mapping[str, Any], source: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Return ``args`` of the language model with those of the other parts added."""
-    note = args.get(llava_args.NOTE) or {}
+    note = args.get(NOTE) or {}
     use_te = args["transformer_impl"] == "transformer_engine"
     return {**args, **llava_args.llava_args(parts, source or {}, note), "use_te": use_te}
