@@ -246,6 +246,17 @@ class Cast(LazyTensor):
     base: LazyTensor
 
 
+@dataclass(frozen=True, slots=True)
+class Computed(LazyTensor):
+    """A tensor that is computed from others; `ckptx.compute` knows how, by the name in ``op``."""
+
+    dtype: str
+    shape: Shape
+    op: str
+    inputs: tuple[LazyTensor, ...]
+    params: tuple[int, ...] = ()
+
+
 def contiguous_strides(shape: Shape) -> Shape:
     """Return the strides, in elements, of a row-major tensor.
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckptx import manager
+from ckptx import manager, quantised
 from ckptx.errors import FormatError, SchemaError
 from ckptx.lazy import LazyTensor
 from ckptx.loading import drop_ignored, main_dtype, messages_of, passthrough, resolve_tie
@@ -102,12 +102,16 @@ def family_named(name: str) -> Family:
 
 
 def hf_messages(
-    begin: Begin, tensors: Mapping[str, LazyTensor], notes: tuple[str, ...] = ()
+    begin: Begin,
+    tensors: Mapping[str, LazyTensor],
+    notes: tuple[str, ...] = (),
+    dtype: str | None = None,
 ) -> Iterator[Message]:
     """Yield the messages of a model whose tensors have Hugging Face's names.
 
     The config among the sidecars of ``begin`` says which model it is, and completes ``begin``.
     Without one, or of an unknown architecture, tensors pass through. ``notes`` go before others.
+    Quantised weights are dequantised to ``dtype``, by default to the one that the config names.
 
     Raises:
         SchemaError: tensors are missing, left over, or not of the shapes that the config says.
@@ -121,6 +125,11 @@ def hf_messages(
         note = f"{', '.join(named)}: no schema, tensors pass through by name"
         yield End(notes=(*notes, note))
         return
+    before, tensors = tensors, quantised.dequantise(tensors, config, dtype)
+    if len(tensors) < len(before):
+        plain = {key: value for key, value in config.items() if key != quantised.KEY}
+        begin = replace(begin, sidecars={**begin.sidecars, CONFIG: dump_config(plain)})
+        notes = (*notes, f"{quantised.KEY} was taken out of {CONFIG}: no weight is quantised now")
     composed = family.name if family.composition else ""
     parts = parts_from_config(family, config)
     yield from named_messages(

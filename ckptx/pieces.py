@@ -12,9 +12,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ckptx.compute import needs
 from ckptx.lazy import (
     Box,
     Cast,
+    Computed,
     LazyTensor,
     Merged,
     Permuted,
@@ -31,7 +33,8 @@ from ckptx.lazy import (
 class Piece:
     """A rectangle of a leaf and its place in the buffer of the box that was asked for.
 
-    ``leaf`` is a `Stored`, `Filled` or `Cast` tensor, already cut to the rectangle.
+    ``leaf`` is a `Stored`, `Filled` or `Cast` tensor, already cut to the rectangle, or a `Sliced`
+    one: a box of a `Computed` tensor.
     ``offset`` and ``strides`` count elements of the buffer, one stride per axis of the leaf.
     """
 
@@ -59,6 +62,9 @@ def leaves(tensor: LazyTensor) -> Iterator[LazyTensor]:
         match piece.leaf:
             case Cast(base=base):
                 yield from leaves(base)
+            case Sliced(base=Computed() as base, box=box):
+                for source, needed in zip(base.inputs, needs(base, box), strict=True):
+                    yield from leaves(cut(source, needed))
             case leaf:
                 yield leaf
 
@@ -100,11 +106,18 @@ def _pieces(
             yield from _split_pieces(tensor, box, offset, strides, copies)
         case Merged():
             yield from _merged_pieces(tensor, box, offset, strides, copies)
+        case Computed():
+            lengths = tuple(stop - start for start, stop in box)
+            yield Piece(Sliced(tensor.dtype, lengths, tensor, box), offset, strides)
         case _:
-            leaf = tensor
-            for axis, (start, stop) in enumerate(box):
-                leaf = leaf.narrow(axis, start, stop)
-            yield Piece(leaf, offset, strides)
+            yield Piece(cut(tensor, box), offset, strides)
+
+
+def cut(tensor: LazyTensor, box: Box) -> LazyTensor:
+    """Return a box of a tensor as a tensor."""
+    for axis, (start, stop) in enumerate(box):
+        tensor = tensor.narrow(axis, start, stop)
+    return tensor
 
 
 def _split_pieces(

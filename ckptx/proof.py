@@ -15,10 +15,12 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
+from ckptx.compute import OPERATIONS
 from ckptx.errors import PlanError, listing
 from ckptx.lazy import (
     ITEMSIZE,
     Cast,
+    Computed,
     Filled,
     LazyTensor,
     Merged,
@@ -51,6 +53,8 @@ class Proof:
     sources: int = 0
     casts: dict[str, list[str]] = field(default_factory=dict)
     """``"float32 -> bfloat16"`` to the tensors it applies to; widening casts are exact."""
+    computed: dict[str, list[str]] = field(default_factory=dict)
+    """What was computed to the tensors it applies to, as ``"float8_e4m3fn * float32 -> ..."``."""
     filled: dict[str, int] = field(default_factory=dict)
     """Tensor to the number of elements that no source holds."""
     replicas: int = 0
@@ -59,12 +63,13 @@ class Proof:
 
     @property
     def inexact(self) -> dict[str, list[str]]:
-        """The casts that can change a value."""
-        return {
+        """The computations, and the casts that can change a value."""
+        casts = {
             step: names
             for step, names in self.casts.items()
             if not is_widening(*step.split(" -> "))
         }
+        return self.computed | casts
 
 
 def prove(plan: SavePlan, begin: Begin, end: End) -> Proof:
@@ -115,6 +120,10 @@ def _operations(tensor: LazyTensor) -> Iterator[str]:
         case Sliced() | Permuted() | Split() | Merged():
             yield _VIEWS[type(tensor)]
             yield from _operations(tensor.base)
+        case Computed(inputs=inputs):
+            yield f"compute {OPERATIONS[tensor.op].label(tensor)}"
+            for source in inputs:
+                yield from _operations(source)
         case Filled():
             yield "fill"
 
@@ -166,8 +175,10 @@ def _account(name: str, tensor: LazyTensor, proof: Proof) -> Iterator[Stored]:
         yield tensor
         return
     for step in operations(tensor):
-        if step.startswith("cast "):
-            proof.casts.setdefault(step.removeprefix("cast "), []).append(name)
+        kind, _, what = step.partition(" ")
+        if kind in ("cast", "compute"):
+            listed = proof.casts if kind == "cast" else proof.computed
+            listed.setdefault(what, []).append(name)
     proof.replicas += _replicas(tensor)
     for leaf in leaves(tensor):
         if isinstance(leaf, Stored):
@@ -186,6 +197,8 @@ def _replicas(tensor: LazyTensor) -> int:
             return sum(_replicas(part) for _, part in tiles)
         case Cast() | Sliced() | Permuted() | Split() | Merged():
             return _replicas(tensor.base)
+        case Computed(inputs=inputs):
+            return sum(map(_replicas, inputs))
     return 0
 
 

@@ -25,9 +25,21 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptx.compute import OPERATIONS, needs
 from ckptx.errors import ConversionError
-from ckptx.lazy import ITEMSIZE, Box, Cast, Filled, LazyTensor, Shape, Stored, contiguous_strides
-from ckptx.pieces import flat_boxes, pieces
+from ckptx.lazy import (
+    ITEMSIZE,
+    Box,
+    Cast,
+    Computed,
+    Filled,
+    LazyTensor,
+    Shape,
+    Sliced,
+    Stored,
+    contiguous_strides,
+)
+from ckptx.pieces import cut, flat_boxes, pieces
 
 WINDOW = 40 << 20
 """Most bytes that one read of a strided rectangle covers."""
@@ -169,6 +181,9 @@ class Gather:
                     view[...] = leaf.value
                 case Cast():
                     self._add_cast(leaf, strides, offset, buffer)
+                case Sliced(base=Computed() as base, box=inside):
+                    target = _view(buffer, leaf.shape, strides, offset, numpy_dtype(leaf.dtype))
+                    self._add_computed(base, inside, target)
 
     def run(self) -> None:
         """Read everything that was asked for; the buffers are then complete."""
@@ -201,6 +216,21 @@ class Gather:
                 np.copyto(target, values, casting="unsafe")
 
         self._after.append(convert)
+
+    def _add_computed(self, tensor: Computed, box: Box, target: NDArray[Any]) -> None:
+        inputs: list[NDArray[Any]] = []
+        for source, needed in zip(tensor.inputs, needs(tensor, box), strict=True):
+            part = cut(source, needed)
+            held = np.empty(part.nbytes, np.uint8)
+            self.add_box(part, tuple((0, n) for n in part.shape), held)
+            inputs.append(held.view(numpy_dtype(part.dtype)).reshape(part.shape))
+
+        def compute() -> None:
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                values = OPERATIONS[tensor.op].evaluate(tensor, box, inputs)
+                np.copyto(target, values, casting="unsafe")
+
+        self._after.append(compute)
 
     def _read_run(self, request: _Request) -> None:
         start = request.target

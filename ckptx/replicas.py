@@ -16,6 +16,7 @@ from ckptx.errors import ConversionError, PlanError
 from ckptx.lazy import (
     ITEMSIZE,
     Cast,
+    Computed,
     LazyTensor,
     Merged,
     Permuted,
@@ -67,6 +68,9 @@ def _replicated(tensor: LazyTensor) -> Iterator[Replicated]:
                 yield from _replicated(part)
         case Cast() | Sliced() | Permuted() | Split() | Merged():
             yield from _replicated(tensor.base)
+        case Computed(inputs=inputs):
+            for source in inputs:
+                yield from _replicated(source)
 
 
 def _ranges(node: Replicated, mode: str) -> Iterator[tuple[int, int]]:

@@ -56,7 +56,7 @@ class HfLoader:
             sidecars={**sidecars(directory), **base_sidecars(options)},
             training={"iteration": "release"},
         )
-        yield from hf_messages(begin, weights.tensors, filled)
+        yield from hf_messages(begin, weights.tensors, filled, options.get("dtype"))
 
 
 @hookimpl
