@@ -142,7 +142,12 @@ def test_every_option_of_megatrons_converter_is_explained():
 def test_options_called_accepted_are_accepted():
     command = conversion.convert_command("long")
     known = {word for option in command.params for word in option.opts}
-    for kind, name in (("loader", "core"), ("loader", "llama_mistral"), ("saver", "core")):
+    for kind, name in (
+        ("loader", "core"),
+        ("loader", "llama_mistral"),
+        ("loader", "llava"),
+        ("saver", "core"),
+    ):
         known |= {word for o in getattr(manager, kind)(name).options() for word in o.opts}
     rows = re.findall(
         r"^\| (`--.*?) \|.*\| (\w[\w ]*) \|$", DOCS["docs/from-megatron.md"], re.MULTILINE

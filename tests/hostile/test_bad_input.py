@@ -713,7 +713,7 @@ class TestPlugins:
         }
         assert f"unknown {role} 'quux'; known {role}s: {known[role]}" in reason
 
-    @pytest.mark.parametrize("name", ["gguf", "deepspeed", "llava", "megatron"])
+    @pytest.mark.parametrize("name", ["gguf", "deepspeed", "lora", "megatron"])
     def test_format_that_is_recognised_and_not_there_yet(self, name, user):
         reason = user.cannot_convert(name)
         assert f"saver '{name}': ckptx knows of this format" in reason
