@@ -10,7 +10,7 @@ from ckptx import parallel
 from ckptx.errors import PlanError, SchemaError
 from ckptx.lazy import Filled, LazyTensor, concat
 from ckptx.model_directory import family_named
-from ckptx.parallel import Chunk
+from ckptx.parallel import Chunk, Pipeline
 from ckptx.plugins.megatron.source import Source
 from ckptx.protocol import Dropped, Tensors
 from ckptx.saving import Model, leave_unused
@@ -37,6 +37,14 @@ def parts_of(
 ) -> tuple[dict[str, ModelSpec], int]:
     """Return the dimensions of all parts, and how many heads of InternViT count for nothing."""
     args = checkpoint.args
+    stages = args.get("encoder_pipeline_model_parallel_size")
+    size = args.get("encoder_tensor_model_parallel_size")
+    if stages or (size and size != (args.get("tensor_model_parallel_size") or 1)):
+        raise SchemaError(
+            f"{checkpoint.place}: the tower has parallel sizes of its own (encoder_tensor_model_"
+            f"parallel_size {size}, encoder_pipeline_model_parallel_size {stages}), which ckptx "
+            "does not read; save it again with the language model's"
+        )
     try:
         vision = llava_args.vision_parts(args, checkpoint.weights, checkpoint.cut, config, language)
     except SchemaError as error:
@@ -106,13 +114,18 @@ def _padded(tensor: LazyTensor, axis: int, count: int) -> LazyTensor:
     return concat([tensor, Filled(tensor.dtype, shape)], axis)
 
 
-def prepare(model: Model, tp: int) -> tuple[tuple[Dropped, ...], tuple[str, ...]]:
+def prepare(model: Model, tp: int, pipeline: Pipeline) -> tuple[tuple[Dropped, ...], tuple[str, ...]]:
     """Make a model what Megatron's LLaVAModel can hold; return what was left out, and remarks.
 
     Raises:
         SchemaError: it cannot be one.
-        PlanError: ``tp`` does not divide a part.
+        PlanError: ``tp`` does not divide a part, or there are virtual stages.
     """
+    if any(chunk.vpp_rank for chunk in pipeline.chunks(model.spec.num_layers)):
+        raise PlanError(
+            "virtual stages were asked for: Megatron's LLaVA (examples/multimodal/model.py, to core "
+            "0.16) has none; give --vpp 1"
+        )
     if problems := llava_args.inexpressible(model.parts):
         raise SchemaError(f"Megatron's LLaVA cannot be: {'; '.join(problems)}")
     family = family_named(FAMILY)

@@ -117,6 +117,7 @@ def test_missing_tensor(name, user, model):
     [
         (("--tp", "4"), "size 4 does not divide the tower's num_attention_heads 2"),
         (("--pp", "3"), "4 layers do not fit pipeline size 3"),
+        (("--pp", "2", "--vpp", "2"), "virtual stages were asked for: Megatron's LLaVA"),
     ],
 )
 def test_sizes_that_do_not_divide(options, reason, user, model):
@@ -152,6 +153,8 @@ def with_another_projection(state):
     ("edit", "reason"),
     [
         (with_args(vision_model_type="dinov2"), "'dinov2' is no vision tower that ckptx knows"),
+        (with_args(encoder_pipeline_model_parallel_size=1), "the tower has parallel sizes of its"),
+        (with_args(encoder_tensor_model_parallel_size=2), "the tower has parallel sizes of its"),
         (with_args(vision_model_type="siglip"), "mp_rank_00: vision_model.conv1.bias"),
         (without("vision_model.ln_pre.bias"), "missing: 'mp_rank_00: vision_model.ln_pre.bias'"),
         (
