@@ -118,6 +118,10 @@ def projection_norm(spec: ModelSpec) -> bool:
     return spec.normalization != "none"
 
 
+def _no_norm(spec: ModelSpec) -> bool:
+    return not projection_norm(spec)
+
+
 def biased(spec: ModelSpec) -> bool:
     """Whether all linear layers have a bias."""
     return spec.add_bias_linear
@@ -292,7 +296,10 @@ def megatron_states(style: Style) -> Iterator[ExtraState]:
         if state.message.startswith("transformer layer") and state.layers is not moe:
             yield replace(state, message=VISION_LAYER, module=VISION_MODEL + state.module)
     for module in ("linear_fc1", "linear_fc2"):
-        yield ExtraState(PROJECTION, VISION_PROJECTION + module, engine, two_layers)
+        # With a norm before it the projection is Transformer Engine's, whatever the layers are.
+        place = VISION_PROJECTION + module
+        yield ExtraState(PROJECTION, place, True, both(two_layers, projection_norm))
+        yield ExtraState(PROJECTION, place, engine, both(two_layers, _no_norm))
     yield ExtraState(PROJECTION, VISION_PROJECTION.removesuffix("."), engine, one_layer)
 
 

@@ -114,7 +114,9 @@ def _padded(tensor: LazyTensor, axis: int, count: int) -> LazyTensor:
     return concat([tensor, Filled(tensor.dtype, shape)], axis)
 
 
-def prepare(model: Model, tp: int, pipeline: Pipeline) -> tuple[tuple[Dropped, ...], tuple[str, ...]]:
+def prepare(
+    model: Model, tp: int, pipeline: Pipeline
+) -> tuple[tuple[Dropped, ...], tuple[str, ...]]:
     """Make a model what Megatron's LLaVAModel can hold; return what was left out, and remarks.
 
     Raises:

@@ -115,7 +115,7 @@ def held(directory):
 @pytest.mark.parametrize(("tower", "layers"), TOWERS)
 def test_our_ranks_hold_what_megatrons_hold(tower, layers, tmp_path):
     """Megatron writes one model in three ways; cutting one of them anew gives the others."""
-    model = llava.tower(tower, local_layers=layers == "local", projection_norm=layers == "te")
+    model = llava.tower(tower, local_layers=layers == "local", projection_norm=tower != "clip")
     two = replace(model, gpt={**model.gpt, "vocab_size": 256})
     for name, layout, format in (
         ("whole", Layout(), "torch_dist"),
