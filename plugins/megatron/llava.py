@@ -125,8 +125,8 @@ def prepare(
     """
     if any(chunk.vpp_rank for chunk in pipeline.chunks(model.spec.num_layers)):
         raise PlanError(
-            "virtual stages were asked for: Megatron's LLaVA (examples/multimodal/model.py, to core "
-            "0.16) has none; give --vpp 1"
+            "virtual stages were asked for: Megatron's LLaVA has none "
+            "(examples/multimodal/model.py, to core 0.16); give --vpp 1"
         )
     if problems := llava_args.inexpressible(model.parts):
         raise SchemaError(f"Megatron's LLaVA cannot be: {'; '.join(problems)}")

@@ -117,7 +117,7 @@ def test_missing_tensor(name, user, model):
     [
         (("--tp", "4"), "size 4 does not divide the tower's num_attention_heads 2"),
         (("--pp", "3"), "4 layers do not fit pipeline size 3"),
-        (("--pp", "2", "--vpp", "2"), "virtual stages were asked for: Megatron's LLaVA"),
+        (("--pp", "2", "--vpp", "2"), "virtual stages were asked for: Megatron's LLaVA has none"),
     ],
 )
 def test_sizes_that_do_not_divide(options, reason, user, model):
