@@ -14,7 +14,7 @@ from ckptx.errors import SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor
 from ckptx.loading import main_dtype
-from ckptx.model_directory import family_named
+from ckptx.model_directory import family_named, hf_tensors
 from ckptx.parallel import Pipeline
 from ckptx.plan import SavePlan, literal_files
 from ckptx.plugin import Saver
@@ -94,7 +94,7 @@ def _state(
             "--ckpt-format torch"
         )
     if layout != "core":
-        tensors, dropped = named_tensors(model, family.layout("hf"))
+        tensors, dropped = hf_tensors(model)
         return dict(tensors), tensors, dropped
     tensors, dropped = named_tensors(model, family.layout("mcore"))
     rows = model.messages["embeddings"]["word embeddings"].shape[0]

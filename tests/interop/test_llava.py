@@ -199,6 +199,17 @@ def test_every_spelling_is_read_and_the_hubs_is_written(tower, spelled, source_o
     same(llava.computed(tmp_path / "again"), expected)
 
 
+def test_state_dict_in_one_file(source_of, tmp_path):
+    directory, config, expected = source_of("siglip")
+    convert(directory, tmp_path / "file", "pytorch")
+    found = torch.load(tmp_path / "file" / "model.pt", weights_only=True)
+    weights = hf.weights(directory)
+    assert sorted(found) == sorted(map(as_on_the_hub, weights))
+    assert all(torch.equal(found[as_on_the_hub(name)], one) for name, one in weights.items())
+    convert(tmp_path / "file", tmp_path / "core", "llava")
+    same(llava.megatron_reads(llava.megatron(config), Layout(), tmp_path / "core"), expected)
+
+
 def test_heads_that_do_not_divide_are_padded_with_zeros(tmp_path):
     """InternViT's three heads on two ranks, as Megatron has its 25 on eight."""
     whole = llava.tower("internvit", heads=3)
