@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 from ckptx import manager
 from ckptx.compat import ModuleSaver
+from ckptx.containers.pickle_values import collector_paused
 from ckptx.errors import PluginError
 from ckptx.job import Job
 from ckptx.protocol import Begin, End, Message, Tensors
@@ -76,9 +77,10 @@ def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> tuple[Fact
         return _write_directly(saver, job, stream, line), ""
     from ckptx import manifest, proof, writer
 
-    plan = saver.plan(recast(stream, job), job.options(job.saver_options))
-    begin, end = stream.finish(job.saver)
-    proved = proof.prove(plan, begin, end)
+    with collector_paused():
+        plan = saver.plan(recast(stream, job), job.options(job.saver_options))
+        begin, end = stream.finish(job.saver)
+        proved = proof.prove(plan, begin, end)
     staging = Path(line.ask("planned", outline(plan)))
     written = writer.execute(plan, begin.files, staging, write_options(job), line.advance)
     line.flush()

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Protocol
-
-import ml_dtypes
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ckptx.errors import SchemaError
 from ckptx.lazy import Box, Computed, LazyTensor
+
+if TYPE_CHECKING:  # planning computes nothing, and needs no numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Operation(Protocol):
@@ -59,6 +59,8 @@ class Dequantise:
         self, tensor: Computed, box: Box, inputs: Sequence[NDArray[Any]]
     ) -> NDArray[np.float32]:
         """Return the product."""
+        import numpy as np
+
         codes, scales = inputs
         (top, bottom), (left, right) = box
         rows, columns = tensor.params
@@ -74,6 +76,9 @@ class Dequantise:
 @cache
 def _table(dtype: str) -> NDArray[np.float32]:
     """Return the value of every code: looking one up is faster than computing it."""
+    import ml_dtypes
+    import numpy as np
+
     codes = np.arange(256, dtype=np.uint8).view(getattr(ml_dtypes, dtype))
     table: NDArray[np.float32] = codes.astype(np.float32)
     return table

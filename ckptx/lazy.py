@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TypeAlias
 
 from ckptx.errors import PlanError
@@ -420,6 +421,22 @@ def replicated(copies: Sequence[LazyTensor]) -> LazyTensor:
     return distinct[0] if len(distinct) == 1 else Replicated(first.dtype, first.shape, distinct)
 
 
+def unstacked(tensor: LazyTensor) -> list[LazyTensor]:
+    """Return the slices of length one along the first axis, in one pass over what is stacked."""
+    match tensor:
+        case Tiled(tiles=tiles) if all(part.shape[0] == 1 for _, part in tiles):
+            rows: list[list[tuple[Shape, LazyTensor]]] = [[] for _ in range(tensor.shape[0])]
+            for origin, part in tiles:
+                rows[origin[0]].append(((0, *origin[1:]), part))
+            if all(rows):
+                return [_tiled((1, *tensor.shape[1:]), row) for row in rows]
+        case Cast(base=base):
+            return [row.cast(tensor.dtype) for row in unstacked(base)]
+        case Replicated(copies=copies):
+            return [replicated(rows) for rows in zip(*map(unstacked, copies), strict=True)]
+    return [tensor.narrow(0, row, row + 1) for row in range(tensor._length(0))]
+
+
 def interleave(parts: Sequence[LazyTensor], groups: int, axis: int = 0) -> LazyTensor:
     """Return the parts cut into ``groups`` equal pieces each, group by group along ``axis``.
 
@@ -478,6 +495,10 @@ def _narrow(tensor: LazyTensor, axis: int, start: int, stop: int) -> LazyTensor:
             return replicated([copy.narrow(axis, start, stop) for copy in tensor.copies])
         case Tiled():
             return _narrow_tiles(tensor, axis, start, stop, shape)
+        case Split(axis=split_axis) if (
+            axis == split_axis + 1 and tensor.shape[split_axis] == 1 and length
+        ):
+            return tensor.base.narrow(split_axis, start, stop).split(split_axis, length)
         case Split(axis=split_axis, inner=inner) if axis != split_axis + 1:
             # Cutting whole rows, or another axis, commutes with the split.
             if axis == split_axis:
@@ -496,8 +517,13 @@ def _narrow(tensor: LazyTensor, axis: int, start: int, stop: int) -> LazyTensor:
             box = (*tensor.box[:axis], (low + start, low + stop), *tensor.box[axis + 1 :])
             return Sliced(tensor.dtype, shape, tensor.base, box)
         case _:
-            box = tuple((start, stop) if a == axis else (0, n) for a, n in enumerate(tensor.shape))
-            return Sliced(tensor.dtype, shape, tensor, box)
+            return Sliced(tensor.dtype, shape, tensor, _box(tensor.shape, axis, start, stop))
+
+
+@lru_cache(maxsize=4096)
+def _box(shape: Shape, axis: int, start: int, stop: int) -> Box:
+    """Return the box that is cut along one axis; thousands of experts share it."""
+    return tuple((start, stop) if a == axis else (0, n) for a, n in enumerate(shape))
 
 
 def _narrow_tiles(tensor: Tiled, axis: int, start: int, stop: int, shape: Shape) -> LazyTensor:

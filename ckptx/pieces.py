@@ -17,6 +17,7 @@ from ckptx.lazy import (
     Box,
     Cast,
     Computed,
+    Filled,
     LazyTensor,
     Merged,
     Permuted,
@@ -24,6 +25,7 @@ from ckptx.lazy import (
     Shape,
     Sliced,
     Split,
+    Stored,
     Tiled,
     contiguous_strides,
 )
@@ -56,17 +58,37 @@ def pieces(tensor: LazyTensor, box: Box | None = None, *, copies: bool = False) 
         yield from _pieces(tensor, box, 0, contiguous_strides(lengths), copies)
 
 
-def leaves(tensor: LazyTensor) -> Iterator[LazyTensor]:
-    """Yield the stored and filled rectangles that a tensor reads, those below casts included."""
-    for piece in pieces(tensor, copies=True):
-        match piece.leaf:
-            case Cast(base=base):
-                yield from leaves(base)
-            case Sliced(base=Computed() as base, box=box):
-                for source, needed in zip(base.inputs, needs(base, box), strict=True):
-                    yield from leaves(cut(source, needed))
-            case leaf:
-                yield leaf
+def leaves(tensor: LazyTensor, *, computed: bool = True) -> Iterator[LazyTensor]:
+    """Yield the stored and filled rectangles that a tensor reads, in no particular order.
+
+    Those below casts are among them, and all copies of replicated tensors. Those below computed
+    tensors are, unless ``computed`` is off: then their boxes are yielded instead.
+    """
+    match tensor:
+        case Stored() | Filled():
+            if tensor.numel:
+                yield tensor
+        case Tiled(tiles=tiles):
+            for _, part in tiles:
+                yield from leaves(part, computed=computed)
+        case Replicated(copies=copies):
+            for copy in copies:
+                yield from leaves(copy, computed=computed)
+        case Computed():
+            whole = tuple((0, size) for size in tensor.shape)
+            box = Sliced(tensor.dtype, tensor.shape, tensor, whole)
+            yield from leaves(box, computed=computed)
+        case Cast() | Permuted() | Split() | Merged():
+            yield from leaves(tensor.base, computed=computed)
+        case Sliced(base=Computed() as base, box=inside):
+            if not computed:
+                yield tensor
+                return
+            for source, needed in zip(base.inputs, needs(base, inside), strict=True):
+                yield from leaves(cut(source, needed))
+        case _:
+            for piece in pieces(tensor, copies=True):
+                yield from leaves(piece.leaf, computed=computed)
 
 
 def _pieces(

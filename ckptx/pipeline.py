@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptx import children, manager
 from ckptx.compat import ModuleSaver
+from ckptx.containers.pickle_values import collector_paused
 from ckptx.errors import CkptxError, ConversionError, PlanError
 from ckptx.job import Job
 from ckptx.progress import Progress, Silent
@@ -82,15 +83,16 @@ def plan_conversion(job: Job, spool: Spool | None = None) -> tuple[Begin, End, S
     if isinstance(saver, ModuleSaver):
         raise PlanError(f"saver {job.saver!r} is a Megatron-style module, which cannot be planned")
     options = job.options(job.loader_options, spool=spool)
-    messages = children.checked(loader.load(job.source, options), job.loader)
-    stream = children.Stream(messages)
-    plan = saver.plan(children.recast(stream, job), job.options(job.saver_options))
-    begin, end = stream.finish(job.saver)
-    return begin, end, plan, prove(plan, begin, end)
+    with collector_paused():
+        messages = children.checked(loader.load(job.source, options), job.loader)
+        stream = children.Stream(messages)
+        plan = saver.plan(children.recast(stream, job), job.options(job.saver_options))
+        begin, end = stream.finish(job.saver)
+        return begin, end, plan, prove(plan, begin, end)
 
 
-def forecast(job: Job) -> Forecast:
-    """Return what `convert` would do, without writing."""
+def forecast(job: Job, *, tensors: bool = True) -> Forecast:
+    """Return what `convert` would do, without writing; every tensor by name only if asked for."""
     from ckptx.lazy import LazyTensor
     from ckptx.proof import operations
     from ckptx.writer import peak_memory
@@ -98,7 +100,7 @@ def forecast(job: Job) -> Forecast:
     with SpoolFile(job.target) as file:
         begin, end, plan, proof = plan_conversion(job, Spool(file.path))
         spooled = file.nbytes
-    tensors = [
+    listed = [
         {
             "file": file.path,
             "name": region.name,
@@ -106,7 +108,7 @@ def forecast(job: Job) -> Forecast:
             "shape": list(region.content.shape),
             "operations": list(operations(region.content)),
         }
-        for file in plan.files
+        for file in (plan.files if tensors else ())
         for region in file.regions
         if isinstance(region.content, LazyTensor)
     ]
@@ -128,7 +130,7 @@ def forecast(job: Job) -> Forecast:
         peak_memory(children.write_options(job)),
         spooled,
         _refusal(job, plan),
-        tensors,
+        listed,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ckptx.lazy import LazyTensor
 from ckptx.protocol import Dropped
@@ -25,8 +25,7 @@ class Crc32:
 Content: TypeAlias = bytes | LazyTensor | Crc32
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(NamedTuple):
     """``size`` bytes of a file from ``offset`` bytes on; a tensor lies there row-major."""
 
     offset: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -19,9 +19,9 @@ from ckptx.compute import OPERATIONS
 from ckptx.errors import PlanError, listing
 from ckptx.lazy import (
     ITEMSIZE,
+    Box,
     Cast,
     Computed,
-    Filled,
     LazyTensor,
     Merged,
     Permuted,
@@ -80,7 +80,7 @@ def prove(plan: SavePlan, begin: Begin, end: End) -> Proof:
             the plan holds no tensor.
     """
     proof = Proof(dropped=(*end.dropped, *plan.dropped), sources=len(begin.sources))
-    used: list[Stored] = []
+    used, steps = _Used(), _Steps()
     paths: set[str] = set()
     for file in plan.files:
         _check_path(file, paths)
@@ -90,42 +90,105 @@ def prove(plan: SavePlan, begin: Begin, end: End) -> Proof:
         for region in file.regions:
             if isinstance(region.content, LazyTensor):
                 proof.tensors += 1
-                used.extend(_account(region.name, region.content, proof))
+                _account(region.name, region.content, steps, proof, used)
     if not proof.tensors:
         raise PlanError("the plan writes no tensor: nothing was found to convert")
     for drop in proof.dropped:
         for tensor in drop.tensors:
-            used.extend(leaf for leaf in leaves(tensor) if isinstance(leaf, Stored))
-    proof.bytes_in = _check_sources(begin, used)
+            used.leaves.extend(leaf for leaf in leaves(tensor) if isinstance(leaf, Stored))
+    proof.bytes_in = _check_sources(begin, used.stored())
     return proof
+
+
+@dataclass(slots=True)
+class _Used:
+    """What is read: stored leaves, and boxes of computed tensors by the identity of these.
+
+    Ranks cut one computed tensor into many boxes; together they need its inputs once.
+    """
+
+    leaves: list[Stored] = field(default_factory=list)
+    boxes: dict[int, tuple[Computed, dict[Box, None]]] = field(default_factory=dict)
+
+    def add(self, tensor: Computed, box: Box) -> None:
+        """Add a box of a computed tensor."""
+        self.boxes.setdefault(id(tensor), (tensor, {}))[1][box] = None
+
+    def stored(self) -> Iterator[Stored]:
+        """Yield the stored leaves of everything, further ones below computed tensors included."""
+        yield from self.leaves
+        for tensor, boxes in self.boxes.values():
+            whole = tuple((0, size) for size in tensor.shape)
+            parts = [whole] if _fill(whole, boxes) else boxes
+            for box in parts:
+                for leaf in leaves(Sliced(tensor.dtype, tensor.shape, tensor, box)):
+                    if isinstance(leaf, Stored):
+                        yield leaf
+
+
+def _fill(whole: Box, boxes: Iterable[Box]) -> bool:
+    """Return whether boxes follow one another along one axis, from end to end of the whole."""
+    ordered = sorted(boxes)
+    across = [axis for axis, bounds in enumerate(whole) if any(b[axis] != bounds for b in ordered)]
+    if len(across) != 1:
+        return not across
+    (axis,) = across
+    position, end = whole[axis]
+    for box in ordered:
+        start, stop = box[axis]
+        if start > position:
+            return False
+        position = max(position, stop)
+    return position == end
 
 
 def operations(tensor: LazyTensor) -> tuple[str, ...]:
     """Return the kinds of steps between the source and a tensor, outermost first, each once."""
-    return tuple(dict.fromkeys(_operations(tensor)))
+    return _Steps().of(tensor)[0]
 
 
-def _operations(tensor: LazyTensor) -> Iterator[str]:
-    match tensor:
-        case Cast(base=base):
-            yield f"cast {base.dtype} -> {tensor.dtype}"
-            yield from _operations(base)
-        case Tiled(tiles=tiles):
-            yield "tile"
-            for _, part in tiles:
-                yield from _operations(part)
-        case Replicated(copies=copies):
-            yield "replicated"
-            yield from _operations(copies[0])
-        case Sliced() | Permuted() | Split() | Merged():
-            yield _VIEWS[type(tensor)]
-            yield from _operations(tensor.base)
-        case Computed(inputs=inputs):
-            yield f"compute {OPERATIONS[tensor.op].label(tensor)}"
-            for source in inputs:
-                yield from _operations(source)
-        case Filled():
-            yield "fill"
+class _Steps:
+    """The steps of tensors and their replicas; a computed tensor of many ranks is walked once."""
+
+    def __init__(self) -> None:
+        # By identity; what is computed is held, lest its identity be used again.
+        self._computed: dict[int, tuple[Computed, tuple[str, ...], int]] = {}
+        self._joined: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
+
+    def of(self, tensor: LazyTensor) -> tuple[tuple[str, ...], int]:
+        """Return the kinds of steps, outermost first, each once, and the number of replicas."""
+        match tensor:
+            case Stored():
+                return (), 0
+            case Sliced() | Permuted() | Split() | Merged():
+                return self._after(_VIEWS[type(tensor)], tensor.base)
+            case Cast(base=base):
+                return self._after(f"cast {base.dtype} -> {tensor.dtype}", base)
+            case Computed():
+                known = self._computed.get(id(tensor))
+                if known is None:
+                    label = f"compute {OPERATIONS[tensor.op].label(tensor)}"
+                    known = tensor, *self._all(label, tensor.inputs)
+                    self._computed[id(tensor)] = known
+                return known[1:]
+            case Tiled(tiles=tiles):
+                return self._all("tile", [part for _, part in tiles])
+            case Replicated(copies=copies):
+                steps, _ = self._after("replicated", copies[0])
+                return steps, len(copies) - 1 + sum(self.of(copy)[1] for copy in copies)
+        return ("fill",), 0
+
+    def _after(self, step: str, base: LazyTensor) -> tuple[tuple[str, ...], int]:
+        steps, replicas = self.of(base)
+        joined = self._joined.get((step, steps))
+        if joined is None:
+            joined = self._joined[step, steps] = tuple(dict.fromkeys((step, *steps)))
+        return joined, replicas
+
+    def _all(self, step: str, parts: Sequence[LazyTensor]) -> tuple[tuple[str, ...], int]:
+        found = [self.of(part) for part in parts]
+        every = (one for steps, _ in found for one in steps)
+        return tuple(dict.fromkeys((step, *every))), sum(replicas for _, replicas in found)
 
 
 def _check_path(file: FilePlan, paths: set[str]) -> None:
@@ -169,37 +232,33 @@ def _size(file: FilePlan, content: Content) -> int:
             return content.nbytes
 
 
-def _account(name: str, tensor: LazyTensor, proof: Proof) -> Iterator[Stored]:
-    """Yield the stored leaves of an output tensor; count its casts, fills and replicas."""
+def _account(name: str, tensor: LazyTensor, steps: _Steps, proof: Proof, used: _Used) -> None:
+    """Note the leaves of an output tensor, its casts, computations, fills and replicas."""
     if isinstance(tensor, Stored) and 0 not in tensor.strides:
-        yield tensor
+        used.leaves.append(tensor)
         return
-    for step in operations(tensor):
+    taken, replicas = steps.of(tensor)
+    for step in taken:
         kind, _, what = step.partition(" ")
-        if kind in ("cast", "compute"):
+        if what:
             listed = proof.casts if kind == "cast" else proof.computed
             listed.setdefault(what, []).append(name)
-    proof.replicas += _replicas(tensor)
-    for leaf in leaves(tensor):
-        if isinstance(leaf, Stored):
-            yield leaf
-            if 0 in leaf.strides:
+    proof.replicas += replicas
+    while isinstance(tensor, Split | Merged | Permuted | Cast):
+        tensor = tensor.base  # what is read stays the same
+    if isinstance(tensor, Sliced) and isinstance(tensor.base, Computed):
+        used.add(tensor.base, tensor.box)
+        return
+    for leaf in leaves(tensor, computed=False):
+        match leaf:
+            case Sliced(base=Computed() as base, box=box):
+                used.add(base, box)
+            case Stored(strides=strides):
+                used.leaves.append(leaf)
+                if 0 in strides:
+                    proof.filled[name] = proof.filled.get(name, 0) + leaf.numel
+            case _:
                 proof.filled[name] = proof.filled.get(name, 0) + leaf.numel
-        else:
-            proof.filled[name] = proof.filled.get(name, 0) + leaf.numel
-
-
-def _replicas(tensor: LazyTensor) -> int:
-    match tensor:
-        case Replicated(copies=copies):
-            return len(copies) - 1 + sum(map(_replicas, copies))
-        case Tiled(tiles=tiles):
-            return sum(_replicas(part) for _, part in tiles)
-        case Cast() | Sliced() | Permuted() | Split() | Merged():
-            return _replicas(tensor.base)
-        case Computed(inputs=inputs):
-            return sum(map(_replicas, inputs))
-    return 0
 
 
 @dataclass(slots=True)
@@ -216,6 +275,23 @@ class _Runs:
 
 
 def _runs(leaf: Stored) -> _Runs:
+    size = ITEMSIZE[leaf.dtype]
+    run = size if leaf.numel else 0
+    steps: list[tuple[int, int]] = []  # (stride in bytes, count), usually from short to long
+    for stride, count in zip(reversed(leaf.strides), reversed(leaf.shape), strict=True):
+        if count == 1 or not stride:
+            continue
+        if not steps and stride * size == run:
+            run *= count
+        else:
+            steps.append((stride * size, count))
+    if steps and (len(steps) > 1 or steps[0][0] < run):
+        return _sorted_runs(leaf)
+    return _Runs(leaf.offset, run, tuple((count, stride) for stride, count in steps))
+
+
+def _sorted_runs(leaf: Stored) -> _Runs:
+    """Return the runs of a leaf whose axes lie in any order in the file."""
     size = ITEMSIZE[leaf.dtype]
     axes = sorted(
         (stride * size, count)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from ckptx.errors import PlanError, SchemaError, listing
 from ckptx.lazy import (
@@ -27,6 +27,7 @@ from ckptx.lazy import (
     rejoin,
     replicated,
     stack,
+    unstacked,
 )
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import MTP_LAYER
@@ -106,9 +107,8 @@ class _Each:
 
     def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
         packed: list[Tensor] = []
-        for expert in range(canonical[0].shape[0]):
-            own = [tensor.narrow(0, expert, expert + 1).squeeze() for tensor in canonical]
-            packed += self.iso.pack(own, spec, tp)
+        for own in zip(*map(unstacked, canonical), strict=True):
+            packed += self.iso.pack([tensor.squeeze() for tensor in own], spec, tp)
         return packed
 
     def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
@@ -683,7 +683,7 @@ def give(
     named: dict[str, Tensor] = {}
     for entry in rules:
         spelling = entry.spellings[0]
-        cut = [_piece(message[key], entry, rank, key)[0] for key in entry.keys]
+        cut = [_piece(message[key], entry, rank, key) for key in entry.keys]
         packed = spelling.iso.pack(cut, spec, rank.tp if entry.ep is None else rank.etp)
         experts = cut[0].shape[entry.ep] if entry.ep is not None else 0
         named.update(zip(spelling.named(layer, experts), packed, strict=True))
@@ -717,8 +717,7 @@ def _leaves(tree: Mapping[str, Any]) -> Iterator[str]:
             yield from _leaves(entry)
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(NamedTuple):
     """A canonical piece in a global tensor: the chunk grid of ``torch_dist``."""
 
     name: str
@@ -731,37 +730,67 @@ def place(
     rules: Sequence[Rule],
     message: Mapping[str, Tensor],
     spec: ModelSpec,
-    layer: int | None = None,
-    rank: Rank | None = None,
-) -> Iterator[Placed]:
-    """Yield the chunks of the layout's global tensors that a rank holds, replicated ones too.
+    layer: int | None,
+    ranks: Sequence[Rank],
+) -> Iterator[tuple[int, Placed]]:
+    """Yield every chunk of the layout's global tensors once, with the first rank that holds it.
 
-    Every expert is a chunk of its own: a chunk is read whole by who needs any of it.
+    ``ranks`` are those of a pipeline stage; a chunk comes with its rank's place among them. Every
+    expert is a chunk of its own: a chunk is read whole by who needs any of it.
     """
-    rank = rank or Rank()
+    size = ranks[0]
+    dense: dict[int, int] = {}
+    experts: dict[tuple[int, int], int] = {}
+    for number, rank in enumerate(ranks):
+        dense.setdefault(rank.tp_rank, number)
+        experts.setdefault((rank.ep_rank, rank.etp_rank), number)
     for entry in rules:
         spelling = entry.spellings[0]
         whole = [message[key] for key in entry.keys]
         packed = spelling.iso.pack(whole, spec, 1)
         origins = spelling.iso.origins([tensor.shape for tensor in whole])
         names = spelling.named(layer, 0)
-        for key, full, (number, origin) in zip(entry.keys, whole, origins, strict=True):
-            piece, start = _piece(full, entry, rank, key)
-            at = tuple(low + shift for low, shift in zip(origin, start, strict=True))
-            for offset, one in _experts_of(piece, entry.ep):
-                where = tuple(low + shift for low, shift in zip(at, offset, strict=True))
-                yield Placed(names[number], packed[number].shape, where, one)
+        for key, full, (number, at) in zip(entry.keys, whole, origins, strict=True):
+            name, shape = names[number], packed[number].shape
+            if entry.ep is None:
+                for tp_rank, (shift, piece) in enumerate(_cut(full, entry.tp, size.tp, key)):
+                    yield dense[tp_rank], Placed(name, shape, _moved(at, entry.tp, shift), piece)
+                continue
+            if full.shape[entry.ep] % size.ep:
+                raise _undivided(key, full, entry.ep, size.ep, "expert-parallel")
+            each = full.shape[entry.ep] // size.ep
+            for expert, one in enumerate(unstacked(full)):
+                here = _moved(at, entry.ep, expert)
+                parts = _cut(one, entry.tp, size.etp, key, "expert-tensor-parallel")
+                for etp_rank, (shift, piece) in enumerate(parts):
+                    owner = experts[expert // each, etp_rank]
+                    yield owner, Placed(name, shape, _moved(here, entry.tp, shift), piece)
 
 
-def _experts_of(piece: Tensor, ep: int | None) -> Iterator[tuple[Shape, Tensor]]:
-    """Yield every expert of a piece and where it starts, or the piece if it holds none."""
-    origin = [0] * len(piece.shape)
-    if ep is None:
-        yield tuple(origin), piece
+def _cut(
+    tensor: Tensor, axis: int | None, parts: int, key: str, kind: str = "tensor-parallel"
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the equal parts of a tensor along an axis, and where each starts."""
+    if axis is None or parts == 1:
+        yield 0, tensor
         return
-    for expert in range(piece.shape[ep]):
-        origin[ep] = expert
-        yield tuple(origin), piece.narrow(ep, expert, expert + 1)
+    if tensor.shape[axis] % parts:
+        raise _undivided(key, tensor, axis, parts, kind)
+    length = tensor.shape[axis] // parts
+    for number in range(parts):
+        yield number * length, tensor.chunk(axis, parts, number)
+
+
+def _moved(origin: Shape, axis: int | None, shift: int) -> Shape:
+    if axis is None or not shift:
+        return origin
+    return (*origin[:axis], origin[axis] + shift, *origin[axis + 1 :])
+
+
+def _undivided(key: str, tensor: Tensor, axis: int, size: int, kind: str) -> PlanError:
+    return PlanError(
+        f"{key!r} {list(tensor.shape)} does not divide over {kind} size {size} along axis {axis}"
+    )
 
 
 def check_message(
@@ -863,9 +892,8 @@ def _joined(copies: Sequence[Tensor], tp: int | None, name: str) -> Tensor:
         raise SchemaError(f"{name}: tensor-parallel ranks do not fit together: {error}") from error
 
 
-def _piece(tensor: Tensor, entry: Rule, rank: Rank, key: str) -> tuple[Tensor, Shape]:
-    """Return the part of a canonical tensor that a rank holds, and where it starts."""
-    start = [0] * len(tensor.shape)
+def _piece(tensor: Tensor, entry: Rule, rank: Rank, key: str) -> Tensor:
+    """Return the part of a canonical tensor that a rank holds."""
     cuts = [
         (entry.ep, rank.ep, rank.ep_rank, "expert-parallel"),
         (entry.tp, rank.tp, rank.tp_rank, "tensor-parallel")
@@ -876,13 +904,9 @@ def _piece(tensor: Tensor, entry: Rule, rank: Rank, key: str) -> tuple[Tensor, S
         if axis is None or size == 1:
             continue
         if tensor.shape[axis] % size:
-            raise PlanError(
-                f"{key!r} {list(tensor.shape)} does not divide over {kind} size {size} "
-                f"along axis {axis}"
-            )
+            raise _undivided(key, tensor, axis, size, kind)
         tensor = tensor.chunk(axis, size, number)
-        start[axis] = tensor.shape[axis] * number
-    return tensor, tuple(start)
+    return tensor
 
 
 def _counted(names: Sequence[str]) -> str:

@@ -205,7 +205,8 @@ def _convert(job: Job, params: dict[str, Any]) -> None:
 def _plan(job: Job, params: dict[str, Any]) -> None:
     from ckptx import pipeline
 
-    show_result(pipeline.forecast(job), params["as_json"], params["quiet"])
+    forecast = pipeline.forecast(job, tensors=params["as_json"])
+    show_result(forecast, params["as_json"], params["quiet"])
 
 
 def _section(

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptx.containers import tiling, torch_zip
 from ckptx.containers.dcp_metadata import (
@@ -212,8 +212,7 @@ def _parse(file: SourceFile, location: Location, key: str, dtype: str, sizes: Sh
     )
 
 
-@dataclass(frozen=True, slots=True)
-class TensorItem:
+class TensorItem(NamedTuple):
     """A chunk to be written: ``tensor`` at ``offsets`` of the tensor ``key`` of ``shape``."""
 
     key: str
@@ -222,8 +221,7 @@ class TensorItem:
     tensor: LazyTensor
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectItem:
+class ObjectItem(NamedTuple):
     """An object to be written: a value as `ckptx.containers.pickle_writer.dumps` takes it."""
 
     key: str
@@ -257,6 +255,7 @@ def _plan(
     chunks: dict[str, list[Chunk]] = {}
     objects: dict[str, None] = {}
     items: dict[ItemKey, Location] = {}
+    encoded: dict[int, bytes] = {}
     for name, entries in files.items():
         regions: list[Region] = []
         position = 0
@@ -275,7 +274,8 @@ def _plan(
             else:
                 objects[entry.key] = None
                 item = entry.key, None
-                data = torch_zip.plan_bytes_item(entry.value)
+                data = encoded.get(id(entry.value)) or torch_zip.plan_bytes_item(entry.value)
+                encoded[id(entry.value)] = data  # ``files`` keeps the values alive
                 regions.append(Region(position, len(data), data, entry.key))
                 end = position + len(data)
             if item in items:

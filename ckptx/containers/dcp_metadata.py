@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ckptx.containers import pickles
 from ckptx.containers.pickle_values import (
@@ -20,6 +20,9 @@ from ckptx.containers.pickle_values import (
     Global,
     Instance,
     Record,
+    Row,
+    RowMap,
+    Rows,
     TorchDtype,
     TorchSize,
     collector_paused,
@@ -42,12 +45,16 @@ _BYTES = Instance(Global(_METADATA_MODULE, "BytesStorageMetadata"), None, shared
 _STRIDED = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
 _CONTIGUOUS = EnumValue(_METADATA_MODULE, "_MEM_FORMAT_ENCODING", 0)
 
+_BOX = ("offsets", "sizes")
+_EXTENT = ("relative_path", "offset", "length")
+_OBJECT = ("fqn", "index")
+_PLACE = ("fqn", "index", "offset")
+
 ItemKey: TypeAlias = tuple[str, Shape | None]
 """A key of the checkpoint and the offsets of a chunk, None for an object."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A box of a tensor that is one item, in elements of the whole tensor."""
 
     offsets: Shape
@@ -63,8 +70,7 @@ class TensorEntry:
     chunks: tuple[Chunk, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(NamedTuple):
     """Where an item is: ``[offset, offset + length)`` bytes of ``path``, relative to the directory.
 
     ``transforms`` names the codecs that were applied to it, ``"stream.zstd/1"`` for instance.
@@ -219,15 +225,17 @@ def dump_metadata(
     sizes: dict[Shape, TorchSize] = {}
 
     def size(shape: Shape) -> TorchSize:
-        return sizes.setdefault(shape, TorchSize(shape))
+        known = sizes.get(shape)
+        if known is None:
+            known = sizes[shape] = TorchSize(shape)
+        return known
 
     entries: dict[str, Instance] = {}
     properties: dict[str, Instance] = {}
     places: dict[tuple[str, Shape], int] = {}
     for key, entry in tensors.items():
         chunks = [
-            Instance(_CHUNK, {"offsets": size(chunk.offsets), "sizes": size(chunk.sizes)})
-            for chunk in entry.chunks
+            Row(_CHUNK, _BOX, (size(offsets), size(sizes))) for offsets, sizes in entry.chunks
         ]
         places.update(((key, chunk.offsets), place) for place, chunk in enumerate(entry.chunks))
         if entry.dtype not in properties:
@@ -240,21 +248,24 @@ def dump_metadata(
         }
         entries[key] = Instance(_TENSOR, fields)
     entries.update((key, _BYTES) for key in objects)
-    storage: dict[Instance, Instance] = {}
+
+    placed: list[tuple[Any, ...]] = []
+    named: list[tuple[Any, ...]] = []
     for (key, offsets), location in items.items():
-        index: dict[str, Any] = {"fqn": key, "index": None}
-        if offsets is not None:
-            index = {"fqn": key, "index": places[key, offsets], "offset": size(offsets)}
-        info = {
-            "relative_path": location.path,
-            "offset": location.offset,
-            "length": location.length,
-        }
-        storage[Instance(_INDEX, index)] = Instance(_STORAGE_INFO, info)
+        if offsets is None:
+            named.append((key, None, *location[:3]))
+        else:
+            placed.append((key, places[key, offsets], size(offsets), *location[:3]))
+    storage = RowMap(
+        (
+            Rows(_INDEX, _PLACE, _STORAGE_INFO, _EXTENT, placed),
+            Rows(_INDEX, _OBJECT, _STORAGE_INFO, _EXTENT, named),
+        )
+    )
     metadata = {
         "state_dict_metadata": entries,
         "planner_data": None if planner_data is None else dict(planner_data),
-        "storage_data": storage,
+        "storage_data": storage if items else {},
         "storage_meta": None,
         "version": "1.0.0",
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import copyreg
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -212,6 +212,37 @@ class Instance:
     state: Any
     args: tuple[Any, ...] = ()
     shared: bool = False
+
+
+class Row(NamedTuple):
+    """An object to be written whose attributes are ``values`` under ``names``.
+
+    Like an `Instance`, and made faster: metadata has a million of them.
+    """
+
+    cls: Global
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+
+
+class Rows(NamedTuple):
+    """Entries of a dictionary whose keys and values are objects of one class each.
+
+    Each of ``rows`` has the attributes of a key and then those of its value: whole numbers, and
+    strings and sizes that come again and again.
+    """
+
+    key: Global
+    key_names: tuple[str, ...]
+    value: Global
+    value_names: tuple[str, ...]
+    rows: Sequence[tuple[int | str | TorchSize | None, ...]]
+
+
+class RowMap(tuple[Rows, ...]):
+    """A dictionary to be written, of such entries."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ckptx.containers.pickle_values import (
@@ -21,6 +21,9 @@ from ckptx.containers.pickle_values import (
     Global,
     Instance,
     Namespace,
+    Row,
+    RowMap,
+    Rows,
     TensorRecord,
     TorchDtype,
     TorchSize,
@@ -62,22 +65,23 @@ def dumps(value: Any, tensor: Callable[[LazyTensor], TensorRecord] | None = None
             writer.emit(value)
     except RecursionError as error:
         raise PlanError("a value to be pickled is nested too deeply, or holds itself") from error
-    return b"\x80\x02" + b"".join(writer.out) + b"."
+    writer.out += b"."
+    return bytes(writer.out)
 
 
 class _Writer:
     """Appends opcodes to ``out``."""
 
     def __init__(self, tensor: Callable[[LazyTensor], TensorRecord] | None) -> None:
-        self.out: list[bytes] = []
-        self._write = self.out.append
+        self.out = bytearray(b"\x80\x02")
+        self._write = self.out.__iadd__
         self._tensor = tensor
         # The opcodes that fetch what was written before.
         self._memo: dict[str | Global | TorchSize, bytes] = {}
         self._shared: dict[Instance, bytes] = {}
         self._puts = 0
-        self._around: dict[tuple[str | Global, ...], list[bytes]] = {}
-        self._emitters: dict[type, Callable[[Any], None]] = {
+        self._around: dict[tuple[Global, tuple[str, ...]], list[bytes]] = {}
+        self._emitters: dict[type, Callable[[Any], object]] = {
             type(None): lambda _: self._write(b"N"),
             bool: lambda value: self._write(b"\x88" if value else b"\x89"),
             int: self._int,
@@ -98,6 +102,8 @@ class _Writer:
             TorchDtype: lambda value: self._global(Global("torch", value.name)),
             TorchSize: self._size,
             TensorRecord: self._record,
+            Row: lambda value: self._fields(*value),
+            RowMap: self._row_map,
         }
 
     def emit(self, value: Any) -> None:
@@ -192,8 +198,9 @@ class _Writer:
                 self._write(get)
                 return
         state = value.state
-        if type(state) is dict and state and not value.args:
-            self._fields(value.cls, state)
+        plain = type(state) is dict and state and all(type(name) is str for name in state)
+        if plain and not value.args:
+            self._fields(value.cls, tuple(state), state.values())
         else:
             self._global(value.cls)
             self._tuple(value.args)
@@ -204,25 +211,62 @@ class _Writer:
         if value.shared:
             self._shared[value] = self._put()
 
-    def _fields(self, cls: Global, state: Mapping[str, Any]) -> None:
+    def _fields(self, cls: Global, names: tuple[str, ...], values: Iterable[Any]) -> None:
         """Push an object and its attributes; the opcodes around them are made once per class."""
-        write, emit = self._write, self.emit
-        key: tuple[str | Global, ...] = (cls, *state)
-        around = self._around.get(key)
-        if around is not None:
-            for opcodes, item in zip(around, state.values(), strict=True):
-                write(opcodes)
-                emit(item)
-            write(b"ub")
+        write, memo = self._write, self._memo
+        around = self._around.get((cls, names))
+        if around is None:
+            self._global(cls)
+            write(b")\x81")
+            self._dict(dict(zip(names, values, strict=True)))
+            write(b"b")
+            around = [memo[name] for name in names]
+            around[0] = memo[cls] + b")\x81}(" + around[0]
+            self._around[cls, names] = around
             return
-        self._global(cls)
-        write(b")\x81")
-        self._dict(state)
-        write(b"b")
-        if all(type(name) is str for name in state):
-            names = [self._memo[name] for name in state]
-            names[0] = self._memo[cls] + b")\x81}(" + names[0]
-            self._around[key] = names
+        for opcodes, item in zip(around, values, strict=True):
+            kind = type(item)
+            if kind is int:
+                write(opcodes)
+                write(_BYTE_INTS[item] if 0 <= item < 256 else _int_opcode(item))
+                continue
+            known = memo.get(item) if kind is TorchSize or kind is str else None
+            write(opcodes)
+            if known is None:
+                self.emit(item)
+            else:
+                write(known)
+        write(b"ub")
+
+    def _row_map(self, value: RowMap) -> None:
+        self._write(b"}(")
+        for entries in value:
+            if entries.rows:
+                self._rows(entries)
+        self._write(b"u")
+
+    def _rows(self, entries: Rows) -> None:
+        """Push keys and values in turn; all but the first are mostly fetched from the memo."""
+        width = len(entries.key_names)
+        first, *others = entries.rows
+        self._fields(entries.key, entries.key_names, first[:width])
+        self._fields(entries.value, entries.value_names, first[width:])
+        around = [
+            *self._around[entries.key, entries.key_names],
+            *self._around[entries.value, entries.value_names],
+        ]
+        around[width] = b"ub" + around[width]
+        memo, out = self._memo, self.out
+        for row in others:
+            for opcodes, item in zip(around, row, strict=True):
+                out += opcodes
+                if type(item) is int:
+                    out += _BYTE_INTS[item] if 0 <= item < 256 else _int_opcode(item)
+                elif item in memo:
+                    out += memo[item]
+                else:
+                    self.emit(item)
+            out += b"ub"
 
     def _namespace(self, value: argparse.Namespace) -> None:
         self._instance(Instance(_NAMESPACE, vars(value)))

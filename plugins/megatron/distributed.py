@@ -19,7 +19,7 @@ from typing import Any
 from ckptx.containers import dcp, torch_zip
 from ckptx.containers.pickle_values import Namespace
 from ckptx.errors import FormatError
-from ckptx.lazy import Filled, LazyTensor, Shape
+from ckptx.lazy import Filled, LazyTensor
 from ckptx.loading import inventory, main_dtype, messages_of
 from ckptx.parallel import Chunk
 from ckptx.plan import FilePlan, literal_files
@@ -44,6 +44,8 @@ CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _STACK = "decoder.layers."
 _STACKED_IN = {"": "language", LANGUAGE: "language", VISION_MODEL: "vision"}
 """What goes before a stack, by the part whose layers it has."""
+# A list of one element: what a sharded object of Megatron unpickles to.
+_ENGINE, _NONE = [Filled("uint8", (0,))], [None]
 _OPTIMIZER = ("optimizer.", "chained_")
 
 
@@ -97,13 +99,12 @@ class Target:
 
 def plan(model: Model, target: Target) -> Iterator[FilePlan]:
     """Yield the files of a checkpoint: one per model-parallel rank, and the metadata."""
-    files: dict[str, list[dcp.TensorItem | dcp.ObjectItem]] = {}
+    files: dict[int, list[dcp.TensorItem | dcp.ObjectItem]] = {}
     for chunk in target.chunks:
-        written: set[tuple[str, Shape]] = set()
-        for number, rank in enumerate(target.ranks, chunk.pp_rank * len(target.ranks)):
-            items = files.setdefault(f"__{number}_0.distcp", [])
-            items.extend(_items(model, target, chunk, rank, written))
-    yield from dcp.plan_directory(files)
+        first = chunk.pp_rank * len(target.ranks)
+        for number, item in _items(model, target, chunk):
+            files.setdefault(first + number, []).append(item)
+    yield from dcp.plan_directory({f"__{rank}_0.distcp": files[rank] for rank in sorted(files)})
     common = {
         "args": Namespace(**target.args),
         "checkpoint_version": 3.0,
@@ -131,21 +132,18 @@ def _empty_stages(chunks: Sequence[Chunk]) -> dict[str, Any]:
 
 
 def _items(
-    model: Model, target: Target, chunk: Chunk, rank: Rank, written: set[tuple[str, Shape]]
-) -> Iterator[dcp.TensorItem | dcp.ObjectItem]:
-    """Yield what one rank writes for one pipeline chunk: what no rank before it has written."""
-    first = not written
+    model: Model, target: Target, chunk: Chunk
+) -> Iterator[tuple[int, dcp.TensorItem | dcp.ObjectItem]]:
+    """Yield what a pipeline chunk holds, and which rank of its stage writes it: the first."""
     for held in target.layout.held(model.parts):
-        message, layer = held.message, held.layer
+        message, layer, spec = held.message, held.layer, held.spec
         if not holds(chunk, message, layer):
             continue
-        for placed in place(held.rules, model.messages[message], held.spec, None, rank):
-            item = _item(placed, message, layer, held.spec)
-            if (item.key, item.offsets) not in written:
-                written.add((item.key, item.offsets))
-                yield item
-        if first:
-            yield from _states(held.spec, target, message, layer)
+        tensors = model.messages[message]
+        for number, placed in place(held.rules, tensors, spec, None, target.ranks):
+            yield number, _item(placed, message, layer, spec)
+        for state in _states(spec, target, message, layer):
+            yield 0, state
 
 
 def _stacks(message: str, spec: ModelSpec) -> bool:
@@ -173,8 +171,7 @@ def _states(
     for state in target.states:
         if not applies(state, spec, message, layer):
             continue
-        # A list of one element: what a sharded object of Megatron unpickles to.
-        value = [Filled("uint8", (0,)) if state.engine else None]
+        value = _ENGINE if state.engine else _NONE
         stacked = _stacks(message, spec)
         for shard in _shards(state, spec, layer if stacked else None):
             name = _stacked(state.module) if stacked else state.module

@@ -112,7 +112,7 @@ def test_a_lost_slice_is_named(model, data):
     padded = concat([kept[0], Filled(region.content.dtype, tuple(hole)), kept[1]], axis)
     name = region.name.rpartition(".")[0]
     with pytest.raises(PlanError, match=rf"would be lost.*'{name}'"):
-        prove(with_region(plan, f, r, replace(region, content=padded)), begin_of(sources), NOTHING)
+        prove(with_region(plan, f, r, region._replace(content=padded)), begin_of(sources), NOTHING)
 
 
 @SETTINGS
@@ -125,10 +125,10 @@ def test_regions_must_tile_their_file(model, data):
     shift = data.draw(st.sampled_from([-1, 1, 7]))
     with pytest.raises(PlanError, match="exactly once"):
         prove(
-            with_region(plan, f, r, replace(region, offset=region.offset + shift)), begin, NOTHING
+            with_region(plan, f, r, region._replace(offset=region.offset + shift)), begin, NOTHING
         )
     with pytest.raises(PlanError, match="its region"):
-        prove(with_region(plan, f, r, replace(region, size=region.size + shift)), begin, NOTHING)
+        prove(with_region(plan, f, r, region._replace(size=region.size + shift)), begin, NOTHING)
     longer = replace(plan.files[f], size=plan.files[f].size + shift)
     files = [longer if n == f else file for n, file in enumerate(plan.files)]
     with pytest.raises(PlanError, match="the file at"):

@@ -169,14 +169,16 @@ def test_chunks_placed_in_a_global_tensor_fill_it(store, tp):
         "mlp l1 weight": store.put(down),
     }
     found = {"layers.0.fc1": torch.zeros(2 * FFN, HIDDEN), "layers.0.fc2": torch.zeros(HIDDEN, FFN)}
-    for rank in range(tp):
-        for placed in place([GATED, DOWN], message, SPEC, 0, Rank(tp, rank)):
-            whole = found[placed.name]
-            assert placed.global_shape == tuple(whole.shape)
-            part = store.get(placed.tensor)
-            where = tuple(slice(o, o + n) for o, n in zip(placed.origin, part.shape, strict=True))
-            assert not whole[where].any()
-            whole[where] = part
+    owners = []
+    for owner, placed in place([GATED, DOWN], message, SPEC, 0, stage_ranks(tp)):
+        whole = found[placed.name]
+        assert placed.global_shape == tuple(whole.shape)
+        part = store.get(placed.tensor)
+        where = tuple(slice(o, o + n) for o, n in zip(placed.origin, part.shape, strict=True))
+        assert not whole[where].any()
+        whole[where] = part
+        owners.append(owner)
+    assert owners == [*range(tp)] * 3
     assert torch.equal(found["layers.0.fc1"], torch.cat([gate, up]))
     assert torch.equal(found["layers.0.fc2"], down)
 
@@ -186,8 +188,8 @@ def test_replicated_tensors_are_copies_and_placed_whole(store):
     shards = [{"layers.0.norm": store.put(norm)} for _ in range(2)]
     taken = Taker(LAYOUT, SPEC).take([NORM], shards, 0)
     assert isinstance(taken["norm"], Replicated)
-    (placed,) = place([NORM], taken, SPEC, 0, Rank(2, 1))
-    assert (placed.origin, placed.global_shape) == ((0,), (HIDDEN,))
+    ((owner, placed),) = place([NORM], taken, SPEC, 0, stage_ranks(2))
+    assert (owner, placed.origin, placed.global_shape) == (0, (0,), (HIDDEN,))
 
 
 def test_other_spellings_are_read_and_the_first_is_written(store):
@@ -257,7 +259,7 @@ def test_query_groups_that_do_not_divide_are_refused():
 def test_separate_query_key_and_value_have_no_place_in_one_tensor():
     message = {"qkv weight": stored(0, 0, "float32", (32, 6))}
     with pytest.raises(SchemaError, match="side by side"):
-        list(place([APART], message, SPEC, 0))
+        list(place([APART], message, SPEC, 0, stage_ranks(1)))
 
 
 def test_a_message_holds_exactly_the_keys_of_its_rules():
@@ -391,14 +393,18 @@ def test_chunks_of_experts_fill_their_tensor_one_expert_each(sizes, store):
     message = {key: store.put(tensor) for key, tensor in eager.items()}
     found = {"fc1": torch.zeros(EXPERTS, 2 * EXPERT_FFN, HIDDEN)}
     found["fc2"] = torch.zeros(EXPERTS, HIDDEN, EXPERT_FFN)
-    for rank in stage_ranks(*sizes):
-        rules = [FC1["one tensor"], FC2["one tensor"]]
-        for placed in place(rules, message, MIXTURE, 0, rank):
-            part = store.get(placed.tensor)
-            assert len(part) == 1
-            assert placed.global_shape == tuple(found[placed.name].shape)
-            where = tuple(slice(o, o + n) for o, n in zip(placed.origin, part.shape, strict=True))
-            found[placed.name][where] = part
+    ranks = stage_ranks(*sizes)
+    rules = [FC1["one tensor"], FC2["one tensor"]]
+    for owner, placed in place(rules, message, MIXTURE, 0, ranks):
+        part = store.get(placed.tensor)
+        assert len(part) == 1
+        assert placed.global_shape == tuple(found[placed.name].shape)
+        where = tuple(slice(o, o + n) for o, n in zip(placed.origin, part.shape, strict=True))
+        assert not found[placed.name][where].any()
+        found[placed.name][where] = part
+        here = (ranks[owner].ep_rank, ranks[owner].etp_rank)
+        assert all((rank.ep_rank, rank.etp_rank) != here for rank in ranks[:owner])
+        assert placed.origin[0] // (EXPERTS // ranks[owner].ep) == ranks[owner].ep_rank
     whole = torch.cat([eager[key] for key in BOTH], 1)
     assert torch.equal(found["fc1"], whole)
     assert torch.equal(found["fc2"], eager["mlp l1 weight"])
