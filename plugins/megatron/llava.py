@@ -133,7 +133,9 @@ def prepare(
     family = family_named(FAMILY)
     assert family.composition is not None  # it has several parts
     dropped = leave_unused(model, family)
-    notes = (*with_dummies(model, tp), *llava_args.notes(model.parts))
+    source = model.begin.training.get("args") or {}
+    told = "vision_model_type" in source  # it was Megatron's before, and its code is as it must be
+    notes = (*with_dummies(model, tp), *(() if told else llava_args.notes(model.parts)))
     tower, projection = model.parts["vision"], model.parts["projection"]
     for name, size in (
         ("the tower's num_attention_heads", tower.num_attention_heads),
