@@ -677,17 +677,33 @@ def give(
     spec: ModelSpec,
     layer: int | None = None,
     rank: Rank | None = None,
+    shares: MutableMapping[Any, Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Return, by name, what a rank holds of a message; everything without a rank."""
+    """Return, by name, what a rank holds of a message; everything without a rank.
+
+    Ranks that hold the same get the very same tensors where they come with the same ``shares``,
+    which belong to the ranks of one pipeline chunk.
+    """
     rank = rank or Rank()
+    known: MutableMapping[Any, Any] = {} if shares is None else shares
     named: dict[str, Tensor] = {}
     for entry in rules:
-        spelling = entry.spellings[0]
-        cut = [_piece(message[key], entry, rank, key) for key in entry.keys]
-        packed = spelling.iso.pack(cut, spec, rank.tp if entry.ep is None else rank.etp)
-        experts = cut[0].shape[entry.ep] if entry.ep is not None else 0
-        named.update(zip(spelling.named(layer, experts), packed, strict=True))
+        share = (id(message), id(entry), *_coordinates(entry, rank))
+        if share not in known:
+            spelling = entry.spellings[0]
+            cut = [_piece(message[key], entry, rank, key, known) for key in entry.keys]
+            packed = spelling.iso.pack(cut, spec, rank.tp if entry.ep is None else rank.etp)
+            experts = cut[0].shape[entry.ep] if entry.ep is not None else 0
+            known[share] = dict(zip(spelling.named(layer, experts), packed, strict=True))
+        named.update(known[share])
     return named
+
+
+def _coordinates(entry: Rule, rank: Rank) -> tuple[int, ...]:
+    """Return the coordinates of a rank that say which part of a rule's tensors it holds."""
+    if entry.ep is not None:
+        return rank.ep_rank, rank.etp_rank
+    return () if entry.tp is None else (rank.tp_rank,)
 
 
 def in_module_order(names: Iterable[str]) -> list[str]:
@@ -892,21 +908,25 @@ def _joined(copies: Sequence[Tensor], tp: int | None, name: str) -> Tensor:
         raise SchemaError(f"{name}: tensor-parallel ranks do not fit together: {error}") from error
 
 
-def _piece(tensor: Tensor, entry: Rule, rank: Rank, key: str) -> Tensor:
-    """Return the part of a canonical tensor that a rank holds."""
-    cuts = [
-        (entry.ep, rank.ep, rank.ep_rank, "expert-parallel"),
-        (entry.tp, rank.tp, rank.tp_rank, "tensor-parallel")
-        if entry.ep is None
-        else (entry.tp, rank.etp, rank.etp_rank, "expert-tensor-parallel"),
-    ]
-    for axis, size, number, kind in cuts:
-        if axis is None or size == 1:
-            continue
-        if tensor.shape[axis] % size:
-            raise _undivided(key, tensor, axis, size, kind)
-        tensor = tensor.chunk(axis, size, number)
-    return tensor
+def _piece(
+    tensor: Tensor, entry: Rule, rank: Rank, key: str, known: MutableMapping[Any, Any]
+) -> Tensor:
+    """Return the part of a canonical tensor that a rank holds; ``known`` keeps experts apart."""
+    tp, tp_rank, kind = rank.tp, rank.tp_rank, "tensor-parallel"
+    if entry.ep is not None:
+        tp, tp_rank, kind = rank.etp, rank.etp_rank, "expert-tensor-parallel"
+    if entry.ep is not None and rank.ep > 1:
+        if tensor.shape[entry.ep] % rank.ep:
+            raise _undivided(key, tensor, entry.ep, rank.ep, "expert-parallel")
+        if id(tensor) not in known:
+            known[id(tensor)] = unstacked(tensor)
+        held = tensor.shape[entry.ep] // rank.ep
+        tensor = concat(known[id(tensor)][rank.ep_rank * held : (rank.ep_rank + 1) * held])
+    if entry.tp is None or tp == 1:
+        return tensor
+    if tensor.shape[entry.tp] % tp:
+        raise _undivided(key, tensor, entry.tp, tp, kind)
+    return tensor.chunk(entry.tp, tp, tp_rank)
 
 
 def _counted(names: Sequence[str]) -> str:

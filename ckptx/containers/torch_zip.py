@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -142,7 +143,8 @@ def _labels(value: Any, place: str) -> Iterator[tuple[int, str]]:
         yield id(value), place
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _labels(item, f"{place}.{key}" if place else str(key))
+            # Thousands of ranks have tensors of the same names.
+            yield from _labels(item, sys.intern(f"{place}.{key}" if place else str(key)))
 
 
 @dataclass(frozen=True, slots=True)

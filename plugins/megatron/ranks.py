@@ -152,20 +152,27 @@ def plan(model: Model, target: Target, pp: int) -> Iterator[FilePlan]:
     virtual = any(chunk.vpp_rank for chunk in target.chunks)
     for pp_rank in range(pp):
         chunks = [chunk for chunk in target.chunks if chunk.pp_rank == pp_rank]
+        shares: list[dict[Any, Any]] = [{} for _ in chunks]
         for rank in target.ranks:
             state: dict[str, Any] = {
                 "args": Namespace(**target.args),
                 "checkpoint_version": 3.0,
                 "iteration": target.iteration,
             }
-            for chunk in chunks:
+            for chunk, shared in zip(chunks, shares, strict=True):
                 key = f"model{chunk.vpp_rank}" if virtual else "model"
-                state[key] = _state_dict(model, target, chunk, rank)
+                state[key] = _state_dict(model, target, chunk, rank, shared)
             path = f"{directory_name(rank, pp_rank, pp)}/{RANK_FILES[0]}"
             yield torch_zip.plan_file(path, state)
 
 
-def _state_dict(model: Model, target: Target, chunk: Chunk, rank: Rank) -> dict[str, Any]:
+def _state_dict(
+    model: Model,
+    target: Target,
+    chunk: Chunk,
+    rank: Rank,
+    shares: dict[Any, Any],
+) -> dict[str, Any]:
     """Return what one rank's ``model`` holds for one pipeline chunk."""
     named: dict[str, Any] = {}
     for held in target.layout.held(model.parts):
@@ -173,7 +180,7 @@ def _state_dict(model: Model, target: Target, chunk: Chunk, rank: Rank) -> dict[
         if message == "output layer" or not _stores(chunk, message, layer):
             continue
         local = _local(chunk, message, layer)
-        named.update(give(held.rules, model.messages[message], held.spec, local, rank))
+        named.update(give(held.rules, model.messages[message], held.spec, local, rank, shares))
         named.update(_states(held.spec, target, message, layer, local, rank))
     if chunk.output:
         name = _output_name(target.layout)
