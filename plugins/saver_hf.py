@@ -145,7 +145,11 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
         config = merge_config(config, spec)
     if differing:
         notes += [f"{CONFIG}, the source wins: {line}" for line in differing]
-    if _set_dtype(config, dtype) or differing:
+    changed = _set_dtype(config, dtype)
+    for part in (p for p in ("text_config", "vision_config") if isinstance(config.get(p), dict)):
+        if composed is not None and {"dtype", "torch_dtype"} & config[part].keys():
+            changed |= _set_dtype(config[part], dtype)
+    if changed or differing:
         files[CONFIG] = dump_config(config)
     return files, tuple(notes)
 

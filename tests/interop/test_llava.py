@@ -199,6 +199,26 @@ def test_every_spelling_is_read_and_the_hubs_is_written(tower, spelled, source_o
     same(llava.computed(tmp_path / "again"), expected)
 
 
+def test_every_part_is_cast_and_says_so(source_of, tmp_path):
+    directory, _, _ = source_of("clip", "qwen2")
+    (tmp_path / "hf").mkdir()
+    shutil.copyfile(directory / "model.safetensors", tmp_path / "hf" / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    config["text_config"]["torch_dtype"] = "float32"  # as on the hub
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "hf", tmp_path / "core", "core", dtype="bfloat16")
+    convert(tmp_path / "core", tmp_path / "back", "hf")
+    weights = hf.weights(directory)
+    found = hf.weights(tmp_path / "back")
+    read = [name for name in found if "post_layernorm" not in name]  # that of CLIP is made anew
+    assert all(
+        torch.equal(found[name], weights[name.replace(".vision_model", "")].bfloat16())
+        for name in read
+    )
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {config["dtype"], config["text_config"]["torch_dtype"]} == {"bfloat16"}
+
+
 def test_state_dict_in_one_file(source_of, tmp_path):
     directory, config, expected = source_of("siglip")
     convert(directory, tmp_path / "file", "pytorch")
