@@ -1,11 +1,13 @@
 """Measure conversions against ``cp``: wall time in alternated pairs, and memory over all processes.
 
-    python benchmarks/bench.py [--work DIR] [--pairs 7] [--only NAME] [--memory]
+    python benchmarks/bench.py [--work DIR] [--pairs 7] [--only NAME] [--memory] [--plans]
 
 Every case is run in turn with a copy of the same source, ``cp -r`` followed by a sync of what was
 copied, because a conversion is durable when it returns. Both start from a warm page cache. A case
 is void where the slowest copy took more than 1.5 times the fastest: the machine was busy. Peak
 memory is the proportional set size (PSS) of the command and all its children, sampled every 20 ms.
+
+With ``--plans`` the largest open models, as files of holes, are planned for 8,192 ranks.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import giants
 from models import build
 
 CKPTX = Path(sys.executable).with_name("ckptx")
@@ -51,11 +54,15 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder for models and outputs; kept")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--only", default="", help="run cases whose name contains this")
-    parser.add_argument("--memory", action="store_true", help="only the 8B-shaped memory cases")
+    parser.add_argument("--memory", action="store_true", help="only the memory cases")
+    parser.add_argument("--plans", action="store_true", help="only the plans of giants")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ckptx-bench-") as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
+        if arguments.plans:
+            plan_giants(work, arguments.only)
+            return 0
         print("| case | bytes | ckptx s | cp + sync s | ratio | GB/s | peak PSS MiB |")
         print("|---|---|---|---|---|---|---|")
         for case in memory_cases(work) if arguments.memory else cases(work):
@@ -77,6 +84,35 @@ def cases(work: Path) -> Iterator[Case]:
         yield Case(f"{size} core TP2 PP2 -> core TP4", base, core(4, 1, "torch_dist"))
         yield Case(f"{size} core TP2 PP2 -> hf", base, ["--to", "hf"])
         yield Case(f"{size} hf -> hf float32", hf, ["--to", "hf", "--dtype", "float32"])
+    hf, experts = build("8x0.12B", work / "hf-experts"), work / "core-experts"
+    parallel = [*core(1, 1, "torch_dist"), "--ep", "4"]
+    yield Case("8x0.12B hf -> core torch_dist EP4", hf, parallel)
+    if not experts.exists():
+        convert(hf, experts, parallel)
+    yield Case("8x0.12B core EP4 -> hf", experts, ["--to", "hf"])
+    legacy = work / "legacy"
+    if not legacy.exists():
+        convert(build("1.26B", work / "hf-1.26B"), legacy, ["--to", "legacy", "--tp", "2"])
+    yield Case("1.26B legacy TP2 -> core torch_dist TP2 PP2", legacy, core(2, 2, "torch_dist"))
+
+
+def plan_giants(work: Path, only: str) -> None:
+    """Plan the giants and print a table in Markdown."""
+    print("| plan | source tensors | wall s | peak PSS MiB |")
+    print("|---|---|---|---|")
+    options = [*core(8, 16, ""), "--ep", "64", "--decoder-first-pipeline-num-layers", "3"]
+    options += ["--decoder-last-pipeline-num-layers", "2", "--ckpt-format"]
+    for model, config in (("DeepSeek-V3", giants.DEEPSEEK_V3), ("Kimi-K2", giants.KIMI_K2)):
+        source = giants.write(config, work / model)
+        count = sum(1 for _ in giants.tensors(config))
+        for form in ("torch_dist", "torch"):
+            name = f"{model} hf -> core {form} TP8 PP16 EP64"
+            if only in name:
+                command = [CKPTX, "plan", source, work / "target", *options, form, "--quiet"]
+                run = sampled(command)
+                print(
+                    f"| {name} | {count:,} | {run.wall:.1f} | {run.peak / 2**20:.0f} |", flush=True
+                )
 
 
 def memory_cases(work: Path) -> Iterator[Case]:
@@ -84,11 +120,17 @@ def memory_cases(work: Path) -> Iterator[Case]:
     hf = build("8B", work / "hf-8B", sparse=True)
     yield Case("8B (sparse) hf -> core torch_dist TP2 PP2", hf, core(2, 2, "torch_dist"))
     yield Case("8B (sparse) hf -> core torch TP8", hf, core(8, 1, "torch"))
+    small = giants.write({**giants.DEEPSEEK_V3, **giants.SMALL}, work / "DeepSeek-V3-small")
+    stages = ["--ep", "8", "--decoder-first-pipeline-num-layers", "13"]
+    name = "DeepSeek-V3 scaled down (sparse) hf -> core {} TP2 PP4 EP8"
+    for form in ("torch_dist", "torch"):
+        yield Case(name.format(form), small, [*core(2, 4, form), *stages])
 
 
 def core(tp: int, pp: int, ckpt_format: str) -> list[str]:
-    """Return the options of a Megatron target."""
-    return ["--to", "core", "--tp", str(tp), "--pp", str(pp), "--ckpt-format", ckpt_format]
+    """Return the options of a Megatron target; the format is left open where it is empty."""
+    sizes = ["--to", "core", "--tp", str(tp), "--pp", str(pp)]
+    return [*sizes, "--ckpt-format", ckpt_format] if ckpt_format else sizes
 
 
 def measure(case: Case, work: Path, pairs: int) -> str:
@@ -103,7 +145,7 @@ def measure(case: Case, work: Path, pairs: int) -> str:
             if pair:  # the first pair warms up
                 (ours if ckptx else copies).append(run)
     remove(target, copy)
-    alone = sampled(case.source, target, case.options)
+    alone = sampled([CKPTX, "convert", case.source, target, *case.options, "--quiet"])
     written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     remove(target, copy)
     peak = f"{alone.peak / 2**20:.0f} |"
@@ -133,10 +175,9 @@ def copied(source: Path, target: Path) -> Run:
     return Run(time.perf_counter() - start)
 
 
-def sampled(source: Path, target: Path, options: Sequence[str]) -> Run:
-    """Convert while the memory of the whole process tree is sampled."""
+def sampled(command: Sequence[str | Path]) -> Run:
+    """Run a command while the memory of its whole process tree is sampled."""
     start = time.perf_counter()
-    command = [CKPTX, "convert", source, target, *options, "--quiet"]
     process = subprocess.Popen(command)
     peak = 0
     while process.poll() is None:

@@ -1,4 +1,4 @@
-"""Llama-shaped checkpoints of any size, written without a tensor library."""
+"""Checkpoints shaped like Llama or Mixtral, of any size, written without a tensor library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = 64 << 20  # bytes
 
 @dataclass(frozen=True)
 class Shape:
-    """The dimensions of a Llama; ``groups`` are its key-value heads."""
+    """The dimensions of a Llama, or of a Mixtral; ``groups`` are its key-value heads."""
 
     layers: int
     hidden: int
@@ -23,12 +23,16 @@ class Shape:
     heads: int
     groups: int
     vocab: int
+    experts: int = 0
 
     def config(self) -> dict[str, object]:
         """Return the ``config.json`` of the model."""
+        family, name = ("mixtral", "Mixtral") if self.experts else ("llama", "Llama")
+        mixture = {"num_local_experts": self.experts, "num_experts_per_tok": 2}
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            **(mixture if self.experts else {}),
+            "architectures": [f"{name}ForCausalLM"],
+            "model_type": family,
             "dtype": "bfloat16",
             "hidden_act": "silu",
             "hidden_size": self.hidden,
@@ -53,13 +57,23 @@ class Shape:
             yield at + "self_attn.k_proj.weight", (width, self.hidden)
             yield at + "self_attn.v_proj.weight", (width, self.hidden)
             yield at + "self_attn.o_proj.weight", (self.hidden, self.hidden)
-            yield at + "mlp.gate_proj.weight", (self.ffn, self.hidden)
-            yield at + "mlp.up_proj.weight", (self.ffn, self.hidden)
-            yield at + "mlp.down_proj.weight", (self.hidden, self.ffn)
+            yield from self._mlp(at)
             yield at + "input_layernorm.weight", (self.hidden,)
             yield at + "post_attention_layernorm.weight", (self.hidden,)
         yield "model.norm.weight", (self.hidden,)
         yield "lm_head.weight", (self.vocab, self.hidden)
+
+    def _mlp(self, at: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        places = [at + "mlp."]
+        parts = ("gate_proj", "up_proj", "down_proj")
+        if self.experts:
+            yield at + "block_sparse_moe.gate.weight", (self.experts, self.hidden)
+            places = [f"{at}block_sparse_moe.experts.{expert}." for expert in range(self.experts)]
+            parts = ("w1", "w3", "w2")
+        for place in places:
+            yield f"{place}{parts[0]}.weight", (self.ffn, self.hidden)
+            yield f"{place}{parts[1]}.weight", (self.ffn, self.hidden)
+            yield f"{place}{parts[2]}.weight", (self.hidden, self.ffn)
 
     @property
     def parameters(self) -> int:
@@ -71,6 +85,7 @@ SHAPES = {
     "0.44B": Shape(24, 1024, 3840, 16, 8, 32000),
     "1.26B": Shape(24, 2048, 5888, 32, 8, 32000),
     "8B": Shape(32, 4096, 14336, 32, 8, 128256),
+    "8x0.12B": Shape(10, 1024, 3584, 16, 8, 32000, experts=8),
 }
 
 

@@ -97,9 +97,11 @@ def forecast(job: Job, *, tensors: bool = True) -> Forecast:
     from ckptx.proof import operations
     from ckptx.writer import peak_memory
 
+    before = _resident()
     with SpoolFile(job.target) as file:
         begin, end, plan, proof = plan_conversion(job, Spool(file.path))
         spooled = file.nbytes
+    planned = max(0, _resident() - before)
     listed = [
         {
             "file": file.path,
@@ -127,11 +129,17 @@ def forecast(job: Job, *, tensors: bool = True) -> Forecast:
         Facts.of(begin, end, plan, proof).at(job.target),
         outputs,
         sorted(plan.pointers),
-        peak_memory(children.write_options(job)),
+        peak_memory(children.write_options(job)) + planned,
         spooled,
         _refusal(job, plan),
         listed,
     )
+
+
+def _resident() -> int:
+    """Return the bytes of memory that this process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _refusal(job: Job, plan: SavePlan) -> str:

@@ -145,7 +145,8 @@ class Forecast:
     pointers: Sequence[str]
     """Small files beside the target, written last."""
     peak_memory: int
-    """The most memory that the conversion takes, all processes together."""
+    """The most memory that the conversion takes, all processes together: the bound of its buffers,
+    and what this plan took."""
     spool: int
     """Disk that tensors without a source file take while the conversion runs."""
     refused: str = ""

@@ -124,15 +124,19 @@ class LlamaMistralLoader:
         begin = next(messages)
         if not isinstance(begin, Begin) or "language" not in begin.parts:
             raise SchemaError(f"{source}: not a model of family {size.family}, as {name} is")
-        spec = begin.parts["language"]
-        _check(name, size, spec, begin)
-        rows = true_vocab_size(options, spec.vocab_size)
-        begin = replace(
-            begin,
-            parts={"language": replace(spec, vocab_size=rows)},
-            sidecars={**_tokenizer(options), **begin.sidecars},
-        )
-        yield from cast_messages(chain([begin], messages), dtype)
+        _check(name, size, begin.parts["language"], begin)
+        yield from cast_messages(chain([with_vocabulary(begin, options)], messages), dtype)
+
+
+def with_vocabulary(begin: Begin, options: Mapping[str, Any]) -> Begin:
+    """Return the first message with what Megatron's options say of vocabulary and tokenizer."""
+    spec = begin.parts["language"]
+    rows = true_vocab_size(options, spec.vocab_size)
+    return replace(
+        begin,
+        parts={"language": replace(spec, vocab_size=rows)},
+        sidecars={**_tokenizer(options), **begin.sidecars},
+    )
 
 
 def _dtype(options: Mapping[str, Any]) -> str | None:

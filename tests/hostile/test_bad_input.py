@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ckptx import cli
+from ckptx import cli, manager
 
 from .conftest import ROOT
 
@@ -707,21 +707,18 @@ class TestPlugins:
     def test_unknown_plugin(self, role, flag, user):
         options = [flag, "quux"] if role == "saver" else [flag, "quux", "--to", "hf"]
         reason = user.is_refused("convert", user.source, user.target, *options)
-        known = {
-            "loader": "core, hf, llama_mistral, meta, pytorch",
-            "saver": "core, hf, meta, pytorch",
-        }
-        assert f"unknown {role} 'quux'; known {role}s: {known[role]}" in reason
+        known = ", ".join(manager.names(role))
+        assert f"unknown {role} 'quux'; known {role}s: {known}" in reason
 
     @pytest.mark.parametrize("name", ["gguf", "deepspeed", "lora", "megatron"])
     def test_format_that_is_recognised_and_not_there_yet(self, name, user):
         reason = user.cannot_convert(name)
         assert f"saver '{name}': ckptx knows of this format" in reason
-        assert "known savers: core, hf, meta, pytorch" in reason
+        assert f"known savers: {', '.join(manager.names('saver'))}" in reason
 
     def test_option_of_a_plugin_that_is_not_chosen(self, user):
         reason = user.cannot_convert("core", "--max-shard-size", "1GB")
-        assert "--max-shard-size belongs to saver 'hf', which is not chosen here" in reason
+        assert "--max-shard-size belongs to saver 'hf' and saver 'hf_llava', which is" in reason
 
     def test_option_of_none(self, user):
         assert "--quux" in user.cannot_convert("core", "--quux")

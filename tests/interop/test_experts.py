@@ -282,6 +282,22 @@ def test_every_family_comes_back_as_it_was(family, source_of, tmp_path):
     assert contents(tmp_path / "after") == contents(before)
 
 
+def test_megatrons_own_loader_by_its_name(source_of, tmp_path):
+    source, layout = source_of("mixtral"), LAYOUTS["ep2"]
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.write_bytes(b"a tokenizer")
+    named = {"loader_options": {"tokenizer_model": tokenizer, "true_vocab_size": 131}}
+    sizes = expert_sizes(layout)
+    convert(source.directory, tmp_path / "core", "core", loader="mixtral_hf", **named, **sizes)
+    found = mcore.read(KINDS["te"].model(source, layout), layout, tmp_path / "core", source.tokens)
+    assert difference(found[..., :131], source.logits) <= CLOSE
+    kept = tmp_path / "core" / "release" / "huggingface" / "tokenizer.model"
+    assert kept.read_bytes() == b"a tokenizer"
+    other = source_of("qwen3_moe").directory
+    with pytest.raises(SchemaError, match="the model is Qwen3MoeForCausalLM, not a Mixtral"):
+        convert(other, tmp_path / "other", "core", loader="mixtral_hf")
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe-mixed", "qwen3_moe"])
 def test_names_of_transformers_memory_are_read(family, source_of, tmp_path):
     """A state dict saved as it is has fused experts; what is written has them apart."""
