@@ -39,6 +39,7 @@ LOGITS_FAMILIES = (
     "tests/interop/conversion.py",
     "tests/interop/experts.py",
     "tests/interop/test_dense_families.py",
+    "tests/interop/test_experts.py",
 )
 """Name the families whose logits are compared, as ``hf.llama``."""
 
