@@ -63,24 +63,29 @@ def ranks(user, written):
     return chosen
 
 
+CONFIGS = [
+    ({"vision_config__model_type": "dinov2"}, "'dinov2' is an unknown vision tower; known are"),
+    ({"text_config__model_type": "gemma"}, "model_type 'gemma' is no language model that a"),
+    ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu', known are"),
+    ({"vision_config__num_hidden_layers": 2}, "not part of it: 'vision_tower.encoder.layers.2"),
+    ({"vision_config__image_size": 35}, "'position embeddings' is [17, 128]"),
+    ({"vision_feature_layer": -9}, "vision_feature_layer -9 is none of the tower's 3 layers"),
+]
+MORE_CONFIGS = [
+    ({"vision_config__hidden_act": "relu"}, "vision_config: hidden_act is 'relu', known are"),
+    ({"vision_config__num_attention_heads": 3}, "128 does not divide over 3 heads"),
+    ({"vision_config__num_channels": 1}, "1 channels per pixel, expected 3"),
+    ({"vision_config__num_hidden_layers": 4}, "missing: 'vision_tower.vision_model.encoder"),
+    ({"vision_config__patch_size": 14}, "the model's dimensions say"),
+    ({"text_config__num_hidden_layers": 5}, "missing: 'language_model.model.layers.4"),
+    ({"multimodal_projector_bias": False}, "not part of it: 'multi_modal_projector.linear_1.b"),
+    ({"vision_feature_layer": [-2, -1]}, "'vision projection l0 weight' is [64, 128]"),
+]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [
-        ({"vision_config__model_type": "dinov2"}, "'dinov2' is an unknown vision tower; known are"),
-        ({"text_config__model_type": "gemma"}, "model_type 'gemma' is no language model that a"),
-        ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu', known are"),
-        ({"vision_config__hidden_act": "relu"}, "vision_config: hidden_act is 'relu', known are"),
-        ({"vision_config__num_attention_heads": 3}, "128 does not divide over 3 heads"),
-        ({"vision_config__num_channels": 1}, "1 channels per pixel, expected 3"),
-        ({"vision_config__num_hidden_layers": 2}, "not part of it: 'vision_tower.encoder.layers.2"),
-        ({"vision_config__num_hidden_layers": 4}, "missing: 'vision_tower.vision_model.encoder"),
-        ({"vision_config__image_size": 35}, "'position embeddings' is [17, 128]"),
-        ({"vision_config__patch_size": 14}, "the model's dimensions say"),
-        ({"text_config__num_hidden_layers": 5}, "missing: 'language_model.model.layers.4"),
-        ({"multimodal_projector_bias": False}, "not part of it: 'multi_modal_projector.linear_1.b"),
-        ({"vision_feature_layer": -9}, "vision_feature_layer -9 is none of the tower's 3 layers"),
-        ({"vision_feature_layer": [-2, -1]}, "'vision projection l0 weight' is [64, 128]"),
-    ],
+    [*CONFIGS, *(pytest.param(*one, marks=pytest.mark.full) for one in MORE_CONFIGS)],
 )
 def test_configs_that_do_not_fit(changes, reason, user, model):
     model(**changes)
