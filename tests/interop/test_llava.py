@@ -65,11 +65,17 @@ def source_of(tmp_path_factory):
 
 
 def same(found, expected):
-    """Nothing of what both have computed differs; the vocabulary may be padded."""
-    for name in {"logits", "projected"} & set(found) & set(expected):
+    """Nothing of what both have computed differs; the vocabulary may be padded.
+
+    Megatron's tower gives the class token's feature, too, which is left out behind it.
+    """
+    for name in set(found) & set(expected):
         here, there = found[name], expected[name]
         if name == "projected":
             here, there = (one if len(one) == 2 else one.transpose(0, 1) for one in (here, there))
+        if name == "features":
+            patches = min(here.shape[1], there.shape[1])
+            here, there = here[:, -patches:], there[:, -patches:]
         rows = min(here.shape[-1], there.shape[-1])
         assert difference(here[..., :rows], there[..., :rows]) <= CLOSE, name
 
