@@ -32,7 +32,7 @@ WIDTH = 80
 """Columns of the help texts."""
 
 FROM_HF, TO_HF = "tests/interop/test_hf_to_core.py", "tests/interop/test_core_to_hf.py"
-META = "tests/interop/test_meta.py"
+META, LEGACY = "tests/interop/test_meta.py", "tests/interop/test_legacy.py"
 SEEING = "tests/interop/test_llava.py"
 """Compares logits and ranks of models of several parts."""
 LOGITS_FAMILIES = (
@@ -40,8 +40,9 @@ LOGITS_FAMILIES = (
     "tests/interop/experts.py",
     "tests/interop/test_dense_families.py",
     "tests/interop/test_experts.py",
+    "tests/interop/test_bert.py",
 )
-"""Name the families whose logits are compared, as ``hf.llama``."""
+"""Name the families whose logits are compared, as ``hf.llama`` or by their class."""
 
 PROOFS: Mapping[tuple[str, str], tuple[str, str]] = {
     ("hf", "load"): ("L", FROM_HF),
@@ -52,6 +53,10 @@ PROOFS: Mapping[tuple[str, str], tuple[str, str]] = {
     ("core torch", "save"): ("L", FROM_HF),
     ("meta", "load"): ("R", META),
     ("meta", "save"): ("R", META),
+    ("legacy", "load"): ("M", LEGACY),
+    ("legacy", "save"): ("M", LEGACY),
+    ("dcp", "load"): ("P", "tests/interop/test_dcp.py"),
+    ("dcp", "save"): ("P", "tests/interop/test_dcp.py"),
     ("pytorch", "load"): ("P", "tests/formats/test_pytorch.py"),
     ("pytorch", "save"): ("P", "tests/formats/test_pytorch.py"),
 }
@@ -64,7 +69,9 @@ LEGEND = {
     "(`tests/interop`)",
     "R": "transformers, real megatron-core and the publisher's own model, written anew in eager "
     "torch for the tests, compute the same logits (`tests/interop`)",
-    "P": "torch itself is on the other side (`tests/formats`)",
+    "M": "transformers and Megatron's legacy model, written anew in eager torch for the tests, "
+    "compute the same logits (`tests/interop`); so did the original",
+    "P": "torch itself is on the other side (`tests/formats`, `tests/interop/test_dcp.py`)",
     "K": "the conformance kit, with models made by hand (`tests/formats`, `tests/schemas`)",
 }
 """What the letters say."""
@@ -135,7 +142,7 @@ def support_matrix() -> str:
     """Return which family goes in and out of which format, and what proves it."""
     columns = list(_columns())
     rows = []
-    for family in manager.families().values():
+    for family in (family for family in manager.families().values() if family.layouts):
         cells = [_cell(family, *column) for column in columns]
         rows.append([family.name, ", ".join(family.architectures), *cells])
     head = ["family", "architecture", *(f"`{column[0]}`" for column in columns)]
@@ -179,9 +186,10 @@ def _proof(family: Family, column: str, direction: str) -> str:
     shown = (ROOT / tests).is_file()
     if family.composition is not None and letter == "L":
         return letter if (ROOT / SEEING).is_file() else "K"
-    if letter in ("L", "R"):
+    named = "|".join(rf"\b{name}\b" for name in (f"hf\\.{family.name}", *family.architectures))
+    if letter in ("L", "R", "M"):
         texts = [(ROOT / path).read_text() for path in LOGITS_FAMILIES if (ROOT / path).is_file()]
-        shown = shown and any(re.search(rf"\bhf\.{family.name}\b", text) for text in texts)
+        shown = shown and any(re.search(named, text) for text in texts)
         letter = letter if "mcore" in family.layouts or letter == "R" else "T"
     return letter if shown else "K"
 

@@ -37,7 +37,7 @@ def messages_of(
         canonical = taker.of(held.spec).take(held.rules, [left], held.layer)
         if canonical:
             found[held.message] = held, canonical
-    for message, key, name in layout.copies_of(parts["language"]):
+    for message, key, name in (*layout.copies_of(parts["language"]), *layout.repeated):
         if name in left and message in found and key in found[message][1]:
             own = found[message][1]
             own[key] = replicated([own[key], left.pop(name)])

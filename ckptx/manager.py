@@ -33,16 +33,13 @@ ALIASES = {"mcore": "core", "megatron": "legacy"}
 """Names that Megatron's converter still accepts."""
 
 RECOGNISED = {
-    "legacy": "Megatron-LM legacy checkpoints",
     "deepspeed": "DeepSpeed ZeRO checkpoints",
     "zero": "DeepSpeed ZeRO checkpoints",
     "universal": "DeepSpeed universal checkpoints",
-    "dcp": "PyTorch distributed checkpoints",
     "fsdp": "PyTorch FSDP checkpoints",
     "fsdp_dtensor": "Megatron FSDP checkpoints",
     "verl": "verl training checkpoints",
     "rlinf": "RLinf training checkpoints",
-    "mixtral_hf": "Mixtral models, mixtures of experts",
     "lora": "LoRA adapters",
     "peft": "PEFT adapters",
     "nemo": "NeMo checkpoints",

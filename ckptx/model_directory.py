@@ -80,13 +80,22 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
     The class decides: the weights of ``LlamaForSequenceClassification`` are not those of
     ``LlamaForCausalLM``. Only a config that names no class goes by its ``model_type``.
     """
+    return next((family for family in _named_by(config) if family.layouts), None)
+
+
+def _named_by(config: Mapping[str, Any]) -> Iterator[Family]:
     architectures = config.get("architectures") or []
     for family in manager.families().values():
-        if any(name in family.architectures for name in architectures):
-            return family
-        if not architectures and config.get("model_type") in family.model_types:
-            return family
-    return None
+        if any(name in family.architectures for name in architectures) or (
+            not architectures and config.get("model_type") in family.model_types
+        ):
+            yield family
+
+
+def why_unknown(config: Mapping[str, Any]) -> str:
+    """Return why there is no schema for what a config names."""
+    reasons = [why for family in _named_by(config) for why in family.refused.values()]
+    return reasons[0] if reasons else "no schema"
 
 
 def family_named(name: str) -> Family:
@@ -122,7 +131,7 @@ def hf_messages(
         named = (config or {}).get("architectures") or ["no architecture"]
         yield begin
         yield passthrough(tensors)
-        note = f"{', '.join(named)}: no schema, tensors pass through by name"
+        note = f"{', '.join(named)}: {why_unknown(config or {})}; tensors pass through by name"
         yield End(notes=(*notes, note))
         return
     before, tensors = tensors, quantised.dequantise(tensors, config, dtype)

@@ -76,7 +76,7 @@ class Facts:
                 }
                 for drop in proof.dropped
             ],
-            notes=(*end.notes, *plan.notes),
+            notes=tuple(dict.fromkeys((*end.notes, *plan.notes))),
             stages=tuple(plan.stages),
             details=dict(plan.details),
             load_hint=plan.load_hint,

@@ -484,6 +484,9 @@ class Layout:
     """Names under which the layers of multi-token prediction repeat a tensor, as ``(message, key,
     name)``; they are written, and where they are read compared."""
 
+    repeated: tuple[tuple[str, str, str], ...] = ()
+    """Further names that some files have for a tensor, in the same way; compared, not written."""
+
     def expand(self, spec: ModelSpec) -> Iterator[tuple[str, int | None, tuple[Rule, ...]]]:
         """Yield ``(message, layer, rules)`` for every message of a model, in model order.
 

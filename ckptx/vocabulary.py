@@ -49,6 +49,8 @@ SYMBOLS = {
     "moe ffn": "moe_ffn_hidden_size",
     "shared": "moe_shared_expert_intermediate_size",
     "one": "1",
+    "two": "2",
+    "token types": "rows of the token types' embedding, 2 in Megatron",
     "two hidden": "2 * hidden_size",
     "three hidden": "3 * hidden_size",
     "query": "num_attention_heads * (qk_head_dim + qk_pos_emb_head_dim)",
@@ -108,6 +110,7 @@ MESSAGES: Mapping[str, tuple[Key, ...]] = {
     "embeddings": (
         Key("word embeddings", ("vocab", "hidden"), 0, "token embeddings"),
         Key("position embeddings", ("positions", "hidden"), None, "learned positions"),
+        Key("tokentype embeddings", ("token types", "hidden"), None, "which sentence, in BERT"),
     ),
     "transformer layer N": _LAYER,
     "mtp layer N": (
@@ -124,7 +127,24 @@ MESSAGES: Mapping[str, tuple[Key, ...]] = {
         Key("weight", _NORM, None, "norm after the last layer"),
         Key("bias", _NORM, None, "its bias"),
     ),
-    "output layer": (Key("weight", ("vocab", "hidden"), 0, "output projection, absent when tied"),),
+    "output layer": (
+        Key("weight", ("vocab", "hidden"), 0, "output projection, absent when tied"),
+        Key("bias", ("vocab",), 0, "its bias, in BERT"),
+    ),
+    "pooler": (
+        Key("weight", ("hidden", "hidden"), None, "projection of BERT's first token"),
+        Key("bias", _NORM, None, "its bias"),
+    ),
+    "lm head": (
+        Key("dense weight", ("hidden", "hidden"), None, "projection before BERT's output layer"),
+        Key("dense bias", _NORM, None, "its bias"),
+        Key("norm weight", _NORM, None, "norm before the output layer"),
+        Key("norm bias", _NORM, None, "its bias"),
+    ),
+    "binary head": (
+        Key("weight", ("two", "hidden"), None, "whether the second sentence follows the first"),
+        Key("bias", ("two",), None, "its bias"),
+    ),
     "vit embeddings": (
         Key("conv1 weight", ("hidden", "channels", "patch", "patch"), None, "of every patch"),
         Key("conv1 bias", _NORM, None, "its bias"),
@@ -247,6 +267,8 @@ def dimensions(spec: ModelSpec) -> dict[str, int]:
         "moe ffn": spec.moe_ffn_hidden_size or 0,
         "shared": spec.moe_shared_expert_intermediate_size or 0,
         "one": 1,
+        "two": 2,
+        "token types": spec.extra.get("type_vocab_size") or 0,
         "two hidden": 2 * spec.hidden_size,
         "three hidden": 3 * spec.hidden_size,
         "query": spec.num_attention_heads * (spec.qk_head_dim + spec.qk_pos_emb_head_dim),

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ckptx.errors import FormatError, SchemaError
+from ckptx.errors import CkptxError, FormatError, SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.model_directory import (
     CONFIG,
@@ -23,6 +23,7 @@ from ckptx.model_directory import (
 from ckptx.parallel import Pipeline
 from ckptx.plugin import Loader
 from ckptx.plugins.megatron import directory, distributed, llava, ranks
+from ckptx.plugins.megatron.forms import LEGACY, Form
 from ckptx.plugins.megatron.options import (
     CAPABILITIES,
     transformer_impl_option,
@@ -31,9 +32,9 @@ from ckptx.plugins.megatron.options import (
 )
 from ckptx.plugins.megatron.source import Source
 from ckptx.protocol import Begin, End, Message
-from ckptx.schema import Parts
-from ckptx.schemas.args import inexpressible, spec_from_args
-from ckptx.schemas.core import MCORE_GPT
+from ckptx.schema import Layout, Parts
+from ckptx.schemas import bert
+from ckptx.schemas.args import NOTE, inexpressible, spec_from_args
 from ckptx.schemas.llava_args import is_llava, language_args
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import check_shapes
@@ -50,8 +51,8 @@ class CoreLoader:
         return [*vocabulary_options(), transformer_impl_option("loader")]
 
     def detect(self, source: Path) -> bool:
-        """Return whether there is a tracker file or an iteration directory."""
-        return directory.looks_like(source)
+        """Return whether there is a tracker file or an iteration directory, of no legacy model."""
+        return directory.looks_like(source) and found_form(source) is not LEGACY
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the model."""
@@ -61,7 +62,7 @@ class CoreLoader:
                 "source has not; convert it to hf first, then fill"
             )
         place = directory.find(source)
-        checkpoint = (distributed if place.format == "torch_dist" else ranks).read(place)
+        checkpoint = self.read(place)
         beside = place.path / directory.SIDECARS
         files = {**(sidecars(beside) if beside.is_dir() else {}), **base_sidecars(options)}
         config = read_config(files, beside)
@@ -80,7 +81,7 @@ class CoreLoader:
             stored = checkpoint.messages(layout, llava.stored_parts(parts, dummies))
             messages = list(llava.without_dummies(stored, parts["vision"], dummies, dropped))
         else:
-            layout = MCORE_GPT
+            layout = self.layout(checkpoint, parts["language"])
             messages = list(checkpoint.messages(layout, parts))
         yield Begin(
             format=self.name,
@@ -108,7 +109,30 @@ class CoreLoader:
         for message in messages:
             check_shapes(message.name, message.tensors, parts[message.part])
             yield message
-        yield End(tuple(dropped))
+        yield End(tuple(dropped), tuple(self.notes(parts["language"])))
+
+    def read(self, place: directory.IterationDirectory) -> Source:
+        """Read the metadata of a checkpoint."""
+        if place.format == "torch_dist":
+            return distributed.read(place)
+        return ranks.read(place)
+
+    def layout(self, checkpoint: Source, spec: ModelSpec) -> Layout:
+        """Return how a model is named."""
+        return family_named(spec.family).layout("mcore")
+
+    def notes(self, spec: ModelSpec) -> list[str]:
+        """Return remarks on a model that was found."""
+        return bert.head_notes(spec)
+
+
+def found_form(source: Path) -> Form | None:
+    """Return which kind of model a per-rank checkpoint holds, None where that cannot be told."""
+    try:
+        place = directory.find(source)
+        return ranks.form_in(place) if place.format == "torch" else None
+    except CkptxError:
+        return None  # the loader will say what is wrong
 
 
 def _check_dummies(options: Mapping[str, Any], dummies: int, checkpoint: Source) -> None:
@@ -132,6 +156,8 @@ def _spec(checkpoint: Source, said: Parts | None, options: Mapping[str, Any]) ->
             )
         spec = named
     else:
+        if named is None and bert.looks_like(checkpoint.names):
+            args = {**args, NOTE: {"family": bert.NAME, **(args.get(NOTE) or {})}}
         spec = spec_from_args(args, named.family if named else None)
         if named is not None:
             # What args cannot say comes from the config; where both speak, args were trained with.
@@ -147,6 +173,7 @@ def _spec(checkpoint: Source, said: Parts | None, options: Mapping[str, Any]) ->
                     f"{checkpoint.place}: the config at hand is not of this model: "
                     f"{'; '.join(problems)}"
                 )
+    spec = bert.with_types(spec, checkpoint.weights)
     vocab_size = true_vocab_size(options, spec.vocab_size)
     return replace(spec, vocab_size=vocab_size, dtype=checkpoint.dtype)
 

@@ -34,10 +34,12 @@ from ckptx.plugins.state_dict import (
 )
 from ckptx.protocol import Begin, Dropped, End, Message
 from ckptx.schema import Parts
+from ckptx.schemas import legacy
 from ckptx.schemas.args import spec_from_args
 
 _SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 _CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
+_CONVENTIONS = {"hf": "hf", "core": "mcore", "legacy": "legacy"}
 WEIGHTS_ONLY = "only weights are converted"
 
 
@@ -47,7 +49,7 @@ class PytorchLoader:
     name = "pytorch"
     capabilities: Mapping[str, Any] = {
         "formats": ["torch.save"],
-        "layouts": ["hf", "mcore"],
+        "layouts": ["hf", "mcore", "legacy"],
         "passthrough": True,
         "lossless": True,
     }
@@ -84,7 +86,8 @@ class PytorchLoader:
             sidecars=files,
             training={"iteration": value.get("iteration", "release")},
         )
-        for message in _messages(begin, dict(tensors), args_of(value, source), others):
+        version = value.get("checkpoint_version", 0)
+        for message in _messages(begin, dict(tensors), args_of(value, source), version, others):
             if isinstance(message, End):
                 message = replace(message, notes=(*filled, *message.notes))
             yield message
@@ -99,6 +102,9 @@ def state_dict(value: Any, source: Path) -> tuple[dict[str, Stored], tuple[Dropp
     if not isinstance(value, Mapping):
         raise FormatError(f"{source}: expected a dictionary, found {type(value).__name__}")
     inner = next((value[key] for key in _CONTAINERS if isinstance(value.get(key), Mapping)), value)
+    content = inner
+    if "language_model" in inner:
+        inner = legacy.flattened(inner)
     tensors = {str(name): entry for name, entry in inner.items() if isinstance(entry, Stored)}
     if not tensors:
         raise FormatError(
@@ -106,8 +112,8 @@ def state_dict(value: Any, source: Path) -> tuple[dict[str, Stored], tuple[Dropp
             f"containers: {', '.join(_CONTAINERS)}"
         )
     others = [str(name) for name in inner if name not in tensors]
-    if inner is not value:
-        others += [str(key) for key in value if value[key] is not inner]
+    if content is not value:
+        others += [str(key) for key in value if value[key] is not content]
     dropped = tuple(
         Dropped(name, WEIGHTS_ONLY) for name in others if not name.endswith("_extra_state")
     )
@@ -118,13 +124,17 @@ def _messages(
     begin: Begin,
     tensors: dict[str, LazyTensor],
     args: Mapping[str, Any],
+    version: Any,
     others: tuple[Dropped, ...],
 ) -> Iterator[Message]:
     config = read_config(begin.sidecars, begin.root)
     family = family_of(config) if config else None
-    core = begin.layout == "core"
+    convention = _CONVENTIONS[begin.layout]
+    megatron = convention != "hf"
+    if begin.layout == "legacy":
+        args = legacy.completed(args)
     parts: Parts
-    if core and args:
+    if megatron and args:
         parts = {"language": spec_from_args(args)}
     elif family is not None and config is not None:
         parts = parts_from_config(family, config)
@@ -134,8 +144,10 @@ def _messages(
         yield End(others, ("no config or args name the model: tensors pass through by name",))
         return
     composed = family.name if family is not None and "vision" in parts else ""
-    layout = family_named(composed or parts["language"].family).layout("mcore" if core else "hf")
-    training = {**begin.training, "args": args if core and args else None}
+    layout = family_named(composed or parts["language"].family).layout(convention)
+    if begin.layout == "legacy":
+        layout = legacy.ordered(layout, version, parts["language"])
+    training = {**begin.training, "args": args if megatron and args else None}
     begin = replace(begin, training=training, family=composed)
     yield from named_messages(begin, tensors, parts, layout, dropped=others)
 

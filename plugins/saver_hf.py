@@ -78,6 +78,8 @@ class HfSaver:
 
 
 def _auto_class(model: Model) -> str:
+    if model.passthrough is None and "Bert" in model.spec.architecture:
+        return model.spec.architecture  # the class for causal models would drop heads
     return (
         "AutoModelForImageTextToText" if "vision" in model.begin.parts else "AutoModelForCausalLM"
     )

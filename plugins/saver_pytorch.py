@@ -21,6 +21,7 @@ from ckptx.plugin import Saver
 from ckptx.plugins.state_dict import DIRECTORY_FILE, layout_option, layout_option_value
 from ckptx.protocol import Dropped, Message
 from ckptx.saving import Model, collect, named_tensors
+from ckptx.schemas import legacy
 from ckptx.schemas.args import args_from_spec
 
 _SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
@@ -32,7 +33,7 @@ class PytorchSaver:
     name = "pytorch"
     capabilities: Mapping[str, Any] = {
         "formats": ["torch.save"],
-        "layouts": ["hf", "mcore"],
+        "layouts": ["hf", "mcore", "legacy"],
         "passthrough": True,
         "lossless": True,
     }
@@ -43,7 +44,7 @@ class PytorchSaver:
             layout_option(),
             click.Option(
                 ["--target-layout"],
-                type=click.Choice(["hf", "core"]),
+                type=click.Choice(["hf", "core", "legacy"]),
                 help="Names in the target, where --layout is about the source.",
             ),
         ]
@@ -88,15 +89,19 @@ def _state(
         return dict(model.passthrough), model.passthrough, ()
     spec = model.spec
     family = family_named(model.family)
-    if layout == "core" and family.composition is not None:
+    if layout in ("core", "legacy") and family.composition is not None:
         raise SchemaError(
             f"a {family.name} under Megatron's names is no single state dict; use --to llava "
             "--ckpt-format torch"
         )
-    if layout != "core":
+    if layout not in ("core", "legacy"):
         tensors, dropped = hf_tensors(model)
         return dict(tensors), tensors, dropped
-    tensors, dropped = named_tensors(model, family.layout("mcore"))
+    old = layout == "legacy"
+    named = family.layout("legacy" if old else "mcore")
+    if old:
+        legacy.check(spec)
+    tensors, dropped = named_tensors(model, named)
     rows = model.messages["embeddings"]["word embeddings"].shape[0]
     args = args_from_spec(
         spec,
@@ -106,12 +111,15 @@ def _state(
         true_vocab_size=spec.vocab_size,
         make_vocab_size_divisible_by=1,
         iteration=0,
-        transformer_impl="transformer_engine",
+        transformer_impl="local" if old else "transformer_engine",
         ckpt_format="torch",
         source_args=model.begin.training.get("args"),
     )
-    state = {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": 0}
-    return {**state, "model": dict(tensors)}, tensors, dropped
+    if old:
+        args |= legacy.to_args(spec)
+    state = {"args": Namespace(**args), "checkpoint_version": legacy.VERSION, "iteration": 0}
+    held = legacy.nested(tensors) if old else dict(tensors)
+    return {**state, "model": held}, tensors, dropped
 
 
 @hookimpl

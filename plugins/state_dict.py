@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ckptx.errors import FormatError
+from ckptx.schemas import legacy
 
 DIRECTORY_FILE = "model.pt"
 """The file of a target that is a directory."""
@@ -26,14 +26,8 @@ def layout_option() -> click.Option:
 
 
 def layout_option_value(options: Mapping[str, Any]) -> str | None:
-    """Return the layout that was asked for, None for ``auto``.
-
-    Raises:
-        FormatError: it is recognised, but not there yet.
-    """
+    """Return the layout that was asked for, None for ``auto``."""
     layout: str | None = options.get("layout")
-    if layout == "legacy":
-        raise FormatError("--layout legacy: ckptx recognises legacy Megatron names, but not yet")
     return None if layout in (None, "auto") else layout
 
 
@@ -42,6 +36,6 @@ def layout_of(names: Iterable[str]) -> str:
     for name in names:
         if name.startswith(("decoder.layers.", "embedding.word_embeddings")):
             return "core"
-        if name.startswith("language_model."):
+        if legacy.names_legacy(name):
             return "legacy"
     return "hf"

@@ -18,7 +18,7 @@ from typing import Any
 from ckptx.containers.pickle_values import TorchDtype
 from ckptx.errors import SchemaError
 from ckptx.parallel import Pipeline
-from ckptx.schemas import experts, latent
+from ckptx.schemas import bert, experts, latent
 from ckptx.schemas.activations import (
     activation_flags,
     activation_from_args,
@@ -192,6 +192,7 @@ def args_from_spec(
         "ckpt_format": ckpt_format,
         "use_dist_ckpt": ckpt_format != "torch",
         "iteration": iteration,
+        **bert.to_args(spec),
     }
 
 
@@ -233,7 +234,8 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
         dtype=_dtype_from_args(args),
         extra=extra,
     )
-    return _of_family(spec, family or note.get("family") or _guess(spec), family is not None)
+    named = _of_family(spec, family or note.get("family") or _guess(spec), family is not None)
+    return bert.from_args(named, args)
 
 
 def inexpressible(spec: ModelSpec) -> list[str]:
@@ -280,6 +282,7 @@ def notes(spec: ModelSpec) -> list[str]:
         *latent.notes(spec),
         *activation_notes(spec),
         *_embedding_notes(spec),
+        *bert.notes(spec),
     ]
 
 

@@ -17,6 +17,7 @@ from ckptx.schema import Family, Layout, Rule, rule
 from ckptx.schemas.blocks import hf_decoder
 from ckptx.schemas.core import MCORE, MCORE_LOCAL, not_in_megatron
 from ckptx.schemas.hf import config_from_spec, spec_from_config
+from ckptx.schemas.legacy import NOT_LEGACY
 
 
 def _gemma2_norms(prefix: str) -> tuple[Rule, ...]:
@@ -38,11 +39,15 @@ GEMMA = Family(
     },
     from_config=partial(spec_from_config, family="gemma"),
     to_config=config_from_spec,
-    refused=dict.fromkeys(
-        MCORE_LOCAL,
-        "the norms of Megatron's local spec are not zero-centred "
-        "(megatron/core/transformer/torch_norm.py asserts it); write Transformer Engine's names",
-    ),
+    refused={
+        **dict.fromkeys(
+            MCORE_LOCAL,
+            "the norms of Megatron's local spec are not zero-centred "
+            "(megatron/core/transformer/torch_norm.py asserts it); write Transformer Engine's "
+            "names",
+        ),
+        "legacy": NOT_LEGACY["geglu"],
+    },
     limits=(
         "Megatron Core 0.16 has no setting for the scale of Gemma's embeddings: the model needs a "
         "forward hook, which the report names",

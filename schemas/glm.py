@@ -16,6 +16,7 @@ from ckptx.schema import Family, Layout, Rule, rule
 from ckptx.schemas.blocks import hf_attention, hf_decoder, hf_fused_gated_mlp
 from ckptx.schemas.core import MCORE, not_in_megatron
 from ckptx.schemas.hf import config_from_spec, spec_from_config
+from ckptx.schemas.legacy import NOT_LEGACY
 
 
 def _glm4_norms(prefix: str) -> tuple[Rule, ...]:
@@ -37,6 +38,7 @@ GLM = Family(
     },
     from_config=partial(spec_from_config, family="glm"),
     to_config=config_from_spec,
+    refused={"legacy": NOT_LEGACY["rotary"]},
 )
 
 GLM4 = Family(

@@ -12,6 +12,7 @@ from ckptx.errors import SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.schema import Family
 from ckptx.schemas.core import MCORE
+from ckptx.schemas.legacy import LEGACY
 from ckptx.spec import ModelSpec
 
 
@@ -23,7 +24,7 @@ GPT = Family(
     name="gpt",
     architectures=("GPTModel",),
     model_types=(),
-    layouts=MCORE,
+    layouts={**MCORE, "legacy": LEGACY},
     from_config=_no_config,
     to_config=_no_config,
 )

@@ -17,6 +17,7 @@ from ckptx.schema import FUSED_QKV, SAME, Family, Iso, Layout, Rule, Section, Tr
 from ckptx.schemas.blocks import norm, untied
 from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config
+from ckptx.schemas.legacy import LEGACY
 
 _LAYER = "transformer.h.{layer}."
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
@@ -70,6 +71,7 @@ GPT2 = Family(
             _BUFFERS,
         ),
         **MCORE,
+        "legacy": LEGACY,
     },
     from_config=partial(spec_from_config, family="gpt2"),
     to_config=config_from_spec,

@@ -16,6 +16,7 @@ from ckptx.schema import Family, Layout, Predicate, Rule, Section, rule
 from ckptx.schemas.blocks import dense_bias, mlp_bias, norm, qkv_bias, untied
 from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config
+from ckptx.schemas.legacy import LEGACY
 
 _LAYER = "gpt_neox.layers.{layer}."
 # Checkpoints of transformers before 4.31 hold masks and rotary frequencies.
@@ -59,6 +60,7 @@ GPT_NEOX = Family(
             _BUFFERS,
         ),
         **MCORE,
+        "legacy": LEGACY,
     },
     from_config=partial(spec_from_config, family="gpt_neox"),
     to_config=config_from_spec,

@@ -13,6 +13,7 @@ from ckptx.schema import Family, Layout
 from ckptx.schemas.blocks import hf_decoder
 from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config
+from ckptx.schemas.legacy import LEGACY
 from ckptx.schemas.meta import META, META_WIDTH
 
 # Llama checkpoints of 2023 hold the rotary frequencies, which are computed anew from the config.
@@ -25,6 +26,7 @@ LLAMA = Family(
     layouts={
         "hf": Layout("hf/llama", hf_decoder(), _BUFFERS),
         **MCORE,
+        "legacy": LEGACY,
         "meta": META,
         "meta-width": META_WIDTH,
     },
@@ -39,6 +41,7 @@ MISTRAL = Family(
     layouts={
         "hf": Layout("hf/mistral", hf_decoder(), _BUFFERS),
         **MCORE,
+        "legacy": LEGACY,
         "meta": META,
         "meta-width": META_WIDTH,
     },

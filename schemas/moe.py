@@ -17,6 +17,7 @@ from ckptx.schema import EXPERT_GLU, SAME, Family, Layout, Rule, Section, each, 
 from ckptx.schemas.blocks import hf_attention, hf_gated_mlp, untied
 from ckptx.schemas.core import MCORE, moe, not_moe, shared_experts, shared_gate
 from ckptx.schemas.hf import config_from_spec, spec_from_config
+from ckptx.schemas.legacy import NOT_LEGACY
 
 LAYER = "model.layers.{layer}."
 MLP = LAYER + "mlp."
@@ -101,6 +102,7 @@ MIXTRAL = Family(
     },
     from_config=partial(spec_from_config, family="mixtral"),
     to_config=config_from_spec,
+    refused={"legacy": NOT_LEGACY["experts"]},
 )
 
 QWEN2_MOE = Family(
@@ -115,6 +117,7 @@ QWEN2_MOE = Family(
     },
     from_config=partial(spec_from_config, family="qwen2_moe"),
     to_config=config_from_spec,
+    refused={"legacy": NOT_LEGACY["experts"]},
 )
 
 QWEN3_MOE = Family(
@@ -124,6 +127,7 @@ QWEN3_MOE = Family(
     layouts={"hf": Layout("hf/qwen3_moe", _decoder(hf_attention(LAYER), _QWEN)), **MCORE},
     from_config=partial(spec_from_config, family="qwen3_moe"),
     to_config=config_from_spec,
+    refused={"legacy": NOT_LEGACY["experts"]},
 )
 
 OLMOE = Family(

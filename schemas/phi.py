@@ -15,6 +15,7 @@ from ckptx.schema import Family, Layout
 from ckptx.schemas.blocks import hf_decoder, hf_fused_attention, hf_fused_gated_mlp
 from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config
+from ckptx.schemas.legacy import LEGACY
 
 PHI3 = Family(
     name="phi3",
@@ -23,6 +24,7 @@ PHI3 = Family(
     layouts={
         "hf": Layout("hf/phi3", hf_decoder(hf_fused_attention, hf_fused_gated_mlp)),
         **MCORE,
+        "legacy": LEGACY,
     },
     from_config=partial(spec_from_config, family="phi3"),
     to_config=config_from_spec,

@@ -15,6 +15,7 @@ from ckptx.schema import Family, Layout
 from ckptx.schemas.blocks import hf_decoder
 from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config
+from ckptx.schemas.legacy import LEGACY, NOT_LEGACY
 
 QWEN2 = Family(
     name="qwen2",
@@ -23,6 +24,7 @@ QWEN2 = Family(
     layouts={
         "hf": Layout("hf/qwen2", hf_decoder()),
         **MCORE,
+        "legacy": LEGACY,
     },
     from_config=partial(spec_from_config, family="qwen2"),
     to_config=config_from_spec,
@@ -38,6 +40,7 @@ QWEN3 = Family(
     },
     from_config=partial(spec_from_config, family="qwen3"),
     to_config=config_from_spec,
+    refused={"legacy": NOT_LEGACY["qk_norm"]},
 )
 
 

@@ -13,6 +13,7 @@ from ckptx.schema import Family, Layout, Rule, rule
 from ckptx.schemas.blocks import hf_attention, hf_decoder, mlp_bias
 from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config
+from ckptx.schemas.legacy import LEGACY
 
 
 def _mlp(prefix: str) -> tuple[Rule, ...]:
@@ -31,6 +32,7 @@ STARCODER2 = Family(
     layouts={
         "hf": Layout("hf/starcoder2", hf_decoder(hf_attention, _mlp), ("rotary_emb.inv_freq",)),
         **MCORE,
+        "legacy": LEGACY,
     },
     from_config=partial(spec_from_config, family="starcoder2"),
     to_config=config_from_spec,

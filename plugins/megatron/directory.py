@@ -63,7 +63,7 @@ def looks_like(source: Path) -> bool:
     """Return whether ``source`` is a Megatron root or an iteration directory."""
     if not source.is_dir():
         return False
-    return (source / TRACKER).is_file() or _format(source) is not None
+    return (source / TRACKER).is_file() or _format(source) not in (None, "fsdp_dtensor")
 
 
 def find(source: Path) -> IterationDirectory:
@@ -97,7 +97,7 @@ def find(source: Path) -> IterationDirectory:
     if stored == "fsdp_dtensor":
         raise FormatError(
             f"{directory}: .metadata without metadata.json: a PyTorch DCP or Megatron-FSDP "
-            "checkpoint (fsdp_dtensor), which ckptx recognises but does not load yet"
+            "checkpoint (fsdp_dtensor); the first is for --loader dcp, the second is not loaded yet"
         )
     return IterationDirectory(directory, iteration, stored)
 

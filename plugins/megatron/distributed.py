@@ -41,7 +41,7 @@ METADATA = {
     "common_backend_version": 1,
 }
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-_STACK = "decoder.layers."
+_STACKS = ("decoder.layers.", "encoder.layers.")
 _STACKED_IN = {"": "language", LANGUAGE: "language", VISION_MODEL: "vision"}
 """What goes before a stack, by the part whose layers it has."""
 # A list of one element: what a sharded object of Megatron unpickles to.
@@ -216,11 +216,16 @@ def _stacked(name: str) -> str:
     return name.replace("layers.{layer}.", "layers.")
 
 
+def _parted(name: str) -> tuple[str, str, str]:
+    """Return what goes before a stack of layers, the stack, and what follows; else the name."""
+    return next((parts for s in _STACKS if (parts := name.partition(s))[1]), (name, "", ""))
+
+
 def _unstacked(tensors: Mapping[str, LazyTensor], parts: Parts) -> dict[str, LazyTensor]:
     """Return the tensors under names per layer; those that have them already stay as they are."""
     named = {}
     for name, tensor in tensors.items():
-        model, stack, rest = name.partition(_STACK)
+        model, stack, rest = _parted(name)
         part = _STACKED_IN.get(model, "")
         if not stack or part not in parts or rest.partition(".")[0].isdigit():
             named[name] = tensor

@@ -23,6 +23,13 @@ CAPABILITIES: Mapping[str, Any] = {
 }
 """What both the loader and the saver of Megatron Core's checkpoints can do."""
 
+LEGACY_CAPABILITIES: Mapping[str, Any] = {
+    **CAPABILITIES,
+    "formats": ["torch"],
+    "layouts": ["legacy"],
+}
+"""What the plugins for legacy models can do."""
+
 
 def vocabulary_options() -> list[click.Option]:
     """Return the options that give the true vocabulary; loader and saver declare them alike."""
@@ -69,7 +76,7 @@ def _given(options: Mapping[str, Any]) -> int | None:
     return length
 
 
-def transformer_impl_option(role: str) -> click.Option:
+def transformer_impl_option(role: str, default: str = "transformer_engine") -> click.Option:
     """Return ``--loader-transformer-impl`` or its saver counterpart."""
     meaning = {
         "loader": "Accepted for Megatron's sake: either spelling of names is read.",
@@ -78,9 +85,17 @@ def transformer_impl_option(role: str) -> click.Option:
     return click.Option(
         [f"--{role}-transformer-impl"],
         type=click.Choice(["transformer_engine", "local"]),
-        default="transformer_engine",
+        default=default,
         show_default=True,
         help=meaning[role],
+    )
+
+
+def iteration_option() -> click.Option:
+    """Return ``--iteration``, which savers declare alike."""
+    return click.Option(
+        ["--iteration"],
+        help="Number, or 'release'.  [default: the source's, 'release' if it has none]",
     )
 
 

@@ -2,30 +2,32 @@
 
 Layers are numbered from 0 in every pipeline chunk; with virtual stages a file holds ``model0``,
 ``model1``, ... instead of ``model``. Gated weights hold each rank's gate and up rows together.
+Models of Megatron Core and legacy ones differ in what ``model`` is: a `Form`.
 
 Source: NVIDIA/Megatron-LM megatron/training/checkpointing.py @ core_v0.16.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import Namespace
-from ckptx.errors import FormatError, PlanError, listing
+from ckptx.errors import FormatError, PlanError, SchemaError, listing
 from ckptx.lazy import Filled, LazyTensor, Stored, replicated
 from ckptx.loading import main_dtype
 from ckptx.parallel import Chunk, Pipeline, stage_ranks
 from ckptx.plan import FilePlan
 from ckptx.plugins.megatron.directory import RANK_FILES, IterationDirectory
 from ckptx.plugins.megatron.distributed import Target, applies, holds
+from ckptx.plugins.megatron.forms import CORE, Form, form_of
 from ckptx.plugins.megatron.source import ENGINE_STATE, WEIGHTS_ONLY, Source, args_of, stored_bytes
 from ckptx.protocol import Dropped, SourceTensor, Tensors
 from ckptx.saving import Model
-from ckptx.schema import Layout, Parts, Rank, Shards, Taker, give
+from ckptx.schema import Layout, Parts, Rank, Shards, Taker, give, rule
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import layer_of
 
@@ -79,30 +81,47 @@ class _Rank:
     path: Path
     args: dict[str, Any]
     iteration: Any
+    version: Any
     models: list[dict[str, LazyTensor]]
     states: int
     """Bytes of extra states."""
     other: dict[str, int]
 
 
-def read(checkpoint: IterationDirectory) -> Source:
-    """Read the pickles of every rank.
+def form_in(checkpoint: IterationDirectory) -> Form:
+    """Return which kind of model the first rank's file holds.
+
+    Raises:
+        FormatError: the file is damaged or holds no model.
+    """
+    path = _file(_directories(checkpoint.path)[0])
+    state = torch_zip.read(path, 0).value
+    args_of(state, path)
+    return form_of(next(_models(state, path))[1])
+
+
+def read(
+    checkpoint: IterationDirectory,
+    form: Form = CORE,
+    completed: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
+) -> Source:
+    """Read the pickles of every rank; ``completed`` returns their args as they are to be taken.
 
     Raises:
         FormatError: a rank is missing, superfluous, damaged or of another run.
     """
     directory = checkpoint.path
-    found = sorted(path for path in directory.glob("mp_rank_*") if path.is_dir())
-    first = _read_rank(_file(found[0]), 0)
-    args = first.args
-    tp = args.get("tensor_model_parallel_size") or _guess_tp(found)
-    pp = args.get("pipeline_model_parallel_size") or 1
+    found = _directories(directory)
+    first = _read_rank(_file(found[0]), 0, form)
+    args = completed(first.args)
+    tp = args.get("tensor_model_parallel_size") or _numbers(found, 2)
+    pp = args.get("pipeline_model_parallel_size") or (1 if args else _numbers(found, 3))
     ep, etp = expert_sizes(args, tp)
     ranks = stored_ranks(tp, ep, etp)
     names = [directory_name(rank, pp_rank, pp) for pp_rank in range(pp) for rank in ranks]
     _check_directories(directory, names, [path.name for path in found])
     paths = [_file(directory / name) for name in names]
-    grid = [_read_rank(path, number) for number, path in enumerate(paths)]
+    grid = [_read_rank(path, number, form) for number, path in enumerate(paths)]
     for rank in grid:
         _check_same_run(first, rank)
     weights = {
@@ -113,8 +132,8 @@ def read(checkpoint: IterationDirectory) -> Source:
     }
 
     def messages(layout: Layout, parts: Parts) -> Iterator[Tensors]:
-        pipeline = Pipeline.from_args({**args, "num_layers": parts["language"].num_layers})
-        return _messages(grid, ranks, pipeline, layout, parts)
+        pipeline = _pipeline(args, pp, len(first.models), parts["language"])
+        return _messages(grid, ranks, pipeline, layout, parts, form)
 
     return Source(
         directory,
@@ -126,6 +145,7 @@ def read(checkpoint: IterationDirectory) -> Source:
         messages,
         grid[0].models[0],
         tp,
+        first.version,
     )
 
 
@@ -147,7 +167,7 @@ def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
     return ep, args.get("expert_tensor_parallel_size") or tp
 
 
-def plan(model: Model, target: Target, pp: int) -> Iterator[FilePlan]:
+def plan(model: Model, target: Target, pp: int, form: Form = CORE) -> Iterator[FilePlan]:
     """Yield one file per rank."""
     virtual = any(chunk.vpp_rank for chunk in target.chunks)
     for pp_rank in range(pp):
@@ -161,7 +181,7 @@ def plan(model: Model, target: Target, pp: int) -> Iterator[FilePlan]:
             }
             for chunk, shared in zip(chunks, shares, strict=True):
                 key = f"model{chunk.vpp_rank}" if virtual else "model"
-                state[key] = _state_dict(model, target, chunk, rank, shared)
+                state[key] = form.stored(_state_dict(model, target, chunk, rank, form, shared))
             path = f"{directory_name(rank, pp_rank, pp)}/{RANK_FILES[0]}"
             yield torch_zip.plan_file(path, state)
 
@@ -171,33 +191,26 @@ def _state_dict(
     target: Target,
     chunk: Chunk,
     rank: Rank,
+    form: Form,
     shares: dict[Any, Any],
 ) -> dict[str, Any]:
-    """Return what one rank's ``model`` holds for one pipeline chunk."""
+    """Return what one rank's ``model`` holds for one pipeline chunk, by name."""
     named: dict[str, Any] = {}
     for held in target.layout.held(model.parts):
         message, layer = held.message, held.layer
-        if message == "output layer" or not _stores(chunk, message, layer):
+        if not _stores(chunk, message, layer):
             continue
         local = _local(chunk, message, layer)
         named.update(give(held.rules, model.messages[message], held.spec, local, rank, shares))
-        named.update(_states(held.spec, target, message, layer, local, rank))
+        if message != "output layer":
+            named.update(_states(held.spec, target, message, layer, local, rank))
+    if chunk.output and model.spec.tied and not chunk.embedding:
+        embedding = model.messages["embeddings"]["word embeddings"]
+        named[form.tied_copy(target.layout)] = embedding.chunk(0, rank.tp, rank.tp_rank)
     if chunk.output:
-        name = _output_name(target.layout)
-        if model.spec.tied:
-            if not chunk.embedding:
-                embedding = model.messages["embeddings"]["word embeddings"]
-                named[name] = embedding.chunk(0, rank.tp, rank.tp_rank)
-        else:
-            output = model.messages["output layer"]["weight"]
-            named[name] = output.chunk(0, rank.tp, rank.tp_rank)
-        named[f"{name.removesuffix('weight')}_extra_state"] = None
+        # The module is there even where its weight is not.
+        named.update(_states(model.spec, target, "output layer", None, None, rank))
     return named
-
-
-def _output_name(layout: Layout) -> str:
-    """Return the name of the output layer's weight: tied, of the copy on the last stage."""
-    return layout.names_of("output layer", "weight")[0]
 
 
 def _stores(chunk: Chunk, message: str, layer: int | None) -> bool:
@@ -222,7 +235,12 @@ def _states(
 
 
 def _messages(
-    grid: list[_Rank], ranks: list[Rank], pipeline: Pipeline, layout: Layout, parts: Parts
+    grid: list[_Rank],
+    ranks: list[Rank],
+    pipeline: Pipeline,
+    layout: Layout,
+    parts: Parts,
+    form: Form,
 ) -> Iterator[Tensors]:
     spec = parts["language"]
     chunks = pipeline.chunks(spec.num_layers, spec.mtp_num_layers)
@@ -260,7 +278,8 @@ def _messages(
         found[message] = {k: replicated([c[k] for c in copies]) for k in copies[0] if k in keys}
     if spec.tied:
         last = next(chunk for chunk in chunks if chunk.output)
-        _join_tied(found, stages[last.pp_rank, last.vpp_rank], taker)
+        copy = form.tied_copy(layout)
+        _join_tied(found, stages[last.pp_rank, last.vpp_rank], taker, copy)
     taker.finish(
         [
             f"{grid[pp_rank * width + number].path.parent.name}: {name}"
@@ -275,49 +294,59 @@ def _messages(
 
 
 def _join_tied(
-    found: dict[str, dict[str, LazyTensor]],
-    shards: Shards,
-    taker: Taker,
+    found: dict[str, dict[str, LazyTensor]], shards: Shards, taker: Taker, name: str
 ) -> None:
     """Make the copy of tied embeddings that the last stage holds a replica of the first's."""
     embeddings = found["embeddings"]
-    name = _output_name(taker.layout)
     held = any(name in shard for copies in shards.dense for shard in copies)
     if "word embeddings" not in embeddings or not held:
         return
-    rules = [r for s in taker.layout.sections if s.message == "output layer" for r in s.rules]
-    copy = taker.take(rules, shards, None, "tied copy: ")
+    copy = taker.take([rule("weight", name, tp=0)], shards, None, "tied copy: ")
     if copy:
         pair = [embeddings["word embeddings"], copy["weight"]]
         embeddings["word embeddings"] = replicated(pair)
 
 
-def _read_rank(path: Path, number: int) -> _Rank:
+def _read_rank(path: Path, number: int, form: Form) -> _Rank:
     state = torch_zip.read(path, number).value
     args = args_of(state, path)
-    keys = [key for key in state if key == "model" or _is_virtual(key)]
-    if not keys:
-        raise FormatError(f"{path}: holds no model ({listing(map(str, state))})")
     models: list[dict[str, LazyTensor]] = []
     states = 0
-    for key in sorted(keys, key=lambda key: int(key.removeprefix("model") or 0)):
-        entries = state[key]
-        if not isinstance(entries, Mapping) or any(
-            isinstance(v, Mapping) for v in entries.values()
-        ):
+    held = dict(_models(state, path))
+    for key, entries in held.items():
+        other = form_of(entries)
+        if other is not form:
+            advice = f"use --loader {other.name} (--from {other.name})"
+            if number:
+                advice = "the rank files are of different runs"
             raise FormatError(
-                f"{path}: {key!r} is nested: a legacy Megatron checkpoint, which ckptx recognises "
-                "but does not load yet"
+                f"{path}: {key!r} is of {other.meaning}, not of {form.meaning}; {advice}"
             )
-        weights = {n: v for n, v in entries.items() if not n.endswith("_extra_state")}
+        try:
+            named = form.named(entries)
+        except SchemaError as error:
+            raise FormatError(f"{path}: {key!r}: {error}") from error
+        weights = {n: v for n, v in named.items() if not n.endswith("_extra_state")}
         unknown = [name for name, value in weights.items() if not isinstance(value, Stored)]
         if unknown:
             raise FormatError(f"{path}: {listing(unknown)} of {key!r} are no tensors")
         models.append(weights)
-        states += stored_bytes([v for n, v in entries.items() if n not in weights])
-    known = {*keys, "args", "checkpoint_version", "iteration"}
-    other = {key: stored_bytes(value) for key, value in state.items() if key not in known}
-    return _Rank(path, args, state.get("iteration"), models, states, other)
+        states += stored_bytes([v for n, v in named.items() if n not in weights])
+    known = {*held, "args", "checkpoint_version", "iteration"}
+    rest = {key: stored_bytes(value) for key, value in state.items() if key not in known}
+    version = state.get("checkpoint_version", 0)
+    return _Rank(path, args, state.get("iteration"), version, models, states, rest)
+
+
+def _models(state: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the entries of a file that hold its virtual stages, in order."""
+    keys = [key for key in state if key == "model" or _is_virtual(key)]
+    if not keys:
+        raise FormatError(f"{path}: holds no model ({listing(map(str, state))})")
+    for key in sorted(keys, key=lambda key: int(key.removeprefix("model") or 0)):
+        if not isinstance(state[key], Mapping):
+            raise FormatError(f"{path}: {key!r} is no dictionary of tensors")
+        yield key, state[key]
 
 
 def _is_virtual(key: object) -> bool:
@@ -331,8 +360,21 @@ def _file(directory: Path) -> Path:
     raise FormatError(f"{directory}: holds no {RANK_FILES[0]}; the checkpoint is incomplete")
 
 
-def _guess_tp(found: list[Path]) -> int:
-    return len({path.name.split("_")[2] for path in found})
+def _directories(directory: Path) -> list[Path]:
+    """Return the directories of all ranks by name."""
+    return sorted(path for path in directory.glob("mp_rank_*") if path.is_dir())
+
+
+def _numbers(found: list[Path], part: int) -> int:
+    """Return how many numbers a part of the ranks' names has; 1 where names have no such part."""
+    return len({tuple(path.name.split("_")[part : part + 1]) for path in found})
+
+
+def _pipeline(args: Mapping[str, Any], pp: int, virtual: int, spec: ModelSpec) -> Pipeline:
+    """Return what args say of the pipeline; the files themselves where there are none."""
+    if args:
+        return Pipeline.from_args({**args, "num_layers": spec.num_layers})
+    return Pipeline(pp, virtual if virtual > 1 else None)
 
 
 def _check_directories(directory: Path, expected: list[str], found: list[str]) -> None:
@@ -358,6 +400,11 @@ def _check_same_run(first: _Rank, rank: _Rank) -> None:
                 f"{rank.path}: {name} is {there}, in {first.path.parent.name} it is {here}; the "
                 "rank files are of different runs"
             )
+    if first.version != rank.version:
+        raise FormatError(
+            f"{rank.path}: checkpoint_version is {rank.version}, in {first.path.parent.name} it is "
+            f"{first.version}; the rank files are of different runs"
+        )
     if first.iteration != rank.iteration:
         raise FormatError(
             f"{rank.path}: is of iteration {rank.iteration}, {first.path.parent.name} of "

@@ -32,6 +32,13 @@ class Source:
     """What the first rank holds; of ``torch_dist`` everything, layers stacked or not."""
     cut: int = 1
     """Into how many tensor-parallel parts these weights are cut."""
+    version: Any = None
+    """The ``checkpoint_version`` of rank files."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors, a rank's behind its own."""
+        return [source.name for source in self.sources]
 
 
 def args_of(state: Any, file: Path) -> dict[str, Any]:

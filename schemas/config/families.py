@@ -70,6 +70,17 @@ _GPT_NEOX_DEFAULTS = {
     "use_parallel_residual": True,
     "attention_bias": True,
 }
+_MEGATRON_BERT_DEFAULTS = {
+    "vocab_size": 29056,
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-12,
+    "tie_word_embeddings": True,
+}
 _PHI3_DEFAULTS = _LLAMA_DEFAULTS | {
     "vocab_size": 32064,
     "hidden_size": 3072,
@@ -328,6 +339,16 @@ FAMILIES: Mapping[str, Traits] = {
         ("attention_bias",),
         qk_layernorm=True,
         windows="all layers",
+    ),
+    "megatron-bert": Traits(
+        "MegatronBertForPreTraining",
+        _MEGATRON_BERT_DEFAULTS,
+        fixed_biases=_EVERYWHERE,
+        names={**_NO_HEAD_KEYS, "rms_norm_eps": "layer_norm_eps"},
+        normalization="LayerNorm",
+        activations=_GPT2_GELU,
+        position_embedding_type="learned_absolute",
+        dropouts=("attention_probs_dropout_prob", "hidden_dropout_prob"),
     ),
     "olmoe": Traits("OlmoeForCausalLM", _OLMOE_DEFAULTS, ("attention_bias",)),
     "deepseek_v2": Traits(

@@ -166,7 +166,7 @@ def write_ranks(root: Path, model: TinyModel, tp: int, stages: Stages, rows: int
             state[key]["decoder.layers.0.mlp.linear_fc1._extra_state"] = None
         (directory / name).mkdir(parents=True)
         torch.save(state, directory / name / "model_optim_rng.pt")
-    return _finished(root, directory, model)
+    return finished(root, directory, model)
 
 
 def write_distributed(root: Path, model: TinyModel, rows: int) -> Path:
@@ -191,10 +191,10 @@ def write_distributed(root: Path, model: TinyModel, rows: int) -> Path:
     torch.save({"args": args, "iteration": 10, "checkpoint_version": 3.0}, directory / "common.pt")
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (directory / "metadata.json").write_text(json.dumps(backend))
-    return _finished(root, directory, model)
+    return finished(root, directory, model)
 
 
-def _finished(root: Path, directory: Path, model: TinyModel) -> Path:
+def finished(root: Path, directory: Path, model: TinyModel) -> Path:
     if model.spec.family != "gpt":
         write_config(directory / "huggingface", model)
     (root / "latest_checkpointed_iteration.txt").write_text("10")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ckptx import manager
-from ckptx.errors import CkptxError, FormatError, SchemaError
+from ckptx.errors import FormatError, SchemaError
 from ckptx.protocol import PASSTHROUGH
 from ckptx.testing.contracts import (
     Checkpoint,
@@ -19,8 +19,9 @@ from ckptx.testing.contracts import (
     assert_one_line,
 )
 from ckptx.testing.conversion import end_of, loaded, save
-from ckptx.testing.models import MODELS, PADDED, messages, without_family, write_config
+from ckptx.testing.models import MODELS, PADDED, messages, tiny, without_family, write_config
 
+from . import legacy_by_hand
 from .by_hand import args_of, assert_state, even, padded, rank_states, torch_of
 
 LOADER, SAVER = manager.loader("pytorch"), manager.saver("pytorch")
@@ -131,7 +132,20 @@ def test_an_unknown_model_cannot_change_its_layout(tmp_path):
         SAVER.plan(LOADER.load(path, {}), {"target_layout": "core"})
 
 
-def test_legacy_names_are_recognised_and_refused(tmp_path):
-    path = write(tmp_path / "m.pt", {"language_model.embedding.weight": torch.zeros(2)})
-    with pytest.raises(CkptxError, match="legacy"):
-        list(LOADER.load(path, {"layout": "legacy"}))
+@pytest.mark.parametrize("version", [0, 1, 3])
+def test_legacy_names(version, tmp_path):
+    model = tiny("gpt", num_query_groups=8)
+    root = legacy_by_hand.write(tmp_path, model, 1, even(4, 1), 37, version=version)
+    (rank,) = root.glob("*/mp_rank_00/model_optim_rng.pt")
+    path = rank.rename(tmp_path / "m.pt")
+    assert_equal(loaded(LOADER, path), model.canonical())
+    target = save(SAVER, LOADER.load(path, {}), tmp_path / "t.pt", {"layout": "legacy"})
+    assert_equal(loaded(LOADER, target), model.canonical())
+    state = torch.load(target, weights_only=False)
+    assert state["checkpoint_version"] == 3.0
+    assert set(state["model"]["language_model"]) == {"embedding", "encoder", "output_layer"}
+
+
+def test_legacy_models_lack_norms_of_heads(tmp_path):
+    with pytest.raises(SchemaError, match="norms of query and key heads"):
+        SAVER.plan(iter(messages(tiny("qwen3"), tmp_path)), {"layout": "legacy"})

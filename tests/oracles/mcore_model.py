@@ -93,3 +93,8 @@ class LlavaModel(Model):
     image_size: int = 28
     patch_size: int = 7
     image_token: int = 130
+
+
+@dataclass(frozen=True)
+class BertModel(Model):
+    """A BertModel without parallel sizes; ``gpt`` holds its arguments."""

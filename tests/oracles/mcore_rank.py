@@ -44,10 +44,10 @@ from megatron.core.transformer.transformer_config import (
 )
 
 from . import mcore_args
-from .mcore_model import LlavaModel
+from .mcore_model import BertModel, LlavaModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     import numpy as np
@@ -91,6 +91,10 @@ def run(request: Request, rank: int, scratch: Path) -> Any:
 
 
 def _build(model: Model, layout: Layout) -> list[Any]:
+    if isinstance(model, BertModel):
+        from . import mcore_bert
+
+        return mcore_bert.build(model, layout)
     if not isinstance(model, LlavaModel):
         return build(model, layout)
     from . import mcore_llava
@@ -101,6 +105,11 @@ def _build(model: Model, layout: Layout) -> list[Any]:
 def _forward(chunks: list[Any], request: Request) -> Any:
     model, tokens = request.model, torch.from_numpy(request.tokens)
     assert model is not None  # checked by the caller
+    if isinstance(model, BertModel):
+        from . import mcore_bert
+
+        types = bool(model.gpt["num_tokentypes"])
+        return mcore_bert.forward(chunks, tokens, model.config["hidden_size"], types)
     if not isinstance(model, LlavaModel):
         return forward(chunks, tokens, model.config["hidden_size"])
     from . import mcore_llava
@@ -305,8 +314,15 @@ def _fill(chunks: list[GPTModel], seed: int, content_metadata: dict[str, Any]) -
         shard.data.copy_(wholes[shard.key][place])
 
 
+def _called(chunk: Any, *inputs: torch.Tensor) -> torch.Tensor:
+    return chunk(*inputs)
+
+
 def forward(
-    chunks: list[GPTModel], tokens: torch.Tensor, hidden_size: int
+    chunks: list[Any],
+    tokens: torch.Tensor,
+    hidden_size: int,
+    call: Callable[..., torch.Tensor] = _called,
 ) -> npt.NDArray[np.float32] | None:
     """Run all chunks in execution order; rank 0 of the last stage returns [batch, seq, vocab].
 
@@ -328,7 +344,7 @@ def forward(
                     return gather_vocabulary(
                         _further_logits(chunks[chunk], tokens, positions, mask)
                     )
-                out = chunks[chunk](tokens, positions, mask)
+                out = call(chunks[chunk], tokens, positions, mask)
                 if chunks[chunk].post_process:
                     return gather_vocabulary(out)
                 hidden = out.contiguous()

@@ -1,0 +1,100 @@
+"""Save a directory that `torch.distributed.checkpoint` loads into a model of any sharding.
+
+Names are those of Hugging Face below ``--container``. There is one chunk per tensor and shard; who
+loads reads of each what it needs.
+
+Source: torch:torch/distributed/checkpoint/{metadata,filesystem}.py @ v2.13.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import click
+
+from ckptx.containers import dcp
+from ckptx.containers.dcp import ObjectItem, TensorItem
+from ckptx.hookspecs import hookimpl
+from ckptx.lazy import LazyTensor
+from ckptx.loading import main_dtype
+from ckptx.model_directory import CONFIG, config_of, family_named, hf_tensors, tied_names
+from ckptx.plan import SavePlan, literal_files
+from ckptx.plugin import Saver
+from ckptx.protocol import Message
+from ckptx.saving import collect
+
+
+class DcpSaver:
+    """Writes what ``dcp.load`` reads into an FSDP model."""
+
+    name = "dcp"
+    capabilities: Mapping[str, Any] = {
+        "formats": ["torch.distributed.checkpoint"],
+        "layouts": ["hf"],
+        "passthrough": True,
+        "lossless": True,
+    }
+
+    def options(self) -> list[click.Option]:
+        """Return the options for the container and the shards."""
+        return [
+            click.Option(
+                ["--target-container"],
+                default="",
+                help="Path of the model in the saved dictionary, as 'model' or 'app.model'.  "
+                "[default: none, names stand alone]",
+            ),
+            click.Option(
+                ["--shards"],
+                type=click.IntRange(min=1),
+                default=1,
+                show_default=True,
+                help="Files, each with a part of the rows of every tensor.",
+            ),
+        ]
+
+    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+        """Return the plan of a directory."""
+        model = collect(messages)
+        tensors, dropped = hf_tensors(model)
+        if model.passthrough is None and model.spec.tied:
+            # The state dict of a tied model has both names.
+            embedding, output = tied_names(family_named(model.family).layout("hf"), tensors)
+            tensors[output] = tensors[embedding]
+        path = tuple(word for word in (options.get("target_container") or "").split(".") if word)
+        shards = options.get("shards") or 1
+        prefix = "".join(f"{word}." for word in path)
+        files: dict[str, list[TensorItem | ObjectItem]] = {}
+        for shard in range(shards):
+            found = (_part(prefix + n, tensor, shards, shard) for n, tensor in tensors.items())
+            files[f"__{shard}_0.distcp"] = [item for item in found if item is not None]
+        paths = {prefix + name: (*path, name) for name in tensors}
+        beside = model.begin.sidecars
+        if CONFIG not in beside:
+            beside = {**beside, **config_of(model)}
+        return SavePlan(
+            [*dcp.plan_directory(files, paths), *literal_files(beside)],
+            dropped=dropped,
+            load_hint='torch.distributed.checkpoint.load(state_dict, checkpoint_id="{target}")',
+            details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
+        )
+
+
+def _part(key: str, tensor: LazyTensor, shards: int, shard: int) -> TensorItem | None:
+    """Return the rows that a shard holds, as `torch.chunk` cuts them; None if it has none."""
+    rows = tensor.shape[0] if tensor.shape else 1
+    height = -(-rows // shards)
+    start, stop = min(rows, shard * height), min(rows, (shard + 1) * height)
+    if start == stop and rows:
+        return None
+    if not tensor.shape:
+        return TensorItem(key, (), (), tensor) if shard == 0 else None
+    origin = (start, *(0 for _ in tensor.shape[1:]))
+    return TensorItem(key, tensor.shape, origin, tensor.narrow(0, start, stop))
+
+
+@hookimpl
+def register_savers(register: Callable[[Saver], None]) -> None:
+    """Register the saver."""
+    register(DcpSaver())
