@@ -725,7 +725,7 @@ class TestPlugins:
 
     def test_option_of_a_plugin_that_is_not_chosen(self, user):
         reason = user.cannot_convert("core", "--max-shard-size", "1GB")
-        assert "--max-shard-size belongs to saver 'hf', which is not chosen here" in reason
+        assert "--max-shard-size belongs to saver 'hf' and saver 'hf_llava', which is" in reason
 
     def test_option_of_none(self, user):
         assert "--quux" in user.cannot_convert("core", "--quux")
