@@ -18,10 +18,7 @@ from ckptx.schemas.hf import (
     spec_from_config,
 )
 
-from . import dense, latent
-
-CONFIGS = {**dense.CONFIGS, **latent.CONFIGS}
-CLASSES = {**dense.CLASSES, "deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3"}
+from .dense import CLASSES, CONFIGS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
