@@ -452,7 +452,7 @@ class TestMegatronCheckpoints:
         ("change", "says"),
         [
             ({"num_experts": 8}, "router.weight"),
-            ({"multi_latent_attention": True}, "multi-latent attention"),
+            ({"multi_latent_attention": True}, "multi_latent_attention is set"),
             ({"num_layers": 5}, "4 layers"),
             ({"num_layers": None}, "num_layers"),
             ({"ffn_hidden_size": 48}, "mlp"),
