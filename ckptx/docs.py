@@ -33,6 +33,8 @@ WIDTH = 80
 
 FROM_HF, TO_HF = "tests/interop/test_hf_to_core.py", "tests/interop/test_core_to_hf.py"
 META, LEGACY = "tests/interop/test_meta.py", "tests/interop/test_legacy.py"
+SEEING = "tests/interop/test_llava.py"
+"""Compares logits and ranks of models of several parts."""
 LOGITS_FAMILIES = (
     "tests/interop/conversion.py",
     "tests/interop/experts.py",
@@ -55,6 +57,7 @@ PROOFS: Mapping[tuple[str, str], tuple[str, str]] = {
     ("legacy", "save"): ("M", LEGACY),
     ("dcp", "load"): ("P", "tests/interop/test_dcp.py"),
     ("dcp", "save"): ("P", "tests/interop/test_dcp.py"),
+    ("deepspeed", "load"): ("D", "tests/formats/test_deepspeed.py"),
     ("pytorch", "load"): ("P", "tests/formats/test_pytorch.py"),
     ("pytorch", "save"): ("P", "tests/formats/test_pytorch.py"),
 }
@@ -70,6 +73,8 @@ LEGEND = {
     "M": "transformers and Megatron's legacy model, written anew in eager torch for the tests, "
     "compute the same logits (`tests/interop`); so did the original",
     "P": "torch itself is on the other side (`tests/formats`, `tests/interop/test_dcp.py`)",
+    "D": "DeepSpeed has written the checkpoints, and gathered the weights that the result is "
+    "compared with, bit for bit (`tests/golden/deepspeed`)",
     "K": "the conformance kit, with models made by hand (`tests/formats`, `tests/schemas`)",
 }
 """What the letters say."""
@@ -182,6 +187,8 @@ def _cell(family: Family, column: str, directions: Mapping[str, Mapping[str, Any
 def _proof(family: Family, column: str, direction: str) -> str:
     letter, tests = PROOFS.get((column, direction), ("K", ""))
     shown = (ROOT / tests).is_file()
+    if family.composition is not None and letter == "L":
+        return letter if (ROOT / SEEING).is_file() else "K"
     named = "|".join(rf"\b{name}\b" for name in (f"hf\\.{family.name}", *family.architectures))
     if letter in ("L", "R", "M"):
         texts = [(ROOT / path).read_text() for path in LOGITS_FAMILIES if (ROOT / path).is_file()]

@@ -13,7 +13,7 @@ from ckptx.errors import FormatError, SchemaError
 from ckptx.lazy import LazyTensor
 from ckptx.loading import drop_ignored, main_dtype, messages_of, passthrough, resolve_tie
 from ckptx.protocol import Begin, Dropped, End, Message
-from ckptx.saving import Model, named_tensors
+from ckptx.saving import Model, fill_unused, named_tensors
 from ckptx.schema import Family, Layout, Parts
 from ckptx.spec import ModelSpec
 
@@ -207,11 +207,15 @@ def tied_names(layout: Layout, tensors: Mapping[str, LazyTensor]) -> tuple[str, 
 def hf_tensors(model: Model) -> tuple[dict[str, LazyTensor], tuple[Dropped, ...]]:
     """Return the tensors of a model under Hugging Face's names, and the padding dropped.
 
+    What such a model must have and does not use is filled, unless `fill_unused` has done so.
+
     Raises:
         SchemaError: they have other names and no schema knows the model.
     """
     if model.passthrough is None:
-        return named_tensors(model, family_named(model.family).layout("hf"))
+        family = family_named(model.family)
+        fill_unused(model, family)
+        return named_tensors(model, family.layout("hf"))
     if not model.begin.layout.startswith("hf"):
         raise SchemaError(
             f"tensors are named as {model.begin.layout} and no schema knows their model; "

@@ -84,6 +84,7 @@ class Tensors:
     """``"embeddings"``, ``"transformer layer 3"``, ``"final norm"``, ..., or `PASSTHROUGH`."""
     tensors: Mapping[str, LazyTensor]
     part: str = "language"
+    """The key in `Begin.parts` of the part that it is of; names are unique over all parts."""
     state: str = "weight"
     """Which state of the parameters: later ``"exp_avg"``, ``"exp_avg_sq"``, ``"master"``."""
 

@@ -32,7 +32,7 @@ class HfLlavaLoader(HfLoader):
     name = "hf_llava"
     capabilities: Mapping[str, Any] = {
         "formats": ["safetensors", "pytorch_model.bin"],
-        "layouts": [CONVERTER],
+        "layouts": [],
         "lossless": True,
     }
 

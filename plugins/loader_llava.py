@@ -12,6 +12,7 @@ from ckptx.errors import FormatError
 from ckptx.hookspecs import hookimpl
 from ckptx.plugin import Loader
 from ckptx.plugins.loader_core import CoreLoader
+from ckptx.plugins.megatron.options import CAPABILITIES
 from ckptx.protocol import Begin, Message
 
 
@@ -19,6 +20,7 @@ class LlavaLoader(CoreLoader):
     """Reads what loader ``core`` reads, and nothing without a vision tower."""
 
     name = "llava"
+    capabilities: Mapping[str, Any] = {**CAPABILITIES, "layouts": []}
 
     def options(self) -> list[click.Option]:
         """Return the options of loader ``core`` and Megatron's own."""

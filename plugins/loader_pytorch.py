@@ -19,6 +19,7 @@ from ckptx.model_directory import (
     family_named,
     family_of,
     named_messages,
+    parts_from_config,
     read_config,
     sidecars,
 )
@@ -32,6 +33,7 @@ from ckptx.plugins.state_dict import (
     layout_option_value,
 )
 from ckptx.protocol import Begin, Dropped, End, Message
+from ckptx.schema import Parts
 from ckptx.schemas import legacy
 from ckptx.schemas.args import spec_from_args
 
@@ -131,22 +133,23 @@ def _messages(
     megatron = convention != "hf"
     if begin.layout == "legacy":
         args = legacy.completed(args)
+    parts: Parts
     if megatron and args:
-        spec = spec_from_args(args)
+        parts = {"language": spec_from_args(args)}
     elif family is not None and config is not None:
-        spec = family.from_config(config)
+        parts = parts_from_config(family, config)
     else:
         yield begin
         yield passthrough(tensors)
         yield End(others, ("no config or args name the model: tensors pass through by name",))
         return
-    layout = family_named(spec.family).layout(convention)
+    composed = family.name if family is not None and "vision" in parts else ""
+    layout = family_named(composed or parts["language"].family).layout(convention)
     if begin.layout == "legacy":
-        layout = legacy.ordered(layout, version, spec)
+        layout = legacy.ordered(layout, version, parts["language"])
     training = {**begin.training, "args": args if megatron and args else None}
-    yield from named_messages(
-        replace(begin, training=training), tensors, spec, layout, dropped=others
-    )
+    begin = replace(begin, training=training, family=composed)
+    yield from named_messages(begin, tensors, parts, layout, dropped=others)
 
 
 def _file_of(source: Path) -> Path:

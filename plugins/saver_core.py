@@ -84,7 +84,7 @@ class CoreSaver:
         layout = family_named(model.family).layout(style.convention)
         tp, pipeline = parallel_sizes(model, options)
         seeing = model.family == llava.FAMILY
-        unused, remarked = llava.prepare(model, tp) if seeing else ((), ())
+        unused, remarked = llava.prepare(model, tp, pipeline) if seeing else ((), ())
         check_messages(model, layout)
         _widen_biases(model)
         notes = [

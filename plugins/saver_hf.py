@@ -147,7 +147,11 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
         config = merge_config(config, spec)
     if differing:
         notes += [f"{CONFIG}, the source wins: {line}" for line in differing]
-    if _set_dtype(config, dtype) or differing:
+    changed = _set_dtype(config, dtype)
+    for part in (p for p in ("text_config", "vision_config") if isinstance(config.get(p), dict)):
+        if composed is not None and {"dtype", "torch_dtype"} & config[part].keys():
+            changed |= _set_dtype(config[part], dtype)
+    if changed or differing:
         files[CONFIG] = dump_config(config)
     return files, tuple(notes)
 
@@ -162,6 +166,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
 
 
 def weight_files(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[FilePlan]:
+    """Yield the safetensors files of a model, each of ``limit`` bytes at most, and their index."""
     shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

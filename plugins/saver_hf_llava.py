@@ -25,7 +25,7 @@ class HfLlavaSaver(HfSaver):
     name = "hf_llava"
     capabilities: Mapping[str, Any] = {
         "formats": ["safetensors"],
-        "layouts": [CONVERTER],
+        "layouts": [],
         "lossless": True,
     }
 

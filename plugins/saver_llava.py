@@ -10,6 +10,7 @@ from ckptx.errors import SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.plan import SavePlan
 from ckptx.plugin import Saver
+from ckptx.plugins.megatron.options import CAPABILITIES
 from ckptx.plugins.saver_core import CoreSaver
 from ckptx.protocol import Begin, Message
 
@@ -18,6 +19,7 @@ class LlavaSaver(CoreSaver):
     """Writes what saver ``core`` writes, and nothing without a vision tower."""
 
     name = "llava"
+    capabilities: Mapping[str, Any] = {**CAPABILITIES, "layouts": []}
 
     def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
         """Return the plan of one iteration directory below the target root."""

@@ -14,7 +14,7 @@ from ckptx.errors import SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor
 from ckptx.loading import main_dtype
-from ckptx.model_directory import family_named
+from ckptx.model_directory import family_named, hf_tensors
 from ckptx.parallel import Pipeline
 from ckptx.plan import SavePlan, literal_files
 from ckptx.plugin import Saver
@@ -88,9 +88,14 @@ def _state(
             )
         return dict(model.passthrough), model.passthrough, ()
     spec = model.spec
-    family = family_named(spec.family)
+    family = family_named(model.family)
+    if layout in ("core", "legacy") and family.composition is not None:
+        raise SchemaError(
+            f"a {family.name} under Megatron's names is no single state dict; use --to llava "
+            "--ckpt-format torch"
+        )
     if layout not in ("core", "legacy"):
-        tensors, dropped = named_tensors(model, family.layout("hf"))
+        tensors, dropped = hf_tensors(model)
         return dict(tensors), tensors, dropped
     old = layout == "legacy"
     named = family.layout("legacy" if old else "mcore")

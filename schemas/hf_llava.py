@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ckptx.errors import SchemaError
-from ckptx.lazy import LazyTensor, concat, Filled
+from ckptx.lazy import Filled, LazyTensor, concat
 from ckptx.schema import Parts
 from ckptx.schemas.hf import FAMILIES, config_from_spec, spec_from_config
 from ckptx.schemas.llava import LANGUAGES
@@ -139,7 +139,7 @@ def _vision(tensors: Mapping[str, LazyTensor]) -> ModelSpec:
         raise SchemaError(
             f"the tower {name} is {hidden} wide, which is no number of heads of {channels}"
         )
-    token = ()
+    token: tuple[int, ...] = ()
     if radio:
         generator = f"{_RADIO}model.patch_generator."
         patch = round((_shape(tensors, f"{generator}embedder.weight")[1] / 3) ** 0.5)

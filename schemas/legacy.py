@@ -113,7 +113,7 @@ def ordered(layout: Layout, version: float, spec: ModelSpec) -> Layout:
     Raises:
         SchemaError: there is no such version, or it has no query groups and the model has.
     """
-    if version not in ORDERS:
+    if not isinstance(version, int | float) or version not in ORDERS:
         raise SchemaError(
             f"checkpoint_version is {version!r}, known are {', '.join(map(str, ORDERS))}; the "
             "order of query, key and value is unknown"

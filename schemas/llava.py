@@ -23,8 +23,7 @@ from ckptx.hookspecs import hookimpl
 from ckptx.lazy import Shape
 from ckptx.schema import Composition, Family, Layout, Parts, Section
 from ckptx.schemas.blocks import hf_decoder
-from ckptx.schemas.core import STYLES, Style, extra_states, mcore_gpt
-from ckptx.schemas.core import ExtraState
+from ckptx.schemas.core import LAYER, STYLES, ExtraState, Style, extra_states, mcore_gpt
 from ckptx.schemas.hf import FAMILIES, config_from_spec, differences, merge_config, spec_from_config
 from ckptx.schemas.vision import (
     EMBEDDINGS,
@@ -41,7 +40,7 @@ from ckptx.spec import ModelSpec
 
 LANGUAGE = "language_model."
 CONVERTER = "hf_llava"
-"""The convention of the names that Megatron's converter gives such a model in Hugging Face files."""
+"""The convention of Megatron's own names for such a model in Hugging Face files."""
 LANGUAGES = ("llama", "mistral", "qwen2", "qwen3")
 """Families that the language model can be of."""
 
@@ -168,13 +167,23 @@ def megatron_layout(style: Style) -> Layout:
 def states(style: Style) -> Iterator[ExtraState]:
     """Yield the modules of Megatron's LLaVAModel that keep an extra state.
 
-    Its towers need Transformer Engine, and where that is, the last norm is one of its.
+    Its towers need Transformer Engine, and where that is, norms of a language model with local
+    layers are its, too: the last one, and an RMSNorm.
+
+    Source: NVIDIA/Megatron-LM examples/multimodal/layer_specs.py, get_layer_spec @ core_v0.16.1.
     """
     yield from megatron_states(style)
     if style.local:
         yield ExtraState("final norm", f"{LANGUAGE}decoder.final_layernorm", True)
+        for norm in ("input_layernorm", "pre_mlp_layernorm"):
+            module = f"{LANGUAGE}{LAYER}{norm}"
+            yield ExtraState("transformer layer {layer}", module, True, _rms)
     for state in extra_states(style):
         yield replace(state, module=LANGUAGE + state.module)
+
+
+def _rms(spec: ModelSpec) -> bool:
+    return spec.normalization == "RMSNorm"
 
 
 def used(parts: Parts) -> Parts:

@@ -83,6 +83,10 @@ DEFAULTS: Mapping[str, Any] = {
 """What Megatron's converter wants to find besides, where the source does not say."""
 
 
+KEPT = ("image_size", "projection_dim")
+"""What a tower's ``extra`` says besides that Megatron has no place for."""
+
+
 def is_llava(tensors: Mapping[str, LazyTensor]) -> bool:
     """Return whether a checkpoint's names are those of a LLaVAModel."""
     return any(name.startswith(VISION_MODEL) for name in tensors)
@@ -118,10 +122,17 @@ def vision_parts(
             f"vision_model_type {name!r} is no vision tower that ckptx knows; known are "
             f"{', '.join(TOWERS)}"
         )
-    noted = (args.get(NOTE) or {}).get("parts", {})
-    vision = _vision(str(name), args, shapes, noted.get("vision"), config)
-    projection = _projected(args, shapes, noted.get("projection"), config, language)
+    vision = _vision(str(name), args, shapes, _noted(args, "vision"), config)
+    projection = _projected(args, shapes, _noted(args, "projection"), config, language)
     return {"vision": vision, "projection": projection}
+
+
+def _noted(args: Mapping[str, Any], part: str) -> Mapping[str, Any] | None:
+    """Return what a converted checkpoint says of a part, None for one of Megatron's own."""
+    said: Mapping[str, Any] | None = (args.get(NOTE) or {}).get("parts", {}).get(part)
+    if said is not None and not {"kv_channels", "norm_epsilon", "activation", "extra"} <= set(said):
+        raise SchemaError(f"the entry {NOTE!r} of args is not what ckptx has written; remove it")
+    return said
 
 
 class Shapes:
@@ -131,25 +142,25 @@ class Shapes:
         self.shapes = shapes
         self._cut = cut
 
-    def whole(self, name: str, axis: int | None = None) -> Shape:
-        """Return the shape of a tensor that ranks cut along ``axis``.
+    def whole(self, name: str, axes: int, cut: int | None = None) -> Shape:
+        """Return the shape of a tensor of so many axes, one of which ranks have cut.
 
         Raises:
-            SchemaError: there is no such tensor.
+            SchemaError: there is no such tensor, or it has other axes.
         """
         if name not in self.shapes:
             raise SchemaError(f"the checkpoint holds no {name!r}, which says a size of its model")
-        return tuple(
-            length * self._cut if place == axis else length
-            for place, length in enumerate(self.shapes[name])
-        )
+        found = self.shapes[name]
+        if len(found) != axes:
+            raise SchemaError(f"{name!r} is {list(found)}, expected {axes} axes")
+        return tuple(n * self._cut if axis == cut else n for axis, n in enumerate(found))
 
-    def layer(self, name: str, axis: int | None = None) -> Shape:
-        """Return the shape of a tensor of a tower's first layer, stacked or not."""
+    def layer(self, name: str, cut: int) -> Shape:
+        """Return the shape of a matrix of a tower's first layer, stacked or not."""
         first, stack = f"{_LAYERS}0.{name}", _LAYERS + name
         if first in self.shapes or stack not in self.shapes:
-            return self.whole(first, axis)
-        return self.whole(stack, None if axis is None else axis + 1)[1:]
+            return self.whole(first, 2, cut)
+        return self.whole(stack, 3, cut + 1)[1:]
 
     def width(self) -> int:
         """Return how wide the attention of a tower is: all its heads, side by side."""
@@ -159,7 +170,7 @@ class Shapes:
         """Return how many layers a tower has."""
         stack = _LAYERS + _OUTPUT
         if stack in self.shapes:
-            return self.shapes[stack][0]
+            return self.whole(stack, 3)[0]
         found = {
             name.removeprefix(_LAYERS).partition(".")[0]
             for name in self.shapes
@@ -187,12 +198,13 @@ def _vision(
         raise SchemaError(f"the tower's linear_fc1 has {rows} rows, linear_fc2 {ffn} columns")
     convolved = f"{VISION_MODEL}conv1.weight"
     if convolved in shapes.shapes:
-        patch = shapes.whole(convolved)[-1]
-        positions = shapes.whole(f"{VISION_MODEL}position_embeddings.weight")[0]
+        patch = shapes.whole(convolved, 4)[-1]
+        positions = shapes.whole(f"{VISION_MODEL}position_embeddings.weight", 2)[0]
     else:
-        patch = round((shapes.whole(f"{VISION_MODEL}embedder.weight")[1] / 3) ** 0.5)
-        positions = shapes.whole(f"{VISION_MODEL}position_embeddings")[1]
-    token = shapes.shapes.get(f"{VISION_MODEL}class_token", (0, 0))
+        patch = round((shapes.whole(f"{VISION_MODEL}embedder.weight", 2)[1] / 3) ** 0.5)
+        positions = shapes.whole(f"{VISION_MODEL}position_embeddings", 3)[1]
+    token = shapes.shapes.get(f"{VISION_MODEL}class_token", ())
+    tokens = token[-2] if tower.class_tokens and len(token) > 1 else tower.class_tokens
     known = config["vision"] if config and config["vision"].family == name else None
     channels = noted["kv_channels"] if noted else known.kv_channels if known else tower.kv_channels
     # InternViT is padded with heads that count for nothing; the true ones are as wide as the model.
@@ -204,17 +216,16 @@ def _vision(
         )
     images = {key: args.get(key) for key in ("img_h", "img_w")}
     extra: dict[str, Any] = {
-        "class_tokens": token[-2],
-        "post_norm": f"{VISION_MODEL}ln_post.weight" in shapes.shapes,
-        "normed_features": f"{VISION_MODEL}ln_post.weight" in shapes.shapes,
-        "select": "default" if args.get("disable_vision_class_token") and token[-2] else "full",
+        "class_tokens": tokens,
+        "normed_features": tower.post_norm,
+        "select": "default" if args.get("disable_vision_class_token") and tokens else "full",
     }
     if images["img_h"] and images["img_h"] == images["img_w"]:
         extra["image_size"] = images["img_h"]
-    kept = noted or (asdict(known) if known else None)
-    if kept:
-        behind = ("feature_layer", "post_norm", "pooling_head", "select", "class_tokens")
-        extra |= {key: value for key, value in kept["extra"].items() if key not in behind}
+    # What Megatron's code fixes only a converted checkpoint can say otherwise, a config cannot.
+    said = {"normed_features": noted["extra"].get("normed_features")} if noted else {}
+    kept = noted["extra"] if noted else known.extra if known else {}
+    extra |= {key: kept[key] for key in KEPT if key in kept} | said
     eps = tower.norm_epsilon or args.get("layernorm_epsilon") or args.get("norm_epsilon")
     return tower_spec(
         name,
@@ -225,8 +236,8 @@ def _vision(
         positions=positions,
         patch_size=patch,
         kv_channels=channels,
-        norm_epsilon=kept["norm_epsilon"] if kept else eps or 1e-5,
-        activation=kept["activation"] if kept else tower.activation,
+        norm_epsilon=noted["norm_epsilon"] if noted else eps or 1e-5,
+        activation=noted["activation"] if noted else tower.activation,
         extra=extra,
     )
 
@@ -244,11 +255,11 @@ def _projected(
         raise SchemaError("the checkpoint holds no vision_projection: its model cannot see")
     first = f"{VISION_PROJECTION}linear_fc1."
     if single in shapes.shapes:
-        kind, (rows, features) = "affine", shapes.whole(single, 0)
+        kind, (rows, features) = "affine", shapes.whole(single, 2, 0)
         out, bias = rows, f"{VISION_PROJECTION}bias" in shapes.shapes
     elif f"{first}weight" in shapes.shapes:
-        kind, (rows, features) = "mlp", shapes.whole(f"{first}weight", 0)
-        out = shapes.whole(f"{VISION_PROJECTION}linear_fc2.weight")[0]
+        kind, (rows, features) = "mlp", shapes.whole(f"{first}weight", 2, 0)
+        out = shapes.whole(f"{VISION_PROJECTION}linear_fc2.weight", 2)[0]
         bias = f"{first}bias" in shapes.shapes
     else:
         raise SchemaError(
@@ -263,9 +274,8 @@ def _projected(
     if f"{first}layer_norm_weight" in shapes.shapes:
         norm = "LayerNorm" if f"{first}layer_norm_bias" in shapes.shapes else "RMSNorm"
     named = LANGUAGES.get(str(args.get("language_model_type")))
-    kept = noted or (asdict(config["projection"]) if config else None)
+    kept = noted["extra"] if noted else config["projection"].extra if config else {}
     usual = named.projection.get("activation", "gelu") if named else "gelu"
-    extra = {k: v for k, v in kept["extra"].items() if k != "input_size"} if kept else {}
     return projection_spec(
         kind=kind,
         input_size=features,
@@ -273,8 +283,8 @@ def _projected(
         hidden_size=out,
         bias=bias,
         normalization=norm,
-        activation=kept["activation"] if kept else usual,
-        extra=extra,
+        activation=noted["activation"] if noted else usual,
+        extra={key: value for key, value in kept.items() if key != "input_size"},
     )
 
 

@@ -4,7 +4,8 @@ Megatron builds a tower from the layers of its GPT model, so their rules are tho
 `ckptx.schemas.core` under another prefix; what a tower has besides is listed here. Canonical names
 are those of Megatron's converter.
 
-Source: NVIDIA/Megatron-LM megatron/core/models/vision/{clip_vit_model,radio,multimodal_projector}.py,
+Source: NVIDIA/Megatron-LM
+megatron/core/models/vision/{clip_vit_model,radio,multimodal_projector}.py,
 examples/multimodal/{layer_specs,layer_scaling}.py, examples/multimodal/nvlm/internvit.py,
 examples/multimodal/radio/radio_g.py, tools/checkpoint/{loader_llava,schema_hf}.py @ core_v0.16.1;
 huggingface/transformers src/transformers/models/{clip,siglip,llava}/modeling_*.py @ v5.23.0.
@@ -34,6 +35,9 @@ VISION_MODEL, VISION_PROJECTION = "vision_model.", "vision_projection.encoder."
 """The prefixes that Megatron's names have."""
 
 
+_EVERYWHERE = Biases(True, True, True)
+
+
 @dataclass(frozen=True, slots=True)
 class Tower:
     """What Megatron's examples fix for a tower by its name; sizes are those of the published one.
@@ -50,7 +54,7 @@ class Tower:
     norm_epsilon: float | None = 1e-6
     """None where it is that of the language model."""
     normalization: str = "LayerNorm"
-    biases: Biases = Biases(True, True, True)
+    biases: Biases = _EVERYWHERE
     class_tokens: int = 1
     post_norm: bool = False
 
@@ -114,6 +118,10 @@ def projection_norm(spec: ModelSpec) -> bool:
     return spec.normalization != "none"
 
 
+def _no_norm(spec: ModelSpec) -> bool:
+    return not projection_norm(spec)
+
+
 def biased(spec: ModelSpec) -> bool:
     """Whether all linear layers have a bias."""
     return spec.add_bias_linear
@@ -166,7 +174,7 @@ def tower_spec(
             **more,
         },
     }
-    return ModelSpec(**{**values, **changes})  # type: ignore[arg-type]  # by name
+    return ModelSpec(**{**values, **changes})
 
 
 def projection_spec(
@@ -288,7 +296,10 @@ def megatron_states(style: Style) -> Iterator[ExtraState]:
         if state.message.startswith("transformer layer") and state.layers is not moe:
             yield replace(state, message=VISION_LAYER, module=VISION_MODEL + state.module)
     for module in ("linear_fc1", "linear_fc2"):
-        yield ExtraState(PROJECTION, VISION_PROJECTION + module, engine, two_layers)
+        # With a norm before it the projection is Transformer Engine's, whatever the layers are.
+        place = VISION_PROJECTION + module
+        yield ExtraState(PROJECTION, place, True, both(two_layers, projection_norm))
+        yield ExtraState(PROJECTION, place, engine, both(two_layers, _no_norm))
     yield ExtraState(PROJECTION, VISION_PROJECTION.removesuffix("."), engine, one_layer)
 
 

@@ -182,7 +182,8 @@ def _unsplit(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
     """Return the masters of an optimizer without ZeRO, whose tensors are whole and nameless.
 
     They are in the order of the optimizer. With one group and nothing frozen this is that of the
-    module, which shapes and the comparison with the module confirm.
+    module, which shapes and the comparison with the module confirm; else values tell whose they
+    are.
     """
     optimizer = checkpoint.model["optimizer"]
     buffers = set(checkpoint.model.get("buffer_names") or ())
@@ -192,16 +193,48 @@ def _unsplit(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
         if name not in buffers:
             aliases[name] = kept.setdefault(tensor, name)
     groups = [_cut(group, list(kept)) for group in optimizer[_masters_key(optimizer)]]
-    shapes = [tensor.shape for tensor in kept]
-    if [[tensor.shape for tensor in group] for group in groups] != [shapes]:
+    masters = _in_order(groups, kept) or _identified(checkpoint, groups, kept)
+    if masters is None:
         raise FormatError(
-            f"{checkpoint.directory}: without ZeRO the fp32 masters have no names, and several "
-            "groups or frozen weights leave open whose they are; take the module's weights with "
+            f"{checkpoint.directory}: without ZeRO the fp32 masters have no names, and by their "
+            "values several weights could be one's own; take the module's weights with "
             "--weights module"
         )
-    masters = dict(zip(kept.values(), groups[0], strict=True))
     weights.declare("master", masters)
-    return {name: masters[own] for name, own in aliases.items()}
+    return {name: masters[own] for name, own in aliases.items() if own in masters}
+
+
+def _in_order(
+    groups: Sequence[Sequence[LazyTensor]], module: Mapping[LazyTensor, str]
+) -> dict[str, LazyTensor] | None:
+    """Return the masters of one group by name, None unless they are as many, of the same shapes."""
+    shapes = [tensor.shape for tensor in module]
+    if [[tensor.shape for tensor in group] for group in groups] != [shapes]:
+        return None
+    return dict(zip(module.values(), groups[0], strict=True))
+
+
+def _identified(
+    checkpoint: Checkpoint,
+    groups: Sequence[Sequence[LazyTensor]],
+    module: Mapping[LazyTensor, str],
+) -> dict[str, LazyTensor] | None:
+    """Return every master under the name of the one weight that it is, rounded, in every byte.
+
+    None where a master is equal to no weight, or to several.
+    """
+    files = [str(path) for path in checkpoint.files]
+    found: dict[str, LazyTensor] = {}
+    for master in (tensor for group in groups for tensor in group):
+        own = [
+            name
+            for tensor, name in module.items()
+            if _same_ends(master, tensor, files) and equal(master.cast(tensor.dtype), tensor, files)
+        ]
+        if len(own) != 1 or own[0] in found:
+            return None
+        found[own[0]] = master
+    return found
 
 
 def _has_masters(checkpoint: Checkpoint) -> bool:
@@ -305,13 +338,19 @@ def _check_against_module(
                 f"{checkpoint.directory}: {name!r} is {list(own.shape)} in the module and "
                 f"{list(master.shape)} in param_shapes"
             )
-        rounded = master.cast(own.dtype)
-        if not all(equal(*ends, files) for ends in _ends(rounded, own)):
+        if not _same_ends(master, own, files):
             raise FormatError(
                 f"{checkpoint.directory}: {name!r}: the fp32 master in the optimizer's files, "
                 f"rounded to {own.dtype}, is not the weight in the module; the files are not of "
                 "one save. Find the right ones, or take the module's weights with --weights module"
             )
+
+
+def _same_ends(master: LazyTensor, own: LazyTensor, files: Sequence[str]) -> bool:
+    """Return whether a master, rounded, is a weight of the module, as far as its ends show."""
+    if master.shape != own.shape:
+        return False
+    return all(equal(*ends, files) for ends in _ends(master.cast(own.dtype), own))
 
 
 def _ends(first: LazyTensor, second: LazyTensor) -> Iterator[tuple[LazyTensor, LazyTensor]]:

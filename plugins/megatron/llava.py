@@ -10,12 +10,13 @@ from ckptx import parallel
 from ckptx.errors import PlanError, SchemaError
 from ckptx.lazy import Filled, LazyTensor, concat
 from ckptx.model_directory import family_named
-from ckptx.parallel import Chunk
+from ckptx.parallel import Chunk, Pipeline
 from ckptx.plugins.megatron.source import Source
 from ckptx.protocol import Dropped, Tensors
 from ckptx.saving import Model, leave_unused
 from ckptx.schema import Parts
 from ckptx.schemas import llava_args
+from ckptx.schemas.args import NOTE
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import VISION_LAYER
 
@@ -36,6 +37,14 @@ def parts_of(
 ) -> tuple[dict[str, ModelSpec], int]:
     """Return the dimensions of all parts, and how many heads of InternViT count for nothing."""
     args = checkpoint.args
+    stages = args.get("encoder_pipeline_model_parallel_size")
+    size = args.get("encoder_tensor_model_parallel_size")
+    if stages or (size and size != (args.get("tensor_model_parallel_size") or 1)):
+        raise SchemaError(
+            f"{checkpoint.place}: the tower has parallel sizes of its own (encoder_tensor_model_"
+            f"parallel_size {size}, encoder_pipeline_model_parallel_size {stages}), which ckptx "
+            "does not read; save it again with the language model's"
+        )
     try:
         vision = llava_args.vision_parts(args, checkpoint.weights, checkpoint.cut, config, language)
     except SchemaError as error:
@@ -95,7 +104,7 @@ def with_dummies(model: Model, tp: int) -> tuple[str, ...]:
     model.begin = replace(model.begin, parts=stored_parts(model.parts, dummies))
     note = (
         f"{tower.num_attention_heads} heads of internvit do not divide over tensor-parallel size "
-        f"{tp}: {dummies} heads of zeros were added, as Megatron's examples expect"
+        f"{tp}: as Megatron's examples expect, heads of zeros were added, {dummies} of them"
     )
     return (note,)
 
@@ -105,19 +114,28 @@ def _padded(tensor: LazyTensor, axis: int, count: int) -> LazyTensor:
     return concat([tensor, Filled(tensor.dtype, shape)], axis)
 
 
-def prepare(model: Model, tp: int) -> tuple[tuple[Dropped, ...], tuple[str, ...]]:
+def prepare(
+    model: Model, tp: int, pipeline: Pipeline
+) -> tuple[tuple[Dropped, ...], tuple[str, ...]]:
     """Make a model what Megatron's LLaVAModel can hold; return what was left out, and remarks.
 
     Raises:
         SchemaError: it cannot be one.
-        PlanError: ``tp`` does not divide a part.
+        PlanError: ``tp`` does not divide a part, or there are virtual stages.
     """
+    if any(chunk.vpp_rank for chunk in pipeline.chunks(model.spec.num_layers)):
+        raise PlanError(
+            "virtual stages were asked for: Megatron's LLaVA has none "
+            "(examples/multimodal/model.py, to core 0.16); give --vpp 1"
+        )
     if problems := llava_args.inexpressible(model.parts):
         raise SchemaError(f"Megatron's LLaVA cannot be: {'; '.join(problems)}")
     family = family_named(FAMILY)
     assert family.composition is not None  # it has several parts
     dropped = leave_unused(model, family)
-    notes = (*with_dummies(model, tp), *llava_args.notes(model.parts))
+    source = model.begin.training.get("args") or {}
+    told = "vision_model_type" in source  # it was Megatron's before, and its code is as it must be
+    notes = (*with_dummies(model, tp), *(() if told else llava_args.notes(model.parts)))
     tower, projection = model.parts["vision"], model.parts["projection"]
     for name, size in (
         ("the tower's num_attention_heads", tower.num_attention_heads),
@@ -151,6 +169,6 @@ def args_of_parts(
     parts: Parts, args: Mapping[str, Any], source: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Return ``args`` of the language model with those of the other parts added."""
-    note = args.get(llava_args.NOTE) or {}
+    note = args.get(NOTE) or {}
     use_te = args["transformer_impl"] == "transformer_engine"
     return {**args, **llava_args.llava_args(parts, source or {}, note), "use_te": use_te}

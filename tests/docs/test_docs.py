@@ -142,7 +142,7 @@ def test_every_option_of_megatrons_converter_is_explained():
 def test_options_called_accepted_are_accepted():
     command = conversion.convert_command("long")
     known = {word for option in command.params for word in option.opts}
-    plugins = [("loader", name) for name in ("core", "legacy", "llama_mistral")]
+    plugins = [("loader", name) for name in ("core", "legacy", "llama_mistral", "llava")]
     for kind, name in (*plugins, ("saver", "core"), ("saver", "legacy")):
         known |= {word for o in getattr(manager, kind)(name).options() for word in o.opts}
     rows = re.findall(

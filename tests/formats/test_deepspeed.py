@@ -130,6 +130,20 @@ class TestMasters:
         assert set(found) == set(expected)
         assert all(torch.equal(found[name], tensor.float()) for name, tensor in expected.items())
 
+    def test_masters_without_names_are_known_by_their_values(self, tmp_path):
+        """Without ZeRO, in groups of an order of their own, some weights frozen."""
+        root = copied("zero0_bf16", tmp_path)
+        path = root / "global_step3" / "mp_rank_00_model_states.pt"
+        value = torch.load(path, weights_only=True)
+        ((first, *masters),) = value["optimizer"]["fp32_groups"]
+        assert first.shape == (23, 8)
+        value["optimizer"]["fp32_groups"] = [masters[::-2], masters[-2::-2]]
+        torch.save(value, path)
+        expected = gathered("zero0_bf16")
+        frozen = "model.embed_tokens.weight"
+        expected[frozen] = expected[frozen].bfloat16().float()
+        assert_state(loaded_by_name(LOADER, root), expected)
+
     def test_excluded_weights_come_from_the_base(self, tmp_path):
         base = model_of(tmp_path / "base")
         expected = gathered(EXCLUDED)
@@ -308,13 +322,14 @@ class TestBadInput:
             shutil.copy(path, tag)
         assert "found both; they are of two checkpoints" in refusal(root)
 
-    def test_several_groups_without_zero(self, tmp_path):
-        """Masters that have no names are not guessed."""
+    def test_masters_that_no_one_knows_without_zero(self, tmp_path):
+        """Masters have no names: of two equal weights, none is guessed."""
         root = copied("zero0_bf16", tmp_path)
         path = root / "global_step3" / "mp_rank_00_model_states.pt"
         value = torch.load(path, weights_only=True)
-        groups = value["optimizer"]["fp32_groups"]
-        value["optimizer"]["fp32_groups"] = [groups[0][:2], groups[0][2:]]
+        ones = torch.ones(4)
+        value["module"] |= {"a": ones.bfloat16(), "b": ones.bfloat16()}
+        value["optimizer"]["fp32_groups"].append([ones, ones.clone()])
         torch.save(value, path)
         assert "the fp32 masters have no names" in refusal(root)
         assert list(LOADER.load(root, {"weights": "module"}))

@@ -93,7 +93,8 @@ def layer_spec(*, use_te: bool, tower: str | None) -> ModuleSpec:
     scaled = apart or tower == "radio-g"
     whole = tower == "internvit"
     fused = use_te and not apart
-    norm = WholeNorm if whole else WrappedTorchNorm
+    # The language model's is an RMSNorm, for which the examples take TE's where they can.
+    norm = te.TENorm if tower is None else WholeNorm if whole else WrappedTorchNorm
     column = te.TEColumnParallelLinear if use_te else ColumnParallelLinear
     row = te.TERowParallelLinear if use_te else RowParallelLinear
     if fused:

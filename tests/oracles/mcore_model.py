@@ -77,8 +77,9 @@ class LlavaModel(Model):
     """A LLaVAModel without parallel sizes; ``config`` and ``gpt`` are those of its language model.
 
     Its towers need Transformer Engine for the norms around their layers, whatever the layers are:
-    ``local_layers`` are those without. ``vision`` and ``projection`` hold TransformerConfig arguments of their own. With
-    ``features_before_norm`` the norm after the tower is left out, as transformers leaves it out.
+    ``local_layers`` are those without. ``vision`` and ``projection`` hold TransformerConfig
+    arguments of their own. With ``features_before_norm`` the norm after the tower is left out, as
+    transformers leaves it out.
     """
 
     tower: str = "clip"

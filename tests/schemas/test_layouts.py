@@ -8,13 +8,15 @@ from ckptx.testing.contracts import SchemaTests
 from ckptx.testing.models import MIXTURES, MODELS, OLMOE, TinyModel, tiny
 
 from .dense import CONFIGS
+from .latent import CONFIGS as LATENT
 
 
 class TestLayouts(SchemaTests):
+    # Models of several parts are in test_llava_layouts.py.
     families = tuple(
         family
         for family in manager.families().values()
-        if family.layouts and family.name != "megatron-bert"
+        if family.layouts and family.name != "megatron-bert" and family.composition is None
     )
     models = (
         *MODELS,
@@ -26,6 +28,6 @@ class TestLayouts(SchemaTests):
         tiny("gpt", qk_layernorm=True, add_bias_linear=False, add_qkv_bias=True),
         *(
             TinyModel(n, spec_from_config(config, family))
-            for n, (family, config) in CONFIGS.items()
+            for n, (family, config) in {**CONFIGS, **LATENT}.items()
         ),
     )

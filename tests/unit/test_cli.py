@@ -177,7 +177,7 @@ def test_unequal_declarations_of_one_option_are_an_error(plugins, run, tmp_path,
 def test_option_of_a_plugin_not_chosen_names_the_plugin(plugins, run, tmp_path):
     code, _, err = run("convert", tmp_path, "y", "--from=one", "--to=two", "--max-shard-size", "1G")
     assert code == 2
-    assert "--max-shard-size belongs to saver 'hf', which is not chosen here" in err
+    assert "--max-shard-size belongs to saver 'hf' and saver 'hf_llava', which is not" in err
     code, _, err = run("convert", tmp_path, "y", "--from=one", "--to=two", "--nobodys", "1")
     assert code == 2
     assert "No such option" in err
@@ -190,7 +190,7 @@ def test_option_of_a_plugin_not_chosen_names_the_plugin(plugins, run, tmp_path):
         (["convert"], 2, "Missing"),
         (["convert", "nowhere", "y", "--to", "hf"], 1, "nowhere: no such file or directory"),
         (["convert", "nowhere", "y", "--to", "hff"], 1, "unknown saver 'hff'; known savers:"),
-        (["convert", "a", "b", "--from=hf", "--to=llava"], 1, "has no saver for it yet"),
+        (["convert", "a", "b", "--from=hf", "--to=lora"], 1, "has no saver for it yet"),
         (["convert", "a", "b", "--from=hf", "--to=hf", "--max-memory=much"], 2, "is no size"),
         (["convert", "a", "b", "--from=hf", "--to=hf", "--dtype=int4"], 2, "is not one of bf16"),
         (["inspect", "nowhere"], 2, "does not exist"),

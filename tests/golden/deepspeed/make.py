@@ -54,6 +54,8 @@ class Case:
     exclude: bool = False
     buffer: bool = False
     fused: bool = False
+    odd: bool = False
+    """Whether there is a parameter whose size no alignment divides."""
     extract: bool = True
     """Whether ``zero_to_fp32`` reads this."""
     compare: bool = True
@@ -84,7 +86,7 @@ GRID = {
 FURTHER = {
     "many_ranks": Case(2, 11, "bf16"),
     "zero3_many_ranks": Case(3, 11, "bf16", frozen=True),
-    "aligned": Case(2, 2, "bf16", zero=ALIGNED, groups=True),
+    "aligned": Case(2, 2, "bf16", zero=ALIGNED, groups=True, odd=True),
     "zero1_round_robin": Case(1, 3, "bf16", zero=ROUND_ROBIN, groups=True, compare=False),
     "zero1_tied": Case(1, 2, "fp32", tied=True),
     "zero2_frozen": Case(2, 3, "bf16", frozen=True, groups=True, tied=True),
@@ -93,6 +95,7 @@ FURTHER = {
     "zero0_fp16_frozen": Case(0, 2, "fp16", frozen=True, tied=True, extract=False),
     "zero3_hpz": Case(3, 4, "bf16", zero={"zero_hpz_partition_size": 2}),
     "zero3_sub_groups": Case(3, 2, "bf16", zero={"sub_group_size": 100}),
+    "zero0_groups": Case(0, 1, "bf16", groups=True, extract=False),
     "zero0_fused": Case(0, 2, "bf16", fused=True, extract=False),
     "zero2_buffer": Case(2, 2, "bf16", buffer=True),
 }
@@ -107,6 +110,8 @@ def model_of(case: Case) -> torch.nn.Module:
     if case.buffer:
         model.register_buffer("ages", torch.arange(5, dtype=torch.int64) * 1000003)
         model.register_buffer("scale", torch.linspace(0, 1, 3))
+    if case.odd:
+        model.odd = torch.nn.Parameter(torch.linspace(1, 2, 5))
     if case.frozen:
         model.model.embed_tokens.weight.requires_grad_(False)
         model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
@@ -179,7 +184,8 @@ def train(rank: int, case: Case, directory: Path, port: int) -> None:
     torch.manual_seed(100 + rank)
     for _ in range(3):
         tokens = torch.randint(CONFIG["vocab_size"], (2, 8))
-        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss + model.odd.sum() if case.odd else loss)
         engine.step()
     engine.save_checkpoint(str(directory), exclude_frozen_parameters=case.exclude)
     weights = gathered(case, engine)
