@@ -29,11 +29,10 @@ if TYPE_CHECKING:
 
 GROUP = "ckptx"
 PIN = "CKPTX_PLUGINS"
-ALIASES = {"mcore": "core", "megatron": "legacy", "zero": "deepspeed"}
+ALIASES = {"mcore": "core", "megatron": "legacy", "zero": "deepspeed", "universal": "deepspeed"}
 """Other names of formats; the first two are those that Megatron's converter accepts."""
 
 RECOGNISED = {
-    "universal": "DeepSpeed universal checkpoints",
     "fsdp": "PyTorch FSDP checkpoints",
     "fsdp_dtensor": "Megatron FSDP checkpoints",
     "verl": "verl training checkpoints",

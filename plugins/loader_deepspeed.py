@@ -1,4 +1,4 @@
-"""Load a checkpoint of DeepSpeed: ZeRO stages 0 to 3, any number of ranks.
+"""Load a checkpoint of DeepSpeed: ZeRO stages 0 to 3 of any number of ranks, and universal ones.
 
 Weights are the fp32 masters of the optimizer, put together from the ranks' pieces; names are those
 of the module that was given to ``deepspeed.initialize``: Hugging Face's.
@@ -43,7 +43,7 @@ class DeepspeedLoader:
 
     name = "deepspeed"
     capabilities: Mapping[str, Any] = {
-        "formats": ["DeepSpeed ZeRO 0 to 3"],
+        "formats": ["DeepSpeed ZeRO 0 to 3", "DeepSpeed universal"],
         "layouts": ["hf"],
         "passthrough": True,
         "lossless": True,
@@ -102,10 +102,9 @@ def _left(checkpoint: directory.Checkpoint) -> tuple[Dropped, ...]:
                 _add_sizes(str(key), value, sizes)
     for state in checkpoint.optimizers:
         _add_sizes("optimizer_state_dict", state["optimizer_state_dict"], sizes)
-    skipped = tuple(
-        Dropped(path.name, WEIGHTS_ONLY, path.stat().st_size) for path in checkpoint.skipped
-    )
-    return (*(Dropped(name, WEIGHTS_ONLY, size) for name, size in sizes.items()), *skipped)
+    for path in checkpoint.skipped:
+        sizes[path.name] = sizes.get(path.name, 0) + path.stat().st_size
+    return tuple(Dropped(name, WEIGHTS_ONLY, size) for name, size in sizes.items())
 
 
 def _add_sizes(name: str, value: Any, sizes: dict[str, int]) -> None:

@@ -4,11 +4,12 @@
     ROOT/TAG/mp_rank_00_model_states.pt                           ZeRO 0, 1, 2
              zero_pp_rank_D_mp_rank_00_model_states.pt            ZeRO 3
              [bf16_]zero_pp_rank_D_mp_rank_00_optim_states.pt     ZeRO 1, 2, 3
+             zero/NAME/fp32.pt                                    universal, in place of these
 
 ``D`` is the data-parallel rank, not padded: rank 10 sorts before rank 2.
 
-Source: deepspeedai/DeepSpeed deepspeed/runtime/engine.py, deepspeed/checkpoint/constants.py
-@ v0.19.8.
+Source: deepspeedai/DeepSpeed deepspeed/runtime/engine.py, deepspeed/checkpoint/constants.py,
+deepspeed/checkpoint/ds_to_universal.py @ v0.19.8.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from typing import Any
 
 from ckptx.containers import torch_zip
 from ckptx.errors import FormatError, listing
+from ckptx.lazy import Stored
 
-LATEST = "latest"
+LATEST = ("latest", "latest_universal")
+UNIVERSAL = "zero"
+_PARAMETER = "fp32.pt"
 _MODEL = re.compile(r"mp_rank_(?P<mp>\d+)_model_states\.pt")
 _MODEL_3 = re.compile(r"zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
@@ -66,15 +70,16 @@ def find(source: Path, tag: str | None) -> Path:
         return source
     known = tags(source)
     origin = "--tag"
-    if tag is None and (source / LATEST).is_file():
-        tag, origin = (source / LATEST).read_text(errors="replace").strip(), str(source / LATEST)
+    pointer = next((source / name for name in LATEST if (source / name).is_file()), None)
+    if tag is None and pointer is not None:
+        tag, origin = pointer.read_text(errors="replace").strip(), str(pointer)
     if tag is None and len(known) == 1:
         tag = known[0]
     if not known:
         raise FormatError(f"{source}: no checkpoint of DeepSpeed: no *_model_states.pt below it")
     if tag is None:
         raise FormatError(
-            f"{source}: holds {listing(known)} and no file {LATEST!r}; say which with --tag"
+            f"{source}: holds {listing(known)} and no file {LATEST[0]!r}; say which with --tag"
         )
     if tag not in known:
         raise FormatError(
@@ -96,6 +101,8 @@ class Checkpoint:
     """0, 2 or 3: ZeRO 1 and 2 are stored alike and are both 2 here."""
     models: list[Mapping[str, Any]]
     optimizers: list[Mapping[str, Any]] = field(default_factory=list)
+    parameters: dict[str, Stored] | None = None
+    """The fp32 tensors of a universal checkpoint by name, flat at ZeRO 3; None of any other."""
     files: list[Path] = field(default_factory=list)
     """Absolute paths: the file table of the extents."""
     skipped: list[Path] = field(default_factory=list)
@@ -138,7 +145,9 @@ def read(directory: Path, masters: bool) -> Checkpoint:
         _check_kind(model, directory)
     if found.stage == 2 and not found.model.get("param_shapes"):
         found.stage = 0
-    if found.stage and masters:
+    if (directory / UNIVERSAL).is_dir():
+        _read_universal(found, masters)
+    elif found.stage and masters:
         found.optimizers = _read_optimizers(found, optimizers, world)
     else:
         found.skipped = list(optimizers.values())
@@ -164,6 +173,21 @@ def _read_optimizers(
             "are not of one checkpoint, or some are missing"
         )
     return states
+
+
+def _read_universal(found: Checkpoint, masters: bool) -> None:
+    """Read the parameters of a universal checkpoint, each a file in a folder of its name."""
+    paths = sorted(path for path in (found.directory / UNIVERSAL).rglob("*") if path.is_file())
+    wanted = [path for path in paths if path.name == _PARAMETER] if masters else []
+    found.skipped = [path for path in paths if path not in set(wanted)]
+    found.parameters = {}
+    for path in wanted:
+        value = torch_zip.read(path, len(found.files)).value
+        found.files.append(path.absolute())
+        tensor = value.get("param") if isinstance(value, Mapping) else value
+        if not isinstance(tensor, Stored):
+            raise FormatError(f"{path}: expected a tensor, alone or as 'param' of a dictionary")
+        found.parameters[path.parent.name] = tensor
 
 
 def _partitions(state: Mapping[str, Any]) -> int:

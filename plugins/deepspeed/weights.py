@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ckptx.errors import FormatError, PlanError
+from ckptx.errors import FormatError, PlanError, listing
 from ckptx.lazy import Filled, LazyTensor, Shape, Stored, concat, is_widening, replicated
 from ckptx.loading import equal
 from ckptx.plugins.deepspeed.directory import Checkpoint
@@ -91,7 +91,10 @@ def of_masters(checkpoint: Checkpoint) -> Weights:
         weights.tensors |= module
         weights.notes.append("there are no fp32 masters: the weights are those of the module")
         return weights
-    masters = {0: _unsplit, 2: _joined, 3: _gathered}[checkpoint.stage](checkpoint, weights)
+    if checkpoint.parameters is not None:
+        masters = _universal(checkpoint, checkpoint.parameters, weights)
+    else:
+        masters = {0: _unsplit, 2: _joined, 3: _gathered}[checkpoint.stage](checkpoint, weights)
     _check_against_module(checkpoint, masters, module)
     trained = [module[name] for name in masters if name in module]
     weights.drop("module", "the fp32 masters of these are converted", trained)
@@ -175,6 +178,36 @@ def _gathered(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]
             f"{position}; the files are not of one checkpoint"
         )
     weights.drop("padding", PADDING, tails)
+    return found
+
+
+def _universal(
+    checkpoint: Checkpoint, parameters: Mapping[str, Stored], weights: Weights
+) -> dict[str, LazyTensor]:
+    """Return the masters of a universal checkpoint, which are whole, and flat at ZeRO 3.
+
+    There are files of what is not trained as well, made from the module, which is taken instead: a
+    tied weight would come back rounded.
+    """
+    weights.declare("parameter", parameters)
+    shapes = dict(_trained(checkpoint))
+    missing = [name for name in shapes if name not in parameters]
+    if missing:
+        raise FormatError(
+            f"{checkpoint.directory}: {len(missing)} of {len(shapes)} parameters have no file "
+            f"zero/NAME/fp32.pt: {listing(missing)}; copy them"
+        )
+    found: dict[str, LazyTensor] = {}
+    for name, shape in shapes.items():
+        tensor = parameters[name]
+        if tensor.shape not in (shape, (math.prod(shape),)):
+            raise FormatError(
+                f"{checkpoint.directory}: {name!r} is {list(tensor.shape)} in its fp32.pt and "
+                f"{list(shape)} in param_shapes"
+            )
+        found[name] = tensor if tensor.shape == shape else _shaped(tensor, shape)
+    others = [tensor for name, tensor in parameters.items() if name not in shapes]
+    weights.drop("fp32.pt of what is not trained", "made from the module's weights", others)
     return found
 
 
