@@ -32,6 +32,8 @@ from .by_hand import torch_of
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "deepspeed"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
+WITH_MODULE = [case for case in CASES if not any(GOLDEN.glob(f"{case}/*/zero_pp_*model_states.pt"))]
+TIED_CASES = ("zero2_bf16_groups", "zero3_bf16", "universal2")
 LOADER = manager.loader("deepspeed")
 HF_SAVER = manager.saver("hf")
 BY_NAME = {model.name: model for model in MODELS}
@@ -60,8 +62,13 @@ def wide(tensor):
 
 def with_alias(state, case):
     """Tied weights are in DeepSpeed's module under both names."""
-    tied = case in ("zero2_bf16_groups", "zero3_bf16")
-    return state | ({"lm_head.weight": state["model.embed_tokens.weight"]} if tied else {})
+    alias = {"lm_head.weight": state["model.embed_tokens.weight"]}
+    return state | (alias if case in TIED_CASES else {})
+
+
+def computed_in(case):
+    dtypes = {"fp16": torch.float16, "fp32": torch.float32, EXCLUDED: torch.float32}
+    return next((dtype for word, dtype in dtypes.items() if word in case), torch.bfloat16)
 
 
 def model_of(directory, **changes):
@@ -93,19 +100,18 @@ class TestMasters:
 
     @pytest.mark.parametrize("case", CASES)
     def test_nothing_is_lost_in_silence(self, case):
-        for choice in ("master",) if "zero3" in case else ("master", "module"):
+        for choice in ("master", "module") if case in WITH_MODULE else ("master",):
             sent = list(LOADER.load(GOLDEN / case, {"weights": choice}))
             assert checked(plan_of_messages(sent), sent).sources
 
-    @pytest.mark.parametrize("case", [case for case in CASES if "zero3" not in case])
+    @pytest.mark.parametrize("case", WITH_MODULE)
     def test_the_module_is_what_is_computed_with(self, case):
         found = values(LOADER.load(GOLDEN / case, {"weights": "module"}))["passthrough"]
-        dtype = torch.float16 if "fp16" in case else torch.bfloat16 if "bf16" in case else None
         expected = with_alias(gathered(case), case)
         if case == EXCLUDED:
             expected = {name: expected[name] for name in found}
             assert len(found) == len(gathered(case)) - len(FILLED)
-        assert_state(found, {n: t.to(dtype) if dtype else t for n, t in expected.items()})
+        assert_state(found, {n: t.to(computed_in(case)) for n, t in expected.items()})
 
     def test_what_is_left_behind_is_named(self):
         sent = list(LOADER.load(GOLDEN / "zero2_bf16_groups", {}))
@@ -119,9 +125,9 @@ class TestMasters:
         notes = end_of(LOADER.load(GOLDEN / "zero1_bf16_frozen", {})).notes
         assert "3 frozen weights have no fp32 master; they are widened to float32" in notes
 
-    @pytest.mark.parametrize("case", ["zero2_bf16_groups", "zero3_bf16", "bf16_optimizer"])
+    @pytest.mark.parametrize("case", ["zero2_bf16_groups", "zero3_bf16", "universal3"])
     def test_transformers_loads_the_result(self, case, tmp_path):
-        base = model_of(tmp_path / "base", tie_word_embeddings="optimizer" not in case)
+        base = model_of(tmp_path / "base", tie_word_embeddings=case in TIED_CASES)
         options = {"hf_base": base}
         convert(LOADER, GOLDEN / case, HF_SAVER, tmp_path / "hf", {}, options)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
@@ -225,7 +231,7 @@ class TestDirectory:
         assert list(LOADER.load(root, {}))
 
     def test_zero_is_another_name(self):
-        assert manager.loader("zero") is LOADER
+        assert manager.loader("zero") is manager.loader("universal") is LOADER
         with pytest.raises(PluginError, match="saver 'deepspeed'"):
             manager.saver("deepspeed")
 
@@ -321,6 +327,20 @@ class TestBadInput:
         for path in GOLDEN.glob("zero3_bf16/*/*model_states.pt"):
             shutil.copy(path, tag)
         assert "found both; they are of two checkpoints" in refusal(root)
+
+    def test_parameters_missing_from_a_universal_checkpoint(self, tmp_path):
+        root = copied("universal3", tmp_path)
+        folder = root / "global_step3_universal" / "zero"
+        shutil.move(folder / "lm_head.weight", folder / "model.layers.0.self_attn.v_proj.weight.1")
+        reason = refusal(root)
+        assert "1 of 9 parameters have no file zero/NAME/fp32.pt: 'lm_head.weight'" in reason
+        shutil.move(folder / "model.layers.0.self_attn.v_proj.weight.1", folder / "lm_head.weight")
+        shutil.copytree(
+            folder / "lm_head.weight",
+            folder / "model.layers.0.mlp.gate_proj.weight",
+            dirs_exist_ok=True,
+        )
+        assert "is [184] in its fp32.pt and [12, 8] in param_shapes" in refusal(root)
 
     def test_masters_that_no_one_knows_without_zero(self, tmp_path):
         """Masters have no names: of two equal weights, none is guessed."""

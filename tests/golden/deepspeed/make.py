@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,8 @@ class Case:
     exclude: bool = False
     buffer: bool = False
     fused: bool = False
+    universal: bool = False
+    """Whether DeepSpeed makes a universal checkpoint of it, which is kept without the moments."""
     odd: bool = False
     """Whether there is a parameter whose size no alignment divides."""
     extract: bool = True
@@ -75,6 +78,8 @@ KEPT = {
     "zero2_fp16_round_robin": Case(2, 2, "fp16", zero=ROUND_ROBIN, compare=False),
     "zero3_bf16": Case(3, 3, "bf16", groups=True, frozen=True, tied=True),
     "zero3_fp32_buffer": Case(3, 2, "fp32", buffer=True),
+    "universal2": Case(2, 2, "bf16", groups=True, tied=True, universal=True),
+    "universal3": Case(3, 2, "bf16", frozen=True, universal=True),
     "zero2_excluded": Case(2, 1, "fp32", frozen=True, exclude=True),
 }
 GRID = {
@@ -214,6 +219,19 @@ def keep(case: Case, directory: Path, weights: dict[str, torch.Tensor]) -> None:
         script.unlink()
 
 
+def make_universal(directory: Path) -> None:
+    """Put a universal checkpoint in the place of the one that it is made from."""
+    tag = directory / (directory / "latest").read_text()
+    module = "deepspeed.checkpoint.ds_to_universal"
+    flags = ["--input_folder", tag, "--output_folder", f"{tag}_universal", "--inject_missing_state"]
+    subprocess.run([sys.executable, "-m", module, *map(str, flags)], check=True)
+    shutil.rmtree(tag)
+    (directory / "latest").unlink()
+    for path in directory.rglob("*.pt"):
+        if path.name in ("exp_avg.pt", "exp_avg_sq.pt", "step.pt"):
+            path.unlink()
+
+
 def main(target: Path, names: list[str]) -> None:
     """Make the named cases, those that are kept, or all."""
     target.mkdir(parents=True, exist_ok=True)
@@ -229,6 +247,8 @@ def main(target: Path, names: list[str]) -> None:
             port = free.getsockname()[1]
         case = CASES[name]
         torch.multiprocessing.spawn(train, (case, target / name, port), case.world)
+        if case.universal:
+            make_universal(target / name)
         sys.stderr.write(f"made {name}\n")
 
 
