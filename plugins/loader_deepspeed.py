@@ -15,16 +15,17 @@ from typing import Any
 
 import click
 
+from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
-from ckptx.lazy import Stored
-from ckptx.model_directory import CONFIG, base_sidecars, hf_messages, sidecars
+from ckptx.lazy import LazyTensor, Stored
+from ckptx.model_directory import base_sidecars, hf_messages, nearby_sidecars
 from ckptx.model_weights import base_tensors
 from ckptx.plugin import Loader
 from ckptx.plugins.deepspeed import directory, weights
+from ckptx.plugins.wrappers import unwrapped
 from ckptx.protocol import Begin, Dropped, End, Message
 
 WEIGHTS_ONLY = "only weights are converted"
-_BESIDE = ("huggingface", "hf_config", "tokenizer")
 _CONSUMED = frozenset(
     {
         *("module", "buffer_names", "param_shapes", "frozen_param_shapes", "shared_params"),
@@ -60,6 +61,10 @@ class DeepspeedLoader:
                 show_default=True,
                 help="The optimizer's fp32 weights, or those that the module computes with.",
             ),
+            click.Option(
+                ["--prefix"],
+                help="What a module around the model has put before its names, as 'model.'.",
+            ),
         ]
 
     def detect(self, source: Path) -> bool:
@@ -71,6 +76,8 @@ class DeepspeedLoader:
         masters = (options.get("weights") or "master") == "master"
         checkpoint = directory.read(directory.find(source, options.get("tag")), masters)
         found = weights.of_masters(checkpoint) if masters else weights.of_module(checkpoint)
+        prefix = options.get("prefix") or ""
+        found.tensors = unwrapped(_without(prefix, found.tensors, source), source)
         files = list(checkpoint.files)
         filled, remarks = base_tensors(files, found.tensors, options)
         found.declare("base", filled)
@@ -83,7 +90,7 @@ class DeepspeedLoader:
             files=tuple(map(str, files)),
             sources=tuple(found.sources),
             root=str(checkpoint.directory),
-            sidecars={**_beside(checkpoint.directory), **base_sidecars(options)},
+            sidecars={**nearby_sidecars(checkpoint.directory), **base_sidecars(options)},
             training={"iteration": "release"},
         )
         notes = (*found.notes, *remarks)
@@ -91,6 +98,22 @@ class DeepspeedLoader:
             if isinstance(message, End):
                 message = replace(message, dropped=(*found.dropped, *left, *message.dropped))
             yield message
+
+
+def _without(prefix: str, tensors: Mapping[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:
+    """Return the tensors without a prefix of their names; others keep theirs.
+
+    Raises:
+        FormatError: no name starts with it, or two tensors would have one name.
+    """
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if prefix and not any(name.startswith(prefix) for name in tensors):
+        raise FormatError(
+            f"{source}: --prefix {prefix!r}: no name starts so; found {listing(tensors, 3)}"
+        )
+    if len(found) < len(tensors):
+        raise FormatError(f"{source}: --prefix {prefix!r}: two tensors would have one name")
+    return found
 
 
 def _left(checkpoint: directory.Checkpoint) -> tuple[Dropped, ...]:
@@ -120,15 +143,6 @@ def _add_sizes(name: str, value: Any, sizes: dict[str, int]) -> None:
             _add_sizes(name, item, sizes)
     else:
         sizes.setdefault(name, 0)
-
-
-def _beside(tag: Path) -> dict[str, bytes]:
-    """Return the sidecars of the nearest directory that has a config: here, or above."""
-    for place in (tag, *list(tag.absolute().parents)[:2]):
-        for folder in (place, *(place / name for name in _BESIDE)):
-            if (folder / CONFIG).is_file():
-                return sidecars(folder)
-    return {}
 
 
 @hookimpl

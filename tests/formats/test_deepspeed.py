@@ -56,6 +56,11 @@ def assert_state(found, expected):
         assert torch.equal(own, tensor), name
 
 
+def assert_state_of_torch(found, expected):
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def wide(tensor):
     return tensor.float() if tensor.is_floating_point() else tensor
 
@@ -132,9 +137,7 @@ class TestMasters:
         convert(LOADER, GOLDEN / case, HF_SAVER, tmp_path / "hf", {}, options)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
         expected = with_alias(gathered(case), case)
-        found = model.state_dict()
-        assert set(found) == set(expected)
-        assert all(torch.equal(found[name], tensor.float()) for name, tensor in expected.items())
+        assert_state_of_torch(model.state_dict(), {n: t.float() for n, t in expected.items()})
 
     def test_masters_without_names_are_known_by_their_values(self, tmp_path):
         """Without ZeRO, in groups of an order of their own, some weights frozen."""
@@ -244,6 +247,34 @@ class TestDirectory:
         model_of(root / "huggingface", tie_word_embeddings=True)
         begin = next(iter(LOADER.load(root, {})))
         assert begin.parts["language"].family == "llama"
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("before", "options"),
+        [
+            ("model.", {"prefix": "model."}),
+            ("module.", {}),
+            ("_orig_mod.", {}),
+        ],
+    )
+    def test_modules_around_the_model(self, before, options, tmp_path):
+        state = gathered("zero0_fp32")
+        wrapped = {before + name: tensor for name, tensor in state.items()}
+        zero_by_hand.write(tmp_path / "zero", wrapped, 3, 2)
+        base = model_of(tmp_path / "base")
+        sent = list(LOADER.load(tmp_path / "zero", {"hf_base": base, **options}))
+        save(HF_SAVER, sent, tmp_path / "hf", {})
+        assert_state_of_torch(load_file(tmp_path / "hf" / "model.safetensors"), state)
+
+    def test_a_prefix_that_is_not_there(self):
+        reason = refusal(GOLDEN / "zero2_bf16_groups", prefix="actor.")
+        assert "--prefix 'actor.': no name starts so; found 'model.embed_tokens.weight'" in reason
+
+    def test_a_prefix_that_makes_two_of_one_name(self, tmp_path):
+        state = {"a.b": torch.ones(3, 2), "b": torch.zeros(3, 2)}
+        zero_by_hand.write(tmp_path / "zero", state, 2, 1)
+        assert "two tensors would have one name" in refusal(tmp_path / "zero", prefix="a.")
 
 
 class TestBadInput:
