@@ -15,7 +15,7 @@ deepspeed/checkpoint/ds_to_universal.py @ v0.19.8.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,8 +164,7 @@ def _read_optimizers(
             f"{hint}"
         )
     states = _read_all(found, files, world, "optimizer states")
-    inner = [state["optimizer_state_dict"] for state in states]
-    counts = {_partitions(state) for state in inner}
+    counts = {_partitions(state["optimizer_state_dict"]) for state in states}
     if counts != {world}:
         raise FormatError(
             f"{found.directory}: the optimizer was split over "
@@ -192,8 +191,9 @@ def _read_universal(found: Checkpoint, masters: bool) -> None:
 
 def _partitions(state: Mapping[str, Any]) -> int:
     """Return over how many ranks an optimizer is split; groups of experts over fewer."""
-    count = state.get("partition_count")
-    return max(count) if isinstance(count, list) else int(count or 1)
+    count = state.get("partition_count", 1)
+    counts = count if isinstance(count, list) else [count]
+    return max((one for one in counts if type(one) is int), default=1)
 
 
 def _by_rank(directory: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
@@ -243,9 +243,10 @@ def _read_all(
 def _read_file(found: Checkpoint, path: Path) -> Mapping[str, Any]:
     value = torch_zip.read(path, len(found.files)).value
     found.files.append(path.absolute())
-    expected = "module" if "_model_states" in path.name else "optimizer_state_dict"
-    if not isinstance(value, Mapping) or expected not in value:
-        raise FormatError(f"{path}: expected a dictionary of DeepSpeed with {expected!r}")
+    of_model = "_model_states" in path.name
+    key, kind = ("module", object) if of_model else ("optimizer_state_dict", Mapping)
+    if not (isinstance(value, Mapping) and key in value and isinstance(value[key], kind)):
+        raise FormatError(f"{path}: expected a dictionary of DeepSpeed with {key!r}")
     return value
 
 
@@ -261,7 +262,30 @@ def _check_kind(model: Mapping[str, Any], directory: Path) -> None:
             f"{directory}: split over {degree} tensor or pipeline parallel ranks; such checkpoints "
             "are not loaded yet"
         )
+    for key, sound in _SOUND.items():
+        if model.get(key) is not None and not sound(model[key]):
+            raise FormatError(
+                f"{directory}: {key!r} of the model states is not what DeepSpeed writes; the files "
+                "are damaged, or of a version that is not known"
+            )
 
 
 def _any(counts: Any) -> bool:
     return bool(counts) and any(counts if isinstance(counts, Iterable) else [counts])
+
+
+def _are_shapes(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(shape, tuple | list) and all(type(size) is int and size >= 0 for size in shape)
+        for shape in value.values()
+    )
+
+
+_SOUND: Mapping[str, Callable[[Any], bool]] = {
+    "param_shapes": lambda value: isinstance(value, list) and all(map(_are_shapes, value)),
+    "frozen_param_shapes": _are_shapes,
+    "frozen_param_fragments": lambda value: isinstance(value, Mapping),
+    "shared_params": lambda value: isinstance(value, Mapping),
+    "buffer_names": lambda value: isinstance(value, list),
+}
+"""What is relied on in the model states, where it is there."""

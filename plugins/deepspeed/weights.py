@@ -130,22 +130,23 @@ def _joined(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
         pieces = _pieces(checkpoint, state, "single_partition_of_fp32_groups")
         weights.declare(f"rank {rank}", {f"group {g}": piece for g, piece in enumerate(pieces)})
     paddings = states[0].get("param_alignment_paddings") or []
-    tails = []
+    tails: list[LazyTensor] = []
     for group, shapes in enumerate(checkpoint.model["param_shapes"]):
         flat = concat([state["single_partition_of_fp32_groups"][group] for state in states])
         gaps = paddings[group] if group < len(paddings) else [0] * len(shapes)
+        if len(gaps) != len(shapes):
+            raise FormatError(
+                f"{checkpoint.directory}: group {group} has {len(shapes)} parameters, and paddings "
+                f"of {len(gaps)}; the files are not of one checkpoint"
+            )
         position = 0
         for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
             stop = position + math.prod(shape)
             _check_room(checkpoint, stop, flat, f"group {group}")
             found[name] = _shaped(flat.narrow(0, position, stop), tuple(shape))
-            tails.append(flat.narrow(0, stop, min(stop + gap, flat.numel)))
             position = min(stop + gap, flat.numel)
-        if flat.numel - position >= 2 * len(states):  # what a group is padded to a multiple of
-            raise FormatError(
-                f"{checkpoint.directory}: group {group} holds {flat.numel} elements, its "
-                f"parameters {position}; the files are not of one checkpoint"
-            )
+            tails.append(flat.narrow(0, stop, position))
+        _check_end(checkpoint, position, flat, f"group {group}")
         tails.append(flat.narrow(0, position, flat.numel))
     weights.drop("padding", PADDING, tails)
     return found
@@ -171,12 +172,9 @@ def _gathered(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]
         found[name], tail = _without_tail(pieces, shape)
         tails.append(tail)
         position = stop
-    tails += [flat.narrow(0, position, flat.numel) for flat in flats]
-    if any(flat.numel - position >= 2 * len(flats) for flat in flats):
-        raise FormatError(
-            f"{checkpoint.directory}: ranks hold {flats[0].numel} elements, their parameters "
-            f"{position}; the files are not of one checkpoint"
-        )
+    for rank, flat in enumerate(flats):
+        _check_end(checkpoint, position, flat, f"rank {rank}")
+        tails.append(flat.narrow(0, position, flat.numel))
     weights.drop("padding", PADDING, tails)
     return found
 
@@ -480,4 +478,12 @@ def _check_room(checkpoint: Checkpoint, stop: int, flat: LazyTensor, what: str) 
         raise FormatError(
             f"{checkpoint.directory}: {what} holds {flat.numel} fp32 elements, its parameters need "
             f"{stop} or more; the files are not of one checkpoint"
+        )
+
+
+def _check_end(checkpoint: Checkpoint, position: int, flat: LazyTensor, what: str) -> None:
+    if flat.numel - position >= 2 * len(checkpoint.optimizers):  # what is padded to a multiple of
+        raise FormatError(
+            f"{checkpoint.directory}: {what} holds {flat.numel} fp32 elements, its parameters need "
+            f"{position}; the files are not of one checkpoint"
         )

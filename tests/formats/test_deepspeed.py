@@ -405,6 +405,8 @@ class TestBadInput:
             ({"module": None}, "PipelineModule"),
             ({"num_experts": [4, 4]}, "mixture of experts"),
             ({"mp_world_size": 2}, "split over 2 tensor or pipeline parallel ranks"),
+            ({"param_shapes": [{"a": "b"}, {}]}, "'param_shapes' of the model states is not what"),
+            ({"param_shapes": [{}]}, "the model has 1 groups of parameters, a rank's optimizer 2"),
             ({"shared_params": {"x": "y"}}, "'x' shares its weight with 'y', which is nowhere"),
         ],
     )
