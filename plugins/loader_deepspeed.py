@@ -35,8 +35,13 @@ _CONSUMED = frozenset(
 )
 """What the model states say about the weights; all else is the state of the training."""
 _PIECES = frozenset(
-    {"single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups", "fp32_groups_flat"}
+    {
+        *("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups", "fp32_groups_flat"),
+        *("zero_stage", "partition_count", "group_paddings", "param_alignment_paddings"),
+        *("param_slice_mappings", "ds_version"),
+    }
 )
+"""What the optimizer states say about the weights."""
 
 
 class DeepspeedLoader:
@@ -75,13 +80,15 @@ class DeepspeedLoader:
         """Yield the model; names that no schema knows pass through."""
         masters = (options.get("weights") or "master") == "master"
         checkpoint = directory.read(directory.find(source, options.get("tag")), masters)
-        found = weights.of_masters(checkpoint) if masters else weights.of_module(checkpoint)
+        # What is converted to another dtype anyway need not have one dtype before.
+        widen = options.get("dtype") is None
+        found = weights.of_masters(checkpoint, widen) if masters else weights.of_module(checkpoint)
         prefix = options.get("prefix") or ""
         found.tensors = unwrapped(_without(prefix, found.tensors, source), source)
         files = list(checkpoint.files)
         filled, remarks = base_tensors(files, found.tensors, options)
         found.declare("base", filled)
-        found.tensors |= weights.widened(filled) if masters else filled
+        found.tensors |= weights.widened(filled) if masters and widen else filled
         left = _left(checkpoint)
         begin = Begin(
             format=self.name,
@@ -119,12 +126,13 @@ def _without(prefix: str, tensors: Mapping[str, LazyTensor], source: Path) -> di
 def _left(checkpoint: directory.Checkpoint) -> tuple[Dropped, ...]:
     """Return the state of the training, by name with its bytes in all ranks together."""
     sizes: dict[str, int] = {}
-    for model in checkpoint.models:
-        for key, value in model.items():
-            if key not in _CONSUMED and value is not None:
+    states = list(checkpoint.models)
+    states += [state["optimizer_state_dict"] for state in checkpoint.optimizers]
+    for state in states:
+        for key, value in state.items():
+            if key not in _CONSUMED | _PIECES and value is not None:
+                sizes.setdefault(str(key), 0)
                 _add_sizes(str(key), value, sizes)
-    for state in checkpoint.optimizers:
-        _add_sizes("optimizer_state_dict", state["optimizer_state_dict"], sizes)
     for path in checkpoint.skipped:
         sizes[path.name] = sizes.get(path.name, 0) + path.stat().st_size
     return tuple(Dropped(name, WEIGHTS_ONLY, size) for name, size in sizes.items())
@@ -141,8 +149,6 @@ def _add_sizes(name: str, value: Any, sizes: dict[str, int]) -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             _add_sizes(name, item, sizes)
-    else:
-        sizes.setdefault(name, 0)
 
 
 @hookimpl

@@ -78,8 +78,10 @@ def of_module(checkpoint: Checkpoint) -> Weights:
     return weights
 
 
-def of_masters(checkpoint: Checkpoint) -> Weights:
+def of_masters(checkpoint: Checkpoint, widen: bool = True) -> Weights:
     """Return the fp32 masters of what is trained, and all else as the module has it.
+
+    Frozen weights become float32 as well if ``widen``: a model has one dtype.
 
     Raises:
         FormatError: pieces have not the sizes that the shapes need, or masters and module are not
@@ -99,7 +101,7 @@ def of_masters(checkpoint: Checkpoint) -> Weights:
     trained = [module[name] for name in masters if name in module]
     weights.drop("module", "the fp32 masters of these are converted", trained)
     weights.tensors |= masters
-    weights.tensors |= _frozen(checkpoint, module, weights)
+    weights.tensors |= _frozen(checkpoint, module, weights, widen)
     shared = checkpoint.model.get("shared_params") or {}
     for alias, name in shared.items():
         if name not in weights.tensors:
@@ -294,9 +296,9 @@ def _cut(group: Any, like: Sequence[LazyTensor]) -> list[LazyTensor]:
 
 
 def _frozen(
-    checkpoint: Checkpoint, module: Mapping[str, LazyTensor], weights: Weights
+    checkpoint: Checkpoint, module: Mapping[str, LazyTensor], weights: Weights, widen: bool
 ) -> dict[str, LazyTensor]:
-    """Return what has no master: frozen weights, made as wide as the masters, and buffers."""
+    """Return what has no master: frozen weights and buffers."""
     shared = checkpoint.model.get("shared_params") or {}
     buffers = set(checkpoint.model.get("buffer_names") or ())
     rest = {
@@ -311,7 +313,7 @@ def _frozen(
             weights.drop(f"{name} padding", PADDING, [tail])
         else:  # whole, and in the module as well, unless that has been left out
             frozen[name] = replicated([*([frozen[name]] if name in frozen else []), *pieces])
-    wide = widened(frozen)
+    wide = widened(frozen) if widen else frozen
     if changed := [name for name in frozen if wide[name] is not frozen[name]]:
         weights.notes.append(
             f"{len(changed)} frozen weights have no fp32 master; they are widened to float32"
@@ -320,7 +322,7 @@ def _frozen(
 
 
 def widened(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Return tensors as float32, where that is exact: a model has one dtype."""
+    """Return tensors as float32, where that is exact."""
     return {
         name: tensor.cast("float32") if is_widening(tensor.dtype, "float32") else tensor
         for name, tensor in tensors.items()

@@ -128,7 +128,11 @@ class TestMasters:
 
     def test_frozen_weights_are_widened_and_named(self):
         notes = end_of(LOADER.load(GOLDEN / "zero1_bf16_frozen", {})).notes
-        assert "3 frozen weights have no fp32 master; they are widened to float32" in notes
+        note = "3 frozen weights have no fp32 master; they are widened to float32"
+        assert note in notes
+        sent = list(LOADER.load(GOLDEN / "zero1_bf16_frozen", {"dtype": "bfloat16"}))
+        assert note not in end_of(sent).notes
+        assert_state(values(sent)["passthrough"], gathered("zero1_bf16_frozen"))
 
     @pytest.mark.parametrize("case", ["zero2_bf16_groups", "zero3_bf16", "universal3"])
     def test_transformers_loads_the_result(self, case, tmp_path):
