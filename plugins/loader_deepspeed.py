@@ -82,14 +82,19 @@ class DeepspeedLoader:
         checkpoint = directory.read(directory.find(source, options.get("tag")), masters)
         # What is converted to another dtype anyway need not have one dtype before.
         widen = options.get("dtype") is None
-        found = weights.of_masters(checkpoint, widen) if masters else weights.of_module(checkpoint)
+        try:
+            found = (
+                weights.of_masters(checkpoint, widen) if masters else weights.of_module(checkpoint)
+            )
+            left = _left(checkpoint)
+        except RecursionError as error:
+            raise FormatError(f"{source}: its objects are nested too deeply") from error
         prefix = options.get("prefix") or ""
         found.tensors = unwrapped(_without(prefix, found.tensors, source), source)
         files = list(checkpoint.files)
         filled, remarks = base_tensors(files, found.tensors, options)
         found.declare("base", filled)
         found.tensors |= weights.widened(filled) if masters and widen else filled
-        left = _left(checkpoint)
         begin = Begin(
             format=self.name,
             layout="hf",

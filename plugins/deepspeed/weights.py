@@ -110,6 +110,12 @@ def of_masters(checkpoint: Checkpoint, widen: bool = True) -> Weights:
                 "nowhere"
             )
         weights.tensors[alias] = weights.tensors[name]
+    lost = [name for name in checkpoint.module if name not in weights.tensors]
+    if lost:  # ZeRO 3 leaves of every parameter a place holder without elements
+        weights.notes.append(
+            f"{listing(lost)}: in the module, and in no group of the optimizer: its weights were "
+            "not saved"
+        )
     return weights
 
 

@@ -377,6 +377,26 @@ class TestBadInput:
         )
         assert "is [184] in its fp32.pt and [12, 8] in param_shapes" in refusal(root)
 
+    def test_a_parameter_that_nothing_holds(self, tmp_path):
+        """Trained by nobody and not frozen: ZeRO 3 does not save it."""
+        root = copied("zero3_fp32_buffer", tmp_path)
+        for path in root.glob("*/*_model_states.pt"):
+            value = torch.load(path, weights_only=True)
+            value["module"]["idle.weight"] = torch.empty(0)
+            torch.save(value, path)
+        notes = end_of(LOADER.load(root, {})).notes
+        assert any(
+            note.startswith("'idle.weight': in the module, and in no group") for note in notes
+        )
+
+    def test_objects_that_hold_themselves(self, tmp_path):
+        root = copied("zero3_bf16", tmp_path)
+        for path in root.glob("*/*_optim_states.pt"):
+            own = []
+            own.append(own)
+            torch.save({"optimizer_state_dict": {"partition_count": 3, "x": own}}, path)
+        assert "nested too deeply" in refusal(root)
+
     def test_masters_that_no_one_knows_without_zero(self, tmp_path):
         """Masters have no names: of two equal weights, none is guessed."""
         root = copied("zero0_bf16", tmp_path)
