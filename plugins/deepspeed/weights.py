@@ -232,7 +232,13 @@ def _unsplit(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
         if name not in buffers:
             aliases[name] = kept.setdefault(tensor, name)
     groups = [_cut(group, list(kept)) for group in optimizer[_masters_key(optimizer)]]
-    masters = _in_order(groups, kept) or _identified(checkpoint, groups, kept)
+    if not all(isinstance(master, LazyTensor) for group in groups for master in group):
+        raise FormatError(
+            f"{checkpoint.directory}: expected {_masters_key(optimizer)!r} of the optimizer to be "
+            "tensors; it was not written by DeepSpeed"
+        )
+    files = [str(path) for path in checkpoint.files]
+    masters = _in_order(groups, kept, files) or _identified(groups, kept, files)
     if masters is None:
         raise FormatError(
             f"{checkpoint.directory}: without ZeRO the fp32 masters have no names, and by their "
@@ -244,31 +250,34 @@ def _unsplit(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
 
 
 def _in_order(
-    groups: Sequence[Sequence[LazyTensor]], module: Mapping[LazyTensor, str]
+    groups: Sequence[Sequence[LazyTensor]],
+    module: Mapping[LazyTensor, str],
+    files: Sequence[str],
 ) -> dict[str, LazyTensor] | None:
-    """Return the masters of one group by name, None unless they are as many, of the same shapes."""
-    shapes = [tensor.shape for tensor in module]
-    if [[tensor.shape for tensor in group] for group in groups] != [shapes]:
+    """Return the masters of one group by name, None unless they are the module's, one by one."""
+    if len(groups) != 1 or len(groups[0]) != len(module):
+        return None
+    if not all(_same_ends(*pair, files) for pair in zip(groups[0], module, strict=True)):
         return None
     return dict(zip(module.values(), groups[0], strict=True))
 
 
 def _identified(
-    checkpoint: Checkpoint,
     groups: Sequence[Sequence[LazyTensor]],
     module: Mapping[LazyTensor, str],
+    files: Sequence[str],
 ) -> dict[str, LazyTensor] | None:
     """Return every master under the name of the one weight that it is, rounded, in every byte.
 
     None where a master is equal to no weight, or to several.
     """
-    files = [str(path) for path in checkpoint.files]
     found: dict[str, LazyTensor] = {}
     for master in (tensor for group in groups for tensor in group):
         own = [
             name
             for tensor, name in module.items()
-            if _same_ends(master, tensor, files) and equal(master.cast(tensor.dtype), tensor, files)
+            if _same_ends(master, tensor, files)
+            and (not tensor.shape or equal(master.cast(tensor.dtype), tensor, files))
         ]
         if len(own) != 1 or own[0] in found:
             return None
@@ -389,16 +398,23 @@ def _same_ends(master: LazyTensor, own: LazyTensor, files: Sequence[str]) -> boo
     """Return whether a master, rounded, is a weight of the module, as far as its ends show."""
     if master.shape != own.shape:
         return False
+    master, own = _row(master), _row(own)
     return all(equal(*ends, files) for ends in _ends(master.cast(own.dtype), own))
 
 
 def _ends(first: LazyTensor, second: LazyTensor) -> Iterator[tuple[LazyTensor, LazyTensor]]:
-    """Yield the first and the last rows of two tensors of one shape; nothing of scalars."""
-    shape = first.shape
-    if shape:
-        rows = min(shape[0], max(1, _SAMPLE // max(1, math.prod(shape[1:]))))
-        for start in sorted({0, shape[0] - rows}):
-            yield first.narrow(0, start, start + rows), second.narrow(0, start, start + rows)
+    """Yield the first and the last rows of two tensors of one shape."""
+    size = first.shape[0]
+    rows = min(size, max(1, _SAMPLE // max(1, math.prod(first.shape[1:]))))
+    for start in sorted({0, size - rows}):
+        yield first.narrow(0, start, start + rows), second.narrow(0, start, start + rows)
+
+
+def _row(tensor: LazyTensor) -> LazyTensor:
+    """Return a scalar as a row of one element, other tensors as they are."""
+    if isinstance(tensor, Stored) and not tensor.shape:
+        return replace(tensor, shape=(1,), strides=(1,))
+    return tensor
 
 
 def _check_steps(checkpoint: Checkpoint) -> None:
@@ -421,12 +437,11 @@ def _check_steps(checkpoint: Checkpoint) -> None:
 
 
 def _steps(state: Any) -> list[Any]:
-    """Return the counts of steps in an optimizer's state; tensors of one element as one row."""
+    """Return the counts of steps in an optimizer's state."""
     found = []
     for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
         if key == "step":
-            scalar = isinstance(value, Stored) and value.numel == 1
-            found.append(replace(value, shape=(1,), strides=(1,)) if scalar else value)
+            found.append(_row(value) if isinstance(value, Stored) else value)
         elif isinstance(value, Mapping | list):
             found += _steps(value)
     return found

@@ -201,7 +201,13 @@ class TestKit3(_Zero):
 @pytest.mark.parametrize("alignment", [1, 32])
 def test_any_number_of_ranks(stage, world, alignment, tmp_path):
     """Ranks go by number, not by name; gaps and padding are skipped."""
-    shapes = {"a.weight": (7, 5), "b.bias": (3,), "c.weight": (13, 4, 3), "d.weight": (1, 1)}
+    shapes = {
+        "a.weight": (7, 5),
+        "b.bias": (3,),
+        "c.weight": (13, 4, 3),
+        "d.weight": (1, 1),
+        "e": (),
+    }
     start, state = 0, {}
     for name, shape in shapes.items():
         numel = int(np.prod(shape))
