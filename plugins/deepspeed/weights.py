@@ -28,12 +28,11 @@ from typing import Any
 from ckptx.errors import FormatError, PlanError, listing
 from ckptx.lazy import Filled, LazyTensor, Shape, Stored, concat, is_widening, replicated
 from ckptx.loading import equal
+from ckptx.plugins.deepspeed.checks import check_against_module, check_steps, same_ends
 from ckptx.plugins.deepspeed.directory import Checkpoint
 from ckptx.protocol import Dropped, SourceTensor
 
 PADDING = "padding of the ranks' pieces"
-_SAMPLE = 4096
-"""Elements at either end of a tensor of which master and module are compared."""
 
 
 @dataclass(slots=True)
@@ -97,7 +96,7 @@ def of_masters(checkpoint: Checkpoint, widen: bool = True) -> Weights:
         masters = _universal(checkpoint, checkpoint.parameters, weights)
     else:
         masters = {0: _unsplit, 2: _joined, 3: _gathered}[checkpoint.stage](checkpoint, weights)
-    _check_against_module(checkpoint, masters, module)
+    check_against_module(checkpoint, masters, module)
     trained = [module[name] for name in masters if name in module]
     weights.drop("module", "the fp32 masters of these are converted", trained)
     weights.tensors |= masters
@@ -162,7 +161,7 @@ def _joined(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
 
 def _gathered(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
     """Return the masters of ZeRO 3: of each parameter a piece of every rank."""
-    _check_steps(checkpoint)
+    check_steps(checkpoint)
     flats = []
     for rank, state in enumerate(checkpoint.optimizers):
         pieces = _pieces(checkpoint, state["optimizer_state_dict"], "fp32_flat_groups")
@@ -257,7 +256,7 @@ def _in_order(
     """Return the masters of one group by name, None unless they are the module's, one by one."""
     if len(groups) != 1 or len(groups[0]) != len(module):
         return None
-    if not all(_same_ends(*pair, files) for pair in zip(groups[0], module, strict=True)):
+    if not all(same_ends(*pair, files) for pair in zip(groups[0], module, strict=True)):
         return None
     return dict(zip(module.values(), groups[0], strict=True))
 
@@ -276,7 +275,7 @@ def _identified(
         own = [
             name
             for tensor, name in module.items()
-            if _same_ends(master, tensor, files)
+            if same_ends(master, tensor, files)
             and (not tensor.shape or equal(master.cast(tensor.dtype), tensor, files))
         ]
         if len(own) != 1 or own[0] in found:
@@ -366,85 +365,6 @@ def _fragments(
 def _drop_fragments(checkpoint: Checkpoint, weights: Weights) -> None:
     fragments = [one for _, _, pieces in _fragments(checkpoint, weights) for one in pieces]
     weights.drop("frozen_param_fragments", "copies of weights of the module", fragments)
-
-
-def _check_against_module(
-    checkpoint: Checkpoint, masters: Mapping[str, LazyTensor], module: Mapping[str, LazyTensor]
-) -> None:
-    """Raise unless the masters, rounded, are the module's weights: then all ranks are of one save.
-
-    Both ends of every tensor are compared, which shows files of another run or step, and wrong
-    order. Buffers and frozen weights have no master.
-    """
-    files = [str(path) for path in checkpoint.files]
-    for name, master in masters.items():
-        own = module.get(name)
-        if own is None:
-            continue
-        if own.shape != master.shape:
-            raise FormatError(
-                f"{checkpoint.directory}: {name!r} is {list(own.shape)} in the module and "
-                f"{list(master.shape)} in param_shapes"
-            )
-        if not _same_ends(master, own, files):
-            raise FormatError(
-                f"{checkpoint.directory}: {name!r}: the fp32 master in the optimizer's files, "
-                f"rounded to {own.dtype}, is not the weight in the module; the files are not of "
-                "one save. Find the right ones, or take the module's weights with --weights module"
-            )
-
-
-def _same_ends(master: LazyTensor, own: LazyTensor, files: Sequence[str]) -> bool:
-    """Return whether a master, rounded, is a weight of the module, as far as its ends show."""
-    if master.shape != own.shape:
-        return False
-    master, own = _row(master), _row(own)
-    return all(equal(*ends, files) for ends in _ends(master.cast(own.dtype), own))
-
-
-def _ends(first: LazyTensor, second: LazyTensor) -> Iterator[tuple[LazyTensor, LazyTensor]]:
-    """Yield the first and the last rows of two tensors of one shape."""
-    size = first.shape[0]
-    rows = min(size, max(1, _SAMPLE // max(1, math.prod(first.shape[1:]))))
-    for start in sorted({0, size - rows}):
-        yield first.narrow(0, start, start + rows), second.narrow(0, start, start + rows)
-
-
-def _row(tensor: LazyTensor) -> LazyTensor:
-    """Return a scalar as a row of one element, other tensors as they are."""
-    if isinstance(tensor, Stored) and not tensor.shape:
-        return replace(tensor, shape=(1,), strides=(1,))
-    return tensor
-
-
-def _check_steps(checkpoint: Checkpoint) -> None:
-    """Raise unless the optimizers of all ranks have made as many steps.
-
-    ZeRO 3 leaves nothing in the module that the masters could be compared with.
-    """
-    files = [str(path) for path in checkpoint.files]
-    first, *others = [_steps(state) for state in checkpoint.optimizers]
-    for rank, steps in enumerate(others, 1):
-        same = len(steps) == len(first) and all(
-            equal(one, other, files) if isinstance(one, Stored) else one == other
-            for one, other in zip(first, steps, strict=True)
-        )
-        if not same:
-            raise FormatError(
-                f"{checkpoint.directory}: the optimizers of ranks 0 and {rank} have not made as "
-                "many steps; the files are not of one checkpoint"
-            )
-
-
-def _steps(state: Any) -> list[Any]:
-    """Return the counts of steps in an optimizer's state."""
-    found = []
-    for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
-        if key == "step":
-            found.append(_row(value) if isinstance(value, Stored) else value)
-        elif isinstance(value, Mapping | list):
-            found += _steps(value)
-    return found
 
 
 def _trained(checkpoint: Checkpoint) -> Iterator[tuple[str, Shape]]:

@@ -1,0 +1,95 @@
+"""Whether the files of a checkpoint belong together, as far as a few reads can tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ckptx.errors import FormatError
+from ckptx.lazy import LazyTensor, Stored
+from ckptx.loading import equal
+from ckptx.plugins.deepspeed.directory import Checkpoint
+
+SAMPLE = 4096
+"""Elements at either end of a tensor of which master and module are compared."""
+
+
+def check_against_module(
+    checkpoint: Checkpoint, masters: Mapping[str, LazyTensor], module: Mapping[str, LazyTensor]
+) -> None:
+    """Raise unless the masters, rounded, are the module's weights: then all ranks are of one save.
+
+    Both ends of every tensor are compared, which shows files of another run or step, and wrong
+    order. Buffers and frozen weights have no master.
+    """
+    files = [str(path) for path in checkpoint.files]
+    for name, master in masters.items():
+        own = module.get(name)
+        if own is None:
+            continue
+        if own.shape != master.shape:
+            raise FormatError(
+                f"{checkpoint.directory}: {name!r} is {list(own.shape)} in the module and "
+                f"{list(master.shape)} in param_shapes"
+            )
+        if not same_ends(master, own, files):
+            raise FormatError(
+                f"{checkpoint.directory}: {name!r}: the fp32 master in the optimizer's files, "
+                f"rounded to {own.dtype}, is not the weight in the module; the files are not of "
+                "one save. Find the right ones, or take the module's weights with --weights module"
+            )
+
+
+def same_ends(master: LazyTensor, own: LazyTensor, files: Sequence[str]) -> bool:
+    """Return whether a master, rounded, is a weight of the module, as far as its ends show."""
+    if master.shape != own.shape:
+        return False
+    master, own = _row(master), _row(own)
+    return all(equal(*ends, files) for ends in _ends(master.cast(own.dtype), own))
+
+
+def _ends(first: LazyTensor, second: LazyTensor) -> Iterator[tuple[LazyTensor, LazyTensor]]:
+    """Yield the first and the last rows of two tensors of one shape."""
+    size = first.shape[0]
+    rows = min(size, max(1, SAMPLE // max(1, math.prod(first.shape[1:]))))
+    for start in sorted({0, size - rows}):
+        yield first.narrow(0, start, start + rows), second.narrow(0, start, start + rows)
+
+
+def _row(tensor: LazyTensor) -> LazyTensor:
+    """Return a scalar as a row of one element, other tensors as they are."""
+    if isinstance(tensor, Stored) and not tensor.shape:
+        return replace(tensor, shape=(1,), strides=(1,))
+    return tensor
+
+
+def check_steps(checkpoint: Checkpoint) -> None:
+    """Raise unless the optimizers of all ranks have made as many steps.
+
+    ZeRO 3 leaves nothing in the module that the masters could be compared with.
+    """
+    files = [str(path) for path in checkpoint.files]
+    first, *others = [_steps(state) for state in checkpoint.optimizers]
+    for rank, steps in enumerate(others, 1):
+        same = len(steps) == len(first) and all(
+            equal(one, other, files) if isinstance(one, Stored) else one == other
+            for one, other in zip(first, steps, strict=True)
+        )
+        if not same:
+            raise FormatError(
+                f"{checkpoint.directory}: the optimizers of ranks 0 and {rank} have not made as "
+                "many steps; the files are not of one checkpoint"
+            )
+
+
+def _steps(state: Any) -> list[Any]:
+    """Return the counts of steps in an optimizer's state."""
+    found = []
+    for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+        if key == "step":
+            found.append(_row(value) if isinstance(value, Stored) else value)
+        elif isinstance(value, Mapping | list):
+            found += _steps(value)
+    return found
