@@ -110,7 +110,7 @@ def _iteration_of(directory: Path) -> Iteration:
 def _format(directory: Path) -> str | None:
     if (directory / "metadata.json").is_file():
         return "torch_dist"
-    if any(directory.glob("mp_rank_*")):
+    if any(path.is_dir() for path in directory.glob("mp_rank_*")):  # DeepSpeed has files so named
         return "torch"
     if (directory / ".metadata").is_file():
         return "fsdp_dtensor"

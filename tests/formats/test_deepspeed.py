@@ -243,6 +243,12 @@ class TestDirectory:
         faults.drop(root / "best")
         assert list(LOADER.load(root, {}))
 
+    @pytest.mark.parametrize("case", CASES)
+    def test_it_is_no_other_format(self, case):
+        root = GOLDEN / case
+        (tag,) = (path for path in root.iterdir() if path.is_dir())
+        assert manager.detect(root) == manager.detect(tag) == "deepspeed"
+
     def test_zero_is_another_name(self):
         assert manager.loader("zero") is manager.loader("universal") is LOADER
         with pytest.raises(PluginError, match="saver 'deepspeed'"):
