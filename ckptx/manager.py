@@ -38,7 +38,6 @@ RECOGNISED = {
     "universal": "DeepSpeed universal checkpoints",
     "fsdp": "PyTorch FSDP checkpoints",
     "fsdp_dtensor": "Megatron FSDP checkpoints",
-    "verl": "verl training checkpoints",
     "rlinf": "RLinf training checkpoints",
     "lora": "LoRA adapters",
     "peft": "PEFT adapters",

@@ -22,20 +22,16 @@ from ckptx.containers import dcp
 from ckptx.containers.dcp_metadata import METADATA_NAME
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
-from ckptx.lazy import LazyTensor
 from ckptx.loading import inventory
-from ckptx.model_directory import CONFIG, base_sidecars, hf_messages, sidecars
+from ckptx.model_directory import base_sidecars, hf_messages
 from ckptx.plugin import Loader
+from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
 from ckptx.protocol import Begin, Dropped, End, Message
 
-WEIGHTS_ONLY = "only weights are converted"
 TRAINING = ("optim", "optimizer", "optimizers", "lr_scheduler", "lr_schedulers", "rng", "scheduler")
 """Words of a path that say: state of the training, not weights."""
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
-"""What FSDP 1, activation checkpointing, torch.compile and DDP put into names."""
 _MEGATRON = ("decoder.layers.", "embedding.word_embeddings.")
 _MEGATRON_FSDP = ("model.module.decoder.", "model.module.embedding.")
-_BESIDE = ("huggingface", "hf_config", "tokenizer")
 
 
 class DcpLoader:
@@ -70,7 +66,7 @@ class DcpLoader:
         container, names = _model(metadata, options.get("container"), source)
         files: list[str] = []
         stored = dcp.tensors(metadata, files, names)
-        weights = _unwrapped({names[key]: tensor for key, tensor in stored.items()}, source)
+        weights = unwrapped({names[key]: tensor for key, tensor in stored.items()}, source)
         begin = Begin(
             format=self.name,
             layout="hf",
@@ -78,7 +74,7 @@ class DcpLoader:
             files=tuple(files),
             sources=inventory(stored),
             root=str(source),
-            sidecars={**_beside(source), **base_sidecars(options)},
+            sidecars={**beside(source), **base_sidecars(options)},
             training={"iteration": "release"},
         )
         dropped = _left(metadata, names)
@@ -145,19 +141,6 @@ def _guessed(key: str) -> tuple[str, ...]:
     return (first, rest) if first in TRAINING else (key,)
 
 
-def _unwrapped(tensors: Mapping[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:
-    """Return the tensors under the names that they have without wrappers."""
-    found: dict[str, LazyTensor] = {}
-    for name, tensor in tensors.items():
-        plain = name
-        for word in WRAPPERS:
-            plain = plain.replace(f".{word}", ".").removeprefix(word)
-        if plain in found:
-            raise FormatError(f"{source}: {name!r} and another tensor are both {plain!r}")
-        found[plain] = tensor
-    return found
-
-
 def _left(metadata: dcp.DcpMetadata, taken: Mapping[str, str]) -> tuple[Dropped, ...]:
     """Return what stays behind, by the first word of its key, with its bytes."""
     sizes: dict[str, int] = {}
@@ -166,15 +149,6 @@ def _left(metadata: dcp.DcpMetadata, taken: Mapping[str, str]) -> tuple[Dropped,
             group = key.partition(".")[0]
             sizes[group] = sizes.get(group, 0) + location.length
     return tuple(Dropped(group, WEIGHTS_ONLY, size) for group, size in sizes.items())
-
-
-def _beside(source: Path) -> dict[str, bytes]:
-    """Return the sidecars of the nearest directory that has a config: here, or above."""
-    for directory in (source, *list(source.absolute().parents)[:2]):
-        for place in (directory, *(directory / name for name in _BESIDE)):
-            if (place / CONFIG).is_file():
-                return sidecars(place)
-    return {}
 
 
 @hookimpl
