@@ -129,6 +129,10 @@ def _find(source: Path, actor: str) -> tuple[Path, tuple[str, ...]]:
             )
         notes = (f"{step.name} was converted, the latest by {_TRACKER}",)
     directory = step / actor
+    if any((place / "dist_ckpt").is_dir() for place in (source, directory)):
+        raise FormatError(
+            f"{source}: was saved by verl's Megatron workers (dist_ckpt), which is not loaded yet"
+        )
     if not _holds_model(directory):
         raise FormatError(
             f"{source}: holds no model_world_size_W_rank_R.pt, and neither does {directory}; "
@@ -209,7 +213,8 @@ def _read(files: list[Path], directory: Path) -> _Found:
             raise FormatError(f"{file}: expected a state dict, found {type(value).__name__}")
         for name, entry in value.items():
             if entry is None or str(name).endswith("_extra_state"):
-                dropped[str(name)] = Dropped(str(name), WEIGHTS_ONLY)
+                size = entry.nbytes if isinstance(entry, LazyTensor) else 0
+                dropped[str(name)] = Dropped(str(name), WEIGHTS_ONLY, size)
                 continue
             found = share(entry, rank, str(name))
             shares.setdefault(str(name), []).append(found)
