@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ckptx.errors import SchemaError
 from ckptx.spec import ModelSpec
 
 ARGS = (
@@ -51,10 +52,20 @@ def to_args(spec: ModelSpec) -> dict[str, Any]:
 
 
 def from_args(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes of a spec that Megatron's ``args`` say of either."""
+    """Return the attributes of a spec that Megatron's ``args`` say of either.
+
+    Raises:
+        SchemaError: a size of latent attention is missing.
+    """
     further = {"mtp_num_layers": args.get("mtp_num_layers") or 0}
     if not args.get("multi_latent_attention"):
         return further
+    missing = [name for name, _ in ARGS if args.get(name) is None and name != "q_lora_rank"]
+    if missing:
+        raise SchemaError(
+            f"multi_latent_attention is set in the checkpoint's args, which do not say "
+            f"{', '.join(missing)}; give the model's config with --hf-base"
+        )
     return {**further, **{attribute: args.get(name) for name, attribute in ARGS}}
 
 

@@ -452,7 +452,7 @@ class TestMegatronCheckpoints:
         ("change", "says"),
         [
             ({"num_experts": 8}, "router.weight"),
-            ({"multi_latent_attention": True}, "multi-latent attention"),
+            ({"multi_latent_attention": True}, "multi_latent_attention is set"),
             ({"num_layers": 5}, "4 layers"),
             ({"num_layers": None}, "num_layers"),
             ({"ffn_hidden_size": 48}, "mlp"),
@@ -594,7 +594,7 @@ class TestPlaces:
         user.source.mkdir()
         reason = user.cannot_convert("core")
         assert f"{user.source}: not a checkpoint that any loader recognises" in reason
-        assert "core, hf" in reason
+        assert "core" in reason
 
     @pytest.mark.parametrize("loader", ["hf", "core", "pytorch"])
     def test_source_is_empty_and_its_format_named(self, loader, user):
@@ -714,14 +714,14 @@ class TestPlugins:
         options = [flag, "quux"] if role == "saver" else [flag, "quux", "--to", "hf"]
         reason = user.is_refused("convert", user.source, user.target, *options)
         known = ", ".join(manager.names(role))
-        assert "core, hf" in known
+        assert "core" in known
         assert f"unknown {role} 'quux'; known {role}s: {known}" in reason
 
     @pytest.mark.parametrize("name", ["gguf", "deepspeed"])
     def test_format_that_is_recognised_and_not_there_yet(self, name, user):
         reason = user.cannot_convert(name)
         assert f"saver '{name}': ckptx knows of this format" in reason
-        assert "known savers: core, hf" in reason
+        assert "known savers: core" in reason
 
     def test_option_of_a_plugin_that_is_not_chosen(self, user):
         reason = user.cannot_convert("core", "--max-shard-size", "1GB")

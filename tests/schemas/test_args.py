@@ -365,8 +365,13 @@ def test_missing_args_are_all_named():
         spec_from_args(args)
 
 
+def test_sizes_of_latent_attention_must_be_there():
+    with pytest.raises(SchemaError, match="do not say kv_lora_rank, qk_head_dim, qk_pos_emb"):
+        spec_from_args(COMMON | {"multi_latent_attention": True, "v_head_dim": 16})
+
+
 @pytest.mark.parametrize(
-    "changes", [{"moe_latent_size": 8}, {"multi_latent_attention": True}, {"mtp_num_layers": 1}]
+    "changes", [{"moe_latent_size": 8}, {"experimental_attention_variant": "dsa"}]
 )
 def test_what_is_not_there_yet_is_named(changes):
     with pytest.raises(SchemaError, match=f"{next(iter(changes))} .* cannot be converted yet"):
