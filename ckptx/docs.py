@@ -57,6 +57,7 @@ PROOFS: Mapping[tuple[str, str], tuple[str, str]] = {
     ("legacy", "save"): ("M", LEGACY),
     ("dcp", "load"): ("P", "tests/interop/test_dcp.py"),
     ("dcp", "save"): ("P", "tests/interop/test_dcp.py"),
+    ("verl", "load"): ("P", "tests/interop/test_verl.py"),
     ("pytorch", "load"): ("P", "tests/formats/test_pytorch.py"),
     ("pytorch", "save"): ("P", "tests/formats/test_pytorch.py"),
 }
@@ -71,7 +72,8 @@ LEGEND = {
     "torch for the tests, compute the same logits (`tests/interop`)",
     "M": "transformers and Megatron's legacy model, written anew in eager torch for the tests, "
     "compute the same logits (`tests/interop`); so did the original",
-    "P": "torch itself is on the other side (`tests/formats`, `tests/interop/test_dcp.py`)",
+    "P": "torch itself is on the other side (`tests/formats`, `tests/interop/test_dcp.py`, "
+    "`tests/interop/test_verl.py`)",
     "K": "the conformance kit, with models made by hand (`tests/formats`, `tests/schemas`)",
 }
 """What the letters say."""
