@@ -8,7 +8,7 @@
             huggingface/                        config, tokenizer
         critic/  data.pt
 
-Source: verl-project/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ v0.4.1.
+Source: volcengine/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ 01ee5e0.
 """
 
 from __future__ import annotations

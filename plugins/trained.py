@@ -2,7 +2,7 @@
 
 Source of the prefixes: torch:torch/distributed/{fsdp,algorithms/_checkpoint}, torch/_dynamo @
 v2.13.0; of the folders: huggingface/accelerate src/accelerate/utils/fsdp_utils.py @ v1.15.0,
-verl-project/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ v0.4.1.
+volcengine/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ 01ee5e0.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ torch makes these objects only inside the process group that saved them. Here th
 any number of ranks is read by one process.
 
 Source: torch:torch/distributed/tensor/_api.py, torch/distributed/tensor/_utils.py,
-torch/distributed/device_mesh.py, torch/distributed/_shard/sharded_tensor/api.py @ v2.13.0;
-`DeviceMesh.mesh` instead of a layout: torch/distributed/device_mesh.py @ v2.6.0.
+torch/distributed/device_mesh.py, torch/distributed/_shard/sharded_tensor/api.py @ v2.13.0. Meshes of
+older torch: torch/distributed/device_mesh.py @ 00131b6 (`mesh` instead of a layout) and
+torch/distributed/_mesh_layout.py @ 000fedc (a layout of ``shape`` and ``stride``).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def share(value: Any, rank: Rank, name: str) -> Share:
         found = type(value).__name__
         raise FormatError(
             f"{where}: expected a tensor, a DTensor or a ShardedTensor, found {found} that is none "
-            f"of them as torch 2.4 to 2.13 save them ({type(error).__name__}: {error!s:.80})"
+            f"of them as torch saves them ({type(error).__name__}: {error!s:.80})"
         ) from error
     for offsets, local in boxes:
         if local.dtype != dtype or len(offsets) != len(shape) or len(local.shape) != len(shape):
@@ -238,7 +239,7 @@ def _check_strides(mesh: Shape, placements: Sequence[Placement], where: str) -> 
 def _mesh_sizes(mesh: Mapping[str, Any]) -> Shape:
     """Return the shape of a mesh, of the attributes that a `DeviceMesh` has had over time."""
     if "_layout" not in mesh:
-        tensor = mesh["mesh"]  # before torch 2.9: the ranks as a tensor
+        tensor = mesh["mesh"]  # of older torch: the ranks as a tensor
         if not isinstance(tensor, Stored):
             raise TypeError("a mesh that is no tensor")
         return tensor.shape
@@ -254,8 +255,7 @@ def _check_mesh(mesh: Mapping[str, Any], sizes: Shape, rank: Rank, where: str) -
         _check_rank(mesh["_rank"], rank, where)
     root = mesh.get("_root_mesh")
     all_sizes = sizes if root is None else _mesh_sizes(_attributes(root))
-    # Before torch 2.9 a part of a mesh does not say of which.
-    known = root is not None or "_layout" in mesh
+    known = "_root_mesh" in mesh  # else, of older torch, a part of a mesh does not say of which
     found = math.prod(all_sizes)
     if found != rank.world if known else not found or rank.world % found:
         raise FormatError(

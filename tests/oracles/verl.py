@@ -1,6 +1,6 @@
 """Models saved as verl saves them: each rank its share of the state dict, in a file of its own.
 
-Source: verl-project/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ v0.4.1.
+Source: volcengine/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ 01ee5e0.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ def _columns(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _older_mesh(model: torch.nn.Module) -> torch.nn.Module:
-    """As torch before 2.9 pickles a mesh: the tensor of the ranks instead of a layout."""
+    """As older torch pickles a mesh: the tensor of the ranks instead of a layout.
+
+    Source: torch:torch/distributed/device_mesh.py @ 00131b6.
+    """
     DeviceMesh.__getstate__ = lambda mesh: {
         "device_type": mesh.device_type,
         "mesh": mesh.mesh,

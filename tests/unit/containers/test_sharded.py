@@ -67,7 +67,8 @@ def record(module, name, **state):
 def dtensor(local, shape, placement, **mesh):
     """A DTensor as its pickle is read, of rank 0 of 2."""
     layout = record("torch", "_FlatLayout", shape=(2,), stride=(1,))
-    said = {"_layout": record("torch", "_MeshLayout", axes=(layout,)), "_coordinate_on_dim": (0,)}
+    layouts = record("torch", "_MeshLayout", axes=(layout,))
+    said = {"_layout": layouts, "_root_mesh": None, "_coordinate_on_dim": (0,)}
     spec = record(
         TENSOR,
         "DTensorSpec",
@@ -88,6 +89,12 @@ ROWS = record(TENSOR, "Shard", dim=0)
 def test_a_share_has_its_place():
     found = share(dtensor(LOCAL, (5,), ROWS), Rank("f", 0, 2), "w")
     assert (found.shape, found.boxes) == ((5,), (((0,), LOCAL),))
+
+
+def test_a_layout_of_older_torch():
+    layout = record("torch", "_MeshLayout", shape=((2, 1),), stride=((1, 1),))
+    found = share(dtensor(LOCAL, (5,), ROWS, _layout=layout), Rank("f", 0, 2), "w")
+    assert found.boxes == (((0,), LOCAL),)
 
 
 @pytest.mark.parametrize(
