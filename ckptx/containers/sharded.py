@@ -10,8 +10,8 @@ torch makes these objects only inside the process group that saved them. Here th
 any number of ranks is read by one process.
 
 Source: torch:torch/distributed/tensor/_api.py, torch/distributed/tensor/_utils.py,
-torch/distributed/device_mesh.py, torch/distributed/_shard/sharded_tensor/api.py @ v2.13.0. Meshes of
-older torch: torch/distributed/device_mesh.py @ 00131b6 (`mesh` instead of a layout) and
+torch/distributed/device_mesh.py, torch/distributed/_shard/sharded_tensor/api.py @ v2.13.0. Meshes
+of older torch: torch/distributed/device_mesh.py @ 00131b6 (`mesh` instead of a layout) and
 torch/distributed/_mesh_layout.py @ 000fedc (a layout of ``shape`` and ``stride``).
 """
 
