@@ -27,6 +27,9 @@ from ckptx.containers.pickle_values import Record, TorchDtype
 from ckptx.errors import FormatError
 from ckptx.lazy import Filled, LazyTensor, Shape, Stored, replicated, tile
 
+_WRAPPED = "_rebuild_from_type_v2"
+"""How subclasses of a tensor that wrap others are pickled, in `torch._tensor`."""
+
 
 class Rank(NamedTuple):
     """Whose file is read: its name for errors, its rank, and how many ranks there are."""
@@ -84,6 +87,13 @@ def share(value: Any, rank: Rank, name: str) -> Share:
                 f"{local.dtype} {list(local.shape)}; the file is damaged"
             )
     return Share(dtype, shape, boxes)
+
+
+def is_sharded(value: Any) -> bool:
+    """Return whether a value is what one rank holds of a tensor."""
+    if not isinstance(value, Record) or type(value).name != _WRAPPED or len(value.args) < 2:
+        return False
+    return getattr(value.args[1], "name", None) in tuple(_READERS)
 
 
 def whole(shares: Sequence[Share], where: str) -> LazyTensor:
@@ -147,7 +157,7 @@ def local_box(
 
 def _wrapped(value: Any) -> tuple[str, str, Shape, Any]:
     """Return class, dtype, global shape and state of a wrapper subclass of a tensor."""
-    if not isinstance(value, Record) or type(value).name != "_rebuild_from_type_v2":
+    if not isinstance(value, Record) or type(value).name != _WRAPPED:
         raise TypeError("no wrapper subclass")
     function, kind, (_, dtype, size, *_), state = value.args
     if function.name != "_rebuild_wrapper_subclass" or not isinstance(dtype, TorchDtype):

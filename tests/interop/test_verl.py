@@ -251,6 +251,12 @@ def test_adapters_are_not_merged(actor, tmp_path):
     assert "holds LoRA adapters" in refused(source, tmp_path)
 
 
+@pytest.mark.parametrize("how", ["fsdp1", "tp"])
+def test_one_rank_is_not_taken_for_a_model(how, saved, tmp_path):
+    message = refused(rank_file(saved(how, 2), 0), tmp_path, loader="pytorch")
+    assert "is what one rank holds of a tensor; give the directory" in message
+
+
 @pytest.mark.parametrize("value", [7, {"a": 1}, torch.device("cpu")])
 def test_a_value_that_is_no_tensor(value, actor, tmp_path):
     source = actor("tp", 2)
