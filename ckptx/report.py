@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ckptx.protocol import Begin, End
 
 _SHOWN = 5  # entries of a list in the text form
+_FILES = 100  # output files of a plan in the text form
 _LABEL = 10  # columns
 _DIGEST = 23  # characters of the digest in the text form; JSON and manifest have it all
 
@@ -176,7 +177,7 @@ class Forecast:
         }
 
     def render(self, width: int = 80) -> str:
-        """Return the forecast as text of at most ``width`` columns; every output file is listed."""
+        """Return the forecast as text of at most ``width`` columns; of many files, the first."""
         lines = _wrapped("plan", f"{self.loader} -> {self.saver}, nothing is written", width)
         lines += _wrapped("target", self.target, width)
         lines += _facts_lines(self.facts, width)
@@ -185,9 +186,12 @@ class Forecast:
         if self.refused:
             lines += _wrapped("refused", f"convert would stop here: {self.refused}", width)
         lines += [line for stage in self.facts.stages for line in _wrapped("stage", stage, width)]
-        for output in self.outputs:
+        for output in self.outputs[:_FILES]:
             text = f"{output['path']}  {size_text(output['bytes'])}, {output['tensors']} tensors"
             lines += _wrapped("file", text, width)
+        if len(self.outputs) > _FILES:
+            rest = f"and {len(self.outputs) - _FILES:,} more, which --json lists"
+            lines += _wrapped("file", rest, width)
         lines += [line for name in self.pointers for line in _wrapped("file", name, width)]
         return "\n".join(lines)
 

@@ -11,7 +11,7 @@ Source: torch:torch/distributed/checkpoint/filesystem.py@v2.13.0.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -22,13 +22,14 @@ from ckptx.containers.dcp_metadata import (
     METADATA_NAME,
     Chunk,
     DcpMetadata,
-    ItemKey,
     Location,
+    Named,
+    Placed,
     TensorEntry,
     dump_metadata,
     read_metadata,
 )
-from ckptx.containers.pickle_values import TensorRecord, collector_paused
+from ckptx.containers.pickle_values import TensorRecord, TorchSize, collector_paused
 from ckptx.containers.source_file import SourceFile
 from ckptx.containers.zip_archive import ENDS_SIZE
 from ckptx.errors import FormatError, PlanError
@@ -253,9 +254,10 @@ def _plan(
     plans: list[FilePlan] = []
     shapes: dict[str, tuple[str, Shape]] = {}
     chunks: dict[str, list[Chunk]] = {}
-    objects: dict[str, None] = {}
-    items: dict[ItemKey, Location] = {}
+    placed: list[Placed] = []
+    named: list[Named] = []
     encoded: dict[int, bytes] = {}
+    sizes: dict[Shape, TorchSize] = {}
     for name, entries in files.items():
         regions: list[Region] = []
         position = 0
@@ -268,27 +270,35 @@ def _plan(
                 boxes = chunks.setdefault(entry.key, [])
                 if 0 in entry.tensor.shape and 0 not in entry.shape:
                     continue  # the share of a rank that has none
-                boxes.append(Chunk(entry.offsets, entry.tensor.shape))
-                item: ItemKey = entry.key, entry.offsets
                 end = _add_tensor(regions, position, entry)
+                offsets = _size(entry.offsets, sizes)
+                placed.append((entry.key, len(boxes), offsets, name, position, end - position))
+                boxes.append(Chunk(offsets, _size(entry.tensor.shape, sizes)))
             else:
-                objects[entry.key] = None
-                item = entry.key, None
                 data = encoded.get(id(entry.value)) or torch_zip.plan_bytes_item(entry.value)
                 encoded[id(entry.value)] = data  # ``files`` keeps the values alive
                 regions.append(Region(position, len(data), data, entry.key))
+                named.append((entry.key, None, name, position, len(data)))
                 end = position + len(data)
-            if item in items:
-                raise PlanError(f"{name}: the item {item} is given twice")
-            items[item] = Location(name, position, end - position)
             position = end
         if regions:
             plans.append(FilePlan(name, position, regions))
-    tensors = {key: TensorEntry(*shapes[key], tuple(boxes)) for key, boxes in chunks.items()}
-    _check(tensors, objects)
-    data = dump_metadata(tensors, list(objects), items, planner_data)
+    tensors = {
+        key: TensorEntry(shapes[key][0], _size(shapes[key][1], sizes), tuple(boxes))
+        for key, boxes in chunks.items()
+    }
+    _check(tensors, [key for key, *_ in named])
+    data = dump_metadata(tensors, placed, named, planner_data)
     plans.append(FilePlan(METADATA_NAME, len(data), [Region(0, len(data), data)]))
     return plans
+
+
+def _size(shape: Shape, known: dict[Shape, TorchSize]) -> TorchSize:
+    """Return a shape as torch has it in metadata; equal ones are one object."""
+    size = known.get(shape)
+    if size is None:
+        size = known[shape] = TorchSize(shape)
+    return size
 
 
 def _add_tensor(regions: list[Region], position: int, item: TensorItem) -> int:
@@ -304,10 +314,13 @@ def _add_tensor(regions: list[Region], position: int, item: TensorItem) -> int:
     return end + len(envelope.suffix)
 
 
-def _check(tensors: Mapping[str, TensorEntry], objects: Collection[str]) -> None:
+def _check(tensors: Mapping[str, TensorEntry], objects: Sequence[str]) -> None:
     for key, entry in tensors.items():
-        fault = tiling.fault(entry.shape, [(chunk.offsets, chunk.sizes) for chunk in entry.chunks])
+        fault = tiling.fault(entry.shape, entry.chunks)
         if fault:
             raise PlanError(f"{METADATA_NAME}: {key!r}: {fault}")
-        if key in objects:
-            raise PlanError(f"{METADATA_NAME}: {key!r} is both a tensor and an object")
+    seen = set(tensors)
+    for key in objects:
+        if key in seen:
+            raise PlanError(f"{METADATA_NAME}: the object {key!r} is given twice, or is a tensor")
+        seen.add(key)

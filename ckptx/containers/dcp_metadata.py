@@ -20,7 +20,7 @@ from ckptx.containers.pickle_values import (
     Global,
     Instance,
     Record,
-    Row,
+    RowList,
     RowMap,
     Rows,
     TorchDtype,
@@ -211,51 +211,36 @@ def _location(path: Path, fields: Mapping[str, Any]) -> Location:
     return location
 
 
+Placed: TypeAlias = tuple[str, int, TorchSize, str, int, int]
+"""Where a chunk is: key, number among its chunks, offsets; file, and offset and length in bytes."""
+Named: TypeAlias = tuple[str, None, str, int, int]
+"""Where an object is: key; file, and offset and length in bytes."""
+
+
 def dump_metadata(
     tensors: Mapping[str, TensorEntry],
-    objects: Sequence[str],
-    items: Mapping[ItemKey, Location],
+    placed: Sequence[Placed],
+    named: Sequence[Named],
     planner_data: Mapping[str, tuple[str | int, ...]] | None = None,
 ) -> bytes:
-    """Return the bytes of a ``.metadata`` file.
+    """Return the bytes of a ``.metadata`` file; shapes of ``tensors`` are `TorchSize`.
 
     It holds what readers need and nothing that differs between equal checkpoints: no save id, no
     path, no save plans.
     """
-    sizes: dict[Shape, TorchSize] = {}
-
-    def size(shape: Shape) -> TorchSize:
-        known = sizes.get(shape)
-        if known is None:
-            known = sizes[shape] = TorchSize(shape)
-        return known
-
     entries: dict[str, Instance] = {}
     properties: dict[str, Instance] = {}
-    places: dict[tuple[str, Shape], int] = {}
     for key, entry in tensors.items():
-        chunks = [
-            Row(_CHUNK, _BOX, (size(offsets), size(sizes))) for offsets, sizes in entry.chunks
-        ]
-        places.update(((key, chunk.offsets), place) for place, chunk in enumerate(entry.chunks))
         if entry.dtype not in properties:
             state = TorchDtype(entry.dtype), _STRIDED, False, _CONTIGUOUS, False
             properties[entry.dtype] = Instance(_PROPERTIES, state, shared=True)
         fields = {
             "properties": properties[entry.dtype],
-            "size": size(entry.shape),
-            "chunks": chunks,
+            "size": entry.shape,
+            "chunks": RowList(_CHUNK, _BOX, entry.chunks),
         }
         entries[key] = Instance(_TENSOR, fields)
-    entries.update((key, _BYTES) for key in objects)
-
-    placed: list[tuple[Any, ...]] = []
-    named: list[tuple[Any, ...]] = []
-    for (key, offsets), location in items.items():
-        if offsets is None:
-            named.append((key, None, *location[:3]))
-        else:
-            placed.append((key, places[key, offsets], size(offsets), *location[:3]))
+    entries.update((key, _BYTES) for key, *_ in named)
     storage = RowMap(
         (
             Rows(_INDEX, _PLACE, _STORAGE_INFO, _EXTENT, placed),
@@ -265,7 +250,7 @@ def dump_metadata(
     metadata = {
         "state_dict_metadata": entries,
         "planner_data": None if planner_data is None else dict(planner_data),
-        "storage_data": storage if items else {},
+        "storage_data": storage if placed or named else {},
         "storage_meta": None,
         "version": "1.0.0",
     }

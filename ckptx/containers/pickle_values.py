@@ -214,15 +214,15 @@ class Instance:
     shared: bool = False
 
 
-class Row(NamedTuple):
-    """An object to be written whose attributes are ``values`` under ``names``.
+class RowList(NamedTuple):
+    """A list to be written, of objects of one class whose attributes are ``rows``.
 
-    Like an `Instance`, and made faster: metadata has a million of them.
+    Like `Instance` objects, and made faster: metadata has a million of them.
     """
 
     cls: Global
     names: tuple[str, ...]
-    values: tuple[Any, ...]
+    rows: Sequence[tuple[Any, ...]]
 
 
 class Rows(NamedTuple):

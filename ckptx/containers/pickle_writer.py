@@ -21,7 +21,7 @@ from ckptx.containers.pickle_values import (
     Global,
     Instance,
     Namespace,
-    Row,
+    RowList,
     RowMap,
     Rows,
     TensorRecord,
@@ -102,7 +102,7 @@ class _Writer:
             TorchDtype: lambda value: self._global(Global("torch", value.name)),
             TorchSize: self._size,
             TensorRecord: self._record,
-            Row: lambda value: self._fields(*value),
+            RowList: self._row_list,
             RowMap: self._row_map,
         }
 
@@ -237,6 +237,14 @@ class _Writer:
             else:
                 write(known)
         write(b"ub")
+
+    def _row_list(self, value: RowList) -> None:
+        self._write(b"]")
+        if value.rows:
+            self._write(b"(")
+            for row in value.rows:
+                self._fields(value.cls, value.names, row)
+            self._write(b"e")
 
     def _row_map(self, value: RowMap) -> None:
         self._write(b"}(")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -135,6 +135,49 @@ def plan_file(path: str, value: Any) -> FilePlan:
     _add_members(writer, pickled, storages, dict(_labels(value, "")))
     size, regions = writer.finish()
     return FilePlan(path, size, regions)
+
+
+def plan_files(files: Iterable[tuple[str, Any]]) -> Iterator[FilePlan]:
+    """Plan the file that ``torch.save(value, path)`` would write for every pair of path and value.
+
+    Thousands of ranks write values that differ in nothing but their tensors' contents. Such files
+    share what is around the tensors: it is made once for all that follow one another.
+
+    Raises:
+        PlanError: see `plan_file`.
+    """
+    last: tuple[str, list[Any]] | None = None
+    like = FilePlan("", 0, ())
+    for path, value in files:
+        outline: list[Any] = []
+        tensors: dict[int, tuple[int, LazyTensor]] = {}
+        _outline(value, outline, tensors)
+        stem = PurePosixPath(path).stem
+        held = [tensor for _, tensor in tensors.values() if tensor.nbytes]
+        places = [n for n, r in enumerate(like.regions) if isinstance(r.content, LazyTensor)]
+        if last == (stem, outline) and len(places) == len(held):
+            regions = list(like.regions)
+            for number, tensor in zip(places, held, strict=True):
+                regions[number] = regions[number]._replace(content=tensor)
+            yield FilePlan(path, like.size, regions)
+        else:
+            last, like = (stem, outline), plan_file(path, value)
+            yield like
+
+
+def _outline(value: Any, outline: list[Any], tensors: dict[int, tuple[int, LazyTensor]]) -> None:
+    """Append all of a value but what its tensors hold; number these by identity, in order."""
+    if isinstance(value, LazyTensor):
+        number, _ = tensors.setdefault(id(value), (len(tensors), value))
+        outline.append((value.dtype, value.shape, number))
+    elif isinstance(value, Mapping):
+        outline.append(type(value))
+        for key, item in value.items():
+            outline.append(key)
+            _outline(item, outline, tensors)
+        outline.append(None)
+    else:
+        outline.append(value)
 
 
 def _labels(value: Any, place: str) -> Iterator[tuple[int, str]]:

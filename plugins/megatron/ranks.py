@@ -169,13 +169,21 @@ def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
 
 def plan(model: Model, target: Target, pp: int, form: Form = CORE) -> Iterator[FilePlan]:
     """Yield one file per rank."""
+    yield from torch_zip.plan_files(_states_of_ranks(model, target, pp, form))
+
+
+def _states_of_ranks(
+    model: Model, target: Target, pp: int, form: Form
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield path and content of every rank's file."""
     virtual = any(chunk.vpp_rank for chunk in target.chunks)
+    args = Namespace(**target.args)
     for pp_rank in range(pp):
         chunks = [chunk for chunk in target.chunks if chunk.pp_rank == pp_rank]
         shares: list[dict[Any, Any]] = [{} for _ in chunks]
         for rank in target.ranks:
             state: dict[str, Any] = {
-                "args": Namespace(**target.args),
+                "args": args,
                 "checkpoint_version": 3.0,
                 "iteration": target.iteration,
             }
@@ -183,7 +191,7 @@ def plan(model: Model, target: Target, pp: int, form: Form = CORE) -> Iterator[F
                 key = f"model{chunk.vpp_rank}" if virtual else "model"
                 state[key] = form.stored(_state_dict(model, target, chunk, rank, form, shared))
             path = f"{directory_name(rank, pp_rank, pp)}/{RANK_FILES[0]}"
-            yield torch_zip.plan_file(path, state)
+            yield path, state
 
 
 def _state_dict(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from tests.oracles import hf
+from tests.oracles import hf, mcore
 from tests.oracles.mcore import Layout, Model
 
-from .conversion import Source, sizes
+from .conversion import Source, convert, difference, sizes, strict_logits
 
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "mixtral": (hf.mixtral, {}),
@@ -102,3 +103,30 @@ def expert_sizes(layout: Layout) -> dict[str, Any]:
         # Megatron's default, said: ours is the source's own while TP stays.
         "target_expert_tensor_parallel_size": layout.etp or layout.tp,
     }
+
+
+def to_megatron(source: Source, layout: Layout, format: str, kind: Kind, place: Path) -> float:
+    """How far real Megatron's logits are from transformers', of what ckptx made of its files."""
+    options = {"ckpt_format": format, **kind.options, **expert_sizes(layout)}
+    convert(source.directory, place / "core", "core", **options)
+    model = kind.model(source, layout)
+    found = mcore.read(model, layout, place / "core", source.tokens, format=format)
+    return difference(found[..., :131], source.logits)
+
+
+def to_transformers(source: Source, layout: Layout, format: str, kind: Kind, place: Path) -> float:
+    """How far transformers' logits are from Megatron's, of what ckptx made of its files.
+
+    Without a config at hand: args alone say what the model is.
+    """
+    expected = mcore.write(
+        kind.model(source, layout),
+        layout,
+        place / "core",
+        source.tokens,
+        format=format,
+        args={"vocab_size": 131},
+    )
+    convert(place / "core", place / "hf", "hf")
+    found = strict_logits(place / "hf", source.tokens)
+    return difference(found, expected[..., :131])

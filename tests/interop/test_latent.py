@@ -17,9 +17,9 @@ from ckptx.schemas.core import MCORE
 from tests.oracles import hf, mcore
 from tests.oracles.mcore import Layout
 
-from .conversion import CLOSE, contents, convert, difference, strict_logits
+from .conversion import CLOSE, contents, convert, difference
 from .conversion import Source as SourceModel
-from .experts import KINDS, LATENT, expert_sizes
+from .experts import KINDS, LATENT, expert_sizes, to_megatron, to_transformers
 from .experts import LAYOUTS as ALL_LAYOUTS
 
 FORMATS = ("torch_dist", "torch")
@@ -42,31 +42,16 @@ def combinations(shift):
 def test_megatron_computes_what_transformers_computes(
     family, layout, format, kind, source_of, tmp_path
 ):
-    source, layout, kind = source_of(family), LAYOUTS[layout], KINDS[kind]
-    options = {"ckpt_format": format, **kind.options, **expert_sizes(layout)}
-    convert(source.directory, tmp_path / "core", "core", **options)
-    model = kind.model(source, layout)
-    found = mcore.read(model, layout, tmp_path / "core", source.tokens, format=format)
-    assert difference(found[..., :131], source.logits) <= CLOSE
+    case = source_of(family), LAYOUTS[layout], format, KINDS[kind]
+    assert to_megatron(*case, tmp_path) <= CLOSE
 
 
 @pytest.mark.parametrize(("family", "layout", "format", "kind"), combinations(3))
 def test_transformers_computes_what_megatron_computes(
     family, layout, format, kind, source_of, tmp_path
 ):
-    source, layout = source_of(family), LAYOUTS[layout]
-    expected = mcore.write(
-        KINDS[kind].model(source, layout),
-        layout,
-        tmp_path / "core",
-        source.tokens,
-        format=format,
-        args={"vocab_size": 131},
-    )
-    # Without a config at hand: args alone say what the model is.
-    convert(tmp_path / "core", tmp_path / "hf", "hf")
-    found = strict_logits(tmp_path / "hf", source.tokens)
-    assert difference(found, expected[..., :131]) <= CLOSE
+    case = source_of(family), LAYOUTS[layout], format, KINDS[kind]
+    assert to_transformers(*case, tmp_path) <= CLOSE
 
 
 @pytest.mark.parametrize("family", NAMES)

@@ -204,7 +204,7 @@ def test_equal_checkpoints_have_equal_bytes(planned, tmp_path):
         ([((0,), 2)], "chunks hold 2 elements"),
         ([((0,), 2), ((1,), 3)], "overlap"),
         ([((0,), 2), ((3,), 2)], "outside"),
-        ([((0,), 2), ((0,), 2)], "twice"),
+        ([((0,), 2), ((0,), 2)], "overlap"),
     ],
 )
 def test_incomplete_tensors_are_not_planned(items, message):
