@@ -26,28 +26,35 @@ def full(*values):
 @pytest.mark.parametrize(
     ("family", "how", "world"),
     [
+        ("llama", "fsdp", 1),
         ("llama", "fsdp", 2),
         ("qwen2-tied", "fsdp", 3),
         full("qwen3", "fsdp", 4),
         full("mistral", "unnamed", 4),
         ("qwen3", "unnamed", 2),
         ("llama", "columns", 4),
+        ("qwen2", "ddp x fsdp", 2),
         ("qwen2-tied", "ddp x fsdp", 4),
         full("llama", "ddp x fsdp", 6),
         ("qwen2", "tp", 2),
         full("qwen3-tied", "tp", 4),
+        full("llama", "fsdp x tp", 2),
         ("llama", "fsdp x tp", 4),
         full("qwen2-tied", "fsdp x tp", 6),
         ("qwen2", "fsdp x tp", 6),
         full("llama", "fsdp x tp", 8),
+        full("qwen2", "ddp x fsdp x tp", 4),
         full("llama", "ddp x fsdp x tp", 8),
         ("llama", "older mesh", 4),
         full("qwen2", "older mesh", 6),
+        full("llama", "fsdp1", 1),
         ("llama", "fsdp1", 3),
         ("qwen2-tied", "fsdp1", 2),
         full("qwen3", "fsdp1", 4),
+        full("llama", "fsdp1-mesh", 1),
         ("llama", "fsdp1-mesh", 3),
         full("qwen2-tied", "fsdp1-mesh", 2),
+        full("qwen2", "fsdp1-ddp x fsdp", 2),
         ("qwen2", "fsdp1-ddp x fsdp", 4),
         full("llama", "fsdp1-ddp x fsdp", 6),
     ],
@@ -128,6 +135,11 @@ def test_a_step_and_a_run_mean_their_actor(saved, tmp_path):
         sizes = [file.stat().st_size for file in files if file.name.startswith(kind)]
         assert dropped.pop(f"{kind}_world_size_2_rank_*.pt") == sum(sizes) > 0
     assert dropped == {"data.pt": 5, "critic": 0}
+
+    shutil.copytree(saved("fsdp1", 3), step / "critic", dirs_exist_ok=True)
+    facts = convert(step, tmp_path / "critic", "hf", loader_options={"actor_dir": "critic"})
+    assert contents(tmp_path / "critic") == contents(saved.model)
+    assert {"actor", "data.pt"} < {drop["name"] for drop in facts.dropped}
 
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("10")
     facts = convert(tmp_path / "run", tmp_path / "core", "core")
