@@ -82,6 +82,7 @@ class VerlLoader:
         files = _rank_files(directory)
         with collector_paused():
             found = _read(files, directory)
+        small = {name: data for name, data in beside(directory).items() if name != _CONFIG}
         begin = Begin(
             format=self.name,
             layout="hf",
@@ -89,10 +90,10 @@ class VerlLoader:
             files=tuple(str(file.absolute()) for file in files),
             sources=found.sources,
             root=str(directory),
-            sidecars={**beside(directory), **base_sidecars(options)},
+            sidecars={**small, **base_sidecars(options)},
             training={"iteration": _iteration(directory)},
         )
-        dropped = (*found.dropped, *_left(directory, source))
+        dropped = (*found.dropped, *_left(directory, source, begin.sidecars))
         for message in hf_messages(begin, found.tensors, notes, options.get("dtype")):
             if isinstance(message, End):
                 message = replace(message, dropped=(*dropped, *message.dropped))
@@ -205,7 +206,7 @@ def _read(files: list[Path], directory: Path) -> _Found:
     """
     shares: dict[str, list[Share]] = {}
     sources: list[SourceTensor] = []
-    dropped: dict[str, Dropped] = {}
+    dropped: dict[str, int] = {}
     for number, file in enumerate(files):
         rank = Rank(str(file), number, len(files))
         value = torch_zip.read(file, number).value
@@ -214,7 +215,7 @@ def _read(files: list[Path], directory: Path) -> _Found:
         for name, entry in value.items():
             if entry is None or str(name).endswith("_extra_state"):
                 size = entry.nbytes if isinstance(entry, LazyTensor) else 0
-                dropped[str(name)] = Dropped(str(name), WEIGHTS_ONLY, size)
+                dropped[str(name)] = dropped.get(str(name), 0) + size
                 continue
             found = share(entry, rank, str(name))
             shares.setdefault(str(name), []).append(found)
@@ -236,7 +237,8 @@ def _read(files: list[Path], directory: Path) -> _Found:
             f"{directory}: holds LoRA adapters ({listing(adapters, 1)}), which are not merged yet; "
             "merge them before the checkpoint is saved"
         )
-    return _Found(tensors, tuple(sources), tuple(dropped.values()))
+    none = tuple(Dropped(name, WEIGHTS_ONLY, size) for name, size in dropped.items())
+    return _Found(tensors, tuple(sources), none)
 
 
 def _iteration(directory: Path) -> int | str:
@@ -247,11 +249,12 @@ def _iteration(directory: Path) -> int | str:
     return "release"
 
 
-def _left(directory: Path, source: Path) -> tuple[Dropped, ...]:
+def _left(directory: Path, source: Path, carried: Mapping[str, bytes]) -> tuple[Dropped, ...]:
     """Return what stays behind of a model's directory, and of the step if that was the source."""
+    taken = {_CONFIG, _HUGGINGFACE, *carried}
     sizes: dict[str, int] = {}
     for path in sorted(directory.iterdir()):
-        if _MODEL_FILE.fullmatch(path.name) or path.name in (_CONFIG, _HUGGINGFACE):
+        if _MODEL_FILE.fullmatch(path.name) or path.name in taken:
             continue
         match = _STATE_FILE.fullmatch(path.name)
         name = f"{match[1]}*.pt" if match else path.name

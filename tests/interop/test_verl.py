@@ -172,6 +172,22 @@ def test_weights_beside_the_config_are_left_by_name(actor, saved, tmp_path):
     assert "huggingface/model.safetensors" in {drop["name"] for drop in facts.dropped}
 
 
+def test_a_config_beside_the_ranks_is_carried(actor, saved, tmp_path):
+    source = actor("tp", 2)
+    for name in ("config.json", "generation_config.json"):
+        shutil.move(source / "huggingface" / name, source)
+    (source / "huggingface").rmdir()
+    for rank in range(2):
+        state = torch.load(rank_file(source, rank), weights_only=False)
+        state["model.layers.0.mlp._extra_state"] = torch.zeros(5, dtype=torch.uint8)
+        torch.save(state, rank_file(source, rank))
+    facts = convert(source, tmp_path / "hf", "hf")
+    assert contents(tmp_path / "hf") == contents(saved.model)
+    dropped = {drop["name"]: drop["bytes"] for drop in facts.dropped}
+    assert dropped.pop("model.layers.0.mlp._extra_state") == 10
+    assert set(dropped) == {f"{kind}_world_size_2_rank_*.pt" for kind in ("extra_state", "optim")}
+
+
 def test_a_missing_rank(actor, tmp_path):
     source = actor("fsdp", 3)
     rank_file(source, 1, 3).unlink()
