@@ -19,7 +19,6 @@ from ckptx.spec import ModelSpec
 
 CONFIG = "config.json"
 _SUFFIXES = {".json", ".txt", ".model", ".py", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm"}
-_FOLDERS = ("huggingface", "hf_config", "tokenizer")
 _LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")
 _MAX_SIDECAR = 64 << 20  # bytes; the largest published tokenizers have about 35 MB
 
@@ -42,18 +41,6 @@ def sidecars(directory: Path) -> dict[str, bytes]:
             )
         found[path.name] = path.read_bytes()
     return found
-
-
-def nearby_sidecars(directory: Path) -> dict[str, bytes]:
-    """Return the sidecars of the nearest directory that has a config: this one, or two above.
-
-    In each, folders that trainers put a model's small files into are looked at as well.
-    """
-    for place in (directory, *list(directory.absolute().parents)[:2]):
-        for folder in (place, *(place / name for name in _FOLDERS)):
-            if (folder / CONFIG).is_file():
-                return sidecars(folder)
-    return {}
 
 
 def read_config(files: Mapping[str, bytes], place: object) -> dict[str, Any] | None:

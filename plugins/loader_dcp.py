@@ -23,12 +23,11 @@ from ckptx.containers.dcp_metadata import METADATA_NAME
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.loading import inventory
-from ckptx.model_directory import base_sidecars, hf_messages, nearby_sidecars
+from ckptx.model_directory import base_sidecars, hf_messages
 from ckptx.plugin import Loader
-from ckptx.plugins.wrappers import unwrapped
+from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
 from ckptx.protocol import Begin, Dropped, End, Message
 
-WEIGHTS_ONLY = "only weights are converted"
 TRAINING = ("optim", "optimizer", "optimizers", "lr_scheduler", "lr_schedulers", "rng", "scheduler")
 """Words of a path that say: state of the training, not weights."""
 _MEGATRON = ("decoder.layers.", "embedding.word_embeddings.")
@@ -75,7 +74,7 @@ class DcpLoader:
             files=tuple(files),
             sources=inventory(stored),
             root=str(source),
-            sidecars={**nearby_sidecars(source), **base_sidecars(options)},
+            sidecars={**beside(source), **base_sidecars(options)},
             training={"iteration": "release"},
         )
         dropped = _left(metadata, names)

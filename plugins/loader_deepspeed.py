@@ -18,14 +18,13 @@ import click
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor, Stored
-from ckptx.model_directory import base_sidecars, hf_messages, nearby_sidecars
+from ckptx.model_directory import base_sidecars, hf_messages
 from ckptx.model_weights import base_tensors
 from ckptx.plugin import Loader
 from ckptx.plugins.deepspeed import directory, weights
-from ckptx.plugins.wrappers import unwrapped
+from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
 from ckptx.protocol import Begin, Dropped, End, Message
 
-WEIGHTS_ONLY = "only weights are converted"
 _CONSUMED = frozenset(
     {
         *("module", "buffer_names", "param_shapes", "frozen_param_shapes", "shared_params"),
@@ -102,7 +101,7 @@ class DeepspeedLoader:
             files=tuple(map(str, files)),
             sources=tuple(found.sources),
             root=str(checkpoint.directory),
-            sidecars={**nearby_sidecars(checkpoint.directory), **base_sidecars(options)},
+            sidecars={**beside(checkpoint.directory), **base_sidecars(options)},
             training={"iteration": "release"},
         )
         notes = (*found.notes, *remarks)

@@ -1,4 +1,7 @@
-"""Load one ``.pt`` file that holds the state dict of a whole model."""
+"""Load one ``.pt`` file that holds the state dict of a whole model.
+
+RLinf's containers: RLinf/RLinf rlinf/hybrid_engines/fsdp/strategy/checkpoint.py @ 85104b9.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import click
 
 from ckptx.containers import torch_zip
+from ckptx.containers.sharded import is_sharded
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor, Stored
@@ -39,6 +43,9 @@ from ckptx.schemas.args import spec_from_args
 
 _SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 _CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
+_AROUND = "fsdp_checkpoint"
+"""A container of containers, where RLinf's whole checkpoint was put in one file."""
+_LOCAL_SHARDS = "local_shard_checkpoint"
 _CONVENTIONS = {"hf": "hf", "core": "mcore", "legacy": "legacy"}
 WEIGHTS_ONLY = "only weights are converted"
 
@@ -71,6 +78,11 @@ class PytorchLoader:
         source = _file_of(source)
         if not source.is_file():
             raise FormatError(f"{source}: expected one file of torch.save")
+        if source.parent.name == _LOCAL_SHARDS:
+            raise FormatError(
+                f"{source}: RLinf's local shards do not say where in the model they lie; give "
+                "dcp_checkpoint, or model_state_dict/full_weights.pt"
+            )
         value = torch_zip.read(source, 0).value
         tensors, others = state_dict(value, source)
         weights = Weights([source], tensors, dict.fromkeys(tensors, source.name))
@@ -97,15 +109,23 @@ def state_dict(value: Any, source: Path) -> tuple[dict[str, Stored], tuple[Dropp
     """Return the tensors of a state dict, wherever it lies in a file, and what else is in it.
 
     Raises:
-        FormatError: there is no state dict.
+        FormatError: there is no state dict, or only one rank's part of it.
     """
     if not isinstance(value, Mapping):
         raise FormatError(f"{source}: expected a dictionary, found {type(value).__name__}")
+    if isinstance(value.get(_AROUND), Mapping):
+        value = {**{key: value[key] for key in value if key != _AROUND}, **value[_AROUND]}
     inner = next((value[key] for key in _CONTAINERS if isinstance(value.get(key), Mapping)), value)
     content = inner
     if "language_model" in inner:
         inner = legacy.flattened(inner)
     tensors = {str(name): entry for name, entry in inner.items() if isinstance(entry, Stored)}
+    shares = [name for name, entry in inner.items() if is_sharded(entry)]
+    if shares:
+        raise FormatError(
+            f"{source}: {shares[0]!r} is what one rank holds of a tensor; give the directory with "
+            "the files of all ranks to --loader verl"
+        )
     if not tensors:
         raise FormatError(
             f"{source}: holds no state dict of tensors ({listing(map(str, value))} found); known "

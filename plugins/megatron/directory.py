@@ -63,7 +63,9 @@ def looks_like(source: Path) -> bool:
     """Return whether ``source`` is a Megatron root or an iteration directory."""
     if not source.is_dir():
         return False
-    return (source / TRACKER).is_file() or _format(source) not in (None, "fsdp_dtensor")
+    if (source / TRACKER).is_file():
+        return not any(source.glob("global_step_*"))  # verl's roots have such a tracker, too
+    return _format(source) not in (None, "fsdp_dtensor")
 
 
 def find(source: Path) -> IterationDirectory:

@@ -101,6 +101,23 @@ def test_a_state_dict_inside_is_found_and_the_rest_named(container, tmp_path):
     assert dropped == ["optimizer", "epoch"]
 
 
+def test_a_whole_checkpoint_of_rlinf_in_one_file(tmp_path):
+    write_config(tmp_path, LLAMA)
+    state = {"fsdp_checkpoint": {"model": tensors_of(LLAMA), "optimizers": {}}, "extra": 1}
+    path = write(tmp_path / "full_weights.pt", state)
+    assert_equal(loaded(LOADER, path), LLAMA.canonical())
+    dropped = {drop.name for drop in end_of(LOADER.load(path, {})).dropped}
+    assert dropped == {"optimizers", "extra"}
+
+
+def test_local_shards_of_rlinf_are_refused(tmp_path):
+    folder = tmp_path / "local_shard_checkpoint"
+    folder.mkdir()
+    path = write(folder / "checkpoint_rank_0.pt", {"model": tensors_of(LLAMA)})
+    with pytest.raises(FormatError, match="local shards do not say where"):
+        list(LOADER.load(path, {}))
+
+
 def test_an_equal_copy_of_tied_embeddings_is_dropped(tmp_path):
     write_config(tmp_path, TIED)
     tensors = tensors_of(TIED)

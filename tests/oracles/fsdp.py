@@ -23,7 +23,7 @@ def save(model: Path, target: Path, world: int, container: tuple[str, ...] = ())
 
     With a container the state of an optimizer after one step is saved beside it.
     """
-    _run(_save, world, model, target, container)
+    run(_save, world, model, target, container)
 
 
 def load(
@@ -31,12 +31,12 @@ def load(
 ) -> dict[str, torch.Tensor]:
     """Load a checkpoint into a sharded model that held NaN, and return its whole state dict."""
     gathered = checkpoint.parent / f"{checkpoint.name}-gathered.pt"
-    _run(_load, world, checkpoint, model, container, gathered)
+    run(_load, world, checkpoint, model, container, gathered)
     found: dict[str, torch.Tensor] = torch.load(gathered)
     return found
 
 
-def _run(work: Callable[..., None], world: int, *args: Any) -> None:
+def run(work: Callable[..., None], world: int, *args: Any) -> None:
     """Run ``work`` in processes of a gloo group."""
     store = next(a for a in args if hasattr(a, "parent")).parent / f"store-{id(args)}"
     mp.start_processes(_rank, (work, world, str(store), args), world, start_method="fork")
