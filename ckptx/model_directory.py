@@ -115,12 +115,14 @@ def hf_messages(
     tensors: Mapping[str, LazyTensor],
     notes: tuple[str, ...] = (),
     dtype: str | None = None,
+    dropped: tuple[Dropped, ...] = (),
 ) -> Iterator[Message]:
     """Yield the messages of a model whose tensors have Hugging Face's names.
 
     The config among the sidecars of ``begin`` says which model it is, and completes ``begin``.
-    Without one, or of an unknown architecture, tensors pass through. ``notes`` go before others.
-    Quantised weights are dequantised to ``dtype``, by default to the one that the config names.
+    Without one, or of an unknown architecture, tensors pass through. ``notes`` and ``dropped`` go
+    before others. Quantised weights are dequantised to ``dtype``, by default to the one that the
+    config names.
 
     Raises:
         SchemaError: tensors are missing, left over, or not of the shapes that the config says.
@@ -132,7 +134,7 @@ def hf_messages(
         yield begin
         yield passthrough(tensors)
         note = f"{', '.join(named)}: {why_unknown(config or {})}; tensors pass through by name"
-        yield End(notes=(*notes, note))
+        yield End(dropped, (*notes, note))
         return
     before, tensors = tensors, quantised.dequantise(tensors, config, dtype)
     if len(tensors) < len(before):
@@ -142,7 +144,7 @@ def hf_messages(
     composed = family.name if family.composition else ""
     parts = parts_from_config(family, config)
     yield from named_messages(
-        replace(begin, family=composed), tensors, parts, family.layout("hf"), notes
+        replace(begin, family=composed), tensors, parts, family.layout("hf"), notes, dropped
     )
 
 

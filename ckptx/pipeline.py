@@ -70,6 +70,7 @@ def convert(job: Job, progress: Progress | None = None) -> Report:
     return Report(job.loader, job.saver, str(target.path), facts, seconds, digest)
 
 
+@collector_paused()
 def plan_conversion(job: Job, spool: Spool | None = None) -> tuple[Begin, End, SavePlan, Proof]:
     """Plan and prove a conversion in this process, without writing.
 
@@ -83,14 +84,14 @@ def plan_conversion(job: Job, spool: Spool | None = None) -> tuple[Begin, End, S
     if isinstance(saver, ModuleSaver):
         raise PlanError(f"saver {job.saver!r} is a Megatron-style module, which cannot be planned")
     options = job.options(job.loader_options, spool=spool)
-    with collector_paused():
-        messages = children.checked(loader.load(job.source, options), job.loader)
-        stream = children.Stream(messages)
-        plan = saver.plan(children.recast(stream, job), job.options(job.saver_options))
-        begin, end = stream.finish(job.saver)
-        return begin, end, plan, prove(plan, begin, end)
+    messages = children.checked(loader.load(job.source, options), job.loader)
+    stream = children.Stream(messages)
+    plan = saver.plan(children.recast(stream, job), job.options(job.saver_options))
+    begin, end = stream.finish(job.saver)
+    return begin, end, plan, prove(plan, begin, end)
 
 
+@collector_paused()
 def forecast(job: Job, *, tensors: bool = True) -> Forecast:
     """Return what `convert` would do, without writing; every tensor by name only if asked for."""
     from ckptx.lazy import LazyTensor

@@ -12,7 +12,6 @@ rlinf/hybrid_engines/fsdp/ @ main write them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from ckptx.loading import inventory
 from ckptx.model_directory import base_sidecars, hf_messages
 from ckptx.plugin import Loader
 from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
-from ckptx.protocol import Begin, Dropped, End, Message
+from ckptx.protocol import Begin, Dropped, Message
 
 TRAINING = ("optim", "optimizer", "optimizers", "lr_scheduler", "lr_schedulers", "rng", "scheduler")
 """Words of a path that say: state of the training, not weights."""
@@ -79,10 +78,7 @@ class DcpLoader:
         )
         dropped = _left(metadata, names)
         notes = (f"the weights are those of {container!r}",) if container else ()
-        for message in hf_messages(begin, weights, notes, options.get("dtype")):
-            if isinstance(message, End):
-                message = replace(message, dropped=(*dropped, *message.dropped))
-            yield message
+        yield from hf_messages(begin, weights, notes, options.get("dtype"), dropped)
 
 
 def _refuse_megatron(metadata: dcp.DcpMetadata, source: Path) -> None:

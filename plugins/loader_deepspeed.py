@@ -9,7 +9,6 @@ Source: deepspeedai/DeepSpeed deepspeed/runtime/engine.py @ v0.19.8.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ckptx.model_weights import base_tensors
 from ckptx.plugin import Loader
 from ckptx.plugins.deepspeed import directory, weights
 from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
-from ckptx.protocol import Begin, Dropped, End, Message
+from ckptx.protocol import Begin, Dropped, Message
 
 _CONSUMED = frozenset(
     {
@@ -105,10 +104,8 @@ class DeepspeedLoader:
             training={"iteration": "release"},
         )
         notes = (*found.notes, *remarks)
-        for message in hf_messages(begin, found.tensors, notes, options.get("dtype")):
-            if isinstance(message, End):
-                message = replace(message, dropped=(*found.dropped, *left, *message.dropped))
-            yield message
+        dropped = (*found.dropped, *left)
+        yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped)
 
 
 def _without(prefix: str, tensors: Mapping[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:

@@ -17,7 +17,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ckptx.lazy import LazyTensor
 from ckptx.model_directory import base_sidecars, hf_messages
 from ckptx.plugin import Loader
 from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
-from ckptx.protocol import Begin, Dropped, End, Message, SourceTensor
+from ckptx.protocol import Begin, Dropped, Message, SourceTensor
 
 ACTOR = "actor"
 """The model that is trained, of those that a step holds."""
@@ -94,10 +94,7 @@ class VerlLoader:
             training={"iteration": _iteration(directory)},
         )
         dropped = (*found.dropped, *_left(directory, source, begin.sidecars))
-        for message in hf_messages(begin, found.tensors, notes, options.get("dtype")):
-            if isinstance(message, End):
-                message = replace(message, dropped=(*dropped, *message.dropped))
-            yield message
+        yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped)
 
 
 @dataclass(frozen=True, slots=True)

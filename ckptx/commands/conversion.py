@@ -204,10 +204,8 @@ def _convert(job: Job, params: dict[str, Any]) -> None:
 
 def _plan(job: Job, params: dict[str, Any]) -> None:
     from ckptx import pipeline
-    from ckptx.containers.pickle_values import collector_paused
 
-    with collector_paused():
-        forecast = pipeline.forecast(job, tensors=params["as_json"])
+    forecast = pipeline.forecast(job, tensors=params["as_json"])
     show_result(forecast, params["as_json"], params["quiet"])
 
 

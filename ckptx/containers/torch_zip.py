@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -148,13 +147,13 @@ def plan_files(files: Iterable[tuple[str, Any]]) -> Iterator[FilePlan]:
     """
     last: tuple[str, list[Any]] | None = None
     like = FilePlan("", 0, ())
+    places: list[int] = []
     for path, value in files:
         outline: list[Any] = []
         tensors: dict[int, tuple[int, LazyTensor]] = {}
         _outline(value, outline, tensors)
         stem = PurePosixPath(path).stem
         held = [tensor for _, tensor in tensors.values() if tensor.nbytes]
-        places = [n for n, r in enumerate(like.regions) if isinstance(r.content, LazyTensor)]
         if last == (stem, outline) and len(places) == len(held):
             regions = list(like.regions)
             for number, tensor in zip(places, held, strict=True):
@@ -162,6 +161,7 @@ def plan_files(files: Iterable[tuple[str, Any]]) -> Iterator[FilePlan]:
             yield FilePlan(path, like.size, regions)
         else:
             last, like = (stem, outline), plan_file(path, value)
+            places = [n for n, r in enumerate(like.regions) if isinstance(r.content, LazyTensor)]
             yield like
 
 
@@ -186,8 +186,7 @@ def _labels(value: Any, place: str) -> Iterator[tuple[int, str]]:
         yield id(value), place
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            # Thousands of ranks have tensors of the same names.
-            yield from _labels(item, sys.intern(f"{place}.{key}" if place else str(key)))
+            yield from _labels(item, f"{place}.{key}" if place else str(key))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 
 from ckptx.errors import SchemaError
-from ckptx.parallel import Pipeline
-from ckptx.schemas.args import args_from_spec, inexpressible, launch_flags, notes, spec_from_args
+from ckptx.schemas.args import inexpressible, launch_flags, notes, spec_from_args
 from ckptx.schemas.hf import (
     FAMILIES,
     config_from_spec,
@@ -19,6 +18,7 @@ from ckptx.schemas.hf import (
 )
 
 from .dense import CLASSES, CONFIGS
+from .megatron import args_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -71,21 +71,6 @@ def meaning(config):
     if config.model_type == "phi3":
         values["rope_parameters"].pop("original_max_position_embeddings", None)  # said beside it
     return values
-
-
-def args_of(spec):
-    return args_from_spec(
-        spec,
-        tp=1,
-        pipeline=Pipeline(),
-        padded_vocab_size=128,
-        true_vocab_size=spec.vocab_size,
-        make_vocab_size_divisible_by=128,
-        iteration=0,
-        transformer_impl="transformer_engine",
-        ckpt_format="torch_dist",
-        source_args=None,
-    )
 
 
 @pytest.mark.parametrize("family", CLASSES)

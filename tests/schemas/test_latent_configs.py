@@ -6,11 +6,11 @@ import pytest
 import transformers
 
 from ckptx.errors import SchemaError
-from ckptx.parallel import Pipeline
-from ckptx.schemas.args import args_from_spec, spec_from_args
+from ckptx.schemas.args import spec_from_args
 from ckptx.schemas.hf import config_from_spec, differences, merge_config, spec_from_config
 
 from .latent import CONFIGS
+from .megatron import args_of
 
 CLASSES = {
     "deepseek_v2": transformers.DeepseekV2Config,
@@ -25,21 +25,6 @@ YARN = {
     "mscale_all_dim": 1.0,
     "original_max_position_embeddings": 4096,
 }
-
-
-def args_of(spec):
-    return args_from_spec(
-        spec,
-        tp=1,
-        pipeline=Pipeline(),
-        padded_vocab_size=128,
-        true_vocab_size=spec.vocab_size,
-        make_vocab_size_divisible_by=128,
-        iteration=0,
-        transformer_impl="transformer_engine",
-        ckpt_format="torch",
-        source_args=None,
-    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
