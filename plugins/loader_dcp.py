@@ -74,7 +74,7 @@ class DcpLoader:
             sources=inventory(stored),
             root=str(source),
             sidecars={**beside(source), **base_sidecars(options)},
-            training={"iteration": "release"},
+            training={"iteration": "release", "container": container},
         )
         dropped = _left(metadata, names)
         notes = (f"the weights are those of {container!r}",) if container else ()

@@ -102,6 +102,7 @@ class DeepspeedLoader:
             root=str(checkpoint.directory),
             sidecars={**beside(checkpoint.directory), **base_sidecars(options)},
             training={"iteration": "release"},
+            parallel=directory.parallel_sizes(checkpoint),
         )
         notes = (*found.notes, *remarks)
         dropped = (*found.dropped, *left)

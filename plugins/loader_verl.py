@@ -92,6 +92,7 @@ class VerlLoader:
             root=str(directory),
             sidecars={**small, **base_sidecars(options)},
             training={"iteration": _iteration(directory)},
+            parallel={"world_size": len(files)},
         )
         dropped = (*found.dropped, *_left(directory, source, begin.sidecars))
         yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped)

@@ -154,6 +154,14 @@ def read(directory: Path, masters: bool) -> Checkpoint:
     return found
 
 
+def parallel_sizes(found: Checkpoint) -> dict[str, Any]:
+    """Return the ZeRO stage as far as the files tell it, and the number of ranks."""
+    # ZeRO 1 and 2 are stored alike; the optimizer says which it was.
+    said = (state["optimizer_state_dict"].get("zero_stage") for state in found.optimizers)
+    stage = next((one for one in said if type(one) is int), found.stage)
+    return {"zero_stage": stage, "world_size": found.model.get("dp_world_size")}
+
+
 def _read_optimizers(
     found: Checkpoint, files: Mapping[int, Path], world: int
 ) -> list[Mapping[str, Any]]:
