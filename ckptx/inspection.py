@@ -145,7 +145,7 @@ class Inspection:
             if part != "language":
                 layers = f", {one.num_layers} layers" if one.num_layers else ""
                 yield part, f"{one.family}{layers}"
-        yield "parameters", f"{self.parameters:,} ({_short(self.parameters)})"
+        yield "parameters", f"{self.parameters:,}{_short(self.parameters)}"
         dtypes = self._dtypes()
         size, count = (sum(sums[key] for sums in dtypes.values()) for key in ("bytes", "tensors"))
         files = len(begin.files)
@@ -438,11 +438,11 @@ def _model_text(spec: ModelSpec | None) -> str:
 
 
 def _short(count: int) -> str:
-    """Return a number of parameters as models are called by it: 8.03B."""
+    """Return what a model of so many parameters is called, as `` (8.03B)``."""
     for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= size:
-            return f"{count / size:.3g}{letter}"
-    return str(count)
+            return f" ({count / size:.3g}{letter})"
+    return ""
 
 
 def _sized(name: str, nbytes: int) -> str:
@@ -462,7 +462,7 @@ _PARALLEL = {
     "vpp": "VPP {}",
     "ep": "EP {}",
     "etp": "ETP {}",
-    "world_size": "{} ranks",
+    "world_size": "world size {}",
     "zero_stage": "ZeRO stage {}",
     "fsdp_version": "FSDP {}",
     "ckpt_format": "{}",

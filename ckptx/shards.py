@@ -55,7 +55,7 @@ def partition_text(shape: Shape, shards: Sequence[Shard]) -> str:
     if len(boxes) == 1:
         return f"{copies} copies" if copies > 1 and boxes[0] == whole else ""
     if any(shard.elements != math.prod(b - a for a, b in shard.box) for shard in shards):
-        return f"in {len(boxes)} interleaved parts{many}"
+        return f"in {len(boxes)} parts, along no axis{many}"
     across = [axis for axis, full in enumerate(whole) if any(box[axis] != full for box in boxes)]
     if len(across) == 1:
         return f"cut in {len(boxes)} along axis {across[0]}{many}"

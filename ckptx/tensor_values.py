@@ -26,7 +26,7 @@ Index: TypeAlias = tuple[int | slice, ...]
 """A number or a slice with all of start, stop and step, one for every axis."""
 
 _EDGE = 3  # elements shown at either end of a long axis
-_SHORT = 1000  # elements that are shown without asking
+_SHORT = 200  # elements that are shown without asking
 _MOST = 1 << 24  # elements that are ever shown at once
 _STEP = 64  # elements between two wanted ones that are rather read than skipped
 _LABEL = 12  # columns
