@@ -84,7 +84,8 @@ def plan_conversion(job: Job, spool: Spool | None = None) -> tuple[Begin, End, S
     if isinstance(saver, ModuleSaver):
         raise PlanError(f"saver {job.saver!r} is a Megatron-style module, which cannot be planned")
     options = job.options(job.loader_options, spool=spool)
-    messages = children.checked(loader.load(job.source, options), job.loader)
+    loaded = children.changed(loader.load(job.source, options), job)
+    messages = children.checked(loaded, job.loader)
     stream = children.Stream(messages)
     plan = saver.plan(children.recast(stream, job), job.options(job.saver_options))
     begin, end = stream.finish(job.saver)
