@@ -298,7 +298,7 @@ def inspect(
     statistics: dict[str, Statistics] = {}
     if wanted.stats:
         progress = progress or Silent()
-        progress.begin(sum(tensor.nbytes for tensor in tensors.values()))
+        progress.begin(sum(tensor.nbytes for tensor in tensors.values()), "reading")
         statistics = statistics_of(tensors, model.begin.files, progress.advance)
         problems += _values(statistics)
     if path.name.endswith(PARTIAL):

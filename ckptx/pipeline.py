@@ -60,8 +60,10 @@ def convert(job: Job, progress: Progress | None = None) -> Report:
             Target(job.target, _inputs(job), job.overwrite) as target,
             SpoolFile(job.target) as spool,
         ):
+            progress.stage("planning")
             with _crew(job, spool.path) as crew:
                 facts, digest = _Supervisor(crew, target, progress, interrupts).run()
+            progress.stage("publishing")
             notes = target.publish()
     finally:
         progress.close()
