@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptx import manager
-from ckptx.errors import CkptxError, PlanError
+from ckptx.errors import CkptxError, PlanError, listing
 from ckptx.lazy import LazyTensor
 from ckptx.model_directory import hf_tensors
 from ckptx.parallel import Pipeline, describe
@@ -122,7 +122,7 @@ class Inspection:
             "sidecars": sorted(self.begin.sidecars),
             "training_state": self._left(training=True),
             "left_out": self._left(training=False),
-            "notes": list(self.model.end.notes),
+            "notes": self._notes(),
             "names": self.names,
             "tensors": [self._tensor(name, tensor) for name, tensor in self.tensors.items()],
         }
@@ -137,7 +137,7 @@ class Inspection:
         return "\n".join(lines)
 
     def _summary(self) -> Iterator[tuple[str, str]]:
-        begin, end = self.begin, self.model.end
+        begin = self.begin
         yield "path", self.path
         yield "format", f"{begin.format}, names of {begin.layout}"
         yield "model", _model_text(begin.parts.get("language")) or "of no known family"
@@ -173,7 +173,7 @@ class Inspection:
         for reason, found in reasons.items():
             more = f" and {len(found) - 5:,} more" if len(found) > 5 else ""
             yield "left out", f"{', '.join(found[:5])}{more}: {reason}"
-        yield from (("note", note) for note in end.notes)
+        yield from (("note", note) for note in self._notes())
         yield from (("problem", problem.message) for problem in self.problems)
         yield "health", self._health()
 
@@ -202,6 +202,21 @@ class Inspection:
             for drop in self.model.end.dropped
             if (drop.reason == WEIGHTS_ONLY) == training
         ]
+
+    def _notes(self) -> list[str]:
+        """Return the remarks of the loader, and what is odd about the values without being wrong.
+
+        A file of which not all has arrived often has its full size, and zeros for the rest.
+        """
+        zeros = [
+            name
+            for name, one in self.statistics.items()
+            if one.zeros == one.elements > 0 and len(self.tensors[name].shape) > 1
+        ]
+        notes = list(self.model.end.notes)
+        if zeros:
+            notes.append(f"all zeros, as where a file has not arrived in full: {listing(zeros, 5)}")
+        return notes
 
     def _family(self) -> str | None:
         spec = self.begin.parts.get("language")

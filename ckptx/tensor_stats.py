@@ -152,9 +152,10 @@ def measured(values: NDArray[Any]) -> Statistics:
         found.nan = int(np.isnan(values).sum())
         found.inf = int(np.isinf(values).sum())
         return found
-    wide = values.astype(np.float64)
-    # inf - inf is NaN: one look at the sum tells whether every element is finite.
+    # A NaN may be a signalling one, and inf - inf is NaN: one look at the sum tells whether every
+    # element is finite.
     with np.errstate(invalid="ignore", over="ignore"):
+        wide = values.astype(np.float64)
         total = float(wide.sum())
     if not math.isfinite(total):
         finite = np.isfinite(wide)

@@ -263,7 +263,8 @@ def _exact(values: NDArray[Any]) -> NDArray[Any]:
     """Return the values in a dtype that Python knows."""
     if values.dtype.isbuiltin == 1:
         return values
-    return values.astype(np.float32)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return values.astype(np.float32)
 
 
 def _plain(values: Any) -> Any:

@@ -16,14 +16,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from ckptx import cli, manager
+from ckptx import cli, inspection, manager
 from ckptx.errors import PlanError
 from ckptx.inspection import Wanted, inspect
 from ckptx.lazy import stored
 from ckptx.shards import shards_of
 from ckptx.tensor_tree import Row, parse_layers, tree
 from ckptx.tensor_values import parse_slice
-from ckptx.testing.conversion import convert
+from ckptx.testing.conversion import convert, save
+from ckptx.testing.models import messages, tiny
 
 DEEPSPEED = Path(__file__).resolve().parents[1] / "golden" / "deepspeed"
 Q = "model.layers.2.self_attn.q_proj.weight"
@@ -385,6 +386,53 @@ def test_rank_file_with_optimizer_tells_its_bytes(checkpoints, tmp_path):
     assert content["training_state"] == [
         {"name": "optimizer", "reason": "only weights are converted", "bytes": 4 * 40}
     ]
+
+
+def test_zeros_are_odd_and_not_wrong(tmp_path):
+    state = {"a": torch.zeros(2, 3), "bias": torch.zeros(3), "b": torch.eye(3)}
+    save_file(state, tmp_path / "x.safetensors")
+    content = inspect(tmp_path / "x.safetensors", wanted=Wanted(stats=True)).to_json()
+    assert content["healthy"]
+    assert content["notes"][-1].startswith("all zeros")
+    assert content["notes"][-1].endswith(": 'a'")
+
+
+def test_family_without_names_of_hugging_face_has_canonical_ones(tmp_path):
+    model = tiny("gpt")
+    saver = manager.saver("core")
+    source = save(saver, messages(model, tmp_path / "source"), tmp_path / "core", {})
+    found = inspect(source, wanted=Wanted(stats=True))
+    assert found.names == "canonical"
+    expected = {
+        f"{message}: {key}": array
+        for message, arrays in model.canonical().items()
+        for key, array in arrays.items()
+    }
+    assert set(found.tensors) == set(expected)
+    for name, array in expected.items():
+        dtype = getattr(torch, array.dtype.name)
+        wide = torch.frombuffer(
+            bytearray(array.tobytes()), dtype=dtype
+        ).double()  # tags are any bits, NaN among them
+        assert found.statistics[name].nan == int(wide.isnan().sum()), name
+        assert found.statistics[name].inf == int(wide.isinf().sum()), name
+        assert found.statistics[name].maximum == wide[wide.isfinite()].max().item(), name
+    assert "problems, see above" in found.render(80)
+
+
+def test_every_key_of_the_json_is_documented(checkpoints, tmp_path, run):
+    page = (Path(inspection.__file__).resolve().parents[1] / "docs" / "inspect.md").read_text()
+    cells = re.findall(r"^\| (`.+?`) \|", page, re.MULTILINE)
+    documented = [key for cell in cells for key in re.findall(r"`(\w+)`", cell)]
+    content = inspect(checkpoints["hf"], wanted=Wanted(stats=True)).to_json()
+    assert documented == list(content)
+    for key in (*content["tensors"][0], *content["tensors"][0]["stats"]):
+        assert f"`{key}`" in page
+    (tmp_path / "x.safetensors").write_bytes(b"nothing")
+    _, out, _ = run("inspect", tmp_path / "x.safetensors", "--json")
+    assert list(json.loads(out)) == documented[:5]
+    _, out, _ = run("inspect", tmp_path, "--json")  # no loader knows it
+    assert json.loads(out)["format"] is None
 
 
 def test_shards_of_flat_pieces_are_whole_rows_around_them():
