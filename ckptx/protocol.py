@@ -21,7 +21,7 @@ PASSTHROUGH = "passthrough"
 """The message that carries tensors under the names of their source layout."""
 
 WEIGHTS_ONLY = "only weights are converted"
-"""Why the state of a training is dropped; `ckptx.inspection` tells it from the rest by this."""
+"""Why loaders drop the state of a training; `ckptx.inspection` tells it from the rest by this."""
 
 
 @dataclass(frozen=True, slots=True)

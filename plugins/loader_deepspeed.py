@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from ckptx.containers.pickle_values import EnumValue
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor, Stored
@@ -102,7 +103,7 @@ class DeepspeedLoader:
             root=str(checkpoint.directory),
             sidecars={**beside(checkpoint.directory), **base_sidecars(options)},
             training={"iteration": "release"},
-            parallel=directory.parallel_sizes(checkpoint),
+            parallel=_parallel_sizes(checkpoint),
         )
         notes = (*found.notes, *remarks)
         dropped = (*found.dropped, *left)
@@ -151,6 +152,15 @@ def _add_sizes(name: str, value: Any, sizes: dict[str, int]) -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             _add_sizes(name, item, sizes)
+
+
+def _parallel_sizes(found: directory.Checkpoint) -> dict[str, Any]:
+    """Return the ZeRO stage as far as the files tell it, and the number of ranks."""
+    # ZeRO 1 and 2 are stored alike; the optimizer says which it was.
+    said = (state["optimizer_state_dict"].get("zero_stage") for state in found.optimizers)
+    values = (one.value if isinstance(one, EnumValue) else one for one in said)
+    stage = next((one for one in values if type(one) is int), found.stage)
+    return {"zero_stage": stage, "world_size": found.model.get("dp_world_size")}
 
 
 @hookimpl

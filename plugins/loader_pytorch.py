@@ -36,7 +36,7 @@ from ckptx.plugins.state_dict import (
     layout_option,
     layout_option_value,
 )
-from ckptx.protocol import WEIGHTS_ONLY, Begin, Dropped, End, Message
+from ckptx.protocol import Begin, Dropped, End, Message
 from ckptx.schema import Parts
 from ckptx.schemas import legacy
 from ckptx.schemas.args import spec_from_args
@@ -47,6 +47,7 @@ _AROUND = "fsdp_checkpoint"
 """A container of containers, where RLinf's whole checkpoint was put in one file."""
 _LOCAL_SHARDS = "local_shard_checkpoint"
 _CONVENTIONS = {"hf": "hf", "core": "mcore", "legacy": "legacy"}
+WEIGHTS_ONLY = "only weights are converted"
 
 
 class PytorchLoader:

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ckptx import protocol
 from ckptx.errors import FormatError
 from ckptx.lazy import LazyTensor
 from ckptx.model_directory import CONFIG, sidecars
 
-WEIGHTS_ONLY = protocol.WEIGHTS_ONLY
+WEIGHTS_ONLY = "only weights are converted"
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
 """What FSDP 1, activation checkpointing, torch.compile and DDP put into names."""
 _BESIDE = ("huggingface", "hf_config", "tokenizer")

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from ckptx.containers import torch_zip
-from ckptx.containers.pickle_values import EnumValue
 from ckptx.errors import FormatError, listing
 from ckptx.lazy import Stored
 
@@ -153,15 +152,6 @@ def read(directory: Path, masters: bool) -> Checkpoint:
     else:
         found.skipped = list(optimizers.values())
     return found
-
-
-def parallel_sizes(found: Checkpoint) -> dict[str, Any]:
-    """Return the ZeRO stage as far as the files tell it, and the number of ranks."""
-    # ZeRO 1 and 2 are stored alike; the optimizer says which it was.
-    said = (state["optimizer_state_dict"].get("zero_stage") for state in found.optimizers)
-    values = (one.value if isinstance(one, EnumValue) else one for one in said)
-    stage = next((one for one in values if type(one) is int), found.stage)
-    return {"zero_stage": stage, "world_size": found.model.get("dp_world_size")}
 
 
 def _read_optimizers(

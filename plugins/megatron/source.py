@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptx import protocol
 from ckptx.errors import FormatError
 from ckptx.lazy import LazyTensor, Stored
 from ckptx.protocol import Dropped, SourceTensor, Tensors
 from ckptx.schema import Layout, Parts
 
-WEIGHTS_ONLY = protocol.WEIGHTS_ONLY
+WEIGHTS_ONLY = "only weights are converted"
 ENGINE_STATE = "quantisation state of Transformer Engine; holds no weights"
 
 
