@@ -17,7 +17,7 @@ from typing import Any
 
 from ckptx import manager
 from ckptx.errors import CkptxError, PlanError, listing
-from ckptx.lazy import LazyTensor
+from ckptx.lazy import Filled, LazyTensor
 from ckptx.model_directory import hf_tensors
 from ckptx.parallel import Pipeline, describe
 from ckptx.progress import Progress, Silent
@@ -306,7 +306,8 @@ def inspect(
     wanted = wanted or Wanted()
     model, problems = opened(path, loader, options)
     named, whole = names_of(model)
-    parameters = sum(tensor.numel for tensor in dict.fromkeys(whole.values()))
+    weights = dict.fromkeys(tensor for tensor in whole.values() if not isinstance(tensor, Filled))
+    parameters = sum(tensor.numel for tensor in weights)
     if wanted.names == "stored":
         named, whole = names_of(model, "stored")
     tensors = _chosen(path, whole, wanted)
@@ -487,7 +488,9 @@ _PARALLEL = {
 def _parallel_text(parallel: Mapping[str, Any], experts: bool) -> str:
     shown = _parallel(parallel)
     return ", ".join(
-        text.format(shown[key]) for key, text in _PARALLEL.items() if shown.get(key) is not None
+        text.format(shown[key])
+        for key, text in _PARALLEL.items()
+        if shown.get(key) is not None and (experts or key not in ("ep", "etp"))
     )
 
 

@@ -132,6 +132,14 @@ def test_parallel_sizes_are_told(name, expected, checkpoints):
     assert {key: parallel[key] for key in expected} == expected
 
 
+def test_sizes_of_experts_are_told_of_experts_only(checkpoints, tmp_path):
+    assert "TP 2, PP 2, torch_dist" in inspect(checkpoints["torch_dist"]).render(80)
+    mixture = tiny("mixtral")
+    saver, options = manager.saver("core"), {"target_expert_parallel_size": 2}
+    place = save(saver, messages(mixture, tmp_path / "source"), tmp_path / "core", options)
+    assert "TP 1, PP 1, EP 2, ETP 1" in inspect(place).render(80)
+
+
 def test_shards_say_which_rank_holds_what(checkpoints):
     rows = {row["name"]: row for row in inspect(checkpoints["torch"]).to_json()["tensors"]}
     place = "mp_rank_{:02d}_001/model_optim_rng.pt"
