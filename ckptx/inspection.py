@@ -1,54 +1,27 @@
-"""Say what a checkpoint is, from its metadata; on request, what its values are like.
-
-Whatever a loader reads can be inspected. Tensors are shown whole and under the names that Hugging
-Face has for them where a schema knows the model, whatever the ranks hold of each; or as the files
-spell them (``names="stored"``).
-"""
+"""Say what a checkpoint is, from its metadata; on request, what its values are like."""
 
 from __future__ import annotations
 
 import fnmatch
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckptx import manager
-from ckptx.errors import CkptxError, PlanError, listing
+from ckptx.checkpoint import Problem, names_of, opened
+from ckptx.errors import PlanError, listing
 from ckptx.lazy import Filled, LazyTensor
-from ckptx.model_directory import hf_tensors
 from ckptx.parallel import Pipeline, describe
 from ckptx.progress import Progress, Silent
-from ckptx.protocol import WEIGHTS_ONLY, Begin, End, Message
-from ckptx.publish import PARTIAL, size_text
-from ckptx.report import wrapped
-from ckptx.saving import Model, collect
-from ckptx.shards import Shard, partition_text, shards_of
-from ckptx.spec import ModelSpec
+from ckptx.protocol import WEIGHTS_ONLY, Begin
+from ckptx.publish import PARTIAL
+from ckptx.saving import Model
+from ckptx.shards import partition_text, shards_of
 from ckptx.tensor_stats import Statistics, statistics_of
-from ckptx.tensor_tree import Row, layer_number, tree
+from ckptx.tensor_tree import layer_number
 
 SCHEMA = "ckptx-inspect/1"
 """What the JSON of an inspection is; the number rises when a key changes its meaning."""
-_LABEL = 12  # columns
-_FILES = 3  # files of a tensor in the text form
-_STAGES = 16  # pipeline stages in the text form
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something that is wrong with a checkpoint.
-
-    ``kind`` is ``unreadable``, ``incomplete`` (tensors do not fit the model that config or args
-    describe), ``unfinished`` (a conversion was killed), ``nan`` or ``inf``.
-    """
-
-    kind: str
-    message: str
-    tensor: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,75 +82,31 @@ class Inspection:
             "family": self._family(),
             "architecture": spec.architecture if spec else None,
             "parameters": self.parameters,
-            "bytes": sum(entry["bytes"] for entry in self._dtypes().values()),
-            "dtypes": self._dtypes(),
+            "bytes": sum(entry["bytes"] for entry in self.dtypes().values()),
+            "dtypes": self.dtypes(),
             "iteration": self.begin.training.get("iteration"),
-            "parallel": _parallel(self.begin.parallel),
-            "stages": self._stages(),
+            "parallel": self.parallel(),
+            "stages": self.stages(),
             "parts": {part: _plain(asdict(one)) for part, one in self.begin.parts.items()},
             "files": [
-                {"path": self._place(number), "bytes": _size_of(file)}
+                {"path": self.place(number), "bytes": _size_of(file)}
                 for number, file in enumerate(self.begin.files)
             ],
             "sidecars": sorted(self.begin.sidecars),
-            "training_state": self._left(training=True),
-            "left_out": self._left(training=False),
-            "notes": self._notes(),
+            "training_state": self.left(training=True),
+            "left_out": self.left(training=False),
+            "notes": self.notes(),
             "names": self.names,
             "tensors": [self._tensor(name, tensor) for name, tensor in self.tensors.items()],
         }
 
     def render(self, width: int) -> str:
         """Return the summary, and what was asked for of the tensors, for ``width`` columns."""
-        lines = [line for pair in self._summary() for line in wrapped(*pair, width, _LABEL)]
-        if self.listed and self.tensors:
-            lines += ["", *tree(list(self._rows()), width, fold=self.fold)]
-        if self.statistics:
-            lines += ["", *_table(self.statistics, width)]
-        return "\n".join(lines)
+        from ckptx.inspection_text import render
 
-    def _summary(self) -> Iterator[tuple[str, str]]:
-        begin = self.begin
-        yield "path", self.path
-        yield "format", f"{begin.format}, names of {begin.layout}"
-        yield "model", _model_text(begin.parts.get("language")) or "of no known family"
-        for part, one in begin.parts.items():
-            if part != "language":
-                layers = f", {one.num_layers} layers" if one.num_layers else ""
-                yield part, f"{one.family}{layers}"
-        yield "parameters", f"{self.parameters:,}{_short(self.parameters)}"
-        dtypes = self._dtypes()
-        size, count = (sum(sums[key] for sums in dtypes.values()) for key in ("bytes", "tensors"))
-        files = len(begin.files)
-        yield "stored", f"{size_text(size)}, {count:,} tensors, {files:,} file{'s' * (files != 1)}"
-        for dtype, sums in dtypes.items():
-            yield "", f"{dtype}: {size_text(sums['bytes'])}, {sums['tensors']:,} tensors"
-        iteration = begin.training.get("iteration")
-        if iteration is not None and (iteration != "release" or "pipeline" in begin.parallel):
-            yield "iteration", str(iteration)
-        experts = any(one.num_experts for one in begin.parts.values())
-        if sizes := _parallel_text(begin.parallel, experts):
-            yield "parallel", sizes
-        yield from (("", stage) for stage in self._stages()[:_STAGES])
-        if begin.sidecars:
-            yield "beside", ", ".join(sorted(begin.sidecars))
-        state = self._left(training=True)
-        if state:
-            total = size_text(sum(entry["bytes"] for entry in state))
-            named = ", ".join(_sized(entry["name"], entry["bytes"]) for entry in state)
-            yield "training", f"{total} of state: {named}"
-        reasons: dict[str, list[str]] = {}
-        for entry in self._left(training=False):
-            text = _sized(entry["name"], entry["bytes"])
-            reasons.setdefault(entry["reason"], []).append(text)
-        for reason, found in reasons.items():
-            more = f" and {len(found) - 5:,} more" if len(found) > 5 else ""
-            yield "left out", f"{', '.join(found[:5])}{more}: {reason}"
-        yield from (("note", note) for note in self._notes())
-        yield from (("problem", problem.message) for problem in self.problems)
-        yield "health", self._health()
+        return render(self, width)
 
-    def _stages(self) -> list[str]:
+    def stages(self) -> list[str]:
         """Return which pipeline stage holds which layers, nothing where there is one stage."""
         pipeline = self.begin.parallel.get("pipeline")
         spec = self.begin.parts.get("language")
@@ -185,14 +114,18 @@ class Inspection:
             return []
         return describe(pipeline.chunks(spec.num_layers, spec.mtp_num_layers))
 
-    def _health(self) -> str:
-        if not self.healthy:
-            count = len(self.problems)
-            return f"{count} problem{'s' * (count != 1)}, see above"
-        looked = "values looked at" if self.statistics else "values not looked at (--stats does)"
-        return f"no problem found; {looked}"
+    def parallel(self) -> dict[str, Any]:
+        """Return how the checkpoint is split, as plain values."""
+        shown: dict[str, Any] = {}
+        for name, value in self.begin.parallel.items():
+            if isinstance(value, Pipeline):
+                shown |= {"pp": value.pp, "vpp": value.vpp}
+            else:
+                shown[name] = _plain(value)
+        return shown
 
-    def _left(self, *, training: bool) -> list[dict[str, Any]]:
+    def left(self, *, training: bool) -> list[dict[str, Any]]:
+        """Return what is no weight: the state of the training, or all else."""
         return [
             {
                 "name": drop.name,
@@ -203,7 +136,7 @@ class Inspection:
             if (drop.reason == WEIGHTS_ONLY) == training
         ]
 
-    def _notes(self) -> list[str]:
+    def notes(self) -> list[str]:
         """Return the remarks of the loader, and what is odd about the values without being wrong.
 
         A file of which not all has arrived often has its full size, and zeros for the rest.
@@ -222,7 +155,7 @@ class Inspection:
         spec = self.begin.parts.get("language")
         return self.begin.family or (spec.family if spec else None)
 
-    def _dtypes(self) -> dict[str, dict[str, int]]:
+    def dtypes(self) -> dict[str, dict[str, int]]:
         """Return what is stored of every dtype, the largest first; shared bytes count once."""
         found: dict[str, dict[str, int]] = {}
         for extent in dict.fromkeys(source.extent for source in self.begin.sources):
@@ -242,7 +175,7 @@ class Inspection:
             "cut": partition_text(tensor.shape, shards),
             "shards": [
                 {
-                    "file": self._place(shard.file),
+                    "file": self.place(shard.file),
                     "box": [list(bounds) for bounds in shard.box],
                     "elements": shard.elements,
                 }
@@ -253,19 +186,7 @@ class Inspection:
             found["stats"] = self.statistics[name].to_json()
         return found
 
-    def _rows(self) -> Iterator[Row]:
-        for name, tensor in self.tensors.items():
-            shards = shards_of(tensor)
-            cut = partition_text(tensor.shape, shards)
-            what = f"{tensor.dtype:<8} {shape_text(tensor.shape)}"
-            yield Row(name, what, cut, self._files(shards), tensor.nbytes)
-
-    def _files(self, shards: Sequence[Shard]) -> str:
-        files = list(dict.fromkeys(self._place(shard.file) for shard in shards))
-        rest = f" and {len(files) - _FILES:,} more" if len(files) > _FILES else ""
-        return f"{', '.join(files[:_FILES])}{rest}"
-
-    def _place(self, number: int) -> str:
+    def place(self, number: int) -> str:
         """Return the path of a file, below the checkpoint where it lies there."""
         path = Path(self.begin.files[number]).absolute()
         root = Path(self.begin.root or ".").absolute()
@@ -333,58 +254,6 @@ def inspect(
     )
 
 
-def opened(
-    path: Path, loader: str | None, options: Mapping[str, Any] | None
-) -> tuple[Model, tuple[Problem, ...]]:
-    """Return a checkpoint, and what is wrong with it if its tensors can still be listed.
-
-    Raises:
-        CkptxError: it cannot be read.
-    """
-    plugin = manager.loader(loader or manager.detect(path))
-    messages: Iterator[Message] = iter(plugin.load(path, options or {}))
-    begin = next(messages, None)
-    if not isinstance(begin, Begin):
-        return collect(iter([begin] if begin else [])), ()
-    try:
-        return collect(chain([begin], messages)), ()
-    except CkptxError as error:
-        return Model(begin, End()), (Problem("incomplete", str(error)),)
-
-
-def names_of(model: Model, names: str = "model") -> tuple[str, Mapping[str, LazyTensor]]:
-    """Return how the tensors of a model are named, and the tensors.
-
-    With ``names`` ``"model"`` they are whole: under Hugging Face's names, or canonical ones
-    (``"transformer layer 0: qkv weight"``) where Hugging Face has none. With ``"stored"``, and
-    where nothing else is known, each is what one place of the files holds.
-    """
-    if names != "stored" and model.passthrough is not None:
-        hf = model.begin.layout.startswith("hf")
-        return "huggingface" if hf else "stored", model.passthrough
-    if names != "stored" and model.messages:
-        try:  # on a copy: the names of Hugging Face have no padding
-            return "huggingface", hf_tensors(replace(model, messages=dict(model.messages)))[0]
-        except CkptxError as error:
-            _log.info("no names of Hugging Face: %s", error)
-        return "canonical", {
-            f"{message}: {key}": tensor
-            for message, tensors in model.messages.items()
-            for key, tensor in tensors.items()
-        }
-    return "stored", {source.name: source.extent for source in model.begin.sources}
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """Return a shape for people.
-
-    Examples:
-        >>> shape_text((32000, 4096)), shape_text(())
-        ('[32000, 4096]', '[]')
-    """
-    return str(list(shape))
-
-
 def _chosen(
     path: Path, tensors: Mapping[str, LazyTensor], wanted: Wanted
 ) -> Mapping[str, LazyTensor]:
@@ -421,88 +290,11 @@ def _values(statistics: Mapping[str, Statistics]) -> tuple[Problem, ...]:
     return tuple(found)
 
 
-def _table(statistics: Mapping[str, Statistics], width: int) -> Iterator[str]:
-    """Yield a table; where a name and its numbers do not fit one line, they take two."""
-    head = f"{'min':>10} {'max':>10} {'mean':>10} {'std':>10}  not finite"
-    longest = max(map(len, statistics))
-    column = longest if longest + 2 + len(head) <= width else 0
-    yield f"{'':<{column}}  {head}"
-    for name, one in statistics.items():
-        values = (one.minimum, one.maximum, one.mean, one.std)
-        numbers = " ".join(f"{'-':>10}" if v is None else f"{v:>10.4g}" for v in values)
-        wrong = [f"{one.nan:,} NaN"] * bool(one.nan) + [f"{one.inf:,} infinite"] * bool(one.inf)
-        numbers += f"  {', '.join(wrong) or '-'}"
-        if column:
-            yield f"{name:<{column}}  {numbers}"
-        else:
-            yield name
-            yield f"  {numbers}"
-
-
-def _model_text(spec: ModelSpec | None) -> str:
-    if spec is None:
-        return ""
-    text = f"{spec.family} ({spec.architecture}), {spec.num_layers} layers, hidden size "
-    text += f"{spec.hidden_size}, {spec.num_attention_heads} heads"
-    if spec.num_query_groups not in (None, spec.num_attention_heads):
-        text += f", {spec.num_query_groups} query groups"
-    if spec.num_experts:
-        text += f", {spec.num_experts} experts"
-    if spec.vocab_size:
-        text += f", vocabulary {spec.vocab_size:,}"
-    return text
-
-
-def _short(count: int) -> str:
-    """Return what a model of so many parameters is called, as `` (8.03B)``."""
-    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= size:
-            return f" ({count / size:.3g}{letter})"
-    return ""
-
-
-def _sized(name: str, nbytes: int) -> str:
-    return f"{name} ({size_text(nbytes)})" if nbytes else name
-
-
 def _size_of(file: str) -> int | None:
     try:
         return Path(file).stat().st_size
     except OSError:
         return None
-
-
-_PARALLEL = {
-    "tp": "TP {}",
-    "pp": "PP {}",
-    "vpp": "VPP {}",
-    "ep": "EP {}",
-    "etp": "ETP {}",
-    "world_size": "world size {}",
-    "zero_stage": "ZeRO stage {}",
-    "fsdp_version": "FSDP {}",
-    "ckpt_format": "{}",
-}
-
-
-def _parallel_text(parallel: Mapping[str, Any], experts: bool) -> str:
-    shown = _parallel(parallel)
-    return ", ".join(
-        text.format(shown[key])
-        for key, text in _PARALLEL.items()
-        if shown.get(key) is not None and (experts or key not in ("ep", "etp"))
-    )
-
-
-def _parallel(parallel: Mapping[str, Any]) -> dict[str, Any]:
-    shown: dict[str, Any] = {}
-    for name, value in parallel.items():
-        if isinstance(value, Pipeline):
-            shown["pp"] = value.pp
-            shown["vpp"] = value.vpp
-        else:
-            shown[name] = _plain(value)
-    return shown
 
 
 def _plain(value: Any) -> Any:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptx.checkpoint import names_of, opened
 from ckptx.errors import PlanError, listing
-from ckptx.inspection import names_of, opened
 from ckptx.lazy import LazyTensor, Shape
 from ckptx.reader import Files, numpy_dtype, read
 from ckptx.report import wrapped
