@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ckptx.errors import CkptxError, PlanError, listing
+from ckptx.casting import cast_float
+from ckptx.errors import CkptxError, PlanError, SchemaError, listing
 from ckptx.lazy import LazyTensor
 from ckptx.loading import main_dtype, passthrough
 from ckptx.model_directory import CONFIG, family_of, hf_messages, read_config
@@ -33,7 +34,7 @@ class Edits:
     remove: tuple[str, ...] = ()
     """Globs."""
     cast: tuple[tuple[str, str], ...] = ()
-    """Globs with dtypes; the last that matches a name counts."""
+    """Globs with dtypes; the last that matches a name counts. Globs leave integers as they are."""
     rename: tuple[tuple[str, str], ...] = ()
     """Names with ``*`` for any text, which a ``*`` of the new name stands for, in order."""
 
@@ -110,8 +111,9 @@ def apply(
         raise PlanError("nothing would be left: every tensor matches --remove")
     for glob, dtype in edits.cast:
         for name in match(kept, glob, "--cast"):
-            try:
-                kept[name] = found[name].cast(dtype)
+            tensor = found[name]
+            try:  # a pattern leaves integers as they are, like --dtype; a name means that tensor
+                kept[name] = tensor.cast(dtype) if name == glob else cast_float(tensor, dtype)
             except PlanError as error:
                 raise PlanError(f"--cast {glob!r}: {name!r}: {error}") from error
     names = _new_names(kept, edits.rename)
@@ -168,11 +170,19 @@ def _new_names(
 
 
 def _left_behind(messages: Iterator[Message]) -> tuple[Dropped, ...]:
-    """Return what a loader leaves behind that is no tensor of the model."""
-    for message in messages:
-        if isinstance(message, End):
-            return tuple(drop for drop in message.dropped if not drop.tensors)
-    return ()
+    """Return what a loader leaves behind that is no tensor of the model.
+
+    Raises:
+        SchemaError: the tensors are not those of the config beside, so the loader does not get to
+            the end of what it has to say.
+    """
+    try:
+        ends = [message for message in messages if isinstance(message, End)]
+    except SchemaError as error:
+        raise SchemaError(
+            f"{error}; to modify the tensors whatever they are, move {CONFIG} away meanwhile"
+        ) from error
+    return tuple(drop for end in ends for drop in end.dropped if not drop.tensors)
 
 
 def _config_notes(begin: Begin, tensors: Mapping[str, LazyTensor]) -> tuple[str, ...]:

@@ -459,6 +459,14 @@ def test_every_key_of_the_json_is_documented(checkpoints, tmp_path, run):
     assert json.loads(out)["format"] is None
 
 
+def test_names_of_strangers_do_nothing_to_a_terminal(tmp_path, run):
+    save_file({"a\x1b[2J.b\n": torch.ones(2)}, tmp_path / "x.safetensors")
+    for words in (("--tree",), ("--stats",)):
+        _, out, _ = run("inspect", tmp_path / "x.safetensors", *words)
+        assert "\x1b" not in out
+        assert "a\\x1b[2J.b" in out
+
+
 def test_shards_of_flat_pieces_are_whole_rows_around_them():
     flat = stored(0, 0, "float32", (30,)).narrow(0, 4, 17).split(0, 13)
     (shard,) = shards_of(flat)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from ckptx import cli, manager
 from ckptx.edits import Edits, edited
-from ckptx.errors import PlanError
+from ckptx.errors import PlanError, SchemaError
 from ckptx.proof import prove
 from ckptx.testing.conversion import begin_of, checked, convert, end_of, save
 
@@ -176,6 +176,30 @@ def test_codes_of_quantised_weights_keep_their_bytes_and_are_not_cast(tmp_path):
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
     with pytest.raises(PlanError, match="codes that scales belong to"):
         modify("hf", place, tmp_path / "more", Edits(cast=(("w", "bfloat16"),)))
+
+
+def test_a_pattern_leaves_integers_and_a_name_means_that_tensor(tmp_path):
+    state = {"a": torch.ones(2), "ids": torch.arange(3)}
+    save_file(state, tmp_path / "x.safetensors")
+    edits = Edits(cast=(("*", "float16"),))
+    target, _, _ = modify("hf", tmp_path / "x.safetensors", tmp_path / "out", edits)
+    found = load_file(target / "model.safetensors")
+    assert_same(found, {"a": torch.ones(2, dtype=torch.float16), "ids": state["ids"]})
+    edits = Edits(cast=(("ids", "float16"),))
+    with pytest.raises(PlanError, match="no cast from int64 to float16"):
+        modify("hf", tmp_path / "x.safetensors", tmp_path / "more", edits)
+
+
+def test_state_that_could_not_be_named_is_not_lost(llama, weights, tmp_path):
+    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
+    torch.save({"model": weights | {"stray": torch.ones(1)}, "step": 3}, tmp_path / "x.pt")
+    edits = Edits(remove=("stray",))
+    with pytest.raises(SchemaError, match=r"'stray'.*move config.json away"):
+        modify("pytorch", tmp_path / "x.pt", tmp_path / "out.pt", edits)
+    (tmp_path / "config.json").unlink()
+    target, _, end = modify("pytorch", tmp_path / "x.pt", tmp_path / "out.pt", edits)
+    assert_same(torch.load(target, weights_only=True), weights)
+    assert [drop.name for drop in end.dropped] == ["stray", "step"]
 
 
 @pytest.mark.parametrize(
