@@ -16,7 +16,7 @@ from ckptx.progress import Progress, Silent
 from ckptx.protocol import WEIGHTS_ONLY, Begin
 from ckptx.publish import PARTIAL
 from ckptx.saving import Model
-from ckptx.shards import partition_text, shards_of
+from ckptx.shards import partition_text, shards_of, stored_dtypes
 from ckptx.tensor_stats import Statistics, statistics_of
 from ckptx.tensor_tree import layer_number
 
@@ -69,6 +69,12 @@ class Inspection:
         """Whether nothing was found wrong."""
         return not self.problems
 
+    @property
+    def iteration(self) -> int | str | None:
+        """The step of the training; ``"release"`` where there is none, or none is told."""
+        steps = self.begin.training.get("global_steps")
+        return self.begin.training.get("iteration") if steps is None else steps
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values; every key is always there."""
         spec = self.begin.parts.get("language")
@@ -84,7 +90,7 @@ class Inspection:
             "parameters": self.parameters,
             "bytes": sum(entry["bytes"] for entry in self.dtypes().values()),
             "dtypes": self.dtypes(),
-            "iteration": self.begin.training.get("iteration"),
+            "iteration": self.iteration,
             "parallel": self.parallel(),
             "stages": self.stages(),
             "parts": {part: _plain(asdict(one)) for part, one in self.begin.parts.items()},
@@ -172,6 +178,7 @@ class Inspection:
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "bytes": tensor.nbytes,
+            "stored_dtypes": list(stored_dtypes(tensor)),
             "cut": partition_text(tensor.shape, shards),
             "shards": [
                 {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptx.publish import size_text
 from ckptx.report import wrapped
-from ckptx.shards import Shard, partition_text, shards_of
+from ckptx.shards import Shard, partition_text, shards_of, stored_dtypes
 from ckptx.spec import ModelSpec
 from ckptx.tensor_stats import Statistics
 from ckptx.tensor_tree import Row, tree
@@ -57,9 +57,8 @@ def _summary(found: Inspection) -> Iterator[tuple[str, str]]:
             yield part, f"{one.family}{layers}"
     yield "parameters", f"{found.parameters:,}{_short(found.parameters)}"
     yield from _stored(found)
-    iteration = begin.training.get("iteration")
-    if iteration is not None and (iteration != "release" or "pipeline" in begin.parallel):
-        yield "iteration", str(iteration)
+    if found.iteration not in (None, "release") or "pipeline" in begin.parallel:
+        yield "iteration", str(found.iteration)
     experts = any(one.num_experts for one in begin.parts.values())
     if sizes := _parallel_text(found.parallel(), experts):
         yield "parallel", sizes
@@ -112,6 +111,8 @@ def _rows(found: Inspection) -> Iterator[Row]:
     for name, tensor in found.tensors.items():
         shards = shards_of(tensor)
         what = f"{tensor.dtype:<8} {list(tensor.shape)}"
+        others = [dtype for dtype in stored_dtypes(tensor) if dtype != tensor.dtype]
+        what += f" of {' and '.join(others)}" if others else ""
         cut = partition_text(tensor.shape, shards)
         yield Row(name, what, cut, _files(found, shards), tensor.nbytes)
 

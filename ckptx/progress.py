@@ -200,7 +200,8 @@ class Bar:
         self._meter.start(doing, total)
         if self._bar is None:
             self._open()
-        self._bar.reset(self._task, total=total or None)
+        self._bar.reset(self._task)
+        self._bar.tasks[0].total = total or None  # `reset` takes None for "as it was"
 
     def _open(self) -> None:
         from rich import progress
@@ -228,7 +229,7 @@ class Bar:
             expand=True,
             transient=True,
         )
-        self._task = self._bar.add_task("")
+        self._task = self._bar.add_task("", total=None)
         self._bar.start()
         # Log records go above the bar, not through it: rich has replaced the stream.
         for handler in logging.getLogger().handlers:

@@ -68,6 +68,14 @@ def partition_text(shape: Shape, shards: Sequence[Shard]) -> str:
     return f"in {len(boxes)} parts{many}"
 
 
+def stored_dtypes(tensor: LazyTensor) -> tuple[str, ...]:
+    """Return the dtypes in which the files hold what a tensor is made of, sorted.
+
+    They are not its own where it is dequantised or widened on the way.
+    """
+    return tuple(sorted({leaf.dtype for leaf in leaves(tensor) if isinstance(leaf, Stored)}))
+
+
 def _box(piece: Piece, shape: Shape) -> Box:
     """Return the smallest box of a tensor of this shape that holds a piece of it."""
     strides = contiguous_strides(shape)

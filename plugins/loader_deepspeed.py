@@ -102,7 +102,10 @@ class DeepspeedLoader:
             sources=tuple(found.sources),
             root=str(checkpoint.directory),
             sidecars={**beside(checkpoint.directory), **base_sidecars(options)},
-            training={"iteration": "release"},
+            training={
+                "iteration": "release",
+                "global_steps": checkpoint.model.get("global_steps"),
+            },
             parallel=_parallel_sizes(checkpoint),
         )
         notes = (*found.notes, *remarks)

@@ -134,6 +134,27 @@ def test_parallel_sizes_are_told(name, expected, checkpoints):
     assert {key: parallel[key] for key in expected} == expected
 
 
+def test_quantised_weights_say_what_they_are_made_of(llama, weights, tmp_path):
+    place = tmp_path / "fp8"
+    place.mkdir()
+    config = json.loads((llama / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8]},
+        "torch_dtype": "bfloat16",
+    }
+    (place / "config.json").write_text(json.dumps(config))
+    codes = weights[Q].to(torch.float8_e4m3fn)
+    scale = torch.tensor([[1.0, 0.5], [2.0, 4.0]])
+    rest = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    save_file(rest | {Q: codes, f"{Q}_scale_inv": scale}, place / "model.safetensors")
+    found = inspect(place, wanted=Wanted(tree=True, stats=True))
+    (row,) = (row for row in found.to_json()["tensors"] if row["name"] == Q)
+    assert (row["dtype"], row["stored_dtypes"]) == ("bfloat16", ["float32", "float8_e4m3fn"])
+    blocks = scale.repeat_interleave(8, 0).repeat_interleave(8, 1)
+    assert row["stats"]["max"] == (codes.float() * blocks).bfloat16().max().item()
+    assert found.to_json()["dtypes"]["float8_e4m3fn"]["tensors"] == 1
+    assert "bfloat16 [16, 16] of float32 and float8_e4m3fn" in found.render(100)
+
+
 def test_sizes_of_experts_are_told_of_experts_only(checkpoints, tmp_path):
     assert "TP 2, PP 2, torch_dist" in inspect(checkpoints["torch_dist"]).render(80)
     mixture = tiny("mixtral")
@@ -161,6 +182,7 @@ def test_deepspeed_tells_stage_ranks_and_state(case):
     content = inspect(DEEPSPEED / case, wanted=Wanted(stats=True)).to_json()
     assert content["parallel"]["zero_stage"] == int(case[4])
     assert content["parallel"]["world_size"] == (2 if case.startswith("zero1") else 3)
+    assert content["iteration"] == 3
     state = {entry["name"]: entry["bytes"] for entry in content["training_state"]}
     assert state["exp_avg"] == state["exp_avg_sq"] > 0
     expected = load_file(DEEPSPEED / f"{case}.safetensors")
