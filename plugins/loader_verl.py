@@ -73,7 +73,8 @@ class VerlLoader:
         try:
             directory, _ = _find(source, ACTOR)
         except FormatError:
-            return False
+            # A run whose tracker points nowhere, which `load` will say.
+            return (source / _TRACKER).is_file() and any(source.glob("global_step_*"))
         return _holds_model(directory)
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:

@@ -209,6 +209,17 @@ def test_verl_tells_its_ranks_and_which_is_missing(tmp_path, weights, run):
     assert "rank files are missing" in content["problems"][0]["message"]
 
 
+def test_run_of_verl_whose_tracker_points_nowhere_is_told(tmp_path, weights, run):
+    write_verl(tmp_path / "run" / "global_step_10" / "actor", weights, 1)
+    tracker = tmp_path / "run" / "latest_checkpointed_iteration.txt"
+    tracker.write_text("10")
+    assert inspect(tmp_path / "run").iteration == 10
+    tracker.write_text("20")
+    code, _, err = run("inspect", tmp_path / "run")
+    assert code == 1
+    assert "points to global_step_20, which is not there" in err
+
+
 @pytest.mark.parametrize(
     "dtype",
     [
