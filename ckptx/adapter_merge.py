@@ -231,7 +231,10 @@ class _Merge:
                 "its first axis, for which all of it is read again and again; merge it with peft"
             )
         scale = self._scale(module, right.shape[0])
-        self._set(name, left, right, scale, flipped=flipped, magnitude=magnitude)
+        # peft rounds the update of an embedding before it adds it, and that of a layer after.
+        rounded = is_embedding and magnitude is None
+        how = {"flipped": flipped, "rounded": rounded}
+        self._set(name, left, right, scale, magnitude=magnitude, **how)
         if bias is not None:
             self._update_bias(module, bias, scale)
 

@@ -31,7 +31,7 @@ BASES = {
     "gpt2": (hf.gpt2, {"n_layer": 2}),
     "qwen3_moe": (hf.qwen3_moe, SMALL),
     "mixtral": (hf.mixtral, SMALL),
-    "gemma2": (hf.gemma2, SMALL),
+    "gemma2": (hf.gemma2, SMALL | {"tie_word_embeddings": True}),
 }
 
 
@@ -85,7 +85,7 @@ VARIANTS = {
     "gaussian": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "unknown-family": ("gemma2", {"target_modules": EVERY, "r": 4}),
-    "parameter": ("llama-bf16", {"target_parameters": ["q_proj.weight"], "r": 4}),
+    "parameter": ("llama-bf16", {"target_modules": [], "target_parameters": ["q_proj.weight"], "r": 4}),
     "experts": (
         "qwen3_moe",
         {
@@ -123,3 +123,91 @@ def test_every_bit_is_that_of_peft(variant, base_of, tmp_path):
     assert changed <= reported | {key for key in changed if key in dropped}
     assert not (tmp_path / "hf" / "adapter_config.json").exists()
     strict_logits(tmp_path / "hf", TOKENS)
+
+
+DORA = {
+    "linear": ("llama", {"target_modules": EVERY, "r": 8, "lora_alpha": 16}),
+    "bf16": ("llama-bf16", {"target_modules": EVERY, "r": 4}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens"], "r": 4, "use_rslora": True}),
+}
+
+
+@pytest.mark.parametrize("variant", DORA)
+def test_dora_differs_by_the_order_of_a_sum(variant, base_of, tmp_path):
+    """torch takes norms in an order of its processor's: a few units in the last place of float32."""
+    name, config = DORA[variant]
+    base, adapter = base_of(name), tmp_path / "adapter"
+    adapters.make(base, adapter, use_dora=True, **config)
+    expected = adapters.merged(base, [adapter], tmp_path / "peft")
+    facts = convert(adapter, tmp_path / "hf", "hf", hf_base=base)
+    found = hf.weights(tmp_path / "hf")
+    assert sorted(found) == sorted(expected)
+    reported = {key for step, keys in facts.inexact.items() if "DoRA" in step for key in keys}
+    for key, tensor in expected.items():
+        if key not in reported:
+            assert torch.equal(found[key], tensor), key
+            continue
+        places = 4 * torch.finfo(torch.float32).eps
+        unit = torch.finfo(tensor.dtype).eps if tensor.dtype != torch.float32 else places
+        assert (found[key] - tensor).abs().le(unit * tensor.abs()).all(), key
+        if tensor.dtype != torch.float32:
+            assert found[key].ne(tensor).float().mean() < 1e-3
+    assert reported
+    said = adapters.logits(base, adapter, TOKENS)
+    if name != "llama-bf16":
+        assert difference(strict_logits(tmp_path / "hf", TOKENS), said) <= CLOSE
+
+
+def test_adapters_are_merged_one_after_another(base_of, tmp_path):
+    base = base_of("llama-bf16")
+    places = [tmp_path / "first", tmp_path / "second"]
+    for seed, place in enumerate(places):
+        adapters.make(base, place, seed=seed, target_modules=ATTENTION[seed:], r=4)
+    expected = adapters.merged(base, places, tmp_path / "peft")
+    convert(base, tmp_path / "hf", "hf", loader_options={"adapter": tuple(map(str, places))})
+    found = hf.weights(tmp_path / "hf")
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    convert(
+        places[0], tmp_path / "same", "hf", loader_options={"adapter": places[1:]}, hf_base=base
+    )
+    assert contents(tmp_path / "same") == contents(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_merge_is_rounded_once_to_the_dtype_that_is_wanted(dtype, base_of, tmp_path):
+    """To float32 it is peft's merge into a base that was loaded as float32."""
+    base, adapter, wide = base_of("llama-bf16"), tmp_path / "adapter", tmp_path / "wide"
+    adapters.make(base, adapter, target_modules=EVERY, r=4)
+    shutil.copytree(base, wide)
+    file = wide / "model.safetensors"
+    save_file({key: one.float() for key, one in load_file(file).items()}, file, {"format": "pt"})
+    said = json.loads((wide / "config.json").read_text()) | {"dtype": "float32"}
+    (wide / "config.json").write_text(json.dumps(said))
+    expected = adapters.merged(wide, [adapter], tmp_path / "peft")
+    convert(adapter, tmp_path / "hf", "hf", hf_base=base, dtype=dtype)
+    found = hf.weights(tmp_path / "hf")
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor.to(getattr(torch, dtype))), key
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["qwen2-tied", "gemma2"])
+def test_a_tied_model_computes_what_training_saw(family, config, base_of, tmp_path):
+    """peft's own merge adds an update of one of the two to both."""
+    base, adapter = base_of(family), tmp_path / "adapter"
+    adapters.make(base, adapter, r=4, **config)
+    facts = convert(adapter, tmp_path / "hf", "hf", hf_base=base)
+    said = adapters.logits(base, adapter, TOKENS)
+    assert difference(strict_logits(tmp_path / "hf", TOKENS), said) <= CLOSE
+    assert any("no longer tied" in note for note in facts.notes)
