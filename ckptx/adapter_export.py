@@ -34,8 +34,11 @@ def exported(
     (adapter,) = separated.adapters
     adapter.config.refuse_residual()
     config, note = _config(adapter, model)
-    tensors = {PREFIX + key: tensor for key, tensor in adapter.tensors.items()}
-    base = tuple(separated.tensors.values())
+    biases = _trained_biases(adapter, separated.tensors)
+    own = {**adapter.tensors, **{key: separated.tensors[name] for key, name in biases.items()}}
+    tensors = {PREFIX + key: tensor for key, tensor in own.items()}
+    left = separated.tensors.keys() - biases.values()
+    base = tuple(tensor for name, tensor in separated.tensors.items() if name in left)
     size = sum(tensor.nbytes for tensor in base)
     dropped = (Dropped("the base model", _NOT_MINE, size, base),) if base else ()
     return tensors, config, dropped, (note,)
@@ -45,11 +48,7 @@ def _config(adapter: Adapter, model: Mapping[str, Any]) -> tuple[dict[str, Any],
     """Return the config to write, whose scale has been checked for every module."""
     parsed = {key: adapter_names.parse(key) for key in adapter.tensors}
     whole = {name.path for name in parsed.values() if name.kind in ("", "saved")}
-    ranks = {
-        parsed[key].module: tensor.shape[0]
-        for key, tensor in adapter.tensors.items()
-        if parsed[key].kind in (f"{MATRICES[0]}.weight", VECTORS[0])
-    }
+    ranks = _ranks(adapter)
     said = dict(adapter.config.said)
     if said.get("target_modules") or said.get("target_parameters"):
         if not said.get("target_parameters"):
@@ -86,4 +85,30 @@ def _config(adapter: Adapter, model: Mapping[str, Any]) -> tuple[dict[str, Any],
         "init_lora_weights": True,
         "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
     }
-    return made, f"{ADAPTER_CONFIG} was made from the tensors and --lora-alpha"
+    return (
+        made,
+        f"{ADAPTER_CONFIG} was made from the tensors and --lora-alpha; biases count as untrained",
+    )
+
+
+def _ranks(adapter: Adapter) -> dict[str, int]:
+    """Return the modules that have matrices, and the ranks of these."""
+    parsed = {key: adapter_names.parse(key) for key in adapter.tensors}
+    first = (f"{MATRICES[0]}.weight", VECTORS[0])
+    return {
+        name.module: adapter.tensors[key].shape[0]
+        for key, name in parsed.items()
+        if name.kind in first
+    }
+
+
+def _trained_biases(adapter: Adapter, base: Mapping[str, LazyTensor]) -> dict[str, str]:
+    """Return the biases that were trained with the adapter: their keys in its file, their names."""
+    trained = adapter.config.said.get("bias") or "none"
+    wrapped = _ranks(adapter)
+    found = {}
+    for name in base:
+        module, _, last = name.rpartition(".")
+        if last == "bias" and (trained == "all" or (trained == "lora_only" and module in wrapped)):
+            found[f"{module}{'.base_layer' if module in wrapped else ''}.bias"] = name
+    return found

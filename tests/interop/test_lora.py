@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ckptx import manager
 from ckptx.errors import CkptxError
+from tests.formats import zero_by_hand
 from tests.oracles import hf
 
 from .conversion import CLOSE, TOKENS, contents, convert, difference, strict_logits
@@ -85,7 +86,10 @@ VARIANTS = {
     "gaussian": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "unknown-family": ("gemma2", {"target_modules": EVERY, "r": 4}),
-    "parameter": ("llama-bf16", {"target_modules": [], "target_parameters": ["q_proj.weight"], "r": 4}),
+    "parameter": (
+        "llama-bf16",
+        {"target_modules": [], "target_parameters": ["q_proj.weight"], "r": 4},
+    ),
     "experts": (
         "qwen3_moe",
         {
@@ -135,7 +139,7 @@ DORA = {
 
 @pytest.mark.parametrize("variant", DORA)
 def test_dora_differs_by_the_order_of_a_sum(variant, base_of, tmp_path):
-    """torch takes norms in an order of its processor's: a few units in the last place of float32."""
+    """torch takes norms in its processor's order: some units in the last place of float32."""
     name, config = DORA[variant]
     base, adapter = base_of(name), tmp_path / "adapter"
     adapters.make(base, adapter, use_dora=True, **config)
@@ -211,3 +215,127 @@ def test_a_tied_model_computes_what_training_saw(family, config, base_of, tmp_pa
     said = adapters.logits(base, adapter, TOKENS)
     assert difference(strict_logits(tmp_path / "hf", TOKENS), said) <= CLOSE
     assert any("no longer tied" in note for note in facts.notes)
+
+
+LIVE = {
+    "plain": ("llama", {"target_modules": ATTENTION, "r": 4, "lora_alpha": 12}),
+    "dora": ("llama", {"target_modules": ATTENTION, "r": 4, "use_dora": True}),
+    "everything": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "lm_head"],
+            "modules_to_save": ["norm"],
+            "trainable_token_indices": [5, 2],
+            "use_rslora": True,
+            "lora_bias": False,
+            "bias": "all",
+        },
+    ),
+    "tied": ("qwen2-tied", {"target_modules": ["q_proj", "embed_tokens"], "r": 4}),
+    "tied-tokens": (
+        "qwen2-tied",
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2]},
+    ),
+    "tied-saved": ("qwen2-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "experts": (
+        "qwen3_moe",
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"], "r": 2},
+    ),
+}
+
+
+def live(variant, base_of, directory):
+    """Write the state dict of a live model as one file; return it, the adapter and its base."""
+    name, config = LIVE[variant]
+    base, adapter = base_of(name), directory / "lora_adapter"
+    model = adapters.make(base, adapter, **config)
+    torch.save({"model": model.state_dict()}, directory / "model.pt")
+    shutil.copy(base / "config.json", directory)
+    return directory / "model.pt", adapter, base
+
+
+@pytest.mark.parametrize("variant", [one for one in LIVE if one != "experts"])
+def test_an_adapter_inside_a_checkpoint_is_the_one_of_the_files(variant, base_of, tmp_path):
+    source, adapter, base = live(variant, base_of, tmp_path)
+    convert(adapter, tmp_path / "files", "hf", hf_base=base)
+    convert(source, tmp_path / "live", "hf")
+    expected, found = hf.weights(tmp_path / "files"), hf.weights(tmp_path / "live")
+    assert sorted(found) == sorted(expected)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    configs = [
+        json.loads((tmp_path / one / "config.json").read_text()) for one in ("live", "files")
+    ]
+    assert configs[0] == configs[1]
+    assert difference(strict_logits(tmp_path / "live", TOKENS), hf.logits(base, TOKENS)) > CLOSE
+
+
+@pytest.mark.parametrize("variant", LIVE)
+def test_an_exported_adapter_is_the_one_that_peft_saves(variant, base_of, tmp_path):
+    source, adapter, base = live(variant, base_of, tmp_path)
+    facts = convert(source, tmp_path / "peft", "peft")
+    assert any(one["name"] == "the base model" for one in facts.dropped)
+    expected = load_file(adapter / "adapter_model.safetensors")
+    found = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    # peft adds copies of embeddings that it was not asked to train.
+    copies = {key for key in expected if key.endswith("base_layer.weight")}
+    duplicates = {key for key in found if "lm_head.token_adapter" in key}
+    assert set(found) - duplicates == set(expected) - copies
+    assert all(torch.equal(found[key], expected[key]) for key in set(found) - duplicates)
+    logits = [adapters.logits(base, place, TOKENS) for place in (tmp_path / "peft", adapter)]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("variant", ["plain", "dora", "tied-saved"])
+def test_an_exported_adapter_whose_alpha_the_user_knows(variant, base_of, tmp_path):
+    source, adapter, base = live(variant, base_of, tmp_path)
+    alpha = json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]
+    adapter.rename(tmp_path / "elsewhere")
+    convert(source, tmp_path / "peft", "peft", loader_options={"lora_alpha": alpha})
+    places = (tmp_path / "peft", tmp_path / "elsewhere")
+    assert torch.equal(*[adapters.logits(base, place, TOKENS) for place in places])
+    convert(source, tmp_path / "hf", "hf", loader_options={"lora_alpha": alpha})
+    said = adapters.logits(base, tmp_path / "elsewhere", TOKENS)
+    assert difference(strict_logits(tmp_path / "hf", TOKENS), said) <= CLOSE
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_sharded_checkpoints(base_of, tmp_path):
+    """FSDP 2 over two ranks, as DCP and as verl; DeepSpeed's pieces; all hold one model."""
+    name, config = LIVE["plain"]
+    base, adapter = base_of(name), tmp_path / "adapter"
+    model = adapters.make(base, adapter, **config)
+    expected = adapters.merged(base, [adapter], tmp_path / "peft")
+    adapters.save_sharded(base, tmp_path / "run", 2, config)
+    state = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+    zero = zero_by_hand.write(tmp_path / "run" / "zero", state, 2, 2)
+    for loader, source in (
+        ("dcp", tmp_path / "run" / "dcp"),
+        ("verl", tmp_path / "run" / "actor"),
+        ("deepspeed", zero),
+    ):
+        assert manager.detect(source) == loader
+        with pytest.raises(CkptxError, match="give --lora-alpha"):
+            convert(source, tmp_path / "refused", "hf")
+        convert(source, tmp_path / loader, "hf", loader_options={"lora_alpha": 12})
+        found = hf.weights(tmp_path / loader)
+        assert sorted(found) == sorted(expected)
+        assert all(torch.equal(found[key], expected[key]) for key in expected), loader
+        convert(source, tmp_path / f"{loader}-peft", "peft", loader_options={"lora_alpha": 12})
+        exported = load_file(tmp_path / f"{loader}-peft" / "adapter_model.safetensors")
+        mine = load_file(adapter / "adapter_model.safetensors")
+        assert {k: v.tolist() for k, v in exported.items()} == {
+            k: v.tolist() for k, v in mine.items()
+        }
+
+
+def test_ranks_cut_what_is_merged(base_of, tmp_path):
+    """Megatron's tensors are cut and joined before they are computed; none may notice."""
+    base, adapter = base_of("qwen2"), tmp_path / "adapter"
+    adapters.make(base, adapter, target_modules=EVERY, r=4)
+    convert(adapter, tmp_path / "hf", "hf", hf_base=base)
+    sizes = {"target_tensor_parallel_size": 2, "target_pipeline_parallel_size": 2}
+    convert(adapter, tmp_path / "core", "core", hf_base=base, **sizes)
+    convert(tmp_path / "core", tmp_path / "back", "hf")
+    assert hf.weights(tmp_path / "back").keys() == hf.weights(tmp_path / "hf").keys()
+    for key, tensor in hf.weights(tmp_path / "hf").items():
+        assert torch.equal(hf.weights(tmp_path / "back")[key], tensor), key

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .fsdp import run
 from .hf import weights
 
 
@@ -48,6 +53,26 @@ def logits(base: Path, adapter: Path, tokens: torch.Tensor) -> torch.Tensor:
         model = PeftModel.from_pretrained(_base(base, torch.float32), adapter)
     with torch.no_grad():
         return model.eval()(tokens).logits
+
+
+def save_sharded(base: Path, target: Path, world: int, config: dict[str, Any]) -> None:
+    """Save a model and its adapter, sharded by FSDP 2, as verl and as DCP hold it."""
+    (target / "actor").mkdir(parents=True)
+    run(_save_sharded, world, base, target, config)
+    for name in ("config.json", "generation_config.json"):
+        for place in (target, target / "actor"):
+            (place / name).write_bytes((base / name).read_bytes())
+
+
+def _save_sharded(base: Path, target: Path, config: dict[str, Any]) -> None:
+    model = make(base, **config)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    state = model.state_dict()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.save(state, target / "actor" / f"model_world_size_{world}_rank_{rank}.pt")
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=str(target / "dcp"))
 
 
 def _base(directory: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
