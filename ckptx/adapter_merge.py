@@ -21,7 +21,7 @@ from ckptx.adapters import Adapter, Separated
 from ckptx.casting import dtype_name
 from ckptx.errors import SchemaError, listing
 from ckptx.lazy import Filled, LazyTensor, concat, stack, unstacked
-from ckptx.low_rank import updated
+from ckptx.low_rank import check_ranks, updated
 from ckptx.protocol import Dropped
 
 _TRANSPOSED_LINEAR = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -245,6 +245,10 @@ class _Merge:
                 f"{list(left.shape)} are those of a convolution, which is not merged here; merge "
                 "it with peft"
             )
+        try:
+            check_ranks(left, right)
+        except SchemaError as error:
+            raise SchemaError(f"{self.adapter.place}: {module!r}: {error}") from error
 
     def _is_transposed(self, weight: LazyTensor, left: LazyTensor, right: LazyTensor) -> bool:
         """Return whether a linear layer stores [in, out]."""

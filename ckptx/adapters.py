@@ -35,6 +35,7 @@ def adapter_options() -> list[click.Option]:
         click.Option(
             ["--adapter"],
             multiple=True,
+            type=click.Path(exists=True, file_okay=False, resolve_path=True),
             metavar="DIR",
             help="LoRA adapter, as peft saves it, to merge into the weights. Repeatable: merged "
             "one after another.",

@@ -126,11 +126,7 @@ def updated(
     other = next((one.dtype for one in inputs if one.dtype not in FLOATS), None)
     if other is not None:
         raise SchemaError(f"expected {', '.join(FLOATS)}, found {other}")
-    if left.shape[1:] != right.shape[:1]:
-        raise SchemaError(
-            f"B {list(left.shape)} has rank {left.shape[-1]}, A {list(right.shape)} has rank "
-            f"{right.shape[0]}: they are not of one adapter"
-        )
+    check_ranks(left, right)
     wanted = (left.shape[0], right.shape[1])
     if weight.shape != wanted:
         raise SchemaError(
@@ -146,6 +142,15 @@ def updated(
             f"the magnitude is {list(magnitude.shape)}, the weight has {weight.shape[0]} rows"
         )
     return Computed(dtype, weight.shape, "dora", (weight, left, right, factor, magnitude))
+
+
+def check_ranks(left: LazyTensor, right: LazyTensor) -> None:
+    """Raise a `SchemaError` unless two matrices can be multiplied."""
+    if left.shape[1:] != right.shape[:1]:
+        raise SchemaError(
+            f"B {list(left.shape)} has rank {left.shape[-1]}, A {list(right.shape)} has rank "
+            f"{right.shape[0]}: they are not of one adapter"
+        )
 
 
 def product(left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float32]:

@@ -51,8 +51,8 @@ class PeftLoader:
         )
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
-        """Yield the merged model; one of an unknown architecture passes through by name."""
-        alone = options.get("saver") == LAYOUT
+        """Yield the merged model, or the adapter alone for a target that holds adapters."""
+        alone = options.get("saver", LAYOUT) == LAYOUT  # without a target it is only looked at
         base = options.get("hf_base")
         weights = Weights([], {}, {})
         if not alone:
@@ -77,7 +77,11 @@ class PeftLoader:
             sidecars={**base_sidecars(options), **own},
             training={"iteration": "release"},
         )
-        every = {**options, "adapter": (source, *(options.get("adapter") or ()))}
+        every = {
+            **options,
+            **({"saver": LAYOUT} if alone else {}),
+            "adapter": (source, *(options.get("adapter") or ())),
+        }
         yield from hf_messages(begin, weights.tensors, notes, options.get("dtype"), options=every)
 
 
