@@ -78,8 +78,8 @@ LEGEND = {
     "`tests/interop/test_verl.py`)",
     "D": "DeepSpeed has written the checkpoints, and gathered the weights that the result is "
     "compared with, bit for bit (`tests/golden/deepspeed`)",
-    "A": "peft has made the adapters, and merged them into what the result is compared with, bit for "
-    "bit (`tests/interop/test_lora.py`)",
+    "A": "peft has made the adapters, and merged them into what the result is compared with, bit "
+    "for bit (`tests/interop/test_lora.py`)",
     "K": "the conformance kit, with models made by hand (`tests/formats`, `tests/schemas`)",
 }
 """What the letters say."""
