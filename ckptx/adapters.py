@@ -87,7 +87,9 @@ def separate(
     """
     alpha = options.get("lora_alpha")
     found = Separated(begin, dict(tensors))
-    if any(map(adapter_names.speaks_peft, tensors)):
+    # A finished model may have such names of its own, as Phi-4-multimodal has.
+    finished = begin.format == "hf" and alpha is None
+    if any(map(_wrapped if finished else adapter_names.speaks_peft, tensors)):
         found.tensors, inside = _inside(tensors, begin.root)
         if inside:
             found.inside = True
@@ -102,6 +104,10 @@ def separate(
         rest = {name: data for name, data in begin.sidecars.items() if name != ADAPTER_CONFIG}
         found.begin = replace(found.begin, sidecars=rest)
     return found
+
+
+def _wrapped(name: str) -> bool:
+    return name.startswith(adapter_names.PREFIX)
 
 
 def _inside(

@@ -16,6 +16,7 @@ from tests.formats import zero_by_hand
 from tests.oracles import hf
 
 from .conversion import CLOSE, TOKENS, contents, convert, difference, strict_logits
+from .test_quantised import quantise
 
 adapters = pytest.importorskip("tests.oracles.adapters", reason="peft is not installed")
 
@@ -506,3 +507,29 @@ def test_a_residual_base_lies_beside_its_matrices(base_of, tmp_path):
     for saver, source in (("hf", adapter), ("peft", tmp_path / "model.pt")):
         with pytest.raises(CkptxError, match="belongs to the residual of its base model"):
             convert(source, tmp_path / "refused", saver, hf_base=base)
+
+
+def test_a_finished_model_may_hold_matrices_of_its_own(base_of, tmp_path):
+    """As Phi-4-multimodal does, whose own code computes with them: they pass by name."""
+    base = tmp_path / "base"
+    shutil.copytree(base_of("unknown"), base)
+    file = base / "model.safetensors"
+    path = "model.layers.0.self_attn.q_proj"
+    own = {f"{path}.lora_{one}.speech.weight": torch.ones(2, 2) for one in "AB"}
+    save_file({**load_file(file), **own}, file, {"format": "pt"})
+    convert(base, tmp_path / "hf", "hf")
+    assert own.keys() <= hf.weights(tmp_path / "hf").keys()
+
+
+def test_a_quantised_base_is_dequantised_first(tmp_path):
+    hf.qwen3(tmp_path / "quantised", **SMALL)
+    quantise(tmp_path / "quantised")
+    convert(tmp_path / "quantised", tmp_path / "base", "hf")
+    adapter = tmp_path / "adapter"
+    adapters.make(tmp_path / "base", adapter, target_modules=EVERY, r=4)
+    convert(adapter, tmp_path / "expected", "hf", hf_base=tmp_path / "base")
+    convert(adapter, tmp_path / "found", "hf", hf_base=tmp_path / "quantised")
+    assert contents(tmp_path / "found") == contents(tmp_path / "expected")
+    expected = adapters.merged(tmp_path / "base", [adapter], tmp_path / "peft")
+    found = hf.weights(tmp_path / "found")
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
