@@ -52,6 +52,7 @@ class Job:
         engine = {
             "dtype": self.dtype,
             "hf_base": self.hf_base,
+            "saver": self.saver,
             "fill_from_base": self.fill_from_base,
             "target": self.target,
             "max_queue_size": self.max_queue_size,

@@ -155,7 +155,8 @@ def _refusal(job: Job, plan: SavePlan) -> str:
 
 
 def _inputs(job: Job) -> list[Path]:
-    return [job.source, *([job.hf_base] if job.hf_base else [])]
+    adapters = map(Path, job.loader_options.get("adapter") or ())
+    return [job.source, *([job.hf_base] if job.hf_base else []), *adapters]
 
 
 class _Child:

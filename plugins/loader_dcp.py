@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from ckptx.adapters import adapter_options
 from ckptx.containers import dcp
 from ckptx.containers.dcp_metadata import METADATA_NAME
 from ckptx.errors import FormatError, listing
@@ -45,13 +46,14 @@ class DcpLoader:
     }
 
     def options(self) -> list[click.Option]:
-        """Return the option for the container."""
+        """Return the options for the container and for adapters."""
         return [
             click.Option(
                 ["--container"],
                 help="Path of the model in the saved dictionary, as 'app.model'.  "
                 "[default: the one that holds weights]",
-            )
+            ),
+            *adapter_options(),
         ]
 
     def detect(self, source: Path) -> bool:
@@ -84,7 +86,7 @@ class DcpLoader:
         )
         dropped = _left(metadata, names)
         notes = (f"the weights are those of {container!r}",) if container else ()
-        yield from hf_messages(begin, weights, notes, options.get("dtype"), dropped)
+        yield from hf_messages(begin, weights, notes, options.get("dtype"), dropped, options)
 
 
 def _is_unfinished(source: Path) -> bool:

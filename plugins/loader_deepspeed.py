@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from ckptx.adapters import adapter_options
 from ckptx.containers.pickle_values import EnumValue
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
@@ -55,7 +56,7 @@ class DeepspeedLoader:
     }
 
     def options(self) -> list[click.Option]:
-        """Return the options for the tag and for which weights are taken."""
+        """Return the options for the tag, for which weights are taken, and for adapters."""
         return [
             click.Option(["--tag", "-t"], help="Checkpoint below SRC.  [what 'latest' says]"),
             click.Option(
@@ -69,6 +70,7 @@ class DeepspeedLoader:
                 ["--prefix"],
                 help="What a module around the model has put before its names, as 'model.'.",
             ),
+            *adapter_options(),
         ]
 
     def detect(self, source: Path) -> bool:
@@ -110,7 +112,7 @@ class DeepspeedLoader:
         )
         notes = (*found.notes, *remarks)
         dropped = (*found.dropped, *left)
-        yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped)
+        yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped, options)
 
 
 def _without(prefix: str, tensors: Mapping[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:
