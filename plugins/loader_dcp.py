@@ -22,9 +22,9 @@ from ckptx.containers.dcp_metadata import METADATA_NAME
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.loading import inventory
-from ckptx.model_directory import base_sidecars, hf_messages
+from ckptx.model_directory import base_sidecars
 from ckptx.plugin import Loader
-from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
+from ckptx.plugins.trained import WEIGHTS_ONLY, beside, trained_messages, unwrapped
 from ckptx.protocol import Begin, Dropped, Message
 
 TRAINING = ("optim", "optimizer", "optimizers", "lr_scheduler", "lr_schedulers", "rng", "scheduler")
@@ -78,7 +78,7 @@ class DcpLoader:
         )
         dropped = _left(metadata, names)
         notes = (f"the weights are those of {container!r}",) if container else ()
-        yield from hf_messages(begin, weights, notes, options.get("dtype"), dropped)
+        yield from trained_messages(begin, weights, notes, options.get("dtype"), dropped)
 
 
 def _refuse_megatron(metadata: dcp.DcpMetadata, source: Path) -> None:

@@ -29,9 +29,9 @@ from ckptx.containers.sharded import Rank, Share, share, whole
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor
-from ckptx.model_directory import base_sidecars, hf_messages
+from ckptx.model_directory import base_sidecars
 from ckptx.plugin import Loader
-from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
+from ckptx.plugins.trained import WEIGHTS_ONLY, beside, trained_messages, unwrapped
 from ckptx.protocol import Begin, Dropped, Message, SourceTensor
 
 ACTOR = "actor"
@@ -94,7 +94,7 @@ class VerlLoader:
             training={"iteration": _iteration(directory)},
         )
         dropped = (*found.dropped, *_left(directory, source, begin.sidecars))
-        yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped)
+        yield from trained_messages(begin, found.tensors, notes, options.get("dtype"), dropped)
 
 
 @dataclass(frozen=True, slots=True)

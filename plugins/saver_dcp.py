@@ -1,7 +1,7 @@
 """Save a directory that `torch.distributed.checkpoint` loads into a model of any sharding.
 
-Names are those of Hugging Face below ``--container``. There is one chunk per tensor and shard; who
-loads reads of each what it needs.
+Names are those that a model of transformers 5 has in memory, below ``--target-container``. There is
+one chunk per tensor and shard; who loads reads of each what it needs.
 
 Source: torch:torch/distributed/checkpoint/{metadata,filesystem}.py @ v2.13.0.
 """
@@ -13,16 +13,25 @@ from typing import Any
 
 import click
 
+from ckptx import quantised
 from ckptx.containers import dcp
 from ckptx.containers.dcp import ObjectItem, TensorItem
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor
 from ckptx.loading import main_dtype
-from ckptx.model_directory import CONFIG, config_of, family_named, hf_tensors, tied_names
+from ckptx.model_directory import (
+    CONFIG,
+    config_of,
+    family_named,
+    hf_tensors,
+    read_config,
+    tied_names,
+)
 from ckptx.plan import SavePlan, literal_files
 from ckptx.plugin import Saver
 from ckptx.protocol import Message
-from ckptx.saving import collect
+from ckptx.saving import Model, collect
+from ckptx.schemas import in_memory
 
 
 class DcpSaver:
@@ -52,6 +61,14 @@ class DcpSaver:
                 show_default=True,
                 help="Files, each with a part of the rows of every tensor.",
             ),
+            click.Option(
+                ["--target-names"],
+                type=click.Choice(["memory", "files"]),
+                default="memory",
+                show_default=True,
+                help="Names as transformers 5 has them in memory, which a model loads, or as in "
+                "model directories.",
+            ),
         ]
 
     def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
@@ -62,6 +79,7 @@ class DcpSaver:
             # The state dict of a tied model has both names.
             embedding, output = tied_names(family_named(model.family).layout("hf"), tensors)
             tensors[output] = tensors[embedding]
+        tensors, notes = _named(model, tensors, options)
         path = tuple(word for word in (options.get("target_container") or "").split(".") if word)
         shards = options.get("shards") or 1
         prefix = "".join(f"{word}." for word in path)
@@ -76,9 +94,35 @@ class DcpSaver:
         return SavePlan(
             [*dcp.plan_directory(files, paths), *literal_files(beside)],
             dropped=dropped,
+            notes=notes,
             load_hint='torch.distributed.checkpoint.load(state_dict, checkpoint_id="{target}")',
             details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
         )
+
+
+def _named(
+    model: Model, tensors: dict[str, LazyTensor], options: Mapping[str, Any]
+) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+    """Return the tensors under the names that were asked for, and remarks."""
+    files = model.begin.sidecars
+    config = read_config(files if CONFIG in files else config_of(model), model.begin.root)
+    if config is None or options.get("target_names") == "files":
+        return tensors, ()
+    if quantised.KEY in config:
+        return tensors, ("quantised weights keep the names of files",)
+    found = in_memory.in_memory(tensors, config)
+    changed = [name for name in found if name not in tensors]
+    if changed:
+        return found, (
+            f"{len(changed)} tensors have the names of transformers 5 in memory, as "
+            f"{changed[0]!r}; those of files are written with --target-names files",
+        )
+    if in_memory.differs(config):
+        return tensors, (
+            f"{config.get('model_type')}: transformers may have other names in memory than in "
+            "files; those of the source are written",
+        )
+    return tensors, ()
 
 
 def _part(key: str, tensor: LazyTensor, shards: int, shard: int) -> TensorItem | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import transformers
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from ckptx.errors import FormatError
-from tests.oracles import fsdp, hf
+from tests.oracles import fsdp, hf, verl
 
 from .conversion import contents, convert
 
@@ -85,3 +87,109 @@ def test_two_models_in_one_checkpoint_must_be_told_apart(tmp_path):
     chosen = {"loader_options": {"container": "actor"}, "hf_base": tmp_path / "model"}
     convert(tmp_path / "dcp", tmp_path / "hf", "hf", **chosen)
     assert contents(tmp_path / "hf") == contents(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("family", "world"),
+    [("mixtral", 2), pytest.param("qwen3_moe", 3, marks=pytest.mark.full)],
+)
+def test_experts_that_memory_has_fused(family, world, source_of, tmp_path):
+    source = source_of(family)
+    fsdp.save(source.directory, tmp_path / "dcp", world)
+    facts = convert(tmp_path / "dcp", tmp_path / "hf", "hf", **base(source))
+    assert contents(tmp_path / "hf") == contents(source.directory)
+    assert "names of transformers 5 in memory" in " ".join(facts.notes)
+
+    facts = convert(source.directory, tmp_path / "back", "dcp", shards=2)
+    assert "--target-names files" in " ".join(facts.notes)
+    found = fsdp.load(tmp_path / "back", source.directory, world)
+    model = AutoModelForCausalLM.from_pretrained(source.directory, local_files_only=True)
+    expected = model.state_dict()
+    assert set(found) == set(expected)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in found
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+    verl.save(source.directory, tmp_path / "actor", world)
+    facts = convert(tmp_path / "actor", tmp_path / "from-verl", "hf")
+    assert contents(tmp_path / "from-verl") == contents(source.directory)
+    assert "names of transformers 5 in memory" in " ".join(facts.notes)
+
+    convert(source.directory, tmp_path / "files", "dcp", target_names="files")
+    state = {name: torch.empty_like(t) for name, t in source_weights(source.directory).items()}
+    dcp.load(state, checkpoint_id=str(tmp_path / "files"))
+    for name, tensor in source_weights(source.directory).items():
+        assert torch.equal(state[name], tensor)
+
+
+def source_weights(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def tiny(architecture: str, directory, **settings):
+    """A random model of an architecture that no schema of ckptx has."""
+    cls = getattr(transformers, architecture)
+    text = {
+        "vocab_size": 131,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**(settings or text))).float()
+    model.save_pretrained(directory)
+    return model
+
+
+VISION = {
+    "text_config": {
+        "vocab_size": 131,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+    },
+    "vision_config": {
+        "depth": 2,
+        "hidden_size": 16,
+        "embed_dim": 16,
+        "num_heads": 2,
+        "intermediate_size": 24,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [1],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("Qwen2_5_VLForConditionalGeneration", VISION), ("GraniteMoeForCausalLM", {})],
+)
+@pytest.mark.parametrize("format", ["dcp", "pytorch"])
+def test_models_that_pass_through_get_the_names_of_files(architecture, settings, format, tmp_path):
+    model = tiny(architecture, tmp_path / "model", **settings)
+    state = model.state_dict()
+    source = tmp_path / ("source" if format == "dcp" else "source.pt")
+    if format == "dcp":
+        dcp.save(state, checkpoint_id=str(source))
+    else:
+        torch.save(state, source)
+    facts = convert(source, tmp_path / "hf", "hf", hf_base=tmp_path / "model")
+    assert "given those of its files" in " ".join(facts.notes)
+    expected, found = source_weights(tmp_path / "model"), source_weights(tmp_path / "hf")
+    # A tied state dict has both names; nothing says of an unknown model that they are one.
+    assert set(found) - set(expected) <= {"lm_head.weight"}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+    convert(tmp_path / "model", tmp_path / "back", "dcp")
+    saved = dcp.FileSystemReader(tmp_path / "back").read_metadata().state_dict_metadata
+    assert set(state) - set(saved) <= {"lm_head.weight"}
+    loaded = {name: torch.full_like(state[name], torch.nan) for name in saved}
+    dcp.load(loaded, checkpoint_id=str(tmp_path / "back"))
+    assert all(torch.equal(loaded[name], state[name]) for name in saved)
