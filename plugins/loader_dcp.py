@@ -11,7 +11,9 @@ rlinf/hybrid_engines/fsdp/ @ main write them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,27 @@ from ckptx.containers import dcp
 from ckptx.containers.dcp_metadata import METADATA_NAME
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
+from ckptx.lazy import LazyTensor
 from ckptx.loading import inventory
-from ckptx.model_directory import base_sidecars
+from ckptx.model_directory import (
+    base_sidecars,
+    family_of,
+    named_messages,
+    parts_from_config,
+    read_config,
+)
 from ckptx.plugin import Loader
 from ckptx.plugins.trained import WEIGHTS_ONLY, beside, trained_messages, unwrapped
 from ckptx.protocol import Begin, Dropped, Message
+from ckptx.schemas import torchtitan
 
-TRAINING = ("optim", "optimizer", "optimizers", "lr_scheduler", "lr_schedulers", "rng", "scheduler")
+TRAINING = (
+    *("optim", "optimizer", "optimizers", "lr_scheduler", "lr_schedulers", "rng", "scheduler"),
+    *("train_state", "dataloader"),
+)
 """Words of a path that say: state of the training, not weights."""
+_STEP = re.compile(r"step-(\d+)")
+"""The directory of a step of torchtitan."""
 _MEGATRON = ("decoder.layers.", "embedding.word_embeddings.")
 _MEGATRON_FSDP = ("model.module.decoder.", "model.module.embedding.")
 
@@ -39,7 +54,7 @@ class DcpLoader:
     name = "dcp"
     capabilities: Mapping[str, Any] = {
         "formats": ["torch.distributed.checkpoint"],
-        "layouts": ["hf"],
+        "layouts": ["hf", "torchtitan"],
         "passthrough": True,
         "lossless": True,
     }
@@ -78,7 +93,37 @@ class DcpLoader:
         )
         dropped = _left(metadata, names)
         notes = (f"the weights are those of {container!r}",) if container else ()
+        if torchtitan.EMBEDDING in weights:
+            yield from _torchtitan(begin, weights, notes, dropped)
+            return
         yield from trained_messages(begin, weights, notes, options.get("dtype"), dropped)
+
+
+def _torchtitan(
+    begin: Begin,
+    tensors: Mapping[str, LazyTensor],
+    notes: tuple[str, ...],
+    dropped: tuple[Dropped, ...],
+) -> Iterator[Message]:
+    """Yield the messages of a model that has torchtitan's names.
+
+    Raises:
+        FormatError: there is no config that says which model it is.
+        SchemaError: torchtitan's names of this family are not known.
+    """
+    config = read_config(begin.sidecars, begin.root)
+    family = family_of(config) if config else None
+    if config is None or family is None:
+        raise FormatError(
+            f"{begin.root}: has torchtitan's names ({torchtitan.EMBEDDING}), found no config of a "
+            "known model that says in which order their rows are; give it with --hf-base"
+        )
+    layout = family.layout("torchtitan")
+    parts = parts_from_config(family, config)
+    match = _STEP.fullmatch(Path(begin.root).absolute().name)
+    training = {**begin.training, "iteration": int(match[1]) if match else "release"}
+    begin = replace(begin, training=training)
+    yield from named_messages(begin, tensors, parts, layout, notes, dropped)
 
 
 def _refuse_megatron(metadata: dcp.DcpMetadata, source: Path) -> None:

@@ -30,8 +30,8 @@ from ckptx.model_directory import (
 from ckptx.plan import SavePlan, literal_files
 from ckptx.plugin import Saver
 from ckptx.protocol import Message
-from ckptx.saving import Model, collect
-from ckptx.schemas import in_memory
+from ckptx.saving import Model, collect, named_tensors
+from ckptx.schemas import in_memory, torchtitan
 
 
 class DcpSaver:
@@ -40,7 +40,7 @@ class DcpSaver:
     name = "dcp"
     capabilities: Mapping[str, Any] = {
         "formats": ["torch.distributed.checkpoint"],
-        "layouts": ["hf"],
+        "layouts": ["hf", "torchtitan"],
         "passthrough": True,
         "lossless": True,
     }
@@ -63,23 +63,29 @@ class DcpSaver:
             ),
             click.Option(
                 ["--target-names"],
-                type=click.Choice(["memory", "files"]),
+                type=click.Choice(["memory", "files", *torchtitan.CONVENTIONS]),
                 default="memory",
                 show_default=True,
-                help="Names as transformers 5 has them in memory, which a model loads, or as in "
-                "model directories.",
+                help="Names as a model of transformers 5 has in memory, as model directories have, "
+                "or as torchtitan has (0.2: up to release 0.2.2).",
             ),
         ]
 
     def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
         """Return the plan of a directory."""
         model = collect(messages)
-        tensors, dropped = hf_tensors(model)
+        names = options.get("target_names") or "memory"
+        convention = names if names in torchtitan.CONVENTIONS else "hf"
+        if convention == "hf":
+            tensors, dropped = hf_tensors(model)
+        else:
+            layout = family_named(model.family).layout(convention)
+            tensors, dropped = named_tensors(model, layout)
         if model.passthrough is None and model.spec.tied:
             # The state dict of a tied model has both names.
-            embedding, output = tied_names(family_named(model.family).layout("hf"), tensors)
+            embedding, output = tied_names(family_named(model.family).layout(convention), tensors)
             tensors[output] = tensors[embedding]
-        tensors, notes = _named(model, tensors, options)
+        tensors, notes = _in_memory(model, tensors) if names == "memory" else (tensors, ())
         path = tuple(word for word in (options.get("target_container") or "").split(".") if word)
         shards = options.get("shards") or 1
         prefix = "".join(f"{word}." for word in path)
@@ -100,13 +106,13 @@ class DcpSaver:
         )
 
 
-def _named(
-    model: Model, tensors: dict[str, LazyTensor], options: Mapping[str, Any]
+def _in_memory(
+    model: Model, tensors: dict[str, LazyTensor]
 ) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
-    """Return the tensors under the names that were asked for, and remarks."""
+    """Return the tensors under the names that transformers 5 has in memory, and remarks."""
     files = model.begin.sidecars
     config = read_config(files if CONFIG in files else config_of(model), model.begin.root)
-    if config is None or options.get("target_names") == "files":
+    if config is None:
         return tensors, ()
     if quantised.KEY in config:
         return tensors, ("quantised weights keep the names of files",)
