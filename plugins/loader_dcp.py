@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from ckptx.containers import dcp
+from ckptx.containers import dcp, dcp_safetensors
 from ckptx.containers.dcp_metadata import METADATA_NAME
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
@@ -53,7 +53,7 @@ class DcpLoader:
 
     name = "dcp"
     capabilities: Mapping[str, Any] = {
-        "formats": ["torch.distributed.checkpoint"],
+        "formats": ["torch.distributed.checkpoint", "its safetensors shards"],
         "layouts": ["hf", "torchtitan"],
         "passthrough": True,
         "lossless": True,
@@ -70,11 +70,16 @@ class DcpLoader:
         ]
 
     def detect(self, source: Path) -> bool:
-        """Return whether there is metadata, and not Megatron's besides."""
+        """Return whether there is metadata that is not Megatron's, or shards of safetensors."""
+        if dcp_safetensors.shards(source):
+            return True
         return (source / METADATA_NAME).is_file() and not (source / "metadata.json").exists()
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the model; names that no schema knows pass through."""
+        if paths := dcp_safetensors.shards(source):
+            yield from _of_safetensors(paths, source, options)
+            return
         metadata = dcp.read_metadata(source)
         _refuse_megatron(metadata, source)
         container, names = _model(metadata, options.get("container"), source)
@@ -93,10 +98,38 @@ class DcpLoader:
         )
         dropped = _left(metadata, names)
         notes = (f"the weights are those of {container!r}",) if container else ()
-        if torchtitan.EMBEDDING in weights:
-            yield from _torchtitan(begin, weights, notes, dropped)
-            return
-        yield from trained_messages(begin, weights, notes, options.get("dtype"), dropped)
+        yield from _messages(begin, weights, notes, options, dropped)
+
+
+def _of_safetensors(
+    paths: list[Path], source: Path, options: Mapping[str, Any]
+) -> Iterator[Message]:
+    """Yield the model that lies in shards of safetensors."""
+    tensors, stored = dcp_safetensors.tensors(paths)
+    begin = Begin(
+        format="dcp",
+        layout="hf",
+        parts={},
+        files=tuple(str(path.absolute()) for path in paths),
+        sources=inventory(stored),
+        root=str(source),
+        sidecars={**beside(source), **base_sidecars(options)},
+        training={"iteration": "release"},
+    )
+    notes = (f"{len(paths)} shards were found; nothing in them says how many there are",)
+    yield from _messages(begin, unwrapped(tensors, source), notes, options)
+
+
+def _messages(
+    begin: Begin,
+    tensors: Mapping[str, LazyTensor],
+    notes: tuple[str, ...],
+    options: Mapping[str, Any],
+    dropped: tuple[Dropped, ...] = (),
+) -> Iterator[Message]:
+    if torchtitan.EMBEDDING in tensors:
+        return _torchtitan(begin, tensors, notes, dropped)
+    return trained_messages(begin, tensors, notes, options.get("dtype"), dropped)
 
 
 def _torchtitan(

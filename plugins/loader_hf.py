@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ckptx.containers import dcp_safetensors
 from ckptx.hookspecs import hookimpl
 from ckptx.loading import inventory
 from ckptx.model_directory import base_sidecars, hf_messages, sidecars
@@ -37,6 +38,8 @@ class HfLoader:
             return source.suffix == ".safetensors"
         if any((source / name).exists() for name in (*INDEXES, *SINGLES)):
             return True
+        if dcp_safetensors.shards(source):
+            return False
         # Mistral's own file may lie beside a config, too; it has other names.
         others = (p for p in source.glob("*.safetensors") if not p.name.startswith("consolidated"))
         return (source / "config.json").exists() and any(others)

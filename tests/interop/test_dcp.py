@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from ckptx import manager
 from ckptx.errors import FormatError
 from tests.oracles import fsdp, hf, verl
 
@@ -193,3 +196,45 @@ def test_models_that_pass_through_get_the_names_of_files(architecture, settings,
     loaded = {name: torch.full_like(state[name], torch.nan) for name in saved}
     dcp.load(loaded, checkpoint_id=str(tmp_path / "back"))
     assert all(torch.equal(loaded[name], state[name]) for name in saved)
+
+
+@pytest.mark.parametrize(("family", "world"), [("llama", 2), ("mixtral", 3)])
+def test_shards_of_safetensors(family, world, source_of, tmp_path):
+    source = source_of(family)
+    shards = tmp_path / "shards"
+    fsdp.save_safetensors(source.directory, shards, world)
+    assert len(list(shards.iterdir())) == world
+    facts = convert(shards, tmp_path / "hf", "hf", **base(source))
+    assert contents(tmp_path / "hf") == contents(source.directory)
+    assert f"{world} shards were found" in " ".join(facts.notes)
+
+    shutil.copy(source.directory / "config.json", shards)
+    assert manager.detect(shards) == "dcp"
+    first, *_ = sorted(shards.glob("shard-*"))
+    first.unlink()
+    with pytest.raises(FormatError, match="a shard is missing"):
+        convert(shards, tmp_path / "refused", "hf")
+
+
+def test_shards_and_what_torch_made_of_them(source_of, tmp_path):
+    source = source_of("llama")
+    fsdp.save_safetensors(source.directory, tmp_path / "saved", 2, consolidate=True)
+    for directory in (tmp_path / "saved", tmp_path / "saved" / "sharded"):
+        target = tmp_path / f"from-{directory.name}"
+        convert(directory, target, "hf", **base(source))
+        assert contents(target) == contents(source.directory)
+
+
+def test_shards_that_say_no_offsets(tmp_path):
+    name = "shard-00001-model-00001-of-00001.safetensors"
+    (tmp_path / "shards").mkdir()
+    for metadata, said in (
+        (None, "expected DCP_SHARDING_INFO"),
+        ({"DCP_SHARDING_INFO": "[" * 9}, "expected DCP_SHARDING_INFO"),
+        ({"DCP_SHARDING_INFO": '{"a": {"saved_offsets": [-1, 0]}}'}, "found saved_offsets"),
+        ({"DCP_SHARDING_INFO": '{"a": {"saved_offsets": [0]}}'}, "found saved_offsets"),
+        ({"DCP_SHARDING_INFO": "{}"}, "found saved_offsets None"),
+    ):
+        save_file({"a": torch.zeros(2, 3)}, tmp_path / "shards" / name, metadata=metadata)
+        with pytest.raises(FormatError, match=said):
+            convert(tmp_path / "shards", tmp_path / "hf", "hf")
