@@ -42,6 +42,8 @@ TRAINING = (
     *("train_state", "dataloader"),
 )
 """Words of a path that say: state of the training, not weights."""
+_BELOW = ("pytorch_model_fsdp_0", "dcp_checkpoint", "actor/dcp_checkpoint")
+"""Where below a checkpoint accelerate, the Hugging Face Trainer and RLinf put the model."""
 _STEP = re.compile(r"step-(\d+)")
 """The directory of a step of torchtitan."""
 _MEGATRON = ("decoder.layers.", "embedding.word_embeddings.")
@@ -73,13 +75,15 @@ class DcpLoader:
         """Return whether there is metadata that is not Megatron's, or shards of safetensors."""
         if dcp_safetensors.shards(source):
             return True
-        return (source / METADATA_NAME).is_file() and not (source / "metadata.json").exists()
+        directory = _find(source)
+        return (directory / METADATA_NAME).is_file() and not (directory / "metadata.json").exists()
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the model; names that no schema knows pass through."""
         if paths := dcp_safetensors.shards(source):
             yield from _of_safetensors(paths, source, options)
             return
+        given, source = source, _find(source)
         metadata = dcp.read_metadata(source)
         _refuse_megatron(metadata, source)
         container, names = _model(metadata, options.get("container"), source)
@@ -96,7 +100,7 @@ class DcpLoader:
             sidecars={**beside(source), **base_sidecars(options)},
             training={"iteration": "release"},
         )
-        dropped = _left(metadata, names)
+        dropped = (*_left(metadata, names), *_around(source, given))
         notes = (f"the weights are those of {container!r}",) if container else ()
         yield from _messages(begin, weights, notes, options, dropped)
 
@@ -157,6 +161,27 @@ def _torchtitan(
     training = {**begin.training, "iteration": int(match[1]) if match else "release"}
     begin = replace(begin, training=training)
     yield from named_messages(begin, tensors, parts, layout, notes, dropped)
+
+
+def _find(source: Path) -> Path:
+    """Return the directory itself, or the one of a model below it, as frameworks name it."""
+    below = (source / name for name in _BELOW)
+    if (source / METADATA_NAME).is_file():
+        return source
+    return next((path for path in below if (path / METADATA_NAME).is_file()), source)
+
+
+def _around(directory: Path, given: Path) -> tuple[Dropped, ...]:
+    """Return what lies beside the model's directory where one above was given."""
+    if directory == given:
+        return ()
+    others = (path for path in sorted(directory.parent.iterdir()) if path != directory)
+    return tuple(
+        Dropped(path.name, WEIGHTS_ONLY, sum(f.stat().st_size for f in files))
+        for path in others
+        if (files := [one for one in (path, *path.rglob("*")) if one.is_file()])
+        and path.suffix not in (".json", ".txt", ".model", ".jinja")
+    )
 
 
 def _refuse_megatron(metadata: dcp.DcpMetadata, source: Path) -> None:

@@ -238,3 +238,69 @@ def test_shards_that_say_no_offsets(tmp_path):
         save_file({"a": torch.zeros(2, 3)}, tmp_path / "shards" / name, metadata=metadata)
         with pytest.raises(FormatError, match=said):
             convert(tmp_path / "shards", tmp_path / "hf", "hf")
+
+
+def test_fsdp_is_a_name_for_both_kinds_of_checkpoint(source_of, tmp_path):
+    source = source_of("llama")
+    fsdp.save(source.directory, tmp_path / "dcp", 2)
+    verl.save(source.directory, tmp_path / "actor", 2)
+    for name in ("dcp", "actor"):
+        convert(tmp_path / name, tmp_path / f"hf-{name}", "hf", loader="fsdp", **base(source))
+        assert contents(tmp_path / f"hf-{name}") == contents(source.directory)
+    convert(source.directory, tmp_path / "written", "fsdp")
+    assert manager.detect(tmp_path / "written") == "dcp"
+    with pytest.raises(FormatError, match="is neither dcp nor verl"):
+        convert(source.directory, tmp_path / "none", "hf", loader="fsdp")
+
+
+@pytest.mark.parametrize(
+    ("place", "prefix"),
+    [
+        ("checkpoint-7/pytorch_model_fsdp_0", ("model",)),  # accelerate, the Trainer
+        ("global_step7/actor/dcp_checkpoint", ("fsdp_checkpoint", "model")),  # RLinf
+        ("_actor/global_step7", ()),  # LightRFT
+        ("app", ("app", "model")),  # PyTorch's tutorial
+    ],
+)
+@pytest.mark.parametrize("from_above", [False, True])
+def test_where_frameworks_put_a_model(place, prefix, from_above, source_of, tmp_path):
+    source = source_of("qwen2-tied")
+    directory = tmp_path / place
+    state = AutoModelForCausalLM.from_pretrained(source.directory).state_dict()
+    for word in reversed(prefix):
+        state = {word: state}
+    dcp.save(state, checkpoint_id=str(directory))
+    given = directory
+    if from_above and "fsdp_0" in place:
+        given = directory.parent
+        moments = {"optimizer": {"state": {"a.exp_avg": torch.zeros(3)}}}
+        dcp.save(moments, checkpoint_id=str(given / "optimizer_0"))
+        torch.save({"last_epoch": 1}, given / "scheduler.pt")
+    elif from_above and "dcp_checkpoint" in place:
+        given = directory.parents[1]
+    assert manager.detect(given) == "dcp"
+    facts = convert(given, tmp_path / "hf", "hf", **base(source))
+    assert contents(tmp_path / "hf") == contents(source.directory)
+    if from_above and "fsdp_0" in place:
+        assert {"optimizer_0", "scheduler.pt"} <= {drop["name"] for drop in facts.dropped}
+
+
+@pytest.mark.parametrize(
+    ("how", "world"),
+    [("fsdp x tp", 4), ("ddp x fsdp", 2), ("columns", 4)],
+)
+def test_boxes_and_copies(how, world, source_of, tmp_path):
+    source = source_of("llama")
+    fsdp.save_sharded(source.directory, tmp_path / "dcp", world, how)
+    convert(tmp_path / "dcp", tmp_path / "hf", "hf", **base(source))
+    assert contents(tmp_path / "hf") == contents(source.directory)
+
+
+def test_tensors_that_are_stored_transposed(source_of, tmp_path):
+    source = source_of("llama")
+    weights = source_weights(source.directory)
+    turned = {n: t.t().contiguous().t() if t.ndim == 2 else t for n, t in weights.items()}
+    assert not turned["model.embed_tokens.weight"].is_contiguous()
+    dcp.save(turned, checkpoint_id=str(tmp_path / "dcp"))
+    convert(tmp_path / "dcp", tmp_path / "hf", "hf", **base(source))
+    assert contents(tmp_path / "hf") == contents(source.directory)

@@ -27,6 +27,11 @@ def save(model: Path, target: Path, world: int, container: tuple[str, ...] = ())
     run(_save, world, model, target, container)
 
 
+def save_sharded(model: Path, target: Path, world: int, how: str) -> None:
+    """Shard a model as ``tests.oracles.verl.SHARDINGS[how]`` does and save its state dict."""
+    run(_save_sharded, world, model, target, how)
+
+
 def save_safetensors(model: Path, target: Path, world: int, consolidate: bool = False) -> None:
     """Shard a model over ``world`` ranks and save it by `HuggingFaceStorageWriter`."""
     run(_save_safetensors, world, model, target, consolidate)
@@ -82,6 +87,13 @@ def _save(path: Path, target: Path, container: tuple[str, ...]) -> None:
         moments = {str(i): s for i, s in enumerate(optimizer.state.values())}
         state["optimizer"] = {"state": moments, "param_groups": [{"lr": 0.0}]}
     dcp.save(state, checkpoint_id=str(target))
+
+
+def _save_sharded(path: Path, target: Path, how: str) -> None:
+    from . import verl  # which imports this module
+
+    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+    dcp.save(verl.SHARDINGS[how](model).state_dict(), checkpoint_id=str(target))
 
 
 def _save_safetensors(path: Path, target: Path, consolidate: bool) -> None:
