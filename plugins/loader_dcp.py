@@ -88,7 +88,7 @@ class DcpLoader:
         _refuse_megatron(metadata, source)
         container, names = _model(metadata, options.get("container"), source)
         files: list[str] = []
-        stored = dcp.tensors(metadata, files, names)
+        stored = dcp.tensors(metadata, files, names, options.get("spool"))
         weights = unwrapped({names[key]: tensor for key, tensor in stored.items()}, source)
         begin = Begin(
             format=self.name,

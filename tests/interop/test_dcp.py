@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ckptx import manager
-from ckptx.errors import FormatError
+from ckptx import manager, pipeline
+from ckptx.containers import zstd
+from ckptx.containers.source_file import SourceFile
+from ckptx.errors import CkptxError, FormatError
+from ckptx.job import Job
 from tests.oracles import fsdp, hf, verl
 
 from .conversion import contents, convert
@@ -304,3 +308,43 @@ def test_tensors_that_are_stored_transposed(source_of, tmp_path):
     dcp.save(turned, checkpoint_id=str(tmp_path / "dcp"))
     convert(tmp_path / "dcp", tmp_path / "hf", "hf", **base(source))
     assert contents(tmp_path / "hf") == contents(source.directory)
+
+
+def compressed(source, directory):
+    extension = pytest.importorskip("torch.distributed.checkpoint._extension")
+    if not extension.ZStandard.is_available():
+        pytest.skip("zstandard is not installed")
+    writer = dcp.FileSystemWriter(str(directory), _extensions=[extension.ZStandard()])
+    dcp.save({"model": source_weights(source.directory), "step": 3}, storage_writer=writer)
+    return directory
+
+
+def test_items_that_are_compressed(source_of, tmp_path):
+    source = source_of("llama")
+    compressed(source, tmp_path / "dcp")
+    job = Job("dcp", "hf", tmp_path / "dcp", tmp_path / "hf", hf_base=source.directory)
+    pipeline.convert(job)
+    assert contents(tmp_path / "hf") == contents(source.directory)
+
+
+def test_a_compressed_item_that_is_damaged(source_of, tmp_path):
+    source = source_of("llama")
+    compressed(source, tmp_path / "dcp")
+    file = next((tmp_path / "dcp").glob("*.distcp"))
+    file.write_bytes(file.read_bytes().replace(bytes.fromhex("28b52ffd"), bytes(4)))
+    job = Job("dcp", "hf", tmp_path / "dcp", tmp_path / "hf", hf_base=source.directory)
+    with pytest.raises(CkptxError, match="is no whole zstd stream"):
+        pipeline.convert(job)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_compression_without_its_library_or_of_an_unknown_kind(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"1234")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with SourceFile(path) as file, pytest.raises(FormatError, match="pip install zstandard"):
+        list(zstd.decoded(file, 0, 4, 100))
+    assert zstd.is_zstd(("stream.zstd/1",))
+    assert not zstd.is_zstd(("stream.zstd/2",))
+    assert not zstd.is_zstd(("stream.aes/1",))
+    assert not zstd.is_zstd(("stream.zstd/1", "stream.zstd/1"))
