@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from ckptx.alternatives import Alternatives
 from ckptx.errors import PluginError, listing
 
 if TYPE_CHECKING:
@@ -29,17 +30,19 @@ if TYPE_CHECKING:
 
 GROUP = "ckptx"
 PIN = "CKPTX_PLUGINS"
-ALIASES = {
-    "mcore": "core",
-    "megatron": "legacy",
-    "zero": "deepspeed",
-    "universal": "deepspeed",
-    "lora": "peft",
+ALIASES: Mapping[str, tuple[str, ...]] = {
+    "mcore": ("core",),
+    "megatron": ("legacy",),
+    "zero": ("deepspeed",),
+    "universal": ("deepspeed",),
+    "lora": ("peft",),
+    "fsdp": ("dcp", "verl"),
 }
-"""Other names of formats; the first two are those that Megatron's converter accepts."""
+"""Other names of formats; the first two are those that Megatron's converter accepts.
+
+Of several formats behind one name a loader's source says which it is; the first is written."""
 
 RECOGNISED = {
-    "fsdp": "PyTorch FSDP checkpoints",
     "fsdp_dtensor": "Megatron FSDP checkpoints",
     "rlinf": "RLinf training checkpoints",
     "nemo": "NeMo checkpoints",
@@ -115,8 +118,8 @@ def names(kind: Kind) -> list[str]:
 
 
 def canonical(name: str) -> str:
-    """Return the name behind an alias; other names come back as they are."""
-    return ALIASES.get(name, name)
+    """Return the first name behind an alias; other names come back as they are."""
+    return ALIASES.get(name, (name,))[0]
 
 
 def loader(name: str, megatron_path: str | None = None) -> Loader:
@@ -267,10 +270,12 @@ def _merged(declared: list[Entry]) -> Entry:
 
 
 def _plugin(kind: Literal["loader", "saver"], name: str, megatron_path: str | None) -> Any:
-    entry = entries().get(f"{kind}_{name}") or entries().get(f"{kind}_{canonical(name)}")
-    if entry is not None:
-        entry.refuse_rivals()
-        return _named(entry, _registered(entry))
+    found = _entries(kind, (name,)) or _entries(kind, ALIASES.get(name, ()))
+    plugins = [_named(entry, _registered(entry)) for entry in found]
+    if len(plugins) > 1 and kind == "loader":
+        return Alternatives(name, plugins)
+    if plugins:
+        return plugins[0]
     from ckptx import compat
 
     module = compat.find(kind, name, megatron_path, plain=canonical(name) not in RECOGNISED)
@@ -286,6 +291,13 @@ def _plugin(kind: Literal["loader", "saver"], name: str, megatron_path: str | No
         f"unknown {kind} {name!r}; known {kind}s: {known}; no module {kind}_{name} is on the "
         "Python path either"
     )
+
+
+def _entries(kind: Kind, names: tuple[str, ...]) -> list[Entry]:
+    found = [entry for name in names if (entry := entries().get(f"{kind}_{name}"))]
+    for entry in found:
+        entry.refuse_rivals()
+    return found
 
 
 def _named(entry: Entry, registered: list[Any]) -> Any:

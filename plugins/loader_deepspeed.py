@@ -19,11 +19,11 @@ from ckptx.containers.pickle_values import EnumValue
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor, Stored
-from ckptx.model_directory import base_sidecars, hf_messages
+from ckptx.model_directory import base_sidecars
 from ckptx.model_weights import base_tensors
 from ckptx.plugin import Loader
 from ckptx.plugins.deepspeed import directory, weights
-from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
+from ckptx.plugins.trained import WEIGHTS_ONLY, beside, trained_messages, unwrapped
 from ckptx.protocol import Begin, Dropped, Message
 
 _CONSUMED = frozenset(
@@ -112,7 +112,7 @@ class DeepspeedLoader:
         )
         notes = (*found.notes, *remarks)
         dropped = (*found.dropped, *left)
-        yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped, options)
+        yield from trained_messages(begin, found.tensors, notes, dropped, options)
 
 
 def _without(prefix: str, tensors: Mapping[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:

@@ -38,6 +38,7 @@ from ckptx.plugins.state_dict import (
     layout_option,
     layout_option_value,
 )
+from ckptx.plugins.trained import named_as_in_files
 from ckptx.protocol import Begin, Dropped, End, Message
 from ckptx.schema import Parts
 from ckptx.schemas import legacy
@@ -161,6 +162,10 @@ def _messages(
     if begin.layout == "legacy":
         args = legacy.completed(args)
     parts: Parts
+    notes: tuple[str, ...] = ()
+    if not megatron:
+        named, notes = named_as_in_files(tensors, begin.sidecars, begin.root)
+        tensors = dict(named)
     if megatron and args:
         parts = {"language": spec_from_args(args)}
     elif family is not None and config is not None:
@@ -168,7 +173,8 @@ def _messages(
     else:
         yield begin
         yield passthrough(tensors)
-        yield End(others, ("no config or args name the model: tensors pass through by name",))
+        note = "no config or args name the model: tensors pass through by name"
+        yield End(others, (*notes, note))
         return
     composed = family.name if family is not None and "vision" in parts else ""
     layout = family_named(composed or parts["language"].family).layout(convention)
@@ -176,7 +182,7 @@ def _messages(
         layout = legacy.ordered(layout, version, parts["language"])
     training = {**begin.training, "args": args if megatron and args else None}
     begin = replace(begin, training=training, family=composed)
-    yield from named_messages(begin, tensors, parts, layout, dropped=others)
+    yield from named_messages(begin, tensors, parts, layout, notes, others)
 
 
 def _file_of(source: Path) -> Path:

@@ -30,9 +30,9 @@ from ckptx.containers.sharded import Rank, Share, share, whole
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor
-from ckptx.model_directory import base_sidecars, hf_messages
+from ckptx.model_directory import base_sidecars
 from ckptx.plugin import Loader
-from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
+from ckptx.plugins.trained import WEIGHTS_ONLY, beside, trained_messages, unwrapped
 from ckptx.protocol import Begin, Dropped, Message, SourceTensor
 
 ACTOR = "actor"
@@ -97,7 +97,7 @@ class VerlLoader:
             parallel={"world_size": len(files)},
         )
         dropped = (*found.dropped, *_left(directory, source, begin.sidecars))
-        yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped, options)
+        yield from trained_messages(begin, found.tensors, notes, dropped, options)
 
 
 @dataclass(frozen=True, slots=True)
