@@ -1,5 +1,7 @@
 """Load a checkpoint of DeepSpeed: ZeRO stages 0 to 3 of any number of ranks, and universal ones.
 
+Models that AutoTP has split, a PipelineModule and DeepSpeed's own mixtures of experts among them.
+
 Weights are the fp32 masters of the optimizer, put together from the ranks' pieces; names are those
 of the module that was given to ``deepspeed.initialize``: Hugging Face's.
 
@@ -16,12 +18,12 @@ import click
 
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
-from ckptx.lazy import LazyTensor, Stored
+from ckptx.lazy import LazyTensor, Shape, Stored
 from ckptx.model_directory import base_sidecars, hf_messages
-from ckptx.model_weights import base_tensors
+from ckptx.model_weights import base_tensors, read_weights
 from ckptx.plugin import Loader
-from ckptx.plugins.deepspeed import directory, weights
-from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
+from ckptx.plugins.deepspeed import directory, ranks, weights
+from ckptx.plugins.trained import WEIGHTS_ONLY, beside, shapes_of_config, unwrapped
 from ckptx.protocol import Begin, Dropped, Message
 
 _CONSUMED = frozenset(
@@ -29,6 +31,7 @@ _CONSUMED = frozenset(
         *("module", "buffer_names", "param_shapes", "frozen_param_shapes", "shared_params"),
         *("frozen_param_fragments", "dp_world_size", "mp_world_size", "num_experts"),
         *("checkpoint_parallel_dimensions", "ds_config", "ds_version", "ds_autoep_layers"),
+        "universal_checkpoint_info",
     }
 )
 """What the model states say about the weights; all else is the state of the training."""
@@ -47,7 +50,7 @@ class DeepspeedLoader:
 
     name = "deepspeed"
     capabilities: Mapping[str, Any] = {
-        "formats": ["DeepSpeed ZeRO 0 to 3", "DeepSpeed universal"],
+        "formats": ["DeepSpeed ZeRO 0 to 3", "AutoTP", "PipelineModule", "DeepSpeed universal"],
         "layouts": ["hf"],
         "passthrough": True,
         "lossless": True,
@@ -68,6 +71,11 @@ class DeepspeedLoader:
                 ["--prefix"],
                 help="What a module around the model has put before its names, as 'model.'.",
             ),
+            click.Option(
+                ["--layer-map"],
+                type=click.Path(exists=True, dir_okay=False),
+                help="JSON file with the names of a PipelineModule's layers.  [from the config]",
+            ),
         ]
 
     def detect(self, source: Path) -> bool:
@@ -77,19 +85,19 @@ class DeepspeedLoader:
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the model; names that no schema knows pass through."""
         masters = (options.get("weights") or "master") == "master"
-        checkpoint = directory.read(directory.find(source, options.get("tag")), masters)
+        saved = directory.read(directory.find(source, options.get("tag")), masters)
         # What is converted to another dtype anyway need not have one dtype before.
         widen = options.get("dtype") is None
+        prefix = options.get("prefix") or ""
+        small = {**beside(saved.directory), **base_sidecars(options)}
         try:
-            found = (
-                weights.of_masters(checkpoint, widen) if masters else weights.of_module(checkpoint)
-            )
-            left = _left(checkpoint)
+            shapes = _shapes(saved, small, prefix, options)
+            found = ranks.gathered(saved, masters, widen, shapes, options.get("layer_map"))
+            left = _left(saved)
         except RecursionError as error:
             raise FormatError(f"{source}: its objects are nested too deeply") from error
-        prefix = options.get("prefix") or ""
         found.tensors = unwrapped(_without(prefix, found.tensors, source), source)
-        files = list(checkpoint.files)
+        files = list(saved.files)
         filled, remarks = base_tensors(files, found.tensors, options)
         found.declare("base", filled)
         found.tensors |= weights.widened(filled) if masters and widen else filled
@@ -99,13 +107,26 @@ class DeepspeedLoader:
             parts={},
             files=tuple(map(str, files)),
             sources=tuple(found.sources),
-            root=str(checkpoint.directory),
-            sidecars={**beside(checkpoint.directory), **base_sidecars(options)},
+            root=str(saved.directory),
+            sidecars=small,
             training={"iteration": "release"},
         )
         notes = (*found.notes, *remarks)
         dropped = (*found.dropped, *left)
         yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped)
+
+
+def _shapes(
+    saved: directory.Saved, small: Mapping[str, bytes], prefix: str, options: Mapping[str, Any]
+) -> dict[str, Shape]:
+    """Return the shapes of the whole model, where ranks hold parts that may not say what of."""
+    if len(saved.ranks) == 1 and not saved.layers:
+        return {}
+    shapes = shapes_of_config(small, saved.directory)
+    if options.get("hf_base") is not None and not shapes:
+        base = read_weights(Path(options["hf_base"]))
+        shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    return {("" if saved.layers else prefix) + name: shape for name, shape in shapes.items()}
 
 
 def _without(prefix: str, tensors: Mapping[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:
@@ -124,17 +145,19 @@ def _without(prefix: str, tensors: Mapping[str, LazyTensor], source: Path) -> di
     return found
 
 
-def _left(checkpoint: directory.Checkpoint) -> tuple[Dropped, ...]:
+def _left(saved: directory.Saved) -> tuple[Dropped, ...]:
     """Return the state of the training, by name with its bytes in all ranks together."""
     sizes: dict[str, int] = {}
-    states = list(checkpoint.models)
-    states += [state["optimizer_state_dict"] for state in checkpoint.optimizers]
+    states = [model for rank in saved.ranks for model in rank.models]
+    optimizers = [state for rank in saved.ranks for state in rank.optimizers]
+    states += [state["optimizer_state_dict"] for state in optimizers]
+    states += saved.expert_optimizers
     for state in states:
         for key, value in state.items():
             if key not in _CONSUMED | _PIECES and value is not None:
                 sizes.setdefault(str(key), 0)
                 _add_sizes(str(key), value, sizes)
-    for path in checkpoint.skipped:
+    for path in saved.skipped:
         sizes[path.name] = sizes.get(path.name, 0) + path.stat().st_size
     return tuple(Dropped(name, WEIGHTS_ONLY, size) for name, size in sizes.items())
 

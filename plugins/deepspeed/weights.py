@@ -43,11 +43,13 @@ class Weights:
     sources: list[SourceTensor] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    label: str = ""
+    """What goes before the names of sources, where several ranks have the same."""
 
     def declare(self, place: str, tensors: Mapping[str, LazyTensor]) -> None:
         """Add tensors to what the source holds, those without elements left out."""
         self.sources += [
-            SourceTensor(f"{place}: {name}", tensor)
+            SourceTensor(f"{self.label}{place}: {name}", tensor)
             for name, tensor in tensors.items()
             if tensor.numel
         ]
@@ -70,7 +72,7 @@ def of_module(checkpoint: Checkpoint) -> Weights:
             f"{checkpoint.directory}: ZeRO 3 leaves no weights in the module; take the fp32 "
             "masters: leave --weights module out"
         )
-    weights = Weights()
+    weights = Weights(label=checkpoint.label)
     module = _module(checkpoint, weights)
     weights.tensors |= module
     _drop_fragments(checkpoint, weights)
@@ -86,8 +88,13 @@ def of_masters(checkpoint: Checkpoint, widen: bool = True) -> Weights:
         FormatError: pieces have not the sizes that the shapes need, or masters and module are not
             of one save.
     """
-    weights = Weights()
+    weights = Weights(label=checkpoint.label)
     module = _module(checkpoint, weights)
+    if checkpoint.stage == 0 and checkpoint.optimizers:
+        raise FormatError(
+            f"{checkpoint.directory}: its optimizer files hold fp32 masters, and no param_shapes "
+            "say whose; take the module's weights with --weights module"
+        )
     if checkpoint.stage == 0 and not _has_masters(checkpoint):
         weights.tensors |= module
         weights.notes.append("there are no fp32 masters: the weights are those of the module")
@@ -97,11 +104,11 @@ def of_masters(checkpoint: Checkpoint, widen: bool = True) -> Weights:
     else:
         masters = {0: _unsplit, 2: _joined, 3: _gathered}[checkpoint.stage](checkpoint, weights)
     check_against_module(checkpoint, masters, module)
-    trained = [module[name] for name in masters if name in module]
-    weights.drop("module", "the fp32 masters of these are converted", trained)
+    shared = checkpoint.model.get("shared_params") or {}
+    trained = dict.fromkeys(module[name] for name in (*masters, *shared) if name in module)
+    weights.drop("module", "the fp32 masters of these are converted", list(trained))
     weights.tensors |= masters
     weights.tensors |= _frozen(checkpoint, module, weights, widen)
-    shared = checkpoint.model.get("shared_params") or {}
     for alias, name in shared.items():
         if name not in weights.tensors:
             raise FormatError(
@@ -268,7 +275,7 @@ def _identified(
 ) -> dict[str, LazyTensor] | None:
     """Return every master under the name of the one weight that it is, rounded, in every byte.
 
-    None where a master is equal to no weight, or to several.
+    None where a master is equal to no weight, or to several, or two differ that are of one weight.
     """
     found: dict[str, LazyTensor] = {}
     for master in (tensor for group in groups for tensor in group):
@@ -278,9 +285,14 @@ def _identified(
             if same_ends(master, tensor, files)
             and (not tensor.shape or equal(master.cast(tensor.dtype), tensor, files))
         ]
-        if len(own) != 1 or own[0] in found:
+        if len(own) != 1:
             return None
-        found[own[0]] = master
+        (name,) = own
+        known = found.setdefault(name, master)
+        if known is not master:  # of a tied weight, or one that all expert-parallel ranks train
+            if not equal(known, master, files):
+                return None
+            found[name] = replicated([known, master])
     return found
 
 
