@@ -22,6 +22,7 @@ from ckptx.model_directory import (
     base_sidecars,
     family_named,
     family_of,
+    hf_messages,
     named_messages,
     parts_from_config,
     read_config,
@@ -156,6 +157,9 @@ def _messages(
     parts: Parts
     if megatron and args:
         parts = {"language": spec_from_args(args)}
+    elif family is not None and config is not None and not megatron:
+        yield from hf_messages(begin, tensors, dropped=others)
+        return
     elif family is not None and config is not None:
         parts = parts_from_config(family, config)
     else:
