@@ -138,6 +138,7 @@ def _module(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
 
 def _joined(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
     """Return the masters of ZeRO 1 and 2: the pieces of all ranks, one after another."""
+    check_steps(checkpoint)
     found: dict[str, LazyTensor] = {}
     states = [state["optimizer_state_dict"] for state in checkpoint.optimizers]
     for rank, state in enumerate(states):

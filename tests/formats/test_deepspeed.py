@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,7 @@ LOADER = manager.loader("deepspeed")
 HF_SAVER = manager.saver("hf")
 BY_NAME = {model.name: model for model in MODELS}
 LLAMA, TIED = BY_NAME["llama"], BY_NAME["qwen2-tied"]
-EXCLUDED = "zero2_excluded"
+EXCLUDED = ("zero2_excluded", "zero3_excluded")
 FILLED = ("model.embed_tokens.weight", "*.up_proj.weight", "model.norm.weight")
 
 
@@ -75,7 +77,7 @@ def with_alias(state, case):
 
 
 def computed_in(case):
-    dtypes = {"fp16": torch.float16, "fp32": torch.float32, EXCLUDED: torch.float32}
+    dtypes = {"fp16": torch.float16, "fp32": torch.float32, "zero2_excluded": torch.float32}
     return next((dtype for word, dtype in dtypes.items() if word in case), torch.bfloat16)
 
 
@@ -101,7 +103,7 @@ def refusal(source, **options):
 class TestMasters:
     """The fp32 weights are those that DeepSpeed itself gathers."""
 
-    @pytest.mark.parametrize("case", [case for case in CASES if case != EXCLUDED])
+    @pytest.mark.parametrize("case", [case for case in CASES if case not in EXCLUDED])
     def test_are_what_deepspeed_gathers(self, case):
         expected = {name: wide(tensor) for name, tensor in gathered(case).items()}
         assert_state(loaded_by_name(LOADER, GOLDEN / case), with_alias(expected, case))
@@ -116,7 +118,7 @@ class TestMasters:
     def test_the_module_is_what_is_computed_with(self, case):
         found = values(LOADER.load(GOLDEN / case, {"weights": "module"}))["passthrough"]
         expected = with_alias(gathered(case), case)
-        if case == EXCLUDED:
+        if case in EXCLUDED:
             expected = {name: expected[name] for name in found}
             assert len(found) == len(gathered(case)) - len(FILLED)
         assert_state(found, {n: t.to(computed_in(case)) for n, t in expected.items()})
@@ -160,15 +162,18 @@ class TestMasters:
         expected[frozen] = expected[frozen].bfloat16().float()
         assert_state(loaded_by_name(LOADER, root), expected)
 
-    def test_excluded_weights_come_from_the_base(self, tmp_path):
+    @pytest.mark.parametrize("case", EXCLUDED)
+    def test_excluded_weights_come_from_the_base(self, case, tmp_path):
         base = model_of(tmp_path / "base")
-        expected = gathered(EXCLUDED)
+        expected = {name: tensor.float() for name, tensor in gathered(case).items()}
         save_file({n: t.bfloat16() for n, t in expected.items()}, base / "model.safetensors")
         options = {"hf_base": base}
         with pytest.raises(SchemaError, match=r"model\.embed_tokens\.weight"):
-            list(LOADER.load(GOLDEN / EXCLUDED, options))
-        sent = list(LOADER.load(GOLDEN / EXCLUDED, {**options, "fill_from_base": FILLED}))
-        assert len([n for n in end_of(sent).notes if "was filled from the base model" in n]) == 3
+            list(LOADER.load(GOLDEN / case, options))
+        sent = list(LOADER.load(GOLDEN / case, {**options, "fill_from_base": FILLED}))
+        notes = end_of(sent).notes
+        assert len([note for note in notes if "was filled from the base model" in note]) == 3
+        assert "'model.norm.weight' was filled from the base model, model.safetensors" in notes
         save(HF_SAVER, sent, tmp_path / "hf", {})
         found = load_file(tmp_path / "hf" / "model.safetensors")
         filled = {"model.embed_tokens.weight", "model.norm.weight"}
@@ -513,6 +518,37 @@ class TestBadInput:
         faults.drop(root / "global_step3" / "zero_pp_rank_1_mp_rank_00_model_states.pt")
         assert "model states of 1 of 3 ranks are missing: rank 1; copy them" in refusal(root)
 
+    @pytest.mark.parametrize(
+        ("spoil", "options", "reason"),
+        [
+            (lambda tag: shutil.rmtree(tag), [], "no checkpoint of DeepSpeed"),
+            (lambda tag: (tag.parent / "latest").write_text("best"), [], "latest says 'best'"),
+            (lambda tag: None, ["-t", "step1"], "--tag says 'step1', found 'global_step3'"),
+            (lambda tag: [p.unlink() for p in tag.glob("*optim*")], [], "no *_optim_states.pt"),
+            (lambda tag: faults.truncate(next(tag.glob("*rank_1*"))), [], "rank_1"),
+            (lambda tag: faults.drop(next(tag.glob("*rank_1*"))), [], "are missing: rank 1"),
+        ],
+    )
+    def test_the_command_says_one_line_and_writes_nothing(self, spoil, options, reason, tmp_path):
+        root = copied("zero2_bf16_groups", tmp_path)
+        spoil(root / "global_step3")
+        target = tmp_path / "out" / "hf"
+        command = ["-m", "ckptx", "convert", root, target, "--to", "hf", "--loader", "deepspeed"]
+        done = subprocess.run(
+            [sys.executable, *map(str, command), *options], capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ")
+        assert reason in line
+        assert not list(tmp_path.glob("out/*"))
+
+    def test_a_rank_too_many(self, tmp_path):
+        root = copied("zero2_bf16_groups", tmp_path)
+        file = "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+        shutil.copy(root / "global_step3" / file.format(2), root / "global_step3" / file.format(3))
+        assert "split over 3 ranks, found files of 4" in refusal(root)
+
     @pytest.mark.parametrize("case", ["zero2_bf16_groups", "zero3_bf16"])
     def test_no_optimizer_files(self, case, tmp_path):
         root = copied(case, tmp_path)
@@ -541,14 +577,28 @@ class TestBadInput:
         shutil.move(first, second)
         shutil.move(tmp_path / "kept", first)
         reason = refusal(root)
+        assert "'model.embed_tokens.weight': the fp32 master in the optimizer's files" in reason
         assert "rounded to float16, is not the weight in the module" in reason
         assert "--weights module" in reason
         assert list(LOADER.load(root, {"weights": "module"}))
 
-    def test_optimizers_of_another_step(self, tmp_path):
+    @pytest.mark.parametrize("rank", range(5))
+    def test_a_foreign_piece_inside_of_one_tensor(self, rank, tmp_path):
+        """A rank may have no end of a tensor."""
+        state = {"a.weight": torch.randn(300, 1000), "b.weight": torch.randn(10, 10)}
+        for name, factor in (("one", 1.0), ("two", 2.0)):
+            scaled = {key: tensor * factor for key, tensor in state.items()}
+            zero_by_hand.write(tmp_path / name, scaled, 2, 5)
+        file = Path("global_step7", f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        assert list(LOADER.load(tmp_path / "one", {}))
+        shutil.copy(tmp_path / "two" / file, tmp_path / "one" / file)
+        assert "'a.weight': the fp32 master" in refusal(tmp_path / "one")
+
+    @pytest.mark.parametrize("stage", [2, 3])
+    def test_optimizers_of_another_step(self, stage, tmp_path):
         state = {"a.weight": torch.ones(6, 4)}
         for name, step in (("one", 7.0), ("two", 8.0)):
-            zero_by_hand.write(tmp_path / name, state, 3, 2, step=step)
+            zero_by_hand.write(tmp_path / name, state, stage, 2, step=step)
         file = Path("global_step7", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")
         shutil.copy(tmp_path / "two" / file, tmp_path / "one" / file)
         reason = refusal(tmp_path / "one")
