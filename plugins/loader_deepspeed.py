@@ -20,7 +20,7 @@ from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor, Shape, Stored
 from ckptx.model_directory import base_sidecars, hf_messages
-from ckptx.model_weights import base_tensors, read_weights
+from ckptx.model_weights import INDEXES, SINGLES, base_tensors, read_weights
 from ckptx.plugin import Loader
 from ckptx.plugins.deepspeed import directory, ranks, weights
 from ckptx.plugins.trained import WEIGHTS_ONLY, beside, shapes_of_config, unwrapped
@@ -123,8 +123,9 @@ def _shapes(
     if len(saved.ranks) == 1 and not saved.layers:
         return {}
     shapes = shapes_of_config(small, saved.directory)
-    if options.get("hf_base") is not None and not shapes:
-        base = read_weights(Path(options["hf_base"]))
+    place = Path(options.get("hf_base") or saved.directory)
+    if not shapes and any((place / name).is_file() for name in (*INDEXES, *SINGLES)):
+        base = read_weights(place)
         shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     return {("" if saved.layers else prefix) + name: shape for name, shape in shapes.items()}
 

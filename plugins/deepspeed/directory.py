@@ -18,9 +18,10 @@ deepspeed/checkpoint/constants.py, deepspeed/checkpoint/ds_to_universal.py @ v0.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ class Checkpoint:
     def module(self) -> Mapping[str, Any]:
         """The tensors of the module by name, of no elements at ZeRO 3."""
         found: Mapping[str, Any] = self.model["module"]
-        return found
+        return {str(name): value for name, value in found.items() if isinstance(value, Stored)}
 
 
 @dataclass(slots=True)
@@ -198,16 +199,18 @@ def _check_grid(
     directory: Path, files: Mapping[tuple[int, int], Path], count: int, world: int, what: str
 ) -> None:
     """Raise unless there is a file of every rank."""
-    grid = [(mp, dp) for mp in range(count) for dp in range(world)]
-    missing = [(mp, dp) for mp, dp in grid if (mp, dp) not in files]
+    # Numbers are read from names of files: they may be any.
+    grid = ((mp, dp) for mp in range(count) for dp in range(world))
+    missing = list(itertools.islice((place for place in grid if place not in files), 10))
     if not missing:
         return
     if count == 1:
-        said = f"rank {', '.join(str(dp) for _, dp in missing[:10])}"
+        said = f"rank {', '.join(str(dp) for _, dp in missing)}"
     else:
-        said = ", ".join(f"mp_rank_{mp:02d} of rank {dp}" for mp, dp in missing[:10])
+        said = ", ".join(f"mp_rank_{mp:02d} of rank {dp}" for mp, dp in missing)
     raise FormatError(
-        f"{directory}: {what} of {len(missing)} of {len(grid)} ranks are missing: {said}; copy them"
+        f"{directory}: {what} of {count * world - len(files)} of {count * world} ranks are "
+        f"missing: {said}; copy them"
     )
 
 
@@ -284,21 +287,29 @@ def _read_experts(saved: Saved, masters: bool) -> None:
     }
     optimizers = _by_rank(saved.directory, _EXPERT_OPTIM)
     counts = saved.ranks[0].model.get("num_experts") or ()
-    if not isinstance(counts, list | tuple) or not all(type(count) is int for count in counts):
+    if not isinstance(counts, list | tuple) or not all(
+        type(count) is int and count >= 0 for count in counts
+    ):
         raise FormatError(f"{saved.directory}: 'num_experts' is not a list of numbers")
-    wanted = [(layer, e) for layer, count in enumerate(counts) for e in range(count)]
-    missing = [f"layer_{layer}_expert_{e}" for layer, e in wanted if (layer, e) not in files]
-    if missing:
-        raise FormatError(
-            f"{saved.directory}: the files of {len(missing)} of {len(wanted)} experts are missing: "
-            f"{listing(missing)}; copy them"
-        )
-    foreign = [files[place].name for place in files if place not in wanted]
+    foreign = [
+        path.name
+        for (layer, expert), path in files.items()
+        if layer >= len(counts) or expert >= counts[layer]
+    ]
     if foreign:
         raise FormatError(
             f"{saved.directory}: {listing(foreign)}: the model states say of no such expert; the "
             "files are not of one checkpoint"
         )
+    if sum(counts) != len(files):
+        places = ((layer, e) for layer, count in enumerate(counts) for e in range(count))
+        missing = itertools.islice((place for place in places if place not in files), 10)
+        names = [f"layer_{layer}_expert_{expert}" for layer, expert in missing]
+        raise FormatError(
+            f"{saved.directory}: the files of {sum(counts) - len(files)} of {sum(counts)} experts "
+            f"are missing: {listing(names)}; copy them"
+        )
+    wanted = sorted(files)
     if not wanted:
         saved.skipped += optimizers.values()
         return
@@ -410,11 +421,13 @@ def _check_kind(model: Mapping[str, Any], directory: Path, count: int) -> None:
             f"{directory}: AutoEP has split the experts of this checkpoint, which is not loaded; "
             "save it without, or gather it with DeepSpeed"
         )
-    degrees = model.get("checkpoint_parallel_dimensions") or {}
+    degrees = model.get("checkpoint_parallel_dimensions")
+    degrees = degrees if isinstance(degrees, Mapping) else {}
     sizes = [degrees.get(key) for key in ("pp_degree", "tp_degree")]
     said = [size for size in sizes if type(size) is int]
     exact = len(said) == len(sizes)
-    wanted = math.prod(said) if exact else model.get("mp_world_size") or 1
+    size = model.get("mp_world_size")
+    wanted = math.prod(said) if exact else size if type(size) is int else 1
     if count < wanted or (exact and count > wanted):
         raise FormatError(
             f"{directory}: split over {wanted} tensor or pipeline parallel ranks, found files of "
@@ -435,11 +448,15 @@ def _are_shapes(value: Any) -> bool:
     )
 
 
+def _are_names(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
 _SOUND: Mapping[str, Callable[[Any], bool]] = {
     "param_shapes": lambda value: isinstance(value, list) and all(map(_are_shapes, value)),
     "frozen_param_shapes": _are_shapes,
     "frozen_param_fragments": lambda value: isinstance(value, Mapping),
-    "shared_params": lambda value: isinstance(value, Mapping),
-    "buffer_names": lambda value: isinstance(value, list),
+    "shared_params": lambda value: isinstance(value, Mapping) and _are_names(value.values()),
+    "buffer_names": lambda value: isinstance(value, list) and _are_names(value),
 }
 """What is relied on in the model states, where it is there."""

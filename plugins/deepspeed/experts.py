@@ -21,6 +21,7 @@ from typing import Any
 
 from ckptx.errors import FormatError
 from ckptx.plugins.deepspeed.directory import Checkpoint, Saved
+from ckptx.plugins.deepspeed.weights import has_masters, together
 
 _NUMBER = re.compile(r"(?P<before>.*\.deepspeed_experts\.)(?P<number>\d+)(?P<after>\..*)")
 _BY_GROUP = ("single_partition_of_fp32_groups", "param_alignment_paddings")
@@ -31,11 +32,10 @@ def with_module(saved: Saved) -> Checkpoint:
     (found,) = saved.ranks
     model = {**found.model, "module": {**found.module, **saved.experts}}
     optimizers = [entry.get("optimizer") for entry in saved.expert_optimizers]
-    key = "fp32_groups"
-    masters = [entry for entry in optimizers if isinstance(entry, Mapping) and key in entry]
+    masters = [entry for entry in optimizers if has_masters(entry)]
     if masters and len(masters) == len(optimizers):
         # The optimizers of all ranks are one: by their values it is known whose masters they hold.
-        model["optimizer"] = {key: [group for entry in masters for group in entry[key]]}
+        model["optimizer"] = together(masters)
     return replace(found, models=[model])
 
 
@@ -46,7 +46,7 @@ def shares(saved: Saved) -> Iterator[Checkpoint]:
         FormatError: ranks do not divide into groups, or a group of parameters is of both kinds.
     """
     whole = with_module(saved)
-    groups = whole.model["param_shapes"]
+    groups, everything = whole.model["param_shapes"], whole.module
     of_experts = [g for g, shapes in enumerate(groups) if any(map(_NUMBER.fullmatch, shapes))]
     dense = [g for g in range(len(groups)) if g not in of_experts]
     if any(not _NUMBER.fullmatch(name) for g in of_experts for name in groups[g]):
@@ -58,7 +58,7 @@ def shares(saved: Saved) -> Iterator[Checkpoint]:
     found = []
     for g in of_experts:
         for rank, (own, optimizers) in enumerate(_ranks(whole, g)):
-            module = {name: whole.module[name] for name in own if name in whole.module}
+            module = {name: everything[name] for name in own if name in everything}
             taken |= module
             model = {**whole.model, "param_shapes": [own], "module": module}
             model |= {"frozen_param_shapes": {}, "frozen_param_fragments": {}, "shared_params": {}}
@@ -70,7 +70,7 @@ def shares(saved: Saved) -> Iterator[Checkpoint]:
     model = {
         **whole.model,
         "param_shapes": [groups[g] for g in dense],
-        "module": {name: t for name, t in whole.module.items() if name not in taken},
+        "module": {name: t for name, t in everything.items() if name not in taken},
         "frozen_param_shapes": {n: s for n, s in frozen.items() if not _NUMBER.fullmatch(n)},
     }
     yield replace(whole, models=[model], optimizers=_cut(whole.optimizers, dense))

@@ -26,6 +26,7 @@ from ckptx.errors import FormatError, listing
 from ckptx.lazy import LazyTensor, Shape, Stored
 from ckptx.loading import equal
 from ckptx.plugins.deepspeed.directory import Checkpoint, Saved
+from ckptx.plugins.deepspeed.weights import has_masters, together
 
 _TIED = "tied_modules."
 _NEEDED = (
@@ -52,11 +53,12 @@ def stages(saved: Saved) -> Iterator[Checkpoint]:
         yield replace(saved.ranks[0], models=[_together(models, tensors)], label="")
         return
     trained = [{n for shapes in model["param_shapes"] for n in shapes} for model in models]
-    for layer in sorted({int(name.split(".")[0]) for own in trained for name in own}):
-        if layer not in saved.layers:
+    for name in sorted(name for own in trained for name in own):
+        layer = name.partition(".")[0]
+        if not layer.isdigit() or int(layer) not in saved.layers:
             raise FormatError(
-                f"{saved.directory}: layer {layer} is in param_shapes, and there is no "
-                f"layer_{layer:02d}-model_states.pt; copy it"
+                f"{saved.directory}: {name!r} is in param_shapes, and there is no file of its "
+                f"layer, layer_{layer:>02}-model_states.pt; copy it"
             )
     rest = {name: t for name, t in tensors.items() if not any(name in own for own in trained)}
     for found, model, own in zip(saved.ranks, models, trained, strict=True):
@@ -76,12 +78,10 @@ def numbered(saved: Saved) -> dict[str, Stored]:
 
 def _together(models: Sequence[Mapping[str, Any]], tensors: Mapping[str, Stored]) -> dict[str, Any]:
     """Return one model of the stages without ZeRO, whose masters have no names of their own."""
-    optimizers = [model.get("optimizer") for model in models]
-    key = "fp32_groups"
     model = {**models[0], "module": tensors, "param_shapes": None}
-    masters = [entry for entry in optimizers if isinstance(entry, Mapping) and key in entry]
-    if len(masters) == len(optimizers):
-        model["optimizer"] = {key: [group for entry in masters for group in entry[key]]}
+    masters = [entry for entry in (m.get("optimizer") for m in models) if has_masters(entry)]
+    if len(masters) == len(models):
+        model["optimizer"] = together(masters)
     return model
 
 
@@ -115,7 +115,9 @@ def _named(
     named = {n for rank in saved.ranks for own in rank.model["param_shapes"] or () for n in own}
     own = {layer for layer in saved.layers if not any(n.startswith(f"{layer}.") for n in named)}
     layers: dict[str, int] = {}
-    for key in dict.fromkeys(n.split(".")[1] for n in named if n.startswith(_TIED)):
+    for key in dict.fromkeys(
+        n.removeprefix(_TIED).partition(".")[0] for n in named if n.startswith(_TIED)
+    ):
         shapes = {
             n.removeprefix(f"{_TIED}{key}."): tuple(shape)
             for group in groups
@@ -129,7 +131,7 @@ def _named(
         entry = {}
         for name, shape in group.items():
             if name.startswith(_TIED):
-                _, key, rest = name.split(".", 2)
+                key, _, rest = name.removeprefix(_TIED).partition(".")
                 name = f"{layers[key]}.{rest}"
             entry[name] = shape
         renamed.append(entry)

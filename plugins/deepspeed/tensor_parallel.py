@@ -40,17 +40,16 @@ class Join:
     def __init__(
         self, model: Mapping[str, Any], place: object, shapes: Mapping[str, Shape]
     ) -> None:
-        info = model.get(_INFO)
-        self.info: Mapping[str, Any] = info if isinstance(info, Mapping) else {}
+        self.info = _mapping(model.get(_INFO))
         self.place = place
         self.shapes = shapes
-        self.shared: Mapping[str, str] = model.get("shared_params") or {}
-        affine = self.info.get("affine_map") or {}
+        self.shared = _mapping(model.get("shared_params"))
+        affine = _mapping(self.info.get("affine_map"))
         if affine.get("version", 1) != 1:
             raise FormatError(
                 f"{place}: affine_map of version {affine['version']}; known is version 1"
             )
-        self.maps: Mapping[str, Any] = affine.get("params") or {}
+        self.maps = _mapping(affine.get("params"))
         self.buffers = set(model.get("buffer_names") or ())
 
     def whole(self, name: str, shards: Sequence[LazyTensor]) -> LazyTensor:
@@ -61,16 +60,16 @@ class Join:
         """
         try:
             return self._whole(self.shared.get(name, name), shards)
-        except (PlanError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (PlanError, LookupError, TypeError, ValueError, AttributeError, re.error) as error:
             found = ", ".join(str(list(shard.shape)) for shard in shards)
             raise FormatError(
                 f"{self.place}: {name!r}: shards of {found} do not make one tensor: {error}"
             ) from error
 
     def _whole(self, name: str, shards: Sequence[LazyTensor]) -> LazyTensor:
-        affine = next((value for key, value in self.maps.items() if re.search(key, name)), None)
-        if affine is not None:
-            return _placed(affine, shards)
+        pattern = f"^{re.escape(name)}$"  # DeepSpeed writes no other
+        if pattern in self.maps:
+            return _placed(self.maps[pattern], shards)
         if name in self.buffers:
             return replicated(shards)
         if _matching(self.info.get(_UNSUPPORTED), name):
@@ -96,6 +95,10 @@ class Join:
         if wanted != whole.shape:
             raise PlanError(f"joined they are {list(whole.shape)}, the base has {list(wanted)}")
         return whole
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _matching(patterns: Any, name: str) -> bool:

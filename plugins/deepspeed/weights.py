@@ -23,7 +23,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from ckptx.errors import FormatError, PlanError, listing
 from ckptx.lazy import Filled, LazyTensor, Shape, Stored, concat, is_widening, replicated
@@ -95,7 +95,7 @@ def of_masters(checkpoint: Checkpoint, widen: bool = True) -> Weights:
             f"{checkpoint.directory}: its optimizer files hold fp32 masters, and no param_shapes "
             "say whose; take the module's weights with --weights module"
         )
-    if checkpoint.stage == 0 and not _has_masters(checkpoint):
+    if checkpoint.stage == 0 and not has_masters(checkpoint.model.get("optimizer")):
         weights.tensors |= module
         weights.notes.append("there are no fp32 masters: the weights are those of the module")
         return weights
@@ -127,11 +127,12 @@ def of_masters(checkpoint: Checkpoint, widen: bool = True) -> Weights:
 
 def _module(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
     """Return the tensors of the module that have elements or need none."""
+    tensors = checkpoint.module
     module: dict[str, LazyTensor] = {
-        str(name): tensor
-        for name, tensor in checkpoint.module.items()
-        if isinstance(tensor, Stored) and (checkpoint.stage < 3 or tensor.numel)
+        name: tensor for name, tensor in tensors.items() if checkpoint.stage < 3 or tensor.numel
     }
+    if odd := [str(name) for name in checkpoint.model["module"] if str(name) not in tensors]:
+        weights.notes.append(f"{listing(odd)}: in the module and no tensor, left behind")
     weights.declare("module", module)
     return module
 
@@ -297,10 +298,17 @@ def _identified(
     return found
 
 
-def _has_masters(checkpoint: Checkpoint) -> bool:
+def has_masters(optimizer: Any) -> TypeGuard[Mapping[str, Any]]:
     """Return whether an optimizer without ZeRO keeps weights of its own: it does not in fp32."""
-    optimizer = checkpoint.model.get("optimizer")
-    return isinstance(optimizer, Mapping) and _masters_key(optimizer) in optimizer
+    return isinstance(optimizer, Mapping) and isinstance(
+        optimizer.get(_masters_key(optimizer)), list | tuple
+    )
+
+
+def together(optimizers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the optimizers without ZeRO of several ranks as one, with the masters of all."""
+    key = _masters_key(optimizers[0])
+    return {key: [group for one in optimizers for group in one.get(key) or ()]}
 
 
 def _masters_key(optimizer: Mapping[str, Any]) -> str:
@@ -311,7 +319,7 @@ def _masters_key(optimizer: Mapping[str, Any]) -> str:
 def _cut(group: Any, like: Sequence[LazyTensor]) -> list[LazyTensor]:
     """Return the masters of a group, cut where those of a fused optimizer lie end to end."""
     if not isinstance(group, LazyTensor):
-        return list(group)
+        return list(group) if isinstance(group, list | tuple) else [group]
     sizes = [tensor.numel for tensor in like]
     if sum(sizes) != group.numel:
         return [group]

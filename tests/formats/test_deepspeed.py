@@ -351,7 +351,7 @@ class TestPipeline:
         faults.drop(root / "global_step3" / "layer_01-model_states.pt")
         file = self.layer_map(tmp_path / "map.json")
         reason = refusal(root, layer_map=file)
-        assert "layer 1 is in param_shapes, and there is no layer_01-model_states.pt" in reason
+        assert "there is no file of its layer, layer_01-model_states.pt; copy it" in reason
 
     def test_layers_of_tensor_parallel_ranks(self, tmp_path):
         root = copied("pipeline_zero1", tmp_path)
@@ -685,6 +685,7 @@ class TestBadInput:
             ("mp_rank_02_model_states.pt", "model states of 1 of 3 ranks are missing: mp_rank_01"),
             ("bf16_zero_pp_rank_4_mp_rank_00_optim_states.pt", "1 of 5 ranks are missing: rank 3"),
             ("expert_1_mp_rank_00_model_states.pt", "not the name of a file that DeepSpeed writes"),
+            ("mp_rank_1000000000_model_states.pt", "of 1000000001 ranks are missing: mp_rank_01"),
             ("my_optim_states.pt", "not the name of a file that DeepSpeed writes"),
         ],
     )
@@ -703,6 +704,12 @@ class TestBadInput:
                 {"num_experts": [1, 1]},
                 "the files of 2 of 2 experts are missing: 'layer_0_expert_0'",
             ),
+            (
+                {"num_experts": [1 << 40]},
+                "experts are missing: 'layer_0_expert_0', 'layer_0_expert",
+            ),
+            ({"num_experts": ["x"]}, "'num_experts' is not a list of numbers"),
+            ({"buffer_names": [[]]}, "'buffer_names' of the model states is not what"),
             ({"ds_autoep_layers": [{}]}, "AutoEP has split the experts"),
             (
                 {"checkpoint_parallel_dimensions": {"pp_degree": 2, "tp_degree": 1}},

@@ -54,7 +54,7 @@ class Around(torch.nn.Module):
 
 
 class Pooling(torch.nn.Module):
-    """The parameters of LightRFT's AttentionPooling (lightrft/models/utils.py)."""
+    """Parameters as those of LightRFT's AttentionPooling: a query, keys and values."""
 
     def __init__(self) -> None:
         super().__init__()
