@@ -85,7 +85,9 @@ def check_steps(checkpoint: Checkpoint) -> None:
     first, *others = [_steps(state) for state in checkpoint.optimizers]
     for rank, steps in enumerate(others, 1):
         same = len(steps) == len(first) and all(
-            equal(one, other, files) if isinstance(one, Stored) else one == other
+            equal(one, other, files)
+            if isinstance(one, Stored) and isinstance(other, Stored)
+            else one == other
             for one, other in zip(first, steps, strict=True)
         )
         if not same:

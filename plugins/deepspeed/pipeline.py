@@ -93,16 +93,25 @@ def _mapped(found: Checkpoint, tensors: Mapping[str, Stored]) -> list[dict[str, 
     """
     groups: list[dict[str, Shape]] = []
     for state in found.optimizers:
-        mappings = state["optimizer_state_dict"].get("param_slice_mappings") or []
+        mappings = state["optimizer_state_dict"].get("param_slice_mappings")
+        if not (mappings and isinstance(mappings, list) and all(map(_is_mapping, mappings))):
+            raise FormatError(
+                f"{found.directory}: no param_slice_mappings say whose the masters are; take the "
+                "module's weights with --weights module"
+            )
         groups += [{} for _ in range(len(mappings) - len(groups))]
         for group, names in zip(groups, mappings, strict=False):
             if unknown := [name for name in names if name not in tensors]:
                 raise FormatError(
-                    f"{found.directory}: {listing(unknown)}: no shape is known of it; take the "
-                    "module's weights with --weights module"
+                    f"{found.directory}: {listing(map(str, unknown))}: no shape is known of it; "
+                    "take the module's weights with --weights module"
                 )
             group |= {name: tensors[name].shape for name in names}
     return groups
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
 
 
 def _named(

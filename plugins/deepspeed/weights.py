@@ -145,16 +145,10 @@ def _joined(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
     for rank, state in enumerate(states):
         pieces = _pieces(checkpoint, state, "single_partition_of_fp32_groups")
         weights.declare(f"rank {rank}", {f"group {g}": piece for g, piece in enumerate(pieces)})
-    paddings = states[0].get("param_alignment_paddings") or []
     tails: list[LazyTensor] = []
     for group, shapes in enumerate(checkpoint.model["param_shapes"]):
         flat = concat([state["single_partition_of_fp32_groups"][group] for state in states])
-        gaps = paddings[group] if group < len(paddings) else [0] * len(shapes)
-        if len(gaps) != len(shapes):
-            raise FormatError(
-                f"{checkpoint.directory}: group {group} has {len(shapes)} parameters, and paddings "
-                f"of {len(gaps)}; the files are not of one checkpoint"
-            )
+        gaps = _gaps(checkpoint, states[0], group, len(shapes))
         position = 0
         for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
             stop = position + math.prod(shape)
@@ -166,6 +160,27 @@ def _joined(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
         tails.append(flat.narrow(0, position, flat.numel))
     weights.drop("padding", PADDING, tails)
     return found
+
+
+def _gaps(
+    checkpoint: Checkpoint, state: Mapping[str, Any], group: int, count: int
+) -> Sequence[int]:
+    """Return how many elements of padding are behind each of a group's parameters."""
+    paddings = state.get("param_alignment_paddings")
+    if not paddings:
+        return [0] * count
+    gaps = paddings[group] if isinstance(paddings, list) and group < len(paddings) else None
+    if not isinstance(gaps, list) or not all(type(gap) is int and gap >= 0 for gap in gaps):
+        raise FormatError(
+            f"{checkpoint.directory}: 'param_alignment_paddings' of the optimizer states are not "
+            "what DeepSpeed writes; the files are damaged, or of a version that is not known"
+        )
+    if len(gaps) != count:
+        raise FormatError(
+            f"{checkpoint.directory}: group {group} has {count} parameters, and paddings of "
+            f"{len(gaps)}; the files are not of one checkpoint"
+        )
+    return gaps
 
 
 def _gathered(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
