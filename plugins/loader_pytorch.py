@@ -168,6 +168,9 @@ def _messages(
         tensors = dict(named)
     if megatron and args:
         parts = {"language": spec_from_args(args)}
+    elif family is not None and config is not None and not megatron:
+        yield from hf_messages(begin, tensors, dropped=others)
+        return
     elif family is not None and config is not None:
         parts = parts_from_config(family, config)
     else:

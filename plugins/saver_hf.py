@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ckptx import quantised
+from ckptx import heads, quantised
 from ckptx.containers import safetensors
 from ckptx.errors import PlanError, SchemaError
 from ckptx.hookspecs import hookimpl
@@ -81,6 +81,10 @@ class HfSaver:
 def _auto_class(model: Model) -> str:
     if model.passthrough is None and "Bert" in model.spec.architecture:
         return model.spec.architecture  # the class for causal models would drop heads
+    named = (read_config(model.begin.sidecars, model.begin.root) or {}).get("architectures")
+    for head in heads.CLASSES:
+        if isinstance(named, list) and any(str(name).endswith(head) for name in named):
+            return f"AutoModel{head}"
     return (
         "AutoModelForImageTextToText" if "vision" in model.begin.parts else "AutoModelForCausalLM"
     )

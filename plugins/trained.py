@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from ckptx.errors import FormatError
-from ckptx.lazy import LazyTensor
-from ckptx.model_directory import CONFIG, hf_messages, read_config, sidecars
+from ckptx.lazy import Filled, LazyTensor, Shape
+from ckptx.model_directory import (
+    CONFIG,
+    family_of,
+    hf_messages,
+    parts_from_config,
+    read_config,
+    sidecars,
+)
 from ckptx.protocol import Begin, Dropped, Message
+from ckptx.schema import give
 from ckptx.schemas import in_memory
+from ckptx.vocabulary import dimensions, keys_of
 
 WEIGHTS_ONLY = "only weights are converted"
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
@@ -88,3 +97,26 @@ def beside(source: Path) -> dict[str, bytes]:
             if (place / CONFIG).is_file():
                 return sidecars(place)
     return {}
+
+
+def shapes_of_config(files: Mapping[str, bytes], place: object) -> dict[str, Shape]:
+    """Return the shapes of a model by Hugging Face's names, in its order, as its config says them.
+
+    None where there is no config, or no schema knows its model.
+    """
+    config = read_config(files, place)
+    family = family_of(config) if config else None
+    if config is None or family is None:
+        return {}
+    shapes: dict[str, Shape] = {}
+    for held in family.layout("hf").held(parts_from_config(family, config)):
+        values = {**dimensions(held.spec), "vocab": held.spec.vocab_size or 0}
+        known = keys_of(held.message, held.spec)
+        named = [key for entry in held.rules for key in entry.keys]
+        sizes = {key: [values.get(symbol) or 0 for symbol in known[key].shape] for key in named}
+        if any(0 in shape for shape in sizes.values()):
+            continue  # the config does not say them
+        message = {key: Filled("float32", tuple(shape)) for key, shape in sizes.items()}
+        given = give(held.rules, message, held.spec, held.layer)
+        shapes |= {name: tensor.shape for name, tensor in given.items()}
+    return shapes
