@@ -157,12 +157,6 @@ def test_a_step_and_a_run_mean_their_actor(saved, tmp_path):
     )
 
 
-def test_what_megatron_workers_save_is_named(tmp_path):
-    (tmp_path / "global_step_1" / "actor" / "dist_ckpt").mkdir(parents=True)
-    message = refused(tmp_path / "global_step_1", tmp_path, loader="verl")
-    assert "saved by verl's Megatron workers" in message
-
-
 def test_weights_beside_the_config_are_left_by_name(actor, saved, tmp_path):
     source = actor("fsdp", 2)
     (source / "fsdp_config.json").unlink()  # older verl has none
