@@ -35,7 +35,7 @@ from ckptx.lazy import LazyTensor
 from ckptx.model_directory import base_sidecars, hf_messages
 from ckptx.plugin import Loader
 from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
-from ckptx.plugins.verl import megatron
+from ckptx.plugins.verl import extra_state, megatron
 from ckptx.protocol import Begin, Dropped, Message, SourceTensor
 
 ACTOR = "actor"
@@ -74,6 +74,12 @@ class VerlLoader:
                 help="Folder of a step whose model is converted: actor or critic.",
             ),
             click.Option(
+                ["--extra-state"],
+                is_flag=True,
+                help="Of FSDP workers: keep schedulers and random states, in files beside the "
+                "model.",
+            ),
+            click.Option(
                 ["--is-value-model"],
                 is_flag=True,
                 help="Of Megatron workers: insist on a head with one output, which is seen anyway.",
@@ -107,11 +113,16 @@ class VerlLoader:
             sidecars={**small, **base_sidecars(options)},
             training={"iteration": _iteration(directory)},
         )
-        left = _left(directory, source, begin.sidecars)
         wishes = megatron.Wishes(
             bool(options.get("is_value_model")), bool(options.get("tie_word_embedding"))
         )
+        left = _left(directory, source, begin.sidecars, bool(options.get("extra_state")))
         if not _holds_ranks(directory):
+            if options.get("extra_state"):
+                raise FormatError(
+                    f"{directory}: was saved by Megatron workers; --extra-state is for those of "
+                    "FSDP"
+                )
             yield from megatron.messages(directory, begin, wishes, notes, left)
             return
         if wishes != megatron.Wishes():
@@ -122,8 +133,15 @@ class VerlLoader:
         files = _rank_files(directory)
         with collector_paused():
             found = _read(files, directory)
+        states: dict[str, bytes] = {}
+        if options.get("extra_state"):
+            states, remarks = extra_state.merged(directory, len(files))
+            notes = (*notes, *remarks)
         begin = replace(
-            begin, files=tuple(str(file.absolute()) for file in files), sources=found.sources
+            begin,
+            files=tuple(str(file.absolute()) for file in files),
+            sources=found.sources,
+            sidecars={**begin.sidecars, **states},
         )
         dropped = (*found.dropped, *left)
         yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped)
@@ -279,8 +297,13 @@ def _iteration(directory: Path) -> int | str:
     return "release"
 
 
-def _left(directory: Path, source: Path, carried: Mapping[str, bytes]) -> tuple[Dropped, ...]:
-    """Return what stays behind of a model's directory, and of the step if that was the source."""
+def _left(
+    directory: Path, source: Path, carried: Mapping[str, bytes], states: bool
+) -> tuple[Dropped, ...]:
+    """Return what stays behind of a model's directory, and of the step if that was the source.
+
+    ``states`` says that the extra states do not.
+    """
     taken = {*_OWN, _HUGGINGFACE, *carried}
     if not _holds_ranks(directory):
         taken |= {next(name for name in _MODELS if (directory / name).is_dir())}
@@ -289,6 +312,8 @@ def _left(directory: Path, source: Path, carried: Mapping[str, bytes]) -> tuple[
         if _MODEL_FILE.fullmatch(path.name) or path.name in taken:
             continue
         match = _STATE_FILE.fullmatch(path.name)
+        if states and match and match[1].startswith("extra_state"):
+            continue
         name = f"{match[1]}*.pt" if match else path.name
         sizes[name] = sizes.get(name, 0) + _size(path)
     dropped = [Dropped(name, WEIGHTS_ONLY, size) for name, size in sizes.items()]
