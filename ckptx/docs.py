@@ -59,6 +59,7 @@ PROOFS: Mapping[tuple[str, str], tuple[str, str]] = {
     ("dcp", "save"): ("P", "tests/interop/test_dcp.py"),
     ("deepspeed", "load"): ("D", "tests/formats/test_deepspeed.py"),
     ("verl", "load"): ("P", "tests/interop/test_verl.py"),
+    ("rlinf", "load"): ("P", "tests/interop/test_rlinf.py"),
     ("pytorch", "load"): ("P", "tests/formats/test_pytorch.py"),
     ("pytorch", "save"): ("P", "tests/formats/test_pytorch.py"),
 }
@@ -74,7 +75,7 @@ LEGEND = {
     "M": "transformers and Megatron's legacy model, written anew in eager torch for the tests, "
     "compute the same logits (`tests/interop`); so did the original",
     "P": "torch itself is on the other side (`tests/formats`, `tests/interop/test_dcp.py`, "
-    "`tests/interop/test_verl.py`)",
+    "`tests/interop/test_verl.py`, `tests/interop/test_rlinf.py`)",
     "D": "DeepSpeed has written the checkpoints, and gathered the weights that the result is "
     "compared with, bit for bit (`tests/golden/deepspeed`)",
     "K": "the conformance kit, with models made by hand (`tests/formats`, `tests/schemas`)",

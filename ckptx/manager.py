@@ -35,7 +35,6 @@ ALIASES = {"mcore": "core", "megatron": "legacy", "zero": "deepspeed", "universa
 RECOGNISED = {
     "fsdp": "PyTorch FSDP checkpoints",
     "fsdp_dtensor": "Megatron FSDP checkpoints",
-    "rlinf": "RLinf training checkpoints",
     "lora": "LoRA adapters",
     "peft": "PEFT adapters",
     "nemo": "NeMo checkpoints",

@@ -34,7 +34,7 @@ from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor
 from ckptx.model_directory import base_sidecars, hf_messages
 from ckptx.plugin import Loader
-from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
+from ckptx.plugins.trained import WEIGHTS_ONLY, beside, plain_names, size_of, strip_option
 from ckptx.plugins.verl import extra_state, megatron
 from ckptx.protocol import Begin, Dropped, Message, SourceTensor
 
@@ -73,6 +73,7 @@ class VerlLoader:
                 show_default=True,
                 help="Folder of a step whose model is converted: actor or critic.",
             ),
+            strip_option(),
             click.Option(
                 ["--extra-state"],
                 is_flag=True,
@@ -144,7 +145,8 @@ class VerlLoader:
             sidecars={**begin.sidecars, **states},
         )
         dropped = (*found.dropped, *left)
-        yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped)
+        tensors, remarks = plain_names(found.tensors, options, directory)
+        yield from hf_messages(begin, tensors, (*notes, *remarks), options.get("dtype"), dropped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +280,6 @@ def _read(files: list[Path], directory: Path) -> _Found:
                 f"{listing(absent, 2)}; the files are of different runs"
             )
     tensors = {name: whole(held, f"{directory}: {name!r}") for name, held in shares.items()}
-    tensors = unwrapped(tensors, directory)
     adapters = [name for name in tensors if any(part in name for part in _LORA)]
     if adapters:
         raise FormatError(
@@ -315,12 +316,14 @@ def _left(
         if states and match and match[1].startswith("extra_state"):
             continue
         name = f"{match[1]}*.pt" if match else path.name
-        sizes[name] = sizes.get(name, 0) + _size(path)
+        sizes[name] = sizes.get(name, 0) + size_of(path)
     dropped = [Dropped(name, WEIGHTS_ONLY, size) for name, size in sizes.items()]
     if (directory / _HUGGINGFACE).is_dir():
         dropped += (
             Dropped(
-                f"{_HUGGINGFACE}/{path.name}", "the weights of the ranks are converted", _size(path)
+                f"{_HUGGINGFACE}/{path.name}",
+                "the weights of the ranks are converted",
+                size_of(path),
             )
             for path in sorted((directory / _HUGGINGFACE).iterdir())
             if path.name.endswith(_WEIGHTS)
@@ -328,15 +331,9 @@ def _left(
     if source != directory:
         others = (path for path in sorted(directory.parent.iterdir()) if path != directory)
         dropped += (
-            Dropped(p.name, f"only {directory.name} is converted", _size(p)) for p in others
+            Dropped(p.name, f"only {directory.name} is converted", size_of(p)) for p in others
         )
     return tuple(dropped)
-
-
-def _size(path: Path) -> int:
-    """Return the bytes of a file, or of all files below a directory."""
-    files = [path] if path.is_file() else (one for one in path.rglob("*") if one.is_file())
-    return sum(file.stat().st_size for file in files)
 
 
 @hookimpl
