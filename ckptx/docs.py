@@ -236,7 +236,7 @@ def hooks() -> str:
     """Return the hooks with their signatures and descriptions."""
     blocks = []
     for name, hook in vars(hookspecs).items():
-        if name.startswith("register_"):
+        if hasattr(hook, f"{hookspecs.PROJECT}_spec"):
             signature = f"{name}{inspect.signature(hook)}".replace(" -> 'None'", "").replace(
                 "'", ""
             )
@@ -245,8 +245,8 @@ def hooks() -> str:
 
 
 def contracts() -> str:
-    """Return what a loader and a saver must have."""
-    return "\n\n".join(_class(plugin, name) for name in ("Loader", "Saver"))
+    """Return what a loader and a saver must have, and what a side file is."""
+    return "\n\n".join(_class(plugin, name) for name in ("Loader", "Saver", "SideFile"))
 
 
 def engine_values() -> str:
