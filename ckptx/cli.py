@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import click
 
 from ckptx import __version__
-from ckptx.commands import conversion, show
+from ckptx.commands import conversion, from_config, show
 from ckptx.errors import CkptxError
 from ckptx.supervision import Interrupted
 
@@ -24,6 +24,7 @@ def command() -> click.Group:
     commands = [
         conversion.convert_command("short"),
         conversion.plan_command(),
+        from_config.from_config_command(),
         show.inspect_command(),
         show.verify_command(),
         show.plugins_command(),
