@@ -279,6 +279,8 @@ def _read(files: list[Path], directory: Path) -> _Found:
                 f"{file}: expected the tensors of the other ranks, found others or fewer, as by "
                 f"{listing(absent, 2)}; the files are of different runs"
             )
+    if not shares:
+        raise FormatError(f"{directory}: the files of the {len(files)} ranks hold no weights")
     tensors = {name: whole(held, f"{directory}: {name!r}") for name, held in shares.items()}
     adapters = [name for name in tensors if any(part in name for part in _LORA)]
     if adapters:

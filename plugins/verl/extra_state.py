@@ -51,6 +51,7 @@ def merged(directory: Path, world: int) -> tuple[dict[str, bytes], tuple[str, ..
             "--extra-state out"
         )
     states = [_state(path, number) for number, path in enumerate(paths)]
+    _check_same_step(directory, world, states)
     value = {**states[0], "world_size": world, "ranks": states}
     files = {MERGED: saved(MERGED, value, [str(path) for path in paths])}
     scheduler = states[0].get("lr_scheduler")
@@ -61,6 +62,21 @@ def merged(directory: Path, world: int) -> tuple[dict[str, bytes], tuple[str, ..
     except TypeError as error:
         return files, (f"{SCHEDULER} is left out: {error}; {MERGED} holds the scheduler",)
     return {**files, SCHEDULER: f"{text}\n".encode()}, ()
+
+
+def _check_same_step(directory: Path, world: int, states: list[dict[str, Any]]) -> None:
+    """Raise where ranks are not at the same place of their schedules, which all have."""
+    steps = [_step(state.get("lr_scheduler")) for state in states]
+    for rank, step in enumerate(steps):
+        if step != steps[0]:
+            raise FormatError(
+                f"{directory / name_of(world, rank)}: its scheduler is at step {step!r:.40}, that "
+                f"of rank 0 at {steps[0]!r:.40}; the files are of different steps"
+            )
+
+
+def _step(scheduler: Any) -> Any:
+    return scheduler.get("last_epoch") if isinstance(scheduler, Mapping) else None
 
 
 def _state(path: Path, number: int) -> dict[str, Any]:

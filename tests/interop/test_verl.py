@@ -200,11 +200,12 @@ def test_extra_states_are_kept_if_asked(saver, actor, saved, tmp_path):
         assert weights == contents(saved.model)
 
 
-def test_a_rank_without_scheduler(actor, tmp_path):
+def test_no_scheduler(actor, tmp_path):
     source = actor("fsdp", 2)
-    path = source / "extra_state_world_size_2_rank_0.pt"
-    state = torch.load(path, weights_only=False)
-    torch.save({**state, "lr_scheduler": None}, path)
+    for rank in range(2):
+        path = source / f"extra_state_world_size_2_rank_{rank}.pt"
+        state = torch.load(path, weights_only=False)
+        torch.save({**state, "lr_scheduler": None}, path)
     facts = convert(source, tmp_path / "hf", "hf", loader_options={"extra_state": True})
     assert any("no scheduler was saved" in note for note in facts.notes)
     assert not (tmp_path / "hf" / "lr_scheduler_state.json").exists()

@@ -54,7 +54,8 @@ def save(model: Path, target: Path, world: int, how: str = "fsdp") -> None:
     beside = target / "huggingface"
     beside.mkdir()
     for name in ("config.json", "generation_config.json"):
-        (beside / name).write_bytes((model / name).read_bytes())
+        if (model / name).exists():
+            (beside / name).write_bytes((model / name).read_bytes())
 
 
 def _save(path: Path, target: Path, how: str) -> None:
