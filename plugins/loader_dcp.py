@@ -24,7 +24,7 @@ from ckptx.hookspecs import hookimpl
 from ckptx.loading import inventory
 from ckptx.model_directory import base_sidecars, hf_messages
 from ckptx.plugin import Loader
-from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
+from ckptx.plugins.trained import WEIGHTS_ONLY, beside, plain_names, strip_option
 from ckptx.protocol import Begin, Dropped, Message
 
 TRAINING = ("optim", "optimizer", "optimizers", "lr_scheduler", "lr_schedulers", "rng", "scheduler")
@@ -45,13 +45,14 @@ class DcpLoader:
     }
 
     def options(self) -> list[click.Option]:
-        """Return the option for the container."""
+        """Return the options for the container and for names."""
         return [
             click.Option(
                 ["--container"],
                 help="Path of the model in the saved dictionary, as 'app.model'.  "
                 "[default: the one that holds weights]",
-            )
+            ),
+            strip_option(),
         ]
 
     def detect(self, source: Path) -> bool:
@@ -65,7 +66,8 @@ class DcpLoader:
         container, names = _model(metadata, options.get("container"), source)
         files: list[str] = []
         stored = dcp.tensors(metadata, files, names)
-        weights = unwrapped({names[key]: tensor for key, tensor in stored.items()}, source)
+        named = {names[key]: tensor for key, tensor in stored.items()}
+        weights, remarks = plain_names(named, options, source)
         begin = Begin(
             format=self.name,
             layout="hf",
@@ -78,7 +80,7 @@ class DcpLoader:
         )
         dropped = _left(metadata, names)
         notes = (f"the weights are those of {container!r}",) if container else ()
-        yield from hf_messages(begin, weights, notes, options.get("dtype"), dropped)
+        yield from hf_messages(begin, weights, (*notes, *remarks), options.get("dtype"), dropped)
 
 
 def _refuse_megatron(metadata: dcp.DcpMetadata, source: Path) -> None:

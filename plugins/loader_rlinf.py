@@ -77,8 +77,8 @@ class RlinfLoader:
         if format == self.name:
             yield from _from_shards(place, source, options)
             return
-        if format != "pytorch" and options.get("strip_prefix"):
-            raise FormatError(f"{place}: --strip-prefix is for state dicts; leave it out")
+        if format == "core" and options.get("strip_prefix"):
+            raise FormatError(f"{place}: --strip-prefix is not for Megatron's names")
         iteration = _iteration(place)
         left = tuple(_left(place, source))
         for message in manager.loader(format).load(place, options):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from ckptx import manager
@@ -66,6 +67,28 @@ def test_whole_weights_come_first(name, source_of, tmp_path):
         convert(place, tmp_path / "again", "hf", hf_base=source.directory)
         assert contents(tmp_path / "again") == contents(source.directory)
         shutil.rmtree(tmp_path / "again")
+
+
+@pytest.mark.parametrize("form", ["dcp", "whole"])
+def test_prefixes_are_taken_from_names(form, source_of, tmp_path):
+    source = source_of("llama")
+    actor = tmp_path / "global_step_10" / "actor"
+    actor.mkdir(parents=True)
+    state = {f"net.{name}": tensor for name, tensor in state_of(source.directory).items()}
+    if form == "dcp":
+        nested = {"fsdp_checkpoint": {"model": state}}
+        dcp.save(nested, checkpoint_id=str(actor / "dcp_checkpoint"), no_dist=True)
+    else:
+        torch.save(state, actor / "full_weights.pt")
+    facts = convert(
+        tmp_path / "global_step_10",
+        tmp_path / "hf",
+        "hf",
+        loader_options={"strip_prefix": ("net.",)},
+        hf_base=source.directory,
+    )
+    assert contents(tmp_path / "hf") == contents(source.directory)
+    assert any("'net.' was taken from the start of" in note for note in facts.notes)
 
 
 def test_dcp_to_pt_to_safetensors(source_of, tmp_path):
