@@ -52,8 +52,8 @@ _SAME = (
 
 
 _RANK_NAME = re.compile(r"mp_rank_\d{2,}(_\d{3,}){0,2}")
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-_EMBEDDING = "embedding.word_embeddings.weight"
+_LAYER = re.compile(r"(?:language_model\.)?(?:decoder|encoder|transformer)\.layers\.(\d+)\.")
+_FINAL_NORM = "decoder.final_layernorm.weight"
 
 
 def _as_it_is(state: Any, _: Path) -> Any:
@@ -423,8 +423,8 @@ def _numbers(found: list[Path], part: int) -> int:
 def _sizes_by_name(found: list[Path], kind: Files) -> tuple[int, int, int]:
     """Return the tensor-, pipeline- and expert-parallel sizes that the ranks' names say.
 
-    A second number without a third is the pipeline rank, or the expert rank: only of experts do all
-    ranks hold the embedding.
+    A second number without a third is the pipeline rank, or the expert rank: of several pipeline
+    ranks the first has no final norm.
 
     Raises:
         FormatError: a name is none that Megatron gives.
@@ -449,12 +449,9 @@ def _sizes_by_name(found: list[Path], kind: Files) -> tuple[int, int, int]:
             "ranks, of which only the first is there; copy the others"
         )
     if len(sizes) == 2:
-        last = next(
-            p for p, number in zip(found, numbers, strict=True) if number[1] == sizes[1] - 1
-        )
-        path = _file(last, kind)
+        path = _file(found[0], kind)
         models = dict(_models(kind.state(torch_zip.read(path, 0).value, path), path))
-        if _EMBEDDING in next(iter(models.values())):
+        if any(_FINAL_NORM in model for model in models.values()):
             sizes.insert(1, 1)
     tp, pp, ep = (*sizes, 1, 1)[:3]
     return tp, pp, ep
