@@ -45,6 +45,8 @@ from ckptx.schemas.args import spec_from_args
 _SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 _CONTAINERS = ("fsdp_checkpoint", "model", "state_dict", "model_state_dict", "module")
 """Keys under which state dicts lie, one in another too: ``fsdp_checkpoint`` is RLinf's."""
+_DEEPEST = 5
+"""Containers, one in another; a pickle may hold itself."""
 _LOCAL_SHARDS = "local_shard_checkpoint"
 _CONVENTIONS = {"hf": "hf", "core": "mcore", "legacy": "legacy"}
 WEIGHTS_ONLY = "only weights are converted"
@@ -126,7 +128,7 @@ def state_dict(
     inner: Mapping[Any, Any] = value
     path: list[str] = []
     others: list[str] = []
-    while (key := _container(inner)) is not None:
+    while (key := _container(inner, len(path))) is not None:
         others += [str(other) for other in inner if other != key]
         path.append(key)
         inner = inner[key]
@@ -152,15 +154,18 @@ def state_dict(
     return tensors, dropped, nested
 
 
-def _container(value: Mapping[Any, Any]) -> str | None:
+def _container(value: Mapping[Any, Any], depth: int = 0) -> str | None:
     """Return the key under which a state dict lies, None if ``value`` is one, or none is below."""
-    return next((key for key in _CONTAINERS if _leads_to_weights(value.get(key))), None)
+    if depth == _DEEPEST:
+        return None
+    keys = (key for key in _CONTAINERS if _leads_to_weights(value.get(key), depth + 1))
+    return next(keys, None)
 
 
-def _leads_to_weights(value: Any) -> bool:
+def _leads_to_weights(value: Any, depth: int) -> bool:
     if not isinstance(value, Mapping):
         return False
-    if "language_model" in value or _container(value) is not None:
+    if "language_model" in value or _container(value, depth) is not None:
         return True
     return any(isinstance(entry, Stored) or is_sharded(entry) for entry in value.values())
 

@@ -34,35 +34,57 @@ _NUMPY = (
 _CLASSES = ("numpy.ndarray",)
 
 
+_MOST = 1_000_000
+"""Values in a small state; a state of numpy's or Python's generator has some 600."""
+
+
 def carried(value: Any, where: str) -> Any:
     """Return a value of a pickle as `ckptx.containers.pickle_writer.dumps` takes it.
 
     Raises:
-        FormatError: it holds an object that is neither plain nor numpy's; ``where`` goes before.
+        FormatError: it holds an object that is neither plain nor numpy's, or more than a small
+            state does (a few bytes of pickle can be as many as they like); ``where`` goes before.
     """
-    match value:
-        case StubClass() if f"{value.module}.{value.name}" in _CLASSES:
-            return Global(value.module, value.name)
-        case Record() if f"{type(value).module}.{type(value).name}" in _NUMPY:
-            made = Global(type(value).module, type(value).name)
-            args = tuple(carried(item, where) for item in value.args)
-            state = None if value.state is None else carried(value.state, where)
-            return Call(made, args, state)
-        case OrderedDict():
-            return OrderedDict((key, carried(item, where)) for key, item in value.items())
-        case dict():
-            return {carried(key, where): carried(item, where) for key, item in value.items()}
-        case list():
-            return [carried(item, where) for item in value]
-        case TorchSize():
+    try:
+        return _Carrier(where).carry(value)
+    except RecursionError as error:
+        raise FormatError(
+            f"{where}: its values are nested too deeply, or hold themselves"
+        ) from error
+
+
+class _Carrier:
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._left = _MOST
+
+    def carry(self, value: Any) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise FormatError(f"{self._where}: holds more than {_MOST} values; no small state")
+        carry = self.carry
+        match value:
+            case StubClass() if f"{value.module}.{value.name}" in _CLASSES:
+                return Global(value.module, value.name)
+            case Record() if f"{type(value).module}.{type(value).name}" in _NUMPY:
+                made = Global(type(value).module, type(value).name)
+                state = None if value.state is None else carry(value.state)
+                return Call(made, tuple([carry(item) for item in value.args]), state)
+            case OrderedDict():
+                return OrderedDict((carry(key), carry(item)) for key, item in value.items())
+            case dict():
+                return {carry(key): carry(item) for key, item in value.items()}
+            case list():
+                return [carry(item) for item in value]
+            case TorchSize():
+                return value
+            case tuple():
+                return tuple([carry(item) for item in value])
+        if isinstance(value, _PLAIN):
             return value
-        case tuple():
-            return tuple([carried(item, where) for item in value])
-    if isinstance(value, _PLAIN):
-        return value
-    kind = type(value)
-    name = f"{kind.module}.{kind.name}" if isinstance(kind, StubClass) else kind.__name__
-    raise FormatError(f"{where}: holds a {name}, which cannot be carried over")
+        kind = type(value)
+        name = f"{kind.module}.{kind.name}" if isinstance(kind, StubClass) else kind.__name__
+        raise FormatError(f"{self._where}: holds a {name}, which cannot be carried over")
 
 
 def saved(name: str, value: Any, files: Sequence[str]) -> bytes:

@@ -122,6 +122,13 @@ def test_containers_in_containers(path, tmp_path):
     assert f"the weights are those of {'.'.join(path)!r}" in end.notes
 
 
+def test_a_container_of_itself(tmp_path):
+    state: dict[str, object] = {}
+    state["model"] = state["state_dict"] = state
+    with pytest.raises(FormatError, match="holds no state dict of tensors"):
+        list(LOADER.load(write(tmp_path / "m.pt", state), {}))
+
+
 @pytest.mark.parametrize(
     ("prefixes", "wrap"),
     [

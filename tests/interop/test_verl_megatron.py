@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForTokenClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from ckptx import manager
 from ckptx.errors import FormatError, SchemaError
@@ -21,7 +21,7 @@ from .test_verl import full
 FORMS = {"dist_ckpt": "torch_dist", "model": "torch"}
 
 
-def write(model, layout, actor, form, head=None):
+def write(model, layout, actor, form, head=None, weights=True):
     """What Megatron workers save of random weights in a source's shape; Megatron's logits."""
     place = actor / "huggingface"
     place.mkdir(parents=True)
@@ -37,7 +37,7 @@ def write(model, layout, actor, form, head=None):
         actor,
         model.tokens,
         format=FORMS[form],
-        verl={"head": head},
+        verl={"head": head, "weights": weights},
     )
 
 
@@ -135,6 +135,30 @@ def test_value_models(family, layout, form, bias, source_of, tmp_path):
     assert any("score.bias" in note for note in facts.notes) is not bias
 
 
+def test_a_config_for_whole_sequences_stays(source_of, tmp_path):
+    model = source_of("llama")
+    actor = tmp_path / "actor"
+    expected = write(model, LAYOUTS["tp1"], actor, "dist_ckpt", head=False)
+    config = actor / "huggingface" / "config.json"
+    changed = {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 130}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+    convert(actor, tmp_path / "hf", "hf")
+    reward, loading = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "hf",
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    assert {name: list(keys) for name, keys in loading.items() if keys} == {}
+    tokens = model.tokens.clamp(max=129)
+    with torch.no_grad():
+        hidden = reward.model(model.tokens).last_hidden_state
+        found = reward.score(hidden)
+        assert reward(tokens).logits.shape == (2, 1)
+    assert difference(found, expected) < CLOSE
+
+
 def test_the_output_layer_is_left_out_if_asked(source_of, tmp_path):
     model = source_of("llama")
     write(model, LAYOUTS["tp2"], tmp_path / "actor", "dist_ckpt")
@@ -215,3 +239,24 @@ def test_no_state_dicts_in_a_rank(saved, tmp_path):
     actor = copied(saved, tmp_path, "model")
     torch.save(7, actor / "model" / "mp_rank_00_000" / "model.pt")
     assert "expected a list of state dicts, found int" in refused(actor, tmp_path)
+
+
+def test_weights_that_a_bridge_has_written(source_of, tmp_path):
+    model = source_of("llama")
+    write(model, LAYOUTS["tp2"], tmp_path / "actor", "dist_ckpt", weights=False)
+    message = refused(tmp_path / "actor", tmp_path)
+    assert message.endswith("dist_ckpt: holds no weights")
+    beside = tmp_path / "actor" / "huggingface"
+    shutil.copy(model.directory / "model.safetensors", beside)
+    message = refused(tmp_path / "actor", tmp_path)
+    assert f"holds no weights; they are in {beside}: convert that directory" in message
+    convert(beside, tmp_path / "hf", "hf")
+
+
+def test_adapters_are_not_merged(saved, tmp_path):
+    actor = copied(saved, tmp_path, "model")
+    for path in actor.glob("model/*/model.pt"):
+        stages = torch.load(path, weights_only=False)
+        name = "decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight"
+        torch.save([{**stages[0], name: torch.ones(2, 64)}], path)
+    assert "holds adapters" in refused(actor, tmp_path)

@@ -97,7 +97,8 @@ def write(
     (up to 0.15).
     ``content_metadata`` steers sharded_state_dict, e.g. ``{"singleton_local_shards": True}``.
     With ``verl`` the directory becomes what verl's Megatron workers save below ``actor``; its
-    ``head`` is None, or the bias (True, False) of a head with one output.
+    ``head`` is None, or the bias (True, False) of a head with one output; without ``weights`` only
+    states are saved.
 
     Returns:
         Float32 logits [batch, sequence, padded vocabulary], computed by megatron at ``layout``.

@@ -391,7 +391,8 @@ def _save(request: Request, chunks: list[GPTModel]) -> None:
     if "verl" in options:
         from . import mcore_verl
 
-        mcore_verl.save(request.directory, request.format, chunks)
+        saved = chunks if options["verl"].get("weights", True) else []
+        mcore_verl.save(request.directory, request.format, saved)
         dist.barrier()
         return
     iteration = options["iteration"]

@@ -42,7 +42,10 @@ def add_head(chunks: list[Any], bias: bool | None) -> None:
 
 
 def save(directory: Path, form: str, chunks: list[Any]) -> None:
-    """Save ``dist_ckpt`` for torch_dist, ``model/mp_rank_TT`` for torch."""
+    """Save ``dist_ckpt`` for torch_dist, ``model/mp_rank_TT`` for torch.
+
+    Without chunks only the states are saved, as by verl where a bridge writes the weights.
+    """
     if form == "torch":
         _save_lists(directory / "model", chunks)
         return
@@ -71,7 +74,7 @@ def save(directory: Path, form: str, chunks: list[Any]) -> None:
         async_sharded_save=False,
         validate_access_integrity=True,
     )
-    config = {"num_layers": chunks[0].config.num_layers, "params_dtype": "torch.float32"}
+    config = {"params_dtype": "torch.float32"}
     (directory / "transformer_config.json").write_text(json.dumps(config))
 
 
