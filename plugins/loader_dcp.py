@@ -34,7 +34,13 @@ from ckptx.model_directory import (
     read_config,
 )
 from ckptx.plugin import Loader
-from ckptx.plugins.trained import WEIGHTS_ONLY, beside, trained_messages, unwrapped
+from ckptx.plugins.trained import (
+    WEIGHTS_ONLY,
+    beside,
+    plain_names,
+    strip_option,
+    trained_messages,
+)
 from ckptx.protocol import Begin, Dropped, Message
 from ckptx.schemas import torchtitan
 
@@ -43,8 +49,8 @@ TRAINING = (
     *("train_state", "dataloader"),
 )
 """Words of a path that say: state of the training, not weights."""
-_BELOW = ("pytorch_model_fsdp_0", "dcp_checkpoint", "actor/dcp_checkpoint")
-"""Where below a checkpoint accelerate, the Hugging Face Trainer and RLinf put the model."""
+_BELOW = "pytorch_model_fsdp_0"
+"""Where below a checkpoint accelerate and the Hugging Face Trainer put the model."""
 _STEP = re.compile(r"step-(\d+)")
 """The directory of a step of torchtitan."""
 _MEGATRON = ("decoder.layers.", "embedding.word_embeddings.")
@@ -63,13 +69,14 @@ class DcpLoader:
     }
 
     def options(self) -> list[click.Option]:
-        """Return the options for the container and for adapters."""
+        """Return the options for the container, for names and for adapters."""
         return [
             click.Option(
                 ["--container"],
                 help="Path of the model in the saved dictionary, as 'app.model'.  "
                 "[default: the one that holds weights]",
             ),
+            strip_option(),
             *adapter_options(),
         ]
 
@@ -97,7 +104,8 @@ class DcpLoader:
         container, names = _model(metadata, options.get("container"), source)
         files: list[str] = []
         stored = dcp.tensors(metadata, files, names, options.get("spool"))
-        weights = unwrapped({names[key]: tensor for key, tensor in stored.items()}, source)
+        named = {names[key]: tensor for key, tensor in stored.items()}
+        weights, remarks = plain_names(named, options, source)
         begin = Begin(
             format=self.name,
             layout="hf",
@@ -110,7 +118,7 @@ class DcpLoader:
         )
         dropped = (*_left(metadata, names), *_around(source, given))
         notes = (f"the weights are those of {container!r}",) if container else ()
-        yield from _messages(begin, weights, notes, options, dropped)
+        yield from _messages(begin, weights, (*notes, *remarks), options, dropped)
 
 
 def _of_safetensors(
@@ -128,8 +136,9 @@ def _of_safetensors(
         sidecars={**beside(source), **base_sidecars(options)},
         training={"iteration": "release"},
     )
-    notes = (f"{len(paths)} shards were found; nothing in them says how many there are",)
-    yield from _messages(begin, unwrapped(tensors, source), notes, options)
+    weights, remarks = plain_names(tensors, options, source)
+    found = f"{len(paths)} shards were found; nothing in them says how many there are"
+    yield from _messages(begin, weights, (found, *remarks), options)
 
 
 def _messages(
@@ -173,10 +182,9 @@ def _torchtitan(
 
 def _find(source: Path) -> Path:
     """Return the directory itself, or the one of a model below it, as frameworks name it."""
-    below = (source / name for name in _BELOW)
-    if (source / METADATA_NAME).is_file():
-        return source
-    return next((path for path in below if (path / METADATA_NAME).is_file()), source)
+    below = source / _BELOW
+    found = not (source / METADATA_NAME).is_file() and (below / METADATA_NAME).is_file()
+    return below if found else source
 
 
 def _around(directory: Path, given: Path) -> tuple[Dropped, ...]:

@@ -118,7 +118,10 @@ class DeepspeedLoader:
             sources=tuple(found.sources),
             root=str(saved.directory),
             sidecars=small,
-            training={"iteration": "release", "global_steps": saved.ranks[0].model.get("global_steps")},
+            training={
+                "iteration": "release",
+                "global_steps": saved.ranks[0].model.get("global_steps"),
+            },
             parallel=_parallel_sizes(saved),
         )
         notes = (*found.notes, *remarks)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ckptx.errors import FormatError
+import click
+
+from ckptx.errors import FormatError, listing
 from ckptx.lazy import Filled, LazyTensor, Shape
 from ckptx.model_directory import (
     CONFIG,
@@ -26,19 +28,21 @@ from ckptx.schema import give
 from ckptx.schemas import in_memory
 from ckptx.vocabulary import dimensions, keys_of
 
+T = TypeVar("T", bound=LazyTensor)
+
 WEIGHTS_ONLY = "only weights are converted"
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
 """What FSDP 1, activation checkpointing, torch.compile and DDP put into names."""
 _BESIDE = ("huggingface", "hf_config", "tokenizer")
 
 
-def unwrapped(tensors: Mapping[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:
+def unwrapped(tensors: Mapping[str, T], source: Path) -> dict[str, T]:
     """Return the tensors under the names that they have without wrappers.
 
     Raises:
         FormatError: two tensors have one name then.
     """
-    found: dict[str, LazyTensor] = {}
+    found: dict[str, T] = {}
     for name, tensor in tensors.items():
         plain = name
         for word in WRAPPERS:
@@ -90,6 +94,55 @@ def named_as_in_files(
     return tensors, ()
 
 
+def strip_option() -> click.Option:
+    """Return ``--strip-prefix``, which loaders declare alike."""
+    return click.Option(
+        ["--strip-prefix"],
+        multiple=True,
+        metavar="PREFIX",
+        help="Take this from the start of names, as 'actor.'. Repeatable; what FSDP, DDP, "
+        "activation checkpointing and torch.compile add is taken anyway.",
+    )
+
+
+def plain_names(
+    tensors: Mapping[str, T], options: Mapping[str, Any], source: Path
+) -> tuple[dict[str, T], tuple[str, ...]]:
+    """Return the tensors without the prefixes of ``--strip-prefix`` and of wrappers, and remarks.
+
+    Raises:
+        FormatError: a prefix is that of no name, or two tensors have one name then.
+    """
+    notes: list[str] = []
+    named = dict(tensors)
+    for prefix in options.get("strip_prefix") or ():
+        count = sum(name.startswith(prefix) for name in named)
+        if not count:
+            raise FormatError(
+                f"{source}: no name starts with --strip-prefix {prefix!r}; names are as "
+                f"{listing(named, 2)}"
+            )
+        others = {name for name in named if not name.startswith(prefix)}
+        clash = sorted(
+            name for name in named if name not in others and name[len(prefix) :] in others
+        )
+        if clash:
+            raise FormatError(
+                f"{source}: {clash[0]!r} without --strip-prefix is the name of another tensor"
+            )
+        named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
+        notes.append(f"{prefix!r} was taken from the start of {count} of {len(named)} names")
+    plain = unwrapped(named, source)
+    found = [
+        word
+        for word in WRAPPERS
+        if any(name.startswith(word) or f".{word}" in name for name in named)
+    ]
+    if plain.keys() != named.keys():
+        notes.append(f"names of wrappers were taken out: {', '.join(found)}")
+    return plain, tuple(notes)
+
+
 def beside(source: Path) -> dict[str, bytes]:
     """Return the sidecars of the nearest directory that has a config: here, or above."""
     for directory in (source, *list(source.absolute().parents)[:2]):
@@ -120,3 +173,9 @@ def shapes_of_config(files: Mapping[str, bytes], place: object) -> dict[str, Sha
         given = give(held.rules, message, held.spec, held.layer)
         shapes |= {name: tensor.shape for name, tensor in given.items()}
     return shapes
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files below a directory."""
+    files = [path] if path.is_file() else (one for one in path.rglob("*") if one.is_file())
+    return sum(file.stat().st_size for file in files)

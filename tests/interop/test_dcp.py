@@ -280,8 +280,6 @@ def test_where_frameworks_put_a_model(place, prefix, from_above, source_of, tmp_
         moments = {"optimizer": {"state": {"a.exp_avg": torch.zeros(3)}}}
         dcp.save(moments, checkpoint_id=str(given / "optimizer_0"))
         torch.save({"last_epoch": 1}, given / "scheduler.pt")
-    elif from_above and "dcp_checkpoint" in place:
-        given = directory.parents[1]
     assert manager.detect(given) == "dcp"
     facts = convert(given, tmp_path / "hf", "hf", **base(source))
     assert contents(tmp_path / "hf") == contents(source.directory)

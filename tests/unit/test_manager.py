@@ -33,7 +33,7 @@ def register_loaders(register):
 def install(tmp_path, monkeypatch):
     """Return a function that installs a distribution with entry points and modules."""
     monkeypatch.delenv(manager.PIN, raising=False)
-    caches = (manager.entries, manager._registered, manager.families)
+    caches = (manager.entries, manager._registered, manager._hooks, manager.families)
     before = set(sys.modules)
 
     def install(distribution: str, points: dict[str, str], **modules: str) -> Path:
