@@ -1,0 +1,472 @@
+"""Search for the mistakes that explain the differences of two checkpoints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, TypeAlias
+
+from numpy.typing import NDArray
+
+from ckptx.diagnosis import attention, feed_forward, matrices, orders, relations, vocabulary
+from ckptx.diagnosis.elsewhere import Elsewhere
+from ckptx.diagnosis.finding import Finding
+from ckptx.diagnosis.mistakes import Form, Make, Mistake, Read, Subject, chained
+from ckptx.diagnosis.relations import SAME, Relation
+from ckptx.diagnosis.samples import Sampler, common_dtype, starts
+from ckptx.diagnosis.values import VALUES, Words
+from ckptx.errors import PlanError
+from ckptx.lazy import LazyTensor, Shape
+from ckptx.measure import Stream
+from ckptx.pairing import Name, Paired, label
+from ckptx.saving import VOCABULARY
+from ckptx.spec import ModelSpec
+from ckptx.vocabulary import VISION
+
+_PATIENCE = 2  # tensors of a kind for which pairs of mistakes are tried
+_FAILURES = 6  # tensors of a kind without an explanation, after which only known ones are tried
+
+_Key: TypeAlias = tuple[str, str]  # a form's mistake and words
+
+
+@dataclass(frozen=True, slots=True)
+class _Explanation:
+    """Forms of mistakes, one after the other, and what happened to the values besides."""
+
+    forms: tuple[Form, ...]
+    relation: Relation
+    backwards: bool = False
+    """Whether A was made of B."""
+    padding: str = ""
+
+    @property
+    def key(self) -> tuple[_Key, ...]:
+        return tuple((form.mistake, form.said) for form in self.forms)
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """What one side would be if certain mistakes had been made of the other."""
+
+    forms: tuple[Form, ...]
+    expected: LazyTensor
+    found: LazyTensor
+    backwards: bool = False
+
+
+def diagnose(paired: Paired, differing: Sequence[Name], stream: Stream) -> tuple[Finding, ...]:
+    """Return the mistakes that explain tensors which differ, those that explain most first.
+
+    Args:
+        paired: the two checkpoints under common names.
+        differing: the names of tensors that differ, or that only one side has.
+        stream: reads both.
+    """
+    return tuple(_Search(paired, differing, stream).run())
+
+
+class _Search:
+    def __init__(self, paired: Paired, differing: Sequence[Name], stream: Stream) -> None:
+        self.sides = (paired.left, paired.right)
+        self.differing = list(differing)
+        self.differing_set = frozenset(differing)
+        self.stream = stream
+        self.sampler = Sampler(stream.files)
+        self.reads = (self._reader(0), self._reader(1))
+        self.mistakes = self._mistakes()
+        self.words: dict[str, Words] = {
+            **VALUES,
+            **{one.name: Words(one.title, one.advice) for one in self.mistakes},
+            vocabulary.Padding.name: Words(vocabulary.Padding.title, vocabulary.Padding.advice),
+        }
+        self.hits: dict[tuple[tuple[_Key, ...], str], int] = {}
+        self.failures: dict[str, int] = {}
+
+    def run(self) -> list[Finding]:
+        """Explain tensor after tensor and join what has one explanation."""
+        explained: dict[Name, tuple[_Explanation, ...]] = {}
+        for name in self.differing:
+            found = self._explain(name)
+            if found:
+                explained[name] = found
+        self._drop_halves(explained)
+        findings = [*self._findings(explained), *self._missing_heads()]
+        return sorted(findings, key=lambda one: -len(one.tensors))
+
+    def _reader(self, side: int) -> Read:
+        tensors = self.sides[side].tensors
+
+        def read(name: Name) -> LazyTensor | None:
+            return tensors.get(name)
+
+        def read_part(name: Name) -> LazyTensor | None:
+            return attention.reader_of_parts(read, self._spec(name))(name)
+
+        return read_part
+
+    def _spec(self, name: Name) -> ModelSpec | None:
+        message = name[0]
+        if not message:
+            return None
+        if not message.startswith(VISION):
+            part = "language"
+        else:
+            part = "projection" if message.startswith("vision ") else "vision"
+        return self.sides[0].parts.get(part) or self.sides[1].parts.get(part)
+
+    def _subject(self, name: Name) -> Subject | None:
+        a, b = (read(name) for read in self.reads)
+        if a is None or b is None:
+            return None
+        return Subject(name, a.shape, b.shape, self._spec(name))
+
+    # The hypotheses
+
+    def _mistakes(self) -> list[Mistake]:
+        self.elsewhere = self._elsewhere()
+        layers = orders.LayerOrder(self._orders(0))
+        named = [name for name in self.differing if not name[0]]
+        experts = orders.NamedExpertOrder(self._orders(1, named), place=1, what="expert")
+        return [
+            feed_forward.GateUp(),
+            vocabulary.TiedHead(),
+            *attention.MISTAKES,
+            matrices.Transposed(),
+            matrices.WrongAxis(),
+            layers,
+            orders.ExpertOrder(self._expert_orders()),
+            experts,
+            feed_forward.GateUpRanks(),
+            orders.RankOrder(self.sampler, self.reads),
+            self.elsewhere,
+        ]
+
+    def _orders(self, place: int, among: Sequence[Name] | None = None) -> dict[str, orders.Order]:
+        """Return how numbers of layers, or of experts, seem to be exchanged."""
+        groups: dict[str, set[Name]] = {}
+        for name in self.differing if among is None else among:
+            found = orders.numbered(name, place)
+            if found is not None:
+                groups.setdefault(orders._group(found[0]), set()).add(found[0])
+        result = {}
+        for group, templates in groups.items():
+            digests: list[dict[str, dict[int, bytes | None]]] = [{}, {}]
+            for name in self.sides[0].tensors:
+                found = orders.numbered(name, place)
+                if found is None or found[0] not in templates:
+                    continue
+                for side, digest in enumerate(self._digests(name)):
+                    digests[side].setdefault(label(found[0]), {})[found[1]] = digest
+            result[group] = orders.find_order(*digests)
+        return result
+
+    def _expert_orders(self) -> dict[str, orders.Order]:
+        found: dict[str, list[dict[str, dict[int, bytes | None]]]] = {}
+        for name in self.differing:
+            subject = self._subject(name)
+            if subject is None or subject.a != subject.b or not orders.holds_experts(subject):
+                continue
+            tensors = [read(name) for read in self.reads]
+            a, b = tensors
+            assert a is not None and b is not None  # noqa: PT018 - a subject has both
+            dtype = common_dtype(a.dtype, b.dtype)
+            for side, tensor in enumerate((a, b)) if dtype else ():
+                digests = found.setdefault(name[0], [{}, {}])[side]
+                digests[name[1]] = {
+                    n: self.sampler.digest(side, tensor.narrow(0, n, n + 1), dtype or "")
+                    for n in range(tensor.shape[0])
+                }
+        return {message: orders.find_order(*both) for message, both in found.items()}
+
+    def _elsewhere(self) -> Elsewhere:
+        known: dict[tuple[Shape, bytes], Name] = {}
+        wanted: dict[Name, bytes | None] = {}
+        shapes = {t.shape for name in self.differing if (t := self.sides[1].tensors.get(name))}
+        for name, tensor in self.sides[0].tensors.items():
+            a, b = self._digests(name)
+            if a is not None and tensor.shape in shapes:
+                known.setdefault((tensor.shape, a), name)
+            if name in self.differing_set:
+                wanted[name] = b
+        return Elsewhere(known, wanted)
+
+    def _digests(self, name: Name) -> tuple[bytes | None, bytes | None]:
+        """Return digests of samples of a tensor on both sides, in the narrower of their dtypes."""
+        a, b = (side.tensors.get(name) for side in self.sides)
+        if a is None or b is None or (dtype := common_dtype(a.dtype, b.dtype)) is None:
+            return None, None
+        return self.sampler.digest(0, a, dtype), self.sampler.digest(1, b, dtype)
+
+    # The search
+
+    def _explain(self, name: Name) -> tuple[_Explanation, ...]:
+        found = self._explain_whole(name)
+        if found is not None:
+            return (found,)
+        return self._explain_parts(name)
+
+    def _explain_whole(self, name: Name, *, pairs: bool = True) -> _Explanation | None:
+        subject = self._subject(name)
+        if subject is None:
+            return None
+        kind = re.sub(r"\d+", "#", label(name))
+        fresh = self.failures.get(kind, 0) < _FAILURES
+        forms = {(f.mistake, f.said): f for one in self.mistakes for f in one.forms(subject)}
+        found = (
+            self._among(subject, self._known(forms))
+            or self._among(subject, [()])
+            or (self._among(subject, [(form,) for form in forms.values()]) if fresh else None)
+        )
+        if found is None and fresh:
+            if pairs and self.failures.get(kind, 0) < _PATIENCE:
+                found = self._among(subject, _pairs(forms.values()))
+            if found is None:
+                self.failures[kind] = self.failures.get(kind, 0) + 1
+        if found is not None:
+            hit = (found.key, found.relation.said)
+            self.hits[hit] = self.hits.get(hit, 0) + 1
+        return found
+
+    def _explain_parts(self, name: Name) -> tuple[_Explanation, ...]:
+        """Explain query, key and value one by one; all that differ must have an explanation."""
+        subject = self._subject(name)
+        if subject is None or not attention.fits(subject):
+            return ()
+        found = []
+        for part in attention.part_names(name):
+            a, b = (read(part) for read in self.reads)
+            if a is None or b is None:
+                return ()
+            if a.dtype == b.dtype and self._confirmed(_Candidate((), a, b), SAME):
+                continue
+            explanation = self._explain_whole(part, pairs=False)
+            if explanation is None:
+                return ()
+            found.append(explanation)
+        return tuple(found)
+
+    def _known(self, forms: Mapping[_Key, Form]) -> Iterator[tuple[Form, ...]]:
+        """Yield what has explained other tensors, the most frequent first."""
+        ordered = sorted(self.hits, key=lambda hit: -self.hits[hit])
+        for keys in dict.fromkeys(keys for keys, _ in ordered if keys):
+            if all(key in forms for key in keys):
+                yield tuple(forms[key] for key in keys)
+
+    def _among(
+        self, subject: Subject, choices: Iterable[tuple[Form, ...]]
+    ) -> _Explanation | None:
+        for forms in choices:
+            for candidate, padding in self._candidates(subject, forms):
+                relation = self._relation(subject.name, candidate)
+                if relation is not None and (forms or relation is not SAME or padding):
+                    return _Explanation(forms, relation, candidate.backwards, padding)
+        return None
+
+    def _candidates(
+        self, subject: Subject, forms: tuple[Form, ...]
+    ) -> Iterator[tuple[_Candidate, str]]:
+        """Yield what B would be, and where a mistake loses data, what A would be."""
+        lossy = any(form.mistake == vocabulary.TiedHead.name for form in forms)
+        for side in (0, 1) if lossy else (0,):
+            make: Make = lambda read, name: read(name)  # noqa: E731 - replaced where there are forms
+            if forms:
+                make = forms[0].make if len(forms) == 1 else chained(*forms)
+            try:
+                expected = make(self.reads[side], subject.name)
+            except PlanError:  # sizes that do not divide
+                continue
+            found = self.reads[1 - side](subject.name)
+            if expected is None or found is None:
+                continue
+            expected, found, padding = _same_rows(subject.name, expected, found, side)
+            if expected.shape == found.shape and expected.numel:
+                yield _Candidate(forms, expected, found, backwards=bool(side)), padding
+
+    def _relation(self, name: Name, candidate: _Candidate) -> Relation | None:
+        """Return how the values of a candidate hang together, if it is a known way."""
+        tensors = (candidate.expected, candidate.found)
+        places = (1, 0) if candidate.backwards else (0, 1)
+        choices = list(self._relations(name, candidate))
+        for start in starts(candidate.found.numel):
+            expected, found = (
+                self.sampler.run(side, tensor, start)
+                for side, tensor in zip(places, tensors, strict=True)
+            )
+            choices = [one for one in choices if _holds(one, expected, found, candidate.backwards)]
+            if not choices:
+                return None
+        return next((one for one in choices if self._confirmed(candidate, one)), None)
+
+    def _relations(self, name: Name, candidate: _Candidate) -> Iterator[Relation]:
+        first, second = candidate.expected.dtype, candidate.found.dtype
+        if candidate.backwards:
+            first, second = second, first
+        norm = "norm" in name[1]
+        yield from relations.between(first, second)
+        if norm and candidate.forms:
+            yield from relations.shifted_by_one()
+        if not candidate.forms:
+            yield from relations.of_values(norm=norm)
+            for side, tensor in enumerate((candidate.expected, candidate.found)):
+                value = self.sampler.run(side, tensor, 0)[0]
+                yield relations.constant(float(value.real), b=bool(side))
+
+    def _confirmed(self, candidate: _Candidate, relation: Relation) -> bool:
+        holds = True
+
+        def visit(number: int, expected: NDArray[Any], found: NDArray[Any]) -> bool:
+            nonlocal holds
+            if not _holds(relation, expected, found, candidate.backwards):
+                holds = False
+            return holds
+
+        places = (1, 0) if candidate.backwards else (0, 1)
+        self.stream.each([(candidate.expected, candidate.found)], visit, places)
+        return holds
+
+    # What was found
+
+    def _drop_halves(self, explained: dict[Name, tuple[_Explanation, ...]]) -> None:
+        """Forget exchanges of which only one half is there: then something else has happened."""
+        for name, found in list(explained.items()):
+            for explanation in found:
+                for form in explanation.forms:
+                    partner = form.partner(name)
+                    if partner is None:
+                        continue
+                    others = explained.get(partner, ())
+                    if not any(form.mistake in {f.mistake for f in o.forms} for o in others):
+                        explained.pop(name, None)
+        for name in self.differing_set - explained.keys():
+            subject = self._subject(name)
+            forms = self.elsewhere.forms(subject) if subject else ()
+            found = self._among(subject, ((form,) for form in forms)) if subject else None
+            if found:
+                explained[name] = (found,)
+
+    def _findings(self, explained: Mapping[Name, tuple[_Explanation, ...]]) -> Iterator[Finding]:
+        groups: dict[tuple[str, ...], list[tuple[Name, tuple[_Explanation, ...]]]] = {}
+        for name, found in explained.items():
+            groups.setdefault(_names(found), []).append((name, found))
+        for mistakes, members in groups.items():
+            words = [self.words[mistake] for mistake in mistakes]
+            said = [
+                detail for _, found in members for one in found for detail in _details(one)
+            ]
+            details = list(dict.fromkeys(said))
+            if len(details) > _SHOWN_DETAILS:
+                more = len(details) - _SHOWN_DETAILS
+                details = [*details[:_SHOWN_DETAILS], f"and {more} more of the kind"]
+            yield Finding(
+                mistakes=mistakes,
+                title="; and ".join(one.title for one in words),
+                details=tuple(details),
+                advice=" ".join(one.advice for one in words),
+                tensors=tuple(label(name) for name, _ in members),
+                of=len(self.differing),
+                rounding=next((o.relation.rounding for _, f in members for o in f if
+                               o.relation.rounding), ""),
+            )
+
+    def _missing_heads(self) -> Iterator[Finding]:
+        """Yield that a side without an output layer ties it to the embedding."""
+        output = vocabulary.OUTPUT
+        for side, other in ((0, 1), (1, 0)):
+            head = self.sides[side].tensors.get(output)
+            spec = self.sides[other].parts.get("language")
+            lacks = output not in self.sides[other].tensors
+            if head is None or not lacks or spec is None or not spec.tied:
+                continue
+            embedding = self.sides[side].tensors.get(vocabulary.EMBEDDING)
+            copies = False
+            if embedding is not None and embedding.shape == head.shape:
+                copies = self._equal(side, head, embedding)
+            has, ties = "AB"[side], "AB"[other]
+            said = (
+                f"{ties} has no output layer, its embedding is used; that of {has} equals its "
+                "embedding, so both compute the same"
+                if copies
+                else f"{ties} has no output layer, its embedding is used; that of {has} is "
+                "another, and is lost"
+            )
+            advice = (
+                "Nothing is lost: tie_word_embeddings may be true on both sides."
+                if copies
+                else vocabulary.TiedHead.advice
+            )
+            title = "the output layer is tied to the embedding on one side only"
+            yield Finding(
+                ("head-tied",), title, (said,), advice, (label(output),), len(self.differing)
+            )
+
+    def _equal(self, side: int, first: LazyTensor, second: LazyTensor) -> bool:
+        if first.dtype != second.dtype:
+            return False
+        equal = True
+
+        def visit(number: int, one: NDArray[Any], other: NDArray[Any]) -> bool:
+            nonlocal equal
+            equal = equal and SAME.holds(one, other)
+            return equal
+
+        self.stream.each([(first, second)], visit, (side, side))
+        return equal
+
+
+_SHOWN_DETAILS = 6
+
+
+def _pairs(forms: Iterable[Form]) -> Iterator[tuple[Form, ...]]:
+    """Yield two mistakes at once, in either order; never one twice."""
+    listed = list(forms)
+    for first, second in product(listed, listed):
+        if first.mistake != second.mistake:
+            yield first, second
+
+
+def _holds(
+    relation: Relation, expected: NDArray[Any], found: NDArray[Any], backwards: bool
+) -> bool:
+    a, b = (found, expected) if backwards else (expected, found)
+    return relation.holds(a, b)
+
+
+def _same_rows(
+    name: Name, expected: LazyTensor, found: LazyTensor, side: int
+) -> tuple[LazyTensor, LazyTensor, str]:
+    """Return two tensors without the rows that only one of them has, if it is a vocabulary."""
+    here, there = expected.shape, found.shape
+    if name not in VOCABULARY or not here or here[1:] != there[1:] or here[0] == there[0]:
+        return expected, found, ""
+    rows = min(here[0], there[0])
+    longer = "AB"[(there[0] > here[0]) ^ bool(side)]
+    more = abs(here[0] - there[0])
+    said = f"{longer} has {more} rows more, behind the {rows} that both have"
+    return expected.narrow(0, 0, rows), found.narrow(0, 0, rows), said
+
+
+def _names(found: Sequence[_Explanation]) -> tuple[str, ...]:
+    """Return the mistakes of a tensor, each once."""
+    names: dict[str, None] = {}
+    for one in found:
+        names.update(dict.fromkeys(form.mistake for form in one.forms))
+        if one.padding:
+            names[vocabulary.Padding.name] = None
+        if one.relation.mistake:
+            names[one.relation.mistake] = None
+    return tuple(sorted(names))
+
+
+def _details(one: _Explanation) -> Iterator[str]:
+    swap = str.maketrans("AB", "BA")
+    for form in one.forms:
+        words = form.said.split(" ")
+        if one.backwards:
+            words = [word.translate(swap) if word in ("A", "B") else word for word in words]
+        yield " ".join(words)
+    if one.padding:
+        yield one.padding
+    if one.relation.said:
+        yield f"the values {one.relation.said}"
