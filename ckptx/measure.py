@@ -23,6 +23,8 @@ from ckptx.reader import Files, Gather, numpy_dtype
 _BLOCK = 4 << 20
 """Bytes of the wider side that are compared at a time; each thread holds two such blocks."""
 _THREADS = 4
+_ALONE = 1 << 20
+"""Bytes up to which all pairs together are not worth a second thread."""
 
 Pair: TypeAlias = tuple[LazyTensor, LazyTensor]
 """Two tensors of one shape: one of A, one of B."""
@@ -66,6 +68,9 @@ class Stream:
                 if not visit(number, arrays[0], arrays[1]):
                     stopped[number] = True
 
+        if sum(first.nbytes for first, _ in pairs) <= _ALONE:
+            work()  # faster than to wake a thread
+            return
         with ThreadPoolExecutor(self.threads) as pool:
             for future in [pool.submit(work) for _ in range(self.threads)]:
                 future.result()

@@ -246,18 +246,17 @@ class RankOrder:
             return
         for axis in _axes(subject):
             for ranks in _finest(subject.a[axis]):
-                digests = [
-                    {
-                        n: self.sampler.digest(side, tensor.chunk(axis, ranks, n), dtype)
-                        for n in range(ranks)
-                    }
+                heads = [
+                    self.sampler.heads(
+                        side, [tensor.chunk(axis, ranks, n) for n in range(ranks)], dtype
+                    )
                     for side, tensor in enumerate((a, b))
                 ]
-                order = find_order({"": digests[0]}, {"": digests[1]})
+                order = find_order(*({"": dict(enumerate(one))} for one in heads))
                 if sorted(order) != sorted(order.values()) or len(order) < ranks:
                     continue
-                listed = _coarsest([order[n] for n in range(ranks)])
-                if listed == list(range(len(listed))) or not _believed(listed):
+                listed = _believed([order[n] for n in range(ranks)])
+                if not listed or listed == list(range(len(listed))):
                     continue
                 said = order_named(dict(enumerate(listed)), "rank")
                 words = f"of {len(listed)} ranks, cut along axis {axis}: {said}"
@@ -281,17 +280,19 @@ def _finest(size: int) -> Iterator[int]:
     yield from (ranks for ranks in (power, 48, 24, 12) if ranks > 1 and size % ranks == 0)
 
 
-def _coarsest(listed: list[int]) -> list[int]:
-    """Return an order of parts as one of larger parts, as far as neighbours stay together."""
-    while len(listed) % 2 == 0 and all(
-        listed[n] % 2 == 0 and listed[n + 1] == listed[n] + 1 for n in range(0, len(listed), 2)
-    ):
+def _believed(listed: list[int]) -> list[int]:
+    """Return an order of small parts as that of the ranks it is, none if it is no likely one.
+
+    Neighbours that stay together are one rank's, unless only apart they are in order of strings.
+    """
+    while "strings" not in _known_order(listed, "rank"):
+        together = len(listed) % 2 == 0 and all(
+            listed[n] % 2 == 0 and listed[n + 1] == listed[n] + 1 for n in range(0, len(listed), 2)
+        )
+        if not together:
+            return listed if len(listed) <= _FEW else []
         listed = [number // 2 for number in listed[::2]]
     return listed
-
-
-def _believed(listed: Sequence[int]) -> bool:
-    return len(listed) <= _FEW or "strings" in _known_order(listed, "rank")
 
 
 def _permuted(listed: Sequence[int], axis: int) -> Callable[[LazyTensor], LazyTensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,18 @@ class Sampler:
         values: NDArray[Any] = buffer.view(numpy_dtype(tensor.dtype))
         return values
 
+    def heads(self, side: int, tensors: Sequence[LazyTensor], dtype: str) -> list[bytes | None]:
+        """Return the first elements of several tensors; None of one that starts with one value."""
+        buffers = []
+        for tensor in tensors:
+            tensor = tensor if tensor.dtype == dtype else tensor.cast(dtype)
+            length = min(_RUN, tensor.numel)
+            buffers.append(np.empty(length * ITEMSIZE[dtype], np.uint8))
+            self._gathers[side].add_range(tensor, 0, length, buffers[-1])
+        self._gathers[side].run()
+        elements = [buffer.reshape(-1, ITEMSIZE[dtype]) for buffer in buffers]
+        return [None if (one == one[0]).all() else one.tobytes() for one in elements]
+
     def digest(self, side: int, tensor: LazyTensor, dtype: str) -> bytes | None:
         """Return a digest of runs of a tensor in a dtype; None if they hold one value only."""
         runs = self.runs(side, tensor if tensor.dtype == dtype else tensor.cast(dtype))
@@ -42,6 +56,7 @@ class Sampler:
         return hashlib.blake2b(b"".join(run.tobytes() for run in runs), digest_size=16).digest()
 
 
+@lru_cache(maxsize=1024)
 def starts(numel: int) -> list[int]:
     """Return where the runs of a tensor of so many elements start."""
     if not numel:

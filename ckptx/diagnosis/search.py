@@ -78,7 +78,10 @@ class _Search:
         self.mistakes = self._mistakes()
         self.words: dict[str, Words] = {
             **VALUES,
-            **{one.name: Words(one.title, one.advice) for one in self.mistakes},
+            **{
+                one.name: Words(one.title, one.advice)
+                for one in (*self.mistakes, self.elsewhere)
+            },
             vocabulary.Padding.name: Words(vocabulary.Padding.title, vocabulary.Padding.advice),
         }
         self.hits: dict[tuple[tuple[_Key, ...], str], int] = {}
@@ -126,6 +129,7 @@ class _Search:
 
     def _mistakes(self) -> list[Mistake]:
         self.elsewhere = self._elsewhere()
+        self.ranks = orders.RankOrder(self.sampler, self.reads)
         layers = orders.LayerOrder(self._orders(0))
         named = [name for name in self.differing if not name[0]]
         experts = orders.NamedExpertOrder(self._orders(1, named), place=1, what="expert")
@@ -139,8 +143,7 @@ class _Search:
             orders.ExpertOrder(self._expert_orders()),
             experts,
             feed_forward.GateUpRanks(),
-            orders.RankOrder(self.sampler, self.reads),
-            self.elsewhere,
+            self.ranks,
         ]
 
     def _orders(self, place: int, among: Sequence[Name] | None = None) -> dict[str, orders.Order]:
@@ -213,17 +216,17 @@ class _Search:
             return None
         kind = re.sub(r"\d+", "#", label(name))
         fresh = self.failures.get(kind, 0) < _FAILURES
-        forms = {(f.mistake, f.said): f for one in self.mistakes for f in one.forms(subject)}
-        found = (
-            self._among(subject, self._known(forms))
-            or self._among(subject, [()])
-            or (self._among(subject, [(form,) for form in forms.values()]) if fresh else None)
-        )
+        found = self._among(subject, self._known(subject)) or self._among(subject, [()])
         if found is None and fresh:
-            if pairs and self.failures.get(kind, 0) < _PATIENCE:
-                found = self._among(subject, _pairs(forms.values()))
-            if found is None:
-                self.failures[kind] = self.failures.get(kind, 0) + 1
+            patient = self.failures.get(kind, 0) < _PATIENCE
+            forms = list(self._forms(subject, samples=patient))
+            found = self._among(subject, ((form,) for form in forms))
+            if found is None and pairs and patient:
+                found = self._among(subject, _pairs(forms))
+        if found is None:
+            found = self._among(subject, ((form,) for form in self.elsewhere.forms(subject)))
+        if found is None:
+            self.failures[kind] = self.failures.get(kind, 0) + 1
         if found is not None:
             hit = (found.key, found.relation.said)
             self.hits[hit] = self.hits.get(hit, 0) + 1
@@ -247,12 +250,24 @@ class _Search:
             found.append(explanation)
         return tuple(found)
 
-    def _known(self, forms: Mapping[_Key, Form]) -> Iterator[tuple[Form, ...]]:
+    def _forms(self, subject: Subject, *, samples: bool) -> Iterator[Form]:
+        """Yield all forms of all mistakes, those that need samples of the tensor on demand."""
+        for mistake in self.mistakes:
+            if samples or mistake is not self.ranks:
+                yield from mistake.forms(subject)
+
+    def _known(self, subject: Subject) -> Iterator[tuple[Form, ...]]:
         """Yield what has explained other tensors, the most frequent first."""
         ordered = sorted(self.hits, key=lambda hit: -self.hits[hit])
         for keys in dict.fromkeys(keys for keys, _ in ordered if keys):
-            if all(key in forms for key in keys):
-                yield tuple(forms[key] for key in keys)
+            forms = [self._form(subject, key) for key in keys]
+            if None not in forms:
+                yield tuple(form for form in forms if form is not None)
+
+    def _form(self, subject: Subject, key: _Key) -> Form | None:
+        among = (one for one in self.mistakes if one.name == key[0])
+        forms = (form for one in among for form in one.forms(subject))
+        return next((form for form in forms if form.said == key[1]), None)
 
     def _among(
         self, subject: Subject, choices: Iterable[tuple[Form, ...]]
@@ -303,7 +318,7 @@ class _Search:
         first, second = candidate.expected.dtype, candidate.found.dtype
         if candidate.backwards:
             first, second = second, first
-        norm = "norm" in name[1]
+        norm = "norm" in label(name)
         yield from relations.between(first, second)
         if norm and candidate.forms:
             yield from relations.shifted_by_one()
