@@ -121,9 +121,7 @@ class Comparison:
             {name for finding in self.diagnoses for name in finding.tensors}
         )
         rest = f"; {unexplained} unexplained" if self.diagnoses and unexplained else ""
-        return (
-            f"not equal: {summary or 'nothing to compare'} of {self.compared} tensors{rest}"
-        )
+        return f"not equal: {summary or 'nothing to compare'} of {self.compared} tensors{rest}"
 
 
 def compare(
@@ -187,7 +185,9 @@ def _differences(
     found: list[tuple[Name, Difference | None, Measured]] = []
     for name in dict.fromkeys((*left, *right)):
         one = measured.get(name, Measured())
-        found.append((name, _difference(name, left.get(name), right.get(name), one, tolerance), one))
+        found.append(
+            (name, _difference(name, left.get(name), right.get(name), one, tolerance), one)
+        )
     return found
 
 

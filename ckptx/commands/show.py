@@ -85,7 +85,9 @@ def verify_command() -> click.Command:
             click.Option(
                 ["--rtol"], type=number, default=0.0, help="Let values differ by so much of A's."
             ),
-            click.Option(["--atol"], type=number, default=0.0, help="Let values differ by so much."),
+            click.Option(
+                ["--atol"], type=number, default=0.0, help="Let values differ by so much."
+            ),
             click.Option(
                 ["--ignore-dtype"],
                 is_flag=True,

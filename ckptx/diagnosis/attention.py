@@ -149,9 +149,7 @@ class QkvExchanged:
                 )
                 yield Form(self.name, moved, on_one(self._change(order, spec)))
 
-    def _change(
-        self, order: Sequence[int], spec: ModelSpec
-    ) -> Callable[[LazyTensor], LazyTensor]:
+    def _change(self, order: Sequence[int], spec: ModelSpec) -> Callable[[LazyTensor], LazyTensor]:
         def change(fused: LazyTensor) -> LazyTensor:
             parts = parts_of(fused, spec)
             return fused_of([parts[place] for place in order], spec)

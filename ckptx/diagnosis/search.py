@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeAlias
 
@@ -78,10 +78,7 @@ class _Search:
         self.mistakes = self._mistakes()
         self.words: dict[str, Words] = {
             **VALUES,
-            **{
-                one.name: Words(one.title, one.advice)
-                for one in (*self.mistakes, self.elsewhere)
-            },
+            **{one.name: Words(one.title, one.advice) for one in (*self.mistakes, self.elsewhere)},
             vocabulary.Padding.name: Words(vocabulary.Padding.title, vocabulary.Padding.advice),
         }
         self.hits: dict[tuple[tuple[_Key, ...], str], int] = {}
@@ -269,9 +266,7 @@ class _Search:
         forms = (form for one in among for form in one.forms(subject))
         return next((form for form in forms if form.said == key[1]), None)
 
-    def _among(
-        self, subject: Subject, choices: Iterable[tuple[Form, ...]]
-    ) -> _Explanation | None:
+    def _among(self, subject: Subject, choices: Iterable[tuple[Form, ...]]) -> _Explanation | None:
         for forms in choices:
             for candidate, padding in self._candidates(subject, forms):
                 relation = self._relation(subject.name, candidate)
@@ -345,21 +340,18 @@ class _Search:
 
     def _drop_halves(self, explained: dict[Name, tuple[_Explanation, ...]]) -> None:
         """Forget exchanges of which only one half is there: then something else has happened."""
-        for name, found in list(explained.items()):
-            for explanation in found:
-                for form in explanation.forms:
-                    partner = form.partner(name)
-                    if partner is None:
-                        continue
-                    others = explained.get(partner, ())
-                    if not any(form.mistake in {f.mistake for f in o.forms} for o in others):
-                        explained.pop(name, None)
-        for name in self.differing_set - explained.keys():
+        halves = [
+            name
+            for name, found in explained.items()
+            if any(_is_half(name, one, explained) for one in found)
+        ]
+        for name in halves:
+            del explained[name]
             subject = self._subject(name)
             forms = self.elsewhere.forms(subject) if subject else ()
-            found = self._among(subject, ((form,) for form in forms)) if subject else None
-            if found:
-                explained[name] = (found,)
+            other = self._among(subject, ((form,) for form in forms)) if subject else None
+            if other is not None:
+                explained[name] = (other,)
 
     def _findings(self, explained: Mapping[Name, tuple[_Explanation, ...]]) -> Iterator[Finding]:
         groups: dict[tuple[str, ...], list[tuple[Name, tuple[_Explanation, ...]]]] = {}
@@ -367,9 +359,7 @@ class _Search:
             groups.setdefault(_names(found), []).append((name, found))
         for mistakes, members in groups.items():
             words = [self.words[mistake] for mistake in mistakes]
-            said = [
-                detail for _, found in members for one in found for detail in _details(one)
-            ]
+            said = [detail for _, found in members for one in found for detail in _details(one)]
             details = list(dict.fromkeys(said))
             if len(details) > _SHOWN_DETAILS:
                 more = len(details) - _SHOWN_DETAILS
@@ -381,8 +371,9 @@ class _Search:
                 advice=" ".join(one.advice for one in words),
                 tensors=tuple(label(name) for name, _ in members),
                 of=len(self.differing),
-                rounding=next((o.relation.rounding for _, f in members for o in f if
-                               o.relation.rounding), ""),
+                rounding=next(
+                    (o.relation.rounding for _, f in members for o in f if o.relation.rounding), ""
+                ),
             )
 
     def _missing_heads(self) -> Iterator[Finding]:
@@ -431,6 +422,20 @@ class _Search:
 
 
 _SHOWN_DETAILS = 6
+
+
+def _is_half(
+    name: Name, explanation: _Explanation, explained: Mapping[Name, tuple[_Explanation, ...]]
+) -> bool:
+    """Return whether the partner of an exchange has another explanation, or none."""
+    for form in explanation.forms:
+        partner = form.partner(name)
+        if partner is None:
+            continue
+        others = (other for one in explained.get(partner, ()) for other in one.forms)
+        if form.mistake not in {other.mistake for other in others}:
+            return True
+    return False
 
 
 def _pairs(forms: Iterable[Form]) -> Iterator[tuple[Form, ...]]:

@@ -1,4 +1,4 @@
-"""Every known mistake, made in plain torch on the weights of a real model, is called by its name."""
+"""Every known mistake, made in plain torch on weights of a real model, is called by its name."""
 
 from __future__ import annotations
 
