@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,6 +23,8 @@ from ckptx.reader import Files, Gather, numpy_dtype
 _BLOCK = 4 << 20
 """Bytes of the wider side that are compared at a time; each thread holds two such blocks."""
 _THREADS = 4
+_STEP = 32 << 10  # elements whose differences are computed at a time, in the processor's cache
+_BFLOAT16 = numpy_dtype("bfloat16")
 _ALONE = 1 << 20
 """Bytes up to which all pairs together are not worth a second thread."""
 
@@ -131,26 +133,31 @@ class Measured:
     max_abs: float = 0.0
     """The largest absolute difference; infinite where one side alone is NaN or infinite."""
     max_rel: float = 0.0
-    """The largest difference relative to A; infinite where A is zero."""
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    """The largest difference relative to A, where that is not zero; infinite if it always is."""
 
-    def add(self, differing: int, beyond: int, max_abs: float, max_rel: float) -> None:
-        """Add what one block says."""
-        with self._lock:
-            self.differing += differing
-            self.beyond += beyond
-            self.max_abs = max(self.max_abs, max_abs)
-            self.max_rel = max(self.max_rel, max_rel)
+    def add(self, other: Measured) -> None:
+        """Add what another part of the tensors says."""
+        self.differing += other.differing
+        self.beyond += other.beyond
+        self.max_abs = max(self.max_abs, other.max_abs)
+        # Infinity stands for "A was zero", until a part says more.
+        said = [one for one in (self.max_rel, other.max_rel) if math.isfinite(one)]
+        self.max_rel = max(said) if any(said) else max(self.max_rel, other.max_rel)
 
 
 def measure(stream: Stream, pairs: Sequence[Pair], tolerance: Tolerance) -> list[Measured]:
     """Return how far the tensors of each pair are apart."""
     found = [Measured() for _ in pairs]
+    lock = threading.Lock()
 
     def visit(number: int, first: NDArray[Any], second: NDArray[Any]) -> bool:
         if first.dtype == second.dtype and _equal_bytes(first, second):
             return True
-        found[number].add(*_distance(first, second, tolerance))
+        for start in range(0, len(first), _STEP):
+            part = slice(start, start + _STEP)
+            apart = _distance(first[part], second[part], tolerance)
+            with lock:
+                found[number].add(apart)
         return True
 
     stream.each(pairs, visit)
@@ -174,34 +181,46 @@ def _equal_bytes(first: NDArray[Any], second: NDArray[Any]) -> bool:
     )
 
 
-def _distance(
-    first: NDArray[Any], second: NDArray[Any], tolerance: Tolerance
-) -> tuple[int, int, float, float]:
-    """Return differing elements, those beyond the tolerance, and the largest distances."""
-    if first.dtype == second.dtype:
-        unequal = ~same_bits(first, second)
-        first, second = first[unequal], second[unequal]
-    a, b = _wide(first), _wide(second)
+def _distance(first: NDArray[Any], second: NDArray[Any], tolerance: Tolerance) -> Measured:
+    """Return how far the elements of two blocks are apart."""
+    same_dtype = first.dtype == second.dtype
+    changed = len(first) - int(np.count_nonzero(same_bits(first, second))) if same_dtype else 0
+    if same_dtype and not changed:
+        return Measured()
+    wide = _wide_dtype(first.dtype, second.dtype)
+    a, b = _widened(first, wide), _widened(second, wide)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         distance = np.abs(a - b)
-        alike = (a == b) | (np.isnan(a) & np.isnan(b))
-        distance = np.where(alike, 0.0, np.where(np.isnan(distance), math.inf, distance))
+        largest = float(distance.max())
+        if not math.isfinite(largest):
+            alike = (a == b) | (np.isnan(a) & np.isnan(b))
+            distance = np.where(alike, 0.0, np.where(np.isnan(distance), math.inf, distance))
+            largest = float(distance.max())
         size = np.abs(a)
-        relative = np.where(distance > 0, distance / size, 0.0)
-        relative = np.where(np.isnan(relative), math.inf, relative)
-        close = distance <= tolerance.atol + tolerance.rtol * size
+        relative = distance / size
+        relative[size == 0] = 0
+        most = float(np.fmax.reduce(relative))
+    differing = int(np.count_nonzero(distance))
     if tolerance.exact:
         # Bits count: 0.0 is not -0.0. Of different dtypes only values can be compared.
-        differing = len(a) if first.dtype == second.dtype else int(np.count_nonzero(distance))
-        beyond = differing
+        differing = beyond = changed if same_dtype else differing
     else:
-        differing = int(np.count_nonzero(distance))
-        close &= np.isfinite(distance)
-        beyond = len(a) - int(np.count_nonzero(close))
-    largest = float(distance.max(initial=0.0))
-    return differing, beyond, largest, float(relative.max(initial=0.0))
+        with np.errstate(invalid="ignore", over="ignore"):
+            close = (distance <= tolerance.atol + tolerance.rtol * size) & np.isfinite(distance)
+        beyond = len(a) - int(np.count_nonzero(close | (distance == 0)))  # inf and NaN, too
+    return Measured(differing, beyond, largest, most if most or not largest else math.inf)
 
 
-def _wide(values: NDArray[Any]) -> NDArray[Any]:
-    wide = np.complex128 if values.dtype.kind == "c" else np.float64
-    return values.astype(wide)
+def _wide_dtype(first: np.dtype[Any], second: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype that differences are computed in: exact for every value of both."""
+    if "c" in (first.kind, second.kind):
+        return np.dtype(np.complex128)
+    # Of integers too, and ml_dtypes have a kind of their own.
+    return np.dtype(np.float32 if first.itemsize == second.itemsize == 2 else np.float64)
+
+
+def _widened(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    if values.dtype == _BFLOAT16 and dtype == np.float32:
+        # The upper half of a float32; several times faster than the cast.
+        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return values.astype(dtype)

@@ -22,7 +22,7 @@ from ckptx.reader import Files
 EXACT = Tolerance()
 _WHOLE = ("missing", "extra", "reshaped")
 """Kinds of differences that concern a tensor as a whole; they are shown first."""
-_LIMIT = 20  # differing tensors in the text form
+_LIMIT = 12  # differing tensors in the text form
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,23 +231,21 @@ def _plain(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else "inf"
 
 
-_COLUMNS = ("", "differ", "max abs", "max rel")
+_COLUMNS = ("differ", "", "max abs", "max rel")
 
 
 def _table(entries: Sequence[Difference], width: int) -> Iterator[str]:
     """Yield a table of differences; where it is too wide, two lines for each."""
     if not entries:
         return
-    rows = [_cells(entry) for entry in entries]
-    names = [f"{entry.kind:<9} {entry.name}" for entry in entries]
-    room = max(map(len, names))
-    sizes = [max(len(row[n]) for row in (_COLUMNS[1:], *rows)) for n in range(3)]
+    rows = [_COLUMNS, *map(_cells, entries)]
+    sizes = [max(len(row[number]) for row in rows) for number in range(len(_COLUMNS))]
     numbers = [
-        "  ".join(f"{cell:>{size}}" for cell, size in zip(row, sizes, strict=True))
-        for row in (_COLUMNS[1:], *rows)
+        "  ".join(f"{cell:>{size}}" for cell, size in zip(row, sizes, strict=True)) for row in rows
     ]
-    said = [_types(entry) for entry in entries]
-    if room + 2 + len(numbers[0]) + 2 + max(map(len, said)) <= width:
+    names = [f"{entry.kind:<9} {entry.name}" for entry in entries]
+    room, said = max(map(len, names)), [_types(entry) for entry in entries]
+    if room + len(numbers[0]) + max(map(len, said)) + 4 <= width:
         yield f"{'':<{room}}  {numbers[0]}".rstrip()
         for name, cells, types in zip(names, numbers[1:], said, strict=True):
             yield f"{name:<{room}}  {cells}  {types}".rstrip()
@@ -256,15 +254,30 @@ def _table(entries: Sequence[Difference], width: int) -> Iterator[str]:
         yield name
         yield f"{'':10}{types}"
         if entry.max_abs is not None:
-            differ, most, relative = _cells(entry)
-            yield f"{'':10}{differ} differ, at most by {most} ({relative} of A)"
+            differ, share, most, relative = _cells(entry)
+            yield f"{'':10}{differ} differ ({share}), max abs {most}, max rel {relative}"
 
 
-def _cells(entry: Difference) -> tuple[str, str, str]:
+def _cells(entry: Difference) -> tuple[str, ...]:
     if entry.max_abs is None or entry.max_rel is None:
-        return "", "", ""
-    count = f"{entry.elements:,} of {entry.of:,}"
-    return count, f"{entry.max_abs:.3g}", f"{entry.max_rel:.3g}"
+        return ("",) * len(_COLUMNS)
+    return (
+        f"{entry.elements:,}",
+        _share(entry.elements, entry.of),
+        f"{entry.max_abs:.3g}",
+        f"{entry.max_rel:.3g}",
+    )
+
+
+def _share(part: int, whole: int) -> str:
+    """Return a part in percent, all and nothing only where they are.
+
+    Examples:
+        >>> _share(1, 1000), _share(999, 1000), _share(5, 5)
+        ('<1%', '99%', '100%')
+    """
+    percent = 100 * part // whole if whole else 0
+    return "<1%" if part and not percent else f"{percent}%"
 
 
 def _types(entry: Difference) -> str:

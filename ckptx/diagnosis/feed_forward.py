@@ -58,8 +58,8 @@ class GateUpRanks:
 
     def forms(self, subject: Subject) -> Iterator[Form]:
         """Return every number of ranks, in both directions."""
-        message, key = subject.name
-        if not message or partner(subject.name) is None or subject.a != subject.b:
+        named = not subject.name[0]
+        if named or partner(subject.name) is None or subject.a != subject.b:
             return
         axis = 1 if len(subject.a) == 3 else 0
         for ranks in range(2, _RANKS + 1):
