@@ -158,7 +158,7 @@ class LayerOrder:
     def forms(self, subject: Subject) -> Iterator[Form]:
         """Return the order that was found among the layers."""
         found = numbered(subject.name, self.place)
-        order = self.orders.get(_group(found[0])) if found else None
+        order = self.orders.get(group(found[0])) if found else None
         if order and any(i != j for i, j in order.items()):
             yield Form(self.name, order_named(order, self.what), self._make)
 
@@ -168,7 +168,7 @@ class LayerOrder:
         if found is None:
             return None
         template, number = found
-        other = self.orders.get(_group(template), {}).get(number)
+        other = self.orders.get(group(template), {}).get(number)
         if other is None:
             return None
         message, key = renumbered(template, other)
@@ -187,7 +187,7 @@ class NamedExpertOrder(LayerOrder):
     )
 
 
-def _group(template: Name) -> str:
+def group(template: Name) -> str:
     """Return what is numbered together: the layers of a tower, the experts of a layer."""
     message, key = template
     return message or key.partition("{}")[0]

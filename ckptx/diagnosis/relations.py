@@ -71,6 +71,7 @@ def between(first: str, second: str) -> Iterator[Relation]:
         if (wide, narrow) == ("float32", "bfloat16"):
             yield _truncated(a_is_wide=wide == first)
         return
+    yield Relation("dtype", f"are the same, held as {first} and as {second}", _equal_values)
     if {first, second} <= _HALF_ULP.keys():
         yield _both_rounded(first, second)
 
@@ -119,6 +120,12 @@ def _rounded(narrow: str, *, a_is_wide: bool) -> Relation:
     return Relation(
         "rounding", f"of {side} are those of {other} rounded to {narrow}", holds, narrow
     )
+
+
+def _equal_values(a: Array, b: Array) -> bool:
+    if a.dtype.kind in "iub" and b.dtype.kind in "iub":
+        return bool((a == b).all())
+    return bool((a.astype(np.float64) == b.astype(np.float64)).all())
 
 
 def _truncated(*, a_is_wide: bool) -> Relation:

@@ -15,6 +15,7 @@ from ckptx.reader import Files, Gather, numpy_dtype
 
 _RUN = 32  # elements that are read together
 _RUNS = 6
+_ROUNDED = ("float32", "float16", "bfloat16")  # dtypes that wider ones can be cast to
 
 
 class Sampler:
@@ -73,6 +74,8 @@ def common_dtype(first: str, second: str) -> str | None:
         >>> common_dtype("float32", "bfloat16"), common_dtype("float16", "bfloat16")
         ('bfloat16', None)
     """
-    if is_widening(first, second):
+    if first == second:
         return first
-    return second if is_widening(second, first) else None
+    narrow = first if is_widening(first, second) else second
+    wide = second if narrow == first else first
+    return narrow if narrow in _ROUNDED and is_widening(narrow, wide) else None

@@ -10,20 +10,18 @@ from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
-from ckptx.diagnosis import attention, feed_forward, matrices, orders, relations, vocabulary
-from ckptx.diagnosis.elsewhere import Elsewhere
+from ckptx.diagnosis import attention, relations, vocabulary
+from ckptx.diagnosis.evidence import Evidence
 from ckptx.diagnosis.finding import Finding
-from ckptx.diagnosis.mistakes import Form, Make, Mistake, Read, Subject, chained
+from ckptx.diagnosis.hypotheses import WORDS, Hypotheses
+from ckptx.diagnosis.mistakes import Form, Make, Subject, chained
 from ckptx.diagnosis.relations import SAME, Relation
-from ckptx.diagnosis.samples import Sampler, common_dtype, starts
-from ckptx.diagnosis.values import VALUES, Words
+from ckptx.diagnosis.samples import starts
 from ckptx.errors import PlanError
-from ckptx.lazy import LazyTensor, Shape
+from ckptx.lazy import LazyTensor
 from ckptx.measure import Stream
 from ckptx.pairing import Name, Paired, label
 from ckptx.saving import VOCABULARY
-from ckptx.spec import ModelSpec
-from ckptx.vocabulary import VISION
 
 _PATIENCE = 2  # tensors of a kind for which pairs of mistakes are tried
 _FAILURES = 6  # tensors of a kind without an explanation, after which only known ones are tried
@@ -64,142 +62,26 @@ def diagnose(paired: Paired, differing: Sequence[Name], stream: Stream) -> tuple
         differing: the names of tensors that differ, or that only one side has.
         stream: reads both.
     """
-    return tuple(_Search(paired, differing, stream).run())
+    return tuple(_Search(Evidence(paired, differing, stream)).run())
 
 
 class _Search:
-    def __init__(self, paired: Paired, differing: Sequence[Name], stream: Stream) -> None:
-        self.sides = (paired.left, paired.right)
-        self.differing = list(differing)
-        self.differing_set = frozenset(differing)
-        self.stream = stream
-        self.sampler = Sampler(stream.files)
-        self.reads = (self._reader(0), self._reader(1))
-        self.mistakes = self._mistakes()
-        self.words: dict[str, Words] = {
-            **VALUES,
-            **{one.name: Words(one.title, one.advice) for one in (*self.mistakes, self.elsewhere)},
-            vocabulary.Padding.name: Words(vocabulary.Padding.title, vocabulary.Padding.advice),
-        }
+    def __init__(self, evidence: Evidence) -> None:
+        self.evidence = evidence
+        self.hypotheses = Hypotheses(evidence)
         self.hits: dict[tuple[tuple[_Key, ...], str], int] = {}
         self.failures: dict[str, int] = {}
 
     def run(self) -> list[Finding]:
         """Explain tensor after tensor and join what has one explanation."""
         explained: dict[Name, tuple[_Explanation, ...]] = {}
-        for name in self.differing:
+        for name in self.evidence.differing:
             found = self._explain(name)
             if found:
                 explained[name] = found
         self._drop_halves(explained)
         findings = [*self._findings(explained), *self._missing_heads()]
         return sorted(findings, key=lambda one: -len(one.tensors))
-
-    def _reader(self, side: int) -> Read:
-        tensors = self.sides[side].tensors
-
-        def read(name: Name) -> LazyTensor | None:
-            return tensors.get(name)
-
-        def read_part(name: Name) -> LazyTensor | None:
-            return attention.reader_of_parts(read, self._spec(name))(name)
-
-        return read_part
-
-    def _spec(self, name: Name) -> ModelSpec | None:
-        message = name[0]
-        if not message:
-            return None
-        if not message.startswith(VISION):
-            part = "language"
-        else:
-            part = "projection" if message.startswith("vision ") else "vision"
-        return self.sides[0].parts.get(part) or self.sides[1].parts.get(part)
-
-    def _subject(self, name: Name) -> Subject | None:
-        a, b = (read(name) for read in self.reads)
-        if a is None or b is None:
-            return None
-        return Subject(name, a.shape, b.shape, self._spec(name))
-
-    # The hypotheses
-
-    def _mistakes(self) -> list[Mistake]:
-        self.elsewhere = self._elsewhere()
-        self.ranks = orders.RankOrder(self.sampler, self.reads)
-        layers = orders.LayerOrder(self._orders(0))
-        named = [name for name in self.differing if not name[0]]
-        experts = orders.NamedExpertOrder(self._orders(1, named), place=1, what="expert")
-        return [
-            feed_forward.GateUp(),
-            vocabulary.TiedHead(),
-            *attention.MISTAKES,
-            matrices.Transposed(),
-            matrices.WrongAxis(),
-            layers,
-            orders.ExpertOrder(self._expert_orders()),
-            experts,
-            feed_forward.GateUpRanks(),
-            self.ranks,
-        ]
-
-    def _orders(self, place: int, among: Sequence[Name] | None = None) -> dict[str, orders.Order]:
-        """Return how numbers of layers, or of experts, seem to be exchanged."""
-        groups: dict[str, set[Name]] = {}
-        for name in self.differing if among is None else among:
-            found = orders.numbered(name, place)
-            if found is not None:
-                groups.setdefault(orders._group(found[0]), set()).add(found[0])
-        result = {}
-        for group, templates in groups.items():
-            digests: list[dict[str, dict[int, bytes | None]]] = [{}, {}]
-            for name in self.sides[0].tensors:
-                found = orders.numbered(name, place)
-                if found is None or found[0] not in templates:
-                    continue
-                for side, digest in enumerate(self._digests(name)):
-                    digests[side].setdefault(label(found[0]), {})[found[1]] = digest
-            result[group] = orders.find_order(*digests)
-        return result
-
-    def _expert_orders(self) -> dict[str, orders.Order]:
-        found: dict[str, list[dict[str, dict[int, bytes | None]]]] = {}
-        for name in self.differing:
-            subject = self._subject(name)
-            if subject is None or subject.a != subject.b or not orders.holds_experts(subject):
-                continue
-            tensors = [read(name) for read in self.reads]
-            a, b = tensors
-            assert a is not None and b is not None  # noqa: PT018 - a subject has both
-            dtype = common_dtype(a.dtype, b.dtype)
-            for side, tensor in enumerate((a, b)) if dtype else ():
-                digests = found.setdefault(name[0], [{}, {}])[side]
-                digests[name[1]] = {
-                    n: self.sampler.digest(side, tensor.narrow(0, n, n + 1), dtype or "")
-                    for n in range(tensor.shape[0])
-                }
-        return {message: orders.find_order(*both) for message, both in found.items()}
-
-    def _elsewhere(self) -> Elsewhere:
-        known: dict[tuple[Shape, bytes], Name] = {}
-        wanted: dict[Name, bytes | None] = {}
-        shapes = {t.shape for name in self.differing if (t := self.sides[1].tensors.get(name))}
-        for name, tensor in self.sides[0].tensors.items():
-            a, b = self._digests(name)
-            if a is not None and tensor.shape in shapes:
-                known.setdefault((tensor.shape, a), name)
-            if name in self.differing_set:
-                wanted[name] = b
-        return Elsewhere(known, wanted)
-
-    def _digests(self, name: Name) -> tuple[bytes | None, bytes | None]:
-        """Return digests of samples of a tensor on both sides, in the narrower of their dtypes."""
-        a, b = (side.tensors.get(name) for side in self.sides)
-        if a is None or b is None or (dtype := common_dtype(a.dtype, b.dtype)) is None:
-            return None, None
-        return self.sampler.digest(0, a, dtype), self.sampler.digest(1, b, dtype)
-
-    # The search
 
     def _explain(self, name: Name) -> tuple[_Explanation, ...]:
         found = self._explain_whole(name)
@@ -208,7 +90,7 @@ class _Search:
         return self._explain_parts(name)
 
     def _explain_whole(self, name: Name, *, pairs: bool = True) -> _Explanation | None:
-        subject = self._subject(name)
+        subject = self.evidence.subject(name)
         if subject is None:
             return None
         kind = re.sub(r"\d+", "#", label(name))
@@ -221,7 +103,9 @@ class _Search:
             if found is None and pairs and patient:
                 found = self._among(subject, _pairs(forms))
         if found is None:
-            found = self._among(subject, ((form,) for form in self.elsewhere.forms(subject)))
+            found = self._among(
+                subject, ((form,) for form in self.hypotheses.elsewhere.forms(subject))
+            )
         if found is None:
             self.failures[kind] = self.failures.get(kind, 0) + 1
         if found is not None:
@@ -231,12 +115,12 @@ class _Search:
 
     def _explain_parts(self, name: Name) -> tuple[_Explanation, ...]:
         """Explain query, key and value one by one; all that differ must have an explanation."""
-        subject = self._subject(name)
+        subject = self.evidence.subject(name)
         if subject is None or not attention.fits(subject):
             return ()
         found = []
         for part in attention.part_names(name):
-            a, b = (read(part) for read in self.reads)
+            a, b = (read(part) for read in self.evidence.reads)
             if a is None or b is None:
                 return ()
             if a.dtype == b.dtype and self._confirmed(_Candidate((), a, b), SAME):
@@ -249,8 +133,8 @@ class _Search:
 
     def _forms(self, subject: Subject, *, samples: bool) -> Iterator[Form]:
         """Yield all forms of all mistakes, those that need samples of the tensor on demand."""
-        for mistake in self.mistakes:
-            if samples or mistake is not self.ranks:
+        for mistake in self.hypotheses.mistakes:
+            if samples or mistake is not self.hypotheses.ranks:
                 yield from mistake.forms(subject)
 
     def _known(self, subject: Subject) -> Iterator[tuple[Form, ...]]:
@@ -262,7 +146,7 @@ class _Search:
                 yield tuple(form for form in forms if form is not None)
 
     def _form(self, subject: Subject, key: _Key) -> Form | None:
-        among = (one for one in self.mistakes if one.name == key[0])
+        among = (one for one in self.hypotheses.mistakes if one.name == key[0])
         forms = (form for one in among for form in one.forms(subject))
         return next((form for form in forms if form.said == key[1]), None)
 
@@ -284,10 +168,10 @@ class _Search:
             if forms:
                 make = forms[0].make if len(forms) == 1 else chained(*forms)
             try:
-                expected = make(self.reads[side], subject.name)
+                expected = make(self.evidence.reads[side], subject.name)
             except PlanError:  # sizes that do not divide
                 continue
-            found = self.reads[1 - side](subject.name)
+            found = self.evidence.reads[1 - side](subject.name)
             if expected is None or found is None:
                 continue
             expected, found, padding = _same_rows(subject.name, expected, found, side)
@@ -301,7 +185,7 @@ class _Search:
         choices = list(self._relations(name, candidate))
         for start in starts(candidate.found.numel):
             expected, found = (
-                self.sampler.run(side, tensor, start)
+                self.evidence.sampler.run(side, tensor, start)
                 for side, tensor in zip(places, tensors, strict=True)
             )
             choices = [one for one in choices if _holds(one, expected, found, candidate.backwards)]
@@ -319,8 +203,9 @@ class _Search:
             yield from relations.shifted_by_one()
         if not candidate.forms:
             yield from relations.of_values(norm=norm)
+        if not candidate.forms and candidate.found.numel > 1:
             for side, tensor in enumerate((candidate.expected, candidate.found)):
-                value = self.sampler.run(side, tensor, 0)[0]
+                value = self.evidence.sampler.run(side, tensor, 0)[0]
                 yield relations.constant(float(value.real), b=bool(side))
 
     def _confirmed(self, candidate: _Candidate, relation: Relation) -> bool:
@@ -333,10 +218,8 @@ class _Search:
             return holds
 
         places = (1, 0) if candidate.backwards else (0, 1)
-        self.stream.each([(candidate.expected, candidate.found)], visit, places)
+        self.evidence.stream.each([(candidate.expected, candidate.found)], visit, places)
         return holds
-
-    # What was found
 
     def _drop_halves(self, explained: dict[Name, tuple[_Explanation, ...]]) -> None:
         """Forget exchanges of which only one half is there: then something else has happened."""
@@ -347,8 +230,8 @@ class _Search:
         ]
         for name in halves:
             del explained[name]
-            subject = self._subject(name)
-            forms = self.elsewhere.forms(subject) if subject else ()
+            subject = self.evidence.subject(name)
+            forms = self.hypotheses.elsewhere.forms(subject) if subject else ()
             other = self._among(subject, ((form,) for form in forms)) if subject else None
             if other is not None:
                 explained[name] = (other,)
@@ -358,7 +241,7 @@ class _Search:
         for name, found in explained.items():
             groups.setdefault(_names(found), []).append((name, found))
         for mistakes, members in groups.items():
-            words = [self.words[mistake] for mistake in mistakes]
+            words = [WORDS[mistake] for mistake in mistakes]
             said = [detail for _, found in members for one in found for detail in _details(one)]
             details = list(dict.fromkeys(said))
             if len(details) > _SHOWN_DETAILS:
@@ -370,7 +253,7 @@ class _Search:
                 details=tuple(details),
                 advice=" ".join(one.advice for one in words),
                 tensors=tuple(label(name) for name, _ in members),
-                of=len(self.differing),
+                of=len(self.evidence.differing),
                 rounding=next(
                     (o.relation.rounding for _, f in members for o in f if o.relation.rounding), ""
                 ),
@@ -380,12 +263,12 @@ class _Search:
         """Yield that a side without an output layer ties it to the embedding."""
         output = vocabulary.OUTPUT
         for side, other in ((0, 1), (1, 0)):
-            head = self.sides[side].tensors.get(output)
-            spec = self.sides[other].parts.get("language")
-            lacks = output not in self.sides[other].tensors
+            head = self.evidence.sides[side].tensors.get(output)
+            spec = self.evidence.sides[other].parts.get("language")
+            lacks = output not in self.evidence.sides[other].tensors
             if head is None or not lacks or spec is None or not spec.tied:
                 continue
-            embedding = self.sides[side].tensors.get(vocabulary.EMBEDDING)
+            embedding = self.evidence.sides[side].tensors.get(vocabulary.EMBEDDING)
             copies = False
             if embedding is not None and embedding.shape == head.shape:
                 copies = self._equal(side, head, embedding)
@@ -400,11 +283,15 @@ class _Search:
             advice = (
                 "Nothing is lost: tie_word_embeddings may be true on both sides."
                 if copies
-                else vocabulary.TiedHead.advice
+                else vocabulary.HeadTied.advice
             )
-            title = "the output layer is tied to the embedding on one side only"
             yield Finding(
-                ("head-tied",), title, (said,), advice, (label(output),), len(self.differing)
+                (vocabulary.HeadTied.name,),
+                vocabulary.HeadTied.title,
+                (said,),
+                advice,
+                (label(output),),
+                len(self.evidence.differing),
             )
 
     def _equal(self, side: int, first: LazyTensor, second: LazyTensor) -> bool:
@@ -417,7 +304,7 @@ class _Search:
             equal = equal and SAME.holds(one, other)
             return equal
 
-        self.stream.each([(first, second)], visit, (side, side))
+        self.evidence.stream.each([(first, second)], visit, (side, side))
         return equal
 
 

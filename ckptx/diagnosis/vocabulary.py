@@ -50,6 +50,14 @@ def _other(read: Read, name: Name) -> LazyTensor | None:
     return None if other is None else read(other)
 
 
+class HeadTied:
+    """One side has no output layer, because its embeddings are tied."""
+
+    name = "head-tied"
+    title = "the output layer is tied to the embedding on one side only"
+    advice = TiedHead.advice
+
+
 class Padding:
     """One side has rows of padding."""
 

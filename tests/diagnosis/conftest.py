@@ -18,7 +18,7 @@ DENSE = {
     "vocab_size": 100,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 8,
@@ -36,6 +36,7 @@ SQUARE = DENSE | {
 EXPERTS = DENSE | {"num_hidden_layers": 2, "intermediate_size": 48, "num_local_experts": 12}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", DENSE),
+    "deep": ("Llama", DENSE | {"num_hidden_layers": 12}),
     "square": ("Llama", SQUARE),
     "qwen2": ("Qwen2", {k: v for k, v in DENSE.items() if k != "head_dim"}),
     "qwen3": ("Qwen3", DENSE | {"num_hidden_layers": 2}),

@@ -13,12 +13,14 @@ from ckptx.lazy import stored
 from ckptx.measure import Stream, Tolerance
 from ckptx.reader import Files
 
+EXACT = Tolerance()
+
 
 @pytest.fixture
 def apart(tmp_path):
     """Write two arrays, and measure them as tensors of two checkpoints."""
 
-    def measured(a, b, tolerance=Tolerance(), threads=2):
+    def measured(a, b, tolerance=EXACT, threads=2):
         tensors, files = [], []
         for name, array in (("a", a), ("b", b)):
             (tmp_path / name).write_bytes(array.tobytes())
