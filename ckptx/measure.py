@@ -145,12 +145,21 @@ class Measured:
         self.max_rel = max(said) if any(said) else max(self.max_rel, other.max_rel)
 
 
-def measure(stream: Stream, pairs: Sequence[Pair], tolerance: Tolerance) -> list[Measured]:
-    """Return how far the tensors of each pair are apart."""
+def measure(
+    stream: Stream,
+    pairs: Sequence[Pair],
+    tolerance: Tolerance,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[Measured]:
+    """Return how far the tensors of each pair are apart.
+
+    ``advance`` is told the bytes of A that were compared since it was last called, from any thread.
+    """
     found = [Measured() for _ in pairs]
     lock = threading.Lock()
 
     def visit(number: int, first: NDArray[Any], second: NDArray[Any]) -> bool:
+        advance(first.nbytes)
         if first.dtype == second.dtype and _equal_bytes(first, second):
             return True
         for start in range(0, len(first), _STEP):

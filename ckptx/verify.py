@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ckptx.diagnosis import Finding, diagnose
+from ckptx.diagnosis.finding import wrapped
 from ckptx.lazy import LazyTensor
 from ckptx.measure import Measured, Stream, Tolerance, measure
 from ckptx.pairing import Name, Paired, label, pair
+from ckptx.progress import Progress, Silent
 from ckptx.reader import Files
 
 EXACT = Tolerance()
@@ -107,7 +109,8 @@ class Comparison:
             lines += ["", *finding.render(width)]
         if self.diagnoses or len(lines) > 1:
             lines.append("")
-        lines += [f"note: {note}" for note in self.notes]
+        for note in self.notes:
+            lines += wrapped("note", note, width)
         return "\n".join([*lines, self._summary()])
 
     def _summary(self) -> str:
@@ -132,10 +135,12 @@ def compare(
     tolerance: Tolerance = EXACT,
     *,
     diagnosis: bool = True,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Compare two checkpoints; loaders are detected unless named.
 
-    With ``diagnosis`` known mistakes are tried on what differs.
+    With ``diagnosis`` known mistakes are tried on what differs. ``progress`` is told of the bytes
+    of A that are compared.
 
     Raises:
         CkptxError: one of them cannot be read, or they have no names in common.
@@ -144,7 +149,7 @@ def compare(
     files = (Files(paired.left.files), Files(paired.right.files))
     try:
         stream = Stream(files)
-        found = _differences(paired, stream, tolerance)
+        found = _differences(paired, stream, tolerance, progress or Silent())
         differing = [name for name, one, _ in found if one is not None]
         findings = diagnose(paired, differing, stream) if diagnosis and differing else ()
     finally:
@@ -170,18 +175,18 @@ def compare(
 
 
 def _differences(
-    paired: Paired, stream: Stream, tolerance: Tolerance
+    paired: Paired, stream: Stream, tolerance: Tolerance, progress: Progress
 ) -> list[tuple[Name, Difference | None, Measured]]:
     """Return every tensor, its difference if it counts, and how far both are apart."""
     left, right = paired.left.tensors, paired.right.tensors
     comparable = [name for name in left if name in right and left[name].shape == right[name].shape]
-    measured = dict(
-        zip(
-            comparable,
-            measure(stream, [(left[name], right[name]) for name in comparable], tolerance),
-            strict=True,
-        )
-    )
+    pairs = [(left[name], right[name]) for name in comparable]
+    try:
+        progress.begin(sum(first.nbytes for first, _ in pairs))
+        apart = measure(stream, pairs, tolerance, progress.advance)
+    finally:
+        progress.close()
+    measured = dict(zip(comparable, apart, strict=True))
     found: list[tuple[Name, Difference | None, Measured]] = []
     for name in dict.fromkeys((*left, *right)):
         one = measured.get(name, Measured())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,14 @@ def verify_command() -> click.Command:
             result = check(a, against_manifest)
         else:
             from ckptx.measure import Tolerance
+            from ckptx.progress import Bar, Silent
             from ckptx.verify import compare
 
             assert b is not None  # one of the two is given
             tolerance = Tolerance(rtol, atol, ignore_dtype)
-            result = compare(a, b, loader_a, loader_b, tolerance, diagnosis=diagnosis)
+            shown = sys.stderr.isatty() and not (quiet or as_json)
+            bar = Bar() if shown else Silent()
+            result = compare(a, b, loader_a, loader_b, tolerance, diagnosis=diagnosis, progress=bar)
         show_result(result, as_json, quiet)
         if not result.equal:
             raise click.exceptions.Exit(1)

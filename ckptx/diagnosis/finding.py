@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _SHOWN = 3  # tensors in the text form
+_LABEL, _PAGE = 10, 120  # columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +43,25 @@ class Finding:
     def render(self, width: int) -> Iterator[str]:
         """Yield the finding as lines of at most ``width`` columns."""
         how = f"within the rounding to {self.rounding}" if self.rounding else "to the last bit"
-        count = f"explains {len(self.tensors)} of {self.of} differing tensors, {how}"
-        yield from _wrapped("diagnosis:", self.title, width)
-        yield from _wrapped("", f"{count}: {self._some()}", width)
+        count = f"{len(self.tensors)} of {self.of} differing tensors, {how}"
+        yield from wrapped("diagnosis", self.title, width)
+        yield from wrapped("explains", f"{count}: {self._some()}", width)
         for detail in self.details:
-            yield from _wrapped("", detail, width)
-        yield from _wrapped("", self.advice, width)
+            yield from wrapped("data", detail, width)
+        yield from wrapped("advice", self.advice, width)
 
     def _some(self) -> str:
         rest = len(self.tensors) - _SHOWN
         return ", ".join(self.tensors[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _wrapped(label: str, text: str, width: int) -> list[str]:
+def wrapped(label: str, text: str, width: int) -> list[str]:
+    """Return ``text`` beside its label, broken between words; prose is not wider than a page."""
     return textwrap.wrap(
         text,
-        max(width, 40),
-        initial_indent=f"{label:<11}",
-        subsequent_indent=" " * 11,
+        min(max(width, 4 * _LABEL), _PAGE),
+        initial_indent=f"{label:<{_LABEL}}",
+        subsequent_indent=" " * _LABEL,
         break_on_hyphens=False,
-        break_long_words=False,
+        break_long_words=False,  # a path that is cut cannot be copied
     )

@@ -19,9 +19,9 @@ VALUES: Mapping[str, Words] = {
         "Nothing is wrong with the weights; --ignore-dtype accepts them.",
     ),
     "rounding": Words(
-        "rounding to another dtype, nothing else",
+        "values are rounded to another dtype",
         "Expected if one side was saved in a narrower dtype. If it should be exact, convert from "
-        "the wider one again; rtol 0.01 accepts what bfloat16 rounds.",
+        "the wider one again; --rtol 0.01 accepts what bfloat16 rounds.",
     ),
     "norm-off-by-one": Words(
         "norm weights are off by one",

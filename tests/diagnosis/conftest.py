@@ -34,6 +34,21 @@ SQUARE = DENSE | {
     "vocab_size": 64,
 }
 EXPERTS = DENSE | {"num_hidden_layers": 2, "intermediate_size": 48, "num_local_experts": 12}
+LATENT = {k: v for k, v in DENSE.items() if k not in ("head_dim", "num_key_value_heads")} | {
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 0,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", DENSE),
     "deep": ("Llama", DENSE | {"num_hidden_layers": 12}),
@@ -41,6 +56,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {k: v for k, v in DENSE.items() if k != "head_dim"}),
     "qwen3": ("Qwen3", DENSE | {"num_hidden_layers": 2}),
     "mixtral": ("Mixtral", EXPERTS),
+    "deepseek_v3": ("DeepseekV3", LATENT),
 }
 State = dict[str, "torch.Tensor"]
 

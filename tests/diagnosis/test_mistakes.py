@@ -191,6 +191,22 @@ def test_rotary(pair, model, which):
     assert "halves of A are neighbouring rows of B" in said
 
 
+def test_rotary_of_latent_attention(pair):
+    """Only the rows behind those without position rotate, of queries and of the shared key."""
+    pair = pair("deepseek_v3")
+    size = 8
+
+    def query(weight):
+        heads = weight.reshape(8, 16 + size, -1).clone()
+        turned = meta_rotary(heads[:, 16:].reshape(8 * size, -1), size)
+        heads[:, 16:] = turned.reshape(8, size, -1)
+        return heads.reshape(weight.shape)
+
+    pair.change("q_b_proj", query)
+    pair.change("kv_a_proj", lambda w: torch.cat([w[:24], meta_rotary(w[24:], size)]))
+    assert len(pair.explains_all("rotary-order").tensors) == 2
+
+
 @pytest.mark.parametrize("which", ["o_proj", "gate_proj", "(gate|up|down)_proj", "q_proj"])
 @pytest.mark.parametrize("model", ["llama", "square"])
 def test_transposed(pair, model, which):
