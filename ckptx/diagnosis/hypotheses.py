@@ -11,7 +11,7 @@ from ckptx.diagnosis.evidence import Evidence
 from ckptx.diagnosis.mistakes import Mistake
 from ckptx.diagnosis.samples import common_dtype
 from ckptx.diagnosis.values import VALUES, Words
-from ckptx.lazy import Shape
+from ckptx.lazy import Shape, unstacked
 from ckptx.pairing import Name, label
 
 
@@ -91,21 +91,19 @@ def _orders(
 
 
 def _expert_orders(evidence: Evidence) -> dict[str, orders.Order]:
+    """Return how the experts of every layer seem to be exchanged."""
     found: dict[str, list[dict[str, dict[int, bytes | None]]]] = {}
     for name in evidence.differing:
         subject = evidence.subject(name)
         if subject is None or subject.a != subject.b or not orders.holds_experts(subject):
             continue
-        tensors = [read(name) for read in evidence.reads]
-        a, b = tensors
-        assert a is not None and b is not None  # noqa: PT018 - a subject has both
+        a, b = (side.tensors[name] for side in evidence.sides)
         dtype = common_dtype(a.dtype, b.dtype)
-        for side, tensor in enumerate((a, b)) if dtype else ():
-            digests = found.setdefault(name[0], [{}, {}])[side]
-            digests[name[1]] = {
-                n: evidence.sampler.digest(side, tensor.narrow(0, n, n + 1), dtype or "")
-                for n in range(tensor.shape[0])
-            }
+        if dtype is None:
+            continue
+        for side, tensor in enumerate((a, b)):
+            heads = evidence.sampler.heads(side, unstacked(tensor), dtype)
+            found.setdefault(name[0], [{}, {}])[side][name[1]] = dict(enumerate(heads))
     return {message: orders.find_order(*both) for message, both in found.items()}
 
 

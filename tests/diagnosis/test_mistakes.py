@@ -10,6 +10,8 @@ from ckptx.verify import compare
 
 torch = pytest.importorskip("torch")
 
+FULL = pytest.mark.full
+
 
 class Pair:
     """A model and what became of it."""
@@ -446,8 +448,8 @@ class TestHonestDifferences:
         assert not comparison.equal
         assert comparison.diagnoses == ()
 
-    @pytest.mark.parametrize("model", ["llama", "square", "mixtral"])
-    @pytest.mark.parametrize("step", [1e-2, 1e-5])
+    @pytest.mark.parametrize("model", ["llama", "square", pytest.param("mixtral", marks=FULL)])
+    @pytest.mark.parametrize("step", [pytest.param(1e-2, marks=FULL), 1e-5])
     def test_trained_further(self, pair, model, step):
         pair = pair(model)
         torch.manual_seed(1)
@@ -480,6 +482,7 @@ class TestHonestDifferences:
         pair.change("down_proj", lambda weight: weight * 2)
         self.nothing(pair)
 
+    @FULL
     def test_another_model(self, pair):
         pair = pair("llama")
         torch.manual_seed(2)
