@@ -47,7 +47,7 @@ class Sampler:
             self._gathers[side].add_range(tensor, 0, length, buffers[-1])
         self._gathers[side].run()
         elements = [buffer.reshape(-1, ITEMSIZE[dtype]) for buffer in buffers]
-        return [None if (one == one[0]).all() else one.tobytes() for one in elements]
+        return [None if (one == one[:1]).all() else one.tobytes() for one in elements]
 
     def digest(self, side: int, tensor: LazyTensor, dtype: str) -> bytes | None:
         """Return a digest of runs of a tensor in a dtype; None if they hold one value only."""

@@ -176,6 +176,31 @@ def test_mistakes_in_models_without_a_schema(both):
     assert finding.mistakes == ("layer-order",)
 
 
+def test_tensors_of_no_size_of_one_element_and_of_integers(tmp_path):
+    sides = []
+    for name, step in (("a", 0), ("b", 1)):
+        one = tmp_path / name
+        one.mkdir()
+        tensors = {
+            "none": np.zeros((0, 64), np.float32),
+            "scalar": np.array(1.0 + step, np.float32),
+            "index": np.arange(64)[:: -1 if step else 1].astype(np.int32 if step else np.int64),
+            "mask": np.array([True, False, bool(step)]),
+        }
+        save_file(
+            {key: np.ascontiguousarray(value) for key, value in tensors.items()}, one / WEIGHTS
+        )
+        sides.append(one)
+    comparison = compare(*sides)
+    assert {one.name: one.kind for one in comparison.differences} == {
+        "scalar": "different",
+        "index": "recast",
+        "mask": "different",
+    }
+    assert not any("index" in one.tensors for one in comparison.diagnoses)
+    assert json.dumps(comparison.to_json())
+
+
 class TestManifest:
     @pytest.fixture
     def written(self, both, run, tmp_path):
