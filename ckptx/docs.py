@@ -23,6 +23,7 @@ import click
 
 from ckptx import cli, hookspecs, manager, plugin, protocol, vocabulary
 from ckptx.commands import conversion
+from ckptx.diagnosis.hypotheses import WORDS
 from ckptx.errors import CkptxError, PluginError
 from ckptx.schema import Family
 
@@ -302,6 +303,14 @@ def recognised() -> str:
     return f"{lines}."
 
 
+def diagnoses() -> str:
+    """Return the mistakes that ``verify`` knows, and what to do about each."""
+    return table(
+        ("name", "what has happened", "what to do"),
+        ((f"`{name}`", words.title, words.advice) for name, words in WORDS.items()),
+    )
+
+
 def example(pattern: str, language: str, *, tests: bool = False) -> Callable[[], str]:
     """Return what shows the files of the example package that a pattern matches."""
 
@@ -333,6 +342,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "vocabulary": canonical_names,
     "symbols": symbols,
     "recognised": recognised,
+    "diagnoses": diagnoses,
     "example-pyproject": example("pyproject.toml", "toml"),
     "example-module": example("*.py", "python"),
     "example-test": example("test_*.py", "python", tests=True),
