@@ -58,7 +58,7 @@ def run_loader(job: Job, queue: Bytes, line: Line, spool_path: str) -> None:
     loader = manager.loader(job.loader, job.megatron_path)
     spool = Spool(spool_path)
     options = job.options(job.loader_options, spool=spool)
-    for message in checked(loader.load(job.source, options), job.loader):
+    for message in checked(changed(loader.load(job.source, options), job), job.loader):
         try:
             content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         # pickle has no exception of its own for most of what cannot be pickled
@@ -117,6 +117,15 @@ def _write_directly(saver: ModuleSaver, job: Job, stream: Stream, line: Line) ->
     line.flush()
     sync_tree(staging)
     return facts
+
+
+def changed(messages: Iterable[Message], job: Job) -> Iterator[Message]:
+    """Return the messages with the edits of the job made."""
+    if job.edits is None:
+        return iter(messages)
+    from ckptx.edits import edited
+
+    return edited(iter(messages), job.edits, job.loader)
 
 
 def recast(messages: Iterable[Message], job: Job) -> Iterator[Message]:

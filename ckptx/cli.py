@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import click
 
 from ckptx import __version__
-from ckptx.commands import conversion, show
+from ckptx.commands import conversion, modify, show, source
 from ckptx.errors import CkptxError
 from ckptx.supervision import Interrupted
 
@@ -24,8 +24,10 @@ def command() -> click.Group:
     commands = [
         conversion.convert_command("short"),
         conversion.plan_command(),
-        show.inspect_command(),
+        source.inspect_command(),
+        source.print_tensor_command(),
         show.verify_command(),
+        modify.modify_command(),
         show.plugins_command(),
     ]
     group = click.Group(

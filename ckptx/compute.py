@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ckptx.errors import SchemaError
 from ckptx.lazy import Box, Computed, LazyTensor
+from ckptx.low_rank import Dora, LowRank
 
 if TYPE_CHECKING:  # planning computes nothing, and needs no numpy
     import numpy as np
@@ -84,7 +85,12 @@ def _table(dtype: str) -> NDArray[np.float32]:
     return table
 
 
-OPERATIONS: Mapping[str, Operation] = {"dequantise": Dequantise()}
+OPERATIONS: Mapping[str, Operation] = {
+    "dequantise": Dequantise(),
+    "lora": LowRank(),
+    "lora, update rounded": LowRank(rounded=True),
+    "dora": Dora(),
+}
 """By the name that `ckptx.lazy.Computed` has them under."""
 
 

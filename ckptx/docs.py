@@ -59,6 +59,7 @@ PROOFS: Mapping[tuple[str, str], tuple[str, str]] = {
     ("dcp", "save"): ("P", "tests/interop/test_dcp.py"),
     ("deepspeed", "load"): ("D", "tests/formats/test_deepspeed.py"),
     ("verl", "load"): ("P", "tests/interop/test_verl.py"),
+    ("peft", "load"): ("A", "tests/interop/test_lora.py"),
     ("pytorch", "load"): ("P", "tests/formats/test_pytorch.py"),
     ("pytorch", "save"): ("P", "tests/formats/test_pytorch.py"),
 }
@@ -77,6 +78,8 @@ LEGEND = {
     "`tests/interop/test_verl.py`)",
     "D": "DeepSpeed has written the checkpoints, and gathered the weights that the result is "
     "compared with, bit for bit (`tests/golden/deepspeed`)",
+    "A": "peft has made the adapters, and merged them into what the result is compared with, bit "
+    "for bit (`tests/interop/test_lora.py`)",
     "K": "the conformance kit, with models made by hand (`tests/formats`, `tests/schemas`)",
 }
 """What the letters say."""

@@ -6,7 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckptx.edits import Edits
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,8 @@ class Job:
     checking: bool = True
     """Whether Megatron-style modules must send messages in protocol order."""
     megatron_path: str | None = None
+    edits: Edits | None = None
+    """What ``modify`` changes on the way."""
 
     def __post_init__(self) -> None:
         # Absolute from here on: a plugin may change the working directory.
@@ -51,6 +56,7 @@ class Job:
         engine = {
             "dtype": self.dtype,
             "hf_base": self.hf_base,
+            "saver": self.saver,
             "fill_from_base": self.fill_from_base,
             "target": self.target,
             "max_queue_size": self.max_queue_size,

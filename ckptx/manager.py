@@ -29,15 +29,19 @@ if TYPE_CHECKING:
 
 GROUP = "ckptx"
 PIN = "CKPTX_PLUGINS"
-ALIASES = {"mcore": "core", "megatron": "legacy", "zero": "deepspeed", "universal": "deepspeed"}
+ALIASES = {
+    "mcore": "core",
+    "megatron": "legacy",
+    "zero": "deepspeed",
+    "universal": "deepspeed",
+    "lora": "peft",
+}
 """Other names of formats; the first two are those that Megatron's converter accepts."""
 
 RECOGNISED = {
     "fsdp": "PyTorch FSDP checkpoints",
     "fsdp_dtensor": "Megatron FSDP checkpoints",
     "rlinf": "RLinf training checkpoints",
-    "lora": "LoRA adapters",
-    "peft": "PEFT adapters",
     "nemo": "NeMo checkpoints",
     "gguf": "GGUF files",
 }

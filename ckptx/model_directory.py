@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckptx import manager, quantised
+from ckptx import adapter_merge, adapters, manager, quantised
+from ckptx.adapter_config import ADAPTER_CONFIG
+from ckptx.adapter_export import exported
 from ckptx.errors import FormatError, SchemaError
 from ckptx.lazy import LazyTensor
 from ckptx.loading import drop_ignored, main_dtype, messages_of, passthrough, resolve_tie
@@ -20,6 +22,10 @@ from ckptx.spec import ModelSpec
 CONFIG = "config.json"
 _SUFFIXES = {".json", ".txt", ".model", ".py", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm"}
 _LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")
+_TIE = "tie_word_embeddings"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_OUTPUT = "lm_head.weight"
+"""What embedding and output layer are called in models that no schema knows."""
 _MAX_SIDECAR = 64 << 20  # bytes; the largest published tokenizers have about 35 MB
 
 
@@ -116,20 +122,30 @@ def hf_messages(
     notes: tuple[str, ...] = (),
     dtype: str | None = None,
     dropped: tuple[Dropped, ...] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> Iterator[Message]:
     """Yield the messages of a model whose tensors have Hugging Face's names.
 
     The config among the sidecars of ``begin`` says which model it is, and completes ``begin``.
     Without one, or of an unknown architecture, tensors pass through. ``notes`` and ``dropped`` go
     before others. Quantised weights are dequantised to ``dtype``, by default to the one that the
-    config names.
+    config names. LoRA adapters among the tensors, and those that the loader's ``options`` name, are
+    merged; for a saver of adapters they are what is left.
 
     Raises:
         SchemaError: tensors are missing, left over, or not of the shapes that the config says.
     """
+    options = options or {}
+    held = adapters.separate(begin, tensors, options)
+    if options.get("saver") == adapters.LAYOUT:
+        yield from _adapter_messages(held, notes, dropped)
+        return
+    begin, tensors = held.begin, held.tensors
     config = read_config(begin.sidecars, begin.root)
     family = family_of(config) if config else None
     if config is None or family is None:
+        begin, tensors, _, more, gone = _merged(held, begin, tensors, config or {}, None, dtype)
+        notes, dropped = (*notes, *more), (*dropped, *gone)
         named = (config or {}).get("architectures") or ["no architecture"]
         yield begin
         yield passthrough(tensors)
@@ -141,11 +157,63 @@ def hf_messages(
         plain = {key: value for key, value in config.items() if key != quantised.KEY}
         begin = replace(begin, sidecars={**begin.sidecars, CONFIG: dump_config(plain)})
         notes = (*notes, f"{quantised.KEY} was taken out of {CONFIG}: no weight is quantised now")
+    begin, tensors, config, more, gone = _merged(held, begin, tensors, config, family, dtype)
+    notes, dropped = (*notes, *more), (*dropped, *gone)
     composed = family.name if family.composition else ""
     parts = parts_from_config(family, config)
     yield from named_messages(
         replace(begin, family=composed), tensors, parts, family.layout("hf"), notes, dropped
     )
+
+
+def _adapter_messages(
+    held: adapters.Separated, notes: tuple[str, ...], dropped: tuple[Dropped, ...]
+) -> Iterator[Message]:
+    model = read_config(held.begin.sidecars, held.begin.root) or {}
+    tensors, config, rest, more = exported(held, model)
+    files = {ADAPTER_CONFIG: dump_config(config)}
+    yield replace(held.begin, layout=adapters.LAYOUT, sidecars=files)
+    yield passthrough(tensors)
+    yield End((*dropped, *rest), (*notes, *more))
+
+
+def _merged(
+    held: adapters.Separated,
+    begin: Begin,
+    tensors: Mapping[str, LazyTensor],
+    config: dict[str, Any],
+    family: Family | None,
+    dtype: str | None,
+) -> tuple[Begin, Mapping[str, LazyTensor], dict[str, Any], Sequence[str], Sequence[Dropped]]:
+    """Return the model with its adapters merged, its config, remarks, and what was dropped."""
+    if not held.adapters:
+        return begin, tensors, config, (), ()
+    tied = _tie(config, family, tensors)
+    held = replace(held, tensors=dict(tensors))
+    merged = adapter_merge.merge(held, str(config.get("model_type") or ""), tied, dtype)
+    if merged.untied and config:
+        config = _untied(config)
+        begin = replace(begin, sidecars={**begin.sidecars, CONFIG: dump_config(config)})
+    return begin, merged.tensors, config, merged.notes, merged.dropped
+
+
+def _tie(
+    config: Mapping[str, Any], family: Family | None, tensors: Mapping[str, LazyTensor]
+) -> tuple[str, str] | None:
+    """Return the names of embedding and output layer if a model has one tensor for both."""
+    if family is not None:
+        tied = parts_from_config(family, config)["language"].tied
+        return tied_names(family.layout("hf"), tensors) if tied else None
+    embedding = next((name for name in tensors if name.endswith(_EMBEDDINGS)), None)
+    tied = config.get(_TIE, _OUTPUT not in tensors)
+    return (embedding, _OUTPUT) if tied and embedding is not None else None
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    found = {**config, _TIE: False}
+    if isinstance(text := config.get("text_config"), dict) and _TIE in text:
+        found["text_config"] = {**text, _TIE: False}
+    return found
 
 
 def named_messages(

@@ -63,6 +63,7 @@ def convert(job: Job, progress: Progress | None = None) -> Report:
     started = time.monotonic()
     target = Target(job.target, _inputs(job), job.overwrite)
     try:
+<<<<<<< HEAD
         with Interrupts() as interrupts, target, SpoolFile(job.target) as spool:
             try:
                 with _crew(job, spool.path) as crew:
@@ -77,6 +78,18 @@ def convert(job: Job, progress: Progress | None = None) -> Report:
         if target.kept is None:
             raise
         raise Interrupted(error.signum, str(target.kept)) from error
+=======
+        with (
+            Interrupts() as interrupts,
+            Target(job.target, _inputs(job), job.overwrite) as target,
+            SpoolFile(job.target) as spool,
+        ):
+            progress.stage("planning")
+            with _crew(job, spool.path) as crew:
+                facts, digest = _Supervisor(crew, target, progress, interrupts).run()
+            progress.stage("publishing")
+            notes = target.publish()
+>>>>>>> main
     finally:
         progress.close()
     facts = replace(facts.at(job.target), notes=(*facts.notes, *notes))
@@ -106,7 +119,8 @@ def plan_conversion(job: Job, spool: Spool | None = None) -> tuple[Begin, End, S
     if isinstance(saver, ModuleSaver):
         raise PlanError(f"saver {job.saver!r} is a Megatron-style module, which cannot be planned")
     options = job.options(job.loader_options, spool=spool)
-    messages = children.checked(loader.load(job.source, options), job.loader)
+    loaded = children.changed(loader.load(job.source, options), job)
+    messages = children.checked(loaded, job.loader)
     stream = children.Stream(messages)
     plan = saver.plan(children.recast(stream, job), job.options(job.saver_options))
     begin, end = stream.finish(job.saver)
@@ -174,7 +188,8 @@ def _refusal(job: Job, plan: SavePlan) -> str:
 
 
 def _inputs(job: Job) -> list[Path]:
-    return [job.source, *([job.hf_base] if job.hf_base else [])]
+    adapters = map(Path, job.loader_options.get("adapter") or ())
+    return [job.source, *([job.hf_base] if job.hf_base else []), *adapters]
 
 
 class _Child:

@@ -10,6 +10,7 @@ names, and those of the engine:
     dtype           dtype to convert to, or None; the engine casts what travels between the two
     hf_base         directory of a Hugging Face model: config and tokenizer source, or None
     fill_from_base  patterns of tensor names that may be filled from ``hf_base``
+    saver           the name of the saver; one that wants adapters only is given nothing else
     target          the path the user named, or None; for the names of single files
     spool           loaders only: a `ckptx.spool.Spool` for tensors that exist in memory only
 """

@@ -112,7 +112,10 @@ class _Used:
 
     def add(self, tensor: Computed, box: Box) -> None:
         """Add a box of a computed tensor."""
-        self.boxes.setdefault(id(tensor), (tensor, {}))[1][box] = None
+        known = self.boxes.get(id(tensor))
+        if known is None:
+            known = self.boxes[id(tensor)] = tensor, {}
+        known[1][box] = None
 
     def stored(self) -> Iterator[Stored]:
         """Yield the stored leaves of everything, further ones below computed tensors included."""
@@ -153,7 +156,24 @@ class _Steps:
     def __init__(self) -> None:
         # By identity; what is computed is held, lest its identity be used again.
         self._computed: dict[int, tuple[Computed, tuple[str, ...], int]] = {}
+        self._noted: dict[int, tuple[Computed, int, Sequence[list[str]]]] = {}
         self._joined: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
+
+    def noted(self, tensor: LazyTensor, proof: Proof) -> tuple[int, Sequence[list[str]]]:
+        """Return the replicas of a tensor, and where a proof lists what its elements go through."""
+        known = self._noted.get(id(tensor))
+        if known is not None:
+            return known[1:]
+        taken, replicas = self.of(tensor)
+        lists = []
+        for step in taken:
+            kind, _, what = step.partition(" ")
+            if what:
+                listed = proof.casts if kind == "cast" else proof.computed
+                lists.append(listed.setdefault(what, []))
+        if isinstance(tensor, Computed):
+            self._noted[id(tensor)] = tensor, replicas, lists
+        return replicas, lists
 
     def of(self, tensor: LazyTensor) -> tuple[tuple[str, ...], int]:
         """Return the kinds of steps, outermost first, each once, and the number of replicas."""
@@ -202,15 +222,13 @@ def _check_path(file: FilePlan, paths: set[str]) -> None:
 
 def _check_tiling(file: FilePlan) -> None:
     position = 0
-    for region in file.regions:
-        size = _size(file, region.content)
-        if size != region.size:
+    for offset, wanted, content, name in file.regions:
+        size = len(content) if type(content) is bytes else _size(file, content)
+        if size != wanted:
+            raise PlanError(f"{file.path}: {name!r} holds {size} bytes, its region {wanted}")
+        if offset != position:
             raise PlanError(
-                f"{file.path}: {region.name!r} holds {size} bytes, its region {region.size}"
-            )
-        if region.offset != position:
-            raise PlanError(
-                f"{file.path}: {region.name!r} starts at byte {region.offset}, expected "
+                f"{file.path}: {name!r} starts at byte {offset}, expected "
                 f"{position}: every byte must be written exactly once"
             )
         position += size
@@ -237,19 +255,20 @@ def _account(name: str, tensor: LazyTensor, steps: _Steps, proof: Proof, used: _
     if isinstance(tensor, Stored) and 0 not in tensor.strides:
         used.leaves.append(tensor)
         return
-    taken, replicas = steps.of(tensor)
-    for step in taken:
-        kind, _, what = step.partition(" ")
-        if what:
-            listed = proof.casts if kind == "cast" else proof.computed
-            listed.setdefault(what, []).append(name)
+    read = tensor
+    while isinstance(read, Split | Merged | Permuted):
+        read = read.base  # what is read stays the same
+    through, rest = tensor, leaves(tensor, computed=False)
+    match read:
+        case Sliced(base=Computed() as base, box=box):
+            # A rank's share of an expert: most of what a giant has.
+            used.add(base, box)
+            through, rest = base, iter(())
+    replicas, lists = steps.noted(through, proof)
     proof.replicas += replicas
-    while isinstance(tensor, Split | Merged | Permuted | Cast):
-        tensor = tensor.base  # what is read stays the same
-    if isinstance(tensor, Sliced) and isinstance(tensor.base, Computed):
-        used.add(tensor.base, tensor.box)
-        return
-    for leaf in leaves(tensor, computed=False):
+    for listed in lists:
+        listed.append(name)
+    for leaf in rest:
         match leaf:
             case Sliced(base=Computed() as base, box=box):
                 used.add(base, box)

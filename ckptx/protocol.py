@@ -20,6 +20,9 @@ VERSION = 1
 PASSTHROUGH = "passthrough"
 """The message that carries tensors under the names of their source layout."""
 
+WEIGHTS_ONLY = "only weights are converted"
+"""Why loaders drop the state of a training; `ckptx.inspection` tells it from the rest by this."""
+
 
 @dataclass(frozen=True, slots=True)
 class SourceTensor:

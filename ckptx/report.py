@@ -242,12 +242,16 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _wrapped(label: str, text: str, width: int) -> list[str]:
-    """Return ``text`` beside its label, broken between words at ``width``."""
+    return wrapped(label, text, width, _LABEL)
+
+
+def wrapped(label: str, text: str, width: int, column: int) -> list[str]:
+    """Return ``text`` beside its label, from ``column`` on, broken between words at ``width``."""
     return textwrap.wrap(
         text,
-        max(width, 2 * _LABEL),
-        initial_indent=f"{label:<{_LABEL}}",
-        subsequent_indent=" " * _LABEL,
+        max(width, 2 * column),
+        initial_indent=f"{label:<{column}}",
+        subsequent_indent=" " * column,
         break_on_hyphens=False,
         break_long_words=False,  # a path that is cut cannot be copied
     )

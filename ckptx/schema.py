@@ -796,8 +796,8 @@ def _cut(
     if tensor.shape[axis] % parts:
         raise _undivided(key, tensor, axis, parts, kind)
     length = tensor.shape[axis] // parts
-    for number in range(parts):
-        yield number * length, tensor.chunk(axis, parts, number)
+    for number, part in enumerate(tensor.chunks(axis, parts)):
+        yield number * length, part
 
 
 def _moved(origin: Shape, axis: int | None, shift: int) -> Shape:

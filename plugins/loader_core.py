@@ -109,7 +109,7 @@ class CoreLoader:
         for message in messages:
             check_shapes(message.name, message.tensors, parts[message.part])
             yield message
-        yield End(tuple(dropped), tuple(self.notes(parts["language"])))
+        yield End(tuple(dropped), (*directory.unfinished(source), *self.notes(parts["language"])))
 
     def read(self, place: directory.IterationDirectory) -> Source:
         """Read the metadata of a checkpoint."""

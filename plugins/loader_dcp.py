@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from ckptx.adapters import adapter_options
 from ckptx.containers import dcp
 from ckptx.containers.dcp_metadata import METADATA_NAME
 from ckptx.errors import FormatError, listing
@@ -45,21 +46,28 @@ class DcpLoader:
     }
 
     def options(self) -> list[click.Option]:
-        """Return the option for the container."""
+        """Return the options for the container and for adapters."""
         return [
             click.Option(
                 ["--container"],
                 help="Path of the model in the saved dictionary, as 'app.model'.  "
                 "[default: the one that holds weights]",
-            )
+            ),
+            *adapter_options(),
         ]
 
     def detect(self, source: Path) -> bool:
-        """Return whether there is metadata, and not Megatron's besides."""
-        return (source / METADATA_NAME).is_file() and not (source / "metadata.json").exists()
+        """Return whether there is metadata, or was about to be, and not Megatron's besides."""
+        known = (source / METADATA_NAME).is_file() or _is_unfinished(source)
+        return known and not (source / "metadata.json").exists()
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the model; names that no schema knows pass through."""
+        if _is_unfinished(source):
+            raise FormatError(
+                f"{source}: holds .distcp files and no {METADATA_NAME}, which is written last: the "
+                "save was not finished; use an earlier one"
+            )
         metadata = dcp.read_metadata(source)
         _refuse_megatron(metadata, source)
         container, names = _model(metadata, options.get("container"), source)
@@ -74,11 +82,16 @@ class DcpLoader:
             sources=inventory(stored),
             root=str(source),
             sidecars={**beside(source), **base_sidecars(options)},
-            training={"iteration": "release"},
+            training={"iteration": "release", "container": container},
         )
         dropped = _left(metadata, names)
         notes = (f"the weights are those of {container!r}",) if container else ()
-        yield from hf_messages(begin, weights, notes, options.get("dtype"), dropped)
+        yield from hf_messages(begin, weights, notes, options.get("dtype"), dropped, options)
+
+
+def _is_unfinished(source: Path) -> bool:
+    """Return whether ranks have written their files, and nobody the metadata, which comes last."""
+    return not (source / METADATA_NAME).exists() and any(source.glob("*.distcp"))
 
 
 def _refuse_megatron(metadata: dcp.DcpMetadata, source: Path) -> None:

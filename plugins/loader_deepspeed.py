@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from ckptx.adapters import adapter_options
+from ckptx.containers.pickle_values import EnumValue
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor, Stored
@@ -54,7 +56,7 @@ class DeepspeedLoader:
     }
 
     def options(self) -> list[click.Option]:
-        """Return the options for the tag and for which weights are taken."""
+        """Return the options for the tag, for which weights are taken, and for adapters."""
         return [
             click.Option(["--tag", "-t"], help="Checkpoint below SRC.  [what 'latest' says]"),
             click.Option(
@@ -68,6 +70,7 @@ class DeepspeedLoader:
                 ["--prefix"],
                 help="What a module around the model has put before its names, as 'model.'.",
             ),
+            *adapter_options(),
         ]
 
     def detect(self, source: Path) -> bool:
@@ -101,11 +104,15 @@ class DeepspeedLoader:
             sources=tuple(found.sources),
             root=str(checkpoint.directory),
             sidecars={**beside(checkpoint.directory), **base_sidecars(options)},
-            training={"iteration": "release"},
+            training={
+                "iteration": "release",
+                "global_steps": checkpoint.model.get("global_steps"),
+            },
+            parallel=_parallel_sizes(checkpoint),
         )
         notes = (*found.notes, *remarks)
         dropped = (*found.dropped, *left)
-        yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped)
+        yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped, options)
 
 
 def _without(prefix: str, tensors: Mapping[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:
@@ -150,6 +157,15 @@ def _add_sizes(name: str, value: Any, sizes: dict[str, int]) -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             _add_sizes(name, item, sizes)
+
+
+def _parallel_sizes(found: directory.Checkpoint) -> dict[str, Any]:
+    """Return the ZeRO stage as far as the files tell it, and the number of ranks."""
+    # ZeRO 1 and 2 are stored alike; the optimizer says which it was.
+    said = (state["optimizer_state_dict"].get("zero_stage") for state in found.optimizers)
+    values = (one.value if isinstance(one, EnumValue) else one for one in said)
+    stage = next((one for one in values if type(one) is int), found.stage)
+    return {"zero_stage": stage, "world_size": found.model.get("dp_world_size")}
 
 
 @hookimpl

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from ckptx.adapter_config import ADAPTER_CONFIG
+from ckptx.adapters import adapter_options
 from ckptx.hookspecs import hookimpl
 from ckptx.loading import inventory
 from ckptx.model_directory import base_sidecars, hf_messages, sidecars
@@ -28,8 +30,8 @@ class HfLoader:
     }
 
     def options(self) -> list[click.Option]:
-        """Return no options: everything is read from the directory."""
-        return []
+        """Return the options for adapters; all else is read from the directory."""
+        return adapter_options()
 
     def detect(self, source: Path) -> bool:
         """Return whether there are weights under Hugging Face's file names."""
@@ -37,6 +39,8 @@ class HfLoader:
             return source.suffix == ".safetensors"
         if any((source / name).exists() for name in (*INDEXES, *SINGLES)):
             return True
+        if (source / ADAPTER_CONFIG).exists():
+            return False  # its weights are an adapter's
         # Mistral's own file may lie beside a config, too; it has other names.
         others = (p for p in source.glob("*.safetensors") if not p.name.startswith("consolidated"))
         return (source / "config.json").exists() and any(others)
@@ -56,7 +60,9 @@ class HfLoader:
             sidecars={**sidecars(directory), **base_sidecars(options)},
             training={"iteration": "release"},
         )
-        yield from hf_messages(begin, weights.tensors, filled, options.get("dtype"))
+        yield from hf_messages(
+            begin, weights.tensors, filled, options.get("dtype"), options=options
+        )
 
 
 @hookimpl

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from ckptx.adapters import adapter_options, holds_adapters
 from ckptx.containers import torch_zip
 from ckptx.containers.sharded import is_sharded
 from ckptx.errors import FormatError, listing
@@ -22,6 +23,7 @@ from ckptx.model_directory import (
     base_sidecars,
     family_named,
     family_of,
+    hf_messages,
     named_messages,
     parts_from_config,
     read_config,
@@ -62,8 +64,8 @@ class PytorchLoader:
     }
 
     def options(self) -> list[click.Option]:
-        """Return ``--layout``."""
-        return [layout_option()]
+        """Return ``--layout`` and the options for adapters."""
+        return [layout_option(), *adapter_options()]
 
     def detect(self, source: Path) -> bool:
         """Return whether the source is a zip archive with a name that torch files have."""
@@ -99,7 +101,8 @@ class PytorchLoader:
             training={"iteration": value.get("iteration", "release")},
         )
         version = value.get("checkpoint_version", 0)
-        for message in _messages(begin, dict(tensors), args_of(value, source), version, others):
+        args = args_of(value, source)
+        for message in _messages(begin, dict(tensors), args, version, others, options):
             if isinstance(message, End):
                 message = replace(message, notes=(*filled, *message.notes))
             yield message
@@ -146,10 +149,14 @@ def _messages(
     args: Mapping[str, Any],
     version: Any,
     others: tuple[Dropped, ...],
+    options: Mapping[str, Any],
 ) -> Iterator[Message]:
+    convention = _CONVENTIONS[begin.layout]
+    if convention == "hf" and holds_adapters(tensors, options):
+        yield from hf_messages(begin, tensors, (), options.get("dtype"), others, options)
+        return
     config = read_config(begin.sidecars, begin.root)
     family = family_of(config) if config else None
-    convention = _CONVENTIONS[begin.layout]
     megatron = convention != "hf"
     if begin.layout == "legacy":
         args = legacy.completed(args)

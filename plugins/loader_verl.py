@@ -23,6 +23,7 @@ from typing import Any
 
 import click
 
+from ckptx.adapters import adapter_options
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import collector_paused
 from ckptx.containers.sharded import Rank, Share, share, whole
@@ -43,7 +44,6 @@ _STATE_FILE = re.compile(r"((?:optim|extra_state)_world_size_\d+_rank_)\d+\.pt")
 _CONFIG = "fsdp_config.json"
 _HUGGINGFACE = "huggingface"
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
-_LORA = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 
 
 class VerlLoader:
@@ -58,14 +58,15 @@ class VerlLoader:
     }
 
     def options(self) -> list[click.Option]:
-        """Return the option for the model of a step."""
+        """Return the options for the model of a step and for adapters."""
         return [
             click.Option(
                 ["--actor-dir"],
                 default=ACTOR,
                 show_default=True,
                 help="Folder of a step whose model is converted: actor or critic.",
-            )
+            ),
+            *adapter_options(),
         ]
 
     def detect(self, source: Path) -> bool:
@@ -73,7 +74,8 @@ class VerlLoader:
         try:
             directory, _ = _find(source, ACTOR)
         except FormatError:
-            return False
+            # A run whose tracker points nowhere, which `load` will say.
+            return (source / _TRACKER).is_file() and any(source.glob("global_step_*"))
         return _holds_model(directory)
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
@@ -92,9 +94,10 @@ class VerlLoader:
             root=str(directory),
             sidecars={**small, **base_sidecars(options)},
             training={"iteration": _iteration(directory)},
+            parallel={"world_size": len(files)},
         )
         dropped = (*found.dropped, *_left(directory, source, begin.sidecars))
-        yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped)
+        yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,12 +231,6 @@ def _read(files: list[Path], directory: Path) -> _Found:
             )
     tensors = {name: whole(held, f"{directory}: {name!r}") for name, held in shares.items()}
     tensors = unwrapped(tensors, directory)
-    adapters = [name for name in tensors if any(part in name for part in _LORA)]
-    if adapters:
-        raise FormatError(
-            f"{directory}: holds LoRA adapters ({listing(adapters, 1)}), which are not merged yet; "
-            "merge them before the checkpoint is saved"
-        )
     none = tuple(Dropped(name, WEIGHTS_ONLY, size) for name, size in dropped.items())
     return _Found(tensors, tuple(sources), none)
 

@@ -62,7 +62,9 @@ class DcpSaver:
             # The state dict of a tied model has both names.
             embedding, output = tied_names(family_named(model.family).layout("hf"), tensors)
             tensors[output] = tensors[embedding]
-        path = tuple(word for word in (options.get("target_container") or "").split(".") if word)
+        # What is modified stays in its container, unless the user says another.
+        container = options.get("target_container") or model.begin.training.get("keep_container")
+        path = tuple(word for word in (container or "").split(".") if word)
         shards = options.get("shards") or 1
         prefix = "".join(f"{word}." for word in path)
         files: dict[str, list[TensorItem | ObjectItem]] = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ckptx import quantised
 from ckptx.containers import safetensors
 from ckptx.errors import PlanError, SchemaError
 from ckptx.hookspecs import hookimpl
@@ -104,7 +105,8 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
     config = read_config(files, begin.root)
     notes: list[str] = []
     if model.passthrough is not None:
-        if config is not None and _set_dtype(config, dtype):
+        # Codes of quantised weights are of no dtype that a model computes in.
+        if config is not None and quantised.KEY not in config and _set_dtype(config, dtype):
             files[CONFIG] = dump_config(config)
         return files, ()
     spec = replace(model.spec, dtype=dtype)

@@ -154,7 +154,7 @@ class ConversionCommand(click.Command):
         help_option = self.get_help_option(ctx)
         _section(ctx, formatter, "Engine", [*self.engine, *([help_option] if help_option else [])])
         _section(ctx, formatter, "For Megatron-style modules", self.megatron)
-        if not chosen.owners:
+        if not chosen.owners and any(param.name == "saver" for param in self.base):
             loaders, savers = (", ".join(manager.names(kind)) for kind in ("loader", "saver"))
             formatter.write_paragraph()
             with formatter.indentation():

@@ -56,7 +56,23 @@ def show_result(result: Any, as_json: bool, quiet: bool) -> None:
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=1))
     elif not quiet:
-        click.echo(result.render(shutil.get_terminal_size().columns))
+        click.echo(printable(result.render(shutil.get_terminal_size().columns)))
+
+
+def printable(text: str) -> str:
+    r"""Return a text that does nothing to a terminal: names of tensors come from strangers.
+
+    Examples:
+        >>> print(printable("a\x1b[31m\nb"))
+        a\x1b[31m
+        b
+    """
+    return "\n".join(
+        line
+        if line.isprintable()
+        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        for line in text.split("\n")
+    )
 
 
 def output_options() -> list[click.Parameter]:

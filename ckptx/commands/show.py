@@ -1,4 +1,4 @@
-"""``inspect``, ``verify`` and ``plugins``: commands that only look."""
+"""``verify`` and ``plugins``: commands that only look."""
 
 from __future__ import annotations
 
@@ -12,26 +12,6 @@ from ckptx import manager
 from ckptx.commands.options import output_options, show_result
 
 _PATH = click.Path(exists=True, path_type=Path)
-
-
-def inspect_command() -> click.Command:
-    """Return the command that says what a checkpoint is."""
-
-    def run(path: Path, loader: str | None, as_json: bool, quiet: bool, verbose: bool) -> None:
-        from ckptx.inspection import inspect
-
-        show_result(inspect(path, loader), as_json, quiet)
-
-    return click.Command(
-        "inspect",
-        callback=run,
-        help="Say what a checkpoint is, and list its tensors.",
-        params=[
-            click.Argument(["path"], type=_PATH),
-            click.Option(["--from", "--loader", "loader"], help="Its format.  [detected]"),
-            *output_options(),
-        ],
-    )
 
 
 def verify_command() -> click.Command:

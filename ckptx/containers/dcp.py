@@ -258,6 +258,7 @@ def _plan(
     named: list[Named] = []
     encoded: dict[int, bytes] = {}
     sizes: dict[Shape, TorchSize] = {}
+    between: dict[tuple[bytes, bytes], bytes] = {}
     for name, entries in files.items():
         regions: list[Region] = []
         position = 0
@@ -270,7 +271,7 @@ def _plan(
                 boxes = chunks.setdefault(entry.key, [])
                 if 0 in entry.tensor.shape and 0 not in entry.shape:
                     continue  # the share of a rank that has none
-                end = _add_tensor(regions, position, entry)
+                end = _add_tensor(regions, position, entry, between)
                 offsets = _size(entry.offsets, sizes)
                 placed.append((entry.key, len(boxes), offsets, name, position, end - position))
                 boxes.append(Chunk(offsets, _size(entry.tensor.shape, sizes)))
@@ -301,17 +302,34 @@ def _size(shape: Shape, known: dict[Shape, TorchSize]) -> TorchSize:
     return size
 
 
-def _add_tensor(regions: list[Region], position: int, item: TensorItem) -> int:
-    """Append an item; return where it ends."""
+def _add_tensor(
+    regions: list[Region],
+    position: int,
+    item: TensorItem,
+    between: dict[tuple[bytes, bytes], bytes],
+) -> int:
+    """Append an item; return where it ends.
+
+    What ends an item and what begins the next are one region, and equal ones one object in
+    ``between``: a giant has half a million items.
+    """
     envelope = torch_zip.plan_item(item.tensor.dtype, item.tensor.shape)
-    payload = position + len(envelope.prefix)
-    end = payload + envelope.nbytes
-    regions.append(Region(position, len(envelope.prefix), envelope.prefix))
-    if not envelope.nbytes:  # an empty tensor: the prefix is all there is
-        return end
-    regions.append(Region(payload, envelope.nbytes, item.tensor, item.key))
-    regions.append(Region(end, len(envelope.suffix), envelope.suffix))
-    return end + len(envelope.suffix)
+    prefix, nbytes, suffix = envelope.prefix, envelope.nbytes, envelope.suffix
+    payload = position + len(prefix)
+    last = regions[-1] if regions else None
+    if last is not None and isinstance(last.content, bytes) and not last.name:
+        joined = between.get((last.content, prefix))
+        if joined is None:
+            joined = between[last.content, prefix] = last.content + prefix
+        regions[-1] = Region(last.offset, len(joined), joined)
+    else:
+        regions.append(Region(position, len(prefix), prefix))
+    if not nbytes:  # an empty tensor: the prefix is all there is
+        return payload
+    end = payload + nbytes
+    regions.append(Region(payload, nbytes, item.tensor, item.key))
+    regions.append(Region(end, len(suffix), suffix))
+    return end + len(suffix)
 
 
 def _check(tensors: Mapping[str, TensorEntry], objects: Sequence[str]) -> None:

@@ -242,8 +242,9 @@ class _Writer:
         self._write(b"]")
         if value.rows:
             self._write(b"(")
-            for row in value.rows:
-                self._fields(value.cls, value.names, row)
+            first, *others = value.rows
+            self._fields(value.cls, value.names, first)
+            self._repeated(self._around[value.cls, value.names], others)
             self._write(b"e")
 
     def _row_map(self, value: RowMap) -> None:
@@ -264,8 +265,12 @@ class _Writer:
             *self._around[entries.value, entries.value_names],
         ]
         around[width] = b"ub" + around[width]
+        self._repeated(around, others)
+
+    def _repeated(self, around: Sequence[bytes], rows: Sequence[tuple[Any, ...]]) -> None:
+        """Push objects whose classes and attributes have been pushed; half a million are usual."""
         memo, out = self._memo, self.out
-        for row in others:
+        for row in rows:
             for opcodes, item in zip(around, row, strict=True):
                 out += opcodes
                 if type(item) is int:

@@ -104,6 +104,29 @@ def find(source: Path) -> IterationDirectory:
     return IterationDirectory(directory, iteration, stored)
 
 
+def unfinished(source: Path) -> tuple[str, ...]:
+    """Return remarks on iterations of a root that are later than what its tracker file names.
+
+    Megatron writes the tracker last, so a save may have been interrupted.
+    """
+    tracker = source / TRACKER
+    if not tracker.is_file():
+        return ()
+    named = tracker.read_text(errors="replace").strip()
+    later = sorted(
+        path.name
+        for path in source.glob("iter_*")
+        if named.isdecimal()
+        and path.name.removeprefix("iter_").isdecimal()
+        and int(path.name.removeprefix("iter_")) > int(named)
+    )
+    return tuple(
+        f"{name} is later than iteration {named}, which {TRACKER} names and which was read: "
+        "was its save interrupted?"
+        for name in later
+    )
+
+
 def _iteration_of(directory: Path) -> Iteration:
     number = directory.name.removeprefix("iter_")
     return int(number) if number.isdigit() else "release"

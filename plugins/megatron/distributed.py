@@ -140,8 +140,14 @@ def _items(
         if not holds(chunk, message, layer):
             continue
         tensors = model.messages[message]
+        stacked = layer if _stacks(message, spec) else None
+        names: dict[str, str] = {}
         for number, placed in place(held.rules, tensors, spec, None, target.ranks):
-            yield number, _item(placed, message, layer, spec)
+            name = names.get(placed.name)
+            if name is None:
+                name = _stacked(placed.name) if stacked is not None else placed.name
+                name = names[placed.name] = name.replace("{layer}", str(layer))
+            yield number, _item(placed, name, stacked, spec.num_layers)
         for state in _states(spec, target, message, layer):
             yield 0, state
 
@@ -152,17 +158,12 @@ def _stacks(message: str, spec: ModelSpec) -> bool:
     return spec.homogeneous and (of_tower or layer_of(message) is not None)
 
 
-def _item(placed: Placed, message: str, layer: int | None, spec: ModelSpec) -> dcp.TensorItem:
-    """Return a chunk of a global tensor; layers are stacked where they are all alike."""
-    if layer is None or not _stacks(message, spec):
-        name = placed.name.replace("{layer}", str(layer))
-        return dcp.TensorItem(name, placed.global_shape, placed.origin, placed.tensor)
-    return dcp.TensorItem(
-        _stacked(placed.name),
-        (spec.num_layers, *placed.global_shape),
-        (layer, *placed.origin),
-        placed.tensor.unsqueeze(),
-    )
+def _item(placed: Placed, name: str, layer: int | None, layers: int) -> dcp.TensorItem:
+    """Return a chunk of a global tensor; ``layer`` is given where layers are stacked."""
+    _, shape, origin, tensor = placed
+    if layer is None:
+        return dcp.TensorItem(name, shape, origin, tensor)
+    return dcp.TensorItem(name, (layers, *shape), (layer, *origin), tensor.unsqueeze())
 
 
 def _states(

@@ -197,7 +197,11 @@ def make_llama(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/index.md", "docs/convert.md", "docs/from-megatron.md"]
+    "name",
+    [
+        *("README.md", "docs/index.md", "docs/convert.md", "docs/from-megatron.md"),
+        "docs/inspect.md",
+    ],
 )
 def test_shell_blocks_run(name, tmp_path):
     """Every command of a page, in order, on a tiny model in an empty directory."""

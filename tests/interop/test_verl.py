@@ -270,13 +270,13 @@ def test_a_truncated_file(actor, tmp_path):
     assert "model_world_size_2_rank_1.pt" in refused(source, tmp_path)
 
 
-def test_adapters_are_not_merged(actor, tmp_path):
+def test_an_adapter_needs_its_alpha(actor, tmp_path):
     source = actor("tp", 2)
     for rank in range(2):
         state = torch.load(rank_file(source, rank), weights_only=False)
         state["model.layers.0.mlp.up_proj.lora_A.default.weight"] = torch.ones(2, 64)
         torch.save(state, rank_file(source, rank))
-    assert "holds LoRA adapters" in refused(source, tmp_path)
+    assert "nothing says their lora_alpha" in refused(source, tmp_path)
 
 
 @pytest.mark.parametrize("how", ["fsdp1", "tp"])

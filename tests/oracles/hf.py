@@ -22,6 +22,7 @@ from transformers import (
     GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -185,6 +186,11 @@ def glm4(directory: Path, *, seed: int = 0, **overrides: Any) -> PreTrainedConfi
     """Write a GLM-4-0414 checkpoint: GLM-4 with norms after attention and MLP."""
     sizes = {"head_dim": 16, "pad_token_id": None}
     return _write(Glm4Config, directory, seed, torch.float32, sizes | overrides)
+
+
+def granite(directory: Path, *, seed: int = 0, **overrides: Any) -> PreTrainedConfig:
+    """Write a Granite checkpoint, which no schema knows."""
+    return _write(GraniteConfig, directory, seed, torch.float32, {"pad_token_id": None} | overrides)
 
 
 def olmo2(directory: Path, *, seed: int = 0, **overrides: Any) -> PreTrainedConfig:

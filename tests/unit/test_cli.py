@@ -190,7 +190,7 @@ def test_option_of_a_plugin_not_chosen_names_the_plugin(plugins, run, tmp_path):
         (["convert"], 2, "Missing"),
         (["convert", "nowhere", "y", "--to", "hf"], 1, "nowhere: no such file or directory"),
         (["convert", "nowhere", "y", "--to", "hff"], 1, "unknown saver 'hff'; known savers:"),
-        (["convert", "a", "b", "--from=hf", "--to=lora"], 1, "has no saver for it yet"),
+        (["convert", "a", "b", "--from=hf", "--to=gguf"], 1, "has no saver for it yet"),
         (["convert", "a", "b", "--from=hf", "--to=hf", "--max-memory=much"], 2, "is no size"),
         (["convert", "a", "b", "--from=hf", "--to=hf", "--dtype=int4"], 2, "is not one of bf16"),
         (["inspect", "nowhere"], 2, "does not exist"),

@@ -149,7 +149,7 @@ def test_unknown_plugin_lists_the_known_ones(install):
         manager.saver("hff")
 
 
-@pytest.mark.parametrize("name", ["nemo", "lora", "gguf", "fsdp"])
+@pytest.mark.parametrize("name", ["nemo", "rlinf", "gguf", "fsdp"])
 def test_recognised_format_without_plugin_says_so(install, name):
     with pytest.raises(PluginError, match=f"'{name}': ckptx knows of this format .* no loader"):
         manager.loader(name)
@@ -159,6 +159,7 @@ def test_aliases_of_megatron(install):
     assert manager.canonical("mcore") == "core"
     assert manager.canonical("megatron") == "legacy"
     assert manager.canonical("zero") == "deepspeed"
+    assert manager.canonical("lora") == "peft"
     assert manager.canonical("hf") == "hf"
 
 

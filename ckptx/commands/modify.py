@@ -1,0 +1,112 @@
+"""``modify``: a conversion to the format of the source, with tensors changed on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptx import manager
+from ckptx.commands.conversion import Chosen, ConversionCommand
+from ckptx.commands.options import Dtype, engine_options, output_options, show_result
+from ckptx.job import Job
+
+_ENGINE = ("overwrite", "max_memory", "threads", "digest", "check_replicas")
+
+
+class ModifyCommand(ConversionCommand):
+    """A conversion whose saver is the one of the source's format."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "modify", "Remove, cast or rename tensors of a checkpoint.", "short", _modify
+        )
+        path = click.Path(path_type=Path)
+        kept = {*_ENGINE, *(param.name for param in output_options())}
+        self.base = [
+            click.Argument(["load_dir"], metavar="SRC", type=path),
+            click.Argument(["save_dir"], metavar="DST", type=path),
+            click.Option(["--from", "--loader", "loader"], help="Format of SRC.  [detected]"),
+            click.Option(
+                ["--remove"], multiple=True, metavar="GLOB", help="Leave out tensors. Repeatable."
+            ),
+            click.Option(
+                ["--cast"],
+                multiple=True,
+                type=(str, Dtype()),
+                metavar="GLOB DTYPE",
+                help="Give tensors another dtype. Repeatable; the last counts.",
+            ),
+            click.Option(
+                ["--rename"],
+                multiple=True,
+                type=(str, str),
+                metavar="FROM TO",
+                help="Give tensors other names; a * stays as it is. Repeatable.",
+            ),
+            click.Option(["--dry-run"], is_flag=True, help="Show what would be; write nothing."),
+        ]
+        self.engine = [param for param in engine_options() if param.name in kept]
+        self.megatron = []
+        self.params = [*self.base, *self.engine]
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Run the conversion."""
+        from ckptx.edits import Edits, saver_for
+
+        chosen: Chosen = ctx.meta["chosen"]
+        params = ctx.params
+        edits = Edits(params["remove"], params["cast"], params["rename"])
+        if not edits:
+            raise click.UsageError("say what to change: --remove, --cast or --rename", ctx)
+        loader = chosen.loader.name if chosen.loader else manager.detect(params["load_dir"])
+        job = Job(
+            loader=loader,
+            saver=saver_for(loader),
+            source=params["load_dir"],
+            target=params["save_dir"],
+            loader_options=chosen.values("loader", params),
+            saver_options=chosen.values("saver", params),
+            edits=edits,
+            **{name: params[name] for name in _ENGINE},
+        )
+        self.run(job, params)
+
+    def _choose(self, args: list[str], wants_help: bool) -> Chosen:
+        scan = click.Command(
+            "scan",
+            params=[param for param in self.params if isinstance(param, click.Option)],
+            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+            add_help_option=False,
+        )
+        ctx = scan.make_context("scan", list(args), resilient_parsing=True)
+        loader = ctx.params.get("loader")
+        places = [Path(arg) for arg in ctx.args if not arg.startswith("-")]
+        source = next((path for path in places if path.exists()), None)
+        if loader is None and source is not None:
+            loader = manager.detect(source)
+        elif loader is None and places and not wants_help:
+            loader = manager.detect(places[0])  # says that there is none
+        if loader is None:
+            return Chosen(None, None, None)
+        from ckptx.edits import saver_for
+
+        return Chosen(loader, saver_for(manager.canonical(loader)), None)
+
+
+def modify_command() -> click.Command:
+    """Return the command that changes a checkpoint and keeps its format."""
+    return ModifyCommand()
+
+
+def _modify(job: Job, params: dict[str, Any]) -> None:
+    from ckptx import pipeline, progress
+
+    result: Any
+    if params["dry_run"]:
+        result = pipeline.forecast(job, tensors=params["as_json"])
+    else:
+        shown = progress.choose(params["quiet"] or params["as_json"])
+        result = pipeline.convert(job, shown)
+    show_result(result, params["as_json"], params["quiet"])

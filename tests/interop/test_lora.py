@@ -1,0 +1,535 @@
+"""LoRA: what ckptx merges on the way is, bit for bit, what peft merges in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ckptx import manager
+from ckptx.errors import CkptxError
+from tests.formats import zero_by_hand
+from tests.oracles import hf
+
+from .conversion import CLOSE, TOKENS, contents, convert, difference, strict_logits
+from .test_quantised import quantise
+
+adapters = pytest.importorskip("tests.oracles.adapters", reason="peft is not installed")
+
+ATTENTION = ["q_proj", "v_proj", "o_proj"]
+EVERY = [*ATTENTION, "k_proj", "gate_proj", "up_proj", "down_proj"]
+SMALL = {"num_hidden_layers": 2}
+
+BASES = {
+    "llama": (hf.llama, SMALL | {"attention_bias": True}),
+    "llama-bf16": (hf.llama, SMALL | {"attention_bias": True, "dtype": torch.bfloat16}),
+    "llama-fp16": (hf.llama, SMALL | {"dtype": torch.float16}),
+    "qwen2": (hf.qwen2, SMALL),
+    "qwen2-tied": (hf.qwen2, SMALL | {"tied": True}),
+    "gpt2": (hf.gpt2, {"n_layer": 2}),
+    "qwen3_moe": (hf.qwen3_moe, SMALL),
+    "mixtral": (hf.mixtral, SMALL),
+    "gemma2": (hf.gemma2, SMALL),
+    "unknown": (hf.granite, SMALL),
+    "unknown-tied": (hf.granite, SMALL | {"tie_word_embeddings": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory):
+    @cache
+    def written(name):
+        directory = tmp_path_factory.mktemp(name) / "base"
+        write, overrides = BASES[name]
+        write(directory, **overrides)
+        return directory
+
+    return written
+
+
+def sampled(variants, rest):
+    """Return the names of variants; the rest is for the full grid."""
+    return [pytest.param(one, marks=[pytest.mark.full] * (one in rest)) for one in variants]
+
+
+VARIANTS = {
+    "plain": ("llama", {"target_modules": EVERY, "r": 8, "lora_alpha": 16}),
+    "bf16": ("llama-bf16", {"target_modules": EVERY, "r": 8, "lora_alpha": 12}),
+    "fp16": ("llama-fp16", {"target_modules": EVERY, "r": 3, "lora_alpha": 7}),
+    "rslora": ("llama", {"target_modules": ATTENTION, "r": 6, "use_rslora": True}),
+    "patterns": (
+        "llama",
+        {
+            "target_modules": EVERY,
+            "r": 4,
+            "rank_pattern": {"q_proj": 2, r"model.layers.1.mlp.up_proj": 5},
+            "alpha_pattern": {"layers.0.self_attn.v_proj": 3, r".*down_proj": 32},
+        },
+    ),
+    "lora_bias": ("llama-bf16", {"target_modules": ATTENTION, "r": 4, "lora_bias": True}),
+    "bias-all": ("llama", {"target_modules": ["q_proj"], "r": 4, "bias": "all"}),
+    "bias-lora": ("qwen2", {"target_modules": ["q_proj"], "r": 4, "bias": "lora_only"}),
+    "embedding": ("llama-bf16", {"target_modules": ["embed_tokens", "lm_head"], "r": 4}),
+    "saved": (
+        "llama-bf16",
+        {"target_modules": ATTENTION, "modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
+    "saved-norm": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    "tokens": (
+        "llama-bf16",
+        {"target_modules": ["q_proj"], "trainable_token_indices": [7, 3, 130]},
+    ),
+    "tokens-dict": (
+        "llama",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [0, 1]}},
+    ),
+    "tokens-tied": (
+        "qwen2-tied",
+        {"target_modules": ["q_proj"], "trainable_token_indices": [7, 3]},
+    ),
+    "gaussian": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "unknown-family": ("unknown", {"target_modules": EVERY, "r": 4}),
+    "parameter": (
+        "llama-bf16",
+        {"target_modules": [], "target_parameters": ["q_proj.weight"], "r": 4},
+    ),
+    "experts": (
+        "qwen3_moe",
+        {
+            "target_modules": ATTENTION,
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "r": 2,
+            "rank_pattern": {"experts.down_proj": 3},
+        },
+    ),
+    "experts-one": (
+        "mixtral",
+        {"target_modules": ["gate"], "target_parameters": ["experts.down_proj"], "r": 2},
+    ),
+}
+
+
+RARE = ("fp16", "gaussian", "bias-lora", "saved-norm", "tokens-dict", "rslora", "tokens-tied")
+
+
+@pytest.mark.parametrize("variant", sampled(VARIANTS, RARE))
+def test_every_bit_is_that_of_peft(variant, base_of, tmp_path):
+    name, config = VARIANTS[variant]
+    base, adapter = base_of(name), tmp_path / "adapter"
+    adapters.make(base, adapter, **config)
+    expected = adapters.merged(base, [adapter], tmp_path / "peft")
+    assert manager.detect(adapter) == "peft"
+    facts = convert(adapter, tmp_path / "hf", "hf", hf_base=base)
+    found = hf.weights(tmp_path / "hf")
+    assert sorted(found) == sorted(expected)
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype, key
+        assert torch.equal(found[key], tensor), key
+    before = hf.weights(base)
+    changed = {key for key in found if not torch.equal(found[key], before[key])}
+    reported = {key for step, keys in facts.inexact.items() if "LoRA" in step for key in keys}
+    dropped = " ".join(one["name"] for one in facts.dropped)
+    assert changed  # the adapter does something
+    assert changed <= reported | {key for key in changed if key in dropped}
+    assert not (tmp_path / "hf" / "adapter_config.json").exists()
+    strict_logits(tmp_path / "hf", TOKENS)
+
+
+DORA = {
+    "linear": ("llama", {"target_modules": EVERY, "r": 8, "lora_alpha": 16}),
+    "bf16": ("llama-bf16", {"target_modules": EVERY, "r": 4}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens"], "r": 4, "use_rslora": True}),
+}
+
+
+@pytest.mark.parametrize("variant", sampled(DORA, ("embedding", "linear")))
+def test_dora_differs_by_the_order_of_a_sum(variant, base_of, tmp_path):
+    """torch takes norms in its processor's order: some units in the last place of float32."""
+    name, config = DORA[variant]
+    base, adapter = base_of(name), tmp_path / "adapter"
+    adapters.make(base, adapter, use_dora=True, **config)
+    expected = adapters.merged(base, [adapter], tmp_path / "peft")
+    facts = convert(adapter, tmp_path / "hf", "hf", hf_base=base)
+    found = hf.weights(tmp_path / "hf")
+    assert sorted(found) == sorted(expected)
+    reported = {key for step, keys in facts.inexact.items() if "DoRA" in step for key in keys}
+    for key, tensor in expected.items():
+        if key not in reported:
+            assert torch.equal(found[key], tensor), key
+            continue
+        places = 4 * torch.finfo(torch.float32).eps
+        unit = torch.finfo(tensor.dtype).eps if tensor.dtype != torch.float32 else places
+        assert (found[key] - tensor).abs().le(unit * tensor.abs()).all(), key
+        if tensor.dtype != torch.float32:
+            assert found[key].ne(tensor).float().mean() < 1e-3
+    assert reported
+    said = adapters.logits(base, adapter, TOKENS)
+    if name != "llama-bf16":
+        assert difference(strict_logits(tmp_path / "hf", TOKENS), said) <= CLOSE
+
+
+def test_adapters_are_merged_one_after_another(base_of, tmp_path):
+    base = base_of("llama-bf16")
+    places = [tmp_path / "first", tmp_path / "second"]
+    for seed, place in enumerate(places):
+        adapters.make(base, place, seed=seed, target_modules=ATTENTION[seed:], r=4)
+    expected = adapters.merged(base, places, tmp_path / "peft")
+    convert(base, tmp_path / "hf", "hf", loader_options={"adapter": tuple(map(str, places))})
+    found = hf.weights(tmp_path / "hf")
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    convert(
+        places[0], tmp_path / "same", "hf", loader_options={"adapter": places[1:]}, hf_base=base
+    )
+    assert contents(tmp_path / "same") == contents(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_merge_is_rounded_once_to_the_dtype_that_is_wanted(dtype, base_of, tmp_path):
+    """To float32 it is peft's merge into a base that was loaded as float32."""
+    base, adapter, wide = base_of("llama-bf16"), tmp_path / "adapter", tmp_path / "wide"
+    adapters.make(base, adapter, target_modules=EVERY, r=4)
+    shutil.copytree(base, wide)
+    file = wide / "model.safetensors"
+    save_file({key: one.float() for key, one in load_file(file).items()}, file, {"format": "pt"})
+    said = json.loads((wide / "config.json").read_text()) | {"dtype": "float32"}
+    (wide / "config.json").write_text(json.dumps(said))
+    expected = adapters.merged(wide, [adapter], tmp_path / "peft")
+    convert(adapter, tmp_path / "hf", "hf", hf_base=base, dtype=dtype)
+    found = hf.weights(tmp_path / "hf")
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor.to(getattr(torch, dtype))), key
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", sampled(["qwen2-tied", "unknown-tied"], ["unknown-tied"]))
+def test_a_tied_model_computes_what_training_saw(family, config, base_of, tmp_path):
+    """peft's own merge adds an update of one of the two to both."""
+    base, adapter = base_of(family), tmp_path / "adapter"
+    adapters.make(base, adapter, r=4, **config)
+    facts = convert(adapter, tmp_path / "hf", "hf", hf_base=base)
+    said = adapters.logits(base, adapter, TOKENS)
+    assert difference(strict_logits(tmp_path / "hf", TOKENS), said) <= CLOSE
+    assert any("no longer tied" in note for note in facts.notes)
+
+
+LIVE = {
+    "plain": ("llama", {"target_modules": ATTENTION, "r": 4, "lora_alpha": 12}),
+    "dora": ("llama", {"target_modules": ATTENTION, "r": 4, "use_dora": True}),
+    "everything": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "lm_head"],
+            "modules_to_save": ["norm"],
+            "trainable_token_indices": [5, 2],
+            "use_rslora": True,
+            "lora_bias": False,
+            "bias": "all",
+        },
+    ),
+    "tied": ("qwen2-tied", {"target_modules": ["q_proj", "embed_tokens"], "r": 4}),
+    "tied-tokens": (
+        "qwen2-tied",
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2]},
+    ),
+    "tied-saved": ("qwen2-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "experts": (
+        "qwen3_moe",
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"], "r": 2},
+    ),
+}
+
+
+def live(variant, base_of, directory):
+    """Write the state dict of a live model as one file; return it, the adapter and its base."""
+    name, config = LIVE[variant]
+    base, adapter = base_of(name), directory / "lora_adapter"
+    model = adapters.make(base, adapter, **config)
+    torch.save({"model": model.state_dict()}, directory / "model.pt")
+    shutil.copy(base / "config.json", directory)
+    return directory / "model.pt", adapter, base
+
+
+@pytest.mark.parametrize(
+    "variant", sampled([one for one in LIVE if one != "experts"], ("tied-saved", "plain"))
+)
+def test_an_adapter_inside_a_checkpoint_is_the_one_of_the_files(variant, base_of, tmp_path):
+    source, adapter, base = live(variant, base_of, tmp_path)
+    convert(adapter, tmp_path / "files", "hf", hf_base=base)
+    convert(source, tmp_path / "live", "hf")
+    expected, found = hf.weights(tmp_path / "files"), hf.weights(tmp_path / "live")
+    assert sorted(found) == sorted(expected)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    configs = [
+        json.loads((tmp_path / one / "config.json").read_text()) for one in ("live", "files")
+    ]
+    assert configs[0] == configs[1]
+    assert difference(strict_logits(tmp_path / "live", TOKENS), hf.logits(base, TOKENS)) > CLOSE
+
+
+@pytest.mark.parametrize("variant", sampled(LIVE, ("tied", "tied-saved", "plain")))
+def test_an_exported_adapter_is_the_one_that_peft_saves(variant, base_of, tmp_path):
+    source, adapter, base = live(variant, base_of, tmp_path)
+    facts = convert(source, tmp_path / "peft", "peft")
+    assert any(one["name"] == "the base model" for one in facts.dropped)
+    expected = load_file(adapter / "adapter_model.safetensors")
+    found = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    # peft adds copies of embeddings that it was not asked to train.
+    copies = {key for key in expected if key.endswith("base_layer.weight")}
+    duplicates = {key for key in found if "lm_head.token_adapter" in key}
+    assert set(found) - duplicates == set(expected) - copies
+    assert all(torch.equal(found[key], expected[key]) for key in set(found) - duplicates)
+    logits = [adapters.logits(base, place, TOKENS) for place in (tmp_path / "peft", adapter)]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("variant", sampled(["plain", "dora", "tied-saved"], ["plain"]))
+def test_an_exported_adapter_whose_alpha_the_user_knows(variant, base_of, tmp_path):
+    source, adapter, base = live(variant, base_of, tmp_path)
+    alpha = json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]
+    adapter.rename(tmp_path / "elsewhere")
+    convert(source, tmp_path / "peft", "peft", loader_options={"lora_alpha": alpha})
+    places = (tmp_path / "peft", tmp_path / "elsewhere")
+    assert torch.equal(*[adapters.logits(base, place, TOKENS) for place in places])
+    convert(source, tmp_path / "hf", "hf", loader_options={"lora_alpha": alpha})
+    said = adapters.logits(base, tmp_path / "elsewhere", TOKENS)
+    assert difference(strict_logits(tmp_path / "hf", TOKENS), said) <= CLOSE
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_sharded_checkpoints(base_of, tmp_path):
+    """FSDP 2 over two ranks, as DCP and as verl; DeepSpeed's pieces; all hold one model."""
+    name, config = LIVE["plain"]
+    base, adapter = base_of(name), tmp_path / "adapter"
+    model = adapters.make(base, adapter, **config)
+    expected = adapters.merged(base, [adapter], tmp_path / "peft")
+    adapters.save_sharded(base, tmp_path / "run", 2, config)
+    state = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+    zero = zero_by_hand.write(tmp_path / "run" / "zero", state, 2, 2)
+    for loader, source in (
+        ("dcp", tmp_path / "run" / "dcp"),
+        ("verl", tmp_path / "run" / "actor"),
+        ("deepspeed", zero),
+    ):
+        assert manager.detect(source) == loader
+        with pytest.raises(CkptxError, match="give --lora-alpha"):
+            convert(source, tmp_path / "refused", "hf")
+        convert(source, tmp_path / loader, "hf", loader_options={"lora_alpha": 12})
+        found = hf.weights(tmp_path / loader)
+        assert sorted(found) == sorted(expected)
+        assert all(torch.equal(found[key], expected[key]) for key in expected), loader
+        convert(source, tmp_path / f"{loader}-peft", "peft", loader_options={"lora_alpha": 12})
+        exported = load_file(tmp_path / f"{loader}-peft" / "adapter_model.safetensors")
+        mine = load_file(adapter / "adapter_model.safetensors")
+        assert {k: v.tolist() for k, v in exported.items()} == {
+            k: v.tolist() for k, v in mine.items()
+        }
+
+
+def test_ranks_cut_what_is_merged(base_of, tmp_path):
+    """Megatron's tensors are cut and joined before they are computed; none may notice."""
+    base, adapter = base_of("qwen2"), tmp_path / "adapter"
+    adapters.make(base, adapter, target_modules=EVERY, r=4)
+    convert(adapter, tmp_path / "hf", "hf", hf_base=base)
+    sizes = {"target_tensor_parallel_size": 2, "target_pipeline_parallel_size": 2}
+    convert(adapter, tmp_path / "core", "core", hf_base=base, **sizes)
+    convert(tmp_path / "core", tmp_path / "back", "hf")
+    assert hf.weights(tmp_path / "back").keys() == hf.weights(tmp_path / "hf").keys()
+    for key, tensor in hf.weights(tmp_path / "hf").items():
+        assert torch.equal(hf.weights(tmp_path / "back")[key], tensor), key
+
+
+PROJECTION = "base_model.model.model.layers.1.self_attn.q_proj"
+A, B = f"{PROJECTION}.lora_A.weight", f"{PROJECTION}.lora_B.weight"
+
+
+def another_base(tensors, config):
+    for key in (key for key in list(tensors) if "q_proj.lora_A" in key):
+        tensors[key] = torch.ones(8, 48)
+
+
+def other_ranks(tensors, config):
+    tensors[A] = torch.ones(6, 64)
+
+
+def half_a_pair(tensors, config):
+    del tensors[B]
+
+
+def no_base_weight(tensors, config):
+    for one in ("A", "B"):
+        key = PROJECTION.replace("layers.1", "layers.9") + f".lora_{one}.weight"
+        tensors[key] = tensors[f"{PROJECTION}.lora_{one}.weight"].clone()
+
+
+def not_saved(tensors, config):
+    config["modules_to_save"] = ["lm_head"]
+
+
+def unknown_tensor(tensors, config):
+    tensors[f"{PROJECTION}.lora_E"] = torch.ones(4)
+
+
+def whole_numbers(tensors, config):
+    tensors[A] = tensors[A].int()
+
+
+def convolution(tensors, config):
+    tensors[A] = torch.ones(8, 64, 3, 3)
+
+
+def other_shape(tensors, config):
+    tensors["base_model.model.model.norm.weight"] = torch.ones(65)
+
+
+def no_bias(tensors, config):
+    tensors[f"{PROJECTION}.lora_B.bias"] = torch.ones(64)
+
+
+def rows_without_indices(tensors, config):
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    tensors[name] = torch.ones(2, 64)
+
+
+@pytest.fixture(scope="module")
+def simple(base_of, tmp_path_factory):
+    """An adapter of rank 8 of all query projections."""
+    directory = tmp_path_factory.mktemp("simple") / "adapter"
+    adapters.make(base_of("unknown"), directory, target_modules=["q_proj"], r=8)
+    return directory
+
+
+def said(**fields):
+    def change(tensors, config):
+        config |= fields
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (another_base, "the weight is [64, 64]: the adapter is of another base model"),
+        (other_ranks, "has rank 8, A [6, 64] has rank 6"),
+        (half_a_pair, "lacks lora_B.weight; it is not whole"),
+        (no_base_weight, "the base has no 'model.layers.9.self_attn.q_proj.weight'"),
+        (not_saved, "modules_to_save names 'lm_head', and the adapter holds nothing"),
+        (unknown_tensor, "lora_E is not a part of LoRA that is known"),
+        (whole_numbers, "expected float32, bfloat16, float16, found int32"),
+        (convolution, "are those of a convolution, which is not merged here"),
+        (other_shape, "'model.norm.weight' is [65], in the base [64]"),
+        (no_bias, "has a trained lora_bias and no bias in the base"),
+        (rows_without_indices, "trainable_token_indices None do not say which rows"),
+        (said(peft_type="IA3"), "peft_type 'IA3' is not known, only 'LORA'"),
+        (said(lora_alpha=None), "lora_alpha is None, expected a number above 0"),
+        (said(lora_alpha=0), "lora_alpha is 0, expected a number above 0"),
+        (said(r=4), "says rank 4 for 'model.layers.0.self_attn.q_proj', its tensors have rank 8"),
+        (said(alpha_pattern={"(": 1}), "alpha_pattern: '(':"),
+        (said(rank_pattern=[4]), "rank_pattern is [4], not of a type that peft writes"),
+        (said(init_lora_weights="pissa_niter_4"), "belongs to the residual of its base model"),
+        (said(init_lora_weights="OLoRA"), "belongs to the residual of its base model"),
+        (said(init_lora_weights="corda"), "belongs to the residual of its base model"),
+        (said(init_lora_weights="sorcery"), "init_lora_weights 'sorcery' is not known"),
+        (said(layer_replication=[[0, 2]]), "layer_replication is set"),
+        (said(trainable_token_indices=[0], use_bdlora={"nblocks": 2}), "use_bdlora is set"),
+        (said(target_parameters=["q_proj.weight", "q_proj.bias"]), "which is of which is unknown"),
+    ],
+)
+def test_what_cannot_be_merged_is_one_line(damage, message, base_of, simple, tmp_path):
+    base, adapter = base_of("unknown"), tmp_path / "adapter"
+    shutil.copytree(simple, adapter)
+    file, place = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    tensors, config = load_file(file), json.loads(place.read_text())
+    damage(tensors, config)
+    save_file(tensors, file, {"format": "pt"})
+    place.write_text(json.dumps(config))
+    with pytest.raises(CkptxError) as caught:
+        convert(adapter, tmp_path / "hf", "hf", hf_base=base)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(adapter) in str(caught.value) or "lora_E" in message
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_adapter_alone_has_no_base(base_of, tmp_path):
+    adapters.make(base_of("llama"), tmp_path / "adapter", target_modules=["q_proj"])
+    with pytest.raises(CkptxError, match=r"without the model .*base\); give .* --hf-base"):
+        convert(tmp_path / "adapter", tmp_path / "hf", "hf")
+    convert(tmp_path / "adapter", tmp_path / "copy", "peft")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+
+def test_two_live_adapters_are_refused(base_of, tmp_path):
+    model = adapters.make(base_of("llama"), target_modules=["q_proj"])
+    model.add_adapter("other", model.peft_config["default"])
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(CkptxError, match=r"another tensor are both .* only one adapter"):
+        convert(tmp_path / "model.pt", tmp_path / "hf", "hf", loader_options={"lora_alpha": 8.0})
+
+
+def test_options_without_an_adapter_are_refused(base_of, tmp_path):
+    base = base_of("llama")
+    with pytest.raises(CkptxError, match="holds no LoRA weights"):
+        convert(base, tmp_path / "hf", "hf", loader_options={"lora_alpha": 8.0})
+    with pytest.raises(CkptxError, match="holds no adapters, expected one to save"):
+        convert(base, tmp_path / "hf", "peft")
+    with pytest.raises(CkptxError, match=r"lacks adapter_config\.json"):
+        convert(base, tmp_path / "hf", "hf", loader_options={"adapter": (str(base),)})
+
+
+def test_a_residual_base_lies_beside_its_matrices(base_of, tmp_path):
+    """PiSSA changes the base in memory: a checkpoint has both, an adapter's file one."""
+    base, adapter = base_of("qwen2"), tmp_path / "lora_adapter"
+    how = {"target_modules": ["q_proj"], "init_lora_weights": "pissa", "r": 4}
+    model = adapters.make(base, adapter, **how)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    shutil.copy(base / "config.json", tmp_path)
+    convert(tmp_path / "model.pt", tmp_path / "hf", "hf")
+    with torch.no_grad():
+        said = model(TOKENS).logits
+    assert difference(strict_logits(tmp_path / "hf", TOKENS), said) <= CLOSE
+    for saver, source in (("hf", adapter), ("peft", tmp_path / "model.pt")):
+        with pytest.raises(CkptxError, match="belongs to the residual of its base model"):
+            convert(source, tmp_path / "refused", saver, hf_base=base)
+
+
+def test_a_finished_model_may_hold_matrices_of_its_own(base_of, tmp_path):
+    """As Phi-4-multimodal does, whose own code computes with them: they pass by name."""
+    base = tmp_path / "base"
+    shutil.copytree(base_of("unknown"), base)
+    file = base / "model.safetensors"
+    path = "model.layers.0.self_attn.q_proj"
+    own = {f"{path}.lora_{one}.speech.weight": torch.ones(2, 2) for one in "AB"}
+    save_file({**load_file(file), **own}, file, {"format": "pt"})
+    convert(base, tmp_path / "hf", "hf")
+    assert own.keys() <= hf.weights(tmp_path / "hf").keys()
+
+
+def test_a_quantised_base_is_dequantised_first(tmp_path):
+    hf.qwen3(tmp_path / "quantised", **SMALL)
+    quantise(tmp_path / "quantised")
+    convert(tmp_path / "quantised", tmp_path / "base", "hf")
+    adapter = tmp_path / "adapter"
+    adapters.make(tmp_path / "base", adapter, target_modules=EVERY, r=4)
+    convert(adapter, tmp_path / "expected", "hf", hf_base=tmp_path / "base")
+    convert(adapter, tmp_path / "found", "hf", hf_base=tmp_path / "quantised")
+    assert contents(tmp_path / "found") == contents(tmp_path / "expected")
+    expected = adapters.merged(tmp_path / "base", [adapter], tmp_path / "peft")
+    found = hf.weights(tmp_path / "found")
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())

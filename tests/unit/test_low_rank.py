@@ -1,0 +1,141 @@
+"""Low-rank updates: the order of the sum, and that no element knows the box it is asked for in."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ckptx import low_rank
+from ckptx.errors import SchemaError
+from ckptx.lazy import stored
+from ckptx.low_rank import product, updated
+from ckptx.reader import read
+
+
+def nearest(value: Fraction) -> np.float32:
+    """Return the float32 nearest to a fraction, the even one of two."""
+    middle = np.float32(float(value))
+    around = [np.nextafter(middle, np.float32(side)) for side in (-np.inf, np.inf)]
+    ordered = sorted(
+        (abs(Fraction(float(one)) - value), int(one.view(np.uint32)) & 1, float(one))
+        for one in (*around, middle)
+    )
+    return np.float32(ordered[0][2])
+
+
+def exact_chain(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    found = np.zeros((left.shape[0], right.shape[1]), np.float32)
+    for row, column in np.ndindex(found.shape):
+        total = np.float32(0)
+        for one, other in zip(left[row], right[:, column], strict=True):
+            total = nearest(Fraction(float(one)) * Fraction(float(other)) + Fraction(float(total)))
+        found[row, column] = total
+    return found
+
+
+def matrices(rows: int, ranks: int, columns: int, spread: float = 1.0):
+    random = np.random.default_rng(rows * ranks + columns)
+    sizes = ((rows, ranks), (ranks, columns))
+    return [
+        (random.standard_normal(s) * 2 ** random.uniform(-spread, spread, s)).astype(np.float32)
+        for s in sizes
+    ]
+
+
+@pytest.mark.parametrize("spread", [0.0, 12.0, 70.0])
+def test_every_step_is_rounded_once(spread):
+    """Sizes far apart in one sum, down to the smallest of float32: rounding twice would show."""
+    left, right = matrices(6, 5, 7, spread)
+    left[0], right[:, 0] = [1, 2**-24, 2**-60, 0, -1], [1, 1, 1, 1, 1]  # a tie, and then not
+    expected = exact_chain(left, right)
+    assert np.array_equal(low_rank._spelled_out(left, right), expected)
+    assert np.array_equal(product(left, right), expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "columns"),
+    [(3, 1, 200), (64, 8, 64), (65, 16, 127), (2, 64, 2), (70, 256, 3)],
+)
+def test_the_fast_way_is_the_spelled_out_one_and_torchs(rows, ranks, columns):
+    left, right = matrices(rows, ranks, columns)
+    found = product(left, right)
+    assert np.array_equal(found, low_rank._spelled_out(left, right))
+    if columns > 2:  # torch adds up differently where a matrix is as good as a vector
+        assert np.array_equal(found, (torch.from_numpy(left) @ torch.from_numpy(right)).numpy())
+
+
+def test_a_kernel_of_another_order_is_not_used(monkeypatch):
+    left, right = matrices(70, 12, 90)
+    expected = product(left, right)
+    monkeypatch.setattr(low_rank, "_kernel_is_chain", lambda ranks: False)
+    assert np.array_equal(product(left, right), expected)
+
+
+def test_ranks_beyond_a_block_are_close_to_torch():
+    """The bound of a sum in float32, whatever its order: the number of terms times their size."""
+    left, right = matrices(40, 700, 50)
+    expected = left.astype(np.float64) @ right.astype(np.float64)
+    size = np.abs(left).astype(np.float64) @ np.abs(right).astype(np.float64)
+    bound = 700 * 2.0**-24 * size
+    assert (np.abs(product(left, right) - expected) <= bound).all()
+    eager = (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
+    assert (np.abs(eager - expected) <= bound).all()
+
+
+@pytest.fixture
+def tensors(tmp_path: Path):
+    """Return a file with W [130, 90], B, A and m, as lazy and as torch tensors."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(130, 90), (130, 5), (5, 90), (130,)]
+    eager = [torch.randn(shape, generator=generator) for shape in shapes]
+    path, lazy, offset = tmp_path / "tensors", [], 0
+    for tensor in eager:
+        lazy.append(stored(0, offset, "float32", tuple(tensor.shape)))
+        offset += tensor.nbytes
+    path.write_bytes(b"".join(tensor.numpy().tobytes() for tensor in eager))
+    return lazy, eager, [str(path)]
+
+
+@pytest.mark.parametrize("kind", ["lora", "rounded", "dora"])
+def test_an_element_does_not_know_its_box(kind, tensors):
+    (weight, left, right, magnitude), _, files = tensors
+    more = {"rounded": kind == "rounded", "magnitude": magnitude if kind == "dora" else None}
+    whole = updated(weight, left, right, 0.3, "bfloat16", **more)
+    expected = read(whole, files)
+    turned = read(whole.permute((1, 0)), files)
+    assert np.array_equal(turned.view(np.uint16), expected.T.view(np.uint16))
+    random = np.random.default_rng(1)
+    for _ in range(30):
+        box = tuple(tuple(sorted(random.integers(0, size + 1, 2))) for size in (130, 90))
+        rows, columns = (slice(*bounds) for bounds in box)
+        found = read(whole, files, box)
+        assert found.tobytes() == np.ascontiguousarray(expected[rows, columns]).tobytes()
+
+
+def test_values_are_those_of_eager_torch(tensors):
+    (weight, left, right, magnitude), (w, b, a, m), files = tensors
+    update = (b @ a) * 0.3
+    plain = read(updated(weight, left, right, 0.3, "float32"), files)
+    assert np.array_equal(plain, (w + update).numpy())
+    rounded = read(updated(weight, left, right, 0.3, "bfloat16", rounded=True), files)
+    eager = (w + update.bfloat16().float()).bfloat16()
+    assert np.array_equal(rounded.view(np.int16), eager.view(torch.int16).numpy())
+    scaled = read(updated(weight, left, right, 0.3, "float32", magnitude=magnitude), files)
+    wide = (w + update).double()
+    expected = m.double()[:, None] * wide / wide.norm(dim=1, keepdim=True)
+    assert np.allclose(scaled, expected.numpy(), rtol=3 * 2**-23, atol=0)
+
+
+def test_shapes_that_do_not_belong_together(tensors):
+    (weight, left, right, magnitude), _, _ = tensors
+    with pytest.raises(SchemaError, match=r"has rank 5, A \[4, 90\] has rank 4"):
+        updated(weight, left, right.narrow(0, 0, 4), 1.0, "float32")
+    with pytest.raises(SchemaError, match="of another base model"):
+        updated(weight.narrow(0, 0, 9), left, right, 1.0, "float32")
+    short = magnitude.narrow(0, 0, 9)
+    with pytest.raises(SchemaError, match=r"the magnitude is \[9\], the weight has 130 rows"):
+        updated(weight, left, right, 1.0, "float32", magnitude=short)
