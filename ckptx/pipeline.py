@@ -63,11 +63,12 @@ def convert(job: Job, progress: Progress | None = None) -> Report:
     started = time.monotonic()
     target = Target(job.target, _inputs(job), job.overwrite)
     try:
-<<<<<<< HEAD
         with Interrupts() as interrupts, target, SpoolFile(job.target) as spool:
             try:
+                progress.stage("planning")
                 with _crew(job, spool.path) as crew:
                     facts, digest, resumed = _Supervisor(crew, target, progress, interrupts).run()
+                progress.stage("publishing")
                 notes = target.publish()
             except (CutShortError, Interrupted):
                 target.keep()
@@ -78,18 +79,6 @@ def convert(job: Job, progress: Progress | None = None) -> Report:
         if target.kept is None:
             raise
         raise Interrupted(error.signum, str(target.kept)) from error
-=======
-        with (
-            Interrupts() as interrupts,
-            Target(job.target, _inputs(job), job.overwrite) as target,
-            SpoolFile(job.target) as spool,
-        ):
-            progress.stage("planning")
-            with _crew(job, spool.path) as crew:
-                facts, digest = _Supervisor(crew, target, progress, interrupts).run()
-            progress.stage("publishing")
-            notes = target.publish()
->>>>>>> main
     finally:
         progress.close()
     facts = replace(facts.at(job.target), notes=(*facts.notes, *notes))
