@@ -32,7 +32,8 @@ FIRST = int(os.environ.get("CKPTX_FAULTS_FIRST_SEED", "0"))
 SEEDS = range(FIRST, FIRST + COUNT)
 CORE = ("--to", "core", "--tp", "2", "--pp", "2", "--ckpt-format", "torch")
 EVERY = ("--journal-every", "100K")
-STEPS = 160  # about as many as the saver takes
+STEPS = 440  # about as many as the saver takes
+LATE = range(330, 430)  # some of those after which the journal has records
 SIZES = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 256, "vocab_size": 512}
 
 
@@ -183,7 +184,11 @@ def test_a_killed_conversion_is_continued_to_the_same_bytes(scene, sources, powe
                 ("parent", "self"),
             ]
         )
-        step = scene.random.randrange(1, STEPS if role == "saver" else 40)
+        step = scene.random.randrange(1, 60)
+        if role == "saver":
+            step = scene.random.choice(
+                [scene.random.randrange(1, STEPS), scene.random.choice(LATE)]
+            )
         threads = str(scene.random.choice([1, 2, 4]))
         scene.log.unlink(missing_ok=True)
         arguments = (*CORE, *EVERY, "--threads", threads)
@@ -201,9 +206,12 @@ def test_a_killed_conversion_is_continued_to_the_same_bytes(scene, sources, powe
             if recorded and recorded.durable:
                 assert after is not None, scene.says(f"attempt {attempt}: the journal is lost")
     if not scene.whole():
+        kept = journal.read(scene.target / "release.ckptx-partial" / "journal")
         code = scene.run(*CORE, *EVERY)
         assert code == 0, scene.says("not continued")
         assert "damaged" not in scene.errors, scene.says("recorded before it was on disk")
+        resumed = "resuming" in scene.errors
+        assert resumed == bool(kept and kept.durable), scene.says("not what the journal has")
     elif scene.partials():
         shutil.rmtree(scene.partials()[0])
         (scene.target / "latest_checkpointed_iteration.txt").write_bytes(b"release")
@@ -212,7 +220,7 @@ def test_a_killed_conversion_is_continued_to_the_same_bytes(scene, sources, powe
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_damage_in_what_was_kept_is_found(scene, sources, seed):
-    scene.run(*CORE, *EVERY, fault=f"saver self {scene.random.randrange(60, STEPS)}")
+    scene.run(*CORE, *EVERY, fault=f"saver self {scene.random.choice(LATE)}")
     for path in scene.target.rglob("*.pt"):
         content = bytearray(path.read_bytes())
         for _ in range(20):
@@ -229,7 +237,7 @@ def test_damage_in_what_was_kept_is_found(scene, sources, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_another_source_or_plan_starts_over(scene, sources, seed):
-    scene.run(*CORE, *EVERY, fault=f"saver self {scene.random.randrange(60, STEPS)}")
+    scene.run(*CORE, *EVERY, fault=f"saver self {scene.random.choice(LATE)}")
     file = scene.random.choice(sorted(scene.source.glob("*.safetensors")))
     if seed % 2:
         os.utime(file, ns=(1, 1))
