@@ -59,6 +59,7 @@ class Scene:
         self.log = place.parent / f"{place.name}.log"
         place.mkdir()
         shutil.copytree(source, self.source)
+        self.synced: set[str] = set()
         self.before = digests(self.source)
         self.shared = shared_memory()
 
@@ -93,14 +94,14 @@ class Scene:
     def says(self, text: str) -> str:
         return f"seed {self.seed}: {text}\n{self.errors}"
 
-    def check_refusal(self) -> None:
+    def check_refusal(self, *, before: bool = False) -> None:
         """Check that a run that failed says why in one line, and left at most a journalled part."""
         lines = [line for line in self.errors.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, self.says("not one line")
         assert "internal error" not in lines[0], self.says("internal error")
         assert "Traceback" not in self.errors, self.says("traceback")
         assert not self.whole(), self.says("something is at the target")
-        if self.partials():
+        if self.partials() and not before:
             assert "are kept in" in lines[0], self.says(f"silently left {self.partials()}")
 
     def whole(self) -> list[Path]:
@@ -140,13 +141,13 @@ def scene(tmp_path, sources, request) -> Scene:
 
 
 def lose_power(scene: Scene) -> set[str]:
-    """Undo, page by page and at random, what no sync has brought to the disk; return what was synced.
+    """Undo, page by page and at random, what no sync has brought to the disk; return the rest.
 
     Only the journal grows as it is written, so only its end can be cut.
     """
     unsynced: dict[str, list[tuple[int, int]]] = {}
     begun: dict[tuple[str, str], int] = {}
-    synced: set[str] = set()
+    synced = scene.synced  # of earlier runs, too
     for line in scene.log.read_text().splitlines():
         kind, path, first, second = line.split("\t")
         if kind == "write":
@@ -201,7 +202,7 @@ def test_a_killed_conversion_is_continued_to_the_same_bytes(scene, sources, powe
         if code == 0:
             break
         if code > 0:
-            scene.check_refusal()
+            scene.check_refusal(before=attempt > 0)  # its partial directory may still be there
         if scene.whole():  # killed while it cleaned up: it is there, and whole
             break
         recorded = journal.read(scene.target / "release.ckptx-partial" / "journal")
