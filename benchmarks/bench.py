@@ -1,11 +1,16 @@
 """Measure conversions against ``cp``: wall time in alternated pairs, and memory over all processes.
 
-    python benchmarks/bench.py [--work DIR] [--pairs 7] [--only NAME] [--memory] [--plans]
+    python benchmarks/bench.py [--work DIR] [--pairs 7] [--only NAME] [--peers PYTHON]
+                               [--memory] [--plans]
 
 Every case is run in turn with a copy of the same source, ``cp -r`` followed by a sync of what was
 copied, because a conversion is durable when it returns. Both start from a warm page cache. A case
 is void where the slowest copy took more than 1.5 times the fastest: the machine was busy. Peak
 memory is the proportional set size (PSS) of the command and all its children, sampled every 20 ms.
+
+Where others do the same conversion they are run in the first pairs of it: DeepSpeed's
+zero_to_fp32, torch's dcp_to_torch and accelerate's merge-weights, from the environment whose
+Python ``--peers`` or CKPTX_BENCH_PEERS names. What is not installed there is left out with a line.
 
 With ``--plans`` the largest open models, as files of holes, are planned for 8,192 ranks.
 """
@@ -32,20 +37,57 @@ CKPTX = Path(sys.executable).with_name("ckptx")
 
 
 @dataclass(frozen=True)
-class Case:
-    """One conversion: where from, and the options of ``ckptx convert``."""
-
-    name: str
-    source: Path
-    options: Sequence[str]
-
-
-@dataclass(frozen=True)
 class Run:
     """Wall time in seconds, peak PSS in bytes (0 where it was not sampled)."""
 
     wall: float
     peak: int = 0
+
+
+PEER_RUNS = 3
+"""Pairs in which peers are run, too: they take long."""
+
+
+@dataclass(frozen=True, eq=False)
+class Peer:
+    """Another tool that does a conversion: a module, and its arguments with ``{target}``."""
+
+    name: str
+    module: str
+    arguments: Sequence[str | Path]
+
+    def installed(self, python: str) -> bool:
+        """Return whether an environment has it; say so where not."""
+        package = self.module.partition(".")[0]
+        found = not subprocess.run(
+            [python, "-c", f"import {package}"], capture_output=True
+        ).returncode
+        if not found:
+            print(f"{self.name}: {python} has no {package}; left out", file=sys.stderr)
+        return found
+
+    def run(self, python: str, target: Path) -> Run:
+        """Run it and sync what it has written."""
+        target.mkdir()
+        arguments = [str(word).replace("{target}", str(target)) for word in self.arguments]
+        command = [python, "-m", self.module, *arguments]
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, **_CPU})
+        subprocess.run(["sync", *(f for f in target.rglob("*") if f.is_file())], check=True)
+        return Run(time.perf_counter() - start)
+
+
+_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One conversion: where from, the options of ``ckptx convert``, and who else does it."""
+
+    name: str
+    source: Path
+    options: Sequence[str]
+    peers: Sequence[Peer] = ()
 
 
 def main() -> int:
@@ -54,6 +96,11 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder for models and outputs; kept")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--only", default="", help="run cases whose name contains this")
+    parser.add_argument(
+        "--peers",
+        default=os.environ.get("CKPTX_BENCH_PEERS", sys.executable),
+        help="Python of the environment with deepspeed and accelerate",
+    )
     parser.add_argument("--memory", action="store_true", help="only the memory cases")
     parser.add_argument("--plans", action="store_true", help="only the plans of giants")
     arguments = parser.parse_args()
@@ -63,16 +110,50 @@ def main() -> int:
         if arguments.plans:
             plan_giants(work, arguments.only)
             return 0
-        print("| case | bytes | ckptx s | cp + sync s | ratio | GB/s | peak PSS MiB |")
-        print("|---|---|---|---|---|---|---|")
-        for case in memory_cases(work) if arguments.memory else cases(work):
+        print("| case | bytes | ckptx s | cp + sync s | ratio | GB/s | peak PSS MiB | others |")
+        print("|---|---|---|---|---|---|---|---|")
+        made = memory_cases(work) if arguments.memory else cases(work, arguments.only)
+        for case in made:
             if arguments.only in case.name:
                 pairs = 0 if arguments.memory else arguments.pairs
-                print(measure(case, work, pairs), flush=True)
+                print(measure(case, work, pairs, arguments.peers), flush=True)
     return 0
 
 
-def cases(work: Path) -> Iterator[Case]:
+def cases(work: Path, only: str) -> Iterator[Case]:
+    """Yield all cases; those of training are not made where ``only`` cannot mean them."""
+    if not only or any(word in only for word in ("ZeRO", "DCP", "dcp")):
+        yield from trained_cases(work)
+    if not any(word in only for word in ("ZeRO", "DCP")):
+        yield from model_cases(work)
+
+
+def trained_cases(work: Path) -> Iterator[Case]:
+    """Yield what training frameworks leave, and the way into one."""
+    from trained import sharded, zero  # they need torch
+
+    hf = build("0.44B", work / "hf-0.44B")
+    to_hf = ["--to", "hf"]
+    for stage in (2, 3):
+        source = zero(hf, work / f"zero{stage}", stage)
+        given = [source, "{target}", "--safe_serialization"]
+        extract = Peer("zero_to_fp32", "deepspeed.utils.zero_to_fp32", given)
+        yield Case(f"0.44B ZeRO-{stage}, 4 ranks -> hf float32", source, to_hf, [extract])
+    source = sharded(hf, work / "dcp")
+    formats = "torch.distributed.checkpoint.format_utils"
+    peers = [
+        Peer("dcp_to_torch", formats, ["dcp_to_torch", source, "{target}/model.pt"]),
+        Peer(
+            "accelerate merge-weights",
+            "accelerate.commands.accelerate_cli",
+            ["merge-weights", source, "{target}"],
+        ),
+    ]
+    yield Case("0.44B FSDP DCP, 4 ranks -> hf", source, to_hf, peers)
+    yield Case("0.44B hf -> dcp, 4 shards", hf, ["--to", "dcp", "--shards", "4"])
+
+
+def model_cases(work: Path) -> Iterator[Case]:
     """Yield the placements and one cast, at both sizes."""
     for size in ("0.44B", "1.26B"):
         hf = build(size, work / f"hf-{size}")
@@ -133,30 +214,39 @@ def core(tp: int, pp: int, ckpt_format: str) -> list[str]:
     return [*sizes, "--ckpt-format", ckpt_format] if ckpt_format else sizes
 
 
-def measure(case: Case, work: Path, pairs: int) -> str:
+def measure(case: Case, work: Path, pairs: int, python: str) -> str:
     """Return a table row: medians over alternated pairs, and the peak of a run of its own."""
     target, copy = work / "target", work / "copy"
     ours: list[Run] = []
     copies: list[Run] = []
+    others = {peer: list[Run]() for peer in case.peers if peer.installed(python)} if pairs else {}
     for pair in range(pairs + 1 if pairs else 0):
         for ckptx in (True, False) if pair % 2 else (False, True):
             remove(target, copy)
             run = convert(case.source, target, case.options) if ckptx else copied(case.source, copy)
             if pair:  # the first pair warms up
                 (ours if ckptx else copies).append(run)
+        for peer, runs in others.items():
+            if 0 < pair <= PEER_RUNS:
+                remove(target, copy)
+                runs.append(peer.run(python, copy))
     remove(target, copy)
     alone = sampled([CKPTX, "convert", case.source, target, *case.options, "--quiet"])
     written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     remove(target, copy)
     peak = f"{alone.peak / 2**20:.0f} |"
     if not pairs:
-        return f"| {case.name} | {written:,} | {alone.wall:.1f} | - | - | - | {peak}"
+        return f"| {case.name} | {written:,} | {alone.wall:.1f} | - | - | - | {peak} - |"
     mine, theirs = median(ours), median(copies)
+    said = [
+        f"{peer.name} {median(runs):.1f} s, {median(runs) / mine:.1f} times as long"
+        for peer, runs in others.items()
+    ]
     spread = max(run.wall for run in copies) / min(run.wall for run in copies)
     void = f" (void: cp spread {spread:.2f})" if spread > 1.5 else ""
     return (
         f"| {case.name}{void} | {written:,} | {mine:.2f} | {theirs:.2f} | {mine / theirs:.2f} "
-        f"| {written / mine / 1e9:.2f} | {peak}"
+        f"| {written / mine / 1e9:.2f} | {peak} {'; '.join(said) or '-'} |"
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import click
 
 from ckptx import __version__
-from ckptx.commands import conversion, modify, show, source
+from ckptx.commands import conversion, from_config, modify, show, source
 from ckptx.errors import CkptxError
 from ckptx.supervision import Interrupted
 
@@ -24,6 +24,7 @@ def command() -> click.Group:
     commands = [
         conversion.convert_command("short"),
         conversion.plan_command(),
+        from_config.from_config_command(),
         source.inspect_command(),
         source.print_tensor_command(),
         show.verify_command(),

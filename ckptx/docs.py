@@ -23,6 +23,7 @@ import click
 
 from ckptx import cli, hookspecs, manager, plugin, protocol, vocabulary
 from ckptx.commands import conversion
+from ckptx.diagnosis.hypotheses import WORDS
 from ckptx.errors import CkptxError, PluginError
 from ckptx.schema import Family
 
@@ -60,6 +61,7 @@ PROOFS: Mapping[tuple[str, str], tuple[str, str]] = {
     ("deepspeed", "load"): ("D", "tests/formats/test_deepspeed.py"),
     ("verl", "load"): ("P", "tests/interop/test_verl.py"),
     ("peft", "load"): ("A", "tests/interop/test_lora.py"),
+    ("rlinf", "load"): ("P", "tests/interop/test_rlinf.py"),
     ("pytorch", "load"): ("P", "tests/formats/test_pytorch.py"),
     ("pytorch", "save"): ("P", "tests/formats/test_pytorch.py"),
 }
@@ -75,7 +77,7 @@ LEGEND = {
     "M": "transformers and Megatron's legacy model, written anew in eager torch for the tests, "
     "compute the same logits (`tests/interop`); so did the original",
     "P": "torch itself is on the other side (`tests/formats`, `tests/interop/test_dcp.py`, "
-    "`tests/interop/test_verl.py`)",
+    "`tests/interop/test_verl.py`, `tests/interop/test_rlinf.py`)",
     "D": "DeepSpeed has written the checkpoints, and gathered the weights that the result is "
     "compared with, bit for bit (`tests/golden/deepspeed`)",
     "A": "peft has made the adapters, and merged them into what the result is compared with, bit "
@@ -238,7 +240,7 @@ def hooks() -> str:
     """Return the hooks with their signatures and descriptions."""
     blocks = []
     for name, hook in vars(hookspecs).items():
-        if name.startswith("register_"):
+        if hasattr(hook, f"{hookspecs.PROJECT}_spec"):
             signature = f"{name}{inspect.signature(hook)}".replace(" -> 'None'", "").replace(
                 "'", ""
             )
@@ -247,8 +249,8 @@ def hooks() -> str:
 
 
 def contracts() -> str:
-    """Return what a loader and a saver must have."""
-    return "\n\n".join(_class(plugin, name) for name in ("Loader", "Saver"))
+    """Return what a loader and a saver must have, and what a side file is."""
+    return "\n\n".join(_class(plugin, name) for name in ("Loader", "Saver", "SideFile"))
 
 
 def engine_values() -> str:
@@ -301,6 +303,14 @@ def recognised() -> str:
     return f"{lines}."
 
 
+def diagnoses() -> str:
+    """Return the mistakes that ``verify`` knows, and what to do about each."""
+    return table(
+        ("name", "what has happened", "what to do"),
+        ((f"`{name}`", words.title, words.advice) for name, words in WORDS.items()),
+    )
+
+
 def example(pattern: str, language: str, *, tests: bool = False) -> Callable[[], str]:
     """Return what shows the files of the example package that a pattern matches."""
 
@@ -332,6 +342,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "vocabulary": canonical_names,
     "symbols": symbols,
     "recognised": recognised,
+    "diagnoses": diagnoses,
     "example-pyproject": example("pyproject.toml", "toml"),
     "example-module": example("*.py", "python"),
     "example-test": example("test_*.py", "python", tests=True),

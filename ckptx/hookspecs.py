@@ -12,12 +12,12 @@ A plugin is a module that an entry point of the group ``ckptx`` names (``loader_
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from ckptx.plugin import Loader, Saver
+from ckptx.plugin import Loader, Saver, SideFile
 
 if TYPE_CHECKING:
     from ckptx.schema import Family
@@ -41,3 +41,16 @@ def register_savers(register: Callable[[Saver], None]) -> None:
 @hookspec
 def register_families(register: Callable[[Family], None]) -> None:
     """Call ``register`` with each family of the module; its ``name`` is unique (``"llama"``)."""
+
+
+@hookspec
+def side_files(
+    config: Mapping[str, Any], names: Sequence[str], iteration: int | str
+) -> Sequence[SideFile]:
+    """Return the files that a model of this config wants beside its weights; none of any other.
+
+    Modules of `schema_X` implement it, for models that a framework loads in parts. It is asked when
+    a model whose tensors travel by ``names`` becomes a Hugging Face directory. ``iteration`` is the
+    number of the step, or ``"release"``.
+    """
+    return ()

@@ -13,35 +13,38 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from ckptx.alternatives import Alternatives
 from ckptx.errors import PluginError, listing
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-    from ckptx.plugin import Loader, Saver
+    from ckptx.plugin import Loader, Saver, SideFile
     from ckptx.schema import Family
 
 GROUP = "ckptx"
 PIN = "CKPTX_PLUGINS"
-ALIASES = {
-    "mcore": "core",
-    "megatron": "legacy",
-    "zero": "deepspeed",
-    "universal": "deepspeed",
-    "lora": "peft",
+ALIASES: Mapping[str, tuple[str, ...]] = {
+    "mcore": ("core",),
+    "megatron": ("legacy",),
+    "zero": ("deepspeed",),
+    "universal": ("deepspeed",),
+    "lora": ("peft",),
+    "fsdp": ("dcp", "verl"),
 }
-"""Other names of formats; the first two are those that Megatron's converter accepts."""
+"""Other names of formats; the first two are those that Megatron's converter accepts.
+
+Of several formats behind one name a loader's source says which it is; the first is written."""
 
 RECOGNISED = {
-    "fsdp": "PyTorch FSDP checkpoints",
     "fsdp_dtensor": "Megatron FSDP checkpoints",
-    "rlinf": "RLinf training checkpoints",
     "nemo": "NeMo checkpoints",
     "gguf": "GGUF files",
 }
@@ -115,8 +118,8 @@ def names(kind: Kind) -> list[str]:
 
 
 def canonical(name: str) -> str:
-    """Return the name behind an alias; other names come back as they are."""
-    return ALIASES.get(name, name)
+    """Return the first name behind an alias; other names come back as they are."""
+    return ALIASES.get(name, (name,))[0]
 
 
 def loader(name: str, megatron_path: str | None = None) -> Loader:
@@ -166,6 +169,33 @@ def families() -> Mapping[str, Family]:
             found[family.name] = family
             owners[family.name] = f"{entry.entry_name} of {entry.distribution}"
     return found
+
+
+def side_files(
+    config: Mapping[str, Any], names: Sequence[str], iteration: int | str
+) -> list[SideFile]:
+    """Return the files that schema plugins want beside the weights of a model.
+
+    Raises:
+        PluginError: a plugin fails.
+    """
+    found: list[SideFile] = []
+    families()  # warns about plugins that cannot be used
+    for entry in entries().values():
+        if entry.kind != "schema" or not _usable(entry):
+            continue
+        with _blamed(entry):
+            for files in _hooks(entry).side_files(config=config, names=names, iteration=iteration):
+                found += files
+    return found
+
+
+def _usable(entry: Entry) -> bool:
+    try:
+        _hooks(entry)
+    except PluginError:
+        return False
+    return True
 
 
 def detect(source: Path) -> str:
@@ -267,10 +297,12 @@ def _merged(declared: list[Entry]) -> Entry:
 
 
 def _plugin(kind: Literal["loader", "saver"], name: str, megatron_path: str | None) -> Any:
-    entry = entries().get(f"{kind}_{name}") or entries().get(f"{kind}_{canonical(name)}")
-    if entry is not None:
-        entry.refuse_rivals()
-        return _named(entry, _registered(entry))
+    found = _entries(kind, (name,)) or _entries(kind, ALIASES.get(name, ()))
+    plugins = [_named(entry, _registered(entry)) for entry in found]
+    if len(plugins) > 1 and kind == "loader":
+        return Alternatives(name, plugins)
+    if plugins:
+        return plugins[0]
     from ckptx import compat
 
     module = compat.find(kind, name, megatron_path, plain=canonical(name) not in RECOGNISED)
@@ -288,6 +320,13 @@ def _plugin(kind: Literal["loader", "saver"], name: str, megatron_path: str | No
     )
 
 
+def _entries(kind: Kind, names: tuple[str, ...]) -> list[Entry]:
+    found = [entry for name in names if (entry := entries().get(f"{kind}_{name}"))]
+    for entry in found:
+        entry.refuse_rivals()
+    return found
+
+
 def _named(entry: Entry, registered: list[Any]) -> Any:
     for plugin in registered:
         if plugin.name == entry.name:
@@ -301,26 +340,41 @@ def _named(entry: Entry, registered: list[Any]) -> Any:
 @cache
 def _registered(entry: Entry) -> list[Any]:
     """Import a plugin and return what it registers for its kind."""
+    found: list[Any] = []
+    hook = {
+        "loader": "register_loaders",
+        "saver": "register_savers",
+        "schema": "register_families",
+    }
+    with _blamed(entry):
+        getattr(_hooks(entry), hook[entry.kind])(register=found.append)
+    return found
+
+
+@cache
+def _hooks(entry: Entry) -> Any:
+    """Import a plugin and return pluggy's relay of its hooks."""
     import pluggy
 
     from ckptx import hookspecs
 
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    found: list[Any] = []
-    try:
+    with _blamed(entry):
         manager.register(entry.point.load(), entry.entry_name)
         manager.check_pending()
-        hook = {
-            "loader": "register_loaders",
-            "saver": "register_savers",
-            "schema": "register_families",
-        }
-        getattr(manager.hook, hook[entry.kind])(register=found.append)
-    # A plugin is foreign code: whatever it raises is a report about that plugin, no crash of ours.
+    return manager.hook
+
+
+@contextmanager
+def _blamed(entry: Entry) -> Iterator[None]:
+    """Report whatever a plugin raises as a fault of that plugin: it is foreign code."""
+    try:
+        yield
+    except PluginError:
+        raise
     except (Exception, SystemExit) as error:
         raise PluginError(
             f"{entry.entry_name} of {entry.distribution} {entry.version} cannot be used: "
             f"{type(error).__name__}: {error}"
         ) from error
-    return found

@@ -50,9 +50,11 @@ def build(
                 "name": region.name,
                 "dtype": tensor.dtype,
                 "shape": list(tensor.shape),
+                "offset": region.offset,
                 "digest": digests.get(file.path, {}).get(number, ""),
             }
-            whole.update(json.dumps([file.path, *entry.values()]).encode())
+            said = [value for key, value in entry.items() if key != "offset"]
+            whole.update(json.dumps([file.path, *said]).encode())
             sources = _sources(tensor, names)
             tensors.append({**entry, "sources": sources, "operations": list(operations(tensor))})
         files[file.path] = {"bytes": file.size, "tensors": tensors}

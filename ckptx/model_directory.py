@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckptx import adapter_merge, adapters, manager, quantised
+from ckptx import adapter_merge, adapters, heads, manager, quantised
 from ckptx.adapter_config import ADAPTER_CONFIG
 from ckptx.adapter_export import exported
 from ckptx.errors import FormatError, SchemaError
@@ -16,7 +16,7 @@ from ckptx.lazy import LazyTensor
 from ckptx.loading import drop_ignored, main_dtype, messages_of, passthrough, resolve_tie
 from ckptx.protocol import Begin, Dropped, End, Message
 from ckptx.saving import Model, fill_unused, named_tensors
-from ckptx.schema import Family, Layout, Parts
+from ckptx.schema import Family, Held, Layout, Parts
 from ckptx.spec import ModelSpec
 
 CONFIG = "config.json"
@@ -101,7 +101,15 @@ def _named_by(config: Mapping[str, Any]) -> Iterator[Family]:
 def why_unknown(config: Mapping[str, Any]) -> str:
     """Return why there is no schema for what a config names."""
     reasons = [why for family in _named_by(config) for why in family.refused.values()]
+    if not reasons and any(name.endswith(heads.CLASSES) for name in _architectures(config)):
+        return "Megatron has no place for its head"
     return reasons[0] if reasons else "no schema"
+
+
+def _architectures(config: Mapping[str, Any]) -> list[str]:
+    """Return the classes that a config names."""
+    found = config.get("architectures")
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
 def family_named(name: str) -> Family:
@@ -161,6 +169,14 @@ def hf_messages(
     notes, dropped = (*notes, *more), (*dropped, *gone)
     composed = family.name if family.composition else ""
     parts = parts_from_config(family, config)
+    known = {name for held in family.layout("hf").held(parts) for name in names_held(held)}
+    tensors, around = heads.without_module(tensors, known)
+    notes = (*notes, *around)
+    if own := heads.heads_of(tensors, known):
+        yield begin
+        yield passthrough(tensors)
+        yield End(dropped, (*notes, heads.remark(own, ", ".join(_architectures(config)))))
+        return
     yield from named_messages(
         replace(begin, family=composed), tensors, parts, family.layout("hf"), notes, dropped
     )
@@ -257,6 +273,17 @@ def parts_from_config(family: Family, config: Mapping[str, Any]) -> Parts:
     """Return the dimensions of every part that a config of a family says."""
     composed = family.composition
     return composed.from_config(config) if composed else {"language": family.from_config(config)}
+
+
+def names_held(held: Held) -> set[str]:
+    """Return the names, in any spelling, of all tensors of a message."""
+    experts = held.spec.num_experts or 0
+    return {
+        name
+        for entry in held.rules
+        for spelling in entry.spellings
+        for name in spelling.named(held.layer, experts)
+    }
 
 
 def further_names(layout: Layout, spec: ModelSpec) -> set[str]:

@@ -18,6 +18,7 @@ names, and those of the engine:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -66,3 +67,15 @@ class Saver(Protocol):
     def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
         """Return what the target will hold; reads the messages up to and including `End`."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A state dict that a plugin wants in a file of its own, as ``torch.save`` writes it."""
+
+    path: str
+    """Below the model's directory: ``"proprio_projector--0_checkpoint.pt"``."""
+    tensors: Mapping[str, str]
+    """The name of a tensor of the model by the name that it has in the file."""
+    keep: bool = False
+    """Whether the weights of the model hold these tensors, too."""

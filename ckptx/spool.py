@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,9 +44,7 @@ class Spool:
         raw = data.reshape(-1).view("uint8") if hasattr(data, "reshape") else data
         view = memoryview(raw).cast("B")
         with self._lock:
-            if self._descriptor < 0:
-                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
-            extent = stored(file, -(-self._end // _ALIGNMENT) * _ALIGNMENT, dtype, shape)
+            extent = stored(file, self._next(), dtype, shape)
             if len(view) != extent.nbytes:
                 raise PluginError(
                     f"spool: {dtype} {list(shape)} takes {extent.nbytes} bytes, got {len(view)}"
@@ -54,6 +52,26 @@ class Spool:
             self._write(view, extent.offset)
             self._end = extent.offset + len(view)
         return extent
+
+    def append(self, blocks: Iterable[bytes]) -> tuple[int, int]:
+        """Append what is decoded block by block; return where it begins and its size in bytes.
+
+        Raises:
+            ConversionError: the disk is full.
+        """
+        with self._lock:
+            start = end = self._next()
+            for block in blocks:
+                self._write(memoryview(block), end)
+                end += len(block)
+            self._end = end
+        return start, end - start
+
+    def _next(self) -> int:
+        """Return where the next extent begins; the file is open then."""
+        if self._descriptor < 0:
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        return -(-self._end // _ALIGNMENT) * _ALIGNMENT
 
     def close(self) -> None:
         """Close this process's view of the spool; what was put stays."""

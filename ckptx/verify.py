@@ -1,37 +1,38 @@
-"""Compare two checkpoints of any formats, tensor by tensor, without a model.
+"""Compare two checkpoints of any formats, tensor by tensor, without a model; say why they differ.
 
-Both sides are read to canonical tensors, or, where a family has no schema, by name. Tensors are
-compared byte for byte in blocks; memory stays constant.
+`ckptx.pairing` brings both to common names and shapes, `ckptx.measure` compares them in blocks, and
+`ckptx.diagnosis` tries known mistakes on what differs. Memory stays constant.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from ckptx.diagnosis import Finding, diagnose
+from ckptx.diagnosis.finding import wrapped
+from ckptx.lazy import LazyTensor
+from ckptx.measure import Measured, Stream, Tolerance, measure
+from ckptx.pairing import Name, Paired, label, pair
+from ckptx.progress import Progress, Silent
+from ckptx.reader import Files
 
-from ckptx import manager
-from ckptx.errors import PlanError
-from ckptx.lazy import ITEMSIZE, LazyTensor
-from ckptx.model_directory import family_named
-from ckptx.reader import Files, Gather, numpy_dtype
-from ckptx.saving import VOCABULARY, Model, collect, leave_unused, named_tensors
-
-_BLOCK = 8 << 20  # bytes
+EXACT = Tolerance()
+_WHOLE = ("missing", "extra", "reshaped")
+"""Kinds of differences that concern a tensor as a whole; they are shown first."""
+_LIMIT = 12  # differing tensors in the text form
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
     """One tensor that is not the same on both sides.
 
-    ``kind`` is ``missing`` (only in A), ``extra`` (only in B), ``reshaped``, ``recast`` or
-    ``different``. ``max_abs`` is the largest absolute difference, None where values cannot be
-    compared.
+    ``kind`` is ``missing`` (only in A), ``extra`` (only in B), ``reshaped``, ``recast`` (another
+    dtype) or ``different``. The largest differences are None where values cannot be compared.
     """
 
     name: str
@@ -39,8 +40,25 @@ class Difference:
     left: str
     right: str
     elements: int = 0
-    """How many elements differ."""
+    """How many elements differ, by more than the tolerance if there is one."""
+    of: int = 0
+    """How many elements there are."""
     max_abs: float | None = None
+    max_rel: float | None = None
+    """The largest difference relative to A."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values; what is not finite as the string ``inf``."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "left": self.left,
+            "right": self.right,
+            "elements": self.elements,
+            "of": self.of,
+            "max_abs": _plain(self.max_abs),
+            "max_rel": _plain(self.max_rel),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +70,16 @@ class Comparison:
     compared: int
     nbytes: int
     differences: tuple[Difference, ...]
+    """Worst first."""
     notes: tuple[str, ...]
+    diagnoses: tuple[Finding, ...] = ()
+    tolerance: Tolerance = EXACT
+    close: int = 0
+    """Tensors that are not the same, and within the tolerance."""
 
     @property
     def equal(self) -> bool:
-        """Whether every tensor is the same, byte for byte."""
+        """Whether every tensor is the same: byte for byte, or within the tolerance."""
         return not self.differences and self.compared > 0
 
     def to_json(self) -> dict[str, Any]:
@@ -67,197 +90,200 @@ class Comparison:
             "right": self.right,
             "tensors": self.compared,
             "bytes": self.nbytes,
+            "rtol": self.tolerance.rtol,
+            "atol": self.tolerance.atol,
+            "ignore_dtype": self.tolerance.any_dtype,
+            "close": self.close,
             "counts": dict(Counter(entry.kind for entry in self.differences)),
-            "differences": [
-                {
-                    "name": entry.name,
-                    "kind": entry.kind,
-                    "left": entry.left,
-                    "right": entry.right,
-                    "elements": entry.elements,
-                    "max_abs": entry.max_abs,
-                }
-                for entry in self.differences
-            ],
+            "differences": [entry.to_json() for entry in self.differences],
+            "diagnoses": [finding.to_json() for finding in self.diagnoses],
             "notes": list(self.notes),
         }
 
-    def render(self, width: int, limit: int = 40) -> str:
+    def render(self, width: int, limit: int = _LIMIT) -> str:
         """Return the comparison as text for a terminal of ``width`` columns."""
-        lines = []
-        for entry in self.differences[:limit]:
-            lines += _lines(entry, width)
+        lines = list(_table(self.differences[:limit], width))
         if len(self.differences) > limit:
             lines.append(f"... and {len(self.differences) - limit} more (--json lists all)")
-        lines += [f"note: {note}" for note in self.notes]
+        for finding in self.diagnoses:
+            lines += ["", *finding.render(width)]
+        if self.diagnoses or len(lines) > 1:
+            lines.append("")
+        for note in self.notes:
+            lines += wrapped("note", note, width)
+        return "\n".join([*lines, self._summary()])
+
+    def _summary(self) -> str:
+        size = f"{self.nbytes:,} bytes"
         if self.equal:
-            lines.append(f"equal: {self.compared} tensors, {self.nbytes:,} bytes")
-        else:
-            counts = Counter(entry.kind for entry in self.differences)
-            summary = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-            lines.append(f"not equal: {summary or 'nothing to compare'} of {self.compared} tensors")
-        return "\n".join(lines)
+            how = f", {self.close} of them within the tolerance only" if self.close else ""
+            return f"equal: {self.compared} tensors, {size}{how}"
+        counts = Counter(entry.kind for entry in self.differences)
+        summary = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        unexplained = len(self.differences) - len(
+            {name for finding in self.diagnoses for name in finding.tensors}
+        )
+        rest = f"; {unexplained} unexplained" if self.diagnoses and unexplained else ""
+        return f"not equal: {summary or 'nothing to compare'} of {self.compared} tensors{rest}"
 
 
 def compare(
-    left: Path, right: Path, loader_a: str | None = None, loader_b: str | None = None
+    left: Path,
+    right: Path,
+    loader_a: str | None = None,
+    loader_b: str | None = None,
+    tolerance: Tolerance = EXACT,
+    *,
+    diagnosis: bool = True,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Compare two checkpoints; loaders are detected unless named.
+
+    With ``diagnosis`` known mistakes are tried on what differs. ``progress`` is told of the bytes
+    of A that are compared.
 
     Raises:
         CkptxError: one of them cannot be read, or they have no names in common.
     """
-    models = [_load(left, loader_a), _load(right, loader_b)]
-    notes = (*_same_use(*models), *_same_vocabulary(*models))
-    tensors = _tensors(*models)
-    files = [Files(model.begin.files) for model in models]
+    paired = pair(left, right, loader_a, loader_b)
+    files = (Files(paired.left.files), Files(paired.right.files))
     try:
-        differences = tuple(_differences(*tensors, *map(Gather, files)))
+        stream = Stream(files)
+        found = _differences(paired, stream, tolerance, progress or Silent())
+        differing = [name for name, one, _ in found if one is not None]
+        findings = diagnose(paired, differing, stream) if diagnosis and differing else ()
     finally:
         for opened in files:
             opened.close()
-    common = set(tensors[0]) & set(tensors[1])
-    size = sum(tensors[0][name].nbytes for name in common)
-    return Comparison(str(left), str(right), len(common), size, differences, notes)
-
-
-def _load(path: Path, loader: str | None) -> Model:
-    plugin = manager.loader(loader or manager.detect(path))
-    return collect(iter(plugin.load(path, {})))
-
-
-def _same_use(left: Model, right: Model) -> tuple[str, ...]:
-    """Leave out of both sides what takes no part in the output, where only one has it."""
-    if any("vision" not in model.begin.parts for model in (left, right)):
-        return ()
-    if {name: set(one) for name, one in left.messages.items()} == {
-        name: set(one) for name, one in right.messages.items()
-    }:
-        return ()
-    notes = []
-    for label, model in (("A", left), ("B", right)):
-        unused = leave_unused(model, family_named(model.family))
-        if unused:
-            size = sum(one.nbytes for one in unused)
-            notes.append(
-                f"{label}: {len(unused)} tensors, {size:,} bytes, left out: {unused[0].reason}"
-            )
-    return tuple(notes)
-
-
-def _same_vocabulary(left: Model, right: Model) -> tuple[str, ...]:
-    """Cut the padding of both sides; the true size is what either of them says."""
-    if left.passthrough is not None or right.passthrough is not None:
-        return ()
-    sizes = {model.spec.vocab_size for model in (left, right)} - {None}
-    if len(sizes) != 1:
-        return ()
-    (rows,) = sizes
-    notes = []
-    for label, model in (("A", left), ("B", right)):
-        for message, tensors in model.messages.items():
-            cut = dict(tensors)
-            for key, tensor in tensors.items():
-                if (message, key) in VOCABULARY and rows is not None and tensor.shape[0] > rows:
-                    cut[key] = tensor.narrow(0, 0, rows)
-                    padding = tensor.shape[0] - rows
-                    notes.append(f"{label}: {message}: {key}: {padding} rows of padding left out")
-            model.messages[message] = cut
-    return tuple(notes)
-
-
-def _tensors(left: Model, right: Model) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
-    """Return both sides under names that they share."""
-    if left.passthrough is None and right.passthrough is None:
-        return _canonical(left), _canonical(right)
-    return _named(left), _named(right)
-
-
-def _canonical(model: Model) -> dict[str, LazyTensor]:
-    return {
-        f"{message}: {key}": tensor
-        for message, tensors in model.messages.items()
-        for key, tensor in tensors.items()
-    }
-
-
-def _named(model: Model) -> dict[str, LazyTensor]:
-    if model.passthrough is not None:
-        if not model.begin.layout.startswith("hf"):
-            raise PlanError(
-                f"{model.begin.root}: tensors are named as {model.begin.layout} and no schema "
-                "knows their model; only the same names can be compared"
-            )
-        return dict(model.passthrough)
-    return named_tensors(model, family_named(model.family).layout("hf"))[0]
+    common = paired.left.tensors.keys() & paired.right.tensors.keys()
+    close = [measured for _, one, measured in found if one is None and measured.differing]
+    notes = list(paired.notes)
+    if close:
+        most = max(one.max_abs for one in close)
+        notes.append(f"{len(close)} tensors differ within the tolerance, at most by {most:.3g}")
+    return Comparison(
+        str(left),
+        str(right),
+        len(common),
+        sum(paired.left.tensors[name].nbytes for name in common),
+        tuple(sorted((one for _, one, _ in found if one is not None), key=_rank)),
+        tuple(notes),
+        findings,
+        tolerance,
+        len(close),
+    )
 
 
 def _differences(
-    left: Mapping[str, LazyTensor],
-    right: Mapping[str, LazyTensor],
-    left_gather: Gather,
-    right_gather: Gather,
-) -> Iterator[Difference]:
-    for name, tensor in left.items():
-        if name not in right:
-            yield Difference(name, "missing", _described(tensor), "-")
-            continue
-        other = right[name]
-        here, there = _described(tensor), _described(other)
-        if tensor.shape != other.shape:
-            yield Difference(name, "reshaped", here, there)
-            continue
-        elements, max_abs = _measure(tensor, other, left_gather, right_gather)
-        if tensor.dtype != other.dtype:
-            yield Difference(name, "recast", here, there, elements, max_abs)
-        elif elements:
-            yield Difference(name, "different", here, there, elements, max_abs)
-    for name, tensor in right.items():
-        if name not in left:
-            yield Difference(name, "extra", "-", _described(tensor))
+    paired: Paired, stream: Stream, tolerance: Tolerance, progress: Progress
+) -> list[tuple[Name, Difference | None, Measured]]:
+    """Return every tensor, its difference if it counts, and how far both are apart."""
+    left, right = paired.left.tensors, paired.right.tensors
+    comparable = [name for name in left if name in right and left[name].shape == right[name].shape]
+    pairs = [(left[name], right[name]) for name in comparable]
+    try:
+        progress.begin(sum(first.nbytes for first, _ in pairs))
+        apart = measure(stream, pairs, tolerance, progress.advance)
+    finally:
+        progress.close()
+    measured = dict(zip(comparable, apart, strict=True))
+    found: list[tuple[Name, Difference | None, Measured]] = []
+    for name in dict.fromkeys((*left, *right)):
+        one = measured.get(name, Measured())
+        found.append(
+            (name, _difference(name, left.get(name), right.get(name), one, tolerance), one)
+        )
+    return found
 
 
-def _measure(
-    left: LazyTensor, right: LazyTensor, left_gather: Gather, right_gather: Gather
-) -> tuple[int, float | None]:
-    """Return how many elements differ, and by how much at most."""
-    step = _BLOCK // max(ITEMSIZE[left.dtype], ITEMSIZE[right.dtype])
-    count, largest = 0, 0.0
-    for start in range(0, left.numel, step):
-        stop = min(left.numel, start + step)
-        values = []
-        for tensor, gather in ((left, left_gather), (right, right_gather)):
-            buffer = np.empty((stop - start) * ITEMSIZE[tensor.dtype], np.uint8)
-            gather.add_range(tensor, start, stop, buffer)
-            gather.run()
-            values.append((buffer, tensor.dtype))
-        (here, here_dtype), (there, there_dtype) = values
-        if here_dtype == there_dtype and np.array_equal(here, there):
-            continue
-        first, second = here.view(numpy_dtype(here_dtype)), there.view(numpy_dtype(there_dtype))
-        if here_dtype == there_dtype:
-            # Bits, not values: a NaN equals itself and 0.0 is not -0.0.
-            width = ITEMSIZE[here_dtype]
-            unequal = (here.reshape(-1, width) != there.reshape(-1, width)).any(axis=1)
-            first, second = first[unequal], second[unequal]
-            count += len(first)
-        wide = np.complex128 if "complex" in here_dtype + there_dtype else np.float64
-        distance = np.abs(first.astype(wide) - second.astype(wide))
-        if here_dtype != there_dtype:
-            count += int(np.count_nonzero(distance))
-        largest = max(largest, float(np.nan_to_num(distance, nan=math.inf).max(initial=0.0)))
-    return count, largest
+def _difference(
+    name: Name,
+    left: LazyTensor | None,
+    right: LazyTensor | None,
+    measured: Measured,
+    tolerance: Tolerance,
+) -> Difference | None:
+    here, there = (_described(tensor) if tensor is not None else "-" for tensor in (left, right))
+    if left is None or right is None:
+        return Difference(label(name), "extra" if left is None else "missing", here, there)
+    if left.shape != right.shape:
+        return Difference(label(name), "reshaped", here, there)
+    recast = left.dtype != right.dtype and not tolerance.any_dtype
+    if not measured.beyond and not recast:
+        return None
+    return Difference(
+        label(name),
+        "recast" if left.dtype != right.dtype else "different",
+        here,
+        there,
+        measured.beyond,
+        left.numel,
+        measured.max_abs,
+        measured.max_rel,
+    )
+
+
+def _rank(entry: Difference) -> tuple[int, float, int]:
+    whole = _WHOLE.index(entry.kind) if entry.kind in _WHOLE else len(_WHOLE)
+    return whole, -(entry.max_abs or 0.0), -entry.elements
 
 
 def _described(tensor: LazyTensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
 
 
-def _lines(entry: Difference, width: int) -> list[str]:
-    detail = entry.left if entry.left == entry.right else f"{entry.left} / {entry.right}"
-    if entry.elements:
-        detail += f", {entry.elements:,} elements differ"
-    if entry.elements and entry.max_abs is not None:
-        detail += f", at most by {entry.max_abs:.3g}"
-    line = f"{entry.kind:<9} {entry.name}  {detail}"
-    return [line] if len(line) <= width else [f"{entry.kind:<9} {entry.name}", f"{'':10}{detail}"]
+def _plain(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else "inf"
+
+
+_COLUMNS = ("differ", "", "max abs", "max rel")
+
+
+def _table(entries: Sequence[Difference], width: int) -> Iterator[str]:
+    """Yield a table of differences; where it is too wide, two lines for each."""
+    if not entries:
+        return
+    rows = [_COLUMNS, *map(_cells, entries)]
+    sizes = [max(len(row[number]) for row in rows) for number in range(len(_COLUMNS))]
+    numbers = [
+        "  ".join(f"{cell:>{size}}" for cell, size in zip(row, sizes, strict=True)) for row in rows
+    ]
+    names = [f"{entry.kind:<9} {entry.name}" for entry in entries]
+    room, said = max(map(len, names)), [_types(entry) for entry in entries]
+    if room + len(numbers[0]) + max(map(len, said)) + 4 <= width:
+        yield f"{'':<{room}}  {numbers[0]}".rstrip()
+        for name, cells, types in zip(names, numbers[1:], said, strict=True):
+            yield f"{name:<{room}}  {cells}  {types}".rstrip()
+        return
+    for name, entry, types in zip(names, entries, said, strict=True):
+        yield name
+        yield f"{'':10}{types}"
+        if entry.max_abs is not None:
+            differ, share, most, relative = _cells(entry)
+            yield f"{'':10}{differ} differ ({share}), max abs {most}, max rel {relative}"
+
+
+def _cells(entry: Difference) -> tuple[str, ...]:
+    if entry.max_abs is None or entry.max_rel is None:
+        return ("",) * len(_COLUMNS)
+    return (
+        f"{entry.elements:,}",
+        _share(entry.elements, entry.of),
+        f"{entry.max_abs:.3g}",
+        f"{entry.max_rel:.3g}",
+    )
+
+
+def _share(part: int, whole: int) -> str:
+    """Return a part in percent, all and nothing only where they are.
+
+    Examples:
+        >>> _share(1, 1000), _share(999, 1000), _share(5, 5)
+        ('<1%', '99%', '100%')
+    """
+    percent = 100 * part // whole if whole else 0
+    return "<1%" if part and not percent else f"{percent}%"
+
+
+def _types(entry: Difference) -> str:
+    return entry.left if entry.left == entry.right else f"{entry.left} / {entry.right}"

@@ -11,25 +11,48 @@ rlinf/hybrid_engines/fsdp/ @ main write them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ckptx.adapters import adapter_options
-from ckptx.containers import dcp
+from ckptx.containers import dcp, dcp_safetensors
 from ckptx.containers.dcp_metadata import METADATA_NAME
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
+from ckptx.lazy import LazyTensor
 from ckptx.loading import inventory
-from ckptx.model_directory import base_sidecars, hf_messages
+from ckptx.model_directory import (
+    base_sidecars,
+    family_of,
+    named_messages,
+    parts_from_config,
+    read_config,
+)
 from ckptx.plugin import Loader
-from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
+from ckptx.plugins.trained import (
+    WEIGHTS_ONLY,
+    beside,
+    plain_names,
+    strip_option,
+    trained_messages,
+)
 from ckptx.protocol import Begin, Dropped, Message
+from ckptx.schemas import torchtitan
 
-TRAINING = ("optim", "optimizer", "optimizers", "lr_scheduler", "lr_schedulers", "rng", "scheduler")
+TRAINING = (
+    *("optim", "optimizer", "optimizers", "lr_scheduler", "lr_schedulers", "rng", "scheduler"),
+    *("train_state", "dataloader"),
+)
 """Words of a path that say: state of the training, not weights."""
+_BELOW = "pytorch_model_fsdp_0"
+"""Where below a checkpoint accelerate and the Hugging Face Trainer put the model."""
+_STEP = re.compile(r"step-(\d+)")
+"""The directory of a step of torchtitan."""
 _MEGATRON = ("decoder.layers.", "embedding.word_embeddings.")
 _MEGATRON_FSDP = ("model.module.decoder.", "model.module.embedding.")
 
@@ -39,30 +62,38 @@ class DcpLoader:
 
     name = "dcp"
     capabilities: Mapping[str, Any] = {
-        "formats": ["torch.distributed.checkpoint"],
-        "layouts": ["hf"],
+        "formats": ["torch.distributed.checkpoint", "its safetensors shards"],
+        "layouts": ["hf", "torchtitan"],
         "passthrough": True,
         "lossless": True,
     }
 
     def options(self) -> list[click.Option]:
-        """Return the options for the container and for adapters."""
+        """Return the options for the container, for names and for adapters."""
         return [
             click.Option(
                 ["--container"],
                 help="Path of the model in the saved dictionary, as 'app.model'.  "
                 "[default: the one that holds weights]",
             ),
+            strip_option(),
             *adapter_options(),
         ]
 
     def detect(self, source: Path) -> bool:
-        """Return whether there is metadata, or was about to be, and not Megatron's besides."""
-        known = (source / METADATA_NAME).is_file() or _is_unfinished(source)
-        return known and not (source / "metadata.json").exists()
+        """Return whether there is metadata, not Megatron's, or was about to be, or shards."""
+        if dcp_safetensors.shards(source):
+            return True
+        directory = _find(source)
+        known = (directory / METADATA_NAME).is_file() or _is_unfinished(directory)
+        return known and not (directory / "metadata.json").exists()
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the model; names that no schema knows pass through."""
+        if paths := dcp_safetensors.shards(source):
+            yield from _of_safetensors(paths, source, options)
+            return
+        given, source = source, _find(source)
         if _is_unfinished(source):
             raise FormatError(
                 f"{source}: holds .distcp files and no {METADATA_NAME}, which is written last: the "
@@ -72,8 +103,9 @@ class DcpLoader:
         _refuse_megatron(metadata, source)
         container, names = _model(metadata, options.get("container"), source)
         files: list[str] = []
-        stored = dcp.tensors(metadata, files, names)
-        weights = unwrapped({names[key]: tensor for key, tensor in stored.items()}, source)
+        stored = dcp.tensors(metadata, files, names, options.get("spool"))
+        named = {names[key]: tensor for key, tensor in stored.items()}
+        weights, remarks = plain_names(named, options, source)
         begin = Begin(
             format=self.name,
             layout="hf",
@@ -84,9 +116,88 @@ class DcpLoader:
             sidecars={**beside(source), **base_sidecars(options)},
             training={"iteration": "release", "container": container},
         )
-        dropped = _left(metadata, names)
+        dropped = (*_left(metadata, names), *_around(source, given))
         notes = (f"the weights are those of {container!r}",) if container else ()
-        yield from hf_messages(begin, weights, notes, options.get("dtype"), dropped, options)
+        yield from _messages(begin, weights, (*notes, *remarks), options, dropped)
+
+
+def _of_safetensors(
+    paths: list[Path], source: Path, options: Mapping[str, Any]
+) -> Iterator[Message]:
+    """Yield the model that lies in shards of safetensors."""
+    tensors, stored = dcp_safetensors.tensors(paths)
+    begin = Begin(
+        format="dcp",
+        layout="hf",
+        parts={},
+        files=tuple(str(path.absolute()) for path in paths),
+        sources=inventory(stored),
+        root=str(source),
+        sidecars={**beside(source), **base_sidecars(options)},
+        training={"iteration": "release"},
+    )
+    weights, remarks = plain_names(tensors, options, source)
+    found = f"{len(paths)} shards were found; nothing in them says how many there are"
+    yield from _messages(begin, weights, (found, *remarks), options)
+
+
+def _messages(
+    begin: Begin,
+    tensors: Mapping[str, LazyTensor],
+    notes: tuple[str, ...],
+    options: Mapping[str, Any],
+    dropped: tuple[Dropped, ...] = (),
+) -> Iterator[Message]:
+    if torchtitan.EMBEDDING in tensors:
+        return _torchtitan(begin, tensors, notes, dropped)
+    return trained_messages(begin, tensors, notes, dropped, options)
+
+
+def _torchtitan(
+    begin: Begin,
+    tensors: Mapping[str, LazyTensor],
+    notes: tuple[str, ...],
+    dropped: tuple[Dropped, ...],
+) -> Iterator[Message]:
+    """Yield the messages of a model that has torchtitan's names.
+
+    Raises:
+        FormatError: there is no config that says which model it is.
+        SchemaError: torchtitan's names of this family are not known.
+    """
+    config = read_config(begin.sidecars, begin.root)
+    family = family_of(config) if config else None
+    if config is None or family is None:
+        raise FormatError(
+            f"{begin.root}: has torchtitan's names ({torchtitan.EMBEDDING}), found no config of a "
+            "known model that says in which order their rows are; give it with --hf-base"
+        )
+    layout = family.layout("torchtitan")
+    parts = parts_from_config(family, config)
+    match = _STEP.fullmatch(Path(begin.root).absolute().name)
+    training = {**begin.training, "iteration": int(match[1]) if match else "release"}
+    begin = replace(begin, training=training)
+    yield from named_messages(begin, tensors, parts, layout, notes, dropped)
+
+
+def _find(source: Path) -> Path:
+    """Return the directory itself, or the one of a model below it, as frameworks name it."""
+    below = source / _BELOW
+    found = not (source / METADATA_NAME).is_file() and (below / METADATA_NAME).is_file()
+    return below if found else source
+
+
+def _around(directory: Path, given: Path) -> tuple[Dropped, ...]:
+    """Return what lies beside the model's directory where one above was given."""
+    if directory == given:
+        return ()
+    others = (path for path in sorted(directory.parent.iterdir()) if path != directory)
+    return tuple(
+        Dropped(path.name, WEIGHTS_ONLY, sum(f.stat().st_size for f in files))
+        for path in others
+        if (files := [one for one in (path, *path.rglob("*")) if one.is_file()])
+        and path.suffix not in (".json", ".txt", ".model", ".jinja")
+    )
 
 
 def _is_unfinished(source: Path) -> bool:

@@ -1,5 +1,7 @@
 """Load a checkpoint of DeepSpeed: ZeRO stages 0 to 3 of any number of ranks, and universal ones.
 
+Models that AutoTP has split, a PipelineModule and DeepSpeed's own mixtures of experts among them.
+
 Weights are the fp32 masters of the optimizer, put together from the ranks' pieces; names are those
 of the module that was given to ``deepspeed.initialize``: Hugging Face's.
 
@@ -18,12 +20,18 @@ from ckptx.adapters import adapter_options
 from ckptx.containers.pickle_values import EnumValue
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
-from ckptx.lazy import LazyTensor, Stored
-from ckptx.model_directory import base_sidecars, hf_messages
-from ckptx.model_weights import base_tensors
+from ckptx.lazy import LazyTensor, Shape, Stored
+from ckptx.model_directory import base_sidecars
+from ckptx.model_weights import INDEXES, SINGLES, base_tensors, read_weights
 from ckptx.plugin import Loader
-from ckptx.plugins.deepspeed import directory, weights
-from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
+from ckptx.plugins.deepspeed import directory, ranks, weights
+from ckptx.plugins.trained import (
+    WEIGHTS_ONLY,
+    beside,
+    shapes_of_config,
+    trained_messages,
+    unwrapped,
+)
 from ckptx.protocol import Begin, Dropped, Message
 
 _CONSUMED = frozenset(
@@ -31,6 +39,7 @@ _CONSUMED = frozenset(
         *("module", "buffer_names", "param_shapes", "frozen_param_shapes", "shared_params"),
         *("frozen_param_fragments", "dp_world_size", "mp_world_size", "num_experts"),
         *("checkpoint_parallel_dimensions", "ds_config", "ds_version", "ds_autoep_layers"),
+        "universal_checkpoint_info",
     }
 )
 """What the model states say about the weights; all else is the state of the training."""
@@ -49,7 +58,7 @@ class DeepspeedLoader:
 
     name = "deepspeed"
     capabilities: Mapping[str, Any] = {
-        "formats": ["DeepSpeed ZeRO 0 to 3", "DeepSpeed universal"],
+        "formats": ["DeepSpeed ZeRO 0 to 3", "AutoTP", "PipelineModule", "DeepSpeed universal"],
         "layouts": ["hf"],
         "passthrough": True,
         "lossless": True,
@@ -71,6 +80,11 @@ class DeepspeedLoader:
                 help="What a module around the model has put before its names, as 'model.'.",
             ),
             *adapter_options(),
+            click.Option(
+                ["--layer-map"],
+                type=click.Path(exists=True, dir_okay=False),
+                help="JSON file with the names of a PipelineModule's layers.  [from the config]",
+            ),
         ]
 
     def detect(self, source: Path) -> bool:
@@ -80,19 +94,19 @@ class DeepspeedLoader:
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the model; names that no schema knows pass through."""
         masters = (options.get("weights") or "master") == "master"
-        checkpoint = directory.read(directory.find(source, options.get("tag")), masters)
+        saved = directory.read(directory.find(source, options.get("tag")), masters)
         # What is converted to another dtype anyway need not have one dtype before.
         widen = options.get("dtype") is None
+        prefix = options.get("prefix") or ""
+        small = {**beside(saved.directory), **base_sidecars(options)}
         try:
-            found = (
-                weights.of_masters(checkpoint, widen) if masters else weights.of_module(checkpoint)
-            )
-            left = _left(checkpoint)
+            shapes = _shapes(saved, small, prefix, options)
+            found = ranks.gathered(saved, masters, widen, shapes, options.get("layer_map"))
+            left = _left(saved)
         except RecursionError as error:
             raise FormatError(f"{source}: its objects are nested too deeply") from error
-        prefix = options.get("prefix") or ""
         found.tensors = unwrapped(_without(prefix, found.tensors, source), source)
-        files = list(checkpoint.files)
+        files = list(saved.files)
         filled, remarks = base_tensors(files, found.tensors, options)
         found.declare("base", filled)
         found.tensors |= weights.widened(filled) if masters and widen else filled
@@ -102,17 +116,31 @@ class DeepspeedLoader:
             parts={},
             files=tuple(map(str, files)),
             sources=tuple(found.sources),
-            root=str(checkpoint.directory),
-            sidecars={**beside(checkpoint.directory), **base_sidecars(options)},
+            root=str(saved.directory),
+            sidecars=small,
             training={
                 "iteration": "release",
-                "global_steps": checkpoint.model.get("global_steps"),
+                "global_steps": saved.ranks[0].model.get("global_steps"),
             },
-            parallel=_parallel_sizes(checkpoint),
+            parallel=_parallel_sizes(saved),
         )
         notes = (*found.notes, *remarks)
         dropped = (*found.dropped, *left)
-        yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped, options)
+        yield from trained_messages(begin, found.tensors, notes, dropped, options)
+
+
+def _shapes(
+    saved: directory.Saved, small: Mapping[str, bytes], prefix: str, options: Mapping[str, Any]
+) -> dict[str, Shape]:
+    """Return the shapes of the whole model, where ranks hold parts that may not say what of."""
+    if len(saved.ranks) == 1 and not saved.layers:
+        return {}
+    shapes = shapes_of_config(small, saved.directory)
+    place = Path(options.get("hf_base") or saved.directory)
+    if not shapes and any((place / name).is_file() for name in (*INDEXES, *SINGLES)):
+        base = read_weights(place)
+        shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    return {("" if saved.layers else prefix) + name: shape for name, shape in shapes.items()}
 
 
 def _without(prefix: str, tensors: Mapping[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:
@@ -131,17 +159,19 @@ def _without(prefix: str, tensors: Mapping[str, LazyTensor], source: Path) -> di
     return found
 
 
-def _left(checkpoint: directory.Checkpoint) -> tuple[Dropped, ...]:
+def _left(saved: directory.Saved) -> tuple[Dropped, ...]:
     """Return the state of the training, by name with its bytes in all ranks together."""
     sizes: dict[str, int] = {}
-    states = list(checkpoint.models)
-    states += [state["optimizer_state_dict"] for state in checkpoint.optimizers]
+    states = [model for rank in saved.ranks for model in rank.models]
+    optimizers = [state for rank in saved.ranks for state in rank.optimizers]
+    states += [state["optimizer_state_dict"] for state in optimizers]
+    states += saved.expert_optimizers
     for state in states:
         for key, value in state.items():
             if key not in _CONSUMED | _PIECES and value is not None:
                 sizes.setdefault(str(key), 0)
                 _add_sizes(str(key), value, sizes)
-    for path in checkpoint.skipped:
+    for path in saved.skipped:
         sizes[path.name] = sizes.get(path.name, 0) + path.stat().st_size
     return tuple(Dropped(name, WEIGHTS_ONLY, size) for name, size in sizes.items())
 
@@ -159,13 +189,15 @@ def _add_sizes(name: str, value: Any, sizes: dict[str, int]) -> None:
             _add_sizes(name, item, sizes)
 
 
-def _parallel_sizes(found: directory.Checkpoint) -> dict[str, Any]:
-    """Return the ZeRO stage as far as the files tell it, and the number of ranks."""
+def _parallel_sizes(saved: directory.Saved) -> dict[str, Any]:
+    """Return the ZeRO stage as far as the files tell it, and the numbers of ranks."""
+    first = saved.ranks[0]
     # ZeRO 1 and 2 are stored alike; the optimizer says which it was.
-    said = (state["optimizer_state_dict"].get("zero_stage") for state in found.optimizers)
+    said = (state["optimizer_state_dict"].get("zero_stage") for state in first.optimizers)
     values = (one.value if isinstance(one, EnumValue) else one for one in said)
-    stage = next((one for one in values if type(one) is int), found.stage)
-    return {"zero_stage": stage, "world_size": found.model.get("dp_world_size")}
+    stage = next((one for one in values if type(one) is int), first.stage)
+    sizes = {"zero_stage": stage, "world_size": first.model.get("dp_world_size")}
+    return {**sizes, "mp": len(saved.ranks)} if len(saved.ranks) > 1 else sizes
 
 
 @hookimpl

@@ -10,6 +10,7 @@ import click
 
 from ckptx.adapter_config import ADAPTER_CONFIG
 from ckptx.adapters import adapter_options
+from ckptx.containers import dcp_safetensors
 from ckptx.hookspecs import hookimpl
 from ckptx.loading import inventory
 from ckptx.model_directory import base_sidecars, hf_messages, sidecars
@@ -41,6 +42,8 @@ class HfLoader:
             return True
         if (source / ADAPTER_CONFIG).exists():
             return False  # its weights are an adapter's
+        if dcp_safetensors.shards(source):
+            return False
         # Mistral's own file may lie beside a config, too; it has other names.
         others = (p for p in source.glob("*.safetensors") if not p.name.startswith("consolidated"))
         return (source / "config.json").exists() and any(others)

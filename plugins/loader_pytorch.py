@@ -38,15 +38,17 @@ from ckptx.plugins.state_dict import (
     layout_option,
     layout_option_value,
 )
+from ckptx.plugins.trained import named_as_in_files, plain_names, strip_option
 from ckptx.protocol import Begin, Dropped, End, Message
 from ckptx.schema import Parts
 from ckptx.schemas import legacy
 from ckptx.schemas.args import spec_from_args
 
 _SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
-_CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
-_AROUND = "fsdp_checkpoint"
-"""A container of containers, where RLinf's whole checkpoint was put in one file."""
+_CONTAINERS = ("fsdp_checkpoint", "model", "state_dict", "model_state_dict", "module")
+"""Keys under which state dicts lie, one in another too: ``fsdp_checkpoint`` is RLinf's."""
+_DEEPEST = 5
+"""Containers, one in another; a pickle may hold itself."""
 _LOCAL_SHARDS = "local_shard_checkpoint"
 _CONVENTIONS = {"hf": "hf", "core": "mcore", "legacy": "legacy"}
 WEIGHTS_ONLY = "only weights are converted"
@@ -64,8 +66,8 @@ class PytorchLoader:
     }
 
     def options(self) -> list[click.Option]:
-        """Return ``--layout`` and the options for adapters."""
-        return [layout_option(), *adapter_options()]
+        """Return ``--layout``, ``--strip-prefix`` and the options for adapters."""
+        return [layout_option(), strip_option(), *adapter_options()]
 
     def detect(self, source: Path) -> bool:
         """Return whether the source is a zip archive with a name that torch files have."""
@@ -82,11 +84,17 @@ class PytorchLoader:
             raise FormatError(f"{source}: expected one file of torch.save")
         if source.parent.name == _LOCAL_SHARDS:
             raise FormatError(
-                f"{source}: RLinf's local shards do not say where in the model they lie; give "
-                "dcp_checkpoint, or model_state_dict/full_weights.pt"
+                f"{source}: is one rank's share; give the directory with those of all ranks, "
+                f"{source.parent}"
             )
         value = torch_zip.read(source, 0).value
-        tensors, others = state_dict(value, source)
+        stored, others, remarks = state_dict(value, source)
+        tensors = stored
+        if layout_of(stored) == "hf":
+            tensors, renamed = plain_names(stored, options, source)
+            remarks = (*remarks, *renamed)
+        elif options.get("strip_prefix"):
+            raise FormatError(f"{source}: --strip-prefix is for Hugging Face's names")
         weights = Weights([source], tensors, dict.fromkeys(tensors, source.name))
         filled = fill_from_base(weights, options)
         files = {**_beside(source), **base_sidecars(options)}
@@ -95,31 +103,36 @@ class PytorchLoader:
             layout=layout_option_value(options) or layout_of(tensors),
             parts={},
             files=tuple(map(str, weights.paths)),
-            sources=inventory(tensors),
+            sources=inventory(weights.tensors),
             root=str(source.parent),
             sidecars=files,
             training={"iteration": value.get("iteration", "release")},
         )
         version = value.get("checkpoint_version", 0)
         args = args_of(value, source)
-        for message in _messages(begin, dict(tensors), args, version, others, options):
+        for message in _messages(begin, dict(weights.tensors), args, version, others, options):
             if isinstance(message, End):
-                message = replace(message, notes=(*filled, *message.notes))
+                message = replace(message, notes=(*remarks, *filled, *message.notes))
             yield message
 
 
-def state_dict(value: Any, source: Path) -> tuple[dict[str, Stored], tuple[Dropped, ...]]:
-    """Return the tensors of a state dict, wherever it lies in a file, and what else is in it.
+def state_dict(
+    value: Any, source: Path
+) -> tuple[dict[str, Stored], tuple[Dropped, ...], tuple[str, ...]]:
+    """Return the tensors of a state dict, wherever it lies in a file, what else is there, remarks.
 
     Raises:
         FormatError: there is no state dict, or only one rank's part of it.
     """
     if not isinstance(value, Mapping):
         raise FormatError(f"{source}: expected a dictionary, found {type(value).__name__}")
-    if isinstance(value.get(_AROUND), Mapping):
-        value = {**{key: value[key] for key in value if key != _AROUND}, **value[_AROUND]}
-    inner = next((value[key] for key in _CONTAINERS if isinstance(value.get(key), Mapping)), value)
-    content = inner
+    inner: Mapping[Any, Any] = value
+    path: list[str] = []
+    others: list[str] = []
+    while (key := _container(inner, len(path))) is not None:
+        others += [str(other) for other in inner if other != key]
+        path.append(key)
+        inner = inner[key]
     if "language_model" in inner:
         inner = legacy.flattened(inner)
     tensors = {str(name): entry for name, entry in inner.items() if isinstance(entry, Stored)}
@@ -134,13 +147,28 @@ def state_dict(value: Any, source: Path) -> tuple[dict[str, Stored], tuple[Dropp
             f"{source}: holds no state dict of tensors ({listing(map(str, value))} found); known "
             f"containers: {', '.join(_CONTAINERS)}"
         )
-    others = [str(name) for name in inner if name not in tensors]
-    if content is not value:
-        others += [str(key) for key in value if value[key] is not content]
+    others = [*(str(name) for name in inner if name not in tensors), *others]
     dropped = tuple(
         Dropped(name, WEIGHTS_ONLY) for name in others if not name.endswith("_extra_state")
     )
-    return tensors, dropped
+    nested = (f"the weights are those of {'.'.join(path)!r}",) if len(path) > 1 else ()
+    return tensors, dropped, nested
+
+
+def _container(value: Mapping[Any, Any], depth: int = 0) -> str | None:
+    """Return the key under which a state dict lies, None if ``value`` is one, or none is below."""
+    if depth == _DEEPEST:
+        return None
+    keys = (key for key in _CONTAINERS if _leads_to_weights(value.get(key), depth + 1))
+    return next(keys, None)
+
+
+def _leads_to_weights(value: Any, depth: int) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    if "language_model" in value or _container(value, depth) is not None:
+        return True
+    return any(isinstance(entry, Stored) or is_sharded(entry) for entry in value.values())
 
 
 def _messages(
@@ -161,14 +189,22 @@ def _messages(
     if begin.layout == "legacy":
         args = legacy.completed(args)
     parts: Parts
+    notes: tuple[str, ...] = ()
+    if not megatron:
+        named, notes = named_as_in_files(tensors, begin.sidecars, begin.root)
+        tensors = dict(named)
     if megatron and args:
         parts = {"language": spec_from_args(args)}
+    elif family is not None and config is not None and not megatron:
+        yield from hf_messages(begin, tensors, dropped=others)
+        return
     elif family is not None and config is not None:
         parts = parts_from_config(family, config)
     else:
         yield begin
         yield passthrough(tensors)
-        yield End(others, ("no config or args name the model: tensors pass through by name",))
+        note = "no config or args name the model: tensors pass through by name"
+        yield End(others, (*notes, note))
         return
     composed = family.name if family is not None and "vision" in parts else ""
     layout = family_named(composed or parts["language"].family).layout(convention)
@@ -176,7 +212,7 @@ def _messages(
         layout = legacy.ordered(layout, version, parts["language"])
     training = {**begin.training, "args": args if megatron and args else None}
     begin = replace(begin, training=training, family=composed)
-    yield from named_messages(begin, tensors, parts, layout, dropped=others)
+    yield from named_messages(begin, tensors, parts, layout, notes, others)
 
 
 def _file_of(source: Path) -> Path:

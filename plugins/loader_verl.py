@@ -1,4 +1,7 @@
-"""Load what verl's FSDP workers save: one file per rank, with that rank's shares of all tensors.
+"""Load what verl's workers save.
+
+Those of FSDP write one file per rank, with that rank's shares of all tensors; those of Megatron are
+read by `ckptx.plugins.verl.megatron`.
 
     global_step_10/
         actor/
@@ -17,7 +20,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,17 @@ from ckptx.containers.sharded import Rank, Share, share, whole
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor
-from ckptx.model_directory import base_sidecars, hf_messages
+from ckptx.model_directory import base_sidecars
 from ckptx.plugin import Loader
-from ckptx.plugins.trained import WEIGHTS_ONLY, beside, unwrapped
+from ckptx.plugins.trained import (
+    WEIGHTS_ONLY,
+    beside,
+    plain_names,
+    size_of,
+    strip_option,
+    trained_messages,
+)
+from ckptx.plugins.verl import extra_state, megatron
 from ckptx.protocol import Begin, Dropped, Message, SourceTensor
 
 ACTOR = "actor"
@@ -43,6 +54,9 @@ _MODEL_FILE = re.compile(r"model_world_size_([1-9]\d{0,5})_rank_(0|[1-9]\d{0,5})
 _STATE_FILE = re.compile(r"((?:optim|extra_state)_world_size_\d+_rank_)\d+\.pt")
 _CONFIG = "fsdp_config.json"
 _HUGGINGFACE = "huggingface"
+_OWN = (_CONFIG, megatron.TRANSFORMER_CONFIG)
+"""Files that look like a model's, and describe the training."""
+_MODELS = (megatron.DISTRIBUTED, megatron.PER_RANK)
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 
 
@@ -51,14 +65,14 @@ class VerlLoader:
 
     name = "verl"
     capabilities: Mapping[str, Any] = {
-        "formats": ["verl (FSDP)"],
+        "formats": ["verl (FSDP)", "verl (Megatron)"],
         "layouts": ["hf"],
         "passthrough": True,
         "lossless": True,
     }
 
     def options(self) -> list[click.Option]:
-        """Return the options for the model of a step and for adapters."""
+        """Return the options for the model of a step, in the spelling of verl's merger."""
         return [
             click.Option(
                 ["--actor-dir"],
@@ -67,6 +81,23 @@ class VerlLoader:
                 help="Folder of a step whose model is converted: actor or critic.",
             ),
             *adapter_options(),
+            strip_option(),
+            click.Option(
+                ["--extra-state"],
+                is_flag=True,
+                help="Of FSDP workers: keep schedulers and random states, in files beside the "
+                "model.",
+            ),
+            click.Option(
+                ["--is-value-model"],
+                is_flag=True,
+                help="Of Megatron workers: insist on a head with one output, which is seen anyway.",
+            ),
+            click.Option(
+                ["--tie-word-embedding"],
+                is_flag=True,
+                help="Of Megatron workers: leave the output layer out; the model is tied.",
+            ),
         ]
 
     def detect(self, source: Path) -> bool:
@@ -81,23 +112,51 @@ class VerlLoader:
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the model; names that no schema knows pass through."""
         directory, notes = _find(source, options.get("actor_dir") or ACTOR)
-        files = _rank_files(directory)
-        with collector_paused():
-            found = _read(files, directory)
-        small = {name: data for name, data in beside(directory).items() if name != _CONFIG}
+        small = {name: data for name, data in beside(directory).items() if name not in _OWN}
         begin = Begin(
             format=self.name,
             layout="hf",
             parts={},
-            files=tuple(str(file.absolute()) for file in files),
-            sources=found.sources,
+            files=(),
+            sources=(),
             root=str(directory),
             sidecars={**small, **base_sidecars(options)},
             training={"iteration": _iteration(directory)},
+        )
+        wishes = megatron.Wishes(
+            bool(options.get("is_value_model")), bool(options.get("tie_word_embedding"))
+        )
+        left = _left(directory, source, begin.sidecars, bool(options.get("extra_state")))
+        if not _holds_ranks(directory):
+            if options.get("extra_state"):
+                raise FormatError(
+                    f"{directory}: was saved by Megatron workers; --extra-state is for those of "
+                    "FSDP"
+                )
+            yield from megatron.messages(directory, begin, wishes, notes, left)
+            return
+        if wishes != megatron.Wishes():
+            raise FormatError(
+                f"{directory}: was saved by FSDP workers; --is-value-model and "
+                "--tie-word-embedding are for those of Megatron"
+            )
+        files = _rank_files(directory)
+        with collector_paused():
+            found = _read(files, directory)
+        states: dict[str, bytes] = {}
+        if options.get("extra_state"):
+            states, remarks = extra_state.merged(directory, len(files))
+            notes = (*notes, *remarks)
+        begin = replace(
+            begin,
+            files=tuple(str(file.absolute()) for file in files),
+            sources=found.sources,
+            sidecars={**begin.sidecars, **states},
             parallel={"world_size": len(files)},
         )
-        dropped = (*found.dropped, *_left(directory, source, begin.sidecars))
-        yield from hf_messages(begin, found.tensors, notes, options.get("dtype"), dropped, options)
+        dropped = (*found.dropped, *left)
+        tensors, remarks = plain_names(found.tensors, options, directory)
+        yield from trained_messages(begin, tensors, (*notes, *remarks), dropped, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,20 +189,21 @@ def _find(source: Path, actor: str) -> tuple[Path, tuple[str, ...]]:
             )
         notes = (f"{step.name} was converted, the latest by {_TRACKER}",)
     directory = step / actor
-    if any((place / "dist_ckpt").is_dir() for place in (source, directory)):
-        raise FormatError(
-            f"{source}: was saved by verl's Megatron workers (dist_ckpt), which is not loaded yet"
-        )
     if not _holds_model(directory):
         raise FormatError(
-            f"{source}: holds no model_world_size_W_rank_R.pt, and neither does {directory}; "
-            "give a step of verl's FSDP workers, or say which model with --actor-dir"
+            f"{source}: holds neither model_world_size_W_rank_R.pt (FSDP) nor dist_ckpt or "
+            f"model/mp_rank_TT/model.pt (Megatron), and neither does {directory}; give a step that "
+            "verl has saved, or say which model with --actor-dir"
         )
     return directory, notes
 
 
 def _holds_model(directory: Path) -> bool:
-    return directory.is_dir() and any(map(_MODEL_FILE.fullmatch, _names(directory)))
+    return directory.is_dir() and (_holds_ranks(directory) or megatron.holds_model(directory))
+
+
+def _holds_ranks(directory: Path) -> bool:
+    return any(map(_MODEL_FILE.fullmatch, _names(directory)))
 
 
 def _names(directory: Path) -> list[str]:
@@ -229,8 +289,9 @@ def _read(files: list[Path], directory: Path) -> _Found:
                 f"{file}: expected the tensors of the other ranks, found others or fewer, as by "
                 f"{listing(absent, 2)}; the files are of different runs"
             )
+    if not shares:
+        raise FormatError(f"{directory}: the files of the {len(files)} ranks hold no weights")
     tensors = {name: whole(held, f"{directory}: {name!r}") for name, held in shares.items()}
-    tensors = unwrapped(tensors, directory)
     none = tuple(Dropped(name, WEIGHTS_ONLY, size) for name, size in dropped.items())
     return _Found(tensors, tuple(sources), none)
 
@@ -243,35 +304,42 @@ def _iteration(directory: Path) -> int | str:
     return "release"
 
 
-def _left(directory: Path, source: Path, carried: Mapping[str, bytes]) -> tuple[Dropped, ...]:
-    """Return what stays behind of a model's directory, and of the step if that was the source."""
-    taken = {_CONFIG, _HUGGINGFACE, *carried}
+def _left(
+    directory: Path, source: Path, carried: Mapping[str, bytes], states: bool
+) -> tuple[Dropped, ...]:
+    """Return what stays behind of a model's directory, and of the step if that was the source.
+
+    ``states`` says that the extra states do not.
+    """
+    taken = {*_OWN, _HUGGINGFACE, *carried}
+    if not _holds_ranks(directory):
+        taken |= {next(name for name in _MODELS if (directory / name).is_dir())}
     sizes: dict[str, int] = {}
     for path in sorted(directory.iterdir()):
         if _MODEL_FILE.fullmatch(path.name) or path.name in taken:
             continue
         match = _STATE_FILE.fullmatch(path.name)
+        if states and match and match[1].startswith("extra_state"):
+            continue
         name = f"{match[1]}*.pt" if match else path.name
-        sizes[name] = sizes.get(name, 0) + _size(path)
+        sizes[name] = sizes.get(name, 0) + size_of(path)
     dropped = [Dropped(name, WEIGHTS_ONLY, size) for name, size in sizes.items()]
     if (directory / _HUGGINGFACE).is_dir():
         dropped += (
-            Dropped(f"{_HUGGINGFACE}/{path.name}", "weights are read from the ranks", _size(path))
+            Dropped(
+                f"{_HUGGINGFACE}/{path.name}",
+                "the weights of the ranks are converted",
+                size_of(path),
+            )
             for path in sorted((directory / _HUGGINGFACE).iterdir())
             if path.name.endswith(_WEIGHTS)
         )
     if source != directory:
         others = (path for path in sorted(directory.parent.iterdir()) if path != directory)
         dropped += (
-            Dropped(p.name, f"only {directory.name} is converted", _size(p)) for p in others
+            Dropped(p.name, f"only {directory.name} is converted", size_of(p)) for p in others
         )
     return tuple(dropped)
-
-
-def _size(path: Path) -> int:
-    """Return the bytes of a file, or of all files below a directory."""
-    files = [path] if path.is_file() else (one for one in path.rglob("*") if one.is_file())
-    return sum(file.stat().st_size for file in files)
 
 
 @hookimpl

@@ -1,7 +1,7 @@
 """Save a directory that `torch.distributed.checkpoint` loads into a model of any sharding.
 
-Names are those of Hugging Face below ``--container``. There is one chunk per tensor and shard; who
-loads reads of each what it needs.
+Names are those that a model of transformers 5 has in memory, below ``--target-container``. There is
+one chunk per tensor and shard; who loads reads of each what it needs.
 
 Source: torch:torch/distributed/checkpoint/{metadata,filesystem}.py @ v2.13.0.
 """
@@ -13,16 +13,25 @@ from typing import Any
 
 import click
 
+from ckptx import quantised
 from ckptx.containers import dcp
 from ckptx.containers.dcp import ObjectItem, TensorItem
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor
 from ckptx.loading import main_dtype
-from ckptx.model_directory import CONFIG, config_of, family_named, hf_tensors, tied_names
+from ckptx.model_directory import (
+    CONFIG,
+    config_of,
+    family_named,
+    hf_tensors,
+    read_config,
+    tied_names,
+)
 from ckptx.plan import SavePlan, literal_files
 from ckptx.plugin import Saver
 from ckptx.protocol import Message
-from ckptx.saving import collect
+from ckptx.saving import Model, collect, named_tensors
+from ckptx.schemas import in_memory, torchtitan
 
 
 class DcpSaver:
@@ -31,7 +40,7 @@ class DcpSaver:
     name = "dcp"
     capabilities: Mapping[str, Any] = {
         "formats": ["torch.distributed.checkpoint"],
-        "layouts": ["hf"],
+        "layouts": ["hf", "torchtitan"],
         "passthrough": True,
         "lossless": True,
     }
@@ -52,16 +61,31 @@ class DcpSaver:
                 show_default=True,
                 help="Files, each with a part of the rows of every tensor.",
             ),
+            click.Option(
+                ["--target-names"],
+                type=click.Choice(["memory", "files", *torchtitan.CONVENTIONS]),
+                default="memory",
+                show_default=True,
+                help="Names as a model of transformers 5 has in memory, as model directories have, "
+                "or as torchtitan has (0.2: up to release 0.2.2).",
+            ),
         ]
 
     def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
         """Return the plan of a directory."""
         model = collect(messages)
-        tensors, dropped = hf_tensors(model)
+        names = options.get("target_names") or "memory"
+        convention = names if names in torchtitan.CONVENTIONS else "hf"
+        if convention == "hf":
+            tensors, dropped = hf_tensors(model)
+        else:
+            layout = family_named(model.family).layout(convention)
+            tensors, dropped = named_tensors(model, layout)
         if model.passthrough is None and model.spec.tied:
             # The state dict of a tied model has both names.
-            embedding, output = tied_names(family_named(model.family).layout("hf"), tensors)
+            embedding, output = tied_names(family_named(model.family).layout(convention), tensors)
             tensors[output] = tensors[embedding]
+        tensors, notes = _in_memory(model, tensors) if names == "memory" else (tensors, ())
         # What is modified stays in its container, unless the user says another.
         container = options.get("target_container") or model.begin.training.get("keep_container")
         path = tuple(word for word in (container or "").split(".") if word)
@@ -78,9 +102,35 @@ class DcpSaver:
         return SavePlan(
             [*dcp.plan_directory(files, paths), *literal_files(beside)],
             dropped=dropped,
+            notes=notes,
             load_hint='torch.distributed.checkpoint.load(state_dict, checkpoint_id="{target}")',
             details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
         )
+
+
+def _in_memory(
+    model: Model, tensors: dict[str, LazyTensor]
+) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+    """Return the tensors under the names that transformers 5 has in memory, and remarks."""
+    files = model.begin.sidecars
+    config = read_config(files if CONFIG in files else config_of(model), model.begin.root)
+    if config is None:
+        return tensors, ()
+    if quantised.KEY in config:
+        return tensors, ("quantised weights keep the names of files",)
+    found = in_memory.in_memory(tensors, config)
+    changed = [name for name in found if name not in tensors]
+    if changed:
+        return found, (
+            f"{len(changed)} tensors have the names of transformers 5 in memory, as "
+            f"{changed[0]!r}; those of files are written with --target-names files",
+        )
+    if in_memory.differs(config):
+        return tensors, (
+            f"{config.get('model_type')}: transformers may have other names in memory than in "
+            "files; those of the source are written",
+        )
+    return tensors, ()
 
 
 def _part(key: str, tensor: LazyTensor, shards: int, shard: int) -> TensorItem | None:

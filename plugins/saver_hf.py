@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ckptx import quantised
+from ckptx import heads, quantised
 from ckptx.containers import safetensors
 from ckptx.errors import PlanError, SchemaError
 from ckptx.hookspecs import hookimpl
@@ -31,6 +31,7 @@ from ckptx.protocol import Message
 from ckptx.saving import Model, collect, fill_unused
 from ckptx.schema import in_module_order
 from ckptx.schemas.hf import differences, merge_config
+from ckptx.side_files import set_aside
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -61,14 +62,19 @@ class HfSaver:
         """Return the plan of a model directory."""
         model = collect(messages)
         known = model.passthrough is None and bool(model.begin.parts)
-        filled = fill_unused(model, family_named(model.family)) if known else ()
+        filled: tuple[str, ...] = fill_unused(model, family_named(model.family)) if known else ()
         tensors, dropped = hf_tensors(model)
+        apart: list[FilePlan] = []
         if model.passthrough is None:
             # It decides where a shard ends.
             tensors = {name: tensors[name] for name in in_module_order(tensors)}
+        else:
+            config = read_config(model.begin.sidecars, model.begin.root) or {}
+            iteration = model.begin.training.get("iteration", "release")
+            tensors, apart, filled = set_aside(config, tensors, iteration)
         files, notes = _sidecars(model, main_dtype(tensors))
         limit = parse_size(options.get("max_shard_size") or "5GB")
-        plans = [*literal_files(files), *weight_files(tensors, limit)]
+        plans = [*literal_files(files), *apart, *weight_files(tensors, limit)]
         return SavePlan(
             plans,
             dropped=dropped,
@@ -81,6 +87,10 @@ class HfSaver:
 def _auto_class(model: Model) -> str:
     if model.passthrough is None and "Bert" in model.spec.architecture:
         return model.spec.architecture  # the class for causal models would drop heads
+    named = (read_config(model.begin.sidecars, model.begin.root) or {}).get("architectures")
+    for head in heads.CLASSES:
+        if isinstance(named, list) and any(str(name).endswith(head) for name in named):
+            return f"AutoModel{head}"
     return (
         "AutoModelForImageTextToText" if "vision" in model.begin.parts else "AutoModelForCausalLM"
     )

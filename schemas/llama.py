@@ -15,6 +15,7 @@ from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config
 from ckptx.schemas.legacy import LEGACY
 from ckptx.schemas.meta import META, META_WIDTH
+from ckptx.schemas.torchtitan import TORCHTITAN_LLAMA
 
 # Llama checkpoints of 2023 hold the rotary frequencies, which are computed anew from the config.
 _BUFFERS = ("rotary_emb.inv_freq",)
@@ -29,6 +30,7 @@ LLAMA = Family(
         "legacy": LEGACY,
         "meta": META,
         "meta-width": META_WIDTH,
+        **TORCHTITAN_LLAMA,
     },
     from_config=partial(spec_from_config, family="llama"),
     to_config=config_from_spec,

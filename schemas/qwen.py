@@ -16,6 +16,7 @@ from ckptx.schemas.blocks import hf_decoder
 from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config
 from ckptx.schemas.legacy import LEGACY, NOT_LEGACY
+from ckptx.schemas.torchtitan import TORCHTITAN_QWEN
 
 QWEN2 = Family(
     name="qwen2",
@@ -37,6 +38,7 @@ QWEN3 = Family(
     layouts={
         "hf": Layout("hf/qwen3", hf_decoder()),
         **MCORE,
+        **TORCHTITAN_QWEN,
     },
     from_config=partial(spec_from_config, family="qwen3"),
     to_config=config_from_spec,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +16,79 @@ _PATH = click.Path(exists=True, path_type=Path)
 
 
 def verify_command() -> click.Command:
-    """Return the command that compares two checkpoints."""
+    """Return the command that compares two checkpoints, or one with its manifest."""
 
     def run(
         a: Path,
-        b: Path,
+        b: Path | None,
         loader_a: str | None,
         loader_b: str | None,
+        rtol: float,
+        atol: float,
+        ignore_dtype: bool,
+        diagnosis: bool,
+        against_manifest: Path | None,
         as_json: bool,
         quiet: bool,
         verbose: bool,
     ) -> None:
-        from ckptx.verify import compare
+        if (b is None) == (against_manifest is None):
+            raise click.UsageError("give two checkpoints, or one and --against-manifest FILE")
+        result: Any
+        if against_manifest is not None:
+            from ckptx.manifest_check import check
 
-        comparison = compare(a, b, loader_a=loader_a, loader_b=loader_b)
-        show_result(comparison, as_json, quiet)
-        if not comparison.equal:
+            result = check(a, against_manifest)
+        else:
+            from ckptx.measure import Tolerance
+            from ckptx.progress import Bar, Silent
+            from ckptx.verify import compare
+
+            assert b is not None  # one of the two is given
+            tolerance = Tolerance(rtol, atol, ignore_dtype)
+            shown = sys.stderr.isatty() and not (quiet or as_json)
+            bar = Bar() if shown else Silent()
+            result = compare(a, b, loader_a, loader_b, tolerance, diagnosis=diagnosis, progress=bar)
+        show_result(result, as_json, quiet)
+        if not result.equal:
             raise click.exceptions.Exit(1)
 
+    number = click.FloatRange(0)
+    manifest = click.Path(exists=True, dir_okay=False, path_type=Path)
     return click.Command(
         "verify",
         callback=run,
-        help="Compare two checkpoints, whatever their formats; exit 0 only if they are equal.",
+        help="Compare two checkpoints, whatever their formats; exit 0 only if they are equal. "
+        "Where they differ, say which known mistake explains it.",
+        short_help="Compare two checkpoints; say which mistake explains a difference.",
         params=[
             click.Argument(["a"], type=_PATH),
-            click.Argument(["b"], type=_PATH),
+            click.Argument(["b"], type=_PATH, required=False),
             click.Option(["--from-a", "loader_a"], help="Format of A.  [detected]"),
             click.Option(["--from-b", "loader_b"], help="Format of B.  [detected]"),
+            click.Option(
+                ["--rtol"], type=number, default=0.0, help="Let values differ by so much of A's."
+            ),
+            click.Option(
+                ["--atol"], type=number, default=0.0, help="Let values differ by so much."
+            ),
+            click.Option(
+                ["--ignore-dtype"],
+                is_flag=True,
+                help="Equal values in different dtypes are equal, as with --rtol and --atol.",
+            ),
+            click.Option(
+                ["--no-diagnosis", "diagnosis"],
+                is_flag=True,
+                flag_value=False,
+                default=True,
+                help="Do not look for the mistake that explains differences.",
+            ),
+            click.Option(
+                ["--against-manifest"],
+                type=manifest,
+                help="Compare A with the digests in a ckptx-manifest.json, instead of with B.",
+            ),
             *output_options(),
         ],
     )

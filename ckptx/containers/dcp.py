@@ -11,6 +11,7 @@ Source: torch:torch/distributed/checkpoint/filesystem.py@v2.13.0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,9 +33,14 @@ from ckptx.containers.dcp_metadata import (
 from ckptx.containers.pickle_values import TensorRecord, TorchSize, collector_paused
 from ckptx.containers.source_file import SourceFile
 from ckptx.containers.zip_archive import ENDS_SIZE
+from ckptx.containers.zstd import decoded, is_zstd
 from ckptx.errors import FormatError, PlanError
 from ckptx.lazy import ITEMSIZE, Filled, LazyTensor, Shape, Stored, tile
 from ckptx.plan import FilePlan, Region
+from ckptx.spool import Spool
+
+_AROUND = 1 << 20
+"""Bytes that an item may have around its tensor: a zip archive of a few short members."""
 
 __all__ = [
     "DcpMetadata",
@@ -48,7 +54,10 @@ __all__ = [
 
 
 def tensors(
-    metadata: DcpMetadata, files: list[str], keys: Iterable[str] | None = None
+    metadata: DcpMetadata,
+    files: list[str],
+    keys: Iterable[str] | None = None,
+    spool: Spool | None = None,
 ) -> dict[str, LazyTensor]:
     """Return the tensors of a directory, assembled from their chunks.
 
@@ -56,13 +65,14 @@ def tensors(
         metadata: from `read_metadata`.
         files: the file table of the conversion; files that are new to it are appended.
         keys: which tensors; all unless given.
+        spool: where items that are compressed with zstd are decoded to; refused without.
 
     Raises:
-        FormatError: a chunk is missing, overlaps another, is damaged, is compressed, or its file is
-            not there.
+        FormatError: a chunk is missing, overlaps another, is damaged, is encoded in an unknown
+            way, or its file is not there.
     """
     wanted = metadata.tensors if keys is None else keys
-    with _Items(metadata, files) as items, collector_paused():
+    with _Items(metadata, files, spool) as items, collector_paused():
         return {key: _assemble(metadata, key, items) for key in wanted}
 
 
@@ -113,28 +123,37 @@ class _Items:
     those of one that was parsed has the same layout; two short reads show that.
     """
 
-    def __init__(self, metadata: DcpMetadata, files: list[str]) -> None:
+    def __init__(self, metadata: DcpMetadata, files: list[str], spool: Spool | None = None) -> None:
         self._metadata = metadata
+        self._spool = spool
         self._files = files
         self._numbers = {path: number for number, path in enumerate(files)}
         self._open: dict[str, tuple[SourceFile, int]] = {}
         self._layouts: dict[tuple[str, Shape], _Layout] = {}
         self._stack = ExitStack()
+        self._last = ExitStack()
 
     def __enter__(self) -> _Items:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+        self._last.close()
 
-    def open(self, key: str, offsets: Shape | None) -> tuple[SourceFile, int, Location]:
-        """Return the file of an item, its number, and the place of the item in it."""
+    def open(
+        self, key: str, offsets: Shape | None, nbytes: int = 0
+    ) -> tuple[SourceFile, int, Location]:
+        """Return the file of an item, its number, and the place of the item in it.
+
+        A compressed item is decoded; it may hold ``nbytes`` of a tensor and what is around them.
+        """
         location = self._metadata.items.get((key, offsets))
         where = f"{self._metadata.directory / METADATA_NAME}: {key!r}"
         if location is None:
             box = "" if offsets is None else f" of the chunk at {list(offsets)}"
             raise FormatError(f"{where}: the place{box} is missing; the checkpoint is incomplete")
-        if location.transforms:
+        packed = self._spool is not None and is_zstd(location.transforms)
+        if location.transforms and not packed:
             raise FormatError(
                 f"{where}: found items encoded as {', '.join(map(str, location.transforms))}, "
                 f"expected plain ones; save the checkpoint without extensions"
@@ -146,7 +165,24 @@ class _Items:
                 f"{file.path}: {key!r}: expected {location.length} bytes at {location.offset}, "
                 f"the file has {file.size}; it is truncated, copy it again"
             )
+        if packed and self._spool is not None:
+            return self._decode(self._spool, file, location, nbytes)
         return file, number, location
+
+    def _decode(
+        self, spool: Spool, file: SourceFile, location: Location, nbytes: int
+    ) -> tuple[SourceFile, int, Location]:
+        blocks = decoded(file, location.offset, location.length, nbytes + _AROUND)
+        place = Location(spool.path, *spool.append(blocks))
+        number = self._numbers.setdefault(spool.path, len(self._files))
+        if number == len(self._files):
+            self._files.append(spool.path)
+        # Opened anew: a file knows the size that it had when it was opened.
+        with ExitStack() as last:
+            opened = last.enter_context(SourceFile(spool.path))
+            self._last.close()
+            self._last = last.pop_all()
+        return opened, number, place
 
     def _open_file(self, where: str, relative: str) -> tuple[SourceFile, int]:
         pure = PurePosixPath(relative)
@@ -165,7 +201,8 @@ class _Items:
 
     def chunk(self, key: str, dtype: str, chunk: Chunk) -> Stored:
         """Return the extent of a chunk."""
-        file, number, location = self.open(key, chunk.offsets)
+        nbytes = math.prod(chunk.sizes) * ITEMSIZE[dtype]
+        file, number, location = self.open(key, chunk.offsets, nbytes)
         kind = dtype, chunk.sizes
         layout = self._layouts.get(kind)
         if layout is None or not _fits(layout, file, location):

@@ -194,10 +194,14 @@ class Global(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A value to be written as the result of calling ``function`` with ``args``."""
+    """A value to be written as the result of calling ``function`` with ``args``.
+
+    Unless ``state`` is None the result is then given it, as ``__setstate__`` takes it.
+    """
 
     function: Global
     args: tuple[Any, ...]
+    state: Any = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -96,7 +96,7 @@ class _Writer:
             Namespace: self._namespace,
             argparse.Namespace: self._namespace,
             Global: self._global,
-            Call: lambda value: self._call(value.function, value.args),
+            Call: self._called,
             EnumValue: lambda value: self._call(Global(value.module, value.name), (value.value,)),
             Instance: self._instance,
             TorchDtype: lambda value: self._global(Global("torch", value.name)),
@@ -190,6 +190,12 @@ class _Writer:
         self._global(function)
         self._tuple(args)
         self._write(b"R")
+
+    def _called(self, value: Call) -> None:
+        self._call(value.function, value.args)
+        if value.state is not None:
+            self.emit(value.state)
+            self._write(b"b")
 
     def _instance(self, value: Instance) -> None:
         if value.shared:

@@ -13,7 +13,7 @@ from ckptx.loading import equal
 from ckptx.plugins.deepspeed.directory import Checkpoint
 
 SAMPLE = 4096
-"""Elements at either end of a tensor of which master and module are compared."""
+"""Elements at one place of a tensor of which master and module are compared."""
 
 
 def check_against_module(
@@ -21,9 +21,12 @@ def check_against_module(
 ) -> None:
     """Raise unless the masters, rounded, are the module's weights: then all ranks are of one save.
 
-    Both ends of every tensor are compared, which shows files of another run or step, and wrong
-    order. Buffers and frozen weights have no master.
+    Both ends of every tensor are compared, and so many places between them that every rank's piece
+    has one: that shows files of another run or step, and wrong order. Buffers and frozen weights
+    have no master.
     """
+    total = sum(master.numel for master in masters.values())
+    ranks = max(1, len(checkpoint.optimizers))
     files = [str(path) for path in checkpoint.files]
     for name, master in masters.items():
         own = module.get(name)
@@ -34,7 +37,9 @@ def check_against_module(
                 f"{checkpoint.directory}: {name!r} is {list(own.shape)} in the module and "
                 f"{list(master.shape)} in param_shapes"
             )
-        if not same_ends(master, own, files):
+        # A rank has about total / ranks elements, so that half of that is a step into each.
+        places = 2 * -(-master.numel * ranks // max(1, total)) + 1
+        if not same_ends(master, own, files, places):
             raise FormatError(
                 f"{checkpoint.directory}: {name!r}: the fp32 master in the optimizer's files, "
                 f"rounded to {own.dtype}, is not the weight in the module; the files are not of "
@@ -42,19 +47,25 @@ def check_against_module(
             )
 
 
-def same_ends(master: LazyTensor, own: LazyTensor, files: Sequence[str]) -> bool:
-    """Return whether a master, rounded, is a weight of the module, as far as its ends show."""
+def same_ends(master: LazyTensor, own: LazyTensor, files: Sequence[str], places: int = 2) -> bool:
+    """Return whether a master, rounded, is a weight of the module, as far as its ends show.
+
+    Of ``places`` above two the others lie between the ends, evenly.
+    """
     if master.shape != own.shape:
         return False
     master, own = _row(master), _row(own)
-    return all(equal(*ends, files) for ends in _ends(master.cast(own.dtype), own))
+    return all(equal(*pair, files) for pair in _samples(master.cast(own.dtype), own, places))
 
 
-def _ends(first: LazyTensor, second: LazyTensor) -> Iterator[tuple[LazyTensor, LazyTensor]]:
-    """Yield the first and the last rows of two tensors of one shape."""
+def _samples(
+    first: LazyTensor, second: LazyTensor, places: int
+) -> Iterator[tuple[LazyTensor, LazyTensor]]:
+    """Yield rows of two tensors of one shape: the first, the last, and some between."""
     size = first.shape[0]
     rows = min(size, max(1, SAMPLE // max(1, math.prod(first.shape[1:]))))
-    for start in sorted({0, size - rows}):
+    steps = max(1, places - 1)
+    for start in sorted({(size - rows) * step // steps for step in range(steps + 1)}):
         yield first.narrow(0, start, start + rows), second.narrow(0, start, start + rows)
 
 
@@ -68,13 +79,15 @@ def _row(tensor: LazyTensor) -> LazyTensor:
 def check_steps(checkpoint: Checkpoint) -> None:
     """Raise unless the optimizers of all ranks have made as many steps.
 
-    ZeRO 3 leaves nothing in the module that the masters could be compared with.
+    ZeRO 3 leaves nothing else that could be compared.
     """
     files = [str(path) for path in checkpoint.files]
     first, *others = [_steps(state) for state in checkpoint.optimizers]
     for rank, steps in enumerate(others, 1):
         same = len(steps) == len(first) and all(
-            equal(one, other, files) if isinstance(one, Stored) else one == other
+            equal(one, other, files)
+            if isinstance(one, Stored) and isinstance(other, Stored)
+            else one == other
             for one, other in zip(first, steps, strict=True)
         )
         if not same:

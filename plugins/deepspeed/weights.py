@@ -23,7 +23,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from ckptx.errors import FormatError, PlanError, listing
 from ckptx.lazy import Filled, LazyTensor, Shape, Stored, concat, is_widening, replicated
@@ -43,11 +43,13 @@ class Weights:
     sources: list[SourceTensor] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    label: str = ""
+    """What goes before the names of sources, where several ranks have the same."""
 
     def declare(self, place: str, tensors: Mapping[str, LazyTensor]) -> None:
         """Add tensors to what the source holds, those without elements left out."""
         self.sources += [
-            SourceTensor(f"{place}: {name}", tensor)
+            SourceTensor(f"{self.label}{place}: {name}", tensor)
             for name, tensor in tensors.items()
             if tensor.numel
         ]
@@ -70,7 +72,7 @@ def of_module(checkpoint: Checkpoint) -> Weights:
             f"{checkpoint.directory}: ZeRO 3 leaves no weights in the module; take the fp32 "
             "masters: leave --weights module out"
         )
-    weights = Weights()
+    weights = Weights(label=checkpoint.label)
     module = _module(checkpoint, weights)
     weights.tensors |= module
     _drop_fragments(checkpoint, weights)
@@ -86,9 +88,14 @@ def of_masters(checkpoint: Checkpoint, widen: bool = True) -> Weights:
         FormatError: pieces have not the sizes that the shapes need, or masters and module are not
             of one save.
     """
-    weights = Weights()
+    weights = Weights(label=checkpoint.label)
     module = _module(checkpoint, weights)
-    if checkpoint.stage == 0 and not _has_masters(checkpoint):
+    if checkpoint.stage == 0 and checkpoint.optimizers:
+        raise FormatError(
+            f"{checkpoint.directory}: its optimizer files hold fp32 masters, and no param_shapes "
+            "say whose; take the module's weights with --weights module"
+        )
+    if checkpoint.stage == 0 and not has_masters(checkpoint.model.get("optimizer")):
         weights.tensors |= module
         weights.notes.append("there are no fp32 masters: the weights are those of the module")
         return weights
@@ -97,11 +104,11 @@ def of_masters(checkpoint: Checkpoint, widen: bool = True) -> Weights:
     else:
         masters = {0: _unsplit, 2: _joined, 3: _gathered}[checkpoint.stage](checkpoint, weights)
     check_against_module(checkpoint, masters, module)
-    trained = [module[name] for name in masters if name in module]
-    weights.drop("module", "the fp32 masters of these are converted", trained)
+    shared = checkpoint.model.get("shared_params") or {}
+    trained = dict.fromkeys(module[name] for name in (*masters, *shared) if name in module)
+    weights.drop("module", "the fp32 masters of these are converted", list(trained))
     weights.tensors |= masters
     weights.tensors |= _frozen(checkpoint, module, weights, widen)
-    shared = checkpoint.model.get("shared_params") or {}
     for alias, name in shared.items():
         if name not in weights.tensors:
             raise FormatError(
@@ -120,32 +127,28 @@ def of_masters(checkpoint: Checkpoint, widen: bool = True) -> Weights:
 
 def _module(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
     """Return the tensors of the module that have elements or need none."""
+    tensors = checkpoint.module
     module: dict[str, LazyTensor] = {
-        str(name): tensor
-        for name, tensor in checkpoint.module.items()
-        if isinstance(tensor, Stored) and (checkpoint.stage < 3 or tensor.numel)
+        name: tensor for name, tensor in tensors.items() if checkpoint.stage < 3 or tensor.numel
     }
+    if odd := [str(name) for name in checkpoint.model["module"] if str(name) not in tensors]:
+        weights.notes.append(f"{listing(odd)}: in the module and no tensor, left behind")
     weights.declare("module", module)
     return module
 
 
 def _joined(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
     """Return the masters of ZeRO 1 and 2: the pieces of all ranks, one after another."""
+    check_steps(checkpoint)
     found: dict[str, LazyTensor] = {}
     states = [state["optimizer_state_dict"] for state in checkpoint.optimizers]
     for rank, state in enumerate(states):
         pieces = _pieces(checkpoint, state, "single_partition_of_fp32_groups")
         weights.declare(f"rank {rank}", {f"group {g}": piece for g, piece in enumerate(pieces)})
-    paddings = states[0].get("param_alignment_paddings") or []
     tails: list[LazyTensor] = []
     for group, shapes in enumerate(checkpoint.model["param_shapes"]):
         flat = concat([state["single_partition_of_fp32_groups"][group] for state in states])
-        gaps = paddings[group] if group < len(paddings) else [0] * len(shapes)
-        if len(gaps) != len(shapes):
-            raise FormatError(
-                f"{checkpoint.directory}: group {group} has {len(shapes)} parameters, and paddings "
-                f"of {len(gaps)}; the files are not of one checkpoint"
-            )
+        gaps = _gaps(checkpoint, states[0], group, len(shapes))
         position = 0
         for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
             stop = position + math.prod(shape)
@@ -157,6 +160,27 @@ def _joined(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
         tails.append(flat.narrow(0, position, flat.numel))
     weights.drop("padding", PADDING, tails)
     return found
+
+
+def _gaps(
+    checkpoint: Checkpoint, state: Mapping[str, Any], group: int, count: int
+) -> Sequence[int]:
+    """Return how many elements of padding are behind each of a group's parameters."""
+    paddings = state.get("param_alignment_paddings")
+    if not paddings:
+        return [0] * count
+    gaps = paddings[group] if isinstance(paddings, list) and group < len(paddings) else None
+    if not isinstance(gaps, list) or not all(type(gap) is int and gap >= 0 for gap in gaps):
+        raise FormatError(
+            f"{checkpoint.directory}: 'param_alignment_paddings' of the optimizer states are not "
+            "what DeepSpeed writes; the files are damaged, or of a version that is not known"
+        )
+    if len(gaps) != count:
+        raise FormatError(
+            f"{checkpoint.directory}: group {group} has {count} parameters, and paddings of "
+            f"{len(gaps)}; the files are not of one checkpoint"
+        )
+    return gaps
 
 
 def _gathered(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
@@ -268,7 +292,7 @@ def _identified(
 ) -> dict[str, LazyTensor] | None:
     """Return every master under the name of the one weight that it is, rounded, in every byte.
 
-    None where a master is equal to no weight, or to several.
+    None where a master is equal to no weight, or to several, or two differ that are of one weight.
     """
     found: dict[str, LazyTensor] = {}
     for master in (tensor for group in groups for tensor in group):
@@ -278,16 +302,28 @@ def _identified(
             if same_ends(master, tensor, files)
             and (not tensor.shape or equal(master.cast(tensor.dtype), tensor, files))
         ]
-        if len(own) != 1 or own[0] in found:
+        if len(own) != 1:
             return None
-        found[own[0]] = master
+        (name,) = own
+        known = found.setdefault(name, master)
+        if known is not master:  # of a tied weight, or one that all expert-parallel ranks train
+            if not equal(known, master, files):
+                return None
+            found[name] = replicated([known, master])
     return found
 
 
-def _has_masters(checkpoint: Checkpoint) -> bool:
+def has_masters(optimizer: Any) -> TypeGuard[Mapping[str, Any]]:
     """Return whether an optimizer without ZeRO keeps weights of its own: it does not in fp32."""
-    optimizer = checkpoint.model.get("optimizer")
-    return isinstance(optimizer, Mapping) and _masters_key(optimizer) in optimizer
+    return isinstance(optimizer, Mapping) and isinstance(
+        optimizer.get(_masters_key(optimizer)), list | tuple
+    )
+
+
+def together(optimizers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the optimizers without ZeRO of several ranks as one, with the masters of all."""
+    key = _masters_key(optimizers[0])
+    return {key: [group for one in optimizers for group in one.get(key) or ()]}
 
 
 def _masters_key(optimizer: Mapping[str, Any]) -> str:
@@ -298,7 +334,7 @@ def _masters_key(optimizer: Mapping[str, Any]) -> str:
 def _cut(group: Any, like: Sequence[LazyTensor]) -> list[LazyTensor]:
     """Return the masters of a group, cut where those of a fused optimizer lie end to end."""
     if not isinstance(group, LazyTensor):
-        return list(group)
+        return list(group) if isinstance(group, list | tuple) else [group]
     sizes = [tensor.numel for tensor in like]
     if sum(sizes) != group.numel:
         return [group]

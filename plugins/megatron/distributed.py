@@ -24,7 +24,14 @@ from ckptx.loading import inventory, main_dtype, messages_of
 from ckptx.parallel import Chunk
 from ckptx.plan import FilePlan, literal_files
 from ckptx.plugins.megatron.directory import IterationDirectory
-from ckptx.plugins.megatron.source import ENGINE_STATE, WEIGHTS_ONLY, Source, args_of
+from ckptx.plugins.megatron.source import (
+    ENGINE_STATE,
+    WEIGHTS_ONLY,
+    Apart,
+    Source,
+    args_of,
+    nothing_apart,
+)
 from ckptx.protocol import Dropped, Tensors
 from ckptx.saving import Model
 from ckptx.schema import Layout, Parts, Placed, Rank, place
@@ -49,7 +56,7 @@ _ENGINE, _NONE = [Filled("uint8", (0,))], [None]
 _OPTIMIZER = ("optimizer.", "chained_")
 
 
-def read(checkpoint: IterationDirectory) -> Source:
+def read(checkpoint: IterationDirectory, apart: Apart = nothing_apart) -> Source:
     """Read the metadata of a ``torch_dist`` checkpoint.
 
     Raises:
@@ -67,9 +74,11 @@ def read(checkpoint: IterationDirectory) -> Source:
     files: list[str] = []
     weights = dcp.tensors(metadata, files, [n for n in metadata.tensors if n not in set(training)])
     dropped = list(_dropped(state, training, metadata))
+    others = {name: [tensor] for name, tensor in weights.items() if apart(name, tensor)}
+    own = {name: tensor for name, tensor in weights.items() if name not in others}
 
     def messages(layout: Layout, parts: Parts) -> Iterator[Tensors]:
-        return messages_of(layout, _unstacked(weights, parts), parts)
+        return messages_of(layout, _unstacked(own, parts), parts)
 
     return Source(
         directory,
@@ -79,7 +88,8 @@ def read(checkpoint: IterationDirectory) -> Source:
         dropped,
         main_dtype(weights) if weights else "bfloat16",
         messages,
-        weights,
+        own,
+        apart=others,
     )
 
 

@@ -9,7 +9,8 @@ Source: NVIDIA/Megatron-LM megatron/training/checkpointing.py @ core_v0.16.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ from ckptx.plan import FilePlan
 from ckptx.plugins.megatron.directory import RANK_FILES, IterationDirectory
 from ckptx.plugins.megatron.distributed import Target, applies, holds
 from ckptx.plugins.megatron.forms import CORE, Form, form_of
-from ckptx.plugins.megatron.source import ENGINE_STATE, WEIGHTS_ONLY, Source, args_of, stored_bytes
+from ckptx.plugins.megatron.source import (
+    ENGINE_STATE,
+    WEIGHTS_ONLY,
+    Apart,
+    Source,
+    args_of,
+    nothing_apart,
+    stored_bytes,
+)
 from ckptx.protocol import Dropped, SourceTensor, Tensors
 from ckptx.saving import Model
 from ckptx.schema import Layout, Parts, Rank, Shards, Taker, give, rule
@@ -40,6 +49,28 @@ _SAME = (
     "hidden_size",
     "num_experts",
 )
+
+
+_RANK_NAME = re.compile(r"mp_rank_\d{2,}(_\d{3,}){0,2}")
+_LAYER = re.compile(r"(?:language_model\.)?(?:decoder|encoder|transformer)\.layers\.(\d+)\.")
+_FINAL_NORM = "decoder.final_layernorm.weight"
+
+
+def _as_it_is(state: Any, _: Path) -> Any:
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """How a framework names the file of a rank, and what it puts into it."""
+
+    names: Sequence[str] = RANK_FILES
+    """Those that it may have."""
+    state: Callable[[Any, Path], Any] = _as_it_is
+    """Returns what a file holds as Megatron has it: a dictionary with ``model`` or ``model0``..."""
+
+
+MEGATRON_FILES = Files()
 
 
 def directory_name(rank: Rank, pp_rank: int, pp: int) -> str:
@@ -94,7 +125,7 @@ def form_in(checkpoint: IterationDirectory) -> Form:
     Raises:
         FormatError: the file is damaged or holds no model.
     """
-    path = _file(_directories(checkpoint.path)[0])
+    path = _file(_directories(checkpoint.path)[0], MEGATRON_FILES)
     state = torch_zip.read(path, 0).value
     args_of(state, path)
     return form_of(next(_models(state, path))[1])
@@ -104,6 +135,8 @@ def read(
     checkpoint: IterationDirectory,
     form: Form = CORE,
     completed: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
+    kind: Files = MEGATRON_FILES,
+    apart: Apart = nothing_apart,
 ) -> Source:
     """Read the pickles of every rank; ``completed`` returns their args as they are to be taken.
 
@@ -112,16 +145,20 @@ def read(
     """
     directory = checkpoint.path
     found = _directories(directory)
-    first = _read_rank(_file(found[0]), 0, form)
+    first = _read_rank(_file(found[0], kind), 0, form, kind)
     args = completed(first.args)
-    tp = args.get("tensor_model_parallel_size") or _numbers(found, 2)
-    pp = args.get("pipeline_model_parallel_size") or (1 if args else _numbers(found, 3))
-    ep, etp = expert_sizes(args, tp)
+    if args:
+        tp = args.get("tensor_model_parallel_size") or _numbers(found, 2)
+        pp = args.get("pipeline_model_parallel_size") or 1
+        ep, etp = expert_sizes(args, tp)
+    else:
+        tp, pp, ep = _sizes_by_name(found, kind)
+        etp = tp
     ranks = stored_ranks(tp, ep, etp)
     names = [directory_name(rank, pp_rank, pp) for pp_rank in range(pp) for rank in ranks]
     _check_directories(directory, names, [path.name for path in found])
-    paths = [_file(directory / name) for name in names]
-    grid = [_read_rank(path, number, form) for number, path in enumerate(paths)]
+    paths = [_file(directory / name, kind) for name in names]
+    grid = [_read_rank(path, number, form, kind) for number, path in enumerate(paths)]
     for rank in grid:
         _check_same_run(first, rank)
     weights = {
@@ -130,9 +167,13 @@ def read(
         for index, model in enumerate(rank.models)
         for name, tensor in model.items()
     }
+    others: dict[str, list[LazyTensor]] = {}
+    for model in (model for rank in grid for model in rank.models):
+        for name in [name for name, tensor in model.items() if apart(name, tensor)]:
+            others.setdefault(name, []).append(model.pop(name))
 
     def messages(layout: Layout, parts: Parts) -> Iterator[Tensors]:
-        pipeline = _pipeline(args, pp, len(first.models), parts["language"])
+        pipeline = _pipeline(args, grid, len(ranks), parts["language"])
         return _messages(grid, ranks, pipeline, layout, parts, form)
 
     return Source(
@@ -146,6 +187,7 @@ def read(
         grid[0].models[0],
         tp,
         first.version,
+        others,
     )
 
 
@@ -315,8 +357,8 @@ def _join_tied(
         embeddings["word embeddings"] = replicated(pair)
 
 
-def _read_rank(path: Path, number: int, form: Form) -> _Rank:
-    state = torch_zip.read(path, number).value
+def _read_rank(path: Path, number: int, form: Form, kind: Files) -> _Rank:
+    state = kind.state(torch_zip.read(path, number).value, path)
     args = args_of(state, path)
     models: list[dict[str, LazyTensor]] = []
     states = 0
@@ -361,11 +403,11 @@ def _is_virtual(key: object) -> bool:
     return isinstance(key, str) and key.startswith("model") and key[5:].isdigit()
 
 
-def _file(directory: Path) -> Path:
-    for name in RANK_FILES:
+def _file(directory: Path, kind: Files) -> Path:
+    for name in kind.names:
         if (directory / name).is_file():
             return directory / name
-    raise FormatError(f"{directory}: holds no {RANK_FILES[0]}; the checkpoint is incomplete")
+    raise FormatError(f"{directory}: holds no {kind.names[0]}; the checkpoint is incomplete")
 
 
 def _directories(directory: Path) -> list[Path]:
@@ -378,11 +420,63 @@ def _numbers(found: list[Path], part: int) -> int:
     return len({tuple(path.name.split("_")[part : part + 1]) for path in found})
 
 
-def _pipeline(args: Mapping[str, Any], pp: int, virtual: int, spec: ModelSpec) -> Pipeline:
+def _sizes_by_name(found: list[Path], kind: Files) -> tuple[int, int, int]:
+    """Return the tensor-, pipeline- and expert-parallel sizes that the ranks' names say.
+
+    A second number without a third is the pipeline rank, or the expert rank: of several pipeline
+    ranks the first has no final norm.
+
+    Raises:
+        FormatError: a name is none that Megatron gives.
+    """
+    numbers = []
+    for path in found:
+        if not _RANK_NAME.fullmatch(path.name):
+            raise FormatError(
+                f"{path}: expected mp_rank_TT, mp_rank_TT_PPP or mp_rank_TT_PPP_EEE; move away "
+                "what does not belong to this checkpoint"
+            )
+        numbers.append(tuple(map(int, path.name.split("_")[2:])))
+    if len({len(number) for number in numbers}) > 1:
+        raise FormatError(
+            f"{found[0].parent}: {found[0].name} and {found[-1].name} are named for different "
+            "parallel sizes; the directory mixes checkpoints"
+        )
+    sizes = [max(column) + 1 for column in zip(*numbers, strict=True)]
+    if len(sizes) > 1 and set(sizes[1:]) == {1}:
+        raise FormatError(
+            f"{found[0].parent}: {found[-1].name} is named as one of several pipeline or expert "
+            "ranks, of which only the first is there; copy the others"
+        )
+    if len(sizes) == 2:
+        path = _file(found[0], kind)
+        models = dict(_models(kind.state(torch_zip.read(path, 0).value, path), path))
+        if any(_FINAL_NORM in model for model in models.values()):
+            sizes.insert(1, 1)
+    tp, pp, ep = (*sizes, 1, 1)[:3]
+    return tp, pp, ep
+
+
+def _pipeline(args: Mapping[str, Any], grid: list[_Rank], width: int, spec: ModelSpec) -> Pipeline:
     """Return what args say of the pipeline; the files themselves where there are none."""
     if args:
         return Pipeline.from_args({**args, "num_layers": spec.num_layers})
-    return Pipeline(pp, virtual if virtual > 1 else None)
+    stages = grid[::width]
+    counts = [
+        len({match[1] for match in map(_LAYER.match, rank.models[virtual]) if match})
+        for virtual in range(len(grid[0].models))
+        for rank in stages
+        if virtual < len(rank.models)
+    ]
+    if sum(counts) != spec.num_layers:
+        raise FormatError(
+            f"{grid[0].path.parent.parent}: the ranks hold {sum(counts)} layers, the config says "
+            f"{spec.num_layers}; it is not of this model, or ranks are missing"
+        )
+    # Multi-token prediction is where the output is.
+    further = "m" * spec.mtp_num_layers
+    layout = "E" + "|".join("t" * count for count in counts) + further + "L"
+    return Pipeline(len(stages), layout=layout)
 
 
 def _check_directories(directory: Path, expected: list[str], found: list[str]) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ckptx.errors import FormatError
 from ckptx.lazy import LazyTensor, Stored
 from ckptx.protocol import Dropped, SourceTensor, Tensors
 from ckptx.schema import Layout, Parts
+
+Apart: TypeAlias = Callable[[str, LazyTensor], bool]
+"""Says of a weight, by its name, that it is no part of what a layout describes."""
 
 WEIGHTS_ONLY = "only weights are converted"
 ENGINE_STATE = "quantisation state of Transformer Engine; holds no weights"
@@ -34,6 +37,8 @@ class Source:
     """Into how many tensor-parallel parts these weights are cut."""
     version: Any = None
     """The ``checkpoint_version`` of rank files."""
+    apart: Mapping[str, Sequence[LazyTensor]] = field(default_factory=dict)
+    """What `Apart` has named, by name; of several ranks, what each of them holds."""
 
     @property
     def names(self) -> list[str]:
@@ -55,6 +60,11 @@ def args_of(state: Any, file: Path) -> dict[str, Any]:
     if not isinstance(args, Mapping) and not hasattr(args, "__dict__"):
         raise FormatError(f"{file}: args are of type {type(args).__name__}, expected a namespace")
     return dict(args if isinstance(args, Mapping) else vars(args))
+
+
+def nothing_apart(_: str, __: LazyTensor) -> bool:
+    """Take everything for what a layout describes."""
+    return False
 
 
 def stored_bytes(value: Any) -> int:

@@ -101,6 +101,71 @@ def test_a_state_dict_inside_is_found_and_the_rest_named(container, tmp_path):
     assert dropped == ["optimizer", "epoch"]
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("fsdp_checkpoint", "model"),
+        ("model", "state_dict"),
+        ("state_dict", "module"),
+        ("fsdp_checkpoint", "model", "state_dict"),
+    ],
+)
+def test_containers_in_containers(path, tmp_path):
+    write_config(tmp_path, LLAMA)
+    state = tensors_of(LLAMA)
+    for depth, key in enumerate(reversed(path)):
+        state = {f"other{depth}": 1, "optimizer": {"step": torch.ones(1)}, key: state}
+    end = end_of(LOADER.load(write(tmp_path / "m.pt", state), {}))
+    assert_equal(loaded(LOADER, tmp_path / "m.pt"), LLAMA.canonical())
+    others = {f"other{depth}" for depth in range(len(path))}
+    assert {drop.name for drop in end.dropped} == {"optimizer", *others}
+    assert f"the weights are those of {'.'.join(path)!r}" in end.notes
+
+
+def test_a_container_of_itself(tmp_path):
+    state: dict[str, object] = {}
+    state["model"] = state["state_dict"] = state
+    with pytest.raises(FormatError, match="holds no state dict of tensors"):
+        list(LOADER.load(write(tmp_path / "m.pt", state), {}))
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "wrap"),
+    [
+        ((), "_orig_mod."),
+        ((), "module."),
+        ((), "_orig_mod.module."),
+        (("actor.",), "actor."),
+        (("actor.", "critic."), "actor.critic."),
+        (("net.",), "net._fsdp_wrapped_module."),
+    ],
+)
+def test_prefixes_are_taken_from_names_and_reported(prefixes, wrap, tmp_path):
+    write_config(tmp_path, LLAMA)
+    path = write(tmp_path / "m.pt", {wrap + name: t for name, t in tensors_of(LLAMA).items()})
+    options = {"strip_prefix": prefixes}
+    assert_equal(loaded(LOADER, path, options), LLAMA.canonical())
+    notes = " ".join(end_of(LOADER.load(path, options)).notes)
+    assert all(f"{prefix!r} was taken" in notes for prefix in prefixes)
+    assert ("names of wrappers were taken out" in notes) == (
+        wrap not in ("actor.", "actor.critic.")
+    )
+
+
+@pytest.mark.parametrize(
+    ("state", "prefix", "reason"),
+    [
+        ({"a.x": torch.ones(1)}, "b.", "no name starts with --strip-prefix 'b.'"),
+        ({"a.x": torch.ones(1), "x": torch.ones(1)}, "a.", "is the name of another tensor"),
+        ({"module.x": torch.ones(1), "x": torch.ones(1)}, None, "and another tensor are both"),
+    ],
+)
+def test_prefixes_that_do_not_fit(state, prefix, reason, tmp_path):
+    path = write(tmp_path / "m.pt", state)
+    with pytest.raises(FormatError, match=reason):
+        list(LOADER.load(path, {"strip_prefix": (prefix,) if prefix else ()}))
+
+
 def test_a_whole_checkpoint_of_rlinf_in_one_file(tmp_path):
     write_config(tmp_path, LLAMA)
     state = {"fsdp_checkpoint": {"model": tensors_of(LLAMA), "optimizers": {}}, "extra": 1}
@@ -114,7 +179,7 @@ def test_local_shards_of_rlinf_are_refused(tmp_path):
     folder = tmp_path / "local_shard_checkpoint"
     folder.mkdir()
     path = write(folder / "checkpoint_rank_0.pt", {"model": tensors_of(LLAMA)})
-    with pytest.raises(FormatError, match="local shards do not say where"):
+    with pytest.raises(FormatError, match="is one rank's share; give the directory"):
         list(LOADER.load(path, {}))
 
 

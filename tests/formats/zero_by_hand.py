@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,13 +24,16 @@ def write(
     shared: Mapping[str, str] | None = None,
     tag: str = "global_step7",
     step: float = 7.0,
+    rank: int = 0,
+    affine: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint whose masters are ``state``; return its root.
 
-    Parameters start at multiples of ``alignment`` elements (ZeRO 1 and 2).
+    Parameters start at multiples of ``alignment`` elements (ZeRO 1 and 2). With an ``affine`` map
+    ``state`` is what tensor-parallel ``rank`` of two has.
     """
     directory = root / tag
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=affine is not None)
     (root / "latest").write_text(tag)
     members = [list(state)[group::groups] for group in range(groups)]
     shapes = [{name: state[name].shape for name in names} for names in members]
@@ -49,18 +53,19 @@ def write(
         "lr_scheduler": {"last_epoch": 7},
         "global_steps": 7,
         "dp_world_size": world,
-        "mp_world_size": 1,
+        "mp_world_size": 2 if affine else 1,
         "ds_version": "0.19.8",
+        "universal_checkpoint_info": {"affine_map": affine},
     }
     tensors = [[state[name] for name in names] for names in members]
-    for rank in range(world):
-        if stage == 3 or rank == 0:
-            prefix = f"zero_pp_rank_{rank}_" if stage == 3 else ""
-            torch.save(model, directory / f"{prefix}mp_rank_00_model_states.pt")
+    for dp in range(world):
+        if stage == 3 or dp == 0:
+            prefix = f"zero_pp_rank_{dp}_" if stage == 3 else ""
+            torch.save(model, directory / f"{prefix}mp_rank_{rank:02d}_model_states.pt")
         if stage == 3:
-            inner = {"fp32_flat_groups": [_pieces(group, rank, world) for group in tensors]}
+            inner = {"fp32_flat_groups": [_pieces(group, dp, world) for group in tensors]}
         else:
-            flat = [_partition(group, rank, world, alignment) for group in tensors]
+            flat = [_partition(group, dp, world, alignment) for group in tensors]
             gaps = [[-tensor.numel() % alignment for tensor in group] for group in tensors]
             inner = {
                 "single_partition_of_fp32_groups": flat,
@@ -68,7 +73,7 @@ def write(
             }
         inner |= {"zero_stage": stage, "partition_count": world if stage == 3 else [world] * groups}
         inner["optimizer_state_dict"] = {"state": {0: {"step": torch.tensor(step)}}}
-        path = directory / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        path = directory / f"bf16_zero_pp_rank_{dp}_mp_rank_{rank:02d}_optim_states.pt"
         torch.save({"optimizer_state_dict": inner, "ds_version": "0.19.8"}, path)
     return root
 

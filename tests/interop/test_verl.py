@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,10 +159,72 @@ def test_a_step_and_a_run_mean_their_actor(saved, tmp_path):
     )
 
 
-def test_what_megatron_workers_save_is_named(tmp_path):
-    (tmp_path / "global_step_1" / "actor" / "dist_ckpt").mkdir(parents=True)
-    message = refused(tmp_path / "global_step_1", tmp_path, loader="verl")
-    assert "saved by verl's Megatron workers" in message
+def same(found, expected):
+    """Whether two nested states are equal, and of the same types."""
+    if isinstance(expected, torch.Tensor):
+        return found.dtype == expected.dtype and torch.equal(found, expected)
+    if isinstance(expected, np.ndarray):
+        return found.dtype == expected.dtype and np.array_equal(found, expected)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[k], expected[k]) for k in found)
+    if isinstance(expected, list | tuple):
+        alike = type(found) is type(expected) and len(found) == len(expected)
+        return alike and all(map(same, found, expected))
+    return type(found) is type(expected) and found == expected
+
+
+@pytest.mark.parametrize("saver", ["hf", "pytorch"])
+def test_extra_states_are_kept_if_asked(saver, actor, saved, tmp_path):
+    source = actor("fsdp", 2)
+    target = tmp_path / "kept"
+    facts = convert(source, target, saver, loader_options={"extra_state": True})
+    assert not any("extra_state" in drop["name"] for drop in facts.dropped)
+    states = [
+        torch.load(source / f"extra_state_world_size_2_rank_{rank}.pt", weights_only=False)
+        for rank in range(2)
+    ]
+    found = torch.load(target / "extra_state_merged.pt", weights_only=False)
+    assert same(found.pop("ranks"), states)
+    assert found.pop("world_size") == 2
+    assert same(found, states[0])
+    assert not same(states[0]["rng"], states[1]["rng"])
+    np.random.set_state(found["rng"]["numpy"])
+    torch.set_rng_state(found["rng"]["cpu"])
+    random.setstate(found["rng"]["random"])
+    scheduler = json.loads((target / "lr_scheduler_state.json").read_text())
+    assert scheduler == json.loads(json.dumps(states[0]["lr_scheduler"]))
+    assert scheduler["last_epoch"] == 2
+    if saver == "hf":
+        extra = {"extra_state_merged.pt", "lr_scheduler_state.json"}
+        weights = {n: d for n, d in contents(target).items() if n not in extra}
+        assert weights == contents(saved.model)
+
+
+def test_no_scheduler(actor, tmp_path):
+    source = actor("fsdp", 2)
+    for rank in range(2):
+        path = source / f"extra_state_world_size_2_rank_{rank}.pt"
+        state = torch.load(path, weights_only=False)
+        torch.save({**state, "lr_scheduler": None}, path)
+    facts = convert(source, tmp_path / "hf", "hf", loader_options={"extra_state": True})
+    assert any("no scheduler was saved" in note for note in facts.notes)
+    assert not (tmp_path / "hf" / "lr_scheduler_state.json").exists()
+
+
+def test_extra_states_that_cannot_be_kept(actor, tmp_path):
+    source = actor("fsdp", 2)
+    path = source / "extra_state_world_size_2_rank_1.pt"
+    torch.save({"lr_scheduler": torch.device("cpu")}, path)
+    wish = {"loader_options": {"extra_state": True}}
+    message = refused(source, tmp_path, **wish)
+    assert f"{path}: holds a torch.device, which cannot be carried over" in message
+    torch.save([1], path)
+    assert "expected a dictionary, found list" in refused(source, tmp_path, **wish)
+    faults.truncate(path)
+    assert path.name in refused(source, tmp_path, **wish)
+    path.unlink()
+    message = refused(source, tmp_path, **wish)
+    assert "1 of 2 files are missing: 'extra_state_world_size_2_rank_1.pt'; copy them" in message
 
 
 def test_weights_beside_the_config_are_left_by_name(actor, saved, tmp_path):

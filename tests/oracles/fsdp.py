@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +25,16 @@ def save(model: Path, target: Path, world: int, container: tuple[str, ...] = ())
     With a container the state of an optimizer after one step is saved beside it.
     """
     run(_save, world, model, target, container)
+
+
+def save_sharded(model: Path, target: Path, world: int, how: str) -> None:
+    """Shard a model as ``tests.oracles.verl.SHARDINGS[how]`` does and save its state dict."""
+    run(_save_sharded, world, model, target, how)
+
+
+def save_safetensors(model: Path, target: Path, world: int, consolidate: bool = False) -> None:
+    """Shard a model over ``world`` ranks and save it by `HuggingFaceStorageWriter`."""
+    run(_save_safetensors, world, model, target, consolidate)
 
 
 def load(
@@ -76,6 +87,21 @@ def _save(path: Path, target: Path, container: tuple[str, ...]) -> None:
         moments = {str(i): s for i, s in enumerate(optimizer.state.values())}
         state["optimizer"] = {"state": moments, "param_groups": [{"lr": 0.0}]}
     dcp.save(state, checkpoint_id=str(target))
+
+
+def _save_sharded(path: Path, target: Path, how: str) -> None:
+    from . import verl  # which imports this module
+
+    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+    dcp.save(verl.SHARDINGS[how](model).state_dict(), checkpoint_id=str(target))
+
+
+def _save_safetensors(path: Path, target: Path, consolidate: bool) -> None:
+    state = get_model_state_dict(_sharded(path))
+    writer = HuggingFaceStorageWriter(
+        str(target), save_distributed=True, enable_consolidation=consolidate
+    )
+    dcp.save(state, storage_writer=writer)
 
 
 def _load(checkpoint: Path, path: Path, container: tuple[str, ...], gathered: Path) -> None:

@@ -86,6 +86,7 @@ def write(
     args_names: ArgsNames = "0.16",
     iteration: int | Literal["release"] = 10,
     content_metadata: Mapping[str, Any] | None = None,
+    verl: Mapping[str, Any] | None = None,
     timeout: float = 120.0,
 ) -> torch.Tensor:
     """Write a checkpoint with random weights into ``directory`` and return the model's logits.
@@ -95,6 +96,9 @@ def write(
     its fields; ``args_names`` chooses between layernorm_epsilon (core 0.16) and norm_epsilon
     (up to 0.15).
     ``content_metadata`` steers sharded_state_dict, e.g. ``{"singleton_local_shards": True}``.
+    With ``verl`` the directory becomes what verl's Megatron workers save below ``actor``; its
+    ``head`` is None, or the bias (True, False) of a head with one output; without ``weights`` only
+    states are saved.
 
     Returns:
         Float32 logits [batch, sequence, padded vocabulary], computed by megatron at ``layout``.
@@ -105,6 +109,7 @@ def write(
         "args_names": args_names,
         "iteration": iteration,
         "content_metadata": dict(content_metadata or {}),
+        **({} if verl is None else {"verl": dict(verl)}),
     }
     request = Request(
         "write",

@@ -80,6 +80,10 @@ def run(request: Request, rank: int, scratch: Path) -> Any:
     layout, model = request.layout, request.model
     _initialise(layout, rank, scratch)
     chunks = _build(model, layout)
+    if "verl" in request.options:
+        from . import mcore_verl
+
+        mcore_verl.add_head(chunks, request.options["verl"]["head"])
     if request.action == "write":
         _fill(chunks, request.options["seed"], request.options["content_metadata"])
         _save(request, chunks)
@@ -384,6 +388,13 @@ def _pipeline_size() -> int:
 
 def _save(request: Request, chunks: list[GPTModel]) -> None:
     options = request.options
+    if "verl" in options:
+        from . import mcore_verl
+
+        saved = chunks if options["verl"].get("weights", True) else []
+        mcore_verl.save(request.directory, request.format, saved)
+        dist.barrier()
+        return
     iteration = options["iteration"]
     name = "release" if iteration == "release" else f"iter_{iteration:07d}"
     directory = request.directory / name

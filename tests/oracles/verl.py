@@ -6,9 +6,12 @@ Source: volcengine/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ 01ee5
 from __future__ import annotations
 
 import json
+import random
 import warnings
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -51,7 +54,8 @@ def save(model: Path, target: Path, world: int, how: str = "fsdp") -> None:
     beside = target / "huggingface"
     beside.mkdir()
     for name in ("config.json", "generation_config.json"):
-        (beside / name).write_bytes((model / name).read_bytes())
+        if (model / name).exists():
+            (beside / name).write_bytes((model / name).read_bytes())
 
 
 def _save(path: Path, target: Path, how: str) -> None:
@@ -63,8 +67,29 @@ def _save(path: Path, target: Path, how: str) -> None:
         state = SHARDINGS[how](model).state_dict()
         torch.save(state, target / f"model_{place}")
     torch.save({"state": {}, "param_groups": []}, target / f"optim_{place}")
-    extra = {"lr_scheduler": None, "rng": {"cpu": torch.get_rng_state()}}
-    torch.save(extra, target / f"extra_state_{place}")
+    torch.save(extra_state(rank), target / f"extra_state_{place}")
+
+
+def extra_state(rank: int) -> dict[str, Any]:
+    """What verl keeps of a rank: a real scheduler's state and that of every random generator."""
+    torch.manual_seed(rank)
+    numpy.random.seed(rank)
+    random.seed(rank)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_warmup, steps=3))
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+    rng = {
+        "cpu": torch.get_rng_state(),
+        "numpy": numpy.random.get_state(),
+        "random": random.getstate(),
+    }
+    return {"lr_scheduler": scheduler.state_dict(), "rng": rng}
+
+
+def _warmup(step: int, *, steps: int) -> float:
+    return min(1.0, step / steps)
 
 
 def _fully_sharded(

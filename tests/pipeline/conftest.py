@@ -229,10 +229,10 @@ def session(leader: int) -> list[int]:
 def scene(tmp_path, monkeypatch):
     made = Scene(tmp_path)
     monkeypatch.syspath_prepend(str(made.site))
-    for cached in (manager.entries, manager._registered):
+    for cached in (manager.entries, manager._registered, manager._hooks):
         cached.cache_clear()
     yield made
     made.close()
     sys.modules.pop("fake_plugins", None)
-    for cached in (manager.entries, manager._registered):
+    for cached in (manager.entries, manager._registered, manager._hooks):
         cached.cache_clear()

@@ -68,11 +68,11 @@ def plugins(tmp_path, monkeypatch):
     )
     (site / "one_two_plugins.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(str(site))
-    for cache in (manager.entries, manager._registered):
+    for cache in (manager.entries, manager._registered, manager._hooks):
         cache.cache_clear()
     yield
     sys.modules.pop("one_two_plugins", None)
-    for cache in (manager.entries, manager._registered):
+    for cache in (manager.entries, manager._registered, manager._hooks):
         cache.cache_clear()
 
 

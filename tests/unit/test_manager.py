@@ -33,7 +33,7 @@ def register_loaders(register):
 def install(tmp_path, monkeypatch):
     """Return a function that installs a distribution with entry points and modules."""
     monkeypatch.delenv(manager.PIN, raising=False)
-    caches = (manager.entries, manager._registered, manager.families)
+    caches = (manager.entries, manager._registered, manager._hooks, manager.families)
     before = set(sys.modules)
 
     def install(distribution: str, points: dict[str, str], **modules: str) -> Path:
@@ -149,7 +149,7 @@ def test_unknown_plugin_lists_the_known_ones(install):
         manager.saver("hff")
 
 
-@pytest.mark.parametrize("name", ["nemo", "rlinf", "gguf", "fsdp"])
+@pytest.mark.parametrize("name", ["nemo", "rlinf", "gguf", "fsdp_dtensor"])
 def test_recognised_format_without_plugin_says_so(install, name):
     with pytest.raises(PluginError, match=f"'{name}': ckptx knows of this format .* no loader"):
         manager.loader(name)

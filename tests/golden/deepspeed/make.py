@@ -26,6 +26,15 @@ import deepspeed
 import torch
 import transformers
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from parallel import (
+    gather_experts,
+    gather_pipeline,
+    gather_tensor_parallel,
+    llama,
+    mixture_groups,
+    mixture_of,
+    pipeline_of,
+)
 from safetensors.torch import save_file
 
 CONFIG: dict[str, Any] = {
@@ -63,6 +72,14 @@ class Case:
     """Whether ``zero_to_fp32`` reads this."""
     compare: bool = True
     """Whether `safe_get_full_fp32_param` gives the right weights."""
+    tensor: int = 1
+    """Tensor-parallel ranks of AutoTP."""
+    pipeline: int = 0
+    """Stages of a `PipelineModule`."""
+    experts: int = 0
+    """Experts of DeepSpeed's own mixture, over ``expert_parallel`` ranks."""
+    expert_parallel: int = 1
+    model: str = "Llama"
 
 
 ROUND_ROBIN = {"round_robin_gradients": True}
@@ -81,6 +98,16 @@ KEPT = {
     "universal2": Case(2, 2, "bf16", groups=True, tied=True, universal=True),
     "universal3": Case(3, 2, "bf16", frozen=True, universal=True),
     "zero2_excluded": Case(2, 1, "fp32", frozen=True, exclude=True),
+    "zero3_excluded": Case(3, 2, "bf16", frozen=True, exclude=True),
+    "zero3_hpz": Case(3, 4, "bf16", zero={"zero_hpz_partition_size": 2}),
+    "tp2_zero1": Case(1, 4, "bf16", tensor=2, tied=True, extract=False),
+    "tp2_zero3": Case(3, 4, "bf16", tensor=2, extract=False),
+    "tp3_zero0_fp32": Case(0, 3, "fp32", tensor=3, model="Qwen2", extract=False),
+    "pipeline_zero1": Case(1, 4, "bf16", pipeline=2, extract=False),
+    "pipeline_tied": Case(1, 2, "bf16", pipeline=2, tied=True, extract=False),
+    "pipeline_zero0_bf16": Case(0, 2, "bf16", pipeline=2, extract=False),
+    "experts_zero2": Case(2, 4, "bf16", experts=4, expert_parallel=2, extract=False),
+    "experts_zero0_fp32": Case(0, 2, "fp32", experts=2, expert_parallel=2, extract=False),
 }
 GRID = {
     f"grid_{stage}_{world}_{dtype}": Case(stage, world, dtype, groups=True, extract=stage > 0)
@@ -95,23 +122,42 @@ FURTHER = {
     "zero1_round_robin": Case(1, 3, "bf16", zero=ROUND_ROBIN, groups=True, compare=False),
     "zero1_tied": Case(1, 2, "fp32", tied=True),
     "zero2_frozen": Case(2, 3, "bf16", frozen=True, groups=True, tied=True),
-    "zero3_excluded": Case(3, 2, "bf16", frozen=True, exclude=True),
     "zero0_frozen": Case(0, 2, "bf16", frozen=True, groups=True, tied=True, extract=False),
     "zero0_fp16_frozen": Case(0, 2, "fp16", frozen=True, tied=True, extract=False),
-    "zero3_hpz": Case(3, 4, "bf16", zero={"zero_hpz_partition_size": 2}),
     "zero3_sub_groups": Case(3, 2, "bf16", zero={"sub_group_size": 100}),
     "zero0_groups": Case(0, 1, "bf16", groups=True, extract=False),
     "zero0_fused": Case(0, 2, "bf16", fused=True, extract=False),
     "zero2_buffer": Case(2, 2, "bf16", buffer=True),
+    "tp2_zero2": Case(2, 2, "fp16", tensor=2, model="Qwen2", extract=False),
+    "tp2_starcoder": Case(1, 2, "bf16", tensor=2, model="Starcoder2", extract=False),
+    "pipeline_zero0_fp32": Case(0, 2, "fp32", pipeline=2, extract=False),
+    "experts_zero0_bf16": Case(0, 2, "bf16", experts=4, expert_parallel=2, extract=False),
+    "experts_zero1": Case(1, 4, "bf16", experts=4, expert_parallel=4, extract=False),
+    "experts_one_rank": Case(2, 2, "bf16", experts=2, expert_parallel=1, extract=False),
 }
 CASES = {**KEPT, **GRID, **FURTHER}
 
 
+def config_of(case: Case) -> dict[str, Any]:
+    """Return a config whose heads the tensor-parallel ranks can share."""
+    heads = {"hidden_size": 12, "num_attention_heads": 6, "num_key_value_heads": 3}
+    layers = {"num_hidden_layers": 2} if case.pipeline else {}
+    pair = {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return CONFIG | layers | {3: heads, 2: pair}.get(case.tensor, {})
+
+
 def model_of(case: Case) -> torch.nn.Module:
     """Return the same random weights for every rank."""
+    if case.experts:
+        return mixture_of(case)
     torch.manual_seed(7)
-    config = transformers.LlamaConfig(**CONFIG, tie_word_embeddings=case.tied)
-    model = transformers.LlamaForCausalLM(config)
+    make_config = getattr(transformers, f"{case.model}Config")
+    make_model = getattr(transformers, f"{case.model}ForCausalLM")
+    model = make_model(make_config(**config_of(case), tie_word_embeddings=case.tied))
+    if case.tensor > 1:  # a bias of zeros would lie anywhere
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter)
     if case.buffer:
         model.register_buffer("ages", torch.arange(5, dtype=torch.int64) * 1000003)
         model.register_buffer("scale", torch.linspace(0, 1, 3))
@@ -126,6 +172,8 @@ def model_of(case: Case) -> torch.nn.Module:
 
 def groups_of(case: Case, model: torch.nn.Module) -> list[dict[str, Any]]:
     """Return the parameter groups of the optimizer: one, or matrices and vectors apart."""
+    if case.experts:
+        return mixture_groups(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not case.groups:
         return [{"params": trained}]
@@ -137,8 +185,14 @@ def groups_of(case: Case, model: torch.nn.Module) -> list[dict[str, Any]]:
 
 def gathered(case: Case, engine: Any) -> dict[str, torch.Tensor]:
     """Return the weights of the live engine: fp32 masters, and what is not trained as it is."""
+    masters = {}
+    if case.stage == 0 and case.dtype != "fp32" and hasattr(engine.optimizer, "fp16_groups"):
+        masters = masters_of(engine)
+    if case.tensor > 1:
+        return gather_tensor_parallel(engine, masters)
+    if case.experts:
+        return gather_experts(case, engine, masters)
     found = {}
-    masters = masters_of(engine) if case.stage == 0 and case.dtype != "fp32" else {}
     for name, parameter in engine.module.named_parameters():
         if parameter in masters:
             value = masters[parameter].detach()
@@ -173,9 +227,14 @@ def train(rank: int, case: Case, directory: Path, port: int) -> None:
     os.environ["MASTER_PORT"] = str(port)
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    model = model_of(case)
+    names: dict[int, str] = {}
+    if case.pipeline:
+        model, names = pipeline_of(case, llama(case, config_of(case)))
+    else:
+        model = model_of(case)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
+        **({"tensor_parallel": {"autotp_size": case.tensor}} if case.tensor > 1 else {}),
         "zero_optimization": {"stage": case.stage, **case.zero},
         "bf16": {"enabled": case.dtype == "bf16"},
         "fp16": {"enabled": case.dtype == "fp16", "initial_scale_power": 4},
@@ -186,19 +245,27 @@ def train(rank: int, case: Case, directory: Path, port: int) -> None:
     adam = deepspeed.ops.adam.FusedAdam if case.fused else torch.optim.AdamW
     optimizer = adam(groups_of(case, model), lr=0.01)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    torch.manual_seed(100 + rank)
+    torch.manual_seed(100 + rank // case.tensor)
     for _ in range(3):
-        tokens = torch.randint(CONFIG["vocab_size"], (2, 8))
-        loss = engine(input_ids=tokens, labels=tokens).loss
-        engine.backward(loss + model.odd.sum() if case.odd else loss)
-        engine.step()
+        step(case, engine)
     engine.save_checkpoint(str(directory), exclude_frozen_parameters=case.exclude)
-    weights = gathered(case, engine)
+    weights = gather_pipeline(engine, names) if case.pipeline else gathered(case, engine)
     torch.distributed.barrier()
     if rank == 0:
         keep(case, directory, weights)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def step(case: Case, engine: Any) -> None:
+    """Train for one step on random tokens."""
+    tokens = torch.randint(CONFIG["vocab_size"], (2, 8))
+    if case.pipeline:
+        engine.train_batch(iter([(tokens, tokens)]))
+        return
+    loss = engine(tokens) if case.experts else engine(input_ids=tokens, labels=tokens).loss
+    engine.backward(loss + engine.module.odd.sum() if case.odd else loss)
+    engine.step()
 
 
 def keep(case: Case, directory: Path, weights: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,67 @@
+"""What a search has found: a mistake, the tensors that it explains, and what to do about it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_SHOWN = 3  # tensors in the text form
+_LABEL, _PAGE = 10, 120  # columns
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One explanation, and the tensors that it holds for, without exception."""
+
+    mistakes: tuple[str, ...]
+    """Stable names, ``"gate-up-exchanged"``; several where they were made at once."""
+    title: str
+    details: tuple[str, ...]
+    """What happened, in words that follow the data: which rows, which order."""
+    advice: str
+    tensors: tuple[str, ...]
+    of: int
+    """The number of tensors that differ in all, missing ones included."""
+    rounding: str = ""
+    """What the values were rounded to; empty where every bit is explained."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            "mistakes": list(self.mistakes),
+            "title": self.title,
+            "details": list(self.details),
+            "advice": self.advice,
+            "explains": list(self.tensors),
+            "of": self.of,
+            "exact": not self.rounding,
+            "rounding": self.rounding,
+        }
+
+    def render(self, width: int) -> Iterator[str]:
+        """Yield the finding as lines of at most ``width`` columns."""
+        how = f"within the rounding to {self.rounding}" if self.rounding else "to the last bit"
+        count = f"{len(self.tensors)} of {self.of} differing tensors, {how}"
+        yield from wrapped("diagnosis", self.title, width)
+        yield from wrapped("explains", f"{count}: {self._some()}", width)
+        for detail in self.details:
+            yield from wrapped("data", detail, width)
+        yield from wrapped("advice", self.advice, width)
+
+    def _some(self) -> str:
+        rest = len(self.tensors) - _SHOWN
+        return ", ".join(self.tensors[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def wrapped(label: str, text: str, width: int) -> list[str]:
+    """Return ``text`` beside its label, broken between words; prose is not wider than a page."""
+    return textwrap.wrap(
+        text,
+        min(max(width, 4 * _LABEL), _PAGE),
+        initial_indent=f"{label:<{_LABEL}}",
+        subsequent_indent=" " * _LABEL,
+        break_on_hyphens=False,
+        break_long_words=False,  # a path that is cut cannot be copied
+    )

@@ -1,0 +1,1 @@
+"""What RLinf saves beside forms that others have too: its local shards."""

@@ -1,0 +1,139 @@
+"""RLinf's local shards: what each rank's ``state_dict()`` gives, without where it lies.
+
+    local_shard_checkpoint/
+        checkpoint_rank_0.pt    {"model": {name: tensor}, "optimizers": ..., "lr_schedulers": ...,
+                                 "fsdp_version": "fsdp2", "rng": ...}
+
+DTensors were reduced to their local tensors, so places have to follow from how RLinf shards. Under
+``fsdp`` (FSDP 1) a state dict is a full one: every rank holds the whole model. Under ``fsdp2`` the
+mesh has one axis and parameters are cut along their first one, in parts as of `torch.chunk`. What
+no rank says is how long a whole tensor is: only the dimensions of a known model show that the last
+ranks are there, and that a tensor which all ranks hold alike is no buffer.
+
+Source: RLinf/RLinf rlinf/hybrid_engines/fsdp/strategy/{base,checkpoint,fsdp}.py,
+rlinf/hybrid_engines/fsdp/utils.py (create_device_mesh, apply_fsdp2_to_model) @ a3816b5.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckptx.containers import torch_zip
+from ckptx.errors import FormatError, listing
+from ckptx.lazy import LazyTensor, Stored, concat, replicated
+from ckptx.plugins.trained import WEIGHTS_ONLY
+from ckptx.protocol import Dropped, SourceTensor
+
+FOLDER = "local_shard_checkpoint"
+_FILE = re.compile(r"checkpoint_rank_(0|[1-9]\d{0,5})\.pt")
+_WHOLE, _ROWS = "fsdp", "fsdp2"
+
+
+def holds_shards(directory: Path) -> bool:
+    """Return whether a directory is one of local shards."""
+    return directory.is_dir() and any(_FILE.fullmatch(path.name) for path in directory.iterdir())
+
+
+def read(
+    directory: Path,
+) -> tuple[dict[str, LazyTensor], tuple[SourceTensor, ...], tuple[str, ...], tuple[Dropped, ...]]:
+    """Return the tensors of the model, those of all ranks, the files, and what stays behind.
+
+    Raises:
+        FormatError: ranks are missing, damaged, or do not hold shares of the same tensors.
+    """
+    files = _files(directory)
+    held: dict[str, list[Stored]] = {}
+    sources: list[SourceTensor] = []
+    kinds: dict[str, Path] = {}
+    left: dict[str, None] = {}
+    for number, file in enumerate(files):
+        value = torch_zip.read(file, number).value
+        state = _state(value, file)
+        kinds.setdefault(value["fsdp_version"], file)
+        left |= dict.fromkeys(str(key) for key in value if key not in ("model", "fsdp_version"))
+        for name, tensor in state.items():
+            if not isinstance(tensor, Stored):
+                raise FormatError(
+                    f"{file}: {name!r}: expected a tensor, found {type(tensor).__name__}"
+                )
+            held.setdefault(str(name), []).append(tensor)
+            sources.append(SourceTensor(f"rank {number}: {name}", tensor))
+        odd = [name for name, tensors in held.items() if len(tensors) != number + 1]
+        if odd:
+            raise FormatError(
+                f"{file}: expected the tensors of the other ranks, found others or fewer, as by "
+                f"{listing(odd, 2)}; the files are of different runs"
+            )
+    if len(kinds) > 1:
+        raise FormatError(
+            f"{directory}: {' and '.join(path.name for path in kinds.values())} are of FSDP "
+            f"versions {' and '.join(kinds)}; the files are of different runs"
+        )
+    (version,) = kinds
+    join = _copies if version == _WHOLE else _rows
+    tensors = {name: join(parts, f"{directory}: {name!r}") for name, parts in held.items()}
+    dropped = tuple(Dropped(key, WEIGHTS_ONLY) for key in left)
+    return tensors, tuple(sources), tuple(str(file.absolute()) for file in files), dropped
+
+
+def _files(directory: Path) -> list[Path]:
+    ranks = {int(m[1]): directory / m[0] for m in map(_FILE.fullmatch, _names(directory)) if m}
+    missing = [f"checkpoint_rank_{rank}.pt" for rank in range(max(ranks)) if rank not in ranks]
+    if missing:
+        raise FormatError(
+            f"{directory}: {len(missing)} of at least {max(ranks) + 1} rank files are missing: "
+            f"{listing(missing)}; copy them"
+        )
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def _names(directory: Path) -> list[str]:
+    return [path.name for path in sorted(directory.iterdir())]
+
+
+def _state(value: Any, file: Path) -> Mapping[Any, Any]:
+    state = value.get("model") if isinstance(value, Mapping) else None
+    if not isinstance(state, Mapping) or not state:
+        raise FormatError(f"{file}: expected a dictionary with the tensors of 'model'")
+    version = value.get("fsdp_version")
+    if version not in (_WHOLE, _ROWS):
+        raise FormatError(
+            f"{file}: says fsdp_version {version!r:.40}, expected {_WHOLE!r} or {_ROWS!r}; give "
+            "dcp_checkpoint, or model_state_dict/full_weights.pt"
+        )
+    return state
+
+
+def _copies(parts: list[Stored], where: str) -> LazyTensor:
+    """Return the tensor that every rank holds whole."""
+    if len({(part.shape, part.dtype) for part in parts}) > 1:
+        raise FormatError(
+            f"{where}: ranks hold different shapes, where FSDP 1 gives all the whole tensor; the "
+            "files are of different runs"
+        )
+    return replicated(list(parts))
+
+
+def _rows(parts: list[Stored], where: str) -> LazyTensor:
+    """Return the tensor of which ranks hold rows, as many as `torch.chunk` gives each."""
+    first = parts[0]
+    if not first.shape:
+        return _copies(parts, where)
+    if len({(part.shape[1:], part.dtype) for part in parts}) > 1:
+        raise FormatError(
+            f"{where}: ranks hold rows of different lengths or dtypes; the files are of different "
+            "runs"
+        )
+    found = [part.shape[0] for part in parts]
+    total, most = sum(found), -(-sum(found) // len(parts))
+    expected = [max(0, min(most, total - rank * most)) for rank in range(len(parts))]
+    if found != expected:
+        raise FormatError(
+            f"{where}: ranks hold {listing(map(str, found))} rows, FSDP 2 gives "
+            f"{listing(map(str, expected))}; a rank is missing or of another run"
+        )
+    return concat([part for part in parts if part.shape[0]] or [first], 0)
