@@ -2,7 +2,7 @@
 
 ``CKPTX_FAULT`` is ``ROLE VICTIM STEP``: in process ROLE, at step number STEP, VICTIM (``self`` or
 ``parent``) gets SIGKILL. Steps of the saver are its writes and syncs, those of the others what they
-open, make, rename and remove in the scene. ``CKPTX_FAULT_LOG`` is where writes and syncs are logged.
+open, make, rename and remove in the scene. ``CKPTX_FAULT_LOG`` is where writes and syncs are noted.
 """
 
 import os
@@ -30,7 +30,7 @@ def _watch_bytes() -> None:
     log = os.open(os.environ["CKPTX_FAULT_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def path(descriptor: int) -> str:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
+        return os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115 - as short as can be
 
     def note(*words: object) -> None:
         os.write(log, ("\t".join(map(str, words)) + "\n").encode())
