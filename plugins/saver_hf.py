@@ -75,11 +75,20 @@ class HfSaver:
         files, notes = _sidecars(model, main_dtype(tensors))
         limit = parse_size(options.get("max_shard_size") or "5GB")
         plans = [*literal_files(files), *apart, *weight_files(tensors, limit)]
+        hint = f'transformers.{_auto_class(model)}.from_pretrained("{{target}}")'
+        if CONFIG not in files:
+            first = next(plan.path for plan in plans if plan.path.endswith(".safetensors"))
+            hint = f'safetensors.torch.load_file("{{target}}/{first}")'
+            notes = (
+                *notes,
+                f"no {CONFIG}: transformers cannot load it; --hf-base takes config and tokenizer "
+                "from the model that was trained",
+            )
         return SavePlan(
             plans,
             dropped=dropped,
             notes=(*filled, *notes),
-            load_hint=f'transformers.{_auto_class(model)}.from_pretrained("{{target}}")',
+            load_hint=hint,
             details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
         )
 
