@@ -5,6 +5,7 @@ Each case is one seed; ``CKPTX_FAULTS=200`` runs more of each kind than the few 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -46,9 +47,13 @@ def digests(root: Path) -> dict[str, str]:
     }
 
 
-def shared_memory() -> set[str]:
-    """Return the semaphores of this user's processes, which outlive those that forget them."""
-    return {path.name for path in Path("/dev/shm").glob("sem.mp-*")}
+def forgotten() -> set[str]:
+    """Return the semaphores that outlive their processes: no process has them in its memory."""
+    named = {path.name for path in Path("/dev/shm").glob("sem.mp-*")}
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            named -= set(re.findall(r"sem\.mp-\w+", maps.read_text())) if named else set()
+    return named
 
 
 class Scene:
@@ -62,7 +67,7 @@ class Scene:
         place.mkdir()
         shutil.copytree(source, self.source)
         self.before = digests(self.source)
-        self.shared = shared_memory()
+        self.forgotten = forgotten()
 
     def start(self, *options: str, fault: str = "", **more: object) -> subprocess.Popen[str]:
         environment = {
@@ -123,7 +128,7 @@ class Scene:
 
     def check_source(self) -> None:
         assert digests(self.source) == self.before, self.says("the source was touched")
-        wait_for(lambda: shared_memory() <= self.shared, seconds=10)
+        wait_for(lambda: forgotten() <= self.forgotten, seconds=10)
 
 
 @pytest.fixture(scope="session")
