@@ -267,6 +267,7 @@ class Computed(LazyTensor):
     params: tuple[int, ...] = ()
 
 
+@lru_cache(maxsize=4096)
 def contiguous_strides(shape: Shape) -> Shape:
     """Return the strides, in elements, of a row-major tensor.
 
@@ -417,6 +418,8 @@ def replicated(copies: Sequence[LazyTensor]) -> LazyTensor:
     if not copies:
         raise PlanError("no copies of a tensor")
     first = copies[0]
+    if len(copies) == 1:
+        return first
     for copy in copies[1:]:
         if (copy.shape, copy.dtype) != (first.shape, first.dtype):
             raise PlanError(

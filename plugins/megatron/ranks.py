@@ -27,14 +27,13 @@ from ckptx.plugins.megatron.distributed import Target, applies, holds
 from ckptx.plugins.megatron.forms import CORE, Form, form_of
 from ckptx.plugins.megatron.source import (
     ENGINE_STATE,
-    WEIGHTS_ONLY,
     Apart,
     Source,
     args_of,
     nothing_apart,
     stored_bytes,
 )
-from ckptx.protocol import Dropped, SourceTensor, Tensors
+from ckptx.protocol import WEIGHTS_ONLY, Dropped, SourceTensor, Tensors
 from ckptx.saving import Model
 from ckptx.schema import Layout, Parts, Rank, Shards, Taker, give, rule
 from ckptx.spec import ModelSpec
