@@ -1,7 +1,7 @@
 """Hostile pickles, as opcodes: each entry pushes one object, or tries to.
 
-`REFUSED` must never be read. `ODD` are inert, and lie: what reads them must refuse them or pass them
-by. Calls that a plain unpickler would make touch the file `CANARY` in the working directory.
+`REFUSED` must never be read. `ODD` are inert, and lie: what reads them must refuse them or pass
+them by. Calls that a plain unpickler would make touch the file `CANARY` in the working directory.
 """
 
 from __future__ import annotations

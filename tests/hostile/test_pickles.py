@@ -56,7 +56,7 @@ SINGING = [
 
 
 def test_the_canary_sings(tmp_path):
-    """What the catalogue calls does run where nobody looks: its silence elsewhere says something."""
+    """What the catalogue calls runs where nobody looks: so its silence elsewhere says something."""
     data = [b"\x80\x02" + REFUSED[name] + b"." for name in SINGING]
     program = f"""
 import os, pickle, sys, time
@@ -266,7 +266,7 @@ def test_no_loader_stumbles(place, step, sources):
                 try:
                     list(manager.loader(loader).load(source, {}))
                 except CkptxError as error:
-                    assert len(str(error)) < 2000, (name, number)
+                    stumbled += [f"{name}, shape {number}: long"] * (len(str(error)) > 2000)
                 except Exception as error:
                     stumbled.append(f"{name}, shape {number}: {error!r}")
                 assert time.monotonic() - start < SECONDS, (name, number)
