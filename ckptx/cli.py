@@ -15,7 +15,7 @@ from functools import partial
 import click
 
 from ckptx import __version__, torchrun
-from ckptx.commands import conversion, from_config, modify, show, source
+from ckptx.commands import conversion, from_config, from_script, modify, show, source
 from ckptx.errors import CkptxError
 from ckptx.supervision import Interrupted
 
@@ -26,6 +26,7 @@ def command() -> click.Group:
         conversion.convert_command("short"),
         conversion.plan_command(),
         from_config.from_config_command(),
+        from_script.from_script_command(),
         source.inspect_command(),
         source.print_tensor_command(),
         show.verify_command(),

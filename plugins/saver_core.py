@@ -155,7 +155,9 @@ class CoreSaver:
                     *bert.launch_flags(spec, style.local),
                     *(llava.launch_flags(args) if seeing else ()),
                 ]
-            ),
+            )
+            if rooted
+            else 'megatron.core.dist_checkpointing.load(sharded_state_dict, "{target}")',
             details={
                 "ckpt_format": ckpt_format,
                 "tensor_parallel_size": tp,
