@@ -27,7 +27,7 @@ INSPECT = Script(
         ),
     ),
     command="inspect",
-    always=("--tree",),
+    always=("--tree", "--names", "stored"),
 )
 
 PRINT_TENSOR = Script(
