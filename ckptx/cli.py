@@ -10,11 +10,12 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import click
 
-from ckptx import __version__
-from ckptx.commands import conversion, from_config, modify, show, source
+from ckptx import __version__, torchrun
+from ckptx.commands import conversion, from_config, from_script, modify, show, source
 from ckptx.commands.options import printable
 from ckptx.errors import CkptxError
 from ckptx.supervision import Interrupted
@@ -26,6 +27,7 @@ def command() -> click.Group:
         conversion.convert_command("short"),
         conversion.plan_command(),
         from_config.from_config_command(),
+        from_script.from_script_command(),
         source.inspect_command(),
         source.print_tensor_command(),
         show.verify_command(),
@@ -54,11 +56,20 @@ def convert(args: Sequence[str] | None = None) -> None:
 
 
 _LONGEST = 3000  # characters of an error
+_WRITERS = ("convert", "modify", "from-config", "from-script")
+"""The commands that only one of several ranks may run."""
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def _run(command: click.Command, args: Sequence[str] | None, name: str) -> None:
     args = list(sys.argv[1:] if args is None else args)
+    work = partial(_code, command, args, name)
+    writes = not isinstance(command, click.Group) or next(iter(args), "") in _WRITERS
+    sys.exit(torchrun.once([name, *args], work) if writes else work())
+
+
+def _code(command: click.Command, args: list[str], name: str) -> int:
+    """Run a command and report what goes wrong; return the exit code."""
     verbose = "--verbose" in args or "-v" in args
     quiet = "--quiet" in args or "-q" in args
     level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
@@ -83,7 +94,7 @@ def _run(command: click.Command, args: Sequence[str] | None, name: str) -> None:
     except Exception as error:  # a bug: still one line, and the whole story on request
         text = f"internal error: {type(error).__name__}: {error}"
         code = _error(text if verbose else f"{text} (--verbose shows where)", 1, verbose)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _error(message: str, code: int, verbose: bool) -> int:
