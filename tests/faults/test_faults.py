@@ -249,6 +249,27 @@ def test_killed_while_the_target_appears(scene, sources, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_killed_while_a_target_is_replaced(scene, sources, seed):
+    """At any time the old target is there, or the new one, and each is whole."""
+    release = scene.target / "release"
+    release.mkdir(parents=True)
+    (release / "old").write_bytes(b"precious")
+    before = digests(release)
+    after = {
+        path.removeprefix("release/"): digest
+        for path, digest in sources[1].items()
+        if path.startswith("release/")
+    }
+    for _ in range(2):
+        role, steps = scene.random.choice([("parent", PUBLISHING), ("saver", LATE)])
+        step = scene.random.choice(steps)
+        scene.run(*CORE, *EVERY, "--overwrite", fault=f"{role} self {step}")
+        assert digests(release) in (before, after), scene.says("neither old nor new")
+    assert scene.run(*CORE, *EVERY, "--overwrite") == 0, scene.says("not continued")
+    scene.check_end(sources[1])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_damage_in_what_was_kept_is_found(scene, sources, seed):
     scene.run(*CORE, *EVERY, fault=f"saver self {scene.random.choice(LATE)}")
     for path in scene.target.rglob("*.pt"):
