@@ -28,7 +28,7 @@ from tests.pipeline.conftest import session, wait_for
 
 ROOT = Path(manager.__file__).resolve().parents[1]
 INJECTED = Path(__file__).parent / "injected"
-COUNT = int(os.environ.get("CKPTX_FAULTS", "2"))
+COUNT = int(os.environ.get("CKPTX_FAULTS", "1"))
 FIRST = int(os.environ.get("CKPTX_FAULTS_FIRST_SEED", "0"))
 SEEDS = range(FIRST, FIRST + COUNT)
 CORE = ("--to", "core", "--tp", "2", "--pp", "2", "--ckpt-format", "torch")
