@@ -93,13 +93,8 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
     return next((family for family in _named_by(config) if family.layouts), None)
 
 
-def _texts(value: object) -> list[str]:
-    """Return the strings of what should be a list of them."""
-    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
-
-
 def _named_by(config: Mapping[str, Any]) -> Iterator[Family]:
-    architectures = _texts(config.get("architectures"))
+    architectures = _architectures(config)
     for family in manager.families().values():
         if any(name in family.architectures for name in architectures) or (
             not architectures and config.get("model_type") in family.model_types
