@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import click
 
 from ckptx import __version__
-from ckptx.commands import conversion, from_config, modify, show, source
+from ckptx.commands import conversion, from_config, modify, running, show, source
 from ckptx.errors import CkptxError
 from ckptx.supervision import Interrupted
 
@@ -28,6 +28,7 @@ def command() -> click.Group:
         source.inspect_command(),
         source.print_tensor_command(),
         show.verify_command(),
+        running.generate_command(),
         modify.modify_command(),
         show.plugins_command(),
     ]
