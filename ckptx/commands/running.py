@@ -1,4 +1,4 @@
-"""``generate``: a model run by transformers."""
+"""``generate``, and ``verify --logits``: commands that run models."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ckptx.commands.options import Dtype, output_options, show_result
 
@@ -136,3 +137,74 @@ def _job(given: dict[str, Any]) -> dict[str, Any]:
         "image": str(given["image"].resolve()) if given["image"] else None,
         "samples": given["samples"] if given["benchmark"] else 0,
     }
+
+
+_LOGITS = ("logits_atol", "tokens", "seed", "prompt", "hf_base")
+
+
+def logits_options() -> list[click.Parameter]:
+    """Return the options of ``verify`` that run both models."""
+    return [
+        click.Option(
+            ["--logits"],
+            is_flag=True,
+            help="Run both models, each in its own framework, and compare their logits instead.",
+        ),
+        click.Option(
+            ["--logits-atol"],
+            type=click.FloatRange(0),
+            default=1e-4,
+            show_default=True,
+            help="Let float32 logits differ by so much.",
+        ),
+        click.Option(
+            ["--tokens"],
+            type=click.IntRange(1),
+            default=16,
+            show_default=True,
+            help="With --logits: tokens of each of two random sequences.",
+        ),
+        click.Option(
+            ["--seed"],
+            type=click.IntRange(0),
+            default=0,
+            show_default=True,
+            help="With --logits: seed of the random tokens.",
+        ),
+        click.Option(["--prompt"], help="With --logits: a text instead of random tokens."),
+        click.Option(
+            ["--hf-base"],
+            type=_FOLDER,
+            help="With --logits: Hugging Face model with the config of a side that has none.",
+        ),
+    ]
+
+
+def check_inputs(logits: bool) -> None:
+    """Refuse options of ``--logits`` where nothing is run, and the reverse.
+
+    Raises:
+        click.UsageError: one is given.
+    """
+    ctx = click.get_current_context()
+    given = {
+        name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    }
+    if "logits" in given and not logits:
+        raise click.UsageError("--logits compares two checkpoints; give both")
+    others = ("rtol", "atol", "ignore_dtype", "diagnosis")
+    wrong = sorted(given & set(others if logits else _LOGITS))
+    if wrong:
+        options = {param.name: param.opts[0] for param in ctx.command.params}
+        word = "does not go with" if logits else "needs"
+        raise click.UsageError(f"{options[wrong[0]]} {word} --logits")
+
+
+def compared_logits(
+    a: Path, b: Path, loader_a: str | None, loader_b: str | None, given: dict[str, Any]
+) -> Any:
+    """Return the comparison of what two models compute."""
+    from ckptx.running.logits import Inputs, compare_logits
+
+    inputs = Inputs(given["tokens"], given["seed"], given["prompt"], given["hf_base"])
+    return compare_logits(a, b, loader_a, loader_b, inputs, given["logits_atol"])
