@@ -7,6 +7,7 @@ the queue: its thread would only print what it cannot pickle, and the other side
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import sys
@@ -88,8 +89,13 @@ def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> Outcome:
         proved = proof.prove(plan, begin, end)
     # What lies in the spool is gone with this run, and may come in another order in the next.
     lasting = job.resume and spool_path not in begin.files
-    identity = identify(plan, states, versions(job), job.digest) if lasting else None
-    staging = Path(line.ask("planned", (outline(plan), identity)))
+    identity = identify(plan, begin.files, states, versions(job), job.digest) if lasting else None
+    place, published = line.ask("planned", (outline(plan), identity))
+    facts = Facts.of(begin, end, plan, proved)
+    if published:  # by a run that was killed before it could say so
+        digest = json.loads((Path(place) / manifest_path(plan)).read_bytes())["digest"]
+        return facts, digest, sum(file.size for file in plan.files)
+    staging = Path(place)
     with _journal(staging, identity, job) as journal:
         written = writer.execute(
             plan, begin.files, staging, write_options(job), line.advance, journal, states
@@ -98,7 +104,7 @@ def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> Outcome:
         content, digest = manifest.build(plan, begin, written.digests, versions(job), spool_path)
         with writer.writing(staging):
             write_durable(staging / manifest_path(plan), content)
-    return Facts.of(begin, end, plan, proved), digest, written.resumed
+    return facts, digest, written.resumed
 
 
 def _journal(
@@ -110,7 +116,7 @@ def _journal(
 
 
 def _write_directly(saver: ModuleSaver, job: Job, stream: Stream, line: Line) -> Facts:
-    staging = Path(line.ask("planned", (saver.outline(job), None)))
+    staging = Path(line.ask("planned", (saver.outline(job), None))[0])
     options = job.options(job.saver_options, staging=staging)
     facts = saver.write_directly(recast(stream, job), options, line.advance)
     stream.finish(job.saver)

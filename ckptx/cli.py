@@ -10,11 +10,13 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import click
 
-from ckptx import __version__
-from ckptx.commands import conversion, from_config, modify, running, show, source
+from ckptx import __version__, torchrun
+from ckptx.commands import conversion, from_config, from_script, modify, running, show, source
+from ckptx.commands.options import printable
 from ckptx.errors import CkptxError
 from ckptx.supervision import Interrupted
 
@@ -25,6 +27,7 @@ def command() -> click.Group:
         conversion.convert_command("short"),
         conversion.plan_command(),
         from_config.from_config_command(),
+        from_script.from_script_command(),
         source.inspect_command(),
         source.print_tensor_command(),
         show.verify_command(),
@@ -53,15 +56,27 @@ def convert(args: Sequence[str] | None = None) -> None:
     _run(long, args, "convert.py")
 
 
+_LONGEST = 3000  # characters of an error
+_WRITERS = ("convert", "modify", "from-config", "from-script")
+"""The commands that only one of several ranks may run."""
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def _run(command: click.Command, args: Sequence[str] | None, name: str) -> None:
     args = list(sys.argv[1:] if args is None else args)
+    work = partial(_code, command, args, name)
+    writes = not isinstance(command, click.Group) or next(iter(args), "") in _WRITERS
+    sys.exit(torchrun.once([name, *args], work) if writes else work())
+
+
+def _code(command: click.Command, args: list[str], name: str) -> int:
+    """Run a command and report what goes wrong; return the exit code."""
     verbose = "--verbose" in args or "-v" in args
     quiet = "--quiet" in args or "-q" in args
     level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=level, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Printable("%(message)s"))
     try:
         code = command.main(args, name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -80,13 +95,23 @@ def _run(command: click.Command, args: Sequence[str] | None, name: str) -> None:
     except Exception as error:  # a bug: still one line, and the whole story on request
         text = f"internal error: {type(error).__name__}: {error}"
         code = _error(text if verbose else f"{text} (--verbose shows where)", 1, verbose)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _error(message: str, code: int, verbose: bool) -> int:
     if verbose:
         import traceback
 
-        click.echo(traceback.format_exc().rstrip(), err=True)
-    click.echo(f"error: {' '.join(message.split()) or 'stopped'}", err=True)
+        click.echo(printable(traceback.format_exc().rstrip()), err=True)
+    line = printable(" ".join(message.split())) or "stopped"
+    if len(line) > _LONGEST:  # a name of a megabyte; what to do is said last
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    click.echo(f"error: {line}", err=True)
     return code
+
+
+class _Printable(logging.Formatter):
+    """Writes records in which names of strangers do nothing to a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))

@@ -25,15 +25,27 @@ import os
 import pickle
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import xxhash
 
 from ckptx.errors import ConversionError
-from ckptx.plan import SavePlan
+from ckptx.lazy import (
+    Computed,
+    Merged,
+    Permuted,
+    Sliced,
+    Split,
+    Stored,
+    Tiled,
+)
+from ckptx.plan import Crc32, SavePlan
 
 NAME = "journal"
 """The file's name in the partial directory of a target."""
@@ -45,6 +57,17 @@ _CHECKSUM = struct.Struct("<Q")
 _NUMBER = struct.Struct("<Q")
 _PATIENCE = 30.0  # seconds that the last system call of a killed writer may take
 _BLOCK = 1 << 20  # bytes of a pickled plan that are hashed at once
+_REGIONS = 256  # that are pickled at once
+_CONTENTS = (
+    Stored,
+    Sliced,
+    Tiled,
+    Permuted,
+    Split,
+    Merged,
+    Computed,
+    Crc32,
+)  # what plans are full of
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +97,22 @@ class Identity:
 
 def identify(
     plan: SavePlan,
-    sources: Mapping[str, Sequence[int]],
+    files: Sequence[str],
+    states: Mapping[str, Sequence[int]],
     versions: Mapping[str, str],
     digest: str,
 ) -> Identity:
-    """Return the identity of a conversion; ``sources`` has inode, size and times by path."""
+    """Return the identity of a conversion.
+
+    ``files`` are the source paths in the order in which the plan refers to them, ``states`` the
+    inode, size and times of each.
+    """
+    sources = hashlib.sha256()
+    for path in files:
+        sources.update(repr((path, tuple(states[path]))).encode())
     return Identity(
         plan=_plan_digest(plan),
-        sources=hashlib.sha256(repr(sorted(sources.items())).encode()).hexdigest(),
+        sources=sources.hexdigest(),
         versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         digest=digest,
     )
@@ -93,10 +124,12 @@ def _plan_digest(plan: SavePlan) -> str:
     sink = io.BytesIO()
     pickler = pickle.Pickler(sink, 5)
     pickler.fast = True  # without memory of what was pickled before: equal plans, equal bytes
+    pickler.dispatch_table = {kind: _reducer(kind) for kind in _CONTENTS}
     for file in plan.files:
         pickler.dump((file.path, file.size))
-        for region in file.regions:
-            pickler.dump(tuple(region))
+        regions = iter(file.regions)
+        while some := [tuple(region) for region in islice(regions, _REGIONS)]:
+            pickler.dump(some)
             if sink.tell() > _BLOCK:
                 whole.update(sink.getbuffer())
                 sink.seek(0)
@@ -105,6 +138,12 @@ def _plan_digest(plan: SavePlan) -> str:
     pointers = sorted(plan.pointers.items())
     whole.update(repr((plan.directory, plan.single_file, pointers)).encode())
     return whole.hexdigest()
+
+
+def _reducer(kind: type) -> Callable[[Any], tuple[type, tuple[object, ...]]]:
+    """Return how to pickle a dataclass in half the time: giants have millions."""
+    values = attrgetter(*(field.name for field in fields(kind)))
+    return lambda content: (kind, values(content))
 
 
 @dataclass(slots=True)

@@ -47,6 +47,8 @@ ITEMSIZE = {
     "complex64": 8,
 }
 """Bytes per element of every dtype, by its torch name."""
+MAX_AXES = 64
+"""How many axes a tensor of a file may have: as many as numpy arrays and torch's loops."""
 
 _WIDENING = {
     "float16": {"float32", "float64"},

@@ -274,9 +274,9 @@ class _Supervisor:
                 self.progress.advance(content)
             case "planned":
                 outline, identity = content
-                staging = self.target.prepare(outline, identity)
+                place = self.target.prepare(outline, identity)
                 self.progress.begin(sum(file.size for file in outline.files))
-                child.connection.send(str(staging))
+                child.connection.send((str(place), self.target.published))
             case "failed":
                 self.failures.append(content)
             case "done":

@@ -324,12 +324,15 @@ def _check_sources(begin: Begin, used: Iterable[Stored]) -> int:
     """Check that every source byte is used; return how many there are, shared bytes once."""
     spans = _spans(begin.sources)
     starts = [(span.file, span.start) for span in spans]
+    known = dict(zip(starts, spans, strict=True))
     for leaf in dict.fromkeys(used):
-        runs = _runs(leaf)
-        index = bisect.bisect_right(starts, (leaf.file, leaf.offset)) - 1
-        span = spans[index] if index >= 0 else None
-        if not leaf.numel:
+        if 0 in leaf.shape:
             continue
+        runs = _runs(leaf)
+        place = leaf.file, leaf.offset
+        span = known.get(place)  # most tensors are read from their start
+        if span is None and (index := bisect.bisect_right(starts, place)):
+            span = spans[index - 1]
         if span is None or span.file != leaf.file or runs.stop > span.stop:
             raise _undeclared(begin, leaf.file, runs)
         span.used.append(runs)
@@ -377,8 +380,9 @@ class _Span:
 def _spans(sources: Iterable[SourceTensor]) -> list[_Span]:
     extents = []
     for source in sources:
-        for leaf in leaves(source.extent):
-            if isinstance(leaf, Stored) and leaf.numel:
+        extent = source.extent
+        for leaf in (extent,) if isinstance(extent, Stored) else leaves(extent):
+            if isinstance(leaf, Stored) and 0 not in leaf.shape:
                 runs = _runs(leaf)
                 extents.append((leaf.file, runs.start, runs.stop, source.name, runs))
     extents.sort(key=lambda extent: extent[:4])

@@ -4,6 +4,7 @@
       TARGET.ckptx-partial/       all that is left if the machine loses power
         lock                      held by the run that works here
         journal                   what of ``new`` is on disk, see `ckptx.journal`
+        publishing                which inode is, or is about to be, TARGET
         new/                      what will be TARGET
       TARGET                      appears by one rename, whole
 
@@ -13,7 +14,8 @@ in the partial directory, is removed with it.
 
 An error removes the partial directory. A run that was cut short keeps it, if something is recorded
 in its journal; the next run for the target either continues it, if it is the same conversion, or
-removes it.
+removes it. A run that was killed after the target had appeared is continued, too: with the pointers
+to it, and by removing what is left.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 PARTIAL = ".ckptx-partial"
 MANIFEST = "ckptx-manifest.json"
+_PUBLISHING = "publishing"
 _log = logging.getLogger(__name__)
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux include/uapi/linux/fs.h
 
@@ -102,8 +105,9 @@ class Target:
         self.overwrite = overwrite
         self._created: list[Path] = []
         self._lock = -1
-        self._partial: Path | None = None
         self._keep = False
+        self.published = False
+        """Whether the target is in place, put there by this run or one before."""
         self.kept: Kept | None = None
         """What is left for another run; known once the context has ended."""
         for source in self.inputs:
@@ -122,15 +126,21 @@ class Target:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._lock >= 0 and self._partial is not None:
+        if self._lock >= 0:
             self.kept = self._worth_keeping() if self._keep else None
             if self.kept is None:
-                shutil.rmtree(self._partial / "new", ignore_errors=True)
-                shutil.rmtree(self._partial, ignore_errors=True)  # the lock file, last
+                self._clear()
             os.close(self._lock)
         for folder in reversed(self._created if kind else []):
             with contextlib.suppress(OSError):  # not empty: the work of someone else meanwhile
                 folder.rmdir()
+
+    def _clear(self) -> None:
+        """Remove the partial directory: what another run can use last, and the lock after it."""
+        for name in ("new", "old", journal.NAME, _PUBLISHING):
+            with contextlib.suppress(ConversionError):
+                _remove(self._partial / name)
+        shutil.rmtree(self._partial, ignore_errors=True)
 
     @property
     def path(self) -> Path:
@@ -145,15 +155,22 @@ class Target:
         """Return the staging directory for a plan, after all that can be refused was checked.
 
         It is empty, unless an earlier run of the same ``identity`` has left something in its
-        journal. Without an identity nothing is continued.
+        journal. Without an identity nothing is continued. If an earlier run has put all of it in
+        place already, that place is returned, and `published` set.
 
         Raises:
             PlanError: the target exists, touches the source, or cannot be written.
             ConversionError: another run works on it, or the disk is too small.
         """
-        self._look(plan)
+        self._name(plan)
+        if self._was_published(identity):
+            self._acquire(self._partial)
+            if self._was_published(identity):
+                self.published = True
+                _log.warning("resuming: %s is in place and whole", self._path)
+                return self._path.parent if plan.single_file else self._path
+        self._check_place()
         self._make(self._path.parent)
-        self._partial = self._path.parent / f"{self._path.name}{PARTIAL}"
         self._acquire(self._partial)
         _rescue(self._partial, self._path)
         staging = self._partial / "new"
@@ -166,15 +183,31 @@ class Target:
         staging.mkdir(exist_ok=True)
         return staging
 
+    def _was_published(self, identity: Identity | None) -> bool:
+        """Return whether a killed run of this conversion has put its target in place."""
+        named = self._publishing()
+        if identity is None or not named or named != _inode(self._path):
+            return False
+        found = journal.read(self._partial / journal.NAME)
+        return found is not None and not found.identity.difference(identity)
+
+    def _publishing(self) -> str:
+        """Return what a killed run was about to put in place; empty if it did not get so far."""
+        try:
+            return (self._partial / _PUBLISHING).read_text()
+        except (OSError, ValueError):
+            return ""
+
     def _continues(self, identity: Identity | None) -> bool:
         """Return whether the partial directory holds the beginning of this conversion."""
-        assert self._partial is not None
         found = journal.read(self._partial / journal.NAME)
         if found is None or not found.durable:
             return False
         staging = self._partial / "new"
         if not staging.is_dir() or staging.is_symlink():
             return False
+        if self._publishing() not in ("", _inode(self._staged())):
+            return False  # it did, and what lies here is the target that it replaced
         reason = found.identity.difference(identity) if identity else "it is not to be continued"
         if reason:
             _log.warning(
@@ -184,7 +217,6 @@ class Target:
         return not reason
 
     def _worth_keeping(self) -> Kept | None:
-        assert self._partial is not None
         found = journal.read(self._partial / journal.NAME)
         if found is None or not found.durable:
             return None
@@ -197,16 +229,23 @@ class Target:
             PlanError: the target exists or touches the source.
             ConversionError: the disk is too small.
         """
-        self._look(plan)
+        self._name(plan)
+        self._check_place()
         self._check_disk()
 
-    def _look(self, plan: SavePlan) -> None:
+    def _name(self, plan: SavePlan) -> None:
+        """Learn from a plan where the target and its partial directory are."""
         self.plan = plan
         self._path = self.save_dir / plan.directory if plan.directory else self.save_dir
         for path in (plan.directory, *plan.pointers, *(file.path for file in plan.files)):
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise PlanError(f"{path!r}: an output path must stay inside the target")
-        self._check_place()
+        self._partial = self._path.parent / f"{self._path.name}{PARTIAL}"
+
+    def _staged(self) -> Path:
+        """Return what becomes the target by a rename."""
+        new = self._partial / "new"
+        return new / self.plan.files[0].path if self.plan.single_file else new
 
     def publish(self) -> list[str]:
         """Make the staged files the target, then write the pointers; return remarks.
@@ -215,25 +254,28 @@ class Target:
             CutShortError: the target appeared meanwhile, or cannot be renamed.
             ConversionError: the target is in place, and a pointer to it cannot be written.
         """
-        assert self._partial is not None
-        staging = self._partial / "new"
-        try:
-            if self.plan.single_file:
-                self._publish_file(staging)
-            else:
-                self._publish_directory(staging)
-        except OSError as error:
-            raise CutShortError(f"{self._path}: cannot be put in place: {error}") from error
+        if not self.published:
+            self._put_in_place()
         self._created.clear()
         try:
-            # What lies in the staging directory from here on is the old target.
-            (self._partial / journal.NAME).unlink(missing_ok=True)
             sync_directory(self._path.parent)
             return self._write_pointers()
         except OSError as error:
             raise ConversionError(
                 f"{self._path}: is whole and in place, but not all that belongs to it: {error}"
             ) from error
+
+    def _put_in_place(self) -> None:
+        staging = self._partial / "new"
+        try:
+            write_durable(self._partial / _PUBLISHING, _inode(self._staged()).encode())
+            if self.plan.single_file:
+                self._publish_file(staging)
+            else:
+                self._publish_directory(staging)
+        except OSError as error:
+            raise CutShortError(f"{self._path}: cannot be put in place: {error}") from error
+        self.published = True
 
     def _check_place(self) -> None:
         path = self._path
@@ -348,7 +390,6 @@ class Target:
             staging.rename(self._path)  # fails if a directory with anything in it is there now
 
     def _write_pointers(self) -> list[str]:
-        assert self._partial is not None
         notes = []
         for name, content in self.plan.pointers.items():
             pointer = self.save_dir / name
@@ -457,9 +498,20 @@ def _occupied(folder: Path) -> int:
     )
 
 
+def _inode(path: Path) -> str:
+    """Return the inode of a path in words, which a rename does not change; empty if none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return ""
+    return f"inode {status.st_ino} of device {status.st_dev}"
+
+
 def _remove(path: Path) -> None:
     try:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except FileNotFoundError:
+        pass
     except OSError as error:
         raise ConversionError(
             f"{path}: left by a killed run, cannot be removed: {error.strerror}"

@@ -78,6 +78,11 @@ class DeepspeedLoader:
                 ["--prefix"],
                 help="What a module around the model has put before its names, as 'model.'.",
             ),
+            click.Option(
+                ["--exclude-frozen-parameters"],
+                is_flag=True,
+                help="Take only what was trained; without --fill-from-base that is no whole model.",
+            ),
             *adapter_options(),
             click.Option(
                 ["--layer-map"],
@@ -97,10 +102,17 @@ class DeepspeedLoader:
         # What is converted to another dtype anyway need not have one dtype before.
         widen = options.get("dtype") is None
         prefix = options.get("prefix") or ""
+        trained = bool(options.get("exclude_frozen_parameters"))
+        if trained and not masters:
+            raise FormatError(
+                "--exclude-frozen-parameters tells what was trained by its fp32 masters; leave "
+                "--weights module out"
+            )
         small = {**beside(saved.directory), **base_sidecars(options)}
         try:
             shapes = _shapes(saved, small, prefix, options)
-            found = ranks.gathered(saved, masters, widen, shapes, options.get("layer_map"))
+            layer_map = options.get("layer_map")
+            found = ranks.gathered(saved, masters, widen, shapes, layer_map, not trained)
             left = _left(saved)
         except RecursionError as error:
             raise FormatError(f"{source}: its objects are nested too deeply") from error
@@ -109,6 +121,9 @@ class DeepspeedLoader:
         filled, remarks = base_tensors(files, found.tensors, options)
         found.declare("base", filled)
         found.tensors |= weights.widened(filled) if masters and widen else filled
+        if trained and found.frozen and not filled:
+            small = {}  # a config would say that this is the whole model
+            remarks = (*remarks, "only what was trained is here, so no config was written beside")
         begin = Begin(
             format=self.name,
             layout="hf",

@@ -72,6 +72,14 @@ class CoreSaver:
                 "[default: the source's, else one each]",
             ),
             iteration_option(),
+            click.Option(
+                ["--no-iteration-directory", "iteration_directory"],
+                is_flag=True,
+                flag_value=False,
+                default=True,
+                help="Write the files to DST itself, without tracker: verl's "
+                "dist_checkpointing_path.",
+            ),
         ]
 
     def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
@@ -128,11 +136,11 @@ class CoreSaver:
             if ckpt_format == "torch_dist"
             else ranks.plan(model, target, pipeline.pp)
         )
-        name = iteration_name(iteration)
+        rooted = options.get("iteration_directory", True)
         return SavePlan(
             [*files, *literal_files(model.begin.sidecars, SIDECARS)],
-            directory=name,
-            pointers={TRACKER: str(iteration).encode()},
+            directory=iteration_name(iteration) if rooted else "",
+            pointers={TRACKER: str(iteration).encode()} if rooted else {},
             dropped=dropped,
             notes=tuple(notes),
             stages=llava.describe(chunks) if seeing else describe(chunks),
@@ -147,7 +155,9 @@ class CoreSaver:
                     *bert.launch_flags(spec, style.local),
                     *(llava.launch_flags(args) if seeing else ()),
                 ]
-            ),
+            )
+            if rooted
+            else 'megatron.core.dist_checkpointing.load(sharded_state_dict, "{target}")',
             details={
                 "ckpt_format": ckpt_format,
                 "tensor_parallel_size": tp,

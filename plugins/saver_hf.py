@@ -6,12 +6,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
 
 from ckptx import heads, quantised
-from ckptx.containers import safetensors
+from ckptx.containers import safetensors, torch_zip
 from ckptx.errors import PlanError, SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import ITEMSIZE, LazyTensor
@@ -41,21 +42,28 @@ class HfSaver:
 
     name = "hf"
     capabilities: Mapping[str, Any] = {
-        "formats": ["safetensors"],
+        "formats": ["safetensors", "pytorch_model.bin"],
         "layouts": ["hf"],
         "passthrough": True,
         "lossless": True,
     }
 
     def options(self) -> list[click.Option]:
-        """Return ``--max-shard-size``."""
+        """Return the options for the weight files."""
         return [
             click.Option(
                 ["--max-shard-size"],
                 default="5GB",
                 show_default=True,
                 help="Largest weight file, as 5GB or 500MB; one tensor is never divided.",
-            )
+            ),
+            click.Option(
+                ["--weight-files"],
+                type=click.Choice(["safetensors", "bin"]),
+                default="safetensors",
+                show_default=True,
+                help="Kind of weight files; bin: pytorch_model.bin, or shards of it with an index.",
+            ),
         ]
 
     def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
@@ -73,13 +81,22 @@ class HfSaver:
             iteration = model.begin.training.get("iteration", "release")
             tensors, apart, filled = set_aside(config, tensors, iteration)
         files, notes = _sidecars(model, main_dtype(tensors))
-        limit = parse_size(options.get("max_shard_size") or "5GB")
-        plans = [*literal_files(files), *apart, *weight_files(tensors, limit)]
+        plans = [*literal_files(files), *apart, *weight_files(tensors, options)]
+        hint = f'transformers.{_auto_class(model)}.from_pretrained("{{target}}")'
+        if CONFIG not in files:
+            read = {".safetensors": "safetensors.torch.load_file", ".bin": "torch.load"}
+            first = next(plan.path for plan in plans if plan.path.endswith(tuple(read)))
+            hint = f'{read[Path(first).suffix]}("{{target}}/{first}")'
+            notes = (
+                *notes,
+                f"no {CONFIG}: transformers cannot load it; --hf-base takes config and tokenizer "
+                "from the model that was trained",
+            )
         return SavePlan(
             plans,
             dropped=dropped,
             notes=(*filled, *notes),
-            load_hint=f'transformers.{_auto_class(model)}.from_pretrained("{{target}}")',
+            load_hint=hint,
             details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
         )
 
@@ -177,31 +194,62 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     return True
 
 
-def weight_files(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[FilePlan]:
-    """Yield the safetensors files of a model, each of ``limit`` bytes at most, and their index."""
-    shards: list[dict[str, LazyTensor]] = [{}]
+def weight_files(
+    tensors: Mapping[str, LazyTensor], options: Mapping[str, Any]
+) -> Iterator[FilePlan]:
+    """Yield the weight files of a model, as the options of the saver want them, and their index.
+
+    Source of the names: huggingface/transformers src/transformers/utils/__init__.py (WEIGHTS_NAME,
+    SAFE_WEIGHTS_NAME) @ v4.57.1.
+    """
+    shards = list(_shards(tensors, parse_size(options.get("max_shard_size") or "5GB")))
+    as_bin = options.get("weight_files") == "bin"
+    stem, suffix = ("pytorch_model", ".bin") if as_bin else ("model", ".safetensors")
+    paths = _shard_names(stem, suffix, len(shards))
+    for path, shard in zip(paths, shards, strict=True):
+        if as_bin:
+            yield torch_zip.plan_file(path, shard)
+        else:
+            yield safetensors.plan_file(path, in_library_order(shard))
+    yield from _index(f"{stem}{suffix}.index.json", paths, shards, tensors)
+
+
+def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[dict[str, LazyTensor]]:
+    """Yield the tensors in their order, as many at once as ``limit`` bytes hold, at least one."""
+    shard: dict[str, LazyTensor] = {}
     size = 0
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > limit:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
         size += tensor.nbytes
+    yield shard
+
+
+def _shard_names(stem: str, suffix: str, count: int) -> list[str]:
+    if count == 1:
+        return [f"{stem}{suffix}"]
+    return [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)]
+
+
+def _index(
+    name: str,
+    paths: list[str],
+    shards: list[dict[str, LazyTensor]],
+    tensors: Mapping[str, LazyTensor],
+) -> Iterator[FilePlan]:
+    """Yield the index of several shards: where every tensor is, and the size of all."""
     if len(shards) == 1:
-        yield safetensors.plan_file("model.safetensors", in_library_order(shards[0]))
         return
-    homes = {}
-    for number, shard in enumerate(shards, 1):
-        path = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        homes.update(dict.fromkeys(shard, path))
-        yield safetensors.plan_file(path, in_library_order(shard))
+    homes = {key: path for path, shard in zip(paths, shards, strict=True) for key in shard}
     totals = {
         "total_parameters": sum(tensor.numel for tensor in tensors.values()),
         "total_size": sum(tensor.nbytes for tensor in tensors.values()),
     }
     index = {"metadata": totals, "weight_map": dict(sorted(homes.items()))}
     content = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-    yield from literal_files({"model.safetensors.index.json": content})
+    yield from literal_files({name: content})
 
 
 def in_library_order(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

@@ -12,7 +12,7 @@ from ckptx.model_directory import CONFIG, dump_config, family_named
 from ckptx.plan import SavePlan, literal_files
 from ckptx.plugin import Saver
 from ckptx.plugins.megatron.llava import FAMILY
-from ckptx.plugins.saver_hf import HfSaver, parse_size, weight_files
+from ckptx.plugins.saver_hf import HfSaver, weight_files
 from ckptx.protocol import Message
 from ckptx.saving import collect, leave_unused, named_tensors
 from ckptx.schemas.hf_llava import check, config_from_parts, constants
@@ -20,11 +20,11 @@ from ckptx.schemas.llava import CONVERTER
 
 
 class HfLlavaSaver(HfSaver):
-    """Writes safetensors, where Megatron's saver writes ``pytorch_model*.bin``."""
+    """Writes safetensors, or as Megatron's saver ``pytorch_model*.bin``."""
 
     name = "hf_llava"
     capabilities: Mapping[str, Any] = {
-        "formats": ["safetensors"],
+        "formats": ["safetensors", "pytorch_model.bin"],
         "layouts": [],
         "lossless": True,
     }
@@ -40,9 +40,8 @@ class HfLlavaSaver(HfSaver):
         tensors, dropped = named_tensors(model, family.layout(CONVERTER))
         tensors |= constants(model.parts)
         files = {**model.begin.sidecars, CONFIG: dump_config(config_from_parts(model.parts))}
-        limit = parse_size(options.get("max_shard_size") or "5GB")
         return SavePlan(
-            [*literal_files(files), *weight_files(tensors, limit)],
+            [*literal_files(files), *weight_files(tensors, options)],
             dropped=(*unused, *dropped),
             details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
         )

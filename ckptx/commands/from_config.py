@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from typing import Any
 import click
 
 from ckptx.adapter_config import ADAPTER_CONFIG
-from ckptx.commands import conversion
+from ckptx.commands import equivalent
 from ckptx.commands.options import DTYPES
 from ckptx.errors import FormatError, listing
 
@@ -62,14 +61,11 @@ def from_config_command() -> click.Command:
         line, remarks = command_line(file, settings)
         line += further
         quiet = "--quiet" in further or "-q" in further
-        for remark in () if quiet else remarks:
-            click.echo(remark, err=True)
+        equivalent.remark(() if quiet else remarks)
         if print_only or not (quiet or "--json" in further):
-            click.echo(shlex.join(["ckptx", *line]))
+            equivalent.show(line)
         if not print_only:
-            conversion.convert_command("short").main(
-                line[1:], "ckptx convert", standalone_mode=False
-            )
+            equivalent.run(line)
 
     return click.Command(
         "from-config",

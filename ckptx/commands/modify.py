@@ -53,7 +53,8 @@ class ModifyCommand(ConversionCommand):
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the conversion."""
-        from ckptx.edits import Edits, saver_for
+        from ckptx.edits import saver_for
+        from ckptx.job import Edits
 
         chosen: Chosen = ctx.meta["chosen"]
         params = ctx.params

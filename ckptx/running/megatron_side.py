@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ def build(job: Mapping[str, Any]) -> Any:
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=False, normalization=config.normalization
         )
+        _name_norms(spec.layer_specs, Path(job["directory"]))
     else:
         spec = get_gpt_layer_local_spec(
             qk_layernorm=config.qk_layernorm, normalization=config.normalization
@@ -75,6 +76,26 @@ def build(job: Mapping[str, Any]) -> Any:
     if scale is not None:
         model.embedding.register_forward_hook(lambda _module, _inputs, output: output * scale)
     return model
+
+
+def _name_norms(layers: Sequence[Any], directory: Path) -> None:
+    """Let mixtures find the norm before their experts under the name that the checkpoint has.
+
+    The local layers look for it in linear_fc1, where Transformer Engine's dense layers keep it;
+    Transformer Engine's mixtures keep it outside.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    names = dist_checkpointing.load_tensors_metadata(str(directory))
+    if any("pre_mlp_layernorm" in name for name in names):
+        for layer in layers:
+            if layer.submodules.mlp.module is MoELayer:
+                layer.submodules.sharded_state_dict_keys_map = {
+                    name: other
+                    for name, other in layer.submodules.sharded_state_dict_keys_map.items()
+                    if not name.startswith("pre_mlp_layernorm")
+                }
 
 
 def _config(said: Mapping[str, Any]) -> Any:

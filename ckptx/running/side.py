@@ -33,7 +33,7 @@ def serve(act: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
     die_with(job["parent"])
     try:
         answer = act(job)
-    except Exception as error:
+    except BaseException as error:  # as CheckpointException of torch is one
         text = str(error) if isinstance(error, SideError) else f"{type(error).__name__}: {error}"
         text = " ".join(text.split())
         if len(text) > LONGEST:

@@ -19,17 +19,24 @@ def gathered(
     widen: bool,
     shapes: Mapping[str, Shape],
     layer_map: str | None = None,
+    frozen: bool = True,
 ) -> Weights:
     """Return the weights of all ranks: fp32 masters, or those of the module.
 
-    ``shapes`` are those of the model by name, as far as a base model or its config says them.
+    Without ``frozen`` only those that were trained. ``shapes`` are those of the model by name, as
+    far as a base model or its config says them.
 
     Raises:
         FormatError: ranks do not fit together, or it is not known how they do.
     """
 
     def read(part: Checkpoint) -> Weights:
-        return of_masters(part, widen) if masters else of_module(part)
+        if not masters:
+            return of_module(part)
+        weights = of_masters(part, widen and frozen)
+        if not frozen:
+            weights.leave_frozen()
+        return weights
 
     if saved.layers:
         parts: Iterable[Checkpoint]
@@ -88,6 +95,7 @@ def _accounts(parts: Sequence[Weights]) -> Weights:
         for one in part.dropped:
             dropped.setdefault((one.name, one.reason), []).append(one)
         whole.sources += part.sources
+        whole.frozen |= part.frozen
         whole.notes += [note for note in part.notes if note not in whole.notes]
     whole.dropped = [_together(found) for found in dropped.values()]
     return whole

@@ -43,6 +43,8 @@ class Weights:
     sources: list[SourceTensor] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    frozen: set[str] = field(default_factory=set)
+    """The names of the weights without a master: they were not trained."""
     label: str = ""
     """What goes before the names of sources, where several ranks have the same."""
 
@@ -59,6 +61,12 @@ class Weights:
         left = tuple(tensor for tensor in tensors if tensor.numel)
         if left:
             self.dropped.append(Dropped(name, reason, sum(t.nbytes for t in left), left))
+
+    def leave_frozen(self) -> None:
+        """Leave behind what was not trained, by name."""
+        for name in sorted(self.frozen):
+            self.drop(name, "frozen, and only what was trained was asked for", [self.tensors[name]])
+            del self.tensors[name]
 
 
 def of_module(checkpoint: Checkpoint) -> Weights:
@@ -115,6 +123,8 @@ def of_masters(checkpoint: Checkpoint, widen: bool = True) -> Weights:
                 f"{checkpoint.directory}: {alias!r} shares its weight with {name!r}, which is "
                 "nowhere"
             )
+        if name in weights.frozen:
+            weights.frozen.add(alias)
         weights.tensors[alias] = weights.tensors[name]
     lost = [name for name in checkpoint.module if name not in weights.tensors]
     if lost:  # ZeRO 3 leaves of every parameter a place holder without elements
@@ -363,6 +373,7 @@ def _frozen(
             weights.drop(f"{name} padding", PADDING, [tail])
         else:  # whole, and in the module as well, unless that has been left out
             frozen[name] = replicated([*([frozen[name]] if name in frozen else []), *pieces])
+    weights.frozen |= frozen.keys()
     wide = widened(frozen) if widen else frozen
     if changed := [name for name in frozen if wide[name] is not frozen[name]]:
         weights.notes.append(

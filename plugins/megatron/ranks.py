@@ -393,7 +393,8 @@ def _models(state: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Mapping
     if not keys:
         raise FormatError(f"{path}: holds no model ({listing(map(str, state))})")
     for key in sorted(keys, key=lambda key: int(key.removeprefix("model") or 0)):
-        if not isinstance(state[key], Mapping):
+        held = state[key]
+        if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
             raise FormatError(f"{path}: {key!r} is no dictionary of tensors")
         yield key, state[key]
 

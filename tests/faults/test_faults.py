@@ -5,6 +5,7 @@ Each case is one seed; ``CKPTX_FAULTS=200`` runs more of each kind than the few 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -34,6 +35,7 @@ CORE = ("--to", "core", "--tp", "2", "--pp", "2", "--ckpt-format", "torch")
 EVERY = ("--journal-every", "100K")
 STEPS = 440  # about as many as the saver takes
 LATE = range(330, 430)  # some of those after which the journal has records
+PUBLISHING = range(13, 26)  # the parent's last steps
 SIZES = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 256, "vocab_size": 512}
 
 
@@ -45,9 +47,13 @@ def digests(root: Path) -> dict[str, str]:
     }
 
 
-def shared_memory() -> set[str]:
-    """Return the semaphores of this user's processes, which outlive those that forget them."""
-    return {path.name for path in Path("/dev/shm").glob("sem.mp-*")}
+def forgotten() -> set[str]:
+    """Return the semaphores that outlive their processes: no process has them in its memory."""
+    named = {path.name for path in Path("/dev/shm").glob("sem.mp-*")}
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            named -= set(re.findall(r"sem\.mp-\w+", maps.read_text())) if named else set()
+    return named
 
 
 class Scene:
@@ -61,7 +67,7 @@ class Scene:
         place.mkdir()
         shutil.copytree(source, self.source)
         self.before = digests(self.source)
-        self.shared = shared_memory()
+        self.forgotten = forgotten()
 
     def start(self, *options: str, fault: str = "", **more: object) -> subprocess.Popen[str]:
         environment = {
@@ -122,7 +128,7 @@ class Scene:
 
     def check_source(self) -> None:
         assert digests(self.source) == self.before, self.says("the source was touched")
-        wait_for(lambda: shared_memory() <= self.shared, seconds=10)
+        wait_for(lambda: forgotten() <= self.forgotten, seconds=10)
 
 
 @pytest.fixture(scope="session")
@@ -178,6 +184,25 @@ def lose_power(scene: Scene) -> dict[str, int]:
     return kept
 
 
+def finish(scene: Scene, record: Path) -> None:
+    """Run once more what was killed; it goes on from what its journal ``record`` says."""
+    kept = journal.read(record)
+    whole = bool(scene.whole())
+    if whole and not scene.partials():
+        return
+    code = scene.run(*CORE, *EVERY)
+    if code and whole:  # all was done but to remove the last of what was of use
+        assert "exists; choose another" in scene.errors, scene.says("not continued")
+        left = [path.name for path in scene.partials()[0].iterdir()]
+        assert set(left) <= {"lock", "publishing"}, scene.says(f"left {left}")
+        shutil.rmtree(scene.partials()[0])
+        return
+    assert code == 0, scene.says("not continued")
+    assert "damaged" not in scene.errors, scene.says("recorded before it was on disk")
+    resumed = "resuming" in scene.errors
+    assert resumed == (whole or bool(kept and kept.durable)), scene.says("not resumed")
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("power", [False, True], ids=["killed", "power-lost"])
 def test_a_killed_conversion_is_continued_to_the_same_bytes(scene, sources, power, seed):
@@ -211,16 +236,15 @@ def test_a_killed_conversion_is_continued_to_the_same_bytes(scene, sources, powe
             synced = lose_power(scene).get(str(record), 0)
             found = journal.read(record)
             assert (found.end if found else 0) >= synced, scene.says("the journal is lost")
-    if not scene.whole():
-        kept = journal.read(record)
-        code = scene.run(*CORE, *EVERY)
-        assert code == 0, scene.says("not continued")
-        assert "damaged" not in scene.errors, scene.says("recorded before it was on disk")
-        resumed = "resuming" in scene.errors
-        assert resumed == bool(kept and kept.durable), scene.says("not what the journal has")
-    elif scene.partials():
-        shutil.rmtree(scene.partials()[0])
-        (scene.target / "latest_checkpointed_iteration.txt").write_bytes(b"release")
+    finish(scene, record)
+    scene.check_end(sources[1])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_killed_while_the_target_appears(scene, sources, seed):
+    """The rename of the target is followed by that of the tracker, and both by the cleaning."""
+    scene.run(*CORE, *EVERY, fault=f"parent self {scene.random.choice(PUBLISHING)}")
+    finish(scene, scene.target / "release.ckptx-partial" / journal.NAME)
     scene.check_end(sources[1])
 
 

@@ -19,12 +19,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def save(model: Path, target: Path, world: int, container: tuple[str, ...] = ()) -> None:
+def save(
+    model: Path,
+    target: Path,
+    world: int,
+    container: tuple[str, ...] = (),
+    optimizer: bool = True,
+) -> None:
     """Shard a Hugging Face model over ``world`` ranks and save it below a container.
 
-    With a container the state of an optimizer after one step is saved beside it.
+    With a container the state of an ``optimizer`` after one step is saved beside it.
     """
-    run(_save, world, model, target, container)
+    run(_save, world, model, target, container, optimizer)
 
 
 def save_sharded(model: Path, target: Path, world: int, how: str) -> None:
@@ -77,15 +83,15 @@ def _nested(state: dict[str, Any], container: tuple[str, ...]) -> dict[str, Any]
     return state
 
 
-def _save(path: Path, target: Path, container: tuple[str, ...]) -> None:
+def _save(path: Path, target: Path, container: tuple[str, ...], moments: bool) -> None:
     model = _sharded(path)
     state = _nested(get_model_state_dict(model), container)
-    if container:
+    if container and moments:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
         model(torch.arange(8)[None]).logits.float().sum().backward()
         optimizer.step()
-        moments = {str(i): s for i, s in enumerate(optimizer.state.values())}
-        state["optimizer"] = {"state": moments, "param_groups": [{"lr": 0.0}]}
+        found = {str(i): s for i, s in enumerate(optimizer.state.values())}
+        state["optimizer"] = {"state": found, "param_groups": [{"lr": 0.0}]}
     dcp.save(state, checkpoint_id=str(target))
 
 

@@ -101,8 +101,11 @@ def test_identity_sees_every_part_of_a_plan_and_of_its_sources(tmp_path):
         tensor = stored(0, offset, "".join(["uint", "8"]), (4,))
         return SavePlan([FilePlan("f", 4, [Region(0, 4, tensor, name)])], **more)
 
-    def identity(one: SavePlan, size: int = 4, version: str = "1") -> Identity:
-        return journal.identify(one, {"/a": (1, size, 2, 3)}, {"ckptx": version}, "sha256")
+    def identity(one: SavePlan, size: int = 4, version: str = "1", files: str = "ab") -> Identity:
+        states = {"/a": (1, size, 2, 3), "/b": (2, 4, 2, 3)}
+        return journal.identify(
+            one, [f"/{name}" for name in files], states, {"ckptx": version}, "sha256"
+        )
 
     mine = identity(plan())
     assert mine == identity(plan())
@@ -111,6 +114,7 @@ def test_identity_sees_every_part_of_a_plan_and_of_its_sources(tmp_path):
         *(identity(one) for one in others),
         identity(plan(), 5),
         identity(plan(), 4, "2"),
+        identity(plan(), files="ba"),
     ):
         assert mine.difference(other)
 

@@ -1,0 +1,162 @@
+"""``from-script``: convert as a script of another project would, by its own arguments.
+
+The commands are made from the tables in `ckptx.scripts`. The command of ckptx that means the same
+is printed first, on stderr.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ckptx.commands import equivalent
+from ckptx.errors import PlanError
+from ckptx.scripts import named, scripts
+from ckptx.scripts.script import Flag, Script
+
+_HELP = (
+    "Convert as a script of another project does, with its arguments: the command of ckptx that "
+    "means the same is printed, and run. Options of that command may follow after --."
+)
+
+
+def from_script_command() -> click.Command:
+    """Return the command that takes the arguments of other projects' scripts."""
+    return _Scripts(
+        "from-script",
+        help=_HELP,
+        short_help="Convert with the arguments of another project's script.",
+        params=[
+            click.Option(
+                ["--list"],
+                is_flag=True,
+                is_eager=True,
+                expose_value=False,
+                callback=_list,
+                help="List the scripts.",
+            )
+        ],
+        subcommand_metavar="NAME [ARGUMENTS]... [-- OPTIONS]",
+    )
+
+
+class _Scripts(click.Group):
+    """The scripts by name; they are found when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all scripts."""
+        return [script.name for script in scripts()]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command for a script's name, path or module."""
+        script = named(cmd_name)
+        return _command(script) if script else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the script; say where the known ones are listed."""
+        if args and not args[0].startswith("-") and named(args[0]) is None:
+            raise click.UsageError(
+                f"no script {args[0]!r} is known; 'ckptx from-script --list' shows those that are",
+                ctx,
+            )
+        return super().resolve_command(ctx, args)
+
+
+class _ScriptCommand(click.Command):
+    """A script's flags, and after ``--`` options of the command of ckptx."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep what follows ``--`` apart."""
+        at = args.index("--") if "--" in args else len(args)
+        ctx.meta["further"] = args[at + 1 :]
+        return super().parse_args(ctx, args[:at])
+
+
+def _list(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    for script in scripts():
+        for part in script.parts or (script,):
+            name = f"{script.name} {part.name}" if script.parts else script.name
+            what = f"no equivalent: {part.refused}" if part.refused else f"ckptx {part.command}"
+            click.echo(f"{name}\n    {script.origin}: {what}")
+    ctx.exit()
+
+
+def _command(script: Script) -> click.Command:
+    if script.parts:
+        return click.Group(
+            script.name,
+            commands={part.name: _command(part) for part in script.parts},
+            help=f"{script.origin}.",
+        )
+    if script.refused:
+        return click.Command(
+            script.name,
+            callback=lambda rest: _refuse(script.name, script.refused),
+            params=[click.Argument(["rest"], nargs=-1, type=click.UNPROCESSED)],
+            context_settings={"ignore_unknown_options": True},
+            help=f"Not here: {script.refused}.",
+        )
+    own = [click.Option(["--print-only"], is_flag=True, help="Print the command; do not run it.")]
+    if script.command in ("convert", "from-config"):
+        own.append(click.Option(["--overwrite"], is_flag=True, help="Replace an existing target."))
+    return _ScriptCommand(
+        script.name,
+        callback=lambda **values: _run(script, values),
+        params=[*map(_parameter, script.flags), *own],
+        help=f"As {script.origin}: ckptx {script.command}. Its options may follow after --.",
+    )
+
+
+def _parameter(one: Flag) -> click.Parameter:
+    """Return a flag as click has it."""
+    if one.positional:
+        return click.Argument(
+            list(one.spellings),
+            nargs=-1 if one.many else 1,
+            required=one.required,
+            envvar=one.variable,
+        )
+    said = f"Not here: {one.refused}" if one.refused else one.help
+    names = [*one.spellings, one.key]
+    if one.switch:
+        return click.Option(names, is_flag=True, help=said)
+    words = one.becomes
+    return click.Option(
+        names,
+        type=click.Choice(list(words)) if isinstance(words, dict) else str,
+        multiple=one.many,
+        required=one.required,
+        default=() if one.many else one.default,
+        show_default=one.default is not None,
+        help=said,
+    )
+
+
+def _refuse(name: str, reason: str) -> None:
+    raise PlanError(f"{name}: {reason}")
+
+
+def _run(script: Script, values: dict[str, Any]) -> None:
+    further = click.get_current_context().meta["further"]
+    for one in script.flags:
+        if one.refused and values[one.key]:
+            _refuse(one.spellings[0], one.refused)
+    print_only = values.pop("print_only")
+    more = ["--overwrite"] * bool(values.pop("overwrite", False)) + further
+    first, *rest = script.lines(values)
+    lines = [[*first, *more], *rest]
+    quiet = "--quiet" in further or "-q" in further
+    equivalent.remark(() if quiet else script.remarks(values))
+    for line in lines:
+        if print_only or not quiet:
+            equivalent.show(line, err=not print_only)
+        if print_only:
+            continue
+        if not equivalent.known(line[0]):
+            _refuse(script.name, f"this release of ckptx has no command {line[0]!r}")
+        equivalent.run(line)
