@@ -6,6 +6,7 @@ is printed first, on stderr.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -72,7 +73,24 @@ class _ScriptCommand(click.Command):
         """Keep what follows ``--`` apart."""
         at = args.index("--") if "--" in args else len(args)
         ctx.meta["further"] = args[at + 1 :]
-        return super().parse_args(ctx, args[:at])
+        lists = {word for p in self.params if getattr(p, "multiple", False) for word in p.opts}
+        return super().parse_args(ctx, list(_repeated(args[:at], lists)))
+
+
+def _repeated(args: list[str], lists: set[str]) -> Iterator[str]:
+    """Yield arguments with the flag before each value, where scripts have it once before all.
+
+    Examples:
+        >>> list(_repeated(["--names", "a", "b", "--to", "c"], {"--names"}))
+        ['--names', 'a', '--names', 'b', '--to', 'c']
+    """
+    flag = ""
+    for before, word in zip(["", *args], args, strict=False):
+        if word.startswith("-"):
+            flag = word if word in lists else ""
+        elif flag and before != flag:
+            yield flag
+        yield word
 
 
 def _list(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -92,6 +110,7 @@ def _command(script: Script) -> click.Command:
             script.name,
             commands={part.name: _command(part) for part in script.parts},
             help=f"{script.origin}.",
+            short_help=f"{script.origin}.",
         )
     if script.refused:
         return click.Command(
@@ -108,7 +127,8 @@ def _command(script: Script) -> click.Command:
         script.name,
         callback=lambda **values: _run(script, values),
         params=[*map(_parameter, script.flags), *own],
-        help=f"As {script.origin}: ckptx {script.command}. Its options may follow after --.",
+        help=f"As {script.origin}, by 'ckptx {script.command}'. Its options may follow after --.",
+        short_help=f"{script.origin}.",
     )
 
 
