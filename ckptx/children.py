@@ -7,10 +7,12 @@ the queue: its thread would only print what it cannot pickle, and the other side
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import Connection
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -21,6 +23,7 @@ from ckptx.compat import ModuleSaver
 from ckptx.containers.pickle_values import collector_paused
 from ckptx.errors import PluginError
 from ckptx.job import Job
+from ckptx.journal import NAME, Identity, Journal, identify
 from ckptx.protocol import Begin, End, Message, Tensors
 from ckptx.publish import manifest_path, outline, sync_tree, write_durable
 from ckptx.report import Facts
@@ -28,6 +31,8 @@ from ckptx.spool import Spool
 from ckptx.supervision import Failure, Line, settle_child
 
 Bytes: TypeAlias = "Queue[bytes]"
+Outcome: TypeAlias = tuple[Facts, str, int]
+"""What a saver has done: the facts, the digest, and the bytes that an earlier run had written."""
 
 
 def main(
@@ -69,28 +74,49 @@ def run_loader(job: Job, queue: Bytes, line: Line, spool_path: str) -> None:
     queue.join_thread()
 
 
-def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> tuple[Facts, str]:
-    """Plan, prove and write what the loader sends; return the facts and the digest."""
+def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> Outcome:
+    """Plan, prove and write what the loader sends."""
     saver = manager.saver(job.saver, job.megatron_path)
     stream = Stream(_received(queue))
     if isinstance(saver, ModuleSaver):
-        return _write_directly(saver, job, stream, line), ""
+        return _write_directly(saver, job, stream, line), "", 0
     from ckptx import manifest, proof, writer
 
     with collector_paused():
         plan = saver.plan(recast(stream, job), job.options(job.saver_options))
         begin, end = stream.finish(job.saver)
+        states = writer.states(begin.files)
         proved = proof.prove(plan, begin, end)
-    staging = Path(line.ask("planned", outline(plan)))
-    written = writer.execute(plan, begin.files, staging, write_options(job), line.advance)
-    line.flush()
-    content, digest = manifest.build(plan, begin, written.digests, versions(job), spool_path)
-    write_durable(staging / manifest_path(plan), content)
-    return Facts.of(begin, end, plan, proved), digest
+    # What lies in the spool is gone with this run, and may come in another order in the next.
+    lasting = job.resume and spool_path not in begin.files
+    identity = identify(plan, begin.files, states, versions(job), job.digest) if lasting else None
+    place, published = line.ask("planned", (outline(plan), identity))
+    facts = Facts.of(begin, end, plan, proved)
+    if published:  # by a run that was killed before it could say so
+        digest = json.loads((Path(place) / manifest_path(plan)).read_bytes())["digest"]
+        return facts, digest, sum(file.size for file in plan.files)
+    staging = Path(place)
+    with _journal(staging, identity, job) as journal:
+        written = writer.execute(
+            plan, begin.files, staging, write_options(job), line.advance, journal, states
+        )
+        line.flush()
+        content, digest = manifest.build(plan, begin, written.digests, versions(job), spool_path)
+        with writer.writing(staging):
+            write_durable(staging / manifest_path(plan), content)
+    return facts, digest, written.resumed
+
+
+def _journal(
+    staging: Path, identity: Identity | None, job: Job
+) -> AbstractContextManager[Journal | None]:
+    if identity is None:
+        return nullcontext()
+    return Journal(staging.with_name(NAME), identity, job.journal_every)
 
 
 def _write_directly(saver: ModuleSaver, job: Job, stream: Stream, line: Line) -> Facts:
-    staging = Path(line.ask("planned", saver.outline(job)))
+    staging = Path(line.ask("planned", (saver.outline(job), None))[0])
     options = job.options(job.saver_options, staging=staging)
     facts = saver.write_directly(recast(stream, job), options, line.advance)
     stream.finish(job.saver)

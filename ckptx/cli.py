@@ -16,6 +16,7 @@ import click
 
 from ckptx import __version__, torchrun
 from ckptx.commands import conversion, from_config, from_script, modify, show, source
+from ckptx.commands.options import printable
 from ckptx.errors import CkptxError
 from ckptx.supervision import Interrupted
 
@@ -54,6 +55,7 @@ def convert(args: Sequence[str] | None = None) -> None:
     _run(long, args, "convert.py")
 
 
+_LONGEST = 3000  # characters of an error
 _WRITERS = ("convert", "modify", "from-config", "from-script")
 """The commands that only one of several ranks may run."""
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -71,7 +73,9 @@ def _code(command: click.Command, args: list[str], name: str) -> int:
     verbose = "--verbose" in args or "-v" in args
     quiet = "--quiet" in args or "-q" in args
     level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=level, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Printable("%(message)s"))
     try:
         code = command.main(args, name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -97,6 +101,16 @@ def _error(message: str, code: int, verbose: bool) -> int:
     if verbose:
         import traceback
 
-        click.echo(traceback.format_exc().rstrip(), err=True)
-    click.echo(f"error: {' '.join(message.split()) or 'stopped'}", err=True)
+        click.echo(printable(traceback.format_exc().rstrip()), err=True)
+    line = printable(" ".join(message.split())) or "stopped"
+    if len(line) > _LONGEST:  # a name of a megabyte; what to do is said last
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    click.echo(f"error: {line}", err=True)
     return code
+
+
+class _Printable(logging.Formatter):
+    """Writes records in which names of strangers do nothing to a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))

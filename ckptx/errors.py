@@ -33,6 +33,14 @@ class ConversionError(CkptxError, RuntimeError):
     """The conversion failed while it ran: a process died, a disk filled, a source changed."""
 
 
+class CutShortError(ConversionError):
+    """The conversion was cut short from outside: a process was killed, a disk is full.
+
+    Nothing is wrong with what was asked for, so what is on disk is kept, and the same command goes
+    on from there.
+    """
+
+
 def listing(names: Iterable[str], limit: int = 10) -> str:
     """Return the first ``limit`` names, quoted, and the count of the others.
 

@@ -144,7 +144,8 @@ def _table(statistics: Mapping[str, Statistics], width: int) -> Iterator[str]:
 def _model_text(spec: ModelSpec | None) -> str:
     if spec is None:
         return ""
-    text = f"{spec.family} ({spec.architecture}), {spec.num_layers} layers, hidden size "
+    layers = f"{spec.num_layers} layer{'s' * (spec.num_layers != 1)}"
+    text = f"{spec.family} ({spec.architecture}), {layers}, hidden size "
     text += f"{spec.hidden_size}, {spec.num_attention_heads} heads"
     if spec.num_query_groups not in (None, spec.num_attention_heads):
         text += f", {spec.num_query_groups} query groups"

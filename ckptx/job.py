@@ -33,6 +33,10 @@ class Job:
     """0 lets the writer choose."""
     digest: str = "xxh3_128"
     check_replicas: str = "sample"
+    resume: bool = True
+    """Whether to continue what an interrupted run has left, and to leave it if interrupted."""
+    journal_every: int = 256 << 20
+    """Bytes of output between two points from which an interrupted run is continued."""
     max_queue_size: int = 50
     """Messages that may wait between the two processes."""
     model_type: str = "GPT"

@@ -47,6 +47,8 @@ ITEMSIZE = {
     "complex64": 8,
 }
 """Bytes per element of every dtype, by its torch name."""
+MAX_AXES = 64
+"""How many axes a tensor of a file may have: as many as numpy arrays and torch's loops."""
 
 _WIDENING = {
     "float16": {"float32", "float64"},
@@ -265,6 +267,7 @@ class Computed(LazyTensor):
     params: tuple[int, ...] = ()
 
 
+@lru_cache(maxsize=4096)
 def contiguous_strides(shape: Shape) -> Shape:
     """Return the strides, in elements, of a row-major tensor.
 
@@ -415,6 +418,8 @@ def replicated(copies: Sequence[LazyTensor]) -> LazyTensor:
     if not copies:
         raise PlanError("no copies of a tensor")
     first = copies[0]
+    if len(copies) == 1:
+        return first
     for copy in copies[1:]:
         if (copy.shape, copy.dtype) != (first.shape, first.dtype):
             raise PlanError(

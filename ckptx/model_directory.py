@@ -154,7 +154,7 @@ def hf_messages(
     if config is None or family is None:
         begin, tensors, _, more, gone = _merged(held, begin, tensors, config or {}, None, dtype)
         notes, dropped = (*notes, *more), (*dropped, *gone)
-        named = (config or {}).get("architectures") or ["no architecture"]
+        named = (config or {}).get("architectures") or ["no config names an architecture"]
         yield begin
         yield passthrough(tensors)
         note = f"{', '.join(named)}: {why_unknown(config or {})}; tensors pass through by name"

@@ -8,9 +8,9 @@ r"""Run a conversion: a loader and a saver in two processes, watched by this one
                     owns the target, the spool and the signals
 
 Two processes isolate plugins that rewrite ``sys.argv``, leak or crash; they make nothing faster,
-since messages are references. Whatever happens to one child, the other is stopped, the staging
-directory of the target is removed, and the first cause is raised. If this process is killed, both
-children die.
+since messages are references. Whatever happens to one child, the other is stopped and the first
+cause is raised. If this process is killed, both children die. What was staged of the target is
+removed, unless the conversion was cut short and another run can continue it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,20 @@ from typing import TYPE_CHECKING, Any
 from ckptx import children, manager
 from ckptx.compat import ModuleSaver
 from ckptx.containers.pickle_values import collector_paused
-from ckptx.errors import CkptxError, ConversionError, PlanError
+from ckptx.errors import CkptxError, ConversionError, CutShortError, PlanError
 from ckptx.job import Job
 from ckptx.progress import Progress, Silent
 from ckptx.publish import Target, outline
 from ckptx.report import Facts, Forecast, Report
 from ckptx.spool import Spool, SpoolFile
-from ckptx.supervision import STOPPING, Failure, Interrupts, manner_of_death, stop
+from ckptx.supervision import (
+    STOPPING,
+    Failure,
+    Interrupted,
+    Interrupts,
+    manner_of_death,
+    stop,
+)
 
 if TYPE_CHECKING:
     from ckptx.plan import SavePlan
@@ -54,22 +61,37 @@ def convert(job: Job, progress: Progress | None = None) -> Report:
     """
     progress = progress or Silent()
     started = time.monotonic()
+    target = Target(job.target, _inputs(job), job.overwrite)
     try:
-        with (
-            Interrupts() as interrupts,
-            Target(job.target, _inputs(job), job.overwrite) as target,
-            SpoolFile(job.target) as spool,
-        ):
-            progress.stage("planning")
-            with _crew(job, spool.path) as crew:
-                facts, digest = _Supervisor(crew, target, progress, interrupts).run()
-            progress.stage("publishing")
-            notes = target.publish()
+        with Interrupts() as interrupts, target, SpoolFile(job.target) as spool:
+            try:
+                progress.stage("planning")
+                with _crew(job, spool.path) as crew:
+                    facts, digest, resumed = _Supervisor(crew, target, progress, interrupts).run()
+                progress.stage("publishing")
+                notes = target.publish()
+            except (CutShortError, Interrupted):
+                target.keep()
+                raise
+    except CutShortError as error:
+        raise _saying(error, target) from error
+    except Interrupted as error:
+        if target.kept is None:
+            raise
+        raise Interrupted(error.signum, str(target.kept)) from error
     finally:
         progress.close()
     facts = replace(facts.at(job.target), notes=(*facts.notes, *notes))
     seconds = time.monotonic() - started
-    return Report(job.loader, job.saver, str(target.path), facts, seconds, digest)
+    return Report(job.loader, job.saver, str(target.path), facts, seconds, digest, resumed)
+
+
+def _saying(error: CutShortError, target: Target) -> CutShortError:
+    """Return an error that says what is left of the conversion."""
+    told = CutShortError(f"{error}; {target.kept or 'nothing was written'}")
+    for note in getattr(error, "__notes__", ()):
+        told.add_note(note)
+    return told
 
 
 @collector_paused()
@@ -218,7 +240,7 @@ class _Supervisor:
         self.interrupts = interrupts
         self.failures: list[Failure] = []
 
-    def run(self) -> tuple[Facts, str]:
+    def run(self) -> children.Outcome:
         """Return what the saver has done.
 
         Raises:
@@ -241,8 +263,8 @@ class _Supervisor:
                 if not child.done:
                     raise _death(child)
         self.interrupts.check()
-        facts, digest = self.crew[1].result
-        return facts, digest
+        outcome: children.Outcome = self.crew[1].result
+        return outcome
 
     def _hear(self, child: _Child, tag: str, content: Any) -> None:
         match tag:
@@ -251,9 +273,10 @@ class _Supervisor:
             case "progress":
                 self.progress.advance(content)
             case "planned":
-                staging = self.target.prepare(content)
-                self.progress.begin(sum(file.size for file in content.files))
-                child.connection.send(str(staging))
+                outline, identity = content
+                place = self.target.prepare(outline, identity)
+                self.progress.begin(sum(file.size for file in outline.files))
+                child.connection.send((str(place), self.target.published))
             case "failed":
                 self.failures.append(content)
             case "done":
@@ -261,5 +284,7 @@ class _Supervisor:
 
 
 def _death(child: _Child) -> CkptxError:
-    how = manner_of_death(child.process.exitcode)
-    return ConversionError(f"{child.who} {how}; nothing was written")
+    text = f"{child.who} {manner_of_death(child.process.exitcode)}"
+    if (child.process.exitcode or 0) < 0:  # by a signal, as when memory ran out
+        return CutShortError(text)
+    return ConversionError(f"{text}; nothing was written")

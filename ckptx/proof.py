@@ -11,6 +11,7 @@ import bisect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -33,7 +34,7 @@ from ckptx.lazy import (
     Tiled,
     is_widening,
 )
-from ckptx.pieces import leaves
+from ckptx.pieces import cut, leaves
 from ckptx.plan import Content, Crc32, FilePlan, SavePlan
 from ckptx.protocol import Begin, Dropped, End, SourceTensor
 
@@ -122,8 +123,14 @@ class _Used:
         yield from self.leaves
         for tensor, boxes in self.boxes.values():
             whole = tuple((0, size) for size in tensor.shape)
-            parts = [whole] if _fill(whole, boxes) else boxes
-            for box in parts:
+            if _fill(whole, boxes):
+                needed = OPERATIONS[tensor.op].needs(tensor, whole)
+                inputs = map(cut, tensor.inputs, needed)
+                yield from (
+                    leaf for one in inputs for leaf in leaves(one) if isinstance(leaf, Stored)
+                )
+                continue
+            for box in boxes:
                 for leaf in leaves(Sliced(tensor.dtype, tensor.shape, tensor, box)):
                     if isinstance(leaf, Stored):
                         yield leaf
@@ -294,45 +301,38 @@ class _Runs:
 
 
 def _runs(leaf: Stored) -> _Runs:
-    size = ITEMSIZE[leaf.dtype]
-    run = size if leaf.numel else 0
-    steps: list[tuple[int, int]] = []  # (stride in bytes, count), usually from short to long
-    for stride, count in zip(reversed(leaf.strides), reversed(leaf.shape), strict=True):
-        if count == 1 or not stride:
-            continue
-        if not steps and stride * size == run:
-            run *= count
-        else:
-            steps.append((stride * size, count))
-    if steps and (len(steps) > 1 or steps[0][0] < run):
-        return _sorted_runs(leaf)
-    return _Runs(leaf.offset, run, tuple((count, stride) for stride, count in steps))
+    return _Runs(leaf.offset, *_spread(leaf.dtype, leaf.shape, leaf.strides))
 
 
-def _sorted_runs(leaf: Stored) -> _Runs:
-    """Return the runs of a leaf whose axes lie in any order in the file."""
-    size = ITEMSIZE[leaf.dtype]
+@lru_cache(maxsize=65536)
+def _spread(dtype: str, shape: Shape, strides: Shape) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Return the run and the steps of leaves that lie like this; a few kinds are a whole model."""
+    size = ITEMSIZE[dtype]
+    # Axes may lie in any order in the file.
     axes = sorted(
         (stride * size, count)
-        for stride, count in zip(leaf.strides, leaf.shape, strict=True)
+        for stride, count in zip(strides, shape, strict=True)
         if count != 1 and stride
     )
-    run = size if leaf.numel else 0
+    run = 0 if 0 in shape else size
     while axes and axes[0][0] == run:
         run *= axes.pop(0)[1]
-    return _Runs(leaf.offset, run, tuple((count, stride) for stride, count in axes))
+    return run, tuple((count, stride) for stride, count in axes)
 
 
 def _check_sources(begin: Begin, used: Iterable[Stored]) -> int:
     """Check that every source byte is used; return how many there are, shared bytes once."""
     spans = _spans(begin.sources)
     starts = [(span.file, span.start) for span in spans]
+    known = dict(zip(starts, spans, strict=True))
     for leaf in dict.fromkeys(used):
-        runs = _runs(leaf)
-        index = bisect.bisect_right(starts, (leaf.file, leaf.offset)) - 1
-        span = spans[index] if index >= 0 else None
-        if not leaf.numel:
+        if 0 in leaf.shape:
             continue
+        runs = _runs(leaf)
+        place = leaf.file, leaf.offset
+        span = known.get(place)  # most tensors are read from their start
+        if span is None and (index := bisect.bisect_right(starts, place)):
+            span = spans[index - 1]
         if span is None or span.file != leaf.file or runs.stop > span.stop:
             raise _undeclared(begin, leaf.file, runs)
         span.used.append(runs)
@@ -380,8 +380,9 @@ class _Span:
 def _spans(sources: Iterable[SourceTensor]) -> list[_Span]:
     extents = []
     for source in sources:
-        for leaf in leaves(source.extent):
-            if isinstance(leaf, Stored) and leaf.numel:
+        extent = source.extent
+        for leaf in (extent,) if isinstance(extent, Stored) else leaves(extent):
+            if isinstance(leaf, Stored) and 0 not in leaf.shape:
                 runs = _runs(leaf)
                 extents.append((leaf.file, runs.start, runs.stop, source.name, runs))
     extents.sort(key=lambda extent: extent[:4])

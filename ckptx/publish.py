@@ -3,12 +3,19 @@
     DIR/                          the parent of the target
       TARGET.ckptx-partial/       all that is left if the machine loses power
         lock                      held by the run that works here
+        journal                   what of ``new`` is on disk, see `ckptx.journal`
+        publishing                which inode is, or is about to be, TARGET
         new/                      what will be TARGET
       TARGET                      appears by one rename, whole
 
 In a Megatron root the target is the iteration directory, and the tracker file is written after it.
 With ``--overwrite`` the new and the old directory trade places in one step; then the old one, now
 in the partial directory, is removed with it.
+
+An error removes the partial directory. A run that was cut short keeps it, if something is recorded
+in its journal; the next run for the target either continues it, if it is the same conversion, or
+removes it. A run that was killed after the target had appeared is continued, too: with the pointers
+to it, and by removing what is left.
 """
 
 from __future__ import annotations
@@ -17,19 +24,27 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import socket
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from ckptx.errors import ConversionError, PlanError
+from ckptx import journal
+from ckptx.errors import ConversionError, CutShortError, PlanError
 from ckptx.plan import FilePlan, SavePlan
+
+if TYPE_CHECKING:
+    from ckptx.journal import Identity
 
 PARTIAL = ".ckptx-partial"
 MANIFEST = "ckptx-manifest.json"
+_PUBLISHING = "publishing"
+_log = logging.getLogger(__name__)
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux include/uapi/linux/fs.h
 
 
@@ -59,6 +74,22 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes / 1024:.2f} TiB"
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a run that was cut short has left for the next one; sizes in bytes."""
+
+    place: Path
+    durable: int
+    total: int
+
+    def __str__(self) -> str:
+        """Return it for the user who has to know."""
+        return (
+            f"{size_text(self.durable)} of {size_text(self.total)} are kept in {self.place}: run "
+            "the same command again to continue, or remove it"
+        )
+
+
 class Target:
     """The place a conversion writes to; a context that cleans up unless `publish` succeeded.
 
@@ -74,7 +105,11 @@ class Target:
         self.overwrite = overwrite
         self._created: list[Path] = []
         self._lock = -1
-        self._partial: Path | None = None
+        self._keep = False
+        self.published = False
+        """Whether the target is in place, put there by this run or one before."""
+        self.kept: Kept | None = None
+        """What is left for another run; known once the context has ended."""
         for source in self.inputs:
             if self.save_dir == source or source in self.save_dir.parents:
                 raise PlanError(f"{self.save_dir}: lies inside the source {source}; choose another")
@@ -91,38 +126,101 @@ class Target:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._lock >= 0 and self._partial is not None:
-            shutil.rmtree(self._partial / "new", ignore_errors=True)
-            shutil.rmtree(self._partial, ignore_errors=True)  # the lock file, last
+        if self._lock >= 0:
+            self.kept = self._worth_keeping() if self._keep else None
+            if self.kept is None:
+                self._clear()
             os.close(self._lock)
         for folder in reversed(self._created if kind else []):
             with contextlib.suppress(OSError):  # not empty: the work of someone else meanwhile
                 folder.rmdir()
+
+    def _clear(self) -> None:
+        """Remove the partial directory: what another run can use last, and the lock after it."""
+        for name in ("new", "old", journal.NAME, _PUBLISHING):
+            with contextlib.suppress(ConversionError):
+                _remove(self._partial / name)
+        shutil.rmtree(self._partial, ignore_errors=True)
 
     @property
     def path(self) -> Path:
         """What appears in the end; known once `prepare` has seen the plan."""
         return self._path
 
-    def prepare(self, plan: SavePlan) -> Path:
-        """Return an empty staging directory for a plan, after all that can be refused was checked.
+    def keep(self) -> None:
+        """Leave what is recorded in the journal for another run, if anything is."""
+        self._keep = True
+
+    def prepare(self, plan: SavePlan, identity: Identity | None = None) -> Path:
+        """Return the staging directory for a plan, after all that can be refused was checked.
+
+        It is empty, unless an earlier run of the same ``identity`` has left something in its
+        journal. Without an identity nothing is continued. If an earlier run has put all of it in
+        place already, that place is returned, and `published` set.
 
         Raises:
             PlanError: the target exists, touches the source, or cannot be written.
             ConversionError: another run works on it, or the disk is too small.
         """
-        self._look(plan)
+        self._name(plan)
+        if self._was_published(identity):
+            self._acquire(self._partial)
+            if self._was_published(identity):
+                self.published = True
+                _log.warning("resuming: %s is in place and whole", self._path)
+                return self._path.parent if plan.single_file else self._path
+        self._check_place()
         self._make(self._path.parent)
-        self._partial = self._path.parent / f"{self._path.name}{PARTIAL}"
         self._acquire(self._partial)
         _rescue(self._partial, self._path)
-        for leftover in self._partial.iterdir():
-            if leftover.name != "lock":
-                _remove(leftover)
-        self._check_disk()  # after the leftovers of a killed run have made room
         staging = self._partial / "new"
-        staging.mkdir()
+        kept = {"lock", journal.NAME, "new"} if self._continues(identity) else {"lock"}
+        for leftover in self._partial.iterdir():
+            if leftover.name not in kept:
+                _remove(leftover)
+        # After the leftovers of a killed run have made room.
+        self._check_disk(_occupied(staging))
+        staging.mkdir(exist_ok=True)
         return staging
+
+    def _was_published(self, identity: Identity | None) -> bool:
+        """Return whether a killed run of this conversion has put its target in place."""
+        named = self._publishing()
+        if identity is None or not named or named != _inode(self._path):
+            return False
+        found = journal.read(self._partial / journal.NAME)
+        return found is not None and not found.identity.difference(identity)
+
+    def _publishing(self) -> str:
+        """Return what a killed run was about to put in place; empty if it did not get so far."""
+        try:
+            return (self._partial / _PUBLISHING).read_text()
+        except (OSError, ValueError):
+            return ""
+
+    def _continues(self, identity: Identity | None) -> bool:
+        """Return whether the partial directory holds the beginning of this conversion."""
+        found = journal.read(self._partial / journal.NAME)
+        if found is None or not found.durable:
+            return False
+        staging = self._partial / "new"
+        if not staging.is_dir() or staging.is_symlink():
+            return False
+        if self._publishing() not in ("", _inode(self._staged())):
+            return False  # it did, and what lies here is the target that it replaced
+        reason = found.identity.difference(identity) if identity else "it is not to be continued"
+        if reason:
+            _log.warning(
+                "starting over: %s in %s are not used, %s",
+                *(size_text(found.durable), self._partial, reason),
+            )
+        return not reason
+
+    def _worth_keeping(self) -> Kept | None:
+        found = journal.read(self._partial / journal.NAME)
+        if found is None or not found.durable:
+            return None
+        return Kept(self._partial, found.durable, sum(file.size for file in self.plan.files))
 
     def check(self, plan: SavePlan) -> None:
         """Check all that can be told without writing.
@@ -131,35 +229,53 @@ class Target:
             PlanError: the target exists or touches the source.
             ConversionError: the disk is too small.
         """
-        self._look(plan)
+        self._name(plan)
+        self._check_place()
         self._check_disk()
 
-    def _look(self, plan: SavePlan) -> None:
+    def _name(self, plan: SavePlan) -> None:
+        """Learn from a plan where the target and its partial directory are."""
         self.plan = plan
         self._path = self.save_dir / plan.directory if plan.directory else self.save_dir
         for path in (plan.directory, *plan.pointers, *(file.path for file in plan.files)):
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise PlanError(f"{path!r}: an output path must stay inside the target")
-        self._check_place()
+        self._partial = self._path.parent / f"{self._path.name}{PARTIAL}"
+
+    def _staged(self) -> Path:
+        """Return what becomes the target by a rename."""
+        new = self._partial / "new"
+        return new / self.plan.files[0].path if self.plan.single_file else new
 
     def publish(self) -> list[str]:
         """Make the staged files the target, then write the pointers; return remarks.
 
         Raises:
-            ConversionError: the target appeared meanwhile, or cannot be renamed.
+            CutShortError: the target appeared meanwhile, or cannot be renamed.
+            ConversionError: the target is in place, and a pointer to it cannot be written.
         """
-        assert self._partial is not None
+        if not self.published:
+            self._put_in_place()
+        self._created.clear()
+        try:
+            sync_directory(self._path.parent)
+            return self._write_pointers()
+        except OSError as error:
+            raise ConversionError(
+                f"{self._path}: is whole and in place, but not all that belongs to it: {error}"
+            ) from error
+
+    def _put_in_place(self) -> None:
         staging = self._partial / "new"
         try:
+            write_durable(self._partial / _PUBLISHING, _inode(self._staged()).encode())
             if self.plan.single_file:
                 self._publish_file(staging)
             else:
                 self._publish_directory(staging)
-            self._created.clear()
-            sync_directory(self._path.parent)
-            return self._write_pointers()
         except OSError as error:
-            raise ConversionError(f"{self._path}: cannot be put in place: {error}") from error
+            raise CutShortError(f"{self._path}: cannot be put in place: {error}") from error
+        self.published = True
 
     def _check_place(self) -> None:
         path = self._path
@@ -223,13 +339,19 @@ class Target:
                 raise PlanError(f"{partial}: cannot be written: {error.strerror}") from error
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 owner = os.pread(lock, 200, 0).decode(errors="replace").strip()
                 os.close(lock)
                 raise ConversionError(
                     f"{self._path}: another conversion is writing it ({owner or 'just started'}); "
                     "wait for it, or choose another target"
                 ) from None
+            except OSError as error:
+                os.close(lock)
+                raise PlanError(
+                    f"{partial}: its file system cannot lock files ({error.strerror}), so two runs "
+                    "could write one target; choose another target"
+                ) from error
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(lock), (partial / "lock").stat()):
                     self._lock = lock
@@ -238,9 +360,10 @@ class Target:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
-    def _check_disk(self) -> None:
+    def _check_disk(self, occupied: int = 0) -> None:
+        """Raise unless the plan fits; ``occupied`` bytes of it are there already."""
         status = os.statvfs(_existing(self._path.parent))
-        free = status.f_bavail * status.f_frsize
+        free = status.f_bavail * status.f_frsize + occupied
         needed = sum(-(-f.size // status.f_frsize) * status.f_frsize for f in self.plan.files)
         if needed > free:
             raise ConversionError(
@@ -267,7 +390,6 @@ class Target:
             staging.rename(self._path)  # fails if a directory with anything in it is there now
 
     def _write_pointers(self) -> list[str]:
-        assert self._partial is not None
         notes = []
         for name, content in self.plan.pointers.items():
             pointer = self.save_dir / name
@@ -354,9 +476,42 @@ def _rescue(partial: Path, target: Path) -> None:
         (partial / "old").rename(target)
 
 
+def keep_only(root: Path, files: Collection[str]) -> None:
+    """Remove everything below ``root`` but regular files at these paths; follow no link."""
+    folders = {parent for file in files for parent in PurePosixPath(file).parents}
+    for place, names, others in os.walk(root):
+        here = PurePosixPath(Path(place).relative_to(root))
+        for name in [*names, *others]:
+            path = Path(place, name)
+            wanted = path.is_dir() if here / name in folders else str(here / name) in files
+            if path.is_symlink() or not wanted or (path.is_dir() and here / name not in folders):
+                _remove(path)
+        names[:] = [name for name in names if here / name in folders]
+
+
+def _occupied(folder: Path) -> int:
+    """Return the bytes of disk that the files below a folder take."""
+    return sum(
+        Path(place, name).lstat().st_blocks * 512
+        for place, _, names in os.walk(folder)
+        for name in names
+    )
+
+
+def _inode(path: Path) -> str:
+    """Return the inode of a path in words, which a rename does not change; empty if none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return ""
+    return f"inode {status.st_ino} of device {status.st_dev}"
+
+
 def _remove(path: Path) -> None:
     try:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except FileNotFoundError:
+        pass
     except OSError as error:
         raise ConversionError(
             f"{path}: left by a killed run, cannot be removed: {error.strerror}"

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptx.compute import OPERATIONS, needs
-from ckptx.errors import ConversionError
+from ckptx.errors import ConversionError, CutShortError
 from ckptx.lazy import (
     ITEMSIZE,
     Box,
@@ -84,10 +84,8 @@ class Files:
                         "read"
                     )
                 done += count
-        except OSError as error:
-            raise ConversionError(
-                f"{self.paths[file]}: cannot be read: {error.strerror}"
-            ) from error
+        except OSError as error:  # a disk or a network that may be well again later
+            raise CutShortError(f"{self.paths[file]}: cannot be read: {error.strerror}") from error
         finally:
             self._release(file)
 

@@ -99,6 +99,8 @@ class Report:
     seconds: float
     digest: str
     """Digest of all tensors of the target; empty if a Megatron-style module wrote them."""
+    resumed: int = 0
+    """Bytes that an interrupted run had written, and that were not written again."""
 
     def _speed(self) -> str:
         """Return the speed where it says something: not for models of a few megabytes."""
@@ -119,6 +121,7 @@ class Report:
             "seconds": round(self.seconds, 3),
             "gb_per_second": round(self.rate, 3),
             "digest": self.digest,
+            "resumed": self.resumed,
         }
 
     def render(self, width: int = 80) -> str:
@@ -126,6 +129,9 @@ class Report:
         head = f"{self.loader} -> {self.saver} in {self.seconds:.1f} s{self._speed()}"
         lines = [*_wrapped("converted", head, width), *_wrapped("target", self.target, width)]
         lines += _facts_lines(self.facts, width)
+        if self.resumed:
+            text = f"{size_text(self.resumed)} were on disk from a run before, and are whole"
+            lines += _wrapped("resumed", text, width)
         if self.digest:
             lines += _wrapped("digest", self.digest[:_DIGEST], width)
         if self.facts.load_hint:

@@ -28,10 +28,13 @@ _PROGRESS_INTERVAL = 0.05  # seconds
 
 
 class Interrupted(BaseException):
-    """The user stopped the conversion; ``signum`` is the signal. No failure, so no CkptxError."""
+    """The user stopped the conversion; ``signum`` is the signal. No failure, so no CkptxError.
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; nothing was written")
+    ``left`` says what of it is left.
+    """
+
+    def __init__(self, signum: int, left: str = "nothing was written") -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; {left}")
         self.signum = signum
 
 
@@ -53,6 +56,8 @@ class Failure:
             kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ == errors.__name__)
         elif isinstance(error, SystemExit):
             message = f"{who} called exit({'' if error.code is None else error.code!r})"
+        elif isinstance(error, MemoryError):
+            kind, message = "CutShortError", f"{who}: memory ran out"
         else:
             message = f"{who} failed: {type(error).__name__}: {message}".rstrip(": ")
         return cls(kind, message, "".join(traceback.format_exception(error)), time.monotonic())

@@ -8,6 +8,10 @@ their source begins, batched, and each batch is gathered, hashed and written by 
 Source order matters: eight row-parallel ranks take eight stripes of the same bytes, and reading
 them once is several times faster than following the output files. Leaf digests make the digest of a
 tensor independent of threads and order.
+
+With a `ckptx.journal.Journal` the leaves that are on disk are recorded as the work goes on, and
+those that an earlier run has recorded are read back, compared with their digests, and not written
+again.
 """
 
 from __future__ import annotations
@@ -15,10 +19,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
+import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,20 +33,23 @@ import numpy as np
 import xxhash
 from isal import isal_zlib
 
-from ckptx.errors import ConversionError, PlanError
+from ckptx.errors import ConversionError, CutShortError, PlanError
+from ckptx.journal import Journal
 from ckptx.lazy import ITEMSIZE, Cast, LazyTensor, Stored
 from ckptx.pieces import flat_boxes, pieces
 from ckptx.plan import Crc32, FilePlan, Region, SavePlan
-from ckptx.publish import sync_directory
+from ckptx.publish import keep_only, size_text, sync_directory
 from ckptx.reader import WINDOW, Files, Gather
 from ckptx.replicas import check_replicas
 
+_log = logging.getLogger(__name__)
 LEAF = 4 << 20
 """Bytes of a tensor that one digest covers, and that one step writes."""
 _BATCH = 32 << 20  # bytes of output, and of what is cast to it, that one thread holds at a time
 _ALIGNMENT = 64  # of leaves in memory
 _BASE_MEMORY = 192 << 20  # three Python processes with their libraries
 _MAX_OPEN = 512
+_FILES_PER_RECORD = 16  # from this many files on, the more is written between two records
 
 DIGESTS: dict[str, Callable[[memoryview | bytes], bytes]] = {
     "xxh3_128": lambda data: xxhash.xxh3_128(data).digest(),
@@ -65,6 +75,8 @@ class Written:
 
     digests: dict[str, dict[int, str]] = field(default_factory=dict)
     replicas: int = 0
+    resumed: int = 0
+    """Bytes that an earlier run had written."""
 
 
 @dataclass(slots=True)
@@ -80,6 +92,7 @@ class _Output:
 
 @dataclass(frozen=True, slots=True)
 class _Leaf:
+    number: int  # in the order of the plan
     output: _Output
     region: int
     start: int  # elements
@@ -93,6 +106,16 @@ class _Leaf:
         content = self.output.plan.regions[self.region].content
         assert isinstance(content, LazyTensor)
         return content
+
+    @property
+    def begin(self) -> int:
+        """The byte of the region's data at which it begins."""
+        return self.start * ITEMSIZE[self.tensor.dtype]
+
+    @property
+    def place(self) -> tuple[Path, int]:
+        """The file, and the byte of it, at which it begins."""
+        return self.output.path, self.output.plan.regions[self.region].offset + self.begin
 
 
 def peak_memory(options: WriteOptions) -> int:
@@ -117,33 +140,56 @@ def execute(
     directory: Path,
     options: WriteOptions,
     progress: Callable[[int], None] = lambda count: None,
+    journal: Journal | None = None,
+    before: Mapping[str, Sequence[int]] | None = None,
 ) -> Written:
     """Write every file of a plan below ``directory`` and sync it to disk.
 
     ``files`` are the source paths that the plan's tensors refer to; ``progress`` is told the bytes
-    written since it was last called, from any thread.
+    written since it was last called, from any thread. ``before`` are the `states` of the files when
+    the plan was made, by default those of now.
 
     Raises:
-        ConversionError: a source cannot be read or changed meanwhile, a replica differs, the target
-            cannot be written. What was written so far stays; the caller removes it.
+        ConversionError: a source cannot be read or changed meanwhile, a replica differs. What was
+            written so far stays; the caller removes it.
+        CutShortError: the disk is full or fails; what the journal says is on it.
     """
-    before = _states(files)
+    before = before or states(files)
     sources = Files(files)
     try:
         written = Written(replicas=check_replicas(plan, sources, options.check_replicas))
-        outputs = [_create(file, directory, progress) for file in plan.files]
-        _Executor(sources, outputs, options, progress).run()
-        for output in outputs:
-            written.digests[output.plan.path] = _digests(output, options.digest)
-        _sync_directories(directory, outputs)
-    except OSError as error:
-        raise _failed(error, directory) from error
+        with writing(directory):
+            continued = journal is not None and bool(journal.leaves)
+            if continued:
+                keep_only(directory, {file.path for file in plan.files})
+            outputs = [_create(file, directory, progress, continued) for file in plan.files]
+            executor = _Executor(sources, outputs, options, progress, directory, journal)
+            executor.run()
+            for output in outputs:
+                written.digests[output.plan.path] = _digests(output, options.digest)
+            _sync_directories(directory, outputs)
+        written.resumed = executor.resumed
     finally:
         sources.close()
-    changed = [path for path, state in _states(files).items() if state != before[path]]
+    changed = [path for path, state in states(files).items() if state[:3] != before[path][:3]]
     if changed:
         raise ConversionError(f"{changed[0]}: changed while it was converted; run again")
     return written
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turn what the system says about files of the target into an error that names them.
+
+    Raises:
+        CutShortError: the disk is full or fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or directory
+        advice = "; free space or choose another target" if error.errno == errno.ENOSPC else ""
+        raise CutShortError(f"{place}: cannot be written: {error.strerror}{advice}") from error
 
 
 class _Executor:
@@ -155,9 +201,12 @@ class _Executor:
         outputs: Sequence[_Output],
         options: WriteOptions,
         progress: Callable[[int], None],
+        directory: Path,
+        journal: Journal | None,
     ) -> None:
         self.sources = sources
         self.outputs = outputs
+        self.resumed = 0
         self.digest = DIGESTS[options.digest]
         self.threads = choose_threads(options)
         self.progress = progress
@@ -166,24 +215,74 @@ class _Executor:
         self._stop = threading.Event()
         self._targets = _Targets()
         self._syncs: list[Future[None]] = []
+        self._journal = journal
+        self._recorder = _Recorder(journal, self._targets, directory, outputs) if journal else None
 
     def run(self) -> None:
-        leaves = [leaf for output in self.outputs for leaf in _leaves(output)]
-        leaves.sort(key=lambda leaf: leaf.source)
+        leaves = list(_leaves(self.outputs))
         try:
             with ThreadPoolExecutor(self.threads) as pool, ThreadPoolExecutor(1) as syncer:
                 self._syncer = syncer
                 try:
+                    leaves = self._missing(leaves, pool)
+                    leaves.sort(key=lambda leaf: leaf.source)
                     for output in self.outputs:
                         if not output.left:
                             self._finish(output)
                     _wait([pool.submit(self._move, batch) for batch in _batches(leaves)])
                     _wait(self._syncs)
+                    if self._recorder:
+                        self._recorder.close()
                 finally:
                     self._stop.set()  # batches that are still queued end at once
         finally:
             # Not before the threads ended: a number that was closed may soon be another file.
             self._targets.close()
+
+    def _missing(self, leaves: list[_Leaf], pool: ThreadPoolExecutor) -> list[_Leaf]:
+        """Return the leaves that are not on disk as the journal says."""
+        recorded = self._journal.leaves if self._journal else {}
+        known = [leaf for leaf in leaves if leaf.number in recorded]
+        if not known:
+            return leaves
+        whole: set[int] = set()
+        known.sort(key=lambda leaf: leaf.place)
+        _wait([pool.submit(self._look, batch, recorded, whole) for batch in _batches(known)])
+        damaged = Counter(leaf.output.path for leaf in known if leaf.number not in whole)
+        for path, count in damaged.items():
+            _log.warning("%s: %d parts are damaged, and are written again", path, count)
+        self.resumed = sum(leaf.size for leaf in known if leaf.number in whole)
+        total = sum(output.plan.size for output in self.outputs)
+        _log.warning(
+            "resuming: %s of %s are there and whole", size_text(self.resumed), size_text(total)
+        )
+        if self._recorder:
+            self._recorder.durable = self.resumed
+        return [leaf for leaf in leaves if leaf.number not in whole]
+
+    def _look(self, batch: list[_Leaf], recorded: Mapping[int, bytes], whole: set[int]) -> None:
+        """Read leaves back; add those to ``whole`` that are as recorded."""
+        staging, _ = self._tools()
+        for leaf in batch:
+            if self._stop.is_set():
+                return
+            data = staging[: leaf.size].data
+            if not self._targets.read(*leaf.place, data):
+                continue
+            digest = self.digest(data)
+            if digest == recorded[leaf.number]:
+                self._account(leaf, data, digest)
+                self.progress(leaf.size)
+                with self._lock:
+                    leaf.output.left -= 1
+                    whole.add(leaf.number)
+
+    def _account(self, leaf: _Leaf, data: memoryview, digest: bytes) -> None:
+        """Keep the digest of a leaf, and its checksum where one is wanted."""
+        output, number = leaf.output, leaf.begin // LEAF
+        output.leaves[leaf.region][number] = digest
+        if leaf.region in output.checksums:
+            output.checksums[leaf.region][number] = (isal_zlib.crc32(data), leaf.size)
 
     def _move(self, batch: list[_Leaf]) -> None:
         if self._stop.is_set():
@@ -207,18 +306,16 @@ class _Executor:
         return self._local.staging, self._local.gather
 
     def _write(self, leaf: _Leaf, data: memoryview) -> None:
-        output, region = leaf.output, leaf.output.plan.regions[leaf.region]
-        start = leaf.start * ITEMSIZE[leaf.tensor.dtype]
-        number = start // LEAF
-        output.leaves[leaf.region][number] = self.digest(data)
-        if leaf.region in output.checksums:
-            output.checksums[leaf.region][number] = (isal_zlib.crc32(data), leaf.size)
-        self._targets.write(output.path, region.offset + start, data)
+        digest = self.digest(data)
+        self._account(leaf, data, digest)
+        self._targets.write(*leaf.place, data)
         self.progress(leaf.size)
         with self._lock:
-            output.left -= 1
-            if not output.left:
-                self._finish(output)
+            leaf.output.left -= 1
+            if not leaf.output.left:
+                self._finish(leaf.output)
+            if self._recorder and self._recorder.add(leaf, digest):
+                self._later(self._recorder.save, self._recorder.take())
 
     def _finish(self, output: _Output) -> None:
         """Write the checksums of a file whose tensors are all there, and sync it meanwhile."""
@@ -227,7 +324,72 @@ class _Executor:
                 parts = output.checksums[region.content.region]
                 value = _combined(isal_zlib.crc32(region.content.head), parts)
                 self._targets.write(output.path, region.offset, value.to_bytes(4, "little"))
-        self._syncs.append(self._syncer.submit(self._targets.sync, output.path))
+        self._later(self._targets.sync, output.path)
+
+    def _later(self, step: Callable[..., None], *arguments: object) -> None:
+        """Have the syncer do something, after all it was given before."""
+
+        def run() -> None:
+            try:
+                step(*arguments)
+            except BaseException:
+                self._stop.set()  # the error itself is met when all batches have ended
+                raise
+
+        self._syncs.append(self._syncer.submit(run))
+
+
+class _Recorder:
+    """Makes leaves durable now and then, and records them in the journal.
+
+    It syncs the files that were written to since the last time. The more files these are, the more
+    is written in between, so that the cost stays a small part of the writing. Files that are
+    complete do not count: they are synced in any case, before the record is made.
+    """
+
+    def __init__(
+        self, journal: Journal, targets: _Targets, directory: Path, outputs: Sequence[_Output]
+    ) -> None:
+        self.durable = 0
+        self._journal = journal
+        self._targets = targets
+        self._directory = directory
+        self._outputs = outputs
+        self._fresh: dict[int, bytes] = {}
+        self._size = 0
+        self._unsynced: set[Path] = set()
+
+    def add(self, leaf: _Leaf, digest: bytes) -> bool:
+        """Note a leaf that was written; return whether it is time to save."""
+        self._fresh[leaf.number] = digest
+        self._size += leaf.size
+        (self._unsynced.add if leaf.output.left else self._unsynced.discard)(leaf.output.path)
+        every = self._journal.every
+        return self._size >= max(every, len(self._unsynced) * every // _FILES_PER_RECORD)
+
+    def take(self) -> tuple[dict[int, bytes], int, set[Path]]:
+        """Return what is to be saved: leaves, their bytes, the files to sync first."""
+        taken = self._fresh, self._size, self._unsynced
+        self._fresh, self._size, self._unsynced = {}, 0, set()
+        return taken
+
+    def save(self, taken: tuple[dict[int, bytes], int, set[Path]]) -> None:
+        """Wait until leaves are on disk, then record them."""
+        leaves, size, unsynced = taken
+        if not self._journal.records:
+            # The names of the files must be as durable as what is in them.
+            _sync_directories(self._directory, self._outputs)
+            sync_directory(self._journal.path.parent)
+            sync_directory(self._journal.path.parent.parent)
+        for path in sorted(unsynced):
+            self._targets.flush(path)
+        self.durable += size
+        self._journal.record(leaves, self.durable)
+
+    def close(self) -> None:
+        """Record the rest, all files having been synced; nothing if there is no record yet."""
+        if self._fresh and (self._journal.records or self._journal.leaves):
+            self.save(self.take())
 
 
 def _wait(futures: Sequence[Future[None]]) -> None:
@@ -259,8 +421,34 @@ class _Targets:
         finally:
             self._release(path)
 
+    def read(self, path: Path, offset: int, data: memoryview) -> bool:
+        """Fill ``data`` from byte ``offset`` on; return whether the file has that much."""
+        descriptor = self._acquire(path)
+        try:
+            while data:
+                count = os.preadv(descriptor, [data], offset)
+                if not count:
+                    return False
+                data, offset = data[count:], offset + count
+            return True
+        except OSError:  # a part of the disk that cannot be read may well be written
+            return False
+        finally:
+            self._release(path)
+
+    def flush(self, path: Path) -> None:
+        """Wait until what was written to a file so far is on disk."""
+        descriptor = self._acquire(path)
+        try:
+            os.fdatasync(descriptor)
+        except OSError as error:
+            error.filename = os.fspath(path)
+            raise
+        finally:
+            self._release(path)
+
     def sync(self, path: Path) -> None:
-        """Wait until a file is on disk."""
+        """Wait until a file is on disk; nothing more is written to it."""
         descriptor = self._acquire(path)
         try:
             os.fsync(descriptor)
@@ -283,7 +471,7 @@ class _Targets:
                 idle = [p for p in self._open if not self._users.get(p)]
                 for other in idle[: max(0, len(self._open) - _MAX_OPEN + 1)]:
                     os.close(self._open.pop(other))
-                self._open[path] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+                self._open[path] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             self._users[path] = self._users.get(path, 0) + 1
             return self._open[path]
 
@@ -302,11 +490,22 @@ def tensor_digest(name: str, leaves: Sequence[bytes]) -> str:
     return f"{name}:{DIGESTS[name](b''.join(leaves)).hex()}"
 
 
-def _create(plan: FilePlan, directory: Path, progress: Callable[[int], None]) -> _Output:
-    """Create a file of its full size, with all its literal bytes."""
+def _create(
+    plan: FilePlan, directory: Path, progress: Callable[[int], None], continued: bool
+) -> _Output:
+    """Create a file of its full size, with all its literal bytes; or go on with one of that size.
+
+    A file that has a name elsewhere is made anew: it may be the only copy of something else.
+    """
     path = directory / plan.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    if continued and path.is_file():
+        status = path.stat()
+        if (status.st_size, status.st_nlink) != (plan.size, 1):
+            path.unlink()
+    exclusive = 0 if continued else os.O_EXCL
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | exclusive
+    descriptor = os.open(path, flags, 0o666)
     try:
         if plan.size:
             _allocate(descriptor, plan.size)
@@ -333,18 +532,23 @@ def _leaf_count(region: Region) -> int:
     return -(-region.size // LEAF)
 
 
-def _leaves(output: _Output) -> Iterator[_Leaf]:
-    for number, region in enumerate(output.plan.regions):
-        tensor = region.content
-        if not isinstance(tensor, LazyTensor):
-            continue
+def _leaves(outputs: Iterable[_Output]) -> Iterator[_Leaf]:
+    places = (
+        (output, number, start)
+        for output in outputs
+        for number, region in enumerate(output.plan.regions)
+        if isinstance(region.content, LazyTensor)
+        for start in range(0, region.content.numel, LEAF // ITEMSIZE[region.content.dtype])
+    )
+    for number, (output, region, start) in enumerate(places):
+        tensor = output.plan.regions[region].content
+        assert isinstance(tensor, LazyTensor)
         itemsize = ITEMSIZE[tensor.dtype]
-        for start in range(0, tensor.numel, LEAF // itemsize):
-            stop = min(tensor.numel, start + LEAF // itemsize)
-            size = (stop - start) * itemsize
-            source, width = _source(tensor, start, stop)
-            held = -(-size // _ALIGNMENT) * _ALIGNMENT + (stop - start) * width
-            yield _Leaf(output, number, start, stop, size, source, held)
+        stop = min(tensor.numel, start + LEAF // itemsize)
+        size = (stop - start) * itemsize
+        source, width = _source(tensor, start, stop)
+        held = -(-size // _ALIGNMENT) * _ALIGNMENT + (stop - start) * width
+        yield _Leaf(number, output, region, start, stop, size, source, held)
 
 
 def _source(tensor: LazyTensor, start: int, stop: int) -> tuple[tuple[int, int], int]:
@@ -433,18 +637,17 @@ def _sync_directories(directory: Path, outputs: Sequence[_Output]) -> None:
         sync_directory(folder)
 
 
-def _states(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    states: dict[str, tuple[int, ...]] = {}
+def states(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Return inode, size in bytes, and the times of change of data and inode, of each file.
+
+    Raises:
+        ConversionError: a file cannot be found.
+    """
+    found: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
             status = os.stat(path)  # noqa: PTH116 - /proc paths of the spool included
         except OSError as error:
             raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
-        states[path] = (status.st_ino, status.st_size, status.st_mtime_ns)
-    return states
-
-
-def _failed(error: OSError, directory: Path) -> ConversionError:
-    place = error.filename or directory
-    advice = "; free space or choose another target" if error.errno == errno.ENOSPC else ""
-    return ConversionError(f"{place}: cannot be written: {error.strerror}{advice}")
+        found[path] = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return found

@@ -35,13 +35,12 @@ from ckptx.model_directory import (
 )
 from ckptx.plugin import Loader
 from ckptx.plugins.trained import (
-    WEIGHTS_ONLY,
     beside,
     plain_names,
     strip_option,
     trained_messages,
 )
-from ckptx.protocol import Begin, Dropped, Message
+from ckptx.protocol import WEIGHTS_ONLY, Begin, Dropped, Message
 from ckptx.schemas import torchtitan
 
 TRAINING = (

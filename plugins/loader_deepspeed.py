@@ -26,13 +26,12 @@ from ckptx.model_weights import INDEXES, SINGLES, base_tensors, read_weights
 from ckptx.plugin import Loader
 from ckptx.plugins.deepspeed import directory, ranks, weights
 from ckptx.plugins.trained import (
-    WEIGHTS_ONLY,
     beside,
     shapes_of_config,
     trained_messages,
     unwrapped,
 )
-from ckptx.protocol import Begin, Dropped, Message
+from ckptx.protocol import WEIGHTS_ONLY, Begin, Dropped, Message
 
 _CONSUMED = frozenset(
     {

@@ -39,7 +39,7 @@ from ckptx.plugins.state_dict import (
     layout_option_value,
 )
 from ckptx.plugins.trained import named_as_in_files, plain_names, strip_option
-from ckptx.protocol import Begin, Dropped, End, Message
+from ckptx.protocol import WEIGHTS_ONLY, Begin, Dropped, End, Message
 from ckptx.schema import Parts
 from ckptx.schemas import legacy
 from ckptx.schemas.args import spec_from_args
@@ -51,7 +51,6 @@ _DEEPEST = 5
 """Containers, one in another; a pickle may hold itself."""
 _LOCAL_SHARDS = "local_shard_checkpoint"
 _CONVENTIONS = {"hf": "hf", "core": "mcore", "legacy": "legacy"}
-WEIGHTS_ONLY = "only weights are converted"
 
 
 class PytorchLoader:

@@ -36,7 +36,6 @@ from ckptx.lazy import LazyTensor
 from ckptx.model_directory import base_sidecars
 from ckptx.plugin import Loader
 from ckptx.plugins.trained import (
-    WEIGHTS_ONLY,
     beside,
     plain_names,
     size_of,
@@ -44,7 +43,7 @@ from ckptx.plugins.trained import (
     trained_messages,
 )
 from ckptx.plugins.verl import extra_state, megatron
-from ckptx.protocol import Begin, Dropped, Message, SourceTensor
+from ckptx.protocol import WEIGHTS_ONLY, Begin, Dropped, Message, SourceTensor
 
 ACTOR = "actor"
 """The model that is trained, of those that a step holds."""

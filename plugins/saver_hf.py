@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -81,11 +82,21 @@ class HfSaver:
             tensors, apart, filled = set_aside(config, tensors, iteration)
         files, notes = _sidecars(model, main_dtype(tensors))
         plans = [*literal_files(files), *apart, *weight_files(tensors, options)]
+        hint = f'transformers.{_auto_class(model)}.from_pretrained("{{target}}")'
+        if CONFIG not in files:
+            read = {".safetensors": "safetensors.torch.load_file", ".bin": "torch.load"}
+            first = next(plan.path for plan in plans if plan.path.endswith(tuple(read)))
+            hint = f'{read[Path(first).suffix]}("{{target}}/{first}")'
+            notes = (
+                *notes,
+                f"no {CONFIG}: transformers cannot load it; --hf-base takes config and tokenizer "
+                "from the model that was trained",
+            )
         return SavePlan(
             plans,
             dropped=dropped,
             notes=(*filled, *notes),
-            load_hint=f'transformers.{_auto_class(model)}.from_pretrained("{{target}}")',
+            load_hint=hint,
             details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
         )
 

@@ -30,7 +30,6 @@ from ckptx.vocabulary import dimensions, keys_of
 
 T = TypeVar("T", bound=LazyTensor)
 
-WEIGHTS_ONLY = "only weights are converted"
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
 """What FSDP 1, activation checkpointing, torch.compile and DDP put into names."""
 _BESIDE = ("huggingface", "hf_config", "tokenizer")

@@ -33,6 +33,8 @@ _ENGINE = (
     "threads",
     "digest",
     "check_replicas",
+    "resume",
+    "journal_every",
     "max_queue_size",
     "model_type",
     "checking",

@@ -7,18 +7,20 @@
       torch_dtype: bf16
     model:
       model_path: /models/base
-      is_lora: false
+      is_lora: true
+      lora_rank: 32                   # and lora_alpha, unless lora_path names an adapter
 
 The command line that means the same is printed first. RLinf builds the model that ``model``
 describes and loads the weights into it; ckptx builds none, so most of ``model`` is not needed, and
 is named.
 
 Source: RLinf/RLinf rlinf/utils/ckpt_convertor/fsdp_convertor/{convert_pt_to_hf,utils}.py and its
-config/*.yaml @ a3816b5.
+config/*.yaml @ a3816b5; of the adapters, rlinf/models/__init__.py get_model @ 00db686.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from typing import Any
 
 import click
 
+from ckptx.adapter_config import ADAPTER_CONFIG
 from ckptx.commands import equivalent
 from ckptx.commands.options import DTYPES
 from ckptx.errors import FormatError, listing
@@ -40,6 +43,9 @@ _CONVERTOR = frozenset(
     }
 )
 _MODEL = frozenset({"model_path", "is_lora"})
+_ADAPTER = frozenset({"lora_rank", "lora_path"})
+_ADAPTER_FOLDER = "lora_adapter"
+"""Where RLinf puts an adapter that is not merged, below ``save_path``."""
 _SETTING = re.compile(r"((?:convertor|model|actor)\.[\w.]+)=(.*)", re.DOTALL)
 _TRAINING = ("config.yaml", "tensorboard/config.yaml")
 _PARENTS = 10
@@ -96,11 +102,14 @@ def command_line(file: Path, settings: Sequence[str] = ()) -> tuple[list[str], l
     source = _path(convertor, "ckpt_path", file)
     target = _path(convertor, "save_path", file)
     model, origin = _model(config, convertor, source, file)
-    line = ["convert", source, target, "--to", "hf"]
+    saver, lora = _adapters(convertor, model, origin)
+    if saver == "peft":
+        target = str(Path(target) / _ADAPTER_FOLDER)
+    line = ["convert", source, target, "--to", saver]
     if model.get("model_path"):
         line += ["--hf-base", _text(model["model_path"], "model.model_path", origin)]
     line += _dtype(convertor.get("torch_dtype"), file)
-    _refuse_adapters(convertor, model, origin)
+    line += lora
     remarks = [f"model was read from {origin}"] if origin != file else []
     remarks += _remarks(config, convertor, model)
     return line, remarks
@@ -209,26 +218,52 @@ def _dtype(value: Any, file: Path) -> list[str]:
     return ["--dtype", str(value).lower()]
 
 
-def _refuse_adapters(convertor: Mapping[str, Any], model: Mapping[str, Any], origin: Path) -> None:
+def _adapters(
+    convertor: Mapping[str, Any], model: Mapping[str, Any], origin: Path
+) -> tuple[str, list[str]]:
+    """Return the saver, and the options for adapters in the checkpoint.
+
+    RLinf makes its adapters with an alpha that equals their rank, or goes on training one.
+    """
     flags = {f"convertor.{key}": convertor.get(key) for key in (*_MERGE, "strict_load")}
     flags["model.is_lora"] = model.get("is_lora")
     for key, value in flags.items():
         if value is not None and not isinstance(value, bool):
             raise FormatError(f"{origin}: {key} is {value!r:.40}, expected true or false")
-    if model.get("is_lora"):
-        merge = all(convertor.get(key, True) for key in _MERGE)
-        wish = "merged into their base" if merge else "saved apart"
+    if not model.get("is_lora"):
+        return "hf", []
+    alpha, key = model.get("lora_rank"), "model.lora_rank"
+    if model.get("lora_path") is not None:
+        folder = Path(_text(model["lora_path"], "model.lora_path", origin))
+        origin, key = folder / ADAPTER_CONFIG, "lora_alpha"
+        alpha = _read_json(origin).get(key)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise FormatError(
-            f"{origin}: model.is_lora is true: adapters are to be {wish}, which a configuration "
-            "file cannot ask for yet; if the checkpoint holds none, give model.is_lora=false"
+            f"{origin}: model.is_lora is true and {key} is {alpha!r:.40}, expected a number; if "
+            "the checkpoint holds no adapter, give model.is_lora=false"
         )
+    merged = all(convertor.get(key, True) is not False for key in _MERGE)
+    return "hf" if merged else "peft", ["--lora-alpha", str(alpha)]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except OSError as error:
+        raise FormatError(f"{file}: {error.strerror}; model.lora_path names it") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{file}: expected a JSON object")
+    return value
 
 
 def _remarks(
     config: Mapping[str, Any], convertor: Mapping[str, Any], model: Mapping[str, Any]
 ) -> Iterator[str]:
     unused = [str(key) for key in config if key not in ("convertor", "model", "actor")]
-    unused += [f"model.{key}" for key in model if key not in _MODEL]
+    used = _MODEL | _ADAPTER if model.get("is_lora") else _MODEL
+    unused += [f"model.{key}" for key in model if key not in used]
     if unused:
         yield f"not needed, since no model is built: {', '.join(unused)}"
     if convertor.get("strict_load") is False:

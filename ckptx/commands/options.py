@@ -127,6 +127,20 @@ def engine_options() -> list[click.Parameter]:
             help="How much of a tensor's further copies is compared.",
         ),
         click.Option(
+            ["--no-resume", "resume"],
+            is_flag=True,
+            flag_value=False,
+            default=True,
+            help="Continue no interrupted run, and leave nothing if interrupted.",
+        ),
+        click.Option(
+            ["--journal-every"],
+            type=Size(),
+            default="256M",
+            show_default=True,
+            help="How much an interrupted run may have to write again.",
+        ),
+        click.Option(
             ["--max-queue-size"],
             type=click.IntRange(1),
             default=50,

@@ -299,13 +299,16 @@ def _plan(
     for name, entries in files.items():
         regions: list[Region] = []
         position = 0
+        key, expected, boxes = None, None, []  # of the item before: neighbours are mostly alike
         for entry in entries:
             if isinstance(entry, TensorItem):
                 found = entry.tensor.dtype, entry.shape
-                expected = shapes.setdefault(entry.key, found)
+                if entry.key != key:
+                    key = entry.key
+                    expected = shapes.setdefault(key, found)
+                    boxes = chunks.setdefault(key, [])
                 if found != expected:
                     raise PlanError(f"{name}: {entry.key!r} is {found} here, {expected} before")
-                boxes = chunks.setdefault(entry.key, [])
                 if 0 in entry.tensor.shape and 0 not in entry.shape:
                     continue  # the share of a rank that has none
                 end = _add_tensor(regions, position, entry, between)

@@ -30,7 +30,7 @@ from ckptx.containers.pickle_values import (
 from ckptx.containers.pickle_writer import dumps
 from ckptx.containers.source_file import SourceFile
 from ckptx.errors import FormatError
-from ckptx.lazy import Shape
+from ckptx.lazy import MAX_AXES, Shape
 
 METADATA_NAME = ".metadata"
 
@@ -174,6 +174,8 @@ def _pairs(value: Any) -> Sequence[tuple[Any, Any]]:
 
 def _shape(path: Path, value: Any) -> Shape:
     shape = tuple(value)
+    if len(shape) > MAX_AXES:
+        raise FormatError(f"{path}: found a tensor of {len(shape)} axes; the file is damaged")
     for size in shape:
         if type(size) is not int or size < 0:
             raise FormatError(f"{path}: expected natural sizes and offsets; the file is damaged")

@@ -147,8 +147,21 @@ def stub(module: str, name: str) -> type[Record]:
 copyreg.pickle(StubClass, lambda cls: (stub, (cls.module, cls.name)))
 
 
+def _sealed(value: object, state: object) -> None:
+    """Stand for ``__setstate__`` of a value that is whole when it is made.
+
+    Frozen dataclasses with slots have one of their own, which sets every field unchecked.
+    """
+    raise TypeError(f"a pickle tried to set the state of a {type(value).__name__}")
+
+
 class Namespace(argparse.Namespace, metaclass=FrozenClass):
     """An `argparse.Namespace` or `types.SimpleNamespace`, as Megatron's ``args``."""
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, dict) or not all(type(name) is str for name in state):
+            raise TypeError("the state of a namespace is no dictionary of names")
+        vars(self).update(state)
 
 
 class TorchSize(tuple[int, ...], metaclass=FrozenClass):
@@ -166,6 +179,8 @@ class TorchDtype:
 
     name: str
 
+    __setstate__ = _sealed
+
     def __reduce__(self) -> _Rebuilt:
         return TorchDtype, (self.name,)
 
@@ -181,8 +196,7 @@ class EnumValue:
     def __reduce__(self) -> _Rebuilt:
         return EnumValue, (self.module, self.name, self.value)
 
-    def __setstate__(self, state: object) -> None:
-        raise TypeError(f"{self.module}.{self.name} has a state; it is no enum")
+    __setstate__ = _sealed
 
 
 class Global(NamedTuple):
@@ -260,6 +274,8 @@ class StorageRef:
     key: str
     nbytes: int
 
+    __setstate__ = _sealed
+
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
@@ -276,6 +292,8 @@ class TensorRecord:
     storage_nbytes: int
     requires_grad: bool = False
     parameter: bool = False
+
+    __setstate__ = _sealed
 
 
 STORAGE_CLASSES = {

@@ -274,17 +274,29 @@ class _Writer:
         self._repeated(around, others)
 
     def _repeated(self, around: Sequence[bytes], rows: Sequence[tuple[Any, ...]]) -> None:
-        """Push objects whose classes and attributes have been pushed; half a million are usual."""
+        """Push objects whose classes and attributes have been pushed; half a million are usual.
+
+        What a column has had before is fetched with the opcodes that go before it.
+        """
+        columns: list[tuple[bytes, dict[Any, bytes]]] = [(opcodes, {}) for opcodes in around]
         memo, out = self._memo, self.out
         for row in rows:
-            for opcodes, item in zip(around, row, strict=True):
-                out += opcodes
-                if type(item) is int:
-                    out += _BYTE_INTS[item] if 0 <= item < 256 else _int_opcode(item)
-                elif item in memo:
-                    out += memo[item]
-                else:
-                    self.emit(item)
+            for (opcodes, seen), item in zip(columns, row, strict=True):
+                code = seen.get(item)
+                if code is None:
+                    if type(item) is int:
+                        code = opcodes + (
+                            _BYTE_INTS[item] if 0 <= item < 256 else _int_opcode(item)
+                        )
+                    elif item in memo:
+                        code = opcodes + memo[item]
+                    else:
+                        out += opcodes
+                        self.emit(item)
+                        continue
+                    if len(seen) < _MOST_SEEN:
+                        seen[item] = code
+                out += code
             out += b"ub"
 
     def _namespace(self, value: argparse.Namespace) -> None:
@@ -329,6 +341,7 @@ class _Writer:
         self._write(b"tR")
 
 
+_MOST_SEEN = 1 << 16
 _BYTE_INTS = [b"K%c" % value for value in range(256)]
 
 

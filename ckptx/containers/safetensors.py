@@ -24,7 +24,7 @@ from typing import Any
 
 from ckptx.containers.source_file import SourceFile
 from ckptx.errors import FormatError, PlanError
-from ckptx.lazy import ITEMSIZE, LazyTensor, Stored, contiguous_strides
+from ckptx.lazy import ITEMSIZE, MAX_AXES, LazyTensor, Stored, contiguous_strides
 from ckptx.plan import FilePlan, Region
 
 HEADER_LENGTH = struct.Struct("<Q")
@@ -236,8 +236,8 @@ def _entry(path: Path, name: str, value: object, start: int) -> Entry:
         raise refuse(f"a dtype of {', '.join(DTYPES)}", code)
     dtype = DTYPES[code]
     shape = _naturals(value["shape"])
-    if shape is None:
-        raise refuse("a shape of non-negative integers", value["shape"])
+    if shape is None or len(shape) > MAX_AXES:
+        raise refuse(f"a shape of up to {MAX_AXES} non-negative integers", value["shape"])
     span = _naturals(value["data_offsets"])
     if span is None or len(span) != 2 or span[0] > span[1]:
         raise refuse("data_offsets [begin, end]", value["data_offsets"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +26,7 @@ from ckptx.containers.pickle_writer import dumps
 from ckptx.containers.source_file import SourceFile
 from ckptx.containers.zip_archive import ArchiveWriter, Member, NewMember, read_members
 from ckptx.errors import FormatError, PlanError
-from ckptx.lazy import ITEMSIZE, LazyTensor, Shape, Stored, contiguous_strides
+from ckptx.lazy import ITEMSIZE, MAX_AXES, LazyTensor, Shape, Stored, contiguous_strides
 from ckptx.plan import FilePlan
 
 ITEM_ROOT = "archive"
@@ -86,8 +87,8 @@ def read_open(
 
     try:
         return _Resolver(extent).resolve(value)
-    except RecursionError as error:
-        raise FormatError(f"{file.path}: its objects are nested too deeply") from error
+    except _TangledError as error:
+        raise FormatError(f"{file.path}: {error}; no checkpoint is like that") from error
 
 
 def read_records(
@@ -319,7 +320,7 @@ def place(file: SourceFile, record: TensorRecord, storage: Member | None) -> int
         raise FormatError(f"{where}: the storage is not in the archive; copy the file again")
     if (
         not _naturals((*record.shape, *record.strides, record.storage_offset))
-        or len(record.shape) != len(record.strides)
+        or not len(record.shape) == len(record.strides) <= MAX_AXES
         or record.storage_nbytes != storage.size
     ):
         raise FormatError(
@@ -338,16 +339,40 @@ def place(file: SourceFile, record: TensorRecord, storage: Member | None) -> int
     return storage.offset + record.storage_offset * ITEMSIZE[record.dtype]
 
 
+MAX_DEPTH = 100
+"""How deep containers of a pickle may nest; those of real checkpoints stay below 20."""
+MAX_SHARED = 1_000_000
+"""How many values may be met again where containers are shared, as a walk that knows no sharing
+meets them."""
+
+
+class _TangledError(ValueError):
+    """The objects of a pickle cannot be walked as a tree."""
+
+
 class _Resolver:
-    """Replaces the `TensorRecord` leaves of a graph that may share and contain itself."""
+    """Replaces the `TensorRecord` leaves of a graph that may share itself.
+
+    What it returns can be walked as a tree: it is not too deep, holds itself at most through a
+    `Record`, and a few bytes of pickle have not become billions of values.
+    """
 
     def __init__(self, extent: Callable[[TensorRecord], Stored]) -> None:
         self._extent = extent
         # By identity; holds the objects too, lest their ids be used again.
         self._done: dict[int, tuple[Any, Any]] = {}
+        # How many values a container holds as a tree; of one that is not done, minus the number of
+        # records that it was met in.
+        self._sizes: dict[int, int] = {}
+        self._met = self._shared = self._depth = self._records = 0
 
     def resolve(self, value: Any) -> Any:
-        """Return ``value`` with extents for tensors; containers are changed in place."""
+        """Return ``value`` with extents for tensors; containers are changed in place.
+
+        Raises:
+            FormatError: an extent is none.
+            _TangledError: the graph is too deep, too large or holds itself.
+        """
         kind = type(value)
         if kind is TensorRecord:
             return self._extent(value)
@@ -355,30 +380,66 @@ class _Resolver:
             return value
         done = self._done.get(id(value))
         if done is not None:
+            self._meet_again(id(value))
             return done[1]
         self._done[id(value)] = value, value
+        self._sizes[id(value)] = -self._records
+        before = self._met
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _TangledError("its objects are nested too deeply")
+        result = self._resolve(value)
+        self._depth -= 1
+        if isinstance(value, Record):  # what walks plain containers stops at it
+            self._met = before
+        self._met += 1
+        self._sizes[id(value)] = self._met - before
+        return result
+
+    def _meet_again(self, identity: int) -> None:
+        size = self._sizes[identity]
+        if size <= 0 and size == -self._records:
+            raise _TangledError("a container of it holds itself")
+        if size > 0:
+            self._met += size
+            self._shared += size
+            if self._shared > MAX_SHARED:
+                raise _TangledError(
+                    f"its containers are shared so often that they hold over {MAX_SHARED} values"
+                )
+
+    def _resolve(self, value: Any) -> Any:
         if isinstance(value, dict):
             self._mapping(value)
         elif isinstance(value, list):
+            self._met += len(value)
             value[:] = [self.resolve(item) for item in value]
         elif isinstance(value, tuple):
             return self._tuple(value)
         elif isinstance(value, Namespace):
             self._mapping(vars(value))
-        elif isinstance(value, Record):
+        else:
+            self._records += 1
             value.args = self.resolve(value.args)
             value.state = self.resolve(value.state)
             self._mapping(value.kwargs)
             value.items = [self.resolve(item) for item in value.items]
             value.pairs = [(key, self.resolve(item)) for key, item in value.pairs]
+            self._records -= 1
         return value
 
     def _mapping(self, value: dict[Any, Any]) -> None:
+        if isinstance(value, OrderedDict):
+            vars(value).clear()  # torch's _metadata; or an ``items`` that is no method
+        self._met += len(value)
         for key, item in value.items():
             value[key] = self.resolve(item)
 
     def _tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        self._met += len(value)
         if type(value) is not tuple:  # a TorchSize
+            if not all(type(size) is int for size in value):
+                raise _TangledError("a torch.Size of it holds something else than numbers")
             return value
         items = tuple([self.resolve(item) for item in value])
         if any(new is not old for new, old in zip(items, value, strict=True)):

@@ -26,13 +26,12 @@ from ckptx.plan import FilePlan, literal_files
 from ckptx.plugins.megatron.directory import IterationDirectory
 from ckptx.plugins.megatron.source import (
     ENGINE_STATE,
-    WEIGHTS_ONLY,
     Apart,
     Source,
     args_of,
     nothing_apart,
 )
-from ckptx.protocol import Dropped, Tensors
+from ckptx.protocol import WEIGHTS_ONLY, Dropped, Tensors
 from ckptx.saving import Model
 from ckptx.schema import Layout, Parts, Placed, Rank, place
 from ckptx.schemas.core import ExtraState

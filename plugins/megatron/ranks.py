@@ -27,14 +27,13 @@ from ckptx.plugins.megatron.distributed import Target, applies, holds
 from ckptx.plugins.megatron.forms import CORE, Form, form_of
 from ckptx.plugins.megatron.source import (
     ENGINE_STATE,
-    WEIGHTS_ONLY,
     Apart,
     Source,
     args_of,
     nothing_apart,
     stored_bytes,
 )
-from ckptx.protocol import Dropped, SourceTensor, Tensors
+from ckptx.protocol import WEIGHTS_ONLY, Dropped, SourceTensor, Tensors
 from ckptx.saving import Model
 from ckptx.schema import Layout, Parts, Rank, Shards, Taker, give, rule
 from ckptx.spec import ModelSpec
@@ -394,7 +393,8 @@ def _models(state: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Mapping
     if not keys:
         raise FormatError(f"{path}: holds no model ({listing(map(str, state))})")
     for key in sorted(keys, key=lambda key: int(key.removeprefix("model") or 0)):
-        if not isinstance(state[key], Mapping):
+        held = state[key]
+        if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
             raise FormatError(f"{path}: {key!r} is no dictionary of tensors")
         yield key, state[key]
 

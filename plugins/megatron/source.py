@@ -15,7 +15,6 @@ from ckptx.schema import Layout, Parts
 Apart: TypeAlias = Callable[[str, LazyTensor], bool]
 """Says of a weight, by its name, that it is no part of what a layout describes."""
 
-WEIGHTS_ONLY = "only weights are converted"
 ENGINE_STATE = "quantisation state of Transformer Engine; holds no weights"
 
 

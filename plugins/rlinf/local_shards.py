@@ -24,8 +24,7 @@ from typing import Any
 from ckptx.containers import torch_zip
 from ckptx.errors import FormatError, listing
 from ckptx.lazy import LazyTensor, Stored, concat, replicated
-from ckptx.plugins.trained import WEIGHTS_ONLY
-from ckptx.protocol import Dropped, SourceTensor
+from ckptx.protocol import WEIGHTS_ONLY, Dropped, SourceTensor
 
 FOLDER = "local_shard_checkpoint"
 _FILE = re.compile(r"checkpoint_rank_(0|[1-9]\d{0,5})\.pt")

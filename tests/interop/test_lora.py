@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckptx import manager
+from ckptx.cli import main
 from ckptx.errors import CkptxError
 from tests.formats import zero_by_hand
 from tests.oracles import hf
@@ -533,3 +534,30 @@ def test_a_quantised_base_is_dequantised_first(tmp_path):
     expected = adapters.merged(tmp_path / "base", [adapter], tmp_path / "peft")
     found = hf.weights(tmp_path / "found")
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize("merge", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_rlinf_makes_its_adapters_with_an_alpha_of_their_rank(merge, base_of, tmp_path):
+    base = base_of("llama")
+    rlinf = {"r": 4, "lora_alpha": 4, "target_modules": EVERY, "init_lora_weights": "gaussian"}
+    model = adapters.make(base, tmp_path / "adapter", **rlinf)
+    torch.save(model.state_dict(), tmp_path / "full_weights.pt")
+    content = {
+        "convertor": {
+            "ckpt_path": str(tmp_path / "full_weights.pt"),
+            "save_path": str(tmp_path / "out"),
+            "merge_lora_weighs": merge,
+        },
+        "model": {"model_path": str(base), "is_lora": True, "lora_rank": 4, "lora_path": None},
+    }
+    (tmp_path / "convertor.yaml").write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as stopped:
+        main(["from-config", str(tmp_path / "convertor.yaml"), "--quiet"])
+    assert stopped.value.code == 0
+    if merge:
+        expected = adapters.merged(base, [tmp_path / "adapter"], tmp_path / "merged")
+        found = hf.weights(tmp_path / "out")
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        return
+    places = (tmp_path / "out" / "lora_adapter", tmp_path / "adapter")
+    assert torch.equal(*[adapters.logits(base, place, TOKENS) for place in places])

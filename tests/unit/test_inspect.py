@@ -22,9 +22,6 @@ from ckptx import cli, inspection, manager
 from ckptx.errors import PlanError
 from ckptx.inspection import Wanted, inspect
 from ckptx.lazy import stored
-from ckptx.plugins import loader_pytorch, trained
-from ckptx.plugins.megatron import source
-from ckptx.protocol import WEIGHTS_ONLY
 from ckptx.shards import shards_of
 from ckptx.tensor_tree import Row, parse_layers, tree
 from ckptx.tensor_values import parse_slice
@@ -319,11 +316,6 @@ def test_distributed_save_without_metadata_was_not_finished(checkpoints, tmp_pat
     code, _, err = run("inspect", place)
     assert code == 1
     assert "no .metadata, which is written last: the save was not finished" in err
-
-
-def test_loaders_call_the_state_of_a_training_by_one_reason():
-    reasons = {loader_pytorch.WEIGHTS_ONLY, source.WEIGHTS_ONLY, trained.WEIGHTS_ONLY}
-    assert reasons == {WEIGHTS_ONLY}
 
 
 def test_tree_folds_alike_layers_and_fits(checkpoints, run, monkeypatch):

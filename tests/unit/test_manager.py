@@ -149,7 +149,7 @@ def test_unknown_plugin_lists_the_known_ones(install):
         manager.saver("hff")
 
 
-@pytest.mark.parametrize("name", ["nemo", "rlinf", "gguf", "fsdp_dtensor"])
+@pytest.mark.parametrize("name", ["nemo", "gguf", "fsdp_dtensor"])
 def test_recognised_format_without_plugin_says_so(install, name):
     with pytest.raises(PluginError, match=f"'{name}': ckptx knows of this format .* no loader"):
         manager.loader(name)

@@ -361,5 +361,5 @@ def test_memory_does_not_grow_with_the_checkpoint(weight, tmp_path):
 def test_a_limit_on_file_size_is_an_error_like_any_other(weight, tmp_path):
     done = row_parallel(weight, tmp_path / "out", 1 << 20)
     assert done.returncode == 1
-    assert "ConversionError" in done.stderr
+    assert "CutShortError" in done.stderr
     assert "out/0: cannot be written: File too large" in done.stderr
