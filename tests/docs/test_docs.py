@@ -17,7 +17,6 @@ from safetensors.numpy import save_file
 
 from ckptx import cli, docs, hookspecs, manager, protocol, vocabulary
 from ckptx.commands import conversion
-from tests.scripts import checkpoints
 
 ROOT = docs.ROOT
 PAGES = [*docs.documents(), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -207,19 +206,6 @@ def make_llama(directory: Path) -> None:
 def test_shell_blocks_run(name, tmp_path):
     """Every command of a page, in order, on a tiny model in an empty directory."""
     make_llama(tmp_path / "llama")
-    run_commands(name, tmp_path)
-
-
-def test_commands_instead_of_other_scripts_run(tmp_path):
-    """Every command of the page, on checkpoints that their frameworks have saved."""
-    checkpoints.make(tmp_path)
-    (tmp_path / "conf").mkdir()
-    config = "convertor: {ckpt_path: full.pt, save_path: from-pt}\nmodel: {model_path: llama}\n"
-    (tmp_path / "conf" / "fsdp_model_convertor.yaml").write_text(config)
-    run_commands("docs/coming-from.md", tmp_path)
-
-
-def run_commands(name: str, place: Path) -> None:
     shown = commands(DOCS[name])
     assert shown
     for words in shown:
@@ -234,7 +220,7 @@ def run_commands(name: str, place: Path) -> None:
             case _:
                 raise AssertionError(f"{shlex.join(words)}: neither ckptx nor convert.py")
         done = subprocess.run(
-            [sys.executable, *run], cwd=place, capture_output=True, text=True, check=False
+            [sys.executable, *run], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
 
