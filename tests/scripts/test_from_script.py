@@ -74,6 +74,9 @@ def test_model_merger_has_all_flags(shell):
     (line,) = shell.lines("model_merger", "test", *arguments, "--test_hf_dir", "C")
     assert line[:3] == ["verify", "A", "C"]
     assert line[-4:] == ["--rtol", "0.05", "--atol", "0.01"]
+    old = shell.lines("scripts/model_merger.py", *arguments[:4])  # before there were sub-commands
+    assert old == shell.lines("model_merger", "merge", *arguments[:4])
+    assert "model_merger test" in shell.refused("model_merger", *arguments, "--test")
     upload = shell.refused("model_merger", "merge", *arguments, "--hf_upload_path", "me/model")
     assert upload.startswith("--hf_upload_path: nothing is uploaded")
     assert "merge" in shell.refused("model_merger", "mergo", *arguments)
