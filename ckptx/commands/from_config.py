@@ -20,7 +20,6 @@ config/*.yaml @ a3816b5; of the adapters, rlinf/models/__init__.py get_model @ 0
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ import click
 from ckptx.adapter_config import ADAPTER_CONFIG
 from ckptx.commands import equivalent
 from ckptx.commands.options import DTYPES
-from ckptx.containers.source_file import read_small
+from ckptx.containers.source_file import read_json, read_small
 from ckptx.errors import FormatError, listing
 
 _MERGE = ("merge_lora_weighs", "merge_lora_weights")
@@ -122,8 +121,9 @@ def _loaded(file: Path) -> dict[str, Any]:
 
     if file.stat().st_size > _LARGEST:
         raise FormatError(f"{file}: is larger than {_LARGEST} bytes; no configuration")
+    content = read_small(file, _LARGEST)
     try:
-        config = yaml.safe_load(read_small(file, _LARGEST))
+        config = yaml.safe_load(content)
         _check_size(config)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FormatError(f"{file}: not valid YAML: {str(error)[:300]}") from error
@@ -264,7 +264,7 @@ def _adapters(
     if model.get("lora_path") is not None:
         folder = Path(_text(model["lora_path"], "model.lora_path", origin))
         origin, key = folder / ADAPTER_CONFIG, "lora_alpha"
-        alpha = _read_json(origin).get(key)
+        alpha = read_json(origin, _LARGEST).get(key)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise FormatError(
             f"{origin}: model.is_lora is true and {key} is {alpha!r:.40}, expected a number; if "
@@ -272,18 +272,6 @@ def _adapters(
         )
     merged = all(convertor.get(key, True) is not False for key in _MERGE)
     return "hf" if merged else "peft", ["--lora-alpha", str(alpha)]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(read_small(file, _LARGEST))
-    except OSError as error:
-        raise FormatError(f"{file}: {error.strerror}; model.lora_path names it") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{file}: expected a JSON object")
-    return value
 
 
 def _remarks(

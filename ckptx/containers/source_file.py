@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from ckptx.errors import FormatError
 
@@ -23,6 +25,22 @@ def read_small(path: str | os.PathLike[str], limit: int = 64 << 20) -> bytes:
                 "this is not the file that its name says"
             )
         return file.read(0, file.size)
+
+
+def read_json(path: str | os.PathLike[str], limit: int = 64 << 20) -> dict[str, Any]:
+    """Return the JSON object in a small file.
+
+    Raises:
+        FormatError: it holds something else, or cannot be read.
+    """
+    content = read_small(path, limit)
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: expected a JSON object")
+    return value
 
 
 class SourceFile:
