@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate.utils import merge_fsdp_weights
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
+from transformers import PreTrainedTokenizerFast
 
 from ckptx.scripts import named, scripts
 from ckptx.scripts.script import SOURCE, TARGET
+from tests.docs.test_docs import DOCS, blocks
 
 from .checkpoints import GOLDEN
 
@@ -195,6 +201,21 @@ def test_ds2hf_knows_all_models(shell):
 def test_fsdp2hf_and_back(documented, trained):
     are_equal(load_file(documented / "from-fsdp" / "model.safetensors"), trained)
     are_equal(of_dcp(documented / "to-fsdp", trained), trained)
+
+
+@pytest.mark.full
+def test_the_model_is_tried(shell, saved, monkeypatch):
+    # importing transformers takes seconds: not for every day
+    model = shutil.copytree(saved / "llama", shell.out / "llama")
+    words = Tokenizer(WordLevel({"Hello": 1, "?": 0}, unk_token="?"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(model)
+    monkeypatch.chdir(shell.out)
+    (block,) = blocks(DOCS["docs/coming-from.md"], "sh")
+    assert shell.ckptx(*shlex.split(block)[1:]) == 0
+    (said,) = json.loads((shell.out / "test_results.json").read_text())["generations"]
+    assert said["prompt"] == "Hello"
+    assert len(said["tokens"]) == 32
 
 
 def test_lists_of_values_follow_one_flag(shell):
