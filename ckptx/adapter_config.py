@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckptx.containers.source_file import read_small
 from ckptx.errors import FormatError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -143,7 +144,7 @@ def read(path: Path) -> AdapterConfig:
         FormatError: it is no JSON object.
     """
     try:
-        said = json.loads(path.read_bytes())
+        said = json.loads(read_small(path))
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(said, dict):

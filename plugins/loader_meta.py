@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ckptx.containers import torch_zip
+from ckptx.containers.source_file import read_small
 from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor, Stored
@@ -118,7 +119,7 @@ def read_params(source: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FormatError(f"{source}: holds no {PARAMS}, which says what the weights are")
     try:
-        params = json.loads(path.read_bytes())
+        params = json.loads(read_small(path))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(params, dict) or not isinstance(params.get("model", {}), dict):

@@ -30,6 +30,7 @@ from ckptx.adapters import adapter_options
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import collector_paused
 from ckptx.containers.sharded import Rank, Share, share, whole
+from ckptx.containers.source_file import read_small
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor
@@ -252,7 +253,7 @@ def _said_world(config: Path) -> Any:
     if not config.is_file():
         return None
     try:
-        return json.loads(config.read_bytes())["world_size"]
+        return json.loads(read_small(config))["world_size"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{config}: expected a JSON object with world_size") from error
 

@@ -10,6 +10,21 @@ from types import TracebackType
 from ckptx.errors import FormatError
 
 
+def read_small(path: str | os.PathLike[str], limit: int = 64 << 20) -> bytes:
+    """Return the bytes of a small file: no device, no pipe, at most ``limit`` bytes.
+
+    Raises:
+        FormatError: it is something else, or cannot be read.
+    """
+    with SourceFile(path) as file:
+        if file.size > limit:
+            raise FormatError(
+                f"{file.path}: expected at most {limit} bytes, found {file.size}; "
+                "this is not the file that its name says"
+            )
+        return file.read(0, file.size)
+
+
 class SourceFile:
     """A file that is read in small spans, never mapped: a truncated file is an error, not SIGBUS.
 

@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ckptx.containers.source_file import read_small
 from ckptx.errors import FormatError, listing
 from ckptx.lazy import LazyTensor, Shape, Stored
 from ckptx.loading import equal
@@ -201,7 +202,7 @@ def renamed(
 def _from_file(file: Path, saved: Saved) -> dict[str, str]:
     """Return the name in the model of every tensor that a layer map speaks of."""
     try:
-        said = json.loads(file.read_bytes())
+        said = json.loads(read_small(file))
         entries = [(_range(key), value) for key, value in said.items()]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise FormatError(f"{file}: no layer map: {error}; {_NEEDED}") from error

@@ -18,6 +18,7 @@ from typing import Any
 
 from ckptx.containers import dcp, torch_zip
 from ckptx.containers.pickle_values import Namespace
+from ckptx.containers.source_file import read_small
 from ckptx.errors import FormatError
 from ckptx.lazy import Filled, LazyTensor
 from ckptx.loading import inventory, main_dtype, messages_of
@@ -275,8 +276,8 @@ def _dropped(
 
 def _check_backend(path: Any) -> None:
     try:
-        backend = json.loads(path.read_bytes()).get("sharded_backend")
-    except (ValueError, AttributeError) as error:
+        backend = json.loads(read_small(path)).get("sharded_backend")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path}: not valid JSON: {error}") from error
     if backend != "torch_dist":
         raise FormatError(
