@@ -93,6 +93,7 @@ def test_json_is_complete_and_its_keys_are_stable(report):
         "seconds",
         "gb_per_second",
         "digest",
+        "resumed",
     ]
     assert len(content["dropped"]) == 20
     assert len(content["inexact"]["float32 -> bfloat16"]) == 8
