@@ -171,7 +171,7 @@ def _config_notes(begin: Begin, tensors: Mapping[str, LazyTensor]) -> tuple[str,
     """Return what is to be checked in the config that stays beside the tensors."""
     config = read_config(begin.sidecars, begin.root) or {}
     if family_of(config) is None:
-        named = ", ".join(config.get("architectures") or ["nothing"])
+        named = ", ".join(map(str, config.get("architectures") or ["nothing"]))
         return (
             f"{CONFIG} is kept and says {named}, which no schema knows: check that it still "
             "describes the tensors",
