@@ -6,7 +6,6 @@ src/peft/utils/other.py (get_pattern_key) @ v0.21.2.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckptx.containers.source_file import read_json
 from ckptx.errors import FormatError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -142,12 +142,7 @@ def read(path: Path) -> AdapterConfig:
     Raises:
         FormatError: it is no JSON object.
     """
-    try:
-        said = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(said, dict):
-        raise FormatError(f"{path}: expected a JSON object")
+    said = read_json(path)
     for field, kinds in _KINDS.items():
         if said.get(field) is not None and not isinstance(said[field], kinds):
             raise FormatError(

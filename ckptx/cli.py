@@ -15,7 +15,7 @@ from functools import partial
 import click
 
 from ckptx import __version__, torchrun
-from ckptx.commands import conversion, from_config, from_script, modify, show, source
+from ckptx.commands import conversion, from_config, from_script, modify, running, show, source
 from ckptx.commands.options import printable
 from ckptx.errors import CkptxError
 from ckptx.supervision import Interrupted
@@ -31,6 +31,7 @@ def command() -> click.Group:
         source.inspect_command(),
         source.print_tensor_command(),
         show.verify_command(),
+        running.generate_command(),
         modify.modify_command(),
         show.plugins_command(),
     ]

@@ -23,7 +23,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from ckptx.errors import ConversionError, PluginError
@@ -233,16 +233,3 @@ def _foreign(who: str, megatron_path: str | None, *, plugin_errors: bool = True)
         raise kind(f"{who} failed: {type(error).__name__}: {error}") from error
     finally:
         sys.argv[:] = before
-
-
-def simple(value: Any) -> Any:
-    """Return a value of Megatron's ``args`` as plain data; enums and dtypes become their names."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [simple(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): simple(item) for key, item in value.items()}
-    if isinstance(value, SimpleNamespace | argparse.Namespace):
-        return simple(vars(value))
-    return str(value).removeprefix("torch.")

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ckptx.compat import simple
 from ckptx.errors import ConversionError, PlanError, PluginError, listing
 from ckptx.lazy import ITEMSIZE, LazyTensor, Shape, Stored
 from ckptx.protocol import PASSTHROUGH, Begin, End, Message, SourceTensor, Tensors
@@ -404,3 +403,16 @@ def _groups(fused: Shape | None, heads: int, channels: int, get: Callable[[str, 
     if fused is not None:  # [(heads + 2 * groups) * channels, hidden]
         return (fused[0] // channels - heads) // 2
     return int(get("num_query_groups", heads)) if get("group_query_attention", False) else heads
+
+
+def simple(value: Any) -> Any:
+    """Return a value of Megatron's ``args`` as plain data; enums and dtypes become their names."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [simple(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): simple(item) for key, item in value.items()}
+    if isinstance(value, SimpleNamespace | argparse.Namespace):
+        return simple(vars(value))
+    return str(value).removeprefix("torch.")

@@ -11,10 +11,11 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ckptx.casting import cast_float
 from ckptx.errors import CkptxError, PlanError, SchemaError, listing
+from ckptx.job import Edits
 from ckptx.lazy import LazyTensor
 from ckptx.loading import main_dtype, passthrough
 from ckptx.model_directory import CONFIG, family_of, hf_messages, read_config
@@ -22,25 +23,6 @@ from ckptx.protocol import Begin, Dropped, End, Message
 
 SAVERS = {"hf": "hf", "pytorch": "pytorch", "dcp": "dcp"}
 """Formats that are modified, and the savers that write them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Edits:
-    """What is to be changed. Every pattern speaks of names in the source.
-
-    Edits are applied in this order: remove, cast, rename.
-    """
-
-    remove: tuple[str, ...] = ()
-    """Globs."""
-    cast: tuple[tuple[str, str], ...] = ()
-    """Globs with dtypes; the last that matches a name counts. Globs leave integers as they are."""
-    rename: tuple[tuple[str, str], ...] = ()
-    """Names with ``*`` for any text, which a ``*`` of the new name stands for, in order."""
-
-    def __bool__(self) -> bool:
-        """Return whether there is anything to do."""
-        return bool(self.remove or self.cast or self.rename)
 
 
 def saver_for(loader: str) -> str:
@@ -189,7 +171,7 @@ def _config_notes(begin: Begin, tensors: Mapping[str, LazyTensor]) -> tuple[str,
     """Return what is to be checked in the config that stays beside the tensors."""
     config = read_config(begin.sidecars, begin.root) or {}
     if family_of(config) is None:
-        named = ", ".join(config.get("architectures") or ["nothing"])
+        named = ", ".join(map(str, config.get("architectures") or ["nothing"]))
         return (
             f"{CONFIG} is kept and says {named}, which no schema knows: check that it still "
             "describes the tensors",

@@ -11,7 +11,8 @@ from typing import Any
 from ckptx import adapter_merge, adapters, heads, manager, quantised
 from ckptx.adapter_config import ADAPTER_CONFIG
 from ckptx.adapter_export import exported
-from ckptx.errors import FormatError, SchemaError
+from ckptx.containers.source_file import read_small
+from ckptx.errors import CkptxError, FormatError, SchemaError
 from ckptx.lazy import LazyTensor
 from ckptx.loading import drop_ignored, main_dtype, messages_of, passthrough, resolve_tie
 from ckptx.protocol import Begin, Dropped, End, Message
@@ -21,6 +22,9 @@ from ckptx.spec import ModelSpec
 
 CONFIG = "config.json"
 _SUFFIXES = {".json", ".txt", ".model", ".py", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm"}
+MAX_LAYERS = 100_000
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "num_nextn_predict_layers")
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
 _LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")
 _TIE = "tie_word_embeddings"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -45,7 +49,7 @@ def sidecars(directory: Path) -> dict[str, bytes]:
                 f"{path}: {path.stat().st_size} bytes is too large for a file beside the weights; "
                 "move it away"
             )
-        found[path.name] = path.read_bytes()
+        found[path.name] = read_small(path, _MAX_SIDECAR)
     return found
 
 
@@ -90,7 +94,7 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
 
 
 def _named_by(config: Mapping[str, Any]) -> Iterator[Family]:
-    architectures = config.get("architectures") or []
+    architectures = _architectures(config)
     for family in manager.families().values():
         if any(name in family.architectures for name in architectures) or (
             not architectures and config.get("model_type") in family.model_types
@@ -270,9 +274,44 @@ def named_messages(
 
 
 def parts_from_config(family: Family, config: Mapping[str, Any]) -> Parts:
-    """Return the dimensions of every part that a config of a family says."""
+    """Return the dimensions of every part that a config of a family says.
+
+    Raises:
+        SchemaError: it says what no schema covers, or values are not of their types.
+    """
+    _check_depth(config)
     composed = family.composition
-    return composed.from_config(config) if composed else {"language": family.from_config(config)}
+    try:
+        if composed:
+            parts = composed.from_config(config)
+        else:
+            parts = {"language": family.from_config(config)}
+    except CkptxError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise SchemaError(
+            f"{CONFIG}: a value of it is not what a config of {family.name} has there "
+            f"({type(error).__name__}: {error!s:.200}); copy it again from where the model is from"
+        ) from error
+    for spec in parts.values():
+        for field in _SIZES:
+            found = getattr(spec, field)
+            if type(found) is not int or found < 0:
+                raise SchemaError(
+                    f"{CONFIG}: {field} would be {found!r:.40}, expected a natural number; copy it "
+                    "again from where the model is from"
+                )
+    return parts
+
+
+def _check_depth(config: Mapping[str, Any]) -> None:
+    """Raise where the lists of layers that a config asks for would fill the memory."""
+    for one in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in _DEPTHS:
+            if isinstance(one.get(key), int | float) and not one[key] <= MAX_LAYERS:
+                raise SchemaError(
+                    f"{CONFIG}: {key} is {one[key]!s:.40}, expected at most {MAX_LAYERS}"
+                )
 
 
 def names_held(held: Held) -> set[str]:

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ckptx.containers import safetensors, torch_zip
+from ckptx.containers.safetensors import unique_keys
+from ckptx.containers.source_file import read_small
 from ckptx.errors import FormatError, listing
 from ckptx.lazy import Stored
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
+_MAX_INDEX = 256 << 20  # bytes; a million tensors have about 80 MB
+_NAME_MAX = 255  # bytes; linux include/uapi/linux/limits.h
 
 
 @dataclass(slots=True)
@@ -75,14 +79,22 @@ def read_weights(source: Path) -> Weights:
     return weights
 
 
+def _is_name(text: str) -> bool:
+    """Return whether a text can be the name of a file, and leads to no other directory."""
+    size = len(text.encode(errors="replace"))
+    return Path(text).name == text and "\0" not in text and size <= _NAME_MAX
+
+
 def _read_index(index: Path, weights: Weights) -> None:
     try:
-        mapping = json.loads(index.read_bytes())["weight_map"]
+        mapping = json.loads(read_small(index, _MAX_INDEX), object_pairs_hook=unique_keys)[
+            "weight_map"
+        ]
         shards = sorted(set(mapping.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{index}: not a weight index: {error}") from error
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or not _is_name(shard):
             raise FormatError(f"{index}: {shard!r} is not the name of a file beside it")
     absent = [shard for shard in shards if not (index.parent / shard).is_file()]
     if absent:

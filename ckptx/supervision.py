@@ -124,7 +124,7 @@ class _Forward(logging.Handler):
 
 def settle_child(parent: int, line: Line, log_level: int) -> None:
     """Make this child die with its parent, leave signals to it, and log through it."""
-    _die_with(parent)
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     # What a plugin prints must not end up in the JSON on stdout.
@@ -134,7 +134,8 @@ def settle_child(parent: int, line: Line, log_level: int) -> None:
     root.setLevel(log_level)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
+    """Make this process die when ``parent``, its parent's process id, does."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # linux include/uapi/linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

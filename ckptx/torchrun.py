@@ -16,6 +16,7 @@ and WORLD_SIZE for whole machines, and no LOCAL_RANK: commands typed there are n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -109,17 +110,20 @@ def _lead(here: Place, address: str, work: Callable[[], int]) -> int:
 
 
 def _tell(line: socket.socket, count: int, code: int) -> None:
-    """Send the exit code to ``count`` ranks; those that never come are not waited for forever."""
+    """Send the exit code to ``count`` ranks; those that never come are not waited for forever.
+
+    All are told at once: torchrun ends the other processes as soon as one has failed.
+    """
     deadline = time.monotonic() + PATIENCE
-    while count and (left := deadline - time.monotonic()) > 0:
-        line.settimeout(left)
-        try:
-            other, _ = line.accept()
-        except TimeoutError:
-            return
-        with other:
-            if _is_ours(other):
-                count -= 1
+    with contextlib.ExitStack() as stack:
+        waiting: list[socket.socket] = []
+        while len(waiting) < count and (left := deadline - time.monotonic()) > 0:
+            line.settimeout(left)
+            with contextlib.suppress(TimeoutError):
+                other = stack.enter_context(line.accept()[0])
+                waiting += [other] * _is_ours(other)
+        for other in waiting:
+            with contextlib.suppress(OSError):  # it is gone
                 other.sendall(str(code).encode())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import click
 
 from ckptx.containers import torch_zip
+from ckptx.containers.source_file import read_json
 from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor, Stored
@@ -117,11 +117,8 @@ def read_params(source: Path) -> dict[str, Any]:
     path = source / PARAMS
     if not path.is_file():
         raise FormatError(f"{source}: holds no {PARAMS}, which says what the weights are")
-    try:
-        params = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(params, dict) or not isinstance(params.get("model", {}), dict):
+    params = read_json(path)
+    if not isinstance(params.get("model", {}), dict):
         raise FormatError(f"{path}: expected a JSON object")
     return params
 

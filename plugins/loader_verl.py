@@ -17,7 +17,6 @@ Source: volcengine/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ 01ee5
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from ckptx.adapters import adapter_options
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import collector_paused
 from ckptx.containers.sharded import Rank, Share, share, whole
+from ckptx.containers.source_file import read_json
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor
@@ -251,10 +251,10 @@ def _said_world(config: Path) -> Any:
     """Return what ``fsdp_config.json`` says of the number of ranks, None without it."""
     if not config.is_file():
         return None
-    try:
-        return json.loads(config.read_bytes())["world_size"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FormatError(f"{config}: expected a JSON object with world_size") from error
+    said = read_json(config)
+    if "world_size" not in said:
+        raise FormatError(f"{config}: expected a JSON object with world_size")
+    return said["world_size"]
 
 
 def _read(files: list[Path], directory: Path) -> _Found:

@@ -165,24 +165,33 @@ class ConversionCommand(click.Command):
 
     def _choose(self, args: list[str], wants_help: bool) -> Chosen:
         """Return the plugins that ``args`` name, after as light a look as possible."""
-        scan = click.Command(
-            "scan",
-            params=[p for p in self.params if isinstance(p, click.Option)],
-            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-            add_help_option=False,
-        )
-        ctx = scan.make_context("scan", list(args), resilient_parsing=True)
-        loader, saver, path = (ctx.params.get(k) for k in ("loader", "saver", "megatron_path"))
+        params, places = scanned(self.params, args)
+        loader, saver, path = (params.get(k) for k in ("loader", "saver", "megatron_path"))
         if loader is None and saver is not None:
             manager.saver(saver, path)  # a wrong name is the better error to report
-            # Values of options that are not known yet stand among the rest: take what exists.
-            places = [Path(arg) for arg in ctx.args if not arg.startswith("-")]
-            source = ctx.params.get("load_dir") or next((p for p in places if p.exists()), None)
+            source = params.get("load_dir") or next((p for p in places if p.exists()), None)
             if source is not None and not (wants_help and not source.exists()):
                 loader = manager.detect(source)
             elif places and not wants_help:
                 loader = manager.detect(places[0])
         return Chosen(loader, saver, path)
+
+
+def scanned(
+    params: Sequence[click.Parameter], args: Sequence[str]
+) -> tuple[dict[str, Any], list[Path]]:
+    """Return the known options of a command line, and what may be paths among the rest.
+
+    Values of options that are not known yet stand there, too: take what exists.
+    """
+    scan = click.Command(
+        "scan",
+        params=[param for param in params if isinstance(param, click.Option)],
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+        add_help_option=False,
+    )
+    ctx = scan.make_context("scan", list(args), resilient_parsing=True)
+    return ctx.params, [Path(arg) for arg in ctx.args if not arg.startswith("-")]
 
 
 def convert_command(style: Literal["short", "long"]) -> click.Command:

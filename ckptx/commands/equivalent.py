@@ -27,9 +27,7 @@ def run(words: Sequence[str]) -> None:
     Raises:
         Exit: the command ended with an exit code that is not 0.
     """
-    from ckptx import cli  # which imports this module's callers
-
-    group = cli.command()
+    group = _group()
     code = group.main(list(words), "ckptx", standalone_mode=False)
     if isinstance(code, int) and code:
         raise click.exceptions.Exit(code)
@@ -37,6 +35,11 @@ def run(words: Sequence[str]) -> None:
 
 def known(command: str) -> bool:
     """Return whether ckptx has a command."""
-    from ckptx import cli
+    return command in _group().commands
 
-    return command in cli.command().commands
+
+def _group() -> click.Group:
+    """Return ``ckptx`` itself, of which the command that runs now is one."""
+    root = click.get_current_context().find_root().command
+    assert isinstance(root, click.Group)  # both callers are its subcommands
+    return root

@@ -20,7 +20,6 @@ config/*.yaml @ a3816b5; of the adapters, rlinf/models/__init__.py get_model @ 0
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ import click
 from ckptx.adapter_config import ADAPTER_CONFIG
 from ckptx.commands import equivalent
 from ckptx.commands.options import DTYPES
+from ckptx.containers.source_file import read_json, read_small
 from ckptx.errors import FormatError, listing
 
 _MERGE = ("merge_lora_weighs", "merge_lora_weights")
@@ -50,6 +50,7 @@ _SETTING = re.compile(r"((?:convertor|model|actor)\.[\w.]+)=(.*)", re.DOTALL)
 _TRAINING = ("config.yaml", "tensorboard/config.yaml")
 _PARENTS = 10
 _LARGEST = 4 << 20  # bytes
+_MOST = 100_000  # values of a configuration
 
 
 def from_config_command() -> click.Command:
@@ -120,13 +121,39 @@ def _loaded(file: Path) -> dict[str, Any]:
 
     if file.stat().st_size > _LARGEST:
         raise FormatError(f"{file}: is larger than {_LARGEST} bytes; no configuration")
+    content = read_small(file, _LARGEST)
     try:
-        config = yaml.safe_load(file.read_bytes())
+        config = yaml.safe_load(content)
+        _check_size(config)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FormatError(f"{file}: not valid YAML: {str(error)[:300]}") from error
     if not isinstance(config, dict):
         raise FormatError(f"{file}: expected a mapping with 'convertor'")
     return config
+
+
+def _check_size(value: Any) -> int:
+    """Return how many values a configuration holds, one that is referred to twice counted twice.
+
+    Raises:
+        ValueError: more than anybody writes; a few lines of references can say billions.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(one: Any) -> int:
+        if isinstance(one, int) and one.bit_length() > 1000:
+            raise ValueError("a number of it has more than 300 digits")
+        if not isinstance(one, dict | list | set | tuple):
+            return 1
+        if id(one) not in sizes:
+            sizes[id(one)] = _MOST  # until it is known: what holds itself is too large
+            items = [*one, *one.values()] if isinstance(one, dict) else one
+            sizes[id(one)] = 1 + sum(map(size, items))
+        return sizes[id(one)]
+
+    if size(value) >= _MOST:
+        raise ValueError(f"its references say more than {_MOST} values")
+    return size(value)
 
 
 def _set(config: dict[str, Any], setting: str) -> None:
@@ -143,7 +170,8 @@ def _set(config: dict[str, Any], setting: str) -> None:
         config = inner
     try:
         config[last] = yaml.safe_load(match[2])
-    except yaml.YAMLError as error:
+        _check_size(config[last])
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FormatError(f"{setting}: the value is not valid YAML") from error
 
 
@@ -236,7 +264,7 @@ def _adapters(
     if model.get("lora_path") is not None:
         folder = Path(_text(model["lora_path"], "model.lora_path", origin))
         origin, key = folder / ADAPTER_CONFIG, "lora_alpha"
-        alpha = _read_json(origin).get(key)
+        alpha = read_json(origin, _LARGEST).get(key)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise FormatError(
             f"{origin}: model.is_lora is true and {key} is {alpha!r:.40}, expected a number; if "
@@ -244,18 +272,6 @@ def _adapters(
         )
     merged = all(convertor.get(key, True) is not False for key in _MERGE)
     return "hf" if merged else "peft", ["--lora-alpha", str(alpha)]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except OSError as error:
-        raise FormatError(f"{file}: {error.strerror}; model.lora_path names it") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{file}: expected a JSON object")
-    return value
 
 
 def _remarks(

@@ -6,6 +6,7 @@ is printed first, on stderr.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -65,6 +66,21 @@ class _Scripts(click.Group):
         return super().resolve_command(ctx, args)
 
 
+class _Parts(click.Group):
+    """A script with sub-commands, one of which may be meant where none is named."""
+
+    def __init__(self, name: str, unnamed: str, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        self.unnamed = unnamed
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Name the sub-command."""
+        flags_only = bool(args) and args[0].startswith("-") and args[0] not in ctx.help_option_names
+        return super().parse_args(
+            ctx, [self.unnamed, *args] if self.unnamed and flags_only else args
+        )
+
+
 class _ScriptCommand(click.Command):
     """A script's flags, and after ``--`` options of the command of ckptx."""
 
@@ -72,26 +88,46 @@ class _ScriptCommand(click.Command):
         """Keep what follows ``--`` apart."""
         at = args.index("--") if "--" in args else len(args)
         ctx.meta["further"] = args[at + 1 :]
-        return super().parse_args(ctx, args[:at])
+        lists = {word for p in self.params if getattr(p, "multiple", False) for word in p.opts}
+        return super().parse_args(ctx, list(_repeated(args[:at], lists)))
+
+
+def _repeated(args: list[str], lists: set[str]) -> Iterator[str]:
+    """Yield arguments with the flag before each value, where scripts have it once before all.
+
+    Examples:
+        >>> list(_repeated(["--names", "a", "b", "--to", "c"], {"--names"}))
+        ['--names', 'a', '--names', 'b', '--to', 'c']
+    """
+    flag = ""
+    for before, word in zip(["", *args], args, strict=False):
+        if word.startswith("-"):
+            flag = word if word in lists else ""
+        elif flag and before != flag:
+            yield flag
+        yield word
 
 
 def _list(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if not value or ctx.resilient_parsing:
         return
     for script in scripts():
+        click.echo(f"{script.name}  ({script.origin})")
         for part in script.parts or (script,):
-            name = f"{script.name} {part.name}" if script.parts else script.name
-            what = f"no equivalent: {part.refused}" if part.refused else f"ckptx {part.command}"
-            click.echo(f"{name}\n    {script.origin}: {what}")
+            name = f"{part.name}: " * bool(script.parts)
+            what = f"not here, {part.refused}" if part.refused else f"ckptx {part.command}"
+            click.echo(f"    {name}{what}")
     ctx.exit()
 
 
 def _command(script: Script) -> click.Command:
     if script.parts:
-        return click.Group(
+        return _Parts(
             script.name,
+            script.unnamed,
             commands={part.name: _command(part) for part in script.parts},
             help=f"{script.origin}.",
+            short_help=f"{script.origin}.",
         )
     if script.refused:
         return click.Command(
@@ -108,7 +144,8 @@ def _command(script: Script) -> click.Command:
         script.name,
         callback=lambda **values: _run(script, values),
         params=[*map(_parameter, script.flags), *own],
-        help=f"As {script.origin}: ckptx {script.command}. Its options may follow after --.",
+        help=f"As {script.origin}, by 'ckptx {script.command}'. Its options may follow after --.",
+        short_help=f"{script.origin}.",
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckptx import manager
-from ckptx.commands.conversion import Chosen, ConversionCommand
+from ckptx.commands.conversion import Chosen, ConversionCommand, scanned
 from ckptx.commands.options import Dtype, engine_options, output_options, show_result
 from ckptx.job import Job
 
@@ -53,7 +53,8 @@ class ModifyCommand(ConversionCommand):
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the conversion."""
-        from ckptx.edits import Edits, saver_for
+        from ckptx.edits import saver_for
+        from ckptx.job import Edits
 
         chosen: Chosen = ctx.meta["chosen"]
         params = ctx.params
@@ -74,15 +75,8 @@ class ModifyCommand(ConversionCommand):
         self.run(job, params)
 
     def _choose(self, args: list[str], wants_help: bool) -> Chosen:
-        scan = click.Command(
-            "scan",
-            params=[param for param in self.params if isinstance(param, click.Option)],
-            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-            add_help_option=False,
-        )
-        ctx = scan.make_context("scan", list(args), resilient_parsing=True)
-        loader = ctx.params.get("loader")
-        places = [Path(arg) for arg in ctx.args if not arg.startswith("-")]
+        params, places = scanned(self.params, args)
+        loader = params.get("loader")
         source = next((path for path in places if path.exists()), None)
         if loader is None and source is not None:
             loader = manager.detect(source)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ckptx import manager
+from ckptx.commands import running
 from ckptx.commands.options import output_options, show_result
 
 _PATH = click.Path(exists=True, path_type=Path)
@@ -28,14 +29,19 @@ def verify_command() -> click.Command:
         ignore_dtype: bool,
         diagnosis: bool,
         against_manifest: Path | None,
+        logits: bool,
         as_json: bool,
         quiet: bool,
         verbose: bool,
+        **inputs: Any,
     ) -> None:
         if (b is None) == (against_manifest is None):
             raise click.UsageError("give two checkpoints, or one and --against-manifest FILE")
         result: Any
-        if against_manifest is not None:
+        running.check_inputs(logits and b is not None)
+        if logits and b is not None:
+            result = running.compared_logits(a, b, loader_a, loader_b, inputs)
+        elif against_manifest is not None:
             from ckptx.manifest_check import check
 
             result = check(a, against_manifest)
@@ -89,6 +95,7 @@ def verify_command() -> click.Command:
                 type=manifest,
                 help="Compare A with the digests in a ckptx-manifest.json, instead of with B.",
             ),
+            *running.logits_options(),
             *output_options(),
         ],
     )

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import click
 
 from ckptx import manager
-from ckptx.commands.conversion import Chosen
+from ckptx.commands.conversion import Chosen, scanned
 from ckptx.commands.options import output_options, show_result
 from ckptx.errors import CkptxError
 
@@ -80,15 +80,8 @@ class SourceCommand(click.Command):
             raise
 
     def _choose(self, args: list[str]) -> Chosen:
-        scan = click.Command(
-            "scan",
-            params=[param for param in self.params if isinstance(param, click.Option)],
-            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-            add_help_option=False,
-        )
-        ctx = scan.make_context("scan", list(args), resilient_parsing=True)
-        loader = ctx.params.get("loader")
-        places = [Path(arg) for arg in ctx.args if not arg.startswith("-")]
+        params, places = scanned(self.params, args)
+        loader = params.get("loader")
         source = next((path for path in places if path.exists()), None)
         if loader is None and source is not None:
             try:

@@ -176,7 +176,8 @@ class _DuplicateKeyError(ValueError):
     """A JSON object names one key twice; parsers differ in which they keep."""
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, for `json.loads`; a name that is given twice is a ValueError."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
@@ -191,7 +192,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
             f"this is not a safetensors file"
         )
     try:
-        fields = json.loads(text.decode(), object_pairs_hook=_unique)
+        fields = json.loads(text.decode(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise FormatError(
             f"{path}: expected a header of JSON, found none that is valid ({error}); "

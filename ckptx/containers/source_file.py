@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from ckptx.errors import FormatError
+
+
+def read_small(path: str | os.PathLike[str], limit: int = 64 << 20) -> bytes:
+    """Return the bytes of a small file: no device, no pipe, at most ``limit`` bytes.
+
+    Raises:
+        FormatError: it is something else, or cannot be read.
+    """
+    with SourceFile(path) as file:
+        if file.size > limit:
+            raise FormatError(
+                f"{file.path}: expected at most {limit} bytes, found {file.size}; "
+                "this is not the file that its name says"
+            )
+        return file.read(0, file.size)
+
+
+def read_json(path: str | os.PathLike[str], limit: int = 64 << 20) -> dict[str, Any]:
+    """Return the JSON object in a small file.
+
+    Raises:
+        FormatError: it holds something else, or cannot be read.
+    """
+    content = read_small(path, limit)
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: expected a JSON object")
+    return value
 
 
 class SourceFile:

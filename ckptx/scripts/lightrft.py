@@ -100,31 +100,35 @@ HF2FSDP = Script(
     always=("--from", "hf", "--to", "dcp", "--target-names", "files"),
 )
 
-_MEASURED = "ckptx measures no speed; use the engine that will serve the model"
-
 TEST_MODEL = Script(
     "test_model",
     "LightRFT, lightrft/utils/ckpt_scripts/test_model.py",
     (
         flag("--model_path", becomes=SOURCE, required=True, help="The model."),
-        flag("--device", becomes="", help="Unused by the script.", needless="it runs on the CPU"),
+        choice(
+            "--device",
+            words={name: ("--device", name) for name in ("cuda", "cpu", "auto")},
+            help="Where to compute.",
+        ),
         flag("--test_prompts", becomes="--prompt", many=True, help="Texts to continue."),
         flag(
-            *("--max_new_tokens",),
+            "--max_new_tokens",
             becomes="--max-new-tokens",
             default="256",
             help="Tokens for each.",
         ),
-        switch("--benchmark", help="Measure the speed.", refused=_MEASURED),
-        flag("--benchmark_samples", becomes="", help="Prompts to measure.", refused=_MEASURED),
+        switch("--benchmark", becomes="--benchmark", help="Measure the speed, too."),
+        flag("--benchmark_samples", becomes="--samples", help="Prompts to measure."),
         flag(
             "--output_file",
-            becomes="",
+            becomes="--output-file",
+            default="test_results.json",
             help="Where to write the texts as JSON.",
-            refused=("the texts are printed; redirect them to a file, with '-- --json' as JSON"),
         ),
     ),
     command="generate",
+    # As the script samples; it has a penalty for repetition besides.
+    always=("--temperature", "0.7", "--top-p", "0.9"),
 )
 
 SCRIPTS = (DS2HF, FSDP2HF, HF2FSDP, TEST_MODEL)

@@ -12,11 +12,12 @@ _MSC = switch(
     help="Read through the MultiStorageClient.",
     refused="checkpoints are read from files; mount or copy it",
 )
+_INSPECTOR = "Megatron, checkpoint_inspector"
 _FSDP_DTENSOR = "fsdp_dtensor, the checkpoints of Megatron FSDP, are not written yet"
 
 INSPECT = Script(
     "inspect",
-    "Megatron",
+    "Megatron, checkpoint_inspector inspect",
     (
         flag("checkpoint_dir", becomes=SOURCE, required=True, help="The checkpoint."),
         _MSC,
@@ -32,7 +33,7 @@ INSPECT = Script(
 
 PRINT_TENSOR = Script(
     "print-tensor",
-    "Megatron",
+    "Megatron, checkpoint_inspector print-tensor",
     (
         flag("checkpoint_dir", becomes=SOURCE, required=True, help="The checkpoint."),
         flag("key", becomes=TARGET, required=True, help="The tensor's name."),
@@ -42,7 +43,7 @@ PRINT_TENSOR = Script(
 
 COMPARE = Script(
     "compare-two-checkpoint",
-    "Megatron",
+    "Megatron, checkpoint_inspector compare-two-checkpoint",
     (
         flag("checkpoint_1", becomes=SOURCE, required=True, help="One checkpoint."),
         flag("checkpoint_2", becomes=TARGET, required=True, help="Another."),
@@ -62,12 +63,12 @@ SCRIPTS = (
             COMPARE,
             Script(
                 "modify-state-dict",
-                "Megatron",
+                "Megatron, checkpoint_inspector modify-state-dict",
                 refused="Megatron's tensors are changed as Hugging Face's: convert --to hf, then "
                 "'ckptx modify --remove NAME --rename FROM TO', and convert back",
             ),
-            Script("convert-torch-dist-to-fsdp-dtensor", "Megatron", refused=_FSDP_DTENSOR),
-            Script("print-torch-dcp-in-json", "Megatron", refused=_FSDP_DTENSOR),
+            Script("convert-torch-dist-to-fsdp-dtensor", _INSPECTOR, refused=_FSDP_DTENSOR),
+            Script("print-torch-dcp-in-json", _INSPECTOR, refused=_FSDP_DTENSOR),
         ),
     ),
     Script(

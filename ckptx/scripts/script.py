@@ -102,6 +102,7 @@ class Script:
         then: a second command, to be run when the first has succeeded.
         aliases: other names of it.
         parts: its sub-commands, by name; it has no flags of its own then.
+        unnamed: the sub-command that is meant where none is named.
         refused: why there is no equivalent, and what to do.
         differs: what is not as the script does it, said when it runs.
     """
@@ -116,6 +117,7 @@ class Script:
     then: Words = nothing
     aliases: tuple[str, ...] = ()
     parts: tuple[Script, ...] = ()
+    unnamed: str = ""
     refused: str = ""
     differs: Words = nothing
 

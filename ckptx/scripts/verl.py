@@ -33,9 +33,11 @@ _UNUSED = (
 )
 _NOT_UPLOADED = "nothing is uploaded; convert, then: hf upload REPOSITORY DIRECTORY"
 
+_OLD_TEST = "write 'ckptx from-script model_merger test' with the other flags"
+
 MERGE = Script(
     "merge",
-    "verl",
+    "verl, model_merger merge",
     (
         choice("--backend", words=dict.fromkeys(_BACKEND, ()), required=True, help=_BACKEND_HELP),
         _LOCAL,
@@ -53,6 +55,8 @@ MERGE = Script(
         ),
         flag("--hf_upload_path", becomes="", help="Repository.", refused=_NOT_UPLOADED),
         switch("--private", help="Make the repository private.", refused=_NOT_UPLOADED),
+        switch("--test", help="Compare, in old releases.", refused=_OLD_TEST),
+        flag("--test_hf_dir", becomes="", help="What with.", refused=_OLD_TEST),
         *_UNUSED,
     ),
     always=("--from", "verl", "--to", "hf", "--dtype", "bfloat16"),
@@ -66,7 +70,7 @@ _TOLERANCES = {
 
 TEST = Script(
     "test",
-    "verl",
+    "verl, model_merger test",
     (
         choice("--backend", words=_TOLERANCES, required=True, help="Who has saved it."),
         _LOCAL,
@@ -166,6 +170,7 @@ SCRIPTS = (
         "verl, verl/model_merger and scripts/legacy_model_merger.py",
         parts=(MERGE, TEST),
         aliases=("legacy_model_merger",),
+        unnamed="merge",  # scripts/model_merger.py before verl 0.4 had no sub-commands
     ),
     MCORE,
     SIMPLE,

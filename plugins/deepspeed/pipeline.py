@@ -16,12 +16,12 @@ Source: deepspeedai/DeepSpeed deepspeed/runtime/pipe/module.py @ v0.19.8.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ckptx.containers.source_file import read_json
 from ckptx.errors import FormatError, listing
 from ckptx.lazy import LazyTensor, Shape, Stored
 from ckptx.loading import equal
@@ -200,10 +200,10 @@ def renamed(
 
 def _from_file(file: Path, saved: Saved) -> dict[str, str]:
     """Return the name in the model of every tensor that a layer map speaks of."""
+    said = read_json(file)
     try:
-        said = json.loads(file.read_bytes())
         entries = [(_range(key), value) for key, value in said.items()]
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except ValueError as error:
         raise FormatError(f"{file}: no layer map: {error}; {_NEEDED}") from error
     names: dict[str, str] = {}
     for layers, value in entries:

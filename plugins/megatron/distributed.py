@@ -18,6 +18,7 @@ from typing import Any
 
 from ckptx.containers import dcp, torch_zip
 from ckptx.containers.pickle_values import Namespace
+from ckptx.containers.source_file import read_json
 from ckptx.errors import FormatError
 from ckptx.lazy import Filled, LazyTensor
 from ckptx.loading import inventory, main_dtype, messages_of
@@ -274,10 +275,7 @@ def _dropped(
 
 
 def _check_backend(path: Any) -> None:
-    try:
-        backend = json.loads(path.read_bytes()).get("sharded_backend")
-    except (ValueError, AttributeError) as error:
-        raise FormatError(f"{path}: not valid JSON: {error}") from error
+    backend = read_json(path).get("sharded_backend")
     if backend != "torch_dist":
         raise FormatError(
             f"{path}: sharded_backend is {backend!r}, expected 'torch_dist'; zarr checkpoints must "

@@ -125,7 +125,7 @@ def test_a_training_configuration_near_the_checkpoint_is_found(user, config):
         (
             lambda c: c["model"].update(is_lora=True, lora_path="/nowhere"),
             {"merge_lora_weighs": False},
-            "/nowhere/adapter_config.json: No such file or directory",
+            "/nowhere/adapter_config.json: cannot be opened: No such file or directory",
         ),
         (lambda c: c["model"].update(is_lora=True), {}, "holds no LoRA weights"),
         (lambda c: c.pop("convertor"), {}, "expected a section 'convertor'"),

@@ -96,6 +96,7 @@ def test_the_unpickler_refuses(name):
         assert len(message) < 500
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_user_allows_is_inert(name):
     """``allow=["*"]`` makes records of what is unknown; what no checkpoint needs stays refused."""

@@ -1,8 +1,9 @@
 """Checkpoints written and read by real megatron-core, with the logits it computes from them.
 
-Nothing here imports ckptx or, in the calling process, megatron: a server process imports megatron
-once per session (`mcore_server`) and forks one process per rank for every call (`mcore_rank`). One
-server runs the local spec without Transformer Engine, another the TE spec on the stand-in.
+Of ckptx it takes how megatron runs on a CPU and what it makes of args, nothing that converts. The
+calling process imports no megatron: a server process does once per session (`mcore_server`) and
+forks one process per rank for every call (`mcore_rank`). One server runs the local spec without
+Transformer Engine, another the TE spec on the stand-in.
 
 The weights of `write` are a function of (seed, torch_dist key) alone, so the same `Model` written
 at two layouts is the same logical model. Every parameter differs from its default.

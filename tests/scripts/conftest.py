@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
 from ckptx import cli
+from tests.docs.test_docs import DOCS, commands
 
 from . import checkpoints
 
@@ -15,6 +20,29 @@ def saved(tmp_path_factory):
     """Checkpoints as `checkpoints.make` names them; not to be changed."""
     place = tmp_path_factory.mktemp("saved")
     checkpoints.make(place)
+    return place
+
+
+@pytest.fixture(scope="session")
+def documented(saved, tmp_path_factory):
+    """The same place after every command of the document was typed there, in its order."""
+    place = shutil.copytree(saved, tmp_path_factory.mktemp("documented") / "place")
+    (place / "conf").mkdir()
+    config = "convertor: {ckpt_path: full.pt, save_path: from-pt}\nmodel: {model_path: llama}\n"
+    (place / "conf" / "fsdp_model_convertor.yaml").write_text(config)
+    shown = commands(DOCS["docs/coming-from.md"])
+    assert len(shown) > 20
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        for program, *words in shown:
+            assert program == "ckptx"
+            said = io.StringIO()
+            with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(said):
+                cli.main(words)
+            assert not end.value.code, f"{shlex.join(words)}\n{said.getvalue()}"
+    finally:
+        os.chdir(before)
     return place
 
 

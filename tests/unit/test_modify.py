@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ckptx import cli, manager
-from ckptx.edits import Edits, edited
+from ckptx.edits import edited
 from ckptx.errors import PlanError, SchemaError
+from ckptx.job import Edits
 from ckptx.proof import prove
 from ckptx.testing.conversion import begin_of, checked, convert, end_of, save
 

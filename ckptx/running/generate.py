@@ -1,0 +1,79 @@
+"""What ``ckptx generate`` asks of transformers, and how the result is shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptx import manager
+from ckptx.errors import CkptxError, ConversionError, FormatError
+from ckptx.model_directory import CONFIG
+from ckptx.running import child
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What a model has generated; ``answer`` is that of `ckptx.running.generation`."""
+
+    answer: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values; seconds are wall clock."""
+        return dict(self.answer)
+
+    def render(self, width: int) -> str:
+        """Return the result as text: every prompt, and what follows it."""
+        lines = []
+        for one in self.answer["generations"]:
+            ids = " ".join(map(str, one["prompt_tokens"]))
+            lines.append(f"prompt    {ids if one['prompt'] is None else one['prompt']}")
+            tokens = " ".join(map(str, one["tokens"]))
+            lines.append(f"generated {tokens if one['text'] is None else one['text']}")
+            if "benchmark" in one:
+                speed = one["benchmark"]
+                lines.append(
+                    f"speed     {speed['tokens_per_second']:.1f} tokens/s, median of "
+                    f"{len(speed['samples'])} ({speed['lowest']:.1f} to {speed['highest']:.1f})"
+                )
+            lines.append("")
+        count = sum(len(one["tokens"]) for one in self.answer["generations"])
+        return "\n".join(
+            [
+                *lines,
+                f"{self.answer['class']}, {self.answer['parameters']:,} parameters, "
+                f"{self.answer['dtype']} on {self.answer['device']}: every weight was found; "
+                f"{count} tokens generated",
+            ]
+        )
+
+
+def generate(model: Path, job: Mapping[str, Any], output: Path | None = None) -> Generated:
+    """Load a Hugging Face directory with transformers and generate; write ``output`` as JSON.
+
+    Raises:
+        CkptxError: the model does not load whole, computes no finite logits or generates nothing.
+    """
+    if not (model / CONFIG).is_file():
+        raise FormatError(f"{model}: holds no {CONFIG}{_instead(model)}")
+    child.require("transformers", "generate")
+    if output is not None and not output.resolve().parent.is_dir():
+        raise FormatError(f"--output-file {output}: its directory does not exist")
+    result = Generated(child.ask("generation", {**job, "model": str(model)}))
+    if output is not None:
+        try:
+            output.write_text(json.dumps(result.to_json(), indent=1) + "\n")
+        except OSError as error:
+            raise ConversionError(f"--output-file {output}: {error.strerror}") from error
+    return result
+
+
+def _instead(model: Path) -> str:
+    """Return what to do with a checkpoint that transformers cannot load."""
+    try:
+        name = manager.detect(model)
+    except CkptxError:
+        return "; give the directory of a Hugging Face model"
+    return f"; it is a checkpoint of format {name!r}: convert it --to hf first"

@@ -1,0 +1,47 @@
+"""A framework's process, seen from inside: read a job, do it, write the answer or the error."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ckptx.supervision import die_with
+
+LONGEST = 700
+"""Characters of a framework's message that are passed on; some list every tensor."""
+
+
+class SideError(Exception):
+    """What is wrong, said in full: nothing is added to the message."""
+
+
+def serve(act: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
+    """Do the job that the command line names; the answer is a JSON object.
+
+    It has ``error`` and ``trace`` if that failed. The process dies with its parent, which alone
+    minds Ctrl-C.
+    """
+    asked, answered = map(Path, sys.argv[1:3])
+    job = json.loads(asked.read_text())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(job["parent"])
+    try:
+        answer = act(job)
+    except BaseException as error:  # as CheckpointException of torch is one
+        text = str(error) if isinstance(error, SideError) else f"{type(error).__name__}: {error}"
+        text = " ".join(text.split())
+        if len(text) > LONGEST:
+            text = f"{text[:LONGEST]} ... (--verbose shows all)"
+        answer = {"error": text, "trace": traceback.format_exc()}
+    partial = answered.with_suffix(".partial")
+    partial.write_text(json.dumps(answer))
+    partial.rename(answered)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit("error" in answer)  # frameworks leave threads and exit handlers that may hang

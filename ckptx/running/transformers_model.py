@@ -1,0 +1,131 @@
+"""A model loaded by transformers, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+from ckptx.errors import listing
+from ckptx.running.side import SideError
+
+_FAULTS = {
+    "missing_keys": "are missing, so their weights would be random",
+    "unexpected_keys": "are in the files and not in the model",
+    "mismatched_keys": "have other shapes than the model, so their weights would be random",
+    "error_msgs": "could not be loaded",
+    "conversion_errors": "could not be converted",
+}
+"""What transformers reports of a load, by its own names of the lists."""
+
+
+def load(
+    directory: Path, dtype: str | None, device: str, *, trust_remote_code: bool = False
+) -> tuple[Any, bool]:
+    """Return a model, ready to run, and whether it takes images.
+
+    ``dtype`` is torch's name, None for the one of the files.
+
+    Raises:
+        SideError: there is no such class, or not every weight has been found in the files, or the
+            files hold more.
+    """
+    common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(directory, **common)
+    loader, seeing = auto_class(config, directory)
+    wanted = "auto" if dtype is None else getattr(torch, dtype)
+    named = "dtype" if _version() >= (4, 56) else "torch_dtype"
+    # Other shapes are let through to be reported by name: `check` refuses them with the rest.
+    model, info = loader.from_pretrained(
+        directory,
+        config=config,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **{named: wanted},
+        **common,
+    )
+    check(info, directory)
+    return model.to(chosen_device(device)).eval(), seeing
+
+
+def check(info: Mapping[str, Any], directory: Path) -> None:
+    """Refuse a model of which weights are missing or left over.
+
+    A tied output layer is not missing: transformers takes it off the list once it is tied.
+
+    Raises:
+        SideError: it names them.
+    """
+    for kind, meaning in _FAULTS.items():
+        found = info.get(kind) or ()
+        names = sorted(str(one[0] if isinstance(one, tuple) else one) for one in found)
+        if names:
+            raise SideError(
+                f"{directory}: transformers says of {len(names)} tensors that they {meaning}: "
+                f"{listing(names)}"
+            )
+
+
+def auto_class(config: Any, directory: Path) -> tuple[Any, bool]:
+    """Return the auto class for a config, and whether it is that of models that take images.
+
+    The class that the config names decides; its ``auto_map``, where transformers has no such class.
+
+    Raises:
+        SideError: it is neither a causal language model nor one with images.
+    """
+    named = list(getattr(config, "architectures", None) or [])
+    seeing = dict(getattr(modeling_auto, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", {}))
+    speaking = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    own = getattr(config, "auto_map", None) or {}
+    if not named:
+        named = [speaking.get(config.model_type) or seeing.get(config.model_type, "")]
+    if set(named) & set(_flat(speaking.values())) or "AutoModelForCausalLM" in own:
+        return transformers.AutoModelForCausalLM, False
+    if set(named) & set(_flat(seeing.values())) or "AutoModelForImageTextToText" in own:
+        return transformers.AutoModelForImageTextToText, True
+    raise SideError(
+        f"{directory}: {', '.join(named) or 'its class'} is neither a causal language model nor "
+        "one with images that transformers knows, so nothing can be generated"
+    )
+
+
+def _flat(names: Any) -> list[str]:
+    return [one for name in names for one in (name if isinstance(name, tuple | list) else [name])]
+
+
+def chosen_device(device: str) -> str:
+    """Return ``cpu`` or ``cuda``.
+
+    Raises:
+        SideError: CUDA is asked for and torch has none.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SideError("--device cuda: torch finds no CUDA device; use --device cpu")
+    return device
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def tokenizer_of(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer in a directory, None if there is none.
+
+    Asked without looking, transformers makes one with an empty vocabulary.
+    """
+    found = any((directory / name).is_file() for name in _TOKENIZERS)
+    if not found and not any(directory.glob("*.tiktoken")):
+        return None
+    return transformers.AutoTokenizer.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=trust_remote_code
+    )
