@@ -1,4 +1,4 @@
-"""Tiny checkpoints by the names that pages use, made by the frameworks that would have made them."""
+"""Tiny checkpoints by the names that pages use, from the frameworks that would have made them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def adapter(base: Path, target: Path, seed: int) -> None:
 
 
 def lora_inside(base: Path, step: Path) -> None:
-    """A step of verl whose model has its adapter beside it, without the file that says its alpha."""
+    """A step of verl whose model holds its adapter, without the file that says its alpha."""
     from tests.oracles import adapters
 
     adapters.save_sharded(base, step, 2, LORA)

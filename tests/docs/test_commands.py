@@ -74,14 +74,15 @@ def run(command: str) -> int:
     if words[0] == "ckptx":
         return furnish.run(*words[1:])
     assert words[:2] == ["python", "convert.py"], f"{command}: list it in NOT_RUN, or run it"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words[1:])
-        runpy.run_path(str(ROOT / "convert.py"), run_name="__main__")
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "convert.py"), run_name="__main__")
     return int(end.value.code or 0)
 
 
 def is_target_of_make(command: str) -> bool:
-    """Whether a command is ``make`` with targets of the Makefile; those are run by people and CI."""
+    """Whether a command is ``make`` with targets of the Makefile; which CI runs."""
     tool, *targets = shlex.split(command)
     makefile = (ROOT / "Makefile").read_text()
     known = set(re.findall(r"^(\w[\w-]*):", makefile, re.MULTILINE))
