@@ -22,7 +22,7 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 
 ELSEWHERE = {
     "docs/index.md": "tests/docs/test_docs.py",
-    "docs/coming-from.md": "tests/docs/test_docs.py",
+    "docs/coming-from.md": "tests/scripts",
     "docs/generate.md": "tests/running/test_generate.py",
     "docs/security.md": "tests/hostile",
 }
