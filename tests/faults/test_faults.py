@@ -5,7 +5,6 @@ Each case is one seed; ``CKPTX_FAULTS=200`` runs more of each kind than the few 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import json
@@ -47,15 +46,6 @@ def digests(root: Path) -> dict[str, str]:
     }
 
 
-def forgotten() -> set[str]:
-    """Return the semaphores that outlive their processes: no process has them in its memory."""
-    named = {path.name for path in Path("/dev/shm").glob("sem.mp-*")}
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            named -= set(re.findall(r"sem\.mp-\w+", maps.read_text())) if named else set()
-    return named
-
-
 class Scene:
     """A directory with a source and a place for the target, and all that is random about it."""
 
@@ -67,7 +57,6 @@ class Scene:
         place.mkdir()
         shutil.copytree(source, self.source)
         self.before = digests(self.source)
-        self.forgotten = forgotten()
 
     def start(self, *options: str, fault: str = "", **more: object) -> subprocess.Popen[str]:
         environment = {
@@ -128,13 +117,6 @@ class Scene:
 
     def check_source(self) -> None:
         assert digests(self.source) == self.before, self.says("the source was touched")
-        left = forgotten() - self.forgotten
-
-        def none_left() -> bool:
-            left.intersection_update(forgotten())  # others run, too, and are about to clean up
-            return not left
-
-        wait_for(none_left, seconds=10)
 
 
 @pytest.fixture(scope="session")
