@@ -94,7 +94,11 @@ def to_run(name: str) -> list[str]:
     return [one for one in commands if not is_target_of_make(one) and excuse(one) is None]
 
 
-@pytest.mark.parametrize("name", furnish.PAGES)
+SLOW = ("docs/convert.md",)
+SAMPLED = [pytest.param(one, marks=[pytest.mark.full] * (one in SLOW)) for one in furnish.PAGES]
+
+
+@pytest.mark.parametrize("name", SAMPLED)
 def test_commands_run(name, tmp_path, monkeypatch, capfd):
     """Every command of a page, in order, where only what the page names lies."""
     commands = to_run(name)
