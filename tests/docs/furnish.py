@@ -101,6 +101,7 @@ def reward(base: Path, root: Path) -> None:
 def verify_page(place: Path) -> None:
     """What conversions have written, and a model in two dtypes."""
     a_llama(place)
+    hf.tokenizer(place / "llama")
     os.chdir(place)
     assert run("convert", "llama", "tp4", "--to", "core", "--tp", "4") == 0
     assert run("convert", "tp4", "back", "--to", "hf") == 0

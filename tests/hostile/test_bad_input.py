@@ -10,6 +10,7 @@ import resource
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -776,7 +777,7 @@ class TestPlugins:
     def test_megatrons_own_script(self, user):
         def script(*arguments):
             done = subprocess.run(
-                ["python", ROOT / "convert.py", *map(str, arguments)],
+                [sys.executable, ROOT / "convert.py", *map(str, arguments)],
                 capture_output=True,
                 text=True,
             )

@@ -275,8 +275,8 @@ def test_files_of_two_world_sizes(actor, saved, tmp_path):
     ("config", "message"),
     [
         (json.dumps({"world_size": 4}), "says 4 ranks, the names of the files 2"),
-        ("{", "expected a JSON object with world_size"),
-        ("[]", "expected a JSON object with world_size"),
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object"),
     ],
 )
 def test_a_config_that_contradicts(config, message, actor, tmp_path):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +31,7 @@ from transformers import (
     OlmoeConfig,
     Phi3Config,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -318,6 +320,14 @@ def _write(
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.05)
     model.save_pretrained(directory)
     return model.config
+
+
+def tokenizer(directory: Path) -> None:
+    """Save a tokenizer of whole words, for the vocabulary that models have here unless told."""
+    words = ["<unk>", "The", "capital", "of", "France", "is", *(f"w{n}" for n in range(6, 131))]
+    made = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>").save_pretrained(directory)
 
 
 def logits(directory: Path, tokens: object) -> torch.Tensor:
