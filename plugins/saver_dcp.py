@@ -85,7 +85,9 @@ class DcpSaver:
             # The state dict of a tied model has both names.
             embedding, output = tied_names(family_named(model.family).layout(convention), tensors)
             tensors[output] = tensors[embedding]
-        tensors, notes = _in_memory(model, tensors) if names == "memory" else (tensors, ())
+        # What is modified keeps its names, whichever they are.
+        renamed = names == "memory" and "keep_container" not in model.begin.training
+        tensors, notes = _in_memory(model, tensors) if renamed else (tensors, ())
         # What is modified stays in its container, unless the user says another.
         container = options.get("target_container") or model.begin.training.get("keep_container")
         path = tuple(word for word in (container or "").split(".") if word)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata
+from transformers import AutoModelForCausalLM
 
 from ckptx import cli, manager
 from ckptx.edits import edited
@@ -19,6 +20,7 @@ from ckptx.errors import PlanError, SchemaError
 from ckptx.job import Edits
 from ckptx.proof import prove
 from ckptx.testing.conversion import begin_of, checked, convert, end_of, save
+from tests.oracles import hf
 
 EDITS = Edits(
     remove=("lm_head.weight", "*.layers.3.*"),
@@ -263,3 +265,21 @@ def test_an_edit_that_hides_a_tensor_would_not_be_proved(llama, tmp_path):
     begin, end = begin_of(sent), end_of(sent)
     with pytest.raises(PlanError, match="would be lost"):
         prove(plan, begin, type(end)())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("place", ["files", "memory"])
+def test_names_of_experts_stay_those_of_the_source(place, tmp_path, run):
+    hf.mixtral(tmp_path / "mixtral", num_hidden_layers=2)
+    state = load_file(tmp_path / "mixtral" / "model.safetensors")
+    if place == "memory":
+        state = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral").state_dict()
+    dcp.save(state, checkpoint_id=str(tmp_path / "dcp"))
+    (tmp_path / "dcp" / "config.json").write_bytes(
+        (tmp_path / "mixtral" / "config.json").read_bytes()
+    )
+    code, _, err = run("modify", tmp_path / "dcp", tmp_path / "out", "--cast", "*norm*", "float16")
+    assert code == 0, err
+    with (tmp_path / "out" / ".metadata").open("rb") as file:
+        written: Metadata = pickle.load(file)
+    assert set(written.state_dict_metadata) == set(state)
