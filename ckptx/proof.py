@@ -34,8 +34,8 @@ from ckptx.lazy import (
     Tiled,
     is_widening,
 )
-from ckptx.pieces import cut, leaves
-from ckptx.plan import Content, Crc32, FilePlan, SavePlan
+from ckptx.pieces import leaves
+from ckptx.plan import Crc32, FilePlan, SavePlan
 from ckptx.protocol import Begin, Dropped, End, SourceTensor
 
 _MAX_CELLS = 1 << 28
@@ -123,17 +123,10 @@ class _Used:
         yield from self.leaves
         for tensor, boxes in self.boxes.values():
             whole = tuple((0, size) for size in tensor.shape)
-            if _fill(whole, boxes):
-                needed = OPERATIONS[tensor.op].needs(tensor, whole)
-                inputs = map(cut, tensor.inputs, needed)
-                yield from (
-                    leaf for one in inputs for leaf in leaves(one) if isinstance(leaf, Stored)
-                )
-                continue
-            for box in boxes:
-                for leaf in leaves(Sliced(tensor.dtype, tensor.shape, tensor, box)):
-                    if isinstance(leaf, Stored):
-                        yield leaf
+            dtype, shape = tensor.dtype, tensor.shape
+            parts: Iterable[LazyTensor] = (Sliced(dtype, shape, tensor, box) for box in boxes)
+            for part in [tensor] if _fill(whole, boxes) else parts:
+                yield from (leaf for leaf in leaves(part) if isinstance(leaf, Stored))
 
 
 def _fill(whole: Box, boxes: Iterable[Box]) -> bool:
@@ -230,7 +223,7 @@ def _check_path(file: FilePlan, paths: set[str]) -> None:
 def _check_tiling(file: FilePlan) -> None:
     position = 0
     for offset, wanted, content, name in file.regions:
-        size = len(content) if type(content) is bytes else _size(file, content)
+        size = len(content) if isinstance(content, bytes) else _size(file, content)
         if size != wanted:
             raise PlanError(f"{file.path}: {name!r} holds {size} bytes, its region {wanted}")
         if offset != position:
@@ -243,11 +236,9 @@ def _check_tiling(file: FilePlan) -> None:
         raise PlanError(f"{file.path}: regions end at byte {position}, the file at {file.size}")
 
 
-def _size(file: FilePlan, content: Content) -> int:
-    """Return the bytes that a region's content takes."""
+def _size(file: FilePlan, content: LazyTensor | Crc32) -> int:
+    """Return the bytes that a tensor or a checksum takes in a file."""
     match content:
-        case bytes():
-            return len(content)
         case Crc32(region=number):
             summed = file.regions[number].content if 0 <= number < len(file.regions) else None
             if not isinstance(summed, LazyTensor):
