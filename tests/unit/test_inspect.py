@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from ckptx import cli, inspection, manager
+from ckptx import inspection, manager
 from ckptx.errors import PlanError
 from ckptx.inspection import Wanted, inspect
 from ckptx.lazy import stored
@@ -46,19 +46,6 @@ FORMATS = {
     "dcp": ("dcp", {"shards": 2, "target_container": "model"}),
     "pytorch": ("pytorch", {}),
 }
-
-
-@pytest.fixture
-def run(capsys):
-    """Return a function that runs a command in this process."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            cli.main([str(arg) for arg in args])
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata
 from transformers import AutoModelForCausalLM
 
-from ckptx import cli, manager
+from ckptx import manager
 from ckptx.edits import edited
 from ckptx.errors import PlanError, SchemaError
 from ckptx.job import Edits
@@ -27,19 +27,6 @@ EDITS = Edits(
     cast=(("*.mlp.*", "float16"), ("*.up_proj.*", "bfloat16")),
     rename=(("model.layers.*.mlp.*", "model.layers.*.ffn.*"), ("model.norm.weight", "final")),
 )
-
-
-@pytest.fixture
-def run(capsys):
-    """Return a function that runs a command in this process."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            cli.main([str(arg) for arg in args])
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
