@@ -129,9 +129,10 @@ def compare_logits(
         stopping.check()
         sides = (one, other)
         tokens = _tokens(sides, inputs)
-        a = _logits(one, tokens, scratch / "0")
+        one, a = _logits(one, tokens, scratch / "0")
         stopping.check()
-        b = _logits(other, tokens, scratch / "1")
+        other, b = _logits(other, tokens, scratch / "1")
+    sides = (one, other)
     notes = tuple(note for side in sides for note in side.notes)
     names = (sides[0].framework, sides[1].framework)
     return _measured((str(left), str(right)), names, tokens, a, b, atol, notes)
@@ -178,23 +179,27 @@ def _spoken(sides: tuple[Side, Side], prompt: str) -> npt.NDArray[np.int64]:
     return np.array(answer["tokens"], np.int64)
 
 
-def _logits(side: Side, tokens: npt.NDArray[np.int64], scratch: Path) -> npt.NDArray[np.float32]:
-    """Return what a model computes: float32 [batch, sequence, vocabulary]."""
+def _logits(
+    side: Side, tokens: npt.NDArray[np.int64], scratch: Path
+) -> tuple[Side, npt.NDArray[np.float32]]:
+    """Return what a model computes, float32 [batch, sequence, vocabulary], and how it was run."""
     import numpy as np
 
-    scratch.mkdir()
+    scratch.mkdir(exist_ok=True)
     given, out = scratch / "tokens.npy", scratch / "logits.npy"
     np.save(given, tokens)
     job = {**side.job, "tokens": str(given), "out": str(out), "scratch": str(scratch)}
     # A GPU is hidden: the same road everywhere, and no TF32.
-    child.ask(side.module, job, CUDA_VISIBLE_DEVICES="")
+    answer = child.ask(side.module, job, CUDA_VISIBLE_DEVICES="")
+    if side.instead is not None and "refused" in answer:
+        return _logits(side.instead(answer["refused"]), tokens, scratch)
     logits: npt.NDArray[np.float32] = np.load(out)
     if logits.shape[:2] != tokens.shape:
         raise ConversionError(
             f"{side.directory}: {side.framework} has computed logits {list(logits.shape)} of "
             f"tokens {list(tokens.shape)}"
         )
-    return logits
+    return side, logits
 
 
 def _measured(

@@ -38,18 +38,32 @@ def load(
     config = transformers.AutoConfig.from_pretrained(directory, **common)
     loader, seeing = auto_class(config, directory)
     wanted = "auto" if dtype is None else getattr(torch, dtype)
-    named = "dtype" if _version() >= (4, 56) else "torch_dtype"
     # Other shapes are let through to be reported by name: `check` refuses them with the rest.
     model, info = loader.from_pretrained(
         directory,
         config=config,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
-        **{named: wanted},
+        **_dtype(wanted),
         **common,
     )
     check(info, directory)
     return model.to(chosen_device(device)).eval(), seeing
+
+
+def unfilled(directory: str, dtype: str) -> Any:
+    """Return the model of the config in a directory, on the CPU, to be given its weights by name.
+
+    Raises:
+        SideError: there is no such class.
+    """
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    loader, _ = auto_class(config, Path(directory))
+    return loader.from_config(config, **_dtype(getattr(torch, dtype)))
+
+
+def _dtype(wanted: Any) -> dict[str, Any]:
+    return {"dtype" if _version() >= (4, 56) else "torch_dtype": wanted}
 
 
 def check(info: Mapping[str, Any], directory: Path) -> None:
