@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from ckptx.distribution import give
 from ckptx.errors import FormatError, listing
 from ckptx.lazy import Filled, LazyTensor, Shape
 from ckptx.model_directory import (
@@ -24,7 +25,6 @@ from ckptx.model_directory import (
     sidecars,
 )
 from ckptx.protocol import Begin, Dropped, Message
-from ckptx.schema import give
 from ckptx.schemas import in_memory
 from ckptx.vocabulary import dimensions, keys_of
 
