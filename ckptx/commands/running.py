@@ -13,6 +13,7 @@ from ckptx.commands.options import Dtype, output_options, show_result
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _PROMPT = "The capital of France is"
+_ABOUT_IMAGE = "What is in the image?"
 
 
 class Tokens(click.ParamType[Any]):
@@ -124,7 +125,7 @@ def _job(given: dict[str, Any]) -> dict[str, Any]:
     chosen = [given[name] for name in ("temperature", "top_p", "top_k", "seed")]
     prompts = list(given["prompts"])
     if not prompts and not given["prompt_ids"]:
-        prompts = [_PROMPT]
+        prompts = [_ABOUT_IMAGE if given["image"] else _PROMPT]
     if given["image"] and given["prompt_ids"]:
         raise click.UsageError("--image goes with --prompt, not with --prompt-ids")
     return {

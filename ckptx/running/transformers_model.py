@@ -25,8 +25,8 @@ _FAULTS = {
 
 def load(
     directory: Path, dtype: str | None, device: str, *, trust_remote_code: bool = False
-) -> tuple[Any, bool]:
-    """Return a model, ready to run, and whether it takes images.
+) -> Any:
+    """Return a model, ready to run.
 
     ``dtype`` is torch's name, None for the one of the files.
 
@@ -36,7 +36,7 @@ def load(
     """
     common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(directory, **common)
-    loader, seeing = auto_class(config, directory)
+    loader, _ = auto_class(config, directory)
     wanted = "auto" if dtype is None else getattr(torch, dtype)
     # Other shapes are let through to be reported by name: `check` refuses them with the rest.
     model, info = loader.from_pretrained(
@@ -48,7 +48,19 @@ def load(
         **common,
     )
     check(info, directory)
-    return model.to(chosen_device(device)).eval(), seeing
+    return model.to(chosen_device(device)).eval()
+
+
+def takes_images(directory: Path, *, trust_remote_code: bool = False) -> bool:
+    """Return whether the model of a directory is one that takes images.
+
+    Raises:
+        SideError: there is no such class.
+    """
+    config = transformers.AutoConfig.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    return auto_class(config, directory)[1]
 
 
 def unfilled(directory: str, dtype: str) -> Any:

@@ -21,7 +21,7 @@ def act(job: Mapping[str, Any]) -> dict[str, Any]:
         if tokenizer is None:
             raise SideError(f"{directory}: holds no tokenizer; use --tokens instead of --prompt")
         return {"tokens": [list(map(int, tokenizer(job["prompt"])["input_ids"]))]}
-    model, _ = transformers_model.load(directory, "float32", "cpu")
+    model = transformers_model.load(directory, "float32", "cpu")
     return save_logits(model, job)
 
 

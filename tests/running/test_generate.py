@@ -166,13 +166,6 @@ def test_a_token_outside_the_vocabulary(llama):
         ask(llama, prompt_ids=[[1, 131]])
 
 
-def test_a_language_model_takes_no_image(llama, tokenizer, tmp_path):
-    pillow = pytest.importorskip("PIL.Image")
-    pillow.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises((SideError, OSError, ValueError)):
-        ask(llama, image=str(tmp_path / "a.png"), prompts=["The"], tokenizer=str(tokenizer))
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
