@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,11 @@ def generate_command() -> click.Command:
 def _generate(
     model: Path, output_file: Path | None, as_json: bool, quiet: bool, verbose: bool, **given: Any
 ) -> None:
+    from ckptx.progress import Bar, Silent
     from ckptx.running.generate import generate
 
-    result = generate(model, _job(given), output_file)
+    shown = sys.stderr.isatty() and not (quiet or as_json or verbose)
+    result = generate(model, _job(given), output_file, Bar() if shown else Silent())
     show_result(result, as_json, quiet)
 
 
@@ -202,10 +205,17 @@ def check_inputs(logits: bool) -> None:
 
 
 def compared_logits(
-    a: Path, b: Path, loader_a: str | None, loader_b: str | None, given: dict[str, Any]
+    a: Path,
+    b: Path,
+    loader_a: str | None,
+    loader_b: str | None,
+    given: dict[str, Any],
+    quiet: bool,
 ) -> Any:
     """Return the comparison of what two models compute."""
+    from ckptx.progress import Bar, Silent
     from ckptx.running.logits import Inputs, compare_logits
 
     inputs = Inputs(given["tokens"], given["seed"], given["prompt"], given["hf_base"])
-    return compare_logits(a, b, loader_a, loader_b, inputs, given["logits_atol"])
+    bar = Bar() if sys.stderr.isatty() and not quiet else Silent()
+    return compare_logits(a, b, loader_a, loader_b, inputs, given["logits_atol"], bar)

@@ -42,6 +42,9 @@ def generate(job: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "load_seconds": loaded,
+        "sampling": {name: job[name] for name in ("temperature", "top_p", "top_k", "seed")}
+        if job["sample"]
+        else None,
         "generations": found,
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
     }
@@ -55,11 +58,6 @@ class _Reader:
         self.tokenizer = transformers_model.tokenizer_of(place, trust_remote_code=remote)
         self.picture: Any = None
         self.processor: Any = None
-        if self.tokenizer is None and (job["tokenizer"] or job["prompts"]):
-            raise SideError(
-                f"{place}: holds no tokenizer; name the directory of one with --tokenizer, or "
-                'give tokens with --prompt-ids "1 2 3"'
-            )
         if job["image"] is not None:
             self.picture = _picture(job["image"])
             self.processor = _processor(place, remote)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptx.errors import ConversionError, PlanError
+from ckptx.progress import Progress, Silent
 from ckptx.running import child
 from ckptx.running.sides import Side, prepare
 from ckptx.supervision import Interrupts
@@ -109,33 +111,41 @@ def compare_logits(
     loader_b: str | None = None,
     inputs: Inputs | None = None,
     atol: float = ATOL,
+    progress: Progress | None = None,
 ) -> LogitsComparison:
     """Run both checkpoints on the same tokens in float32, one after the other, and compare.
 
     What must be converted first goes to a temporary directory (``TMPDIR``), which is removed.
+    ``progress`` is told of the stages, and closed.
 
     Raises:
         CkptxError: one of them cannot be run.
     """
     inputs = inputs or Inputs()
+    progress = progress or Silent()
     with (
+        closing(progress),
         Interrupts() as stopping,  # so that a signal leaves by way of the folder's removal
         tempfile.TemporaryDirectory(prefix="ckptx-logits-") as folder,
     ):
         scratch = Path(folder)
+        progress.stage("preparing A")
         one = prepare(left, loader_a, inputs.hf_base, scratch, "a")
         stopping.check()
+        progress.stage("preparing B")
         other = prepare(right, loader_b, inputs.hf_base, scratch, "b")
         stopping.check()
         sides = (one, other)
         tokens = _tokens(sides, inputs)
+        progress.stage(f"running A by {one.framework}")
         one, a = _logits(one, tokens, scratch / "0")
         stopping.check()
+        progress.stage(f"running B by {other.framework}")
         other, b = _logits(other, tokens, scratch / "1")
     sides = (one, other)
     notes = tuple(note for side in sides for note in side.notes)
     names = (sides[0].framework, sides[1].framework)
-    return _measured((str(left), str(right)), names, tokens, a, b, atol, notes)
+    return measured((str(left), str(right)), names, tokens, a, b, atol, notes)
 
 
 def _tokens(sides: tuple[Side, Side], inputs: Inputs) -> npt.NDArray[np.int64]:
@@ -202,7 +212,7 @@ def _logits(
     return side, logits
 
 
-def _measured(
+def measured(
     paths: tuple[str, str],
     frameworks: tuple[str, str],
     tokens: npt.NDArray[np.int64],
@@ -211,6 +221,7 @@ def _measured(
     atol: float,
     notes: tuple[str, ...],
 ) -> LogitsComparison:
+    """Compare logits [batch, sequence, vocabulary], those of the smaller vocabulary."""
     import numpy as np
 
     vocab_size = min(a.shape[-1], b.shape[-1])
