@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptx.errors import listing
-from ckptx.running.side import SideError, described, serve
+from ckptx.running.side import SideError, first_sentence, serve
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
 
@@ -111,7 +111,7 @@ def _reason(error: Exception) -> str:
     match = _REFUSED_GLOBAL.search(str(error))
     if match:
         return f"the pickles hold {match[1]}, which is not unpickled for it"
-    return described(error, longest=300)
+    return first_sentence(error)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptx.errors import ConversionError, PlanError
 from ckptx.progress import Progress, Silent
+from ckptx.report import wrapped
 from ckptx.running import child
 from ckptx.running.sides import Side, prepare
 from ckptx.supervision import Interrupts
@@ -81,27 +82,26 @@ class LogitsComparison:
     def render(self, width: int) -> str:
         """Return the comparison as text."""
         count = sum(len(row) for row in self.tokens)
+        given = f"{count} tokens in {len(self.tokens)} sequences, {self.vocab_size:,} logits each"
         lines = [
-            f"A  {self.left}: {self.frameworks[0]}",
-            f"B  {self.right}: {self.frameworks[1]}",
-            f"{count} tokens in {len(self.tokens)} sequences, {self.vocab_size:,} logits each",
-            *(f"note: {note}" for note in self.notes),
+            *wrapped("A", f"{self.left}: {self.frameworks[0]}", width, 3),
+            *wrapped("B", f"{self.right}: {self.frameworks[1]}", width, 3),
+            *wrapped("", given, width, 0),
+            *(line for note in self.notes for line in wrapped("note:", note, width, 6)),
         ]
         if any(self.not_finite):
-            lines.append(
+            last = [
                 f"not equal: {self.not_finite[0]} logits of A and {self.not_finite[1]} of B are "
                 "NaN or infinite"
-            )
-            return "\n".join(lines)
-        return "\n".join(
-            [
-                *lines,
+            ]
+        else:
+            last = [
                 f"max abs difference {self.max_abs:.3g}, mean KL {self.mean_kl:.3g}, "
                 f"same top token at {self.top1:.1%}",
                 f"{'equal' if self.equal else 'not equal'}: logits differ by "
                 f"{self.max_abs:.3g}, {self.atol:g} is allowed",
             ]
-        )
+        return "\n".join(lines + [part for one in last for part in wrapped("", one, width, 0)])
 
 
 def compare_logits(

@@ -28,6 +28,11 @@ def described(error: BaseException, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else f"{text[:longest]} ... (--verbose shows all)"
 
 
+def first_sentence(error: BaseException) -> str:
+    """Return what an error says before it advises; frameworks advise at length."""
+    return described(error, longest=300).split(". ")[0].rstrip(".")
+
+
 def serve(act: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
     """Do the job that the command line names; the answer is a JSON object.
 

@@ -12,7 +12,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from ckptx.errors import listing
-from ckptx.running.side import SideError, described
+from ckptx.running.side import SideError, first_sentence
 from ckptx.running.tokenizer_files import holds_tokenizer
 
 _FAULTS = {
@@ -84,9 +84,8 @@ def _named(what: str, inspected: Path | None = None) -> Iterator[None]:
     except (SideError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
-        said = described(error, longest=300).split(". ")[0].rstrip(".")
         advice = f"; 'ckptx inspect {inspected}' says whether its files are whole"
-        raise SideError(f"{what}: {said}{advice if inspected else ''}") from error
+        raise SideError(f"{what}: {first_sentence(error)}{advice if inspected else ''}") from error
 
 
 def unfilled(directory: str, dtype: str) -> Any:
