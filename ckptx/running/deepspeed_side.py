@@ -13,17 +13,15 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from ckptx.errors import listing
-from ckptx.running.side import SideError, first_sentence, serve
-
-os.environ |= {"DS_ACCELERATOR": "cpu", "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
-
 import torch
 
+from ckptx.errors import listing
 from ckptx.running import transformers_model, transformers_side
+from ckptx.running.side import SideError, first_sentence, serve
 
 RECORDS = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -42,14 +40,16 @@ def act(job: Mapping[str, Any]) -> dict[str, Any]:
     names: it leaves out frozen weights of ZeRO 1, and reads no tensor-parallel ranks.
     """
     try:
-        model = _model(job, _gathered(job["root"], job["tag"]))
+        model = filled(job["directory"], _gathered(job["root"], job["tag"]))
     except Exception as error:
+        traceback.print_exc()  # for --verbose
         return {"refused": _reason(error)}
     return transformers_side.save_logits(model, job)
 
 
 def _gathered(root: str, tag: str) -> dict[str, torch.Tensor]:
     """Return the weights by the names of the module that was trained; masters are float32."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
     for path in RECORDS:
         module, name = path.rsplit(".", 1)
         if (record := _found(module, name)) is not None:
@@ -67,14 +67,16 @@ def _found(module: str, name: str) -> Any:
         return None
 
 
-def _model(job: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Any:
-    """Return the model of the config with these weights, and no others.
+def filled(directory: str, state: Mapping[str, torch.Tensor]) -> Any:
+    """Return the model of the config in a directory with these weights, and no others.
+
+    Of weights that the model ties one name is enough.
 
     Raises:
         SideError: names are missing or left over, or tied weights differ.
         RuntimeError: shapes differ.
     """
-    model = transformers_model.unfilled(job["directory"], "float32")
+    model = transformers_model.unfilled(directory, "float32")
     result = model.load_state_dict(state, strict=False)
     tied = _tied(model)
     missing = [
@@ -82,7 +84,7 @@ def _model(job: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Any:
     ]
     if missing:
         raise SideError(
-            f"it leaves out {len(missing)} weights of the model: {listing(sorted(missing))}"
+            f"it leaves out {len(missing)} of the model's weights: {listing(sorted(missing))}"
         )
     if left := sorted(result.unexpected_keys):
         raise SideError(f"it finds {len(left)} tensors that the model has not: {listing(left)}")

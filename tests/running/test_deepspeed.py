@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 from ckptx.errors import FormatError
-from ckptx.running import child
+from ckptx.running import child, deepspeed_side
 from ckptx.running.logits import Inputs, compare_logits
+from ckptx.running.side import SideError
 from ckptx.running.sides import prepare
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "deepspeed"
@@ -25,7 +27,7 @@ SIZES = {"tp2_zero1": {"num_attention_heads": 4, "num_key_value_heads": 2}}
 TIED = ("zero2_bf16_groups", "zero3_bf16", "universal2", "tp2_zero1")
 GATHERED = ("zero2_bf16_groups", "zero2_fp16_round_robin", "zero3_bf16", "zero3_hpz")
 REFUSED = {
-    "zero1_bf16_frozen": "it leaves out 3 weights of the model: 'model.embed_tokens.weight'",
+    "zero1_bf16_frozen": "it leaves out 3 of the model's weights: 'model.embed_tokens.weight'",
     "zero0_bf16": "TypeError: 'NoneType' object is not iterable",
     "bf16_optimizer": "is not a zero checkpoint",
     "tp2_zero1": "Expected 2 of '*_optim_states.pt'",
@@ -111,6 +113,50 @@ def test_a_wrong_conversion_differs(tmp_path):
     weights[gate], weights[up] = weights[up], weights[gate]
     save_file(weights, live / "model.safetensors", {"format": "pt"})
     assert not compare_logits(own, live).equal
+
+
+def left_out(state):
+    del state["model.norm.weight"]
+
+
+def left_over(state):
+    state["model.norm.bias"] = torch.zeros(8)
+
+
+def of_another_shape(state):
+    state["model.norm.weight"] = torch.zeros(7)
+
+
+def untied(state):
+    state["lm_head.weight"] = state["lm_head.weight"] + 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (left_out, "leaves out 1 of the model's weights: 'model.norm.weight'"),
+        (left_over, "finds 1 tensors that the model has not: 'model.norm.bias'"),
+        (of_another_shape, "size mismatch for model.norm.weight"),
+        (untied, "lm_head.weight are tied in the model, and differ"),
+    ],
+)
+def test_names_and_shapes_are_those_of_the_model(damage, said, tmp_path):
+    own = checkpoint("zero3_bf16", tmp_path / "deepspeed")
+    state = load_file(f"{GOLDEN / 'zero3_bf16'}.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    damage(state)
+    with pytest.raises((SideError, RuntimeError), match=said):
+        deepspeed_side.filled(str(own), state)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_one_name_of_tied_weights_is_enough(name, tmp_path):
+    own = checkpoint("zero3_bf16", tmp_path / "deepspeed")
+    state = load_file(f"{GOLDEN / 'zero3_bf16'}.safetensors")
+    embeddings = state.pop("model.embed_tokens.weight")
+    model = deepspeed_side.filled(str(own), state | {name: embeddings})
+    assert torch.equal(model.lm_head.weight, embeddings.float())
+    assert torch.equal(model.model.embed_tokens.weight, embeddings.float())
 
 
 def test_without_deepspeed_the_note_says_so(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +98,8 @@ def test_what_is_measured(apart):
     found = measured(("a", "b"), ("one", "other"), tokens.numpy(), a, b, 1e-4, ())
     assert not found.equal
     assert_measured(found.to_json(), *logits)
+    noted = replace(found, notes=("A: " + "a long remark " * 20,))
+    assert max(map(len, noted.render(60).split("\n"))) <= 60
 
 
 @pytest.mark.full
