@@ -101,7 +101,9 @@ def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> Outcome:
             plan, begin.files, staging, write_options(job), line.advance, journal, states
         )
         line.flush()
-        content, digest = manifest.build(plan, begin, written.digests, versions(job), spool_path)
+        content, digest = manifest.build(
+            plan, begin, written.digests, versions(job), staging, spool_path, job.digest
+        )
         with writer.writing(staging):
             write_durable(staging / manifest_path(plan), content)
     return facts, digest, written.resumed

@@ -256,9 +256,10 @@ class Target:
         """
         if not self.published:
             self._put_in_place()
-        self._created.clear()
+        created, self._created = self._created, []
         try:
-            sync_directory(self._path.parent)
+            for folder in (self._path, *reversed(created)):
+                sync_directory(folder.parent)
             return self._write_pointers()
         except OSError as error:
             raise ConversionError(

@@ -53,6 +53,24 @@ def test_target_appears_whole(tmp_path):
     assert names(tmp_path) == {"a", "a/b", "a/b/out.bin", "a/b/ckptx-manifest.json"}
 
 
+def test_names_are_on_disk_before_and_after_the_rename(tmp_path, monkeypatch):
+    synced = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink(), target.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    target = tmp_path / "a" / "b"
+    publish_plan(Target(target, []), plan())
+    staged = (tmp_path / "a" / "b.ckptx-partial" / "new", False)
+    assert staged in synced
+    # The new directory "a" has a name, too.
+    assert [one for one in synced if one[1]] == [(tmp_path / "a", True), (tmp_path, True)]
+    assert synced.index(staged) < synced.index((tmp_path / "a", True))
+
+
 def test_error_removes_everything_that_was_created(tmp_path):
     def look(staging: Path) -> None:
         assert staging == tmp_path / "a/b/c.ckptx-partial/new"
