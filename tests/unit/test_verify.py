@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from ckptx import cli
 from ckptx.errors import FormatError
 from ckptx.manifest_check import check
+from ckptx.measure import Tolerance
 from ckptx.verify import compare
 
 WEIGHTS = "model.safetensors"
@@ -202,6 +204,47 @@ def test_tensors_of_no_size_of_one_element_and_of_integers(tmp_path):
     }
     assert not any("index" in one.tensors for one in comparison.diagnoses)
     assert json.dumps(comparison.to_json())
+
+
+def stored_pair(tmp_path, first, second):
+    """Return the comparison of two tensors of no known model."""
+    for side, tensor in zip("ab", (first, second), strict=True):
+        (tmp_path / side).mkdir()
+        save_file({"x": tensor, "same": np.ones(3, "f4")}, tmp_path / side / WEIGHTS)
+    return compare(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("shapes", [((0, 4), (0, 5)), ((4, 0), (0, 4)), ((0, 4), (6, 4))])
+def test_shapes_of_no_elements(tmp_path, shapes):
+    (found,) = stored_pair(tmp_path, *(np.zeros(shape, "f4") for shape in shapes)).differences
+    assert found.kind == "reshaped"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (np.array([1, 0.0], "f4"), np.array([1, -0.0], "f4")),
+        (np.array([True, False]), np.array([True, True])),
+        (np.array([3, 0], "i8"), np.array([3, 4], "i8")),
+    ],
+    ids=["signed zeros", "flags", "indices"],
+)
+def test_nothing_is_claimed_of_what_was_filled_alike(tmp_path, first, second):
+    result = stored_pair(tmp_path, first, second)
+    assert not result.equal
+    assert not result.diagnoses
+
+
+def test_the_distance_of_the_largest_bfloat16(tmp_path):
+    large = np.array([3e38, 1], "f4").astype(ml_dtypes.bfloat16)
+    save_file({"x": large}, tmp_path / "a.safetensors")
+    save_file({"x": -large}, tmp_path / "b.safetensors")
+    paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    (found,) = compare(*paths).differences
+    assert found.max_abs == 2 * float(large[0])
+    assert found.max_rel == 2
+    assert compare(*paths, tolerance=Tolerance(rtol=2)).equal
+    assert not compare(*paths, tolerance=Tolerance(rtol=1.9)).equal
 
 
 class TestManifest:
