@@ -206,6 +206,23 @@ def test_tensors_of_no_size_of_one_element_and_of_integers(tmp_path):
     assert json.dumps(comparison.to_json())
 
 
+def test_settings_that_differ_are_told(both):
+    edit(both[1], lambda tensors: None, rope_theta=5e5, rms_norm_eps=1e-6)
+    result = compare(*both)
+    assert result.equal
+    assert [note.partition("settings: ")[2] for note in result.notes] == [
+        "norm_epsilon of the language model is 1e-05 in A and 1e-06 in B",
+        "rotary_base of the language model is 10000.0 in A and 500000.0 in B",
+    ]
+
+
+def test_what_is_not_compared_is_told(both):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(both[1], lambda tensors: tensors.update({name: np.ones(2, "f4")}))
+    (note,) = compare(*both).notes
+    assert note == f"B: not compared: {name!r}: no weights: the model makes it anew"
+
+
 def stored_pair(tmp_path, first, second):
     """Return the comparison of two tensors of no known model."""
     for side, tensor in zip("ab", (first, second), strict=True):
