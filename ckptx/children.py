@@ -25,7 +25,7 @@ from ckptx.errors import PluginError
 from ckptx.job import Job
 from ckptx.journal import NAME, Identity, Journal, identify
 from ckptx.protocol import Begin, End, Message, Tensors
-from ckptx.publish import manifest_path, outline, sync_tree, write_durable
+from ckptx.publish import check_files, manifest_path, outline, sync_tree, write_durable
 from ckptx.report import Facts
 from ckptx.spool import Spool
 from ckptx.supervision import Failure, Line, settle_child
@@ -85,6 +85,7 @@ def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> Outcome:
     with collector_paused():
         plan = saver.plan(recast(stream, job), job.options(job.saver_options))
         begin, end = stream.finish(job.saver)
+        check_files(plan, job.target, begin.files)
         states = writer.states(begin.files)
         proved = proof.prove(plan, begin, end)
     # What lies in the spool is gone with this run, and may come in another order in the next.
