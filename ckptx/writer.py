@@ -39,7 +39,7 @@ from ckptx.lazy import ITEMSIZE, Cast, LazyTensor, Stored
 from ckptx.pieces import flat_boxes, pieces
 from ckptx.plan import Crc32, FilePlan, Region, SavePlan
 from ckptx.publish import keep_only, size_text, sync_directory
-from ckptx.reader import WINDOW, Files, Gather
+from ckptx.reader import WINDOW, Files, Gather, most_open
 from ckptx.replicas import check_replicas
 
 _log = logging.getLogger(__name__)
@@ -407,6 +407,7 @@ class _Targets:
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
         self._users: dict[Path, int] = {}
+        self._most = most_open(_MAX_OPEN)
         self._lock = threading.Lock()
 
     def write(self, path: Path, offset: int, data: memoryview | bytes) -> None:
@@ -469,7 +470,7 @@ class _Targets:
         with self._lock:
             if path not in self._open:
                 idle = [p for p in self._open if not self._users.get(p)]
-                for other in idle[: max(0, len(self._open) - _MAX_OPEN + 1)]:
+                for other in idle[: max(0, len(self._open) - self._most + 1)]:
                     os.close(self._open.pop(other))
                 self._open[path] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             self._users[path] = self._users.get(path, 0) + 1

@@ -148,15 +148,17 @@ def test_empty_tensors_and_files(tmp_path):
     assert written.digests == {"nothing": {}, "empty": {0: nothing}, "sum": {0: nothing}}
 
 
-def test_more_files_than_are_kept_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_MAX_OPEN", 20)
-    monkeypatch.setattr("ckptx.reader._MAX_OPEN", 20)
+@pytest.mark.parametrize(("allowed", "kept"), [(200, 20), (128, 0)])
+def test_more_files_than_are_kept_open(tmp_path, monkeypatch, allowed, kept):
+    if kept:
+        monkeypatch.setattr(writer, "_MAX_OPEN", kept)
+        monkeypatch.setattr("ckptx.reader._MAX_OPEN", kept)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     data = RNG.integers(0, 256, (600, 3), np.uint8)
     paths = [put(tmp_path / f"in{n}", row) for n, row in enumerate(data)]
     plan = SavePlan([file_of(f"{n}", stored(n, 0, "uint8", (3,))) for n in range(600)])
     old = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (200, old[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, old[1]))
     try:
         run(plan, paths, tmp_path / "out", threads=4)
     finally:
