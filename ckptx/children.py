@@ -11,8 +11,9 @@ import json
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, TypeAlias
 from ckptx import manager
 from ckptx.compat import ModuleSaver
 from ckptx.containers.pickle_values import collector_paused
-from ckptx.errors import PluginError
+from ckptx.errors import PluginError, listing
 from ckptx.job import Job
 from ckptx.journal import NAME, Identity, Journal, identify
 from ckptx.protocol import Begin, End, Message, Tensors
@@ -98,8 +99,9 @@ def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> Outcome:
         return facts, digest, sum(file.size for file in plan.files)
     staging = Path(place)
     with _journal(staging, identity, job) as journal:
+        inexact = {name for names in proved.inexact.values() for name in names}
         written = writer.execute(
-            plan, begin.files, staging, write_options(job), line.advance, journal, states
+            plan, begin.files, staging, write_options(job), line.advance, journal, states, inexact
         )
         line.flush()
         content, digest = manifest.build(
@@ -107,7 +109,19 @@ def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> Outcome:
         )
         with writer.writing(staging):
             write_durable(staging / manifest_path(plan), content)
+    facts = replace(facts, notes=(*facts.notes, *_overflow(written.infinite)))
     return facts, digest, written.resumed
+
+
+def _overflow(infinite: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the remark that values may not have survived a cast."""
+    if not infinite:
+        return ()
+    count = sum(infinite.values())
+    return (
+        f"{count:,} elements are infinite after the cast, in {listing(infinite)}: float16 ends at "
+        "65504. Cast to bfloat16 instead, or verify against the source",
+    )
 
 
 def _journal(
