@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptx import manager
+from ckptx.containers.safetensors import read_header
 from ckptx.errors import CkptxError, ConversionError, FormatError
 from ckptx.model_directory import CONFIG
 from ckptx.running import child
@@ -59,6 +60,8 @@ def generate(model: Path, job: Mapping[str, Any], output: Path | None = None) ->
     if not (model / CONFIG).is_file():
         raise FormatError(f"{model}: holds no {CONFIG}{_instead(model)}")
     child.require("transformers", "generate")
+    for path in sorted(model.glob("*.safetensors")):
+        read_header(path)  # whose errors name the file and what to do
     if output is not None and not output.resolve().parent.is_dir():
         raise FormatError(f"--output-file {output}: its directory does not exist")
     result = Generated(child.ask("generation", {**job, "model": str(model)}))

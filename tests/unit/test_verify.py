@@ -266,3 +266,15 @@ class TestManifest:
         code, _, err = run("verify", both[0], "--against-manifest", tmp_path / "manifest")
         assert code == 1
         assert "does not lie inside" in err
+
+
+def test_names_of_megatron_are_explained(both):
+    a, b = both
+
+    def change(tensors):
+        gate = "model.layers.0.mlp.gate_proj.weight"
+        tensors[gate] = tensors[gate] + 1
+
+    edit(b, change)
+    lines = compare(a, b).render(200).splitlines()
+    assert "names     mlp l0 weight W is the gate projection of a gated MLP" in lines
