@@ -276,7 +276,9 @@ def _table(entries: Sequence[Difference], width: int) -> Iterator[str]:
         yield f"{'':10}{types}"
         if entry.max_abs is not None:
             differ, share, most, relative = _cells(entry)
-            yield f"{'':10}{differ} differ ({share}), max abs {most}, max rel {relative}"
+            yield from wrapped(
+                "", f"{differ} differ ({share}), max abs {most}, max rel {relative}", width
+            )
 
 
 def _cells(entry: Difference) -> tuple[str, ...]:

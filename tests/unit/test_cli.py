@@ -296,6 +296,8 @@ def test_help_ends_with_examples_that_parse(name, run, capsys):
     assert [line.strip() for line in examples.strip().splitlines()] == list(EXAMPLES[name])
     for example in EXAMPLES[name]:
         words = shlex.split(example, comments=True)
+        if "--list" in words:  # which is done before the help
+            continue
         entry = cli.convert if name == "convert.py" else cli.main
         options = run(*words[2 if name == "convert.py" else 1 :], "--help", entry=entry)[1]
         for word in words:
