@@ -176,8 +176,11 @@ class ConversionCommand(click.Command):
         params, places = scanned(self.params, args)
         loader, saver, path = (params.get(k) for k in ("loader", "saver", "megatron_path"))
         if loader is None and saver is not None:
-            manager.saver(saver, path)  # a wrong name is the better error to report
+            options = manager.saver(saver, path).options()  # a wrong name is the better error
+            _, places = scanned([*self.params, *options], args)
             source = params.get("load_dir") or next((p for p in places if p.exists()), None)
+            if source is not None and len(places) == 2 and not params.get("load_dir"):
+                source = places[0]  # nothing but SRC and DST: an existing DST is not meant
             if source is not None and not (wants_help and not source.exists()):
                 loader = manager.detect(source)
             elif "" in args and not wants_help:

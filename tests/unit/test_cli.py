@@ -351,3 +351,9 @@ def test_convert_py_converts_from_any_directory(model, tmp_path):
     assert again.returncode == 1
     assert again.stderr.startswith("error: ")
     assert "--overwrite" in again.stderr
+
+
+def test_a_missing_source_is_named_though_the_target_exists(model, run, tmp_path):
+    code, _, err = run("convert", tmp_path / "typo", model, "--to", "core", "--tp", "2")
+    assert code == 1
+    assert err == f"error: {tmp_path / 'typo'}: no such file or directory\n"
