@@ -107,7 +107,7 @@ def why_unknown(config: Mapping[str, Any]) -> str:
     reasons = [why for family in _named_by(config) for why in family.refused.values()]
     if not reasons and any(name.endswith(heads.CLASSES) for name in _architectures(config)):
         return "Megatron has no place for its head"
-    return reasons[0] if reasons else "no schema"
+    return reasons[0] if reasons else "ckptx does not know this architecture"
 
 
 def _architectures(config: Mapping[str, Any]) -> list[str]:
@@ -158,11 +158,13 @@ def hf_messages(
     if config is None or family is None:
         begin, tensors, _, more, gone = _merged(held, begin, tensors, config or {}, None, dtype)
         notes, dropped = (*notes, *more), (*dropped, *gone)
-        named = (config or {}).get("architectures") or ["no config names an architecture"]
+        named = ", ".join((config or {}).get("architectures") or ())
+        why = (
+            f"{named}: {why_unknown(config or {})}" if named else "no config names an architecture"
+        )
         yield begin
         yield passthrough(tensors)
-        note = f"{', '.join(named)}: {why_unknown(config or {})}; tensors pass through by name"
-        yield End(dropped, (*notes, note))
+        yield End(dropped, (*notes, f"{why}; tensors pass through by name"))
         return
     before, tensors = tensors, quantised.dequantise(tensors, config, dtype)
     if len(tensors) < len(before):

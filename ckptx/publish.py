@@ -130,6 +130,8 @@ class Target:
             if self.save_dir == source or source in self.save_dir.parents:
                 raise PlanError(f"{self.save_dir}: lies inside the source {source}; choose another")
         folder = _existing(self.save_dir.parent)
+        if not folder.is_dir():
+            raise PlanError(f"{folder}: is a file; the target would lie below it")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PlanError(f"{folder}: is not writable; the target would be created there")
 

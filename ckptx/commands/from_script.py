@@ -7,6 +7,7 @@ is printed first, on stderr.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -60,10 +61,16 @@ class _Scripts(click.Group):
         """Find the script; say where the known ones are listed."""
         if args and not args[0].startswith("-") and named(args[0]) is None:
             raise click.UsageError(
-                f"no script {args[0]!r} is known; 'ckptx from-script --list' shows those that are",
+                f"no script {args[0]!r} is known{_meant(args[0])}; 'ckptx from-script --list' "
+                "shows those that are",
                 ctx,
             )
         return super().resolve_command(ctx, args)
+
+
+def _meant(name: str) -> str:
+    close = get_close_matches(name, [script.name for script in scripts()], 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 class _Parts(click.Group):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptx import manager
+from ckptx.containers.safetensors import read_header
 from ckptx.containers.source_file import read_small
 from ckptx.errors import CkptxError, ConversionError, FormatError
 from ckptx.model_directory import CONFIG, read_config
@@ -92,6 +93,8 @@ def generate(
             'give tokens with --prompt-ids "1 2 3"'
         )
     child.require("transformers", "generate")
+    for path in sorted(model.glob("*.safetensors")):
+        read_header(path)  # whose errors name the file and what to do
     if output is not None and not output.resolve().parent.is_dir():
         raise FormatError(f"--output-file {output}: its directory does not exist")
     progress = progress or Silent()

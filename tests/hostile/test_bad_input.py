@@ -594,8 +594,65 @@ class TestPlaces:
         user.source = user.place / "empty"
         user.source.mkdir()
         reason = user.cannot_convert("core")
-        assert f"{user.source}: not a checkpoint that any loader recognises" in reason
+        expected = f"{user.source}: not a checkpoint that any loader recognises: the directory is"
+        assert f"{expected} empty" in reason
+
+    def test_source_is_of_no_format(self, user):
+        user.source = user.place / "notes.txt"
+        user.source.write_text("no weights here")
+        reason = user.cannot_convert("core")
+        assert (
+            f"{user.source}: not a checkpoint that any loader recognises; known loaders" in reason
+        )
         assert "core" in reason
+
+    def test_source_is_above_a_checkpoint(self, user):
+        """As the Hub's cache is, or a directory of runs."""
+        snapshot = user.place / "models--a--b" / "snapshots" / "0123"
+        snapshot.parent.mkdir(parents=True)
+        user.source.rename(snapshot)
+        user.source = user.place / "models--a--b"
+        assert f"a checkpoint lies below it: give {snapshot}" in user.cannot_convert("core")
+
+    def test_source_without_weights(self, user):
+        for path in user.source.glob("*.safetensors"):
+            path.unlink()
+        assert "config.json is there, but no weights" in user.cannot_convert("core")
+
+    def test_source_is_where_a_conversion_was_interrupted(self, user):
+        user.source = user.place / "megatron"
+        (user.source / "release.ckptx-partial").mkdir(parents=True)
+        assert user.run("inspect", user.source) == 1
+        assert "a conversion into it was interrupted; run the same command again" in user.errors
+
+    @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+    def test_weights_are_a_pointer_of_git_lfs(self, suffix, user):
+        """As a clone of a model from the Hub has without git-lfs."""
+        for path in user.source.glob("*.safetensors"):
+            path.unlink()
+        name = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}[suffix]
+        (user.source / name).write_text(
+            f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4976698672\n"
+        )
+        reason = user.cannot_convert("core")
+        assert f"{name}: is a pointer of Git LFS" in reason
+        assert "git lfs pull" in reason
+
+    @pytest.mark.parametrize("which", ["source", "target"])
+    def test_path_is_empty(self, which, user, monkeypatch):
+        """An unset variable must not mean the working directory."""
+        (user.place / "here").mkdir()
+        monkeypatch.chdir(user.place / "here")
+        places = {"source": user.source, "target": user.target, which: ""}
+        code = user.run("convert", places["source"], places["target"], "--to", "core")
+        assert code == 2
+        assert "empty; is a variable of the shell not set?" in user.errors
+        assert not any((user.place / "here").iterdir())
+
+    def test_target_lies_below_a_file(self, user):
+        (user.place / "file").write_text("keep")
+        user.target = user.place / "file" / "sub"
+        assert f"{user.place / 'file'}: is a file; the target would" in user.cannot_convert("hf")
 
     @pytest.mark.parametrize("loader", ["hf", "core", "pytorch"])
     def test_source_is_empty_and_its_format_named(self, loader, user):

@@ -264,3 +264,14 @@ def test_a_checkpoint_of_another_format(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 1
     assert "format 'core': convert it --to hf first" in done.stderr
+
+
+def test_a_shard_that_was_cut_short_is_named(llama, tmp_path):
+    directory = tmp_path / "cut"
+    shutil.copytree(llama, directory)
+    path = next(directory.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-100])
+    done = run(directory, "--prompt-ids", "1 2 3")
+    assert done.returncode == 1
+    assert f"error: {path}: expected" in done.stderr
+    assert "it is truncated" in done.stderr

@@ -15,7 +15,7 @@ from ckptx import cli
 from ckptx.errors import FormatError
 from ckptx.manifest_check import check
 from ckptx.measure import Tolerance
-from ckptx.verify import compare
+from ckptx.verify import Comparison, Difference, compare
 
 WEIGHTS = "model.safetensors"
 
@@ -126,7 +126,9 @@ def test_text_fits(both, width):
     edit(b, lambda tensors: tensors.update({n: t + 1 for n, t in tensors.items()}))
     comparison = compare(a, b)
     text = comparison.render(width)
-    assert max(map(len, text.splitlines())) <= max(width, 64)
+    assert max(map(len, text.splitlines())) <= max(
+        width, 60
+    )  # names and the summary are not broken
     assert text.splitlines()[-1].startswith("not equal: 31 different of 31 tensors")
 
 
@@ -417,3 +419,26 @@ class TestManifest:
         code, _, err = run("verify", both[0], "--against-manifest", tmp_path / "manifest")
         assert code == 1
         assert "does not lie inside" in err
+
+
+def test_names_of_megatron_are_explained(both):
+    a, b = both
+
+    def change(tensors):
+        gate = "model.layers.0.mlp.gate_proj.weight"
+        tensors[gate] = tensors[gate] + 1
+
+    edit(b, change)
+    lines = compare(a, b).render(200).splitlines()
+    assert "names     mlp l0 weight W is the gate projection of a gated MLP" in lines
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_large_numbers_fit(width):
+    """Counts of a real layer, and ratios to values near zero."""
+    entry = Difference(
+        *("transformer layer 0: mlp l0 weight W", "different", "bfloat16 [256, 128]"),
+        *("bfloat16 [256, 128]", 32_735, 32_768, 0.136, 7.97e03),
+    )
+    comparison = Comparison("a", "b", 31, 10, (entry,), ())
+    assert max(map(len, comparison.render(width).splitlines())) <= width
