@@ -53,6 +53,22 @@ def outline(plan: SavePlan) -> SavePlan:
     return replace(plan, files=[FilePlan(file.path, file.size, ()) for file in plan.files])
 
 
+def check_files(plan: SavePlan, save_dir: Path, files: Sequence[str]) -> None:
+    """Check that a plan replaces none of the files that it reads, by whatever links they are known.
+
+    Raises:
+        PlanError: a file of the source lies in the target.
+    """
+    target = (save_dir.resolve() / plan.directory).resolve()
+    for file in files:
+        place = Path(file).resolve()
+        if place == target or (target in place.parents and not plan.single_file):
+            raise PlanError(
+                f"{target}: holds {place.name} of the source, which {file} is a link to; choose "
+                "another target"
+            )
+
+
 def manifest_path(plan: SavePlan) -> str:
     """Return where the manifest of a plan lies, relative to the staging directory."""
     return f"{plan.files[0].path}.{MANIFEST}" if plan.single_file else MANIFEST
@@ -256,9 +272,10 @@ class Target:
         """
         if not self.published:
             self._put_in_place()
-        self._created.clear()
+        created, self._created = self._created, []
         try:
-            sync_directory(self._path.parent)
+            for folder in (self._path, *reversed(created)):
+                sync_directory(folder.parent)
             return self._write_pointers()
         except OSError as error:
             raise ConversionError(
@@ -286,6 +303,8 @@ class Target:
                 raise PlanError(f"{path}: contains the source {source}; choose another target")
         if self.save_dir.exists() and self.plan.directory and not self.save_dir.is_dir():
             raise PlanError(f"{self.save_dir}: is a file; the target must be a directory")
+        if path.is_symlink() and not path.exists():
+            raise PlanError(f"{path}: is a link to nothing; remove it, or choose another target")
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             if path.exists() and self.plan.single_file:
                 raise PlanError(f"{path}: is a directory; name the file to write")
