@@ -10,6 +10,7 @@ distribution names (``ckptx-npz``); nothing else is visible. An empty value leav
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -198,6 +199,10 @@ def _usable(entry: Entry) -> bool:
     return True
 
 
+_SHOWN = 50
+"""Directories looked into where the source itself is no checkpoint."""
+
+
 def detect(source: Path) -> str:
     """Return the name of the one loader that recognises ``source``.
 
@@ -221,10 +226,27 @@ def detect(source: Path) -> str:
         raise PluginError(
             f"{source}: looks like {' and '.join(matches)}; say which with --from (or --loader)"
         )
+    if inside := _checkpoints_in(source):
+        more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
+        raise PluginError(
+            f"{source}: is not a checkpoint, but holds {', '.join(inside[-3:])}{more}; give one"
+        )
     raise PluginError(
         f"{source}: not a checkpoint that any loader recognises; known loaders: "
         f"{', '.join(names('loader')) or 'none'}"
     )
+
+
+def _checkpoints_in(source: Path) -> list[str]:
+    """Return the names of the directories there that a loader recognises, in order of steps."""
+    found = []
+    with contextlib.suppress(OSError):
+        folders = [path for path in source.iterdir() if path.is_dir()] if source.is_dir() else []
+        for folder in sorted(folders, key=lambda path: (len(path.name), path.name))[-_SHOWN:]:
+            with contextlib.suppress(OSError, PluginError):
+                if any(loader(name).detect(folder) for name in names("loader")):
+                    found.append(folder.name)
+    return found
 
 
 def statuses() -> Iterator[Status]:
