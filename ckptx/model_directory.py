@@ -36,11 +36,13 @@ _MAX_SIDECAR = 64 << 20  # bytes; the largest published tokenizers have about 35
 _TRAINING = (
     *("optimizer*.pt", "optimizer*.bin", "scheduler*.pt", "scheduler*.bin", "scaler.pt"),
     *("rng_state*.pth", "random_states_*.pkl", "training_args.bin"),
+    *("zero_to_fp32.py", "zero_to_torch.py"),
 )
-"""What ``Trainer`` and ``Accelerator.save_state`` write beside the weights.
+"""What ``Trainer``, ``Accelerator.save_state`` and DeepSpeed write beside the weights.
 
 Source: transformers src/transformers/trainer.py @ v5.23.0, accelerate
-src/accelerate/utils/constants.py @ v1.15.0.
+src/accelerate/utils/constants.py @ v1.15.0, DeepSpeed deepspeed/runtime/engine.py @ v0.19.8, which
+copies its scripts into every checkpoint.
 """
 
 
@@ -60,6 +62,8 @@ def sidecars(directory: Path) -> dict[str, bytes]:
         wanted = path.suffix in _SUFFIXES or path.name.startswith(_LEGAL)
         weights = path.name.endswith(".index.json") or path.name.startswith("ckptx-")
         if not wanted or weights or not path.is_file():
+            continue
+        if any(path.match(pattern) for pattern in _TRAINING):
             continue
         if path.stat().st_size > _MAX_SIDECAR:
             raise FormatError(
