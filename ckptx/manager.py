@@ -198,6 +198,9 @@ def _usable(entry: Entry) -> bool:
     return True
 
 
+"""Directories looked into where the source itself is no checkpoint."""
+
+
 def detect(source: Path) -> str:
     """Return the name of the one loader that recognises ``source``.
 

@@ -90,6 +90,11 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes / 1024:.2f} TiB"
 
 
+def _is_taken(path: Path) -> bool:
+    """Return whether there is anything at a place; an empty directory is nothing."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """What a run that was cut short has left for the next one; sizes in bytes."""
@@ -111,7 +116,7 @@ class Target:
 
     Args:
         save_dir: what the user named.
-        inputs: source paths, which the target must not touch.
+        inputs: source paths, of which the target must not replace a part.
         overwrite: whether an existing target may be replaced.
     """
 
@@ -126,9 +131,8 @@ class Target:
         """Whether the target is in place, put there by this run or one before."""
         self.kept: Kept | None = None
         """What is left for another run; known once the context has ended."""
-        for source in self.inputs:
-            if self.save_dir == source or source in self.save_dir.parents:
-                raise PlanError(f"{self.save_dir}: lies inside the source {source}; choose another")
+        if self.save_dir in self.inputs:
+            raise PlanError(f"{self.save_dir}: is the source itself; choose another target")
         folder = _existing(self.save_dir.parent)
         if not folder.is_dir():
             raise PlanError(f"{folder}: is a file; the target would lie below it")
@@ -299,15 +303,21 @@ class Target:
     def _check_place(self) -> None:
         path = self._path
         for source in self.inputs:
-            if path == source or source in path.parents:
-                raise PlanError(f"{path}: lies inside the source {source}; choose another target")
+            if path == source:
+                raise PlanError(f"{path}: is the source itself; choose another target")
+            # A new place inside is like any other: "zero_to_fp32.py . output" is DeepSpeed's way.
+            if source in path.parents and (_is_taken(self.save_dir) or _is_taken(path)):
+                raise PlanError(
+                    f"{path}: lies inside the source {source}, where nothing is replaced; choose "
+                    "a target that does not exist"
+                )
             if path in source.parents and not self.plan.single_file and path.exists():
                 raise PlanError(f"{path}: contains the source {source}; choose another target")
         if self.save_dir.exists() and self.plan.directory and not self.save_dir.is_dir():
             raise PlanError(f"{self.save_dir}: is a file; the target must be a directory")
         if path.is_symlink() and not path.exists():
             raise PlanError(f"{path}: is a link to nothing; remove it, or choose another target")
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if not _is_taken(path):
             if path.exists() and self.plan.single_file:
                 raise PlanError(f"{path}: is a directory; name the file to write")
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 
 from ckptx.publish import PARTIAL
@@ -25,7 +24,8 @@ def reason(source: Path, recognised: Recognised) -> str:
     """
     if not source.is_dir():
         return "it is empty" if source.is_file() and not source.stat().st_size else ""
-    names = sorted(path.name for path in source.iterdir())
+    # Numbers in order, so that the last one is the latest.
+    names = sorted((path.name for path in source.iterdir()), key=lambda name: (len(name), name))
     if not names:
         return "the directory is empty"
     if any(name.endswith(PARTIAL) for name in names):
@@ -37,10 +37,10 @@ def reason(source: Path, recognised: Recognised) -> str:
 
 
 def _checkpoints_below(source: Path, names: list[str], recognised: Recognised) -> str:
-    found = [path for path in islice(_below(source, names), _LOOKED_AT) if recognised(path)]
+    found = [path for path in list(_below(source, names))[-_LOOKED_AT:] if recognised(path)]
     if not found:
         return ""
-    given = ", ".join(str(path) for path in found[:_NAMED])
+    given = ", ".join(str(path) for path in found[-_NAMED:])
     rest = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     what = "a checkpoint lies" if len(found) == 1 else "checkpoints lie"
     why = ""

@@ -563,16 +563,25 @@ class TestPlaces:
         assert str(user.target) in user.cannot_convert("core", "--overwrite")
 
     @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
-    @pytest.mark.parametrize("place", ["", "sub", "sub/sub"])
-    def test_target_in_the_source(self, place, overwrite, user):
-        user.target = user.source / place
+    def test_target_is_the_source(self, overwrite, user):
+        user.target = user.source
+        reason = user.cannot_convert("hf", *overwrite)
+        assert f"{user.source}: is the source itself" in reason
+
+    @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+    def test_part_of_the_source_is_not_replaced(self, overwrite, user):
+        user.target = user.source / "mine"
+        user.target.mkdir()
+        (user.target / "file").write_text("keep")
         reason = user.cannot_convert("hf", *overwrite)
         assert f"lies inside the source {user.source}" in reason
 
-    def test_target_in_the_source_by_a_link(self, user):
+    def test_part_of_the_source_is_not_replaced_by_a_link(self, user):
+        (user.source / "mine").mkdir()
+        (user.source / "mine" / "file").write_text("keep")
         (user.place / "link").symlink_to(user.source)
-        user.target = user.place / "link" / "sub"
-        assert "lies inside the source" in user.cannot_convert("hf")
+        user.target = user.place / "link" / "mine"
+        assert "lies inside the source" in user.cannot_convert("hf", "--overwrite")
 
     @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
     def test_source_in_the_target(self, overwrite, user):
@@ -583,6 +592,15 @@ class TestPlaces:
         (user.place / "file").write_text("keep")
         user.target = user.place / "file" / "target"
         assert str(user.place / "file") in user.cannot_convert("hf")
+
+    def test_source_holds_checkpoints(self, user):
+        for step in (2, 10):
+            shutil.copytree(user.source, user.place / "run" / f"checkpoint-{step}")
+        (user.place / "run" / "runs").mkdir()
+        user.source = user.place / "run"
+        reason = user.cannot_convert("hf")
+        found = [user.source / name for name in ("checkpoint-2", "checkpoint-10")]
+        assert f"give {found[0]}, {found[1]}" in reason
 
     def test_source_is_absent(self, user):
         user.source = user.place / "nothing"

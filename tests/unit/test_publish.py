@@ -188,16 +188,37 @@ def test_megatron_root_is_not_replaced_by_something_else(tmp_path):
     assert (tmp_path / "root/iter_0000010/out.bin").exists()
 
 
-@pytest.mark.parametrize("target", [".", "sub", "sub/deeper"])
-def test_target_in_the_source_is_refused(tmp_path, target):
+def test_the_source_as_target_is_refused(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    with pytest.raises(PlanError, match="lies inside the source"):
-        Target(source / target, [source], overwrite=True)
     link = tmp_path / "link"
     link.symlink_to(source)
-    with pytest.raises(PlanError, match="lies inside the source"):
-        Target(link / target, [source])
+    for target in (source, link):
+        with pytest.raises(PlanError, match="is the source itself"):
+            Target(target, [source], overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_nothing_in_the_source_is_replaced(tmp_path, overwrite):
+    source = tmp_path / "source"
+    mine = source / "sub" / "mine"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("keep")
+    for target in (mine, mine.parent):
+        for made in (plan(), megatron("release", b"release")):
+            with pytest.raises(PlanError):
+                publish_plan(Target(target, [source], overwrite), made)
+    assert [path.name for path in source.rglob("*")] == ["sub", "mine"]
+    assert mine.read_text() == "keep"
+
+
+@pytest.mark.parametrize("target", ["sub", "sub/deeper"])
+def test_a_new_place_in_the_source_is_like_any_other(tmp_path, target):
+    source = tmp_path / "source"
+    source.mkdir()
+    publish_plan(Target(source / target, [source]), plan())
+    assert (source / target / "out.bin").is_file()
+    assert not list(source.rglob("*.ckptx-partial"))
 
 
 def test_source_in_the_target_is_refused(tmp_path):
