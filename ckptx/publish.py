@@ -63,10 +63,8 @@ def check_files(plan: SavePlan, save_dir: Path, files: Sequence[str]) -> None:
     for file in files:
         place = Path(file).resolve()
         if place == target or (target in place.parents and not plan.single_file):
-            raise PlanError(
-                f"{target}: holds {place.name} of the source, which {file} is a link to; choose "
-                "another target"
-            )
+            linked = "" if place == Path(file).absolute() else f", by the link {file}"
+            raise PlanError(f"{target}: contains the source {place}{linked}; choose another target")
 
 
 def manifest_path(plan: SavePlan) -> str:
