@@ -173,6 +173,15 @@ class TorchSize(tuple[int, ...], metaclass=FrozenClass):
         return TorchSize, (tuple(self),)
 
 
+class UnhashableTuple(tuple[Any, ...]):
+    """A tuple that is too large for a key: its hash is computed anew whenever it is asked for."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        raise TypeError("a tuple that is too large, or shared too often, is a key")
+
+
 @dataclass(frozen=True, slots=True)
 class TorchDtype:
     """A `torch.dtype` as a value, by its torch name."""
