@@ -21,6 +21,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -173,6 +174,7 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes, calls: bytearray, file: str, allow: tuple[str, ...]) -> None:
         super().__init__(_Whole(data), encoding="utf-8")  # as torch.load reads Python 2
         self._calls = iter(calls)
+        self._copies = 4 * len(data)  # each value that is there takes a byte or more
         self._checked = _Weights(file).checked
         self._file = file
         self._allow = allow
@@ -181,9 +183,9 @@ class _Unpickler(pickle.Unpickler):
         """Return the stand-in of a global; never imports."""
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         full = f"{module}.{name}"
-        if full == "builtins.frozenset":
-            return _Function(lambda values=(): self._checked(_frozenset(values)))
         known = _TABLE.get(full)
+        if isinstance(known, _Copying):
+            return _Function(partial(self._copied, known))
         if known is not None:
             return known
         if module == "torch" and name in TORCH_DTYPES:
@@ -203,6 +205,14 @@ class _Unpickler(pickle.Unpickler):
             f"{self._file}: the pickle holds {full!r}, which is not on the allow-list; "
             f"pass allow={full!r} to read it as an inert record"
         )
+
+    def _copied(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call what copies its arguments, which the memo can hand to it again and again."""
+        self._copies -= sum(len(arg) for arg in args if hasattr(arg, "__len__"))
+        if self._copies < 0:
+            raise TypeError("the same values are copied again and again")
+        made = function(*args)
+        return self._checked(made) if type(made) is frozenset else made
 
     def persistent_load(self, pid: Any) -> Any:
         """Return the storage of torch's ``("storage", class, key, device, numel)``.
@@ -279,14 +289,20 @@ class _StorageClass(_Function):
         raise TypeError("a storage is stored beside the pickle, not in it")
 
 
+class _Copying(_Function):
+    """A function whose result has as many values, or bytes, as its argument."""
+
+    __slots__ = ()
+
+
 class _SizeClass(_Function):
     """Stands for `torch.Size`; a tuple that cannot be hashed does not become one that can."""
 
     __slots__ = ()
 
     def __call__(self, values: Any = ()) -> TorchSize:
-        if type(values) is not tuple:
-            raise TypeError("a torch.Size is made from a tuple")
+        if type(values) is not tuple or len(values) > MAX_AXES:
+            raise TypeError(f"a torch.Size is made from a tuple, of at most {MAX_AXES} numbers")
         return TorchSize(values)
 
 
@@ -404,9 +420,6 @@ def _collected(kind: Callable[..., Any]) -> Callable[..., Any]:
     return collect
 
 
-_frozenset = _collected(frozenset)
-
-
 def _reconstructed(cls: Any, _base: Any, _state: Any) -> Any:
     """Stand for ``copyreg._reconstructor``: objects of protocols 0 and 1."""
     if not isinstance(cls, FrozenClass):
@@ -419,12 +432,13 @@ _TABLE: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
     "argparse.Namespace": Namespace,
     "types.SimpleNamespace": Namespace,
-    "builtins.set": _Function(_collected(set)),
+    "builtins.set": _Copying(_collected(set)),
+    "builtins.frozenset": _Copying(_collected(frozenset)),
     "builtins.complex": complex,
-    "builtins.bytes": _Function(_bytes),
-    "builtins.bytearray": _Function(_bytearray),
+    "builtins.bytes": _Copying(_bytes),
+    "builtins.bytearray": _Copying(_bytearray),
     "builtins.getattr": _Function(_attribute),
-    "_codecs.encode": _Function(_encoded),
+    "_codecs.encode": _Copying(_encoded),
     "copyreg._reconstructor": _Function(_reconstructed),
     "torch.Size": _SizeClass(tuple),
     "torch._utils._rebuild_tensor": _Function(_tensor_v2),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import resource
 import struct
@@ -12,11 +11,19 @@ import zipfile
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
-from ckptx.containers import pickles, torch_zip
-from ckptx.containers.pickle_values import TorchSize, UnhashableTuple
+from ckptx.containers import dcp, pickles, torch_zip
 from ckptx.errors import FormatError
 
 from .conftest import ROOT
@@ -248,18 +255,91 @@ def test_tuples_that_are_no_keys_may_be_large(protocol, tmp_path):
 
 
 def test_a_large_tuple_stays_one_where_it_is_called_with():
-    """REDUCE and NEWOBJ take their arguments from one."""
-
-    class Holder(tuple[Any, ...]):
-        def __reduce__(self) -> Any:
-            return TorchSize, (tuple(self),)
-
-    stream = io.BytesIO()
-    pickle.Pickler(stream, 2).dump(Holder(range(2000)))
-    data = stream.getvalue().replace(b"ckptx.containers.pickle_values\nTorchSize", b"torch\nSize")
+    """REDUCE takes its arguments from one."""
+    inner = b"(" + b"K\1" * 600 + b"tq\1h\1\x86q\2"
+    record = pickles.loads(b"\x80\2" + named("torch.nn", "X") + inner + b"R.", file="a.pt")
+    assert record.args == ((1,) * 600,) * 2
+    assert type(record.args) is tuple
     with pytest.raises(FormatError, match=r"torch\.Size is made from a tuple"):
+        pickles.loads(b"\x80\2" + _SIZE + inner + b"\x85R.", file="a.pt")
+
+
+# Copies: a few bytes hand the same large thing to a call, or a reader, again and again.
+
+TIMES = 20_000
+LARGE = b"(" + b"K\1" * 100_000
+COPIES = {
+    "encode": text("x" * 100_000) + b"q\1",
+    "arguments": LARGE + b"tq\1",
+    "list": b"]" + LARGE + b"eq\1",
+}
+COPYING = {
+    "encode": (named("_codecs", "encode"), b"h\1\x85R"),
+    "bytearray": (named("builtins", "bytearray"), b"h\1\x85R"),
+    "set": (named("builtins", "set"), b"h\1\x85R"),
+    "frozenset": (named("builtins", "frozenset"), b"h\1\x85R"),
+    "a size": (_SIZE, b"h\1\x85R"),
+    "a call": (named("torch.nn", "X"), b"h\1R"),
+    "an object": (named("torch.nn", "X"), b"h\1\x81"),
+}
+
+
+def copies() -> dict[str, bytes]:
+    found = {}
+    for large, made in COPIES.items():
+        for name, (function, use) in COPYING.items():
+            again = (b"h\2" + use) * TIMES
+            found[f"{name} of {large}"] = made + b"0" + function + b"q\x020](" + again + b"e."
+    return found
+
+
+def test_copies_are_bounded(tmp_path):
+    """What would take gigabytes is refused; a few bytes that are no copies may be read."""
+    path = tmp_path / "copies"
+    path.write_bytes(pickle.dumps(copies()))
+    program = """
+import pickle, resource, sys
+from ckptx.containers import pickles
+from ckptx.errors import FormatError
+for name, data in pickle.load(open(sys.argv[1], "rb")).items():
+    print(name, flush=True)
+    try:
         pickles.loads(data, file="a.pt")
-    many = b"(" + text("x") * 2000 + b"tq\1"
-    record = pickles.loads(b"\x80\2" + named("torch.nn", "X") + many + b"R.", file="a.pt")
-    assert record.args == ("x",) * 2000
-    assert not isinstance(record.args, UnhashableTuple)
+    except FormatError as error:
+        assert "MemoryError" not in str(error), error
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = limited(program, str(path))
+    assert done.returncode == 0, (done.stdout[-300:], done.stderr[-2000:])
+    assert int(done.stdout.split()[-1]) < 500 << 10  # KiB
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_honest_copies_are_made(protocol):
+    value = [bytes(range(256)) * 1000, bytearray(b"\xff" * 9999), set(range(9999)), frozenset("ab")]
+    assert pickles.loads(pickle.dumps(value, protocol), file="a.pt") == value
+
+
+def test_tensors_that_share_their_chunks_are_refused(tmp_path):
+    """A list of chunks is read for every tensor that has it: their number would be squared."""
+    chunks = [ChunkStorageMetadata(torch.Size([n]), torch.Size([1])) for n in range(2000)]
+    properties = TensorProperties(torch.float32)
+    entry = TensorStorageMetadata(properties, torch.Size([2000]), chunks)
+    metadata = Metadata({f"t{n}": entry for n in range(2000)}, storage_data={})
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(FormatError, match="share a list of chunks"):
+        dcp.read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("levels", [1, 60])
+def test_an_encoding_that_is_no_name_is_refused(levels, tmp_path):
+    """It would be shown in the message: 2**60 lists."""
+    value: list[object] = []
+    for _ in range(levels):
+        value = [value, value]
+    index, info = MetadataIndex("t", torch.Size([0])), _StorageInfo("a", 0, 1)
+    info.transform_descriptors = [value]
+    metadata = Metadata({}, storage_data={index: info})
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(FormatError, match="encoding has no name"):
+        dcp.read_metadata(tmp_path)
