@@ -11,8 +11,9 @@ import json
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -21,11 +22,11 @@ from typing import Any, TypeAlias
 from ckptx import manager
 from ckptx.compat import ModuleSaver
 from ckptx.containers.pickle_values import collector_paused
-from ckptx.errors import PluginError
+from ckptx.errors import PluginError, listing
 from ckptx.job import Job
 from ckptx.journal import NAME, Identity, Journal, identify
 from ckptx.protocol import Begin, End, Message, Tensors
-from ckptx.publish import manifest_path, outline, sync_tree, write_durable
+from ckptx.publish import check_files, manifest_path, outline, sync_tree, write_durable
 from ckptx.report import Facts
 from ckptx.spool import Spool
 from ckptx.supervision import Failure, Line, settle_child
@@ -85,6 +86,7 @@ def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> Outcome:
     with collector_paused():
         plan = saver.plan(recast(stream, job), job.options(job.saver_options))
         begin, end = stream.finish(job.saver)
+        check_files(plan, job.target, begin.files)
         states = writer.states(begin.files)
         proved = proof.prove(plan, begin, end)
     # What lies in the spool is gone with this run, and may come in another order in the next.
@@ -97,14 +99,29 @@ def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> Outcome:
         return facts, digest, sum(file.size for file in plan.files)
     staging = Path(place)
     with _journal(staging, identity, job) as journal:
+        inexact = {name for names in proved.inexact.values() for name in names}
         written = writer.execute(
-            plan, begin.files, staging, write_options(job), line.advance, journal, states
+            plan, begin.files, staging, write_options(job), line.advance, journal, states, inexact
         )
         line.flush()
-        content, digest = manifest.build(plan, begin, written.digests, versions(job), spool_path)
+        content, digest = manifest.build(
+            plan, begin, written.digests, versions(job), staging, spool_path, job.digest
+        )
         with writer.writing(staging):
             write_durable(staging / manifest_path(plan), content)
+    facts = replace(facts, notes=(*facts.notes, *_overflow(written.infinite)))
     return facts, digest, written.resumed
+
+
+def _overflow(infinite: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the remark that values may not have survived a cast."""
+    if not infinite:
+        return ()
+    count = sum(infinite.values())
+    return (
+        f"{count:,} elements are infinite after the cast, in {listing(infinite)}: float16 ends at "
+        "65504. Cast to bfloat16 instead, or verify against the source",
+    )
 
 
 def _journal(

@@ -15,7 +15,16 @@ from functools import partial
 import click
 
 from ckptx import __version__, torchrun
-from ckptx.commands import conversion, from_config, from_script, modify, running, show, source
+from ckptx.commands import (
+    conversion,
+    examples,
+    from_config,
+    from_script,
+    modify,
+    running,
+    show,
+    source,
+)
 from ckptx.commands.options import printable
 from ckptx.errors import CkptxError
 from ckptx.supervision import Interrupted
@@ -35,6 +44,8 @@ def command() -> click.Group:
         modify.modify_command(),
         show.plugins_command(),
     ]
+    for one in commands:
+        one.epilog = examples.epilog(str(one.name))
     group = click.Group(
         "ckptx",
         commands={str(c.name): c for c in commands},
@@ -53,10 +64,16 @@ def convert(args: Sequence[str] | None = None) -> None:
     """Run a conversion with the options of Megatron's ``convert.py``."""
     long = conversion.convert_command("long")
     long.context_settings = _SETTINGS
+    long.epilog = examples.epilog("convert.py")
     _run(long, args, "convert.py")
 
 
 _LONGEST = 3000  # characters of an error
+_PLAINLY = {
+    "is not a valid integer range": "is not a whole number",
+    "is not a valid float range": "is not a number",
+}
+"""What click says of a wrong number, and what is meant."""
 _WRITERS = ("convert", "modify", "from-config", "from-script")
 """The commands that only one of several ranks may run."""
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -104,6 +121,8 @@ def _error(message: str, code: int, verbose: bool) -> int:
 
         click.echo(printable(traceback.format_exc().rstrip()), err=True)
     line = printable(" ".join(message.split())) or "stopped"
+    for clicks, said in _PLAINLY.items():
+        line = line.replace(clicks, said)
     if len(line) > _LONGEST:  # a name of a megabyte; what to do is said last
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
     click.echo(f"error: {line}", err=True)

@@ -275,6 +275,8 @@ def contiguous_strides(shape: Shape) -> Shape:
         >>> contiguous_strides((2, 3, 4))
         (12, 4, 1)
     """
+    # Numbers of numpy equal Python's: what is kept for one is given to the other.
+    shape = tuple(map(int, shape))
     strides = [1] * len(shape)
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * shape[axis + 1]
@@ -554,7 +556,8 @@ def _chunks(tensor: LazyTensor, axis: int, parts: int) -> Sequence[LazyTensor]:
 @lru_cache(maxsize=4096)
 def _box(shape: Shape, axis: int, start: int, stop: int) -> Box:
     """Return the box that is cut along one axis; thousands of experts share it."""
-    return tuple((start, stop) if a == axis else (0, n) for a, n in enumerate(shape))
+    cut = int(start), int(stop)
+    return tuple(cut if a == axis else (0, int(n)) for a, n in enumerate(shape))
 
 
 def _narrow_tiles(tensor: Tiled, axis: int, start: int, stop: int, shape: Shape) -> LazyTensor:

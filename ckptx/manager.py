@@ -198,6 +198,9 @@ def _usable(entry: Entry) -> bool:
     return True
 
 
+"""Directories looked into where the source itself is no checkpoint."""
+
+
 def detect(source: Path) -> str:
     """Return the name of the one loader that recognises ``source``.
 
@@ -206,25 +209,37 @@ def detect(source: Path) -> str:
     """
     if not source.exists():
         raise PluginError(f"{source}: no such file or directory")
-    matches = []
-    for name in names("loader"):
-        try:
-            if loader(name).detect(source):
-                matches.append(name)
-        except PluginError as error:
-            _log.warning("%s", error)
-        except OSError as error:
-            raise PluginError(f"{source}: cannot be read: {error.strerror}") from error
+    matches = _recognising(source)
     if len(matches) == 1:
         return matches[0]
     if matches:
         raise PluginError(
             f"{source}: looks like {' and '.join(matches)}; say which with --from (or --loader)"
         )
+    from ckptx import unrecognised
+
+    known = f"; known loaders: {', '.join(names('loader')) or 'none'}"
+    try:
+        why = unrecognised.reason(source, lambda path: bool(_recognising(path)))
+    except OSError as error:
+        why = f"it cannot be read: {error.strerror}"
     raise PluginError(
-        f"{source}: not a checkpoint that any loader recognises; known loaders: "
-        f"{', '.join(names('loader')) or 'none'}"
+        f"{source}: not a checkpoint that any loader recognises{f': {why}' if why else known}"
     )
+
+
+def _recognising(source: Path) -> list[str]:
+    """Return the loaders that recognise ``source``; a plugin that is broken is logged."""
+    found = []
+    for name in names("loader"):
+        try:
+            if loader(name).detect(source):
+                found.append(name)
+        except PluginError as error:
+            _log.warning("%s", error)
+        except OSError as error:
+            raise PluginError(f"{source}: cannot be read: {error.strerror}") from error
+    return found
 
 
 def statuses() -> Iterator[Status]:
@@ -315,9 +330,16 @@ def _plugin(kind: Literal["loader", "saver"], name: str, megatron_path: str | No
             f"known {kind}s: {known}"
         )
     raise PluginError(
-        f"unknown {kind} {name!r}; known {kind}s: {known}; no module {kind}_{name} is on the "
-        "Python path either"
+        f"unknown {kind} {name!r}{_meant(kind, name)}; known {kind}s: {known}; no module "
+        f"{kind}_{name} is on the Python path either"
     )
+
+
+def _meant(kind: Kind, name: str) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(canonical(name), names(kind), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _entries(kind: Kind, names: tuple[str, ...]) -> list[Entry]:

@@ -1,5 +1,8 @@
 """The manifest: where every tensor of a target came from, and its digest.
 
+What a file holds besides tensors (their names, dtypes and places, a config, a tokenizer) has one
+digest for the whole file, so that no byte of a target can change unseen.
+
 It holds no absolute path, no time and nothing of the machine: equal input and options give an equal
 manifest, byte for byte.
 """
@@ -9,16 +12,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from ckptx.lazy import ITEMSIZE, LazyTensor, Stored
 from ckptx.pieces import leaves
 from ckptx.plan import SavePlan
 from ckptx.proof import operations
 from ckptx.protocol import Begin
+from ckptx.writer import DIGESTS, LEAF, tensor_digest, writing
 
 VERSION = 1
+Range: TypeAlias = tuple[int, int]
+"""Offset and size, in bytes, of a part of a file."""
 
 
 def build(
@@ -26,7 +33,9 @@ def build(
     begin: Begin,
     digests: Mapping[str, Mapping[int, str]],
     versions: Mapping[str, str],
+    directory: Path,
     spool: str = "",
+    kind: str = "xxh3_128",
 ) -> tuple[bytes, str]:
     """Return the manifest of a plan that was executed, and the digest of all its tensors.
 
@@ -35,7 +44,12 @@ def build(
         begin: the source; its paths are given relative to its root.
         digests: file to region number to digest (`ckptx.writer.Written.digests`).
         versions: distribution to version, of ckptx and the plugins.
+        directory: where the files are; what is no tensor of theirs is read again.
         spool: the path of the spool, which has no name of its own.
+        kind: the digest of what is no tensor, a key of `ckptx.writer.DIGESTS`.
+
+    Raises:
+        CutShortError: a file that was written cannot be read.
     """
     names = [_source_name(path, begin.root, spool) for path in begin.files]
     files = {}
@@ -57,7 +71,10 @@ def build(
             whole.update(json.dumps([file.path, *said]).encode())
             sources = _sources(tensor, names)
             tensors.append({**entry, "sources": sources, "operations": list(operations(tensor))})
-        files[file.path] = {"bytes": file.size, "tensors": tensors}
+        taken = [(r.offset, r.size) for r in file.regions if isinstance(r.content, LazyTensor)]
+        with writing(directory):
+            rest = range_digest(directory / file.path, kind, gaps(taken, file.size))
+        files[file.path] = {"bytes": file.size, "rest": rest, "tensors": tensors}
     digest = f"sha256:{whole.hexdigest()}"
     content = {
         "version": VERSION,
@@ -69,6 +86,43 @@ def build(
     return _dumped(content), digest
 
 
+def gaps(taken: Iterable[Range], size: int) -> Iterator[Range]:
+    """Yield the parts of a file of ``size`` bytes that are in none of the ranges ``taken``.
+
+    Examples:
+        >>> list(gaps([(8, 4), (0, 2), (12, 0)], 16))
+        [(2, 6), (12, 4)]
+    """
+    position = 0
+    for offset, length in sorted(taken):
+        if offset > position:
+            yield position, offset - position
+        position = max(position, offset + length)
+    if position < size:
+        yield position, size - position
+
+
+def range_digest(path: Path, kind: str, ranges: Iterable[Range]) -> str:
+    """Return the digest of parts of a file, from those of leaves of 4 MiB of each.
+
+    A file that is too short has a digest that equals none.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    leaves = []
+    with path.open("rb") as file:
+        for offset, length in ranges:
+            file.seek(offset)
+            for start in range(0, length, LEAF):
+                wanted = min(LEAF, length - start)
+                data = file.read(wanted)
+                if len(data) < wanted:
+                    return f"{kind}:the file ends too early"
+                leaves.append(DIGESTS[kind](data))
+    return tensor_digest(kind, leaves)
+
+
 def _dumped(content: dict[str, Any]) -> bytes:
     """Return the manifest as JSON with one line per tensor: readable, and small enough."""
     files = content.pop("files")
@@ -76,7 +130,8 @@ def _dumped(content: dict[str, Any]) -> bytes:
     for path, file in files.items():
         rows = ",\n".join(f"    {json.dumps(tensor)}" for tensor in file["tensors"])
         listed = f"[\n{rows}\n   ]" if rows else "[]"
-        blocks.append(f'  {json.dumps(path)}: {{"bytes": {file["bytes"]}, "tensors": {listed}}}')
+        about = f'"bytes": {file["bytes"]}, "rest": {json.dumps(file["rest"])}'
+        blocks.append(f'  {json.dumps(path)}: {{{about}, "tensors": {listed}}}')
     head = json.dumps(content, indent=1).removesuffix("\n}")
     body = ",\n".join(blocks)
     return f'{head},\n "files": {{\n{body}\n }}\n}}\n'.encode()

@@ -1,14 +1,16 @@
 """Compare one checkpoint with the manifest that was made when it was written.
 
-Every tensor's bytes are read where the manifest says they lie, and digested again: whether a copy
-is whole is known without the original.
+Every tensor's bytes are read where the manifest says they lie, and digested again, and so is all
+that lies between them: whether a copy is whole is known without the original.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import operator
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,9 +18,9 @@ from typing import Any
 
 from ckptx.errors import FormatError
 from ckptx.lazy import ITEMSIZE
-from ckptx.manifest import VERSION
+from ckptx.manifest import VERSION, Range, gaps, range_digest
 from ckptx.publish import MANIFEST
-from ckptx.writer import DIGESTS, LEAF, tensor_digest
+from ckptx.writer import DIGESTS
 
 _THREADS = 4
 
@@ -86,38 +88,43 @@ class ManifestCheck:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One tensor of a manifest."""
+    """A tensor of a manifest; or, without a name, all that a file holds besides tensors."""
 
     file: str
     name: str
-    offset: int
-    nbytes: int
+    ranges: tuple[Range, ...]
     digest: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(length for _, length in self.ranges)
 
 
 def check(target: Path, manifest: Path) -> ManifestCheck:
-    """Compare the tensors of a checkpoint with a manifest.
+    """Compare the files of a checkpoint with a manifest.
 
-    ``target`` is the directory, or the one file, that was written; a Megatron root stands for its
-    iteration directory that holds the files.
+    ``target`` is the directory, or the one file, that was written, whatever it is called now; a
+    Megatron root stands for its iteration directory that holds the files.
 
     Raises:
-        FormatError: the manifest is none, is of another version, or has no digests.
+        FormatError: the manifest is none, is of another version, or has no digests; or a file
+            cannot be read.
     """
     content = _read(manifest)
-    root = _root(target, content["files"])
+    places = _places(target, content["files"])
     damages: list[Damage] = []
     entries: list[_Entry] = []
     for path, file in content["files"].items():
-        damage = _file_damage(root / path, path, file["bytes"])
+        damage = _file_damage(places[path], path, file["bytes"])
         if damage is not None:
             damages.append(damage)
-        else:
-            entries += _entries(manifest, path, file["tensors"])
+            continue
+        tensors = list(_entries(manifest, path, file))
+        entries += [*tensors, *_rest(manifest, path, file, tensors)]
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda entry: _digest(root / entry.file, entry), entries)
+        found = pool.map(lambda entry: _digest(places[entry.file], entry), entries)
         damages += [
-            Damage(entry.file, entry.name, "digest", f"expected {entry.digest}, found {digest}")
+            Damage(entry.file, entry.name, "digest", _detail(entry, digest))
             for entry, digest in zip(entries, found, strict=True)
             if digest != entry.digest
         ]
@@ -126,7 +133,7 @@ def check(target: Path, manifest: Path) -> ManifestCheck:
         str(manifest),
         len(content["files"]),
         sum(len(file["tensors"]) for file in content["files"].values()),
-        sum(entry.nbytes for entry in entries),
+        sum(entry.nbytes for entry in entries if entry.name),
         tuple(damages),
     )
 
@@ -153,13 +160,19 @@ def _read(manifest: Path) -> Mapping[str, Any]:
     return found
 
 
+def _places(target: Path, files: Mapping[str, Any]) -> dict[str, Path]:
+    """Return where each file of a manifest lies."""
+    if target.is_file() and len(files) == 1:
+        return dict.fromkeys(files, target)
+    root = target.parent if target.is_file() else _root(target, files)
+    return {path: root / path for path in files}
+
+
 def _root(target: Path, files: Mapping[str, Any]) -> Path:
     """Return the directory that the paths of a manifest are relative to."""
-    if target.is_file():
-        return target.parent
-    first = next(iter(files), "")
-    if (target / first).exists():
+    if any((target / path).exists() for path in files):
         return target
+    first = next(iter(files), "")
     below = [one for one in sorted(target.iterdir()) if one.is_dir() and (one / first).exists()]
     return below[0] if len(below) == 1 else target
 
@@ -173,42 +186,54 @@ def _file_damage(path: Path, name: str, size: int) -> Damage | None:
     return None
 
 
-def _entries(manifest: Path, path: str, tensors: Any) -> Iterator[_Entry]:
-    for tensor in tensors:
+def _entries(manifest: Path, path: str, file: Mapping[str, Any]) -> Iterator[_Entry]:
+    """Yield the tensors of a file; their places are checked, since nobody vouches for a manifest.
+
+    Raises:
+        FormatError: an entry is not what a manifest has, or has no digest.
+    """
+    for tensor in file["tensors"]:
         try:
-            size = ITEMSIZE[tensor["dtype"]]
-            for length in tensor["shape"]:
-                size *= length
-            entry = _Entry(
-                path, str(tensor["name"]), int(tensor["offset"]), size, str(tensor["digest"])
-            )
+            shape = [operator.index(length) for length in tensor["shape"]]
+            size = math.prod(shape) * ITEMSIZE[tensor["dtype"]]
+            offset = operator.index(tensor["offset"])
+            entry = _Entry(path, str(tensor["name"]), ((offset, size),), str(tensor["digest"]))
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{manifest}: {path}: an entry without {error}") from error
-        kind, _, digest = entry.digest.partition(":")
-        if kind not in DIGESTS or not digest:
-            raise FormatError(
-                f"{manifest}: {path}: {entry.name!r} has no digest: a Megatron-style module wrote "
-                "it"
-            )
+        if min(shape, default=0) < 0 or not 0 <= offset <= offset + size <= file["bytes"]:
+            raise FormatError(f"{manifest}: {path}: {entry.name!r} lies outside the file")
+        _check_digest(manifest, entry)
         yield entry
 
 
+def _rest(
+    manifest: Path, path: str, file: Mapping[str, Any], tensors: Iterable[_Entry]
+) -> Iterator[_Entry]:
+    """Yield what lies between the tensors of a file; older manifests do not speak of it."""
+    if "rest" in file:
+        taken = [part for tensor in tensors for part in tensor.ranges]
+        entry = _Entry(path, "", tuple(gaps(taken, file["bytes"])), str(file["rest"]))
+        _check_digest(manifest, entry)
+        yield entry
+
+
+def _check_digest(manifest: Path, entry: _Entry) -> None:
+    kind, _, digest = entry.digest.partition(":")
+    if kind not in DIGESTS or not digest:
+        raise FormatError(
+            f"{manifest}: {entry.file}: {entry.name!r} has no digest: a Megatron-style module "
+            "wrote it"
+        )
+
+
 def _digest(path: Path, entry: _Entry) -> str:
-    """Return the digest of the bytes that an entry is about, from those of its 4 MiB leaves."""
-    kind = entry.digest.partition(":")[0]
-    leaves = []
-    with path.open("rb", buffering=0) as file:
-        file.seek(entry.offset)
-        left = entry.nbytes
-        while left:
-            data = file.read(min(LEAF, left))
-            while data and len(data) < min(LEAF, left):
-                more = file.read(min(LEAF, left) - len(data))
-                if not more:
-                    break
-                data += more
-            if not data:
-                return f"{kind}:the file ends too early"
-            leaves.append(DIGESTS[kind](data))
-            left -= len(data)
-    return tensor_digest(kind, leaves)
+    """Return the digest of the bytes that an entry is about."""
+    try:
+        return range_digest(path, entry.digest.partition(":")[0], entry.ranges)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _detail(entry: _Entry, digest: str) -> str:
+    what = "" if entry.name else "what it holds besides tensors: "
+    return f"{what}expected {entry.digest}, found {digest}"

@@ -201,6 +201,10 @@ def _distance(first: NDArray[Any], second: NDArray[Any], tolerance: Tolerance) -
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         distance = np.abs(a - b)
         largest = float(distance.max())
+        if wide == np.float32 and not math.isfinite(largest):  # bfloat16 may be as large
+            a, b = first.astype(np.float64), second.astype(np.float64)
+            distance = np.abs(a - b)
+            largest = float(distance.max())
         if not math.isfinite(largest):
             alike = (a == b) | (np.isnan(a) & np.isnan(b))
             distance = np.where(alike, 0.0, np.where(np.isnan(distance), math.inf, distance))

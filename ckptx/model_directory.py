@@ -15,7 +15,7 @@ from ckptx.containers.source_file import read_small
 from ckptx.errors import CkptxError, FormatError, SchemaError
 from ckptx.lazy import LazyTensor
 from ckptx.loading import drop_ignored, main_dtype, messages_of, passthrough, resolve_tie
-from ckptx.protocol import Begin, Dropped, End, Message
+from ckptx.protocol import WEIGHTS_ONLY, Begin, Dropped, End, Message
 from ckptx.saving import Model, fill_unused, named_tensors
 from ckptx.schema import Family, Held, Layout, Parts
 from ckptx.spec import ModelSpec
@@ -33,6 +33,25 @@ _OUTPUT = "lm_head.weight"
 _MAX_SIDECAR = 64 << 20  # bytes; the largest published tokenizers have about 35 MB
 
 
+_TRAINING = (
+    *("optimizer*.pt", "optimizer*.bin", "scheduler*.pt", "scheduler*.bin", "scaler.pt"),
+    *("rng_state*.pth", "random_states_*.pkl", "training_args.bin"),
+    *("zero_to_fp32.py", "zero_to_torch.py"),
+)
+"""What ``Trainer``, ``Accelerator.save_state`` and DeepSpeed write beside the weights.
+
+Source: transformers src/transformers/trainer.py @ v5.23.0, accelerate
+src/accelerate/utils/constants.py @ v1.15.0, DeepSpeed deepspeed/runtime/engine.py @ v0.19.8, which
+copies its scripts into every checkpoint.
+"""
+
+
+def training_state(directory: Path) -> tuple[Dropped, ...]:
+    """Return the files of a training that lie beside the weights and do not go with them."""
+    files = {p for pattern in _TRAINING for p in directory.glob(pattern) if p.is_file()}
+    return tuple(Dropped(p.name, WEIGHTS_ONLY, p.stat().st_size) for p in sorted(files))
+
+
 def sidecars(directory: Path) -> dict[str, bytes]:
     """Return the small files of a model by name: config, tokenizer, chat template, code.
 
@@ -43,6 +62,8 @@ def sidecars(directory: Path) -> dict[str, bytes]:
         wanted = path.suffix in _SUFFIXES or path.name.startswith(_LEGAL)
         weights = path.name.endswith(".index.json") or path.name.startswith("ckptx-")
         if not wanted or weights or not path.is_file():
+            continue
+        if any(path.match(pattern) for pattern in _TRAINING):
             continue
         if path.stat().st_size > _MAX_SIDECAR:
             raise FormatError(
@@ -107,7 +128,7 @@ def why_unknown(config: Mapping[str, Any]) -> str:
     reasons = [why for family in _named_by(config) for why in family.refused.values()]
     if not reasons and any(name.endswith(heads.CLASSES) for name in _architectures(config)):
         return "Megatron has no place for its head"
-    return reasons[0] if reasons else "no schema"
+    return reasons[0] if reasons else "ckptx does not know this architecture"
 
 
 def _architectures(config: Mapping[str, Any]) -> list[str]:
@@ -158,11 +179,13 @@ def hf_messages(
     if config is None or family is None:
         begin, tensors, _, more, gone = _merged(held, begin, tensors, config or {}, None, dtype)
         notes, dropped = (*notes, *more), (*dropped, *gone)
-        named = (config or {}).get("architectures") or ["no config names an architecture"]
+        named = ", ".join((config or {}).get("architectures") or ())
+        why = (
+            f"{named}: {why_unknown(config or {})}" if named else "no config names an architecture"
+        )
         yield begin
         yield passthrough(tensors)
-        note = f"{', '.join(named)}: {why_unknown(config or {})}; tensors pass through by name"
-        yield End(dropped, (*notes, note))
+        yield End(dropped, (*notes, f"{why}; tensors pass through by name"))
         return
     before, tensors = tensors, quantised.dequantise(tensors, config, dtype)
     if len(tensors) < len(before):

@@ -60,11 +60,10 @@ def read_weights(source: Path) -> Weights:
     if source.is_file():
         weights.add(source)
         return weights
-    index = next((source / name for name in INDEXES if (source / name).exists()), None)
+    single, index = _chosen(source)
     if index is not None:
         _read_index(index, weights)
         return weights
-    single = next((source / name for name in SINGLES if (source / name).exists()), None)
     paths = [single] if single else sorted(source.glob("*.safetensors"))
     numbered = [path for path in paths if "-of-" in path.name]
     if numbered:
@@ -79,23 +78,69 @@ def read_weights(source: Path) -> Weights:
     return weights
 
 
+def _chosen(source: Path) -> tuple[Path | None, Path | None]:
+    """Return the one file of weights of a directory, or the index of several, if it has either.
+
+    Safetensors go before ``.bin`` files, as transformers and vLLM have it. Of one file and shards
+    of the same kind transformers takes the file and vLLM the shards: nobody can say which are the
+    model's. A file beside an index whose shards are all gone was saved after them.
+
+    Source: huggingface/transformers src/transformers/modeling_utils.py,
+    _get_resolved_checkpoint_files @ v5.23.0; vllm-project/vllm
+    vllm/model_executor/model_loader/weight_utils.py, filter_duplicate_safetensors_files @ v0.11.0.
+
+    Raises:
+        FormatError: there are both, or the index is none.
+    """
+    for single_name, index_name in zip(SINGLES, INDEXES, strict=True):
+        single, index = source / single_name, source / index_name
+        if not index.exists():
+            if single.exists():
+                return single, None
+            continue
+        if not single.exists():
+            return None, index
+        shards = set(_mapping(index).values())
+        if single_name in shards:
+            return None, index
+        if not any((source / shard).exists() for shard in shards):
+            return single, None
+        raise FormatError(
+            f"{source}: holds {single_name} and the shards of {index_name}; transformers takes the "
+            "one file, others take the shards. Remove those that are not the model's, or name the "
+            "file itself"
+        )
+    return None, None
+
+
 def _is_name(text: str) -> bool:
     """Return whether a text can be the name of a file, and leads to no other directory."""
     size = len(text.encode(errors="replace"))
     return Path(text).name == text and "\0" not in text and size <= _NAME_MAX
 
 
-def _read_index(index: Path, weights: Weights) -> None:
+def _mapping(index: Path) -> dict[str, str]:
+    """Return the file that an index says every tensor is in.
+
+    Raises:
+        FormatError: it is no index, or names files elsewhere.
+    """
     try:
-        mapping = json.loads(read_small(index, _MAX_INDEX), object_pairs_hook=unique_keys)[
-            "weight_map"
-        ]
+        mapping: dict[str, str] = json.loads(
+            read_small(index, _MAX_INDEX), object_pairs_hook=unique_keys
+        )["weight_map"]
         shards = sorted(set(mapping.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{index}: not a weight index: {error}") from error
     for shard in shards:
         if not isinstance(shard, str) or not _is_name(shard):
             raise FormatError(f"{index}: {shard!r} is not the name of a file beside it")
+    return mapping
+
+
+def _read_index(index: Path, weights: Weights) -> None:
+    mapping = _mapping(index)
+    shards = sorted(set(mapping.values()))
     absent = [shard for shard in shards if not (index.parent / shard).is_file()]
     if absent:
         raise FormatError(

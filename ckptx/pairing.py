@@ -14,12 +14,32 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ckptx import manager
-from ckptx.errors import PlanError, SchemaError
+from ckptx.distribution import Taker, give
+from ckptx.errors import PlanError, SchemaError, listing
 from ckptx.lazy import LazyTensor
 from ckptx.model_directory import family_named
 from ckptx.protocol import Begin, End, Message
 from ckptx.saving import VOCABULARY, Model, collect, leave_unused, named_tensors
-from ckptx.schema import Held, Parts, Rule, Taker, give
+from ckptx.schema import Held, Parts, Rule
+
+_SETTINGS = (
+    "num_attention_heads",
+    "num_query_groups",
+    "norm_epsilon",
+    "normalization",
+    "activation",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_scaling",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+)
+"""Of a `ckptx.spec.ModelSpec`: what equal weights compute depends on."""
 
 Name: TypeAlias = tuple[str, str]
 """Message and key of a canonical tensor; no message and its own name of any other."""
@@ -79,7 +99,12 @@ def pair(left: Path, right: Path, loader_a: str | None, loader_b: str | None) ->
     if misfits:
         return _pair_misfits(*loaded, misfits)
     models = tuple(one.model for one in loaded)
-    notes = (*_same_use(*models), *_same_vocabulary(*models))
+    notes = (
+        *_other_settings(*models),
+        *_left_out(*models),
+        *_same_use(*models),
+        *_same_vocabulary(*models),
+    )
     known = [model.passthrough is None for model in models]
     if all(known):
         sides = [_side(model, _canonical(model)) for model in models]
@@ -190,6 +215,32 @@ def _as_stored(
                 for key in entry.keys:
                     del canonical[held.message, key]
     return named
+
+
+def _other_settings(left: Model, right: Model) -> Iterator[str]:
+    """Yield a remark for each setting by which models with equal weights compute differently."""
+    for part in left.begin.parts.keys() & right.begin.parts.keys():
+        a, b = left.begin.parts[part], right.begin.parts[part]
+        said = [(name, getattr(a, name), getattr(b, name)) for name in _SETTINGS]
+        window = "sliding_window"
+        said.append((window, a.extra.get(window), b.extra.get(window)))
+        for name, one, other in said:
+            if one != other:
+                yield (
+                    f"the weights are compared, not the settings: {name} of the {part} model is "
+                    f"{one} in A and {other} in B"
+                )
+
+
+def _left_out(left: Model, right: Model) -> Iterator[str]:
+    """Yield a remark for each reason for which tensors take no part in the comparison."""
+    for side, model in (("A", left), ("B", right)):
+        reasons: dict[str, list[str]] = {}
+        for drop in model.end.dropped:
+            if drop.tensors:
+                reasons.setdefault(drop.reason, []).append(drop.name)
+        for reason, names in reasons.items():
+            yield f"{side}: not compared: {listing(names, 3)}: {reason}"
 
 
 def _same_use(left: Model, right: Model) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ from ckptx.containers.pickle_values import collector_paused
 from ckptx.errors import CkptxError, ConversionError, CutShortError, PlanError
 from ckptx.job import Job
 from ckptx.progress import Progress, Silent
-from ckptx.publish import Target, outline
+from ckptx.publish import Target, check_files, outline
 from ckptx.report import Facts, Forecast, Report
 from ckptx.spool import Spool, SpoolFile
 from ckptx.supervision import (
@@ -157,7 +157,7 @@ def forecast(job: Job, *, tensors: bool = True) -> Forecast:
         sorted(plan.pointers),
         peak_memory(children.write_options(job)) + planned,
         spooled,
-        _refusal(job, plan),
+        _refusal(job, plan, begin),
         listed,
     )
 
@@ -168,8 +168,9 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _refusal(job: Job, plan: SavePlan) -> str:
+def _refusal(job: Job, plan: SavePlan, begin: Begin) -> str:
     try:
+        check_files(plan, job.target, begin.files)
         Target(job.target, _inputs(job), job.overwrite).check(outline(plan))
     except CkptxError as error:
         return str(error)

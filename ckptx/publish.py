@@ -53,6 +53,22 @@ def outline(plan: SavePlan) -> SavePlan:
     return replace(plan, files=[FilePlan(file.path, file.size, ()) for file in plan.files])
 
 
+def check_files(plan: SavePlan, save_dir: Path, files: Sequence[str]) -> None:
+    """Check that a plan replaces none of the files that it reads, by whatever links they are known.
+
+    Raises:
+        PlanError: a file of the source lies in the target.
+    """
+    target = (save_dir.resolve() / plan.directory).resolve()
+    for file in files:
+        place = Path(file).resolve()
+        if place == target or (target in place.parents and not plan.single_file):
+            raise PlanError(
+                f"{target}: holds {place.name} of the source, which {file} is a link to; choose "
+                "another target"
+            )
+
+
 def manifest_path(plan: SavePlan) -> str:
     """Return where the manifest of a plan lies, relative to the staging directory."""
     return f"{plan.files[0].path}.{MANIFEST}" if plan.single_file else MANIFEST
@@ -72,6 +88,11 @@ def size_text(nbytes: float) -> str:
         if nbytes < 1024:
             return f"{nbytes:.1f} {unit}"
     return f"{nbytes / 1024:.2f} TiB"
+
+
+def _is_taken(path: Path) -> bool:
+    """Return whether there is anything at a place; an empty directory is nothing."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +116,7 @@ class Target:
 
     Args:
         save_dir: what the user named.
-        inputs: source paths, which the target must not touch.
+        inputs: source paths, of which the target must not replace a part.
         overwrite: whether an existing target may be replaced.
     """
 
@@ -110,10 +131,11 @@ class Target:
         """Whether the target is in place, put there by this run or one before."""
         self.kept: Kept | None = None
         """What is left for another run; known once the context has ended."""
-        for source in self.inputs:
-            if self.save_dir == source or source in self.save_dir.parents:
-                raise PlanError(f"{self.save_dir}: lies inside the source {source}; choose another")
+        if self.save_dir in self.inputs:
+            raise PlanError(f"{self.save_dir}: is the source itself; choose another target")
         folder = _existing(self.save_dir.parent)
+        if not folder.is_dir():
+            raise PlanError(f"{folder}: is a file; the target would lie below it")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PlanError(f"{folder}: is not writable; the target would be created there")
 
@@ -256,9 +278,10 @@ class Target:
         """
         if not self.published:
             self._put_in_place()
-        self._created.clear()
+        created, self._created = self._created, []
         try:
-            sync_directory(self._path.parent)
+            for folder in (self._path, *reversed(created)):
+                sync_directory(folder.parent)
             return self._write_pointers()
         except OSError as error:
             raise ConversionError(
@@ -280,13 +303,21 @@ class Target:
     def _check_place(self) -> None:
         path = self._path
         for source in self.inputs:
-            if path == source or source in path.parents:
-                raise PlanError(f"{path}: lies inside the source {source}; choose another target")
+            if path == source:
+                raise PlanError(f"{path}: is the source itself; choose another target")
+            # A new place inside is like any other: "zero_to_fp32.py . output" is DeepSpeed's way.
+            if source in path.parents and (_is_taken(self.save_dir) or _is_taken(path)):
+                raise PlanError(
+                    f"{path}: lies inside the source {source}, where nothing is replaced; choose "
+                    "a target that does not exist"
+                )
             if path in source.parents and not self.plan.single_file and path.exists():
                 raise PlanError(f"{path}: contains the source {source}; choose another target")
         if self.save_dir.exists() and self.plan.directory and not self.save_dir.is_dir():
             raise PlanError(f"{self.save_dir}: is a file; the target must be a directory")
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if path.is_symlink() and not path.exists():
+            raise PlanError(f"{path}: is a link to nothing; remove it, or choose another target")
+        if not _is_taken(path):
             if path.exists() and self.plan.single_file:
                 raise PlanError(f"{path}: is a directory; name the file to write")
             return

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -57,6 +58,15 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     return np.dtype(special if special is not None else dtype)
 
 
+def most_open(wanted: int) -> int:
+    """Return how many files may stay open of ``wanted``: a quarter of what the process may have.
+
+    Two checkpoints, or sources and targets, are open at once; pipes and libraries need the rest.
+    """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if allowed == resource.RLIM_INFINITY else max(1, min(wanted, allowed // 4))
+
+
 class Files:
     """Source files by their number, opened on demand; at most a few hundred stay open."""
 
@@ -64,6 +74,7 @@ class Files:
         self.paths = paths
         self._open: OrderedDict[int, int] = OrderedDict()
         self._users: dict[int, int] = {}
+        self._most = most_open(_MAX_OPEN)
         self._lock = threading.Lock()
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
@@ -117,7 +128,7 @@ class Files:
             self._users[file] -= 1
 
     def _close_idle(self) -> None:
-        if len(self._open) < _MAX_OPEN:
+        if len(self._open) < self._most:
             return
         for file in list(self._open):
             if not self._users.get(file):

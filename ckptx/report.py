@@ -5,6 +5,7 @@ The JSON is complete and its keys are stable. The text fits any width and shows 
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -85,7 +86,10 @@ class Facts:
 
     def at(self, target: Path) -> Facts:
         """Return the facts with the target's path in the load hint."""
-        return replace(self, load_hint=self.load_hint.replace("{target}", str(target)))
+        place = str(target)
+        if '"{target}' not in self.load_hint:  # a command line, not Python
+            place = shlex.quote(place)
+        return replace(self, load_hint=self.load_hint.replace("{target}", place))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +218,7 @@ def _facts_lines(facts: Facts, width: int) -> Iterator[str]:
     for step, names in facts.inexact.items():
         yield from _wrapped("inexact", f"{step}: {_some(names)}", width)
     if not facts.inexact:
-        besides = " but the padding" if facts.filled else ""
+        besides = " but what is filled" if facts.filled else ""
         yield from _wrapped("inexact", f"none: every value{besides} is the source's", width)
     for step, names in facts.widened.items():
         yield from _wrapped("widened", f"{step} (exact): {_some(names)}", width)

@@ -20,6 +20,7 @@ from ckptx.measure import Measured, Stream, Tolerance, measure
 from ckptx.pairing import Name, Paired, label, pair
 from ckptx.progress import Progress, Silent
 from ckptx.reader import Files
+from ckptx.vocabulary import keys_of
 
 EXACT = Tolerance()
 _WHOLE = ("missing", "extra", "reshaped")
@@ -109,6 +110,8 @@ class Comparison:
             lines += ["", *finding.render(width)]
         if self.diagnoses or len(lines) > 1:
             lines.append("")
+        if legend := "; ".join(_meanings([one.name for one in self.differences[:limit]])):
+            lines += wrapped("names", legend, width)
         for note in self.notes:
             lines += wrapped("note", note, width)
         return "\n".join([*lines, self._summary()])
@@ -223,6 +226,19 @@ def _difference(
     )
 
 
+def _meanings(labels: Sequence[str]) -> Iterator[str]:
+    """Yield what the keys among ``labels`` mean, each once: not everyone knows Megatron's names."""
+    for key, message in {key: message for message, key in map(_parted, labels)}.items():
+        known = keys_of(message).get(key)
+        if known is not None and not known.meaning.startswith("its "):
+            yield f"{key} is the {known.meaning}"
+
+
+def _parted(text: str) -> tuple[str, str]:
+    message, _, key = text.partition(": ")
+    return message, key
+
+
 def _rank(entry: Difference) -> tuple[int, float, int]:
     whole = _WHOLE.index(entry.kind) if entry.kind in _WHOLE else len(_WHOLE)
     return whole, -(entry.max_abs or 0.0), -entry.elements
@@ -260,7 +276,9 @@ def _table(entries: Sequence[Difference], width: int) -> Iterator[str]:
         yield f"{'':10}{types}"
         if entry.max_abs is not None:
             differ, share, most, relative = _cells(entry)
-            yield f"{'':10}{differ} differ ({share}), max abs {most}, max rel {relative}"
+            yield from wrapped(
+                "", f"{differ} differ ({share}), max abs {most}, max rel {relative}", width
+            )
 
 
 def _cells(entry: Difference) -> tuple[str, ...]:

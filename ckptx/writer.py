@@ -23,7 +23,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ from ckptx.lazy import ITEMSIZE, Cast, LazyTensor, Stored
 from ckptx.pieces import flat_boxes, pieces
 from ckptx.plan import Crc32, FilePlan, Region, SavePlan
 from ckptx.publish import keep_only, size_text, sync_directory
-from ckptx.reader import WINDOW, Files, Gather
+from ckptx.reader import WINDOW, Files, Gather, most_open
 from ckptx.replicas import check_replicas
 
 _log = logging.getLogger(__name__)
@@ -77,6 +77,8 @@ class Written:
     replicas: int = 0
     resumed: int = 0
     """Bytes that an earlier run had written."""
+    infinite: Mapping[str, int] = field(default_factory=dict)
+    """Tensor to the number of its infinite elements, of those that a cast may have made so."""
 
 
 @dataclass(slots=True)
@@ -142,12 +144,14 @@ def execute(
     progress: Callable[[int], None] = lambda count: None,
     journal: Journal | None = None,
     before: Mapping[str, Sequence[int]] | None = None,
+    inexact: Collection[str] = (),
 ) -> Written:
     """Write every file of a plan below ``directory`` and sync it to disk.
 
     ``files`` are the source paths that the plan's tensors refer to; ``progress`` is told the bytes
     written since it was last called, from any thread. ``before`` are the `states` of the files when
-    the plan was made, by default those of now.
+    the plan was made, by default those of now. ``inexact`` names the tensors whose infinite
+    elements are counted, since a value may have become too large for its dtype.
 
     Raises:
         ConversionError: a source cannot be read or changed meanwhile, a replica differs. What was
@@ -164,11 +168,13 @@ def execute(
                 keep_only(directory, {file.path for file in plan.files})
             outputs = [_create(file, directory, progress, continued) for file in plan.files]
             executor = _Executor(sources, outputs, options, progress, directory, journal)
+            executor.inexact = frozenset(inexact)
             executor.run()
             for output in outputs:
                 written.digests[output.plan.path] = _digests(output, options.digest)
             _sync_directories(directory, outputs)
         written.resumed = executor.resumed
+        written.infinite = dict(sorted(executor.infinite.items()))
     finally:
         sources.close()
     changed = [path for path, state in states(files).items() if state[:3] != before[path][:3]]
@@ -207,6 +213,8 @@ class _Executor:
         self.sources = sources
         self.outputs = outputs
         self.resumed = 0
+        self.inexact: frozenset[str] = frozenset()
+        self.infinite: Counter[str] = Counter()
         self.digest = DIGESTS[options.digest]
         self.threads = choose_threads(options)
         self.progress = progress
@@ -283,6 +291,10 @@ class _Executor:
         output.leaves[leaf.region][number] = digest
         if leaf.region in output.checksums:
             output.checksums[leaf.region][number] = (isal_zlib.crc32(data), leaf.size)
+        name = output.plan.regions[leaf.region].name
+        if name in self.inexact and (count := _infinite(leaf.tensor.dtype, data)):
+            with self._lock:
+                self.infinite[name] += count
 
     def _move(self, batch: list[_Leaf]) -> None:
         if self._stop.is_set():
@@ -407,6 +419,7 @@ class _Targets:
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
         self._users: dict[Path, int] = {}
+        self._most = most_open(_MAX_OPEN)
         self._lock = threading.Lock()
 
     def write(self, path: Path, offset: int, data: memoryview | bytes) -> None:
@@ -469,7 +482,7 @@ class _Targets:
         with self._lock:
             if path not in self._open:
                 idle = [p for p in self._open if not self._users.get(p)]
-                for other in idle[: max(0, len(self._open) - _MAX_OPEN + 1)]:
+                for other in idle[: max(0, len(self._open) - self._most + 1)]:
                     os.close(self._open.pop(other))
                 self._open[path] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             self._users[path] = self._users.get(path, 0) + 1
@@ -582,6 +595,14 @@ def _batches(leaves: Sequence[_Leaf]) -> Iterator[list[_Leaf]]:
 
 def _digests(output: _Output, name: str) -> dict[int, str]:
     return {number: tensor_digest(name, leaves) for number, leaves in output.leaves.items()}
+
+
+def _infinite(dtype: str, data: memoryview) -> int:
+    """Return how many elements are infinite; 0 for dtypes that ends of casts seldom are."""
+    code = {"float16": 0x7C00, "bfloat16": 0x7F80}.get(dtype)
+    if code is None:
+        return 0
+    return int(np.count_nonzero(np.frombuffer(data, np.uint16) & 0x7FFF == code))
 
 
 def _combined(crc: int, parts: Sequence[tuple[int, int]]) -> int:

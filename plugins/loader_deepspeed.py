@@ -21,7 +21,7 @@ from ckptx.containers.pickle_values import EnumValue
 from ckptx.errors import FormatError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor, Shape, Stored
-from ckptx.model_directory import base_sidecars
+from ckptx.model_directory import base_sidecars, training_state
 from ckptx.model_weights import INDEXES, SINGLES, base_tensors, read_weights
 from ckptx.plugin import Loader
 from ckptx.plugins.deepspeed import directory, ranks, weights
@@ -139,7 +139,7 @@ class DeepspeedLoader:
             parallel=_parallel_sizes(saved),
         )
         notes = (*found.notes, *remarks)
-        dropped = (*found.dropped, *left)
+        dropped = (*found.dropped, *left, *_beside_tag(saved.directory))
         yield from trained_messages(begin, found.tensors, notes, dropped, options)
 
 
@@ -171,6 +171,12 @@ def _without(prefix: str, tensors: Mapping[str, LazyTensor], source: Path) -> di
     if len(found) < len(tensors):
         raise FormatError(f"{source}: --prefix {prefix!r}: two tensors would have one name")
     return found
+
+
+def _beside_tag(directory: Path) -> tuple[Dropped, ...]:
+    """Return what a trainer has left beside ``latest``, where the tag is one of its own."""
+    root = directory.parent
+    return training_state(root) if (root / "latest").is_file() else ()
 
 
 def _left(saved: directory.Saved) -> tuple[Dropped, ...]:

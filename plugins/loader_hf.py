@@ -13,7 +13,7 @@ from ckptx.adapters import adapter_options
 from ckptx.containers import dcp_safetensors
 from ckptx.hookspecs import hookimpl
 from ckptx.loading import inventory
-from ckptx.model_directory import base_sidecars, hf_messages, sidecars
+from ckptx.model_directory import base_sidecars, hf_messages, sidecars, training_state
 from ckptx.model_weights import INDEXES, SINGLES, fill_from_base, read_weights
 from ckptx.plugin import Loader
 from ckptx.protocol import Begin, Message
@@ -64,7 +64,12 @@ class HfLoader:
             training={"iteration": "release"},
         )
         yield from hf_messages(
-            begin, weights.tensors, filled, options.get("dtype"), options=options
+            begin,
+            weights.tensors,
+            filled,
+            options.get("dtype"),
+            training_state(directory) if source.is_dir() else (),
+            options,
         )
 
 

@@ -19,7 +19,7 @@ from ckptx.adapters import FILES, LAYOUT, adapter_options
 from ckptx.errors import FormatError
 from ckptx.hookspecs import hookimpl
 from ckptx.loading import inventory
-from ckptx.model_directory import base_sidecars, hf_messages, sidecars
+from ckptx.model_directory import base_sidecars, hf_messages, sidecars, training_state
 from ckptx.model_weights import SINGLES, Weights, read_weights
 from ckptx.plugin import Loader
 from ckptx.protocol import Begin, Message
@@ -82,7 +82,8 @@ class PeftLoader:
             **({"saver": LAYOUT} if alone else {}),
             "adapter": (source, *(options.get("adapter") or ())),
         }
-        yield from hf_messages(begin, weights.tensors, notes, options.get("dtype"), options=every)
+        dtype, beside = options.get("dtype"), training_state(source)
+        yield from hf_messages(begin, weights.tensors, notes, dtype, beside, every)
 
 
 @hookimpl

@@ -67,6 +67,8 @@ FIELDS = (
 )
 """Pairs of a config's key and the spec's attribute."""
 
+_ALIASED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
+
 # transformers computes float32 where a config says nothing.
 _DEFAULT_DTYPE = "float32"
 
@@ -79,7 +81,7 @@ def spec_from_config(config: Mapping[str, Any], family: str) -> ModelSpec:
             activation, heads that do not divide, a rotary embedding per layer type.
     """
     traits = _traits(family)
-    values = mixtures.prepared({**traits.defaults, **config}, family)
+    values = mixtures.prepared({**traits.defaults, **_own_words(config, traits)}, family)
     sizes = _sizes(values, traits)
     activation_key = str(traits.key("hidden_act"))
     activation = traits.activations.get(values[activation_key])
@@ -268,6 +270,29 @@ def _family_of(config: Mapping[str, Any], spec: ModelSpec) -> str:
 
 def _fields(traits: Traits) -> tuple[tuple[str, str], ...]:
     return (*FIELDS, *traits.fields)
+
+
+def _own_words(config: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
+    """Return a config in its family's words, where it has the usual ones.
+
+    Raises:
+        SchemaError: it has both, and they differ.
+
+    Source: huggingface/transformers src/transformers/models/gpt2/configuration_gpt2.py,
+    attribute_map @ v5.23.0.
+    """
+    found = dict(config)
+    for name in _ALIASED:
+        key = traits.key(name)
+        if key is None or key == name or name not in config:
+            continue
+        if config.get(key, config[name]) != config[name]:
+            raise SchemaError(
+                f"{key} is {config[key]!r} and {name} is {config[name]!r}, which mean the same; "
+                "remove the wrong one from the config"
+            )
+        found[key] = config[name]
+    return found
 
 
 def _sizes(values: Mapping[str, Any], traits: Traits) -> dict[str, Any]:

@@ -116,6 +116,14 @@ class ConversionCommand(click.Command):
             return super().parse_args(ctx, list(arguments))
         except click.NoSuchOption as error:
             raise _owned_elsewhere(error, chosen) from error
+        except click.MissingParameter as error:
+            if error.param is None or error.param.name != "saver":
+                raise
+            spelling = error.param.opts[0]
+            known = ", ".join(manager.names("saver"))
+            raise click.UsageError(
+                f"say the format to write with {spelling}: {known}", ctx
+            ) from None
         finally:
             self.params = original
 
@@ -168,10 +176,15 @@ class ConversionCommand(click.Command):
         params, places = scanned(self.params, args)
         loader, saver, path = (params.get(k) for k in ("loader", "saver", "megatron_path"))
         if loader is None and saver is not None:
-            manager.saver(saver, path)  # a wrong name is the better error to report
+            options = manager.saver(saver, path).options()  # a wrong name is the better error
+            _, places = scanned([*self.params, *options], args)
             source = params.get("load_dir") or next((p for p in places if p.exists()), None)
+            if source is not None and len(places) == 2 and not params.get("load_dir"):
+                source = places[0]  # nothing but SRC and DST: an existing DST is not meant
             if source is not None and not (wants_help and not source.exists()):
                 loader = manager.detect(source)
+            elif "" in args and not wants_help:
+                raise click.UsageError("a path is empty; is a variable of the shell not set?")
             elif places and not wants_help:
                 loader = manager.detect(places[0])
         return Chosen(loader, saver, path)
@@ -191,7 +204,7 @@ def scanned(
         add_help_option=False,
     )
     ctx = scan.make_context("scan", list(args), resilient_parsing=True)
-    return ctx.params, [Path(arg) for arg in ctx.args if not arg.startswith("-")]
+    return ctx.params, [Path(arg) for arg in ctx.args if arg and not arg.startswith("-")]
 
 
 def convert_command(style: Literal["short", "long"]) -> click.Command:

@@ -6,7 +6,9 @@ is printed first, on stderr.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -42,8 +44,29 @@ def from_script_command() -> click.Command:
     )
 
 
+_LAUNCHER = re.compile(r"python[\d.]*|bash|sh|accelerate")
+
+
+def _pasted(args: list[str]) -> list[str]:
+    """Return the arguments from the script's name on, where a whole command line is given.
+
+    Examples:
+        >>> _pasted(["python3", "-m", "verl.model_merger", "merge"])
+        ['verl.model_merger', 'merge']
+        >>> _pasted(["accelerate", "merge-weights", "A", "B"])
+        ['merge-weights', 'A', 'B']
+    """
+    if not args or not _LAUNCHER.fullmatch(args[0].rpartition("/")[2]):
+        return args
+    return args[2:] if args[1:2] == ["-m"] else args[1:]
+
+
 class _Scripts(click.Group):
     """The scripts by name; they are found when they are asked for."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Leave out what starts the script."""
+        return super().parse_args(ctx, _pasted(args))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all scripts."""
@@ -60,10 +83,16 @@ class _Scripts(click.Group):
         """Find the script; say where the known ones are listed."""
         if args and not args[0].startswith("-") and named(args[0]) is None:
             raise click.UsageError(
-                f"no script {args[0]!r} is known; 'ckptx from-script --list' shows those that are",
+                f"no script {args[0]!r} is known{_meant(args[0])}; 'ckptx from-script --list' "
+                "shows those that are",
                 ctx,
             )
         return super().resolve_command(ctx, args)
+
+
+def _meant(name: str) -> str:
+    close = get_close_matches(name, [script.name for script in scripts()], 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 class _Parts(click.Group):
@@ -89,7 +118,32 @@ class _ScriptCommand(click.Command):
         at = args.index("--") if "--" in args else len(args)
         ctx.meta["further"] = args[at + 1 :]
         lists = {word for p in self.params if getattr(p, "multiple", False) for word in p.opts}
-        return super().parse_args(ctx, list(_repeated(args[:at], lists)))
+        said = [_in_full(word, self.params) for word in args[:at]]
+        return super().parse_args(ctx, list(_repeated(said, lists)))
+
+
+def _in_full(word: str, params: list[click.Parameter]) -> str:
+    """Return a flag in full where its beginning is given, as argparse takes it.
+
+    Dashes may stand for underscores, as in accelerate.
+
+    Examples:
+        >>> _in_full("--max-shard=1GB", [click.Option(["--max_shard_size"])])
+        '--max_shard_size=1GB'
+    """
+    name, equals, value = word.partition("=")
+    if not name.startswith("--") or any(name in param.opts for param in params):
+        return word
+    begin = name.replace("-", "_")
+    found = {
+        param.name: flag
+        for param in params
+        for flag in param.opts
+        if flag.startswith("--") and flag.replace("-", "_").startswith(begin)
+    }
+    exact = [flag for flag in found.values() if flag.replace("-", "_") == begin]
+    fits = exact or list(found.values())
+    return f"{fits[0]}{equals}{value}" if len(fits) == 1 else word
 
 
 def _repeated(args: list[str], lists: set[str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ import click
 
 from ckptx import manager
 from ckptx.commands.conversion import Chosen, ConversionCommand, scanned
-from ckptx.commands.options import Dtype, engine_options, output_options, show_result
+from ckptx.commands.options import Dtype, Place, engine_options, output_options, show_result
 from ckptx.job import Job
 
 _ENGINE = ("overwrite", "max_memory", "threads", "digest", "check_replicas")
@@ -22,11 +22,11 @@ class ModifyCommand(ConversionCommand):
         super().__init__(
             "modify", "Remove, cast or rename tensors of a checkpoint.", "short", _modify
         )
-        path = click.Path(path_type=Path)
+        path = Place(path_type=Path)
         kept = {*_ENGINE, *(param.name for param in output_options())}
         self.base = [
-            click.Argument(["load_dir"], metavar="SRC", type=path),
-            click.Argument(["save_dir"], metavar="DST", type=path),
+            click.Argument(["load_dir"], metavar="SRC", type=path, help="Checkpoint to read."),
+            click.Argument(["save_dir"], metavar="DST", type=path, help="Where to write."),
             click.Option(["--from", "--loader", "loader"], help="Format of SRC.  [detected]"),
             click.Option(
                 ["--remove"], multiple=True, metavar="GLOB", help="Leave out tensors. Repeatable."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,19 @@ class Size(click.ParamType[Any]):
         return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
+class Place(click.Path):
+    """A path; not the empty one that a shell makes of a variable that is not set.
+
+    An empty path would be the working directory, into which a conversion would write.
+    """
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        if not str(value):
+            self.fail("the path is empty; is a variable of the shell not set?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Dtype(click.ParamType[Any]):
     """A dtype by its torch name or a short one."""
 
@@ -51,12 +65,18 @@ class Dtype(click.ParamType[Any]):
         return DTYPES[value]
 
 
-def show_result(result: Any, as_json: bool, quiet: bool) -> None:
-    """Print a result that has ``to_json()`` and ``render(width)``."""
+def show_result(
+    result: Any,
+    as_json: bool,
+    quiet: bool,
+    render: Callable[[Any, int], str] | None = None,
+) -> None:
+    """Print a result that has ``to_json()``, and ``render(width)`` unless that is given."""
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=1))
     elif not quiet:
-        click.echo(printable(result.render(shutil.get_terminal_size().columns)))
+        width = shutil.get_terminal_size().columns
+        click.echo(printable(render(result, width) if render else result.render(width)))
 
 
 def printable(text: str) -> str:
@@ -176,9 +196,10 @@ def megatron_options() -> list[click.Parameter]:
 
 def short_options() -> list[click.Parameter]:
     """Return source, target and plugins as ``ckptx convert`` spells them."""
+    path = Place(path_type=Path)
     return [
-        click.Argument(["load_dir"], metavar="SRC", type=click.Path(path_type=Path)),
-        click.Argument(["save_dir"], metavar="DST", type=click.Path(path_type=Path)),
+        click.Argument(["load_dir"], metavar="SRC", type=path, help="Checkpoint to read."),
+        click.Argument(["save_dir"], metavar="DST", type=path, help="Where to write."),
         click.Option(["--from", "--loader", "loader"], help="Format of SRC.  [detected]"),
         click.Option(["--to", "--saver", "saver"], required=True, help="Format of DST."),
     ]
@@ -186,7 +207,7 @@ def short_options() -> list[click.Parameter]:
 
 def long_options() -> list[click.Parameter]:
     """Return source, target and plugins as Megatron's converter spells them."""
-    path = click.Path(path_type=Path)
+    path = Place(path_type=Path)
     return [
         click.Option(["--loader"], help="Format of the source.  [detected]"),
         click.Option(["--saver"], required=True, help="Format of the target."),

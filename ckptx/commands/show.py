@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import click
 from ckptx import manager
 from ckptx.commands import running
 from ckptx.commands.options import output_options, show_result
+from ckptx.report import wrapped
 
 _PATH = click.Path(exists=True, path_type=Path)
 
@@ -40,7 +44,8 @@ def verify_command() -> click.Command:
         result: Any
         running.check_inputs(logits and b is not None)
         if logits and b is not None:
-            result = running.compared_logits(a, b, loader_a, loader_b, inputs)
+            still = quiet or as_json or verbose
+            result = running.compared_logits(a, b, loader_a, loader_b, inputs, still)
         elif against_manifest is not None:
             from ckptx.manifest_check import check
 
@@ -112,8 +117,7 @@ def plugins_command() -> click.Command:
         if as_json:
             click.echo(json.dumps({"plugins": found}, indent=1))
         elif not quiet:
-            for row in found:
-                click.echo(_line(row))
+            click.echo("\n".join(_lines(found, shutil.get_terminal_size().columns)))
 
     return click.Command(
         "plugins",
@@ -138,12 +142,31 @@ def _row(entry: manager.Entry, capabilities: Any, error: str) -> dict[str, Any]:
     }
 
 
-def _line(row: dict[str, Any]) -> str:
-    head = f"{row['kind']:<7} {row['name']:<12} {row['distribution']} {row['version']}"
+def _lines(rows: Sequence[Mapping[str, Any]], width: int) -> Iterator[str]:
+    """Yield a paragraph for each kind of plugin; the names stand in one column."""
+    column = max((len(row["name"]) for row in rows), default=0) + 4
+    for kind, of_kind in groupby(rows, key=lambda row: row["kind"]):
+        yield f"{kind}s"
+        for row in of_kind:
+            yield from wrapped(f"  {row['name']}", _said(row), width, column)
+
+
+def _said(row: Mapping[str, Any]) -> str:
     if row["error"]:
-        return f"{head}  error: {row['error']}"
-    facts = (
-        f"{key}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}"
-        for key, value in row["capabilities"].items()
-    )
-    return f"{head}  {' '.join(facts)}".rstrip()
+        said = f"error: {row['error']}"
+    else:
+        said = "; ".join(filter(None, map(_capability, row["capabilities"].items())))
+    if row["distribution"] == "ckptx" and not row["error"]:
+        return said or "-"
+    return f"{said}{' ' * bool(said)}({row['distribution']} {row['version']})"
+
+
+def _capability(item: tuple[str, Any]) -> str:
+    """Return what a plugin says of itself in words; empty if it says no to something."""
+    key, value = item
+    if isinstance(value, list | tuple):
+        listed = ", ".join(map(str, value))
+        return f"{key}: {listed}" * bool(listed)
+    if isinstance(value, bool):
+        return key * value
+    return f"{key}: {value}"

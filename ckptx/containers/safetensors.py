@@ -90,6 +90,7 @@ def read_header(path: Path) -> Header:
             raise FormatError(
                 f"{path}: expected a safetensors file, found only {file.size} bytes; copy it again"
             )
+        file.refuse_pointer()
         (length,) = HEADER_LENGTH.unpack(file.read(0, HEADER_LENGTH.size))
         if length > MAX_HEADER:
             raise FormatError(

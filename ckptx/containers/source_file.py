@@ -43,6 +43,9 @@ def read_json(path: str | os.PathLike[str], limit: int = 64 << 20) -> dict[str, 
     return value
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
 class SourceFile:
     """A file that is read in small spans, never mapped: a truncated file is an error, not SIGBUS.
 
@@ -90,6 +93,21 @@ class SourceFile:
             offset += len(span)
             size -= len(span)
         return spans[0] if len(spans) == 1 else b"".join(spans)
+
+    def refuse_pointer(self) -> None:
+        """Refuse what a clone without git-lfs has in place of a large file.
+
+        Such a pointer is text of less than 1024 bytes, whose first line is the version of the
+        specification (git-lfs/git-lfs docs/spec.md @ v3.5.1).
+
+        Raises:
+            FormatError: the file is a pointer.
+        """
+        if len(_POINTER) <= self.size < 1024 and self.read(0, len(_POINTER)) == _POINTER:
+            raise FormatError(
+                f"{self.path}: is a pointer of Git LFS, not the weights themselves; run "
+                "'git lfs pull' in its repository, or download the file"
+            )
 
     def close(self) -> None:
         """Close the file."""

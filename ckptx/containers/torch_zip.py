@@ -301,6 +301,7 @@ def _check_magic(file: SourceFile, offset: int) -> None:
             f"{file.path}: expected a zip archive, found a file of torch before 1.6; re-save it: "
             f"torch.save(torch.load(path, map_location='cpu'), path)"
         )
+    file.refuse_pointer()
     raise FormatError(
         f"{file.path}: expected a zip archive of torch.save at byte {offset}, found {start[:8]!r}; "
         f"the file is damaged or of another format"

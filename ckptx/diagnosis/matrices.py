@@ -56,6 +56,8 @@ class WrongAxis:
         for here, there, side in ((a, b, "B"), (b, a, "A")):
             for axis in (0, 1):
                 # Cut along ``axis`` as is right, joined along the other.
+                if not here[1 - axis]:
+                    continue
                 ranks, odd = divmod(there[1 - axis], here[1 - axis])
                 if odd or ranks < 2 or there[axis] * ranks != here[axis]:
                     continue

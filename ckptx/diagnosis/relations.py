@@ -76,6 +76,11 @@ def between(first: str, second: str) -> Iterator[Relation]:
         yield _both_rounded(first, second)
 
 
+def are_weights(*dtypes: str) -> bool:
+    """Return whether tensors of these dtypes may be weights; integers hold indices and flags."""
+    return all(dtype.startswith(("float", "bfloat", "complex")) for dtype in dtypes)
+
+
 def of_values(*, norm: bool) -> Iterator[Relation]:
     """Yield what may have happened to values that lie where they belong."""
     if norm:
@@ -186,14 +191,15 @@ def _odd(values: Array) -> NDArray[np.bool_]:
 
 
 def _only_where(what: Callable[[Array], NDArray[np.bool_]], *, b: bool) -> Holds:
-    """Return whether two arrays differ only where one of them is something."""
+    """Return whether two arrays differ only where one of them is something, and the other not."""
 
     def holds(first: Array, second: Array) -> bool:
+        one, other = (second, first) if b else (first, second)
         if first.dtype == second.dtype:
             same = same_bits(first, second)
         else:
             same = first.astype(np.float64) == second.astype(np.float64)
-        return bool((same | what(second if b else first)).all())
+        return bool((same | (what(one) & ~what(other))).all())
 
     return holds
 

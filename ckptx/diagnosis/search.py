@@ -201,6 +201,8 @@ class _Search:
         yield from relations.between(first, second)
         if norm and candidate.forms:
             yield from relations.shifted_by_one()
+        if not relations.are_weights(first, second):
+            return
         if not candidate.forms:
             yield from relations.of_values(norm=norm)
         if not candidate.forms and candidate.found.numel > 1:

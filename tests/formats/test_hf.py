@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from ckptx import manager
 from ckptx.containers.safetensors import read_header
 from ckptx.errors import CkptxError, FormatError, SchemaError
+from ckptx.model_weights import read_weights
 from ckptx.protocol import PASSTHROUGH
 from ckptx.testing import faults
 from ckptx.testing.contracts import (
@@ -278,3 +280,38 @@ def _by_name(directory):
     for path in directory.glob("model*"):
         (bare / path.name).symlink_to(path)
     return loaded_by_name(HF_LOADER, bare)
+
+
+class TestOneFileAndShards:
+    """Of both transformers takes the file and others the shards; stale ones were left behind."""
+
+    @pytest.fixture
+    def directory(self, tmp_path, write_llama):
+        """A model in two shards beside another in one file, told apart by its final norm."""
+        other = write_llama(tmp_path / "other")
+        found = write_llama(tmp_path / "model", shards=2)
+        tensors = load_file(other / "model.safetensors")
+        save_file(
+            tensors | {"model.norm.weight": np.full(16, 7, "f4")}, found / "model.safetensors"
+        )
+        return found
+
+    def test_both_are_refused(self, directory):
+        with pytest.raises(FormatError, match="transformers takes the one file"):
+            read_weights(directory)
+        assert len(read_weights(directory / "model.safetensors").tensors) == 39
+
+    def test_an_index_that_was_left_behind_is_not_read(self, directory):
+        for shard in directory.glob("*-of-*"):
+            shard.unlink()
+        assert read_weights(directory).paths == [directory / "model.safetensors"]
+
+    def test_a_file_in_the_index_is_a_shard(self, directory):
+        names = load_file(directory / "model.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+        (directory / INDEX).write_text(json.dumps(index))
+        assert read_weights(directory).paths == [directory / "model.safetensors"]
+
+    def test_safetensors_go_before_shards_of_bin(self, directory):
+        (directory / INDEX).rename(directory / "pytorch_model.bin.index.json")
+        assert read_weights(directory).paths == [directory / "model.safetensors"]

@@ -563,16 +563,25 @@ class TestPlaces:
         assert str(user.target) in user.cannot_convert("core", "--overwrite")
 
     @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
-    @pytest.mark.parametrize("place", ["", "sub", "sub/sub"])
-    def test_target_in_the_source(self, place, overwrite, user):
-        user.target = user.source / place
+    def test_target_is_the_source(self, overwrite, user):
+        user.target = user.source
+        reason = user.cannot_convert("hf", *overwrite)
+        assert f"{user.source}: is the source itself" in reason
+
+    @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+    def test_part_of_the_source_is_not_replaced(self, overwrite, user):
+        user.target = user.source / "mine"
+        user.target.mkdir()
+        (user.target / "file").write_text("keep")
         reason = user.cannot_convert("hf", *overwrite)
         assert f"lies inside the source {user.source}" in reason
 
-    def test_target_in_the_source_by_a_link(self, user):
+    def test_part_of_the_source_is_not_replaced_by_a_link(self, user):
+        (user.source / "mine").mkdir()
+        (user.source / "mine" / "file").write_text("keep")
         (user.place / "link").symlink_to(user.source)
-        user.target = user.place / "link" / "sub"
-        assert "lies inside the source" in user.cannot_convert("hf")
+        user.target = user.place / "link" / "mine"
+        assert "lies inside the source" in user.cannot_convert("hf", "--overwrite")
 
     @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
     def test_source_in_the_target(self, overwrite, user):
@@ -584,6 +593,15 @@ class TestPlaces:
         user.target = user.place / "file" / "target"
         assert str(user.place / "file") in user.cannot_convert("hf")
 
+    def test_source_holds_checkpoints(self, user):
+        for step in (2, 10):
+            shutil.copytree(user.source, user.place / "run" / f"checkpoint-{step}")
+        (user.place / "run" / "runs").mkdir()
+        user.source = user.place / "run"
+        reason = user.cannot_convert("hf")
+        found = [user.source / name for name in ("checkpoint-2", "checkpoint-10")]
+        assert f"give {found[0]}, {found[1]}" in reason
+
     def test_source_is_absent(self, user):
         user.source = user.place / "nothing"
         reason = user.cannot_convert("core")
@@ -594,8 +612,65 @@ class TestPlaces:
         user.source = user.place / "empty"
         user.source.mkdir()
         reason = user.cannot_convert("core")
-        assert f"{user.source}: not a checkpoint that any loader recognises" in reason
+        expected = f"{user.source}: not a checkpoint that any loader recognises: the directory is"
+        assert f"{expected} empty" in reason
+
+    def test_source_is_of_no_format(self, user):
+        user.source = user.place / "notes.txt"
+        user.source.write_text("no weights here")
+        reason = user.cannot_convert("core")
+        assert (
+            f"{user.source}: not a checkpoint that any loader recognises; known loaders" in reason
+        )
         assert "core" in reason
+
+    def test_source_is_above_a_checkpoint(self, user):
+        """As the Hub's cache is, or a directory of runs."""
+        snapshot = user.place / "models--a--b" / "snapshots" / "0123"
+        snapshot.parent.mkdir(parents=True)
+        user.source.rename(snapshot)
+        user.source = user.place / "models--a--b"
+        assert f"a checkpoint lies below it: give {snapshot}" in user.cannot_convert("core")
+
+    def test_source_without_weights(self, user):
+        for path in user.source.glob("*.safetensors"):
+            path.unlink()
+        assert "config.json is there, but no weights" in user.cannot_convert("core")
+
+    def test_source_is_where_a_conversion_was_interrupted(self, user):
+        user.source = user.place / "megatron"
+        (user.source / "release.ckptx-partial").mkdir(parents=True)
+        assert user.run("inspect", user.source) == 1
+        assert "a conversion into it was interrupted; run the same command again" in user.errors
+
+    @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+    def test_weights_are_a_pointer_of_git_lfs(self, suffix, user):
+        """As a clone of a model from the Hub has without git-lfs."""
+        for path in user.source.glob("*.safetensors"):
+            path.unlink()
+        name = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}[suffix]
+        (user.source / name).write_text(
+            f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4976698672\n"
+        )
+        reason = user.cannot_convert("core")
+        assert f"{name}: is a pointer of Git LFS" in reason
+        assert "git lfs pull" in reason
+
+    @pytest.mark.parametrize("which", ["source", "target"])
+    def test_path_is_empty(self, which, user, monkeypatch):
+        """An unset variable must not mean the working directory."""
+        (user.place / "here").mkdir()
+        monkeypatch.chdir(user.place / "here")
+        places = {"source": user.source, "target": user.target, which: ""}
+        code = user.run("convert", places["source"], places["target"], "--to", "core")
+        assert code == 2
+        assert "empty; is a variable of the shell not set?" in user.errors
+        assert not any((user.place / "here").iterdir())
+
+    def test_target_lies_below_a_file(self, user):
+        (user.place / "file").write_text("keep")
+        user.target = user.place / "file" / "sub"
+        assert f"{user.place / 'file'}: is a file; the target would" in user.cannot_convert("hf")
 
     @pytest.mark.parametrize("loader", ["hf", "core", "pytorch"])
     def test_source_is_empty_and_its_format_named(self, loader, user):

@@ -94,6 +94,21 @@ def test_the_default_table_is_the_class_s(family):
     assert keys | set(FAMILIES[family].kept) <= set(ours) | {"model_type"}
 
 
+def test_gpt2_in_the_usual_words(tmp_path):
+    """Twelve heads, its default, would fit these weights as well as four do."""
+    values = {
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": 32,
+    }
+    spec = spec_from_config(values, "gpt2")
+    assert meaning(read(config_from_spec(spec), tmp_path)) == meaning(config_of("gpt2", values))
+    assert spec_from_config({**values, "n_head": 4}, "gpt2") == spec
+    with pytest.raises(SchemaError, match="n_head is 12 and num_attention_heads is 4"):
+        spec_from_config({**values, "n_head": 12}, "gpt2")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_synthesised_config_means_what_the_saved_one_means(name, tmp_path):
     family, values = CONFIGS[name]

@@ -140,6 +140,42 @@ def test_zero_to_fp32(shell, documented):
     assert line[8:] == ["--to", "hf", "--weight-files", "bin", "--max-shard-size", "1GB"]
 
 
+@pytest.mark.parametrize("written", ["out/", "pytorch_model.bin"])
+def test_zero_to_fp32_as_deepspeed_says_to_type_it(shell, saved, monkeypatch, written):
+    place = shutil.copytree(saved / "checkpoint-3", shell.out / "checkpoint-3")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    monkeypatch.chdir(place)
+    assert shell.script("python", "zero_to_fp32.py", ".", written) == 0, shell.errors
+    found = place / "pytorch_model.bin"
+    are_equal(torch.load(found if found.exists() else place / "out" / found.name), of_deepspeed())
+    assert all(path.read_bytes() == content for path, content in before.items())
+    # What lies there now is neither replaced nor in the way of another run.
+    assert shell.script("zero_to_fp32.py", ".", written, "--overwrite") == 1
+    assert "inside the source" in shell.errors
+    assert shell.script("zero_to_fp32.py", ".", "again") == 0, shell.errors
+    are_equal(torch.load(place / "again" / "pytorch_model.bin"), of_deepspeed())
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "python3 -m verl.model_merger merge --backend fsdp --local_dir=A --target_dir B",
+        "/usr/bin/python3.11 scripts/model_merger.py merge --back fsdp --local A --target B",
+        "model_merger merge --backend=fsdp --local-dir A --target-dir=B",
+    ],
+)
+def test_command_lines_are_taken_as_argparse_takes_them(shell, typed):
+    (line,) = shell.lines(*typed.split())
+    assert line[:3] == ["convert", "A", "B"]
+
+
+def test_beginnings_that_fit_two_flags_are_refused(shell):
+    arguments = ("model_merger", "merge", "--backend", "fsdp", "--local_dir", "A")
+    assert "--t" in shell.refused(*arguments, "--t", "B")
+    (line,) = shell.lines("accelerate", "merge-weights", "A", "B", "--unsafe-serialization")
+    assert line[-2:] == ["--weight-files", "bin"]
+
+
 def test_zero_to_fp32_as_old_releases_wrote_it(shell):
     assert shell.script("zero_to_fp32", "checkpoint-3", shell.out / "old.bin") == 0
     are_equal(torch.load(shell.out / "old.bin"), of_deepspeed())

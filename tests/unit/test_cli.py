@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ckptx import cli, manager, pipeline
+from ckptx.commands.examples import EXAMPLES
 from ckptx.job import Job
 
 ROOT = Path(manager.__file__).resolve().parents[1]
@@ -189,7 +191,11 @@ def test_option_of_a_plugin_not_chosen_names_the_plugin(plugins, run, tmp_path):
     [
         (["convert"], 2, "Missing"),
         (["convert", "nowhere", "y", "--to", "hf"], 1, "nowhere: no such file or directory"),
-        (["convert", "nowhere", "y", "--to", "hff"], 1, "unknown saver 'hff'; known savers:"),
+        (
+            ["convert", "nowhere", "y", "--to", "hff"],
+            1,
+            "unknown saver 'hff' (did you mean 'hf'?); known savers:",
+        ),
         (["convert", "a", "b", "--from=hf", "--to=gguf"], 1, "has no saver for it yet"),
         (["convert", "a", "b", "--from=hf", "--to=hf", "--max-memory=much"], 2, "is no size"),
         (["convert", "a", "b", "--from=hf", "--to=hf", "--dtype=int4"], 2, "is not one of bf16"),
@@ -263,7 +269,56 @@ def test_plugins_lists_capabilities_and_errors(plugins, run):
     assert rows["loader", "one"]["version"] == "1.0"
     code, out, _ = run("plugins", "--names")
     assert "one_two_plugins" not in sys.modules or code == 0
-    assert "saver   two" in out
+    assert out.splitlines().count("savers") == 1
+    assert any(line.split() == ["two", "(one-two", "1.0)"] for line in out.splitlines())
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_plugins_stand_in_columns(width, plugins, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = run("plugins")[1].splitlines()
+    assert max(map(len, lines)) <= width
+    column = next(line for line in lines if line.startswith("  llama_mistral")).index("formats")
+    for line in lines:
+        if line.startswith(" "):
+            assert line[column - 2 : column] == "  ", line
+            assert line[column] != " ", line
+
+
+@pytest.mark.parametrize("name", [*cli.command().commands, "convert.py"])
+def test_help_ends_with_examples_that_parse(name, run, capsys):
+    """Every option of an example is one that the command has."""
+    if name == "convert.py":
+        _, out, _ = run("--help", entry=cli.convert)
+    else:
+        _, out, _ = run(name, "--help")
+    _, examples = out.split("Examples:")
+    assert [line.strip() for line in examples.strip().splitlines()] == list(EXAMPLES[name])
+    for example in EXAMPLES[name]:
+        words = shlex.split(example, comments=True)
+        if "--list" in words:  # which is done before the help
+            continue
+        entry = cli.convert if name == "convert.py" else cli.main
+        options = run(*words[2 if name == "convert.py" else 1 :], "--help", entry=entry)[1]
+        for word in words:
+            assert not word.startswith("--") or word in options, (example, word)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["convert", "a", "b", "--to", "coer"], "unknown saver 'coer' (did you mean 'core'?)"),
+        (["convert", "a", "b"], "say the format to write with --to: core, dcp, hf"),
+        (["from-script", "model_mergr"], "(did you mean 'model_merger'?)"),
+        (["verify", "--tokens", "two", ".", "."], "'two' is not a whole number"),
+        (["verify", "--rtol", "two", ".", "."], "'two' is not a number"),
+    ],
+)
+def test_mistyped_values_are_told_plainly(arguments, expected, run):
+    code, _, err = run(*arguments)
+    assert code
+    assert err.startswith("error: ")
+    assert expected in err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["plugins", "--names"]])
@@ -296,3 +351,9 @@ def test_convert_py_converts_from_any_directory(model, tmp_path):
     assert again.returncode == 1
     assert again.stderr.startswith("error: ")
     assert "--overwrite" in again.stderr
+
+
+def test_a_missing_source_is_named_though_the_target_exists(model, run, tmp_path):
+    code, _, err = run("convert", tmp_path / "typo", model, "--to", "core", "--tp", "2")
+    assert code == 1
+    assert err == f"error: {tmp_path / 'typo'}: no such file or directory\n"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from ckptx.errors import PlanError
 from ckptx.lazy import (
     ITEMSIZE,
     Cast,
+    Computed,
     Filled,
     Replicated,
+    Sliced,
     Stored,
     Tiled,
     concat,
@@ -192,3 +195,15 @@ def test_what_was_not_cut_from_one_extent_is_only_joined():
     assert rejoin([last, first]) == concat([last, first])
     other = stored(1, 8 + 2 * 16, "float32", (2, 4))
     assert rejoin([first, other]) == concat([first, other])
+
+
+def test_numbers_of_numpy_do_not_stay_in_what_is_kept():
+    """A journal or a pickle of a later plan would hold them."""
+    theirs = tuple(np.array([7919, 3, 5]))
+    stored(0, 0, "uint8", theirs)
+    Computed("float32", theirs, "lora", ()).narrow(1, np.int64(1), np.int64(2))
+    ours = stored(0, 0, "uint8", (7919, 3, 5))
+    assert {type(stride) for stride in ours.strides} == {int}
+    cut = Computed("float32", (7919, 3, 5), "lora", ()).narrow(1, 1, 2)
+    assert isinstance(cut, Sliced)
+    assert {type(bound) for bounds in cut.box for bound in bounds} == {int}

@@ -53,6 +53,24 @@ def test_target_appears_whole(tmp_path):
     assert names(tmp_path) == {"a", "a/b", "a/b/out.bin", "a/b/ckptx-manifest.json"}
 
 
+def test_names_are_on_disk_before_and_after_the_rename(tmp_path, monkeypatch):
+    synced = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink(), target.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    target = tmp_path / "a" / "b"
+    publish_plan(Target(target, []), plan())
+    staged = (tmp_path / "a" / "b.ckptx-partial" / "new", False)
+    assert staged in synced
+    # The new directory "a" has a name, too.
+    assert [one for one in synced if one[1]] == [(tmp_path / "a", True), (tmp_path, True)]
+    assert synced.index(staged) < synced.index((tmp_path / "a", True))
+
+
 def test_error_removes_everything_that_was_created(tmp_path):
     def look(staging: Path) -> None:
         assert staging == tmp_path / "a/b/c.ckptx-partial/new"
@@ -170,16 +188,37 @@ def test_megatron_root_is_not_replaced_by_something_else(tmp_path):
     assert (tmp_path / "root/iter_0000010/out.bin").exists()
 
 
-@pytest.mark.parametrize("target", [".", "sub", "sub/deeper"])
-def test_target_in_the_source_is_refused(tmp_path, target):
+def test_the_source_as_target_is_refused(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    with pytest.raises(PlanError, match="lies inside the source"):
-        Target(source / target, [source], overwrite=True)
     link = tmp_path / "link"
     link.symlink_to(source)
-    with pytest.raises(PlanError, match="lies inside the source"):
-        Target(link / target, [source])
+    for target in (source, link):
+        with pytest.raises(PlanError, match="is the source itself"):
+            Target(target, [source], overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_nothing_in_the_source_is_replaced(tmp_path, overwrite):
+    source = tmp_path / "source"
+    mine = source / "sub" / "mine"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("keep")
+    for target in (mine, mine.parent):
+        for made in (plan(), megatron("release", b"release")):
+            with pytest.raises(PlanError):
+                publish_plan(Target(target, [source], overwrite), made)
+    assert [path.name for path in source.rglob("*")] == ["sub", "mine"]
+    assert mine.read_text() == "keep"
+
+
+@pytest.mark.parametrize("target", ["sub", "sub/deeper"])
+def test_a_new_place_in_the_source_is_like_any_other(tmp_path, target):
+    source = tmp_path / "source"
+    source.mkdir()
+    publish_plan(Target(source / target, [source]), plan())
+    assert (source / target / "out.bin").is_file()
+    assert not list(source.rglob("*.ckptx-partial"))
 
 
 def test_source_in_the_target_is_refused(tmp_path):
@@ -188,6 +227,33 @@ def test_source_in_the_target_is_refused(tmp_path):
     with pytest.raises(PlanError, match="contains the source"):
         publish_plan(Target(tmp_path / "target", [source], overwrite=True), plan())
     publish_plan(Target(tmp_path / "target", [source]), megatron("release", b"release"))
+
+
+def test_what_the_source_links_to_is_not_replaced(tmp_path, write_llama, run):
+    real = write_llama(tmp_path / "real")
+    before = (real / "model.safetensors").read_bytes()
+    variant = tmp_path / "variant"
+    variant.mkdir()
+    (variant / "config.json").write_bytes((real / "config.json").read_bytes())
+    (variant / "model.safetensors").symlink_to("../real/model.safetensors")
+    for command in ("convert", "plan"):
+        options = ("--to", "hf", "--dtype", "bf16", "--overwrite")
+        code, out, err = run(command, variant, real, *options)
+        assert "holds model.safetensors of the source" in out + err
+        assert code == (command == "convert")
+    assert (real / "model.safetensors").read_bytes() == before
+    assert run("convert", variant, tmp_path / "fine", "--to", "hf", "-q")[0] == 0
+    file = real / "model.safetensors"
+    code, _, err = run("convert", variant, file, "--to", "pytorch", "--overwrite")
+    assert code == 1
+    assert file.read_bytes() == before, err
+
+
+def test_iteration_that_is_a_link_to_nothing_is_refused_before_the_copy(tmp_path):
+    (tmp_path / "release").symlink_to("nowhere")
+    target = Target(tmp_path, [], overwrite=True)
+    with pytest.raises(PlanError, match="a link to nothing"), target:
+        target.prepare(megatron("release", b"release"))
 
 
 def test_working_directory_and_repositories_are_never_replaced(tmp_path, monkeypatch):

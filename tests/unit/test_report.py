@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
@@ -137,3 +138,20 @@ def test_exact_conversion_says_so(facts):
 
     exact = Report("hf", "hf", "/out", replace(facts, inexact={}, filled={}), 1.0, "")
     assert "inexact   none: every value is the source's" in exact.render(80).splitlines()
+
+
+def test_what_is_filled_is_not_the_sources(facts):
+    """Not only padding: a norm that takes no part in the output is filled, too."""
+    from dataclasses import replace
+
+    filled = Report("hf", "hf", "/out", replace(facts, inexact={}), 1.0, "").render(80)
+    assert "inexact   none: every value but what is filled is the source's" in filled.splitlines()
+
+
+def test_load_hint_can_be_pasted_into_a_shell(facts):
+    from dataclasses import replace
+
+    command = replace(facts, load_hint="load {target} --tp 2").at("/my models/out")
+    assert shlex.split(command.load_hint) == ["load", "/my models/out", "--tp", "2"]
+    python = replace(facts, load_hint='from_pretrained("{target}")').at("/my models/out")
+    assert python.load_hint == 'from_pretrained("/my models/out")'

@@ -21,6 +21,8 @@ import xxhash
 
 from ckptx import writer
 from ckptx.errors import ConversionError
+from ckptx.journal import Identity, Journal
+from ckptx.journal import read as read_journal
 from ckptx.lazy import Filled, LazyTensor, concat, interleave, replicated, stored
 from ckptx.plan import Crc32, FilePlan, Region, SavePlan
 from ckptx.writer import LEAF, WriteOptions, execute
@@ -146,15 +148,17 @@ def test_empty_tensors_and_files(tmp_path):
     assert written.digests == {"nothing": {}, "empty": {0: nothing}, "sum": {0: nothing}}
 
 
-def test_more_files_than_are_kept_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_MAX_OPEN", 20)
-    monkeypatch.setattr("ckptx.reader._MAX_OPEN", 20)
+@pytest.mark.parametrize(("allowed", "kept"), [(200, 20), (128, 0)])
+def test_more_files_than_are_kept_open(tmp_path, monkeypatch, allowed, kept):
+    if kept:
+        monkeypatch.setattr(writer, "_MAX_OPEN", kept)
+        monkeypatch.setattr("ckptx.reader._MAX_OPEN", kept)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     data = RNG.integers(0, 256, (600, 3), np.uint8)
     paths = [put(tmp_path / f"in{n}", row) for n, row in enumerate(data)]
     plan = SavePlan([file_of(f"{n}", stored(n, 0, "uint8", (3,))) for n in range(600)])
     old = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (200, old[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, old[1]))
     try:
         run(plan, paths, tmp_path / "out", threads=4)
     finally:
@@ -363,3 +367,49 @@ def test_a_limit_on_file_size_is_an_error_like_any_other(weight, tmp_path):
     assert done.returncode == 1
     assert "CutShortError" in done.stderr
     assert "out/0: cannot be written: File too large" in done.stderr
+
+
+def test_nothing_is_recorded_before_it_is_on_disk(tmp_path, monkeypatch):
+    """At every record of the journal, all that it names was synced after it was written."""
+    files, leaves = 3, 4
+    source = np.arange(files * leaves * LEAF, dtype=np.uint8)
+    paths = [put(tmp_path / "source", source)]
+    plan = SavePlan(
+        [
+            file_of(f"{number}.bin", stored(0, number * leaves * LEAF, "uint8", (leaves * LEAF,)))
+            for number in range(files)
+        ]
+    )
+    staging = tmp_path / "new"
+    staging.mkdir()
+    lock, written, durable, records = threading.Lock(), [], set(), []
+    write, sync, flush = os.pwrite, os.fsync, os.fdatasync
+
+    def noted_write(descriptor: int, data: bytes, offset: int) -> int:
+        count = write(descriptor, data, offset)
+        with lock:
+            written.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), offset))
+        return count
+
+    def noted_sync(descriptor: int) -> None:
+        path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        with lock:
+            before = [one for one in written if one[0] == path]
+        if path == str(tmp_path / "journal"):
+            found = read_journal(tmp_path / "journal")
+            assert found is not None
+            records.append(len(found.leaves))
+            for leaf in found.leaves:
+                home, place = divmod(leaf, leaves)
+                assert (str(staging / f"{home}.bin"), place * LEAF) in durable, leaf
+        (flush if path == str(tmp_path / "journal") else sync)(descriptor)
+        durable.update(before)
+
+    monkeypatch.setattr(os, "pwrite", noted_write)
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "fdatasync", noted_sync)
+    identity = Identity("plan", "sources", "versions", "xxh3_128")
+    with Journal(tmp_path / "journal", identity, LEAF) as journal:
+        execute(plan, paths, staging, WriteOptions(threads=2), journal=journal)
+    assert len(records) > 2
+    assert records[-1] == files * leaves
