@@ -119,7 +119,7 @@ def read_metadata(directory: Path) -> DcpMetadata:
     state = _state(path, value, "Metadata")
     try:
         with collector_paused():
-            return _metadata(Path(directory), state)
+            return _metadata(Path(directory), state, file.size // _CHUNK_BYTES)
     except FormatError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -141,7 +141,11 @@ def _state(path: Path, value: object, name: str) -> dict[str, Any]:
     return value.state
 
 
-def _metadata(directory: Path, state: Mapping[str, Any]) -> DcpMetadata:
+_CHUNK_BYTES = 8
+"""Bytes that a chunk takes in a pickle at the least: an object and two attributes."""
+
+
+def _metadata(directory: Path, state: Mapping[str, Any], most_chunks: int) -> DcpMetadata:
     path = directory / METADATA_NAME
     tensors: dict[str, TensorEntry] = {}
     objects: list[str] = []
@@ -151,11 +155,20 @@ def _metadata(directory: Path, state: Mapping[str, Any]) -> DcpMetadata:
         if isinstance(entry, Record) and type(entry).name == "BytesStorageMetadata":
             objects.append(key)
         else:
-            tensors[key] = _tensor(path, key, _state(path, entry, "TensorStorageMetadata"))
+            fields = _state(path, entry, "TensorStorageMetadata")
+            most_chunks -= len(fields["chunks"])
+            if most_chunks < 0:
+                raise FormatError(
+                    f"{path}: {key!r}: tensors share a list of chunks, expected one for each; the "
+                    f"file is damaged"
+                )
+            tensors[key] = _tensor(path, key, fields)
     items: dict[ItemKey, Location] = {}
     for index, info in _pairs(state.get("storage_data")):
         fields = _state(path, index, "MetadataIndex")
         offset = fields.get("offset")
+        if offset is not None and len(offset) > MAX_AXES:
+            raise FormatError(f"{path}: a chunk has {len(offset)} offsets; the file is damaged")
         item = fields["fqn"], None if offset is None else tuple(offset)
         items[item] = _location(path, _state(path, info, "_StorageInfo"))
     return DcpMetadata(
@@ -173,9 +186,9 @@ def _pairs(value: Any) -> Sequence[tuple[Any, Any]]:
 
 
 def _shape(path: Path, value: Any) -> Shape:
+    if len(value) > MAX_AXES:
+        raise FormatError(f"{path}: found a tensor of {len(value)} axes; the file is damaged")
     shape = tuple(value)
-    if len(shape) > MAX_AXES:
-        raise FormatError(f"{path}: found a tensor of {len(shape)} axes; the file is damaged")
     for size in shape:
         if type(size) is not int or size < 0:
             raise FormatError(f"{path}: expected natural sizes and offsets; the file is damaged")
@@ -210,6 +223,8 @@ def _location(path: Path, fields: Mapping[str, Any]) -> Location:
     numbers = type(location.offset) is int and type(location.length) is int
     if type(location.path) is not str or not numbers or min(location.offset, location.length) < 0:
         raise FormatError(f"{path}: an item has no file, offset and length; the file is damaged")
+    if not all(type(name) is str for name in location.transforms):
+        raise FormatError(f"{path}: an item's encoding has no name; the file is damaged")
     return location
 
 

@@ -68,6 +68,10 @@ class StubClass(FrozenClass):
 _CALLABLE_WITH_ONE_VALUE = frozenset({"torch", "numpy", "pathlib", "datetime", "uuid", "_io"})
 
 
+MAX_ARGUMENTS = 255
+"""Of a call: they are copied, and a pickle can give the same ones to many."""
+
+
 class Record(metaclass=StubClass):
     """An object of a foreign class: what it was made from, nothing of what it does.
 
@@ -90,6 +94,8 @@ class Record(metaclass=StubClass):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Record:
         """Stand for NEWOBJ, which makes an object without initialising it."""
+        if len(args) > MAX_ARGUMENTS:
+            raise TypeError(f"a call has more than {MAX_ARGUMENTS} arguments")
         record = object.__new__(cls)
         record.args = args
         record.kwargs = kwargs
@@ -171,6 +177,15 @@ class TorchSize(tuple[int, ...], metaclass=FrozenClass):
 
     def __reduce__(self) -> _Rebuilt:
         return TorchSize, (tuple(self),)
+
+
+class UnhashableTuple(tuple[Any, ...]):
+    """A tuple that is too large for a key: its hash is computed anew whenever it is asked for."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        raise TypeError("a tuple that is too large, or shared too often, is a key")
 
 
 @dataclass(frozen=True, slots=True)

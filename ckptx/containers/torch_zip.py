@@ -17,11 +17,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import is_not
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ckptx.containers import pickles
-from ckptx.containers.pickle_values import Namespace, Record, TensorRecord
+from ckptx.containers.pickle_values import (
+    Namespace,
+    Record,
+    TensorRecord,
+    TorchSize,
+    UnhashableTuple,
+)
 from ckptx.containers.pickle_writer import dumps
 from ckptx.containers.source_file import SourceFile
 from ckptx.containers.zip_archive import ArchiveWriter, Member, NewMember, read_members
@@ -438,12 +445,12 @@ class _Resolver:
 
     def _tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
         self._met += len(value)
-        if type(value) is not tuple:  # a TorchSize
+        if isinstance(value, TorchSize):
             if not all(type(size) is int for size in value):
                 raise _TangledError("a torch.Size of it holds something else than numbers")
             return value
         items = tuple([self.resolve(item) for item in value])
-        if any(new is not old for new, old in zip(items, value, strict=True)):
+        if isinstance(value, UnhashableTuple) or any(map(is_not, items, value)):
             self._done[id(value)] = value, items
             return items
         return value
