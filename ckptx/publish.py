@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 PARTIAL = ".ckptx-partial"
 MANIFEST = "ckptx-manifest.json"
 _PUBLISHING = "publishing"
+_LAST = (_PUBLISHING, "lock")
+"""What a partial directory loses last, in this order."""
 _log = logging.getLogger(__name__)
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux include/uapi/linux/fs.h
 
@@ -137,10 +139,32 @@ class Target:
 
     def _clear(self) -> None:
         """Remove the partial directory: what another run can use last, and the lock after it."""
-        for name in ("new", "old", journal.NAME, _PUBLISHING):
+        for name in ("new", "old", journal.NAME, *_LAST):
             with contextlib.suppress(ConversionError):
                 _remove(self._partial / name)
         shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _clear_orphan(self) -> None:
+        """Remove what a run has left that was killed while it removed the last of what it had.
+
+        Nothing of it is of use to anyone; with a journal it would be, and stays.
+
+        Raises:
+            ConversionError: a run that has just begun owns it.
+        """
+        if not self._orphaned():
+            return
+        self._acquire(self._partial)
+        if self._orphaned():  # still, now that nobody else can be at work here
+            self._clear()
+        os.close(self._lock)
+        self._lock = -1
+
+    def _orphaned(self) -> bool:
+        try:
+            return {path.name for path in self._partial.iterdir()} <= set(_LAST)
+        except OSError:
+            return False
 
     @property
     def path(self) -> Path:
@@ -169,6 +193,8 @@ class Target:
                 self.published = True
                 _log.warning("resuming: %s is in place and whole", self._path)
                 return self._path.parent if plan.single_file else self._path
+        if self._path.exists():
+            self._clear_orphan()
         self._check_place()
         self._make(self._path.parent)
         self._acquire(self._partial)
