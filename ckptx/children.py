@@ -101,14 +101,13 @@ def run_saver(job: Job, queue: MessageQueue, line: Line, spool_path: str) -> Out
         digest = json.loads((Path(place) / manifest_path(plan)).read_bytes())["digest"]
         return facts, digest, sum(file.size for file in plan.files)
     staging = Path(place)
-    with _journal(staging, identity, job) as journal:
+    with writer.writing(staging, plan), _journal(staging, identity, job) as journal:
         written = writer.execute(
             plan, begin.files, staging, write_options(job), line.advance, journal, states
         )
         line.flush()
         content, digest = manifest.build(plan, begin, written.digests, versions(job), spool_path)
-        with writer.writing(staging):
-            write_durable(staging / manifest_path(plan), content)
+        write_durable(staging / manifest_path(plan), content)
     return facts, digest, written.resumed
 
 

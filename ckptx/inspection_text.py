@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptx.publish import size_text
+from ckptx.disk import size_text
 from ckptx.report import wrapped
 from ckptx.shards import Shard, partition_text, shards_of, stored_dtypes
 from ckptx.spec import ModelSpec
