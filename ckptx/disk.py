@@ -27,16 +27,16 @@ def size_text(nbytes: float) -> str:
 def shortage(folder: Path, plan: SavePlan | None, occupied: int = 0) -> str:
     """Say how far a plan does not fit on the disk of ``folder``; empty if it does.
 
-    ``occupied`` bytes of the disk hold parts of the plan already. Without a plan a disk is short
-    only if it has nothing free at all.
+    ``occupied`` bytes of the disk hold parts of the plan already. Without a plan, or when all of it
+    is there, a disk is short only if it has nothing free at all.
     """
     status = os.statvfs(folder)
     block = status.f_frsize
     disk, free = mount_point(folder), status.f_bavail * block
     if status.f_files and not status.f_favail:
         return f"the disk {disk} has no room for another file (no free inode)"
-    needed = sum(-(-file.size // block) * block for file in plan.files) if plan else block
-    missing = needed - occupied - free
+    needed = sum(-(-file.size // block) * block for file in plan.files) if plan else 0
+    missing = max(needed - occupied, block) - free  # manifest and journal want a block, too
     if missing <= 0:
         return ""
     return (
