@@ -152,8 +152,6 @@ def read(directory: Path, masters: bool) -> Saved:
     models = _by_rank(directory, _MODEL_3)
     single = _by_rank(directory, _MODEL)
     optimizers = _by_rank(directory, _OPTIM)
-    for shares in (single, optimizers if masters else {}):  # of ZeRO 3 model states may be alike
-        refuse_copies(shares.values())
     if models and single:
         raise FormatError(
             f"{directory}: expected model states of ZeRO 3 (zero_pp_rank_*) or of another stage "
@@ -186,6 +184,8 @@ def read(directory: Path, masters: bool) -> Saved:
         _read_optimizers(saved, optimizers, world)
     else:
         saved.skipped += optimizers.values()
+    for shares in (single, optimizers if masters else {}):  # of ZeRO 3 model states may be alike
+        refuse_copies(shares.values())
     return saved
 
 

@@ -3,7 +3,8 @@
 ``CKPTX_FAULT`` is ``ROLE VICTIM STEP``: in process ROLE, at step number STEP, VICTIM (``self``,
 ``parent`` or ``all`` of the session) gets SIGKILL, or ``disk`` is filled: all of CKPTX_FAULT_DISK
 but as many bytes as CKPTX_FAULT_LEFT says. Steps of the saver are its writes and syncs, those of
-the others what they open, make, rename and remove in the scene. ``CKPTX_FAULT_LOG`` is where writes and syncs are noted.
+the others what they open, make, rename and remove in the scene. ``CKPTX_FAULT_LOG`` is where writes
+and syncs are noted.
 """
 
 import os
