@@ -106,12 +106,6 @@ class Inspection:
             "tensors": [self._tensor(name, tensor) for name, tensor in self.tensors.items()],
         }
 
-    def render(self, width: int) -> str:
-        """Return the summary, and what was asked for of the tensors, for ``width`` columns."""
-        from ckptx.inspection_text import render
-
-        return render(self, width)
-
     def stages(self) -> list[str]:
         """Return which pipeline stage holds which layers, nothing where there is one stage."""
         pipeline = self.begin.parallel.get("pipeline")

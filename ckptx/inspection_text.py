@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptx.disk import size_text
+from ckptx.inspection import Inspection
 from ckptx.report import wrapped
 from ckptx.shards import Shard, partition_text, shards_of, stored_dtypes
 from ckptx.spec import ModelSpec
 from ckptx.tensor_stats import Statistics
 from ckptx.tensor_tree import Row, tree
-
-if TYPE_CHECKING:
-    from ckptx.inspection import Inspection
 
 _LABEL = 12  # columns
 _FILES = 3  # files of a tensor
@@ -31,7 +29,6 @@ _PARALLEL = {
     "fsdp_version": "FSDP {}",
     "ckpt_format": "{}",
 }
-
 """How sizes are shown, in this order; those that a checkpoint does not tell are not."""
 
 

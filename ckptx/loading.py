@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
+from ckptx.distribution import Taker
 from ckptx.errors import SchemaError
 from ckptx.lazy import ITEMSIZE, LazyTensor, replicated
 from ckptx.protocol import PASSTHROUGH, Dropped, SourceTensor, Tensors
-from ckptx.schema import Held, Layout, Parts, Taker
+from ckptx.schema import Held, Layout, Parts
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import check_shapes
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ckptx import manager
+from ckptx.distribution import Taker, give
 from ckptx.errors import PlanError, SchemaError
 from ckptx.lazy import LazyTensor
 from ckptx.model_directory import family_named
 from ckptx.protocol import Begin, End, Message
 from ckptx.saving import VOCABULARY, Model, collect, leave_unused, named_tensors
-from ckptx.schema import Held, Parts, Rule, Taker, give
+from ckptx.schema import Held, Parts, Rule
 
 Name: TypeAlias = tuple[str, str]
 """Message and key of a canonical tensor; no message and its own name of any other."""

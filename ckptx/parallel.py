@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ckptx.distribution import Rank
 from ckptx.errors import PlanError
-from ckptx.schema import Rank
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from ckptx.distribution import check_message, give
 from ckptx.errors import PlanError, SchemaError, listing
 from ckptx.lazy import Filled, LazyTensor, Replicated, Stored, concat, replicated
 from ckptx.protocol import PASSTHROUGH, VERSION, Begin, Dropped, End, Message, Tensors
-from ckptx.schema import Family, Layout, Parts, check_message, give
+from ckptx.schema import Family, Layout, Parts
 from ckptx.spec import ModelSpec
 
 VOCABULARY = {

@@ -37,6 +37,7 @@ from ckptx.plugin import Loader
 from ckptx.plugins.trained import (
     beside,
     plain_names,
+    size_of,
     strip_option,
     trained_messages,
 )
@@ -190,12 +191,10 @@ def _around(directory: Path, given: Path) -> tuple[Dropped, ...]:
     """Return what lies beside the model's directory where one above was given."""
     if directory == given:
         return ()
-    others = (path for path in sorted(directory.parent.iterdir()) if path != directory)
     return tuple(
-        Dropped(path.name, WEIGHTS_ONLY, sum(f.stat().st_size for f in files))
-        for path in others
-        if (files := [one for one in (path, *path.rglob("*")) if one.is_file()])
-        and path.suffix not in (".json", ".txt", ".model", ".jinja")
+        Dropped(path.name, WEIGHTS_ONLY, size_of(path))
+        for path in sorted(directory.parent.iterdir())
+        if path != directory and path.suffix not in (".json", ".txt", ".model", ".jinja")
     )
 
 

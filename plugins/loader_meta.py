@@ -12,6 +12,7 @@ import click
 
 from ckptx.containers import torch_zip
 from ckptx.containers.source_file import read_json
+from ckptx.distribution import Taker
 from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor, Stored
@@ -20,7 +21,7 @@ from ckptx.model_directory import base_sidecars, family_named, family_of, read_c
 from ckptx.model_weights import INDEXES, SINGLES, Weights
 from ckptx.plugin import Loader
 from ckptx.protocol import Begin, Dropped, End, Message, SourceTensor, Tensors
-from ckptx.schema import Layout, Taker
+from ckptx.schema import Layout
 from ckptx.schemas.meta import EMBEDDING, OUTPUT, spec_from_params
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import check_shapes

@@ -15,29 +15,26 @@ from ckptx.plan import SavePlan, literal_files
 from ckptx.plugin import Saver
 from ckptx.plugins.megatron import distributed, llava, ranks
 from ckptx.plugins.megatron.choices import (
+    Choices,
     check_tensor_parallel,
-    chosen_iteration,
-    expert_sizes,
-    padded_rows,
+    choose,
     parallel_sizes,
     repad,
-    vocabulary_multiple,
 )
-from ckptx.plugins.megatron.directory import SIDECARS, TRACKER, iteration_name
+from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.options import (
     CAPABILITIES,
     iteration_option,
     parallel_options,
     tokenizer_model_option,
     transformer_impl_option,
-    true_vocab_size,
     vocabulary_multiple_option,
     vocabulary_options,
 )
 from ckptx.protocol import Message
 from ckptx.saving import Model, check_messages, collect
 from ckptx.schemas import bert
-from ckptx.schemas.args import args_from_spec, inexpressible, launch_flags
+from ckptx.schemas.args import inexpressible, launch_flags
 from ckptx.schemas.args import notes as remarks
 from ckptx.schemas.core import ExtraState, Style
 from ckptx.schemas.llava import states as llava_states
@@ -100,36 +97,21 @@ class CoreSaver:
             *_check_expressible(spec, style.local),
             *remarked,
         ]
-        ep, etp = expert_sizes(model, options, tp)
-        true_rows = true_vocab_size(options, spec.vocab_size)
-        multiple = vocabulary_multiple(model, options)
-        padded = padded_rows(model, true_rows, multiple, tp)
-        dropped = (*unused, *repad(model, true_rows, padded))
-        iteration = chosen_iteration(model, options)
-        chunks = pipeline.chunks(spec.num_layers, spec.mtp_num_layers)
-        args = args_from_spec(
-            spec,
-            tp=tp,
-            pipeline=pipeline,
-            padded_vocab_size=padded,
-            true_vocab_size=true_rows,
-            make_vocab_size_divisible_by=multiple,
-            iteration=0 if iteration == "release" else int(iteration),
+        chosen = choose(model, options)
+        dropped = (*unused, *repad(model, chosen))
+        chunks = chosen.chunks(spec)
+        stored = stage_ranks if ckpt_format == "torch_dist" else ranks.stored_ranks
+        stage = stored(tp, chosen.ep, chosen.etp)
+        args = chosen.args(
+            *(model, options, stage),
             transformer_impl=options.get("saver_transformer_impl") or "transformer_engine",
             ckpt_format=ckpt_format,
-            source_args=model.begin.training.get("args"),
         )
-        if options.get("tokenizer_model"):
-            args["tokenizer_model"] = options["tokenizer_model"]
-        number = 0 if iteration == "release" else int(iteration)
-        args |= _expert_args(spec, ep, etp, style, options)
-        stored = stage_ranks if ckpt_format == "torch_dist" else ranks.stored_ranks
-        stage = stored(tp, ep, etp)
-        args |= {"world_size": len(stage) * pipeline.pp, "data_parallel_size": len(stage) // tp}
+        args |= _grouping(spec, style, options)
         if seeing:
             args = llava.args_of_parts(model.parts, args, model.begin.training.get("args"))
         target = distributed.Target(
-            layout, tuple(_states(spec, style, seeing)), stage, chunks, args, number
+            layout, tuple(_states(spec, style, seeing)), stage, chunks, args, chosen.number
         )
         files = (
             distributed.plan(model, target)
@@ -139,8 +121,8 @@ class CoreSaver:
         rooted = options.get("iteration_directory", True)
         return SavePlan(
             [*files, *literal_files(model.begin.sidecars, SIDECARS)],
-            directory=iteration_name(iteration) if rooted else "",
-            pointers={TRACKER: str(iteration).encode()} if rooted else {},
+            directory=chosen.directory if rooted else "",
+            pointers=chosen.pointers if rooted else {},
             dropped=dropped,
             notes=tuple(notes),
             stages=llava.describe(chunks) if seeing else describe(chunks),
@@ -150,7 +132,7 @@ class CoreSaver:
                     "--load {target} --use-checkpoint-args",
                     f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
                     *pipeline.flags(),
-                    *_expert_flags(spec, tp, ep, etp),
+                    *_expert_flags(spec, chosen),
                     *launch_flags(spec),
                     *bert.launch_flags(spec, style.local),
                     *(llava.launch_flags(args) if seeing else ()),
@@ -158,17 +140,7 @@ class CoreSaver:
             )
             if rooted
             else 'megatron.core.dist_checkpointing.load(sharded_state_dict, "{target}")',
-            details={
-                "ckpt_format": ckpt_format,
-                "tensor_parallel_size": tp,
-                "pipeline_parallel_size": pipeline.pp,
-                "virtual_pipeline_parallel_size": pipeline.vpp,
-                "expert_parallel_size": ep,
-                "expert_tensor_parallel_size": etp,
-                "padded_vocab_size": padded,
-                "true_vocab_size": true_rows,
-                "iteration": iteration,
-            },
+            details={"ckpt_format": ckpt_format, **chosen.details()},
         )
 
 
@@ -200,22 +172,21 @@ def _style(model: Model, options: Mapping[str, Any]) -> Style:
     return Style(local, bool(grouped))
 
 
-def _expert_args(
-    spec: ModelSpec, ep: int, etp: int, style: Style, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    if not spec.num_experts:
-        return {}
-    said = {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
+def _grouping(spec: ModelSpec, style: Style, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry of ``args`` for grouped experts, where there is a choice."""
     chosen = options.get("moe_grouped_gemm") if style.distributed else style.grouped
-    return said if chosen is None else {**said, "moe_grouped_gemm": chosen}
+    return {"moe_grouped_gemm": chosen} if spec.num_experts and chosen is not None else {}
 
 
-def _expert_flags(spec: ModelSpec, tp: int, ep: int, etp: int) -> list[str]:
+def _expert_flags(spec: ModelSpec, chosen: Choices) -> list[str]:
     """Return the options that tell Megatron the sizes; mixtures train over TP as sequences only."""
     if not spec.num_experts:
         return []
-    flags = [f"--expert-model-parallel-size {ep}", f"--expert-tensor-parallel-size {etp}"]
-    return flags + ["--sequence-parallel"] * (tp > 1)
+    return [
+        f"--expert-model-parallel-size {chosen.ep}",
+        f"--expert-tensor-parallel-size {chosen.etp}",
+        *["--sequence-parallel"] * (chosen.tp > 1),
+    ]
 
 
 def _check_expressible(spec: ModelSpec, local: bool) -> list[str]:

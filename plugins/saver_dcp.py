@@ -121,18 +121,11 @@ def _in_memory(
     if quantised.KEY in config:
         return tensors, ("quantised weights keep the names of files",)
     found = in_memory.in_memory(tensors, config)
-    changed = [name for name in found if name not in tensors]
-    if changed:
-        return found, (
-            f"{len(changed)} tensors have the names of transformers 5 in memory, as "
-            f"{changed[0]!r}; those of files are written with --target-names files",
-        )
-    if in_memory.differs(config):
-        return tensors, (
-            f"{config.get('model_type')}: transformers may have other names in memory than in "
-            "files; those of the source are written",
-        )
-    return tensors, ()
+    return found, in_memory.remarks(
+        *(found, tensors, config),
+        changed="those of files are written with --target-names files",
+        kept="those of the source are written",
+    )
 
 
 def _part(key: str, tensor: LazyTensor, shards: int, shard: int) -> TensorItem | None:

@@ -16,14 +16,11 @@ from ckptx.plugin import Saver
 from ckptx.plugins.megatron import ranks
 from ckptx.plugins.megatron.choices import (
     check_tensor_parallel,
-    chosen_iteration,
-    expert_sizes,
-    padded_rows,
+    choose,
     parallel_sizes,
     repad,
-    vocabulary_multiple,
 )
-from ckptx.plugins.megatron.directory import SIDECARS, TRACKER, iteration_name
+from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.distributed import Target
 from ckptx.plugins.megatron.forms import LEGACY
 from ckptx.plugins.megatron.options import (
@@ -32,14 +29,13 @@ from ckptx.plugins.megatron.options import (
     parallel_options,
     tokenizer_model_option,
     transformer_impl_option,
-    true_vocab_size,
     vocabulary_multiple_option,
     vocabulary_options,
 )
 from ckptx.protocol import Message
 from ckptx.saving import check_messages, collect
 from ckptx.schemas import bert, legacy
-from ckptx.schemas.args import args_from_spec, launch_flags
+from ckptx.schemas.args import launch_flags
 from ckptx.spec import ModelSpec
 
 
@@ -75,41 +71,20 @@ class LegacySaver:
         _check_implementation(options)
         tp, pipeline = parallel_sizes(model, options)
         _check_parallel(spec, tp, pipeline)
-        ep, etp = expert_sizes(model, options, tp)
-        true_rows = true_vocab_size(options, spec.vocab_size)
-        multiple = vocabulary_multiple(model, options)
-        padded = padded_rows(model, true_rows, multiple, tp)
-        dropped = repad(model, true_rows, padded)
-        iteration = chosen_iteration(model, options)
-        number = 0 if iteration == "release" else int(iteration)
-        chunks = pipeline.chunks(spec.num_layers)
-        args = args_from_spec(
-            spec,
-            tp=tp,
-            pipeline=pipeline,
-            padded_vocab_size=padded,
-            true_vocab_size=true_rows,
-            make_vocab_size_divisible_by=multiple,
-            iteration=number,
-            transformer_impl="local",
-            ckpt_format="torch",
-            source_args=model.begin.training.get("args"),
-        )
+        chosen = choose(model, options)
+        dropped = repad(model, chosen)
+        chunks = chosen.chunks(spec)
+        stage = ranks.stored_ranks(tp, chosen.ep, chosen.etp)
+        args = chosen.args(model, options, stage, transformer_impl="local", ckpt_format="torch")
         args |= legacy.to_args(spec)
-        if options.get("tokenizer_model"):
-            args["tokenizer_model"] = options["tokenizer_model"]
-        if spec.num_experts:
-            args |= {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
-        stage = ranks.stored_ranks(tp, ep, etp)
-        args |= {"world_size": len(stage) * pipeline.pp, "data_parallel_size": len(stage) // tp}
-        target = Target(layout, (), stage, chunks, args, number)
+        target = Target(layout, (), stage, chunks, args, chosen.number)
         return SavePlan(
             [
                 *ranks.plan(model, target, pipeline.pp, LEGACY),
                 *literal_files(model.begin.sidecars, SIDECARS),
             ],
-            directory=iteration_name(iteration),
-            pointers={TRACKER: str(iteration).encode()},
+            directory=chosen.directory,
+            pointers=chosen.pointers,
             dropped=dropped,
             notes=(*legacy.notes(spec), *_group_notes(spec, tp), *bert.type_notes(spec)),
             stages=describe(chunks),
@@ -120,21 +95,12 @@ class LegacySaver:
                     *legacy.launch_flags(spec),
                     f"--tensor-model-parallel-size {tp}",
                     *pipeline.flags(),
-                    *([f"--expert-model-parallel-size {ep}"] if spec.num_experts else []),
+                    *([f"--expert-model-parallel-size {chosen.ep}"] if spec.num_experts else []),
                     *launch_flags(spec),
                     *bert.launch_flags(spec),
                 ]
             ),
-            details={
-                "checkpoint_version": legacy.VERSION,
-                "tensor_parallel_size": tp,
-                "pipeline_parallel_size": pipeline.pp,
-                "virtual_pipeline_parallel_size": pipeline.vpp,
-                "expert_parallel_size": ep,
-                "padded_vocab_size": padded,
-                "true_vocab_size": true_rows,
-                "iteration": iteration,
-            },
+            details={"checkpoint_version": legacy.VERSION, **chosen.details()},
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ckptx.containers import safetensors, torch_zip
+from ckptx.distribution import Rank, give
 from ckptx.errors import PlanError, SchemaError
 from ckptx.hookspecs import hookimpl
 from ckptx.lazy import LazyTensor
@@ -19,7 +20,7 @@ from ckptx.plugin import Saver
 from ckptx.plugins.loader_meta import PARAMS
 from ckptx.protocol import Message
 from ckptx.saving import Model, check_messages, collect, resize_vocabulary
-from ckptx.schema import Layout, Rank, give
+from ckptx.schema import Layout
 from ckptx.schemas.meta import (
     EMBEDDING,
     META_WIDTH,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from ckptx.distribution import give
 from ckptx.errors import FormatError, listing
 from ckptx.lazy import Filled, LazyTensor, Shape
 from ckptx.model_directory import (
@@ -24,7 +25,6 @@ from ckptx.model_directory import (
     sidecars,
 )
 from ckptx.protocol import Begin, Dropped, Message
-from ckptx.schema import give
 from ckptx.schemas import in_memory
 from ckptx.vocabulary import dimensions, keys_of
 
@@ -79,18 +79,11 @@ def named_as_in_files(
     if config is None:
         return tensors, ()
     found = in_memory.in_files(tensors, config)
-    changed = [name for name in tensors if name not in found]
-    if changed:
-        return found, (
-            f"{len(changed)} tensors have the names of transformers 5 in memory, as "
-            f"{changed[0]!r}; they were given those of its files",
-        )
-    if in_memory.differs(config):
-        return tensors, (
-            f"{config.get('model_type')}: transformers may have other names in memory than in "
-            "files; those of the source are kept",
-        )
-    return tensors, ()
+    return found, in_memory.remarks(
+        *(tensors, found, config),
+        changed="they were given those of its files",
+        kept="those of the source are kept",
+    )
 
 
 def strip_option() -> click.Option:

@@ -18,7 +18,7 @@ from typing import Any
 from ckptx.containers.pickle_values import TorchDtype
 from ckptx.errors import SchemaError
 from ckptx.parallel import Pipeline
-from ckptx.schemas import bert, experts, latent
+from ckptx.schemas import bert, experts, latent, rope_scaling, sliding_windows
 from ckptx.schemas.activations import (
     activation_flags,
     activation_from_args,
@@ -70,16 +70,6 @@ EPSILON = ("layernorm_epsilon", "norm_epsilon")
 ZERO_CENTERED = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
 
 DTYPE_FLAGS = {"bfloat16": "bf16", "float16": "fp16"}
-
-# megatron/core/models/common/embeddings/rotary_pos_embedding.py, _apply_scaling: only the factor
-# is a parameter there.
-LLAMA3_CONSTANTS = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-# gpt_builders.py up to core 0.19 does not pass args.rope_scaling_factor on: models get this one.
-BUILDER_FACTOR = 8.0
 
 NOTE = "ckptx"
 """The entry of ``args`` with what Megatron has no argument for."""
@@ -212,7 +202,7 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
     note = args.get(NOTE) or {}
     extra = {
         **note.get("extra", {}),
-        **windows_extra(*_windows_from_args(args)),
+        **windows_extra(*sliding_windows.from_args(args)),
         **{name: args[name] for name in FOREIGN if args.get(name)},
         **experts.foreign(args),
     }
@@ -277,8 +267,8 @@ def _attention_inexpressible(spec: ModelSpec) -> Iterator[str]:
 def notes(spec: ModelSpec) -> list[str]:
     """Return what Megatron must be told by hand although all weights are there, one line each."""
     return [
-        *_window_notes(spec),
-        *([] if spec.multi_latent_attention else _scaling_notes(spec)),
+        *sliding_windows.notes(spec),
+        *([] if spec.multi_latent_attention else rope_scaling.notes(spec)),
         *latent.notes(spec),
         *activation_notes(spec),
         *_embedding_notes(spec),
@@ -300,11 +290,10 @@ def launch_flags(spec: ModelSpec) -> list[str]:
     flags += activation_flags(spec)
     if spec.extra.get(ZERO_CENTERED[0]):
         flags += ["--apply-layernorm-1p"]
-    if _is_llama3(spec):
-        flags += ["--use-rope-scaling", "--rope-scaling-factor", str(_factor(spec))]
+    flags += rope_scaling.launch_flags(spec)
     flags += experts.launch_flags(spec)
     flags += latent.launch_flags(spec)
-    flags += _window_flags(spec)
+    flags += sliding_windows.launch_flags(spec)
     if spec.dtype in DTYPE_FLAGS:
         flags += [f"--{DTYPE_FLAGS[spec.dtype]}"]
     return flags
@@ -322,10 +311,10 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
         **{name: spec.norm_epsilon for name in EPSILON},
         **{name: zero_centered for name in ZERO_CENTERED},
         **activation_to_args(spec),
-        **_scaling_to_args(spec),
+        **rope_scaling.to_args(spec),
         **experts.to_args(spec),
         **latent.to_args(spec),
-        **_windows_to_args(spec),
+        **sliding_windows.to_args(spec),
         NOTE: _note(spec),
     }
 
@@ -359,7 +348,7 @@ def _note(spec: ModelSpec) -> dict[str, Any]:
     said_otherwise = {"sliding_window", "layer_types", *FOREIGN}
     extra = {key: value for key, value in spec.extra.items() if key not in said_otherwise}
     note: dict[str, Any] = {"family": spec.family} if spec.family in FAMILIES else {}
-    exact = latent.is_exact if spec.multi_latent_attention else _is_exact_llama3
+    exact = latent.is_exact if spec.multi_latent_attention else rope_scaling.is_exact
     if spec.rotary_scaling is not None and not exact(spec):
         note["rotary_scaling"] = dict(spec.rotary_scaling)
     return note | ({"extra": extra} if extra else {})
@@ -426,88 +415,7 @@ def _dtype_from_args(args: Mapping[str, Any]) -> str:
 def _scaling_from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
     if args.get("multi_latent_attention"):
         return latent.scaling_from_args(args)
-    if args.get("use_rope_scaling"):
-        factor = args.get("rope_scaling_factor") or BUILDER_FACTOR
-        return {"rope_type": "llama3", "factor": float(factor), **LLAMA3_CONSTANTS}
-    if factor := args.get("rotary_seq_len_interpolation_factor"):
-        return {"rope_type": "linear", "factor": float(factor)}
-    return None
-
-
-def _scaling_to_args(spec: ModelSpec) -> dict[str, Any]:
-    scaling = spec.rotary_scaling or {}
-    return {
-        "use_rope_scaling": _is_llama3(spec),
-        "rope_scaling_factor": _factor(spec),
-        "rotary_seq_len_interpolation_factor": (
-            int(scaling["factor"]) if _is_whole_linear(spec) else None
-        ),
-    }
-
-
-def _is_llama3(spec: ModelSpec) -> bool:
-    return spec.rotary_scaling is not None and spec.rotary_scaling["rope_type"] == "llama3"
-
-
-def _is_exact_llama3(spec: ModelSpec) -> bool:
-    """Whether the arguments, as Megatron reads them, say this scaling and no other."""
-    said = {"use_rope_scaling": _is_llama3(spec), "rope_scaling_factor": _factor(spec)}
-    return spec.rotary_scaling == _scaling_from_args(said)
-
-
-def _is_whole_linear(spec: ModelSpec) -> bool:
-    scaling = spec.rotary_scaling
-    return (
-        scaling is not None
-        and scaling["rope_type"] == "linear"
-        and float(scaling["factor"]).is_integer()
-    )
-
-
-def _factor(spec: ModelSpec) -> float:
-    if spec.rotary_scaling is None or not _is_llama3(spec):
-        return BUILDER_FACTOR
-    return float(spec.rotary_scaling["factor"])
-
-
-def _windows_to_args(spec: ModelSpec) -> dict[str, Any]:
-    """Return ``window_size``, which counts tokens before the own one, and the layers without.
-
-    Source: megatron/core/transformer/utils.py get_sliding_window_causal_mask and
-    is_layer_window_attention @ core_v0.16.1.
-    """
-    inside = windowed_layers(spec)
-    if not any(inside):
-        return {"window_size": None, "window_attn_skip_freq": None}
-    pattern = None if all(inside) else [int(one) for one in inside]
-    return {
-        "window_size": (spec.extra["sliding_window"] - 1, 0),
-        "window_attn_skip_freq": pattern,
-    }
-
-
-def _window_flags(spec: ModelSpec) -> list[str]:
-    said = _windows_to_args(spec)
-    flags = []
-    if said["window_size"]:
-        flags += ["--window-size", ",".join(str(side) for side in said["window_size"])]
-    if said["window_attn_skip_freq"]:
-        flags += ["--window-attn-skip-freq", str(said["window_attn_skip_freq"]).replace(" ", "")]
-    return flags
-
-
-def _windows_from_args(args: Mapping[str, Any]) -> tuple[int | None, list[bool]]:
-    size, layers = args.get("window_size"), args["num_layers"]
-    if not size or size[0] < 0:
-        return None, [False] * layers
-    frequency = args.get("window_attn_skip_freq")
-    if frequency is None:
-        inside = [True] * layers
-    elif isinstance(frequency, int):
-        inside = [number % frequency != 0 for number in range(1, layers + 1)]
-    else:
-        inside = [bool(one) for one in frequency]
-    return size[0] + 1, inside
+    return rope_scaling.from_args(args)
 
 
 def _guess(spec: ModelSpec) -> str:
@@ -548,50 +456,10 @@ def _of_family(spec: ModelSpec, family: str, asked: bool) -> ModelSpec:
     return named
 
 
-def _window_notes(spec: ModelSpec) -> Iterator[str]:
-    if flags := _window_flags(spec):
-        yield (
-            f"sliding_window {spec.extra['sliding_window']}: Megatron does not take it from a "
-            f"checkpoint; pass {' '.join(flags)} (core 0.15 or later; earlier ones attend to "
-            "everything)"
-        )
-
-
 def _embedding_notes(spec: ModelSpec) -> Iterator[str]:
     if spec.extra.get("scale_embeddings"):
         yield (
             f"{spec.architecture} multiplies embeddings by the square root of hidden_size, "
             f"{spec.hidden_size**0.5:g}: Megatron (to core 0.16) has no setting for it; multiply "
             "the output of GPTModel.embedding in a forward hook, or logits are wrong"
-        )
-
-
-def _scaling_notes(spec: ModelSpec) -> Iterator[str]:
-    if spec.rotary_scaling is None:
-        return
-    scaling = spec.rotary_scaling
-    kind = scaling["rope_type"]
-    if kind == "llama3":
-        if _factor(spec) != BUILDER_FACTOR:
-            yield (
-                f"rope_scaling factor {_factor(spec):g}: Megatron's gpt_builders.py (to core 0.19) "
-                f"ignores --rope-scaling-factor and uses {BUILDER_FACTOR:g}; build GPTModel with "
-                f"rope_scaling_factor={_factor(spec):g}"
-            )
-        for name, constant in LLAMA3_CONSTANTS.items():
-            if scaling.get(name, constant) != constant:
-                yield (
-                    f"rope_scaling {name} {scaling[name]}: Megatron's RotaryEmbedding has "
-                    f"{constant} fixed in _apply_scaling; change it there"
-                )
-    elif _is_whole_linear(spec):
-        yield (
-            "linear rope_scaling: pass --rotary-seq-len-interpolation-factor "
-            f"{scaling['factor']:g}; gpt_builders.py ignores it: build GPTModel with "
-            f"seq_len_interpolation_factor={scaling['factor']:g}"
-        )
-    else:
-        yield (
-            f"rope_scaling {dict(scaling)}: Megatron has no argument for {kind} scaling of a GPT "
-            "model and runs without; the setting is kept for the way back"
         )

@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 
 from ckptx.errors import SchemaError
 from ckptx.hookspecs import hookimpl
+from ckptx.isos import QKV
 from ckptx.lazy import LazyTensor, Shape, replicated
-from ckptx.schema import QKV, Family, Layout, Rule, Section, Spelling, rule
+from ckptx.schema import Family, Layout, Rule, Section, Spelling, rule
 from ckptx.schemas import legacy
 from ckptx.schemas.blocks import norm, untied
 from ckptx.schemas.core import STYLES, ExtraState, Style, extra_states, mcore_gpt

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-from ckptx.schema import FUSED_QKV, GLU, QKV, Rule, Section, rule
+from ckptx.isos import FUSED_QKV, GLU, QKV
+from ckptx.schema import Rule, Section, rule
 from ckptx.spec import ModelSpec
 
 Block: TypeAlias = Callable[[str], tuple[Rule, ...]]

@@ -16,22 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ckptx.schema import (
-    EXPERT_GLU,
-    GLU,
-    GROUPED_FC1,
-    GROUPED_FC2,
-    SAME,
-    Iso,
-    LayerPredicate,
-    Layout,
-    Predicate,
-    Rule,
-    Section,
-    always,
-    each,
-    rule,
-)
+from ckptx.isos import EXPERT_GLU, GLU, GROUPED_FC1, GROUPED_FC2, SAME, Iso, each
+from ckptx.schema import LayerPredicate, Layout, Predicate, Rule, Section, always, rule
 from ckptx.schemas.blocks import (
     dense_bias,
     gated,

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from functools import partial
 
 from ckptx.hookspecs import hookimpl
-from ckptx.schema import FUSED_QKV, SAME, Family, Iso, Layout, Rule, Section, Transposed, rule
+from ckptx.isos import FUSED_QKV, SAME, Iso, Transposed
+from ckptx.schema import Family, Layout, Rule, Section, rule
 from ckptx.schemas.blocks import norm, untied
 from ckptx.schemas.core import MCORE
 from ckptx.schemas.hf import config_from_spec, spec_from_config

@@ -243,6 +243,33 @@ def differs(config: Mapping[str, Any]) -> bool:
     return any(kind in OTHERS for kind in _kinds(config))
 
 
+def remarks(
+    memory: Mapping[str, LazyTensor],
+    files: Mapping[str, LazyTensor],
+    config: Mapping[str, Any],
+    *,
+    changed: str,
+    kept: str,
+) -> tuple[str, ...]:
+    """Return what a user should know of two sets of names that came from one another.
+
+    ``changed`` and ``kept`` say what became of names that have two forms, and of those of models
+    that may have another one in memory which no table here knows.
+    """
+    others = [name for name in memory if name not in files]
+    if others:
+        return (
+            f"{len(others)} tensors have the names of transformers 5 in memory, as "
+            f"{others[0]!r}; {changed}",
+        )
+    if differs(config):
+        return (
+            f"{config.get('model_type')}: transformers may have other names in memory than in "
+            f"files; {kept}",
+        )
+    return ()
+
+
 def _facts(
     config: Mapping[str, Any],
 ) -> tuple[list[Names], list[Experts], list[Names]]:

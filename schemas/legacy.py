@@ -17,20 +17,9 @@ from dataclasses import replace
 from typing import Any
 
 from ckptx.errors import SchemaError
+from ckptx.isos import FUSED_QKV, GLU, SAME, Iso, each
 from ckptx.lazy import LazyTensor, Shape
-from ckptx.schema import (
-    FUSED_QKV,
-    GLU,
-    SAME,
-    Iso,
-    Layout,
-    Rule,
-    Section,
-    Spelling,
-    always,
-    each,
-    rule,
-)
+from ckptx.schema import Layout, Rule, Section, Spelling, always, rule
 from ckptx.schemas.activations import FUSION
 from ckptx.schemas.blocks import (
     dense_bias,

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckptx.errors import SchemaError, listing
-from ckptx.schema import QKV, ROTARY_PAIRS, Layout, Section, chain, rule
+from ckptx.isos import QKV, ROTARY_PAIRS, chain
+from ckptx.schema import Layout, Section, rule
 from ckptx.schemas.blocks import untied
 from ckptx.schemas.hf import biases, windowed_layers, windows_extra
 from ckptx.spec import ModelSpec

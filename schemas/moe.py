@@ -13,7 +13,8 @@ from collections.abc import Callable
 from functools import partial
 
 from ckptx.hookspecs import hookimpl
-from ckptx.schema import EXPERT_GLU, SAME, Family, Layout, Rule, Section, each, rule
+from ckptx.isos import EXPERT_GLU, SAME, each
+from ckptx.schema import Family, Layout, Rule, Section, rule
 from ckptx.schemas.blocks import hf_attention, hf_gated_mlp, untied
 from ckptx.schemas.core import MCORE, moe, not_moe, shared_experts, shared_gate
 from ckptx.schemas.hf import config_from_spec, spec_from_config

@@ -13,7 +13,8 @@ torchtitan/models/{llama3,qwen3}/model/state_dict_adapter.py @ v0.2.2.
 
 from __future__ import annotations
 
-from ckptx.schema import QKV, ROTARY_PAIRS, Iso, Layout, Rule, Section, chain, rule
+from ckptx.isos import QKV, ROTARY_PAIRS, Iso, chain
+from ckptx.schema import Layout, Rule, Section, rule
 from ckptx.schemas.blocks import qk_norm, untied
 
 EMBEDDING = "tok_embeddings.weight"

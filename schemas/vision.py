@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ckptx.schema import FUSED_QKV, QKV, Predicate, Rule, Section, always, bare, rule
+from ckptx.isos import FUSED_QKV, QKV, bare
+from ckptx.schema import Predicate, Rule, Section, always, rule
 from ckptx.schemas.blocks import (
     dense_bias,
     gated,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,18 @@ class Dtype(click.ParamType[Any]):
         return DTYPES[value]
 
 
-def show_result(result: Any, as_json: bool, quiet: bool) -> None:
-    """Print a result that has ``to_json()`` and ``render(width)``."""
+def show_result(
+    result: Any,
+    as_json: bool,
+    quiet: bool,
+    render: Callable[[Any, int], str] | None = None,
+) -> None:
+    """Print a result that has ``to_json()``, and ``render(width)`` unless that is given."""
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=1))
     elif not quiet:
-        click.echo(printable(result.render(shutil.get_terminal_size().columns)))
+        width = shutil.get_terminal_size().columns
+        click.echo(printable(render(result, width) if render else result.render(width)))
 
 
 def printable(text: str) -> str:

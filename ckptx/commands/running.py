@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ckptx.commands.options import Dtype, output_options, show_result
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _PROMPT = "The capital of France is"
+_ABOUT_IMAGE = "What is in the image?"
 
 
 class Tokens(click.ParamType[Any]):
@@ -113,9 +115,11 @@ def generate_command() -> click.Command:
 def _generate(
     model: Path, output_file: Path | None, as_json: bool, quiet: bool, verbose: bool, **given: Any
 ) -> None:
+    from ckptx.progress import Bar, Silent
     from ckptx.running.generate import generate
 
-    result = generate(model, _job(given), output_file)
+    shown = sys.stderr.isatty() and not (quiet or as_json or verbose)
+    result = generate(model, _job(given), output_file, Bar() if shown else Silent())
     show_result(result, as_json, quiet)
 
 
@@ -124,7 +128,7 @@ def _job(given: dict[str, Any]) -> dict[str, Any]:
     chosen = [given[name] for name in ("temperature", "top_p", "top_k", "seed")]
     prompts = list(given["prompts"])
     if not prompts and not given["prompt_ids"]:
-        prompts = [_PROMPT]
+        prompts = [_ABOUT_IMAGE if given["image"] else _PROMPT]
     if given["image"] and given["prompt_ids"]:
         raise click.UsageError("--image goes with --prompt, not with --prompt-ids")
     return {
@@ -201,10 +205,17 @@ def check_inputs(logits: bool) -> None:
 
 
 def compared_logits(
-    a: Path, b: Path, loader_a: str | None, loader_b: str | None, given: dict[str, Any]
+    a: Path,
+    b: Path,
+    loader_a: str | None,
+    loader_b: str | None,
+    given: dict[str, Any],
+    quiet: bool,
 ) -> Any:
     """Return the comparison of what two models compute."""
+    from ckptx.progress import Bar, Silent
     from ckptx.running.logits import Inputs, compare_logits
 
     inputs = Inputs(given["tokens"], given["seed"], given["prompt"], given["hf_base"])
-    return compare_logits(a, b, loader_a, loader_b, inputs, given["logits_atol"])
+    bar = Bar() if sys.stderr.isatty() and not quiet else Silent()
+    return compare_logits(a, b, loader_a, loader_b, inputs, given["logits_atol"], bar)

@@ -40,7 +40,8 @@ def verify_command() -> click.Command:
         result: Any
         running.check_inputs(logits and b is not None)
         if logits and b is not None:
-            result = running.compared_logits(a, b, loader_a, loader_b, inputs)
+            still = quiet or as_json or verbose
+            result = running.compared_logits(a, b, loader_a, loader_b, inputs, still)
         elif against_manifest is not None:
             from ckptx.manifest_check import check
 

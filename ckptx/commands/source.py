@@ -97,6 +97,7 @@ def inspect_command() -> click.Command:
     def run(path: Path, loader: str, options: dict[str, Any], params: dict[str, Any]) -> None:
         from ckptx import progress
         from ckptx.inspection import Wanted, inspect
+        from ckptx.inspection_text import render
         from ckptx.tensor_tree import parse_layers
 
         wanted = Wanted(
@@ -111,7 +112,7 @@ def inspect_command() -> click.Command:
             inspection = inspect(path, loader, options, wanted, shown)
         finally:
             shown.close()
-        show_result(inspection, params["as_json"], params["quiet"])
+        show_result(inspection, params["as_json"], params["quiet"], render)
         if not inspection.healthy:
             raise click.exceptions.Exit(1)
 

@@ -56,7 +56,11 @@ def ask(module: str, job: Mapping[str, Any], **environment: str) -> dict[str, An
         asked.write_text(json.dumps({**job, "parent": os.getpid()}))
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         # Pickles are never executed, whatever a framework's own default is.
-        env = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "HF_HUB_OFFLINE": "1"}
+        env = {
+            "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",
+            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0",
+            "HF_HUB_OFFLINE": "1",
+        }
         command = [sys.executable, "-P", "-m", f"ckptx.running.{module}"]
         with log.open("wb") as output:
             verbose = logging.getLogger().isEnabledFor(logging.INFO)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckptx import manager
+from ckptx.containers.source_file import read_small
 from ckptx.errors import CkptxError, ConversionError, FormatError
-from ckptx.model_directory import CONFIG
+from ckptx.model_directory import CONFIG, read_config
+from ckptx.progress import Progress, Silent
 from ckptx.running import child
+from ckptx.running.tokenizer_files import holds_tokenizer
+
+_COLUMN = 10  # where text begins, beside its label
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +32,12 @@ class Generated:
 
     def render(self, width: int) -> str:
         """Return the result as text: every prompt, and what follows it."""
-        lines = []
+        lines: list[str] = []
         for one in self.answer["generations"]:
             ids = " ".join(map(str, one["prompt_tokens"]))
-            lines.append(f"prompt    {ids if one['prompt'] is None else one['prompt']}")
+            lines += _beside("prompt", ids if one["prompt"] is None else one["prompt"], width)
             tokens = " ".join(map(str, one["tokens"]))
-            lines.append(f"generated {tokens if one['text'] is None else one['text']}")
+            lines += _beside("generated", tokens if one["text"] is None else one["text"], width)
             if "benchmark" in one:
                 speed = one["benchmark"]
                 lines.append(
@@ -40,17 +46,37 @@ class Generated:
                 )
             lines.append("")
         count = sum(len(one["tokens"]) for one in self.answer["generations"])
-        return "\n".join(
-            [
-                *lines,
-                f"{self.answer['class']}, {self.answer['parameters']:,} parameters, "
-                f"{self.answer['dtype']} on {self.answer['device']}: every weight was found; "
-                f"{count} tokens generated",
-            ]
+        sampling = self.answer["sampling"]
+        last = (
+            f"{self.answer['class']}, {self.answer['parameters']:,} parameters, "
+            f"{self.answer['dtype']} on {self.answer['device']}: every weight was found; loaded in "
+            f"{self.answer['load_seconds']:.1f} s; {count} tokens generated"
+            f"{', sampled with seed ' + str(sampling['seed']) if sampling else ''}"
         )
+        return "\n".join([*lines, *textwrap.wrap(last, width)])
 
 
-def generate(model: Path, job: Mapping[str, Any], output: Path | None = None) -> Generated:
+def _beside(label: str, text: str, width: int) -> list[str]:
+    """Return a text beside its label: its own lines and blanks, and long lines broken."""
+    found = []
+    for line in text.split("\n"):
+        found += textwrap.wrap(
+            line,
+            max(width - _COLUMN, _COLUMN),
+            expand_tabs=False,
+            replace_whitespace=False,
+            break_on_hyphens=False,
+        ) or [""]
+    labels = (label, *[""] * (len(found) - 1))
+    return [f"{head:<{_COLUMN}}{line}".rstrip() for head, line in zip(labels, found, strict=True)]
+
+
+def generate(
+    model: Path,
+    job: Mapping[str, Any],
+    output: Path | None = None,
+    progress: Progress | None = None,
+) -> Generated:
     """Load a Hugging Face directory with transformers and generate; write ``output`` as JSON.
 
     Raises:
@@ -58,10 +84,22 @@ def generate(model: Path, job: Mapping[str, Any], output: Path | None = None) ->
     """
     if not (model / CONFIG).is_file():
         raise FormatError(f"{model}: holds no {CONFIG}{_instead(model)}")
+    read_config({CONFIG: read_small(model / CONFIG)}, model)
+    place = Path(job["tokenizer"] or model)
+    if (job["tokenizer"] or job["prompts"]) and not holds_tokenizer(place):
+        raise FormatError(
+            f"{place}: holds no tokenizer; name the directory of one with --tokenizer, or "
+            'give tokens with --prompt-ids "1 2 3"'
+        )
     child.require("transformers", "generate")
     if output is not None and not output.resolve().parent.is_dir():
         raise FormatError(f"--output-file {output}: its directory does not exist")
-    result = Generated(child.ask("generation", {**job, "model": str(model)}))
+    progress = progress or Silent()
+    progress.stage(f"transformers runs {model.absolute().name}")
+    try:
+        result = Generated(child.ask("generation", {**job, "model": str(model)}))
+    finally:
+        progress.close()
     if output is not None:
         try:
             output.write_text(json.dumps(result.to_json(), indent=1) + "\n")

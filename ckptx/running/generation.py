@@ -24,14 +24,14 @@ def generate(job: Mapping[str, Any]) -> dict[str, Any]:
     """
     directory = Path(job["model"])
     remote = job["trust_remote_code"]
+    if job["image"] and not transformers_model.takes_images(directory, trust_remote_code=remote):
+        raise SideError(f"{directory}: its model takes no images; leave --image out")
     reader = _Reader(job, directory, remote)
     started = time.perf_counter()
-    model, seeing = transformers_model.load(
+    model = transformers_model.load(
         directory, job["dtype"], job["device"], trust_remote_code=remote
     )
     loaded = time.perf_counter() - started
-    if job["image"] and not seeing:
-        raise SideError(f"{directory}: {type(model).__name__} takes no images; leave --image out")
     prompts = [("", ids) for ids in job["prompt_ids"]] + [(p, None) for p in job["prompts"]]
     with _finite_logits(model, directory):
         found = [_one(model, reader, text, ids, job) for text, ids in prompts]
@@ -42,6 +42,9 @@ def generate(job: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "load_seconds": loaded,
+        "sampling": {name: job[name] for name in ("temperature", "top_p", "top_k", "seed")}
+        if job["sample"]
+        else None,
         "generations": found,
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
     }
@@ -51,33 +54,23 @@ class _Reader:
     """Turns prompts into what a model takes, and tokens into text."""
 
     def __init__(self, job: Mapping[str, Any], directory: Path, remote: bool) -> None:
-        self.image = job["image"]
         place = Path(job["tokenizer"] or directory)
         self.tokenizer = transformers_model.tokenizer_of(place, trust_remote_code=remote)
+        self.picture: Any = None
         self.processor: Any = None
-        if self.tokenizer is None and (job["tokenizer"] or job["prompts"]):
-            raise SideError(
-                f"{place}: holds no tokenizer; name the directory of one with --tokenizer, or "
-                'give tokens with --prompt-ids "1 2 3"'
-            )
-        if self.image is not None:
-            _check_images()
-            make: Any = transformers.AutoProcessor.from_pretrained
-            self.processor = make(place, local_files_only=True, trust_remote_code=remote)
+        if job["image"] is not None:
+            self.picture = _picture(job["image"])
+            self.processor = _processor(place, remote)
 
     def inputs(self, text: str, ids: list[int] | None) -> dict[str, Any]:
         """Return the arguments of a model for one prompt, each with a batch axis of 1."""
         if ids is not None:
             tokens = torch.tensor([ids])
             return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        if self.image is None:
+        if self.picture is None:
             return dict(self.tokenizer(text, return_tensors="pt"))
-        from PIL import Image
-
-        with Image.open(self.image) as file:
-            picture = file.convert("RGB")
         return dict(
-            self.processor(text=self._with_image(text), images=picture, return_tensors="pt")
+            self.processor(text=self._with_image(text), images=self.picture, return_tensors="pt")
         )
 
     def _with_image(self, text: str) -> str:
@@ -95,14 +88,46 @@ class _Reader:
         return f"{token}\n{text}"
 
 
-def _check_images() -> None:
+def _picture(path: str) -> Any:
+    """Return an image of three channels, read whole.
+
+    Raises:
+        SideError: Pillow is not installed, or cannot read it.
+    """
     try:
-        import PIL  # noqa: F401 - only asked for
+        from PIL import Image
     except ImportError:
         raise SideError(
             "--image: images are read by Pillow, which is not installed: "
-            "pip install pillow torchvision"
+            "pip install 'ckptx[images]'"
         ) from None
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SideError(f"--image {path}: no image that Pillow can read: {error}") from error
+
+
+def _processor(place: Path, remote: bool) -> Any:
+    """Return what turns images and text into the arguments of a model.
+
+    Raises:
+        SideError: there is none, or it needs a package that is not installed.
+    """
+    make: Any = transformers.AutoProcessor.from_pretrained
+    try:
+        found = make(place, local_files_only=True, trust_remote_code=remote)
+    except ImportError as error:
+        need = " ".join(str(error).split()).split(". ")[0]
+        raise SideError(f"--image: the processor in {place} cannot be built: {need}") from error
+    except OSError:
+        found = None
+    if getattr(found, "image_processor", None) is None:
+        raise SideError(
+            f"--image: {place} holds no processor of images; copy processor_config.json or "
+            "preprocessor_config.json there, or name the directory that has it with --tokenizer"
+        )
+    return found
 
 
 @contextmanager

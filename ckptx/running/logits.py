@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptx.errors import ConversionError, PlanError
+from ckptx.progress import Progress, Silent
+from ckptx.report import wrapped
 from ckptx.running import child
 from ckptx.running.sides import Side, prepare
 from ckptx.supervision import Interrupts
@@ -79,27 +82,26 @@ class LogitsComparison:
     def render(self, width: int) -> str:
         """Return the comparison as text."""
         count = sum(len(row) for row in self.tokens)
+        given = f"{count} tokens in {len(self.tokens)} sequences, {self.vocab_size:,} logits each"
         lines = [
-            f"A  {self.left}: {self.frameworks[0]}",
-            f"B  {self.right}: {self.frameworks[1]}",
-            f"{count} tokens in {len(self.tokens)} sequences, {self.vocab_size:,} logits each",
-            *(f"note: {note}" for note in self.notes),
+            *wrapped("A", f"{self.left}: {self.frameworks[0]}", width, 3),
+            *wrapped("B", f"{self.right}: {self.frameworks[1]}", width, 3),
+            *wrapped("", given, width, 0),
+            *(line for note in self.notes for line in wrapped("note:", note, width, 6)),
         ]
         if any(self.not_finite):
-            lines.append(
+            last = [
                 f"not equal: {self.not_finite[0]} logits of A and {self.not_finite[1]} of B are "
                 "NaN or infinite"
-            )
-            return "\n".join(lines)
-        return "\n".join(
-            [
-                *lines,
+            ]
+        else:
+            last = [
                 f"max abs difference {self.max_abs:.3g}, mean KL {self.mean_kl:.3g}, "
                 f"same top token at {self.top1:.1%}",
                 f"{'equal' if self.equal else 'not equal'}: logits differ by "
                 f"{self.max_abs:.3g}, {self.atol:g} is allowed",
             ]
-        )
+        return "\n".join(lines + [part for one in last for part in wrapped("", one, width, 0)])
 
 
 def compare_logits(
@@ -109,32 +111,41 @@ def compare_logits(
     loader_b: str | None = None,
     inputs: Inputs | None = None,
     atol: float = ATOL,
+    progress: Progress | None = None,
 ) -> LogitsComparison:
     """Run both checkpoints on the same tokens in float32, one after the other, and compare.
 
     What must be converted first goes to a temporary directory (``TMPDIR``), which is removed.
+    ``progress`` is told of the stages, and closed.
 
     Raises:
         CkptxError: one of them cannot be run.
     """
     inputs = inputs or Inputs()
+    progress = progress or Silent()
     with (
+        closing(progress),
         Interrupts() as stopping,  # so that a signal leaves by way of the folder's removal
         tempfile.TemporaryDirectory(prefix="ckptx-logits-") as folder,
     ):
         scratch = Path(folder)
+        progress.stage("preparing A")
         one = prepare(left, loader_a, inputs.hf_base, scratch, "a")
         stopping.check()
+        progress.stage("preparing B")
         other = prepare(right, loader_b, inputs.hf_base, scratch, "b")
         stopping.check()
         sides = (one, other)
         tokens = _tokens(sides, inputs)
-        a = _logits(one, tokens, scratch / "0")
+        progress.stage(f"running A by {one.framework}")
+        one, a = _logits(one, tokens, scratch / "0")
         stopping.check()
-        b = _logits(other, tokens, scratch / "1")
+        progress.stage(f"running B by {other.framework}")
+        other, b = _logits(other, tokens, scratch / "1")
+    sides = (one, other)
     notes = tuple(note for side in sides for note in side.notes)
     names = (sides[0].framework, sides[1].framework)
-    return _measured((str(left), str(right)), names, tokens, a, b, atol, notes)
+    return measured((str(left), str(right)), names, tokens, a, b, atol, notes)
 
 
 def _tokens(sides: tuple[Side, Side], inputs: Inputs) -> npt.NDArray[np.int64]:
@@ -178,26 +189,30 @@ def _spoken(sides: tuple[Side, Side], prompt: str) -> npt.NDArray[np.int64]:
     return np.array(answer["tokens"], np.int64)
 
 
-def _logits(side: Side, tokens: npt.NDArray[np.int64], scratch: Path) -> npt.NDArray[np.float32]:
-    """Return what a model computes: float32 [batch, sequence, vocabulary]."""
+def _logits(
+    side: Side, tokens: npt.NDArray[np.int64], scratch: Path
+) -> tuple[Side, npt.NDArray[np.float32]]:
+    """Return what a model computes, float32 [batch, sequence, vocabulary], and how it was run."""
     import numpy as np
 
-    scratch.mkdir()
+    scratch.mkdir(exist_ok=True)
     given, out = scratch / "tokens.npy", scratch / "logits.npy"
     np.save(given, tokens)
     job = {**side.job, "tokens": str(given), "out": str(out), "scratch": str(scratch)}
     # A GPU is hidden: the same road everywhere, and no TF32.
-    child.ask(side.module, job, CUDA_VISIBLE_DEVICES="")
+    answer = child.ask(side.module, job, CUDA_VISIBLE_DEVICES="")
+    if side.instead is not None and "refused" in answer:
+        return _logits(side.instead(answer["refused"]), tokens, scratch)
     logits: npt.NDArray[np.float32] = np.load(out)
     if logits.shape[:2] != tokens.shape:
         raise ConversionError(
             f"{side.directory}: {side.framework} has computed logits {list(logits.shape)} of "
             f"tokens {list(tokens.shape)}"
         )
-    return logits
+    return side, logits
 
 
-def _measured(
+def measured(
     paths: tuple[str, str],
     frameworks: tuple[str, str],
     tokens: npt.NDArray[np.int64],
@@ -206,6 +221,7 @@ def _measured(
     atol: float,
     notes: tuple[str, ...],
 ) -> LogitsComparison:
+    """Compare logits [batch, sequence, vocabulary], those of the smaller vocabulary."""
     import numpy as np
 
     vocab_size = min(a.shape[-1], b.shape[-1])

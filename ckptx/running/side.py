@@ -21,6 +21,18 @@ class SideError(Exception):
     """What is wrong, said in full: nothing is added to the message."""
 
 
+def described(error: BaseException, longest: int = LONGEST) -> str:
+    """Return the message of an error in one line of ``longest`` characters, or a little more."""
+    text = str(error) if isinstance(error, SideError) else f"{type(error).__name__}: {error}"
+    text = " ".join(text.split())
+    return text if len(text) <= longest else f"{text[:longest]} ... (--verbose shows all)"
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return what an error says before it advises; frameworks advise at length."""
+    return described(error, longest=300).split(". ")[0].rstrip(".")
+
+
 def serve(act: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
     """Do the job that the command line names; the answer is a JSON object.
 
@@ -34,11 +46,7 @@ def serve(act: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
     try:
         answer = act(job)
     except BaseException as error:  # as CheckpointException of torch is one
-        text = str(error) if isinstance(error, SideError) else f"{type(error).__name__}: {error}"
-        text = " ".join(text.split())
-        if len(text) > LONGEST:
-            text = f"{text[:LONGEST]} ... (--verbose shows all)"
-        answer = {"error": text, "trace": traceback.format_exc()}
+        answer = {"error": described(error), "trace": traceback.format_exc()}
     partial = answered.with_suffix(".partial")
     partial.write_text(json.dumps(answer))
     partial.rename(answered)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class Side:
     longest: int | None = None
     """The most tokens a sequence may have."""
     notes: tuple[str, ...] = ()
+    instead: Callable[[str], Side] | None = None
+    """How the checkpoint is run for the reason for which ``module`` has refused it, if at all."""
 
 
 def prepare(
@@ -48,6 +50,8 @@ def prepare(
     name = manager.canonical(loader) if loader else manager.detect(path)
     if name in _HF:
         return _transformers(path)
+    if name == "deepspeed":
+        return _deepspeed(path, hf_base, scratch, letter)
     if name not in ("core", "legacy"):
         return _converted_to_hf(path, name, hf_base, scratch, letter, "")
     begin = _begin(path, name, hf_base)
@@ -80,13 +84,39 @@ def _begin(path: Path, loader: str, hf_base: Path | None) -> Begin:
     return model.begin
 
 
-def _transformers(directory: Path, notes: tuple[str, ...] = ()) -> Side:
-    child.require("transformers", f"{directory}: a Hugging Face model")
+def _deepspeed(path: Path, hf_base: Path | None, scratch: Path, letter: str) -> Side:
+    """Return how DeepSpeed's own gatherer and transformers run a checkpoint; else it is converted.
+
+    It is opened by ckptx first, so that what its unpickler refuses never comes to DeepSpeed.
+    """
+
+    def converted(reason: str) -> Side:
+        return _converted_to_hf(path, "deepspeed", hf_base, scratch, letter, reason)
+
+    begin = _begin(path, "deepspeed", hf_base)
+    if not child.installed("deepspeed"):
+        return converted("deepspeed is not installed: pip install 'ckptx[deepspeed]'")
+    model = scratch / f"{letter}-model"
+    model.mkdir()
+    for name, data in begin.sidecars.items():
+        (model / name).write_bytes(data)
+    tag = Path(begin.root).absolute()
+    return replace(
+        _transformers(model, path),
+        module="deepspeed_side",
+        framework="DeepSpeed's gatherer and transformers",
+        job={"directory": str(model), "root": str(tag.parent), "tag": tag.name},
+        instead=lambda reason: converted(f"DeepSpeed's own gatherer refuses it: {reason}"),
+    )
+
+
+def _transformers(directory: Path, given: Path | None = None, notes: tuple[str, ...] = ()) -> Side:
+    """Return how transformers runs a directory that was ``given``, or made of what was."""
+    given = given or directory
+    child.require("transformers", f"{given}: a Hugging Face model")
     file = directory / CONFIG
     if not file.is_file():
-        raise FormatError(
-            f"{directory}: holds no {CONFIG}, so no model can be built; give --hf-base"
-        )
+        raise FormatError(f"{given}: holds no {CONFIG}, so no model can be built; give --hf-base")
     try:
         config = json.loads(file.read_bytes())
         text = config.get("text_config") or config
@@ -147,7 +177,7 @@ def _converted_to_hf(
         f"{letter.upper()}: run by transformers from the directory that ckptx has made of "
         f"{name}{reason}, {_LESS}"
     )
-    return _transformers(target, (note,))
+    return _transformers(target, path, (note,))
 
 
 def _convert(path: Path, loader: str, saver: str, hf_base: Path | None, target: Path) -> None:

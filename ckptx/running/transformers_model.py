@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from ckptx.errors import listing
-from ckptx.running.side import SideError
+from ckptx.running.side import SideError, first_sentence
+from ckptx.running.tokenizer_files import holds_tokenizer
 
 _FAULTS = {
     "missing_keys": "are missing, so their weights would be random",
@@ -25,8 +27,8 @@ _FAULTS = {
 
 def load(
     directory: Path, dtype: str | None, device: str, *, trust_remote_code: bool = False
-) -> tuple[Any, bool]:
-    """Return a model, ready to run, and whether it takes images.
+) -> Any:
+    """Return a model, ready to run.
 
     ``dtype`` is torch's name, None for the one of the files.
 
@@ -35,21 +37,70 @@ def load(
             files hold more.
     """
     common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(directory, **common)
-    loader, seeing = auto_class(config, directory)
+    config = config_of(directory, trust_remote_code=trust_remote_code)
+    loader, _ = auto_class(config, directory)
     wanted = "auto" if dtype is None else getattr(torch, dtype)
-    named = "dtype" if _version() >= (4, 56) else "torch_dtype"
     # Other shapes are let through to be reported by name: `check` refuses them with the rest.
-    model, info = loader.from_pretrained(
-        directory,
-        config=config,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **{named: wanted},
-        **common,
-    )
+    with _named(f"{directory}: transformers cannot load it", directory):
+        model, info = loader.from_pretrained(
+            directory,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **_dtype(wanted),
+            **common,
+        )
     check(info, directory)
-    return model.to(chosen_device(device)).eval(), seeing
+    return model.to(chosen_device(device)).eval()
+
+
+def takes_images(directory: Path, *, trust_remote_code: bool = False) -> bool:
+    """Return whether the model of a directory is one that takes images.
+
+    Raises:
+        SideError: there is no such class.
+    """
+    config = config_of(directory, trust_remote_code=trust_remote_code)
+    return auto_class(config, directory)[1]
+
+
+def config_of(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the config in a directory.
+
+    Raises:
+        SideError: transformers cannot read it, or knows no such model.
+    """
+    with _named(f"{directory}: transformers cannot read its config"):
+        return transformers.AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+
+
+@contextmanager
+def _named(what: str, inspected: Path | None = None) -> Iterator[None]:
+    """Say what has failed where transformers, or a library below it, only says how."""
+    try:
+        yield
+    except (SideError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        advice = f"; 'ckptx inspect {inspected}' says whether its files are whole"
+        raise SideError(f"{what}: {first_sentence(error)}{advice if inspected else ''}") from error
+
+
+def unfilled(directory: str, dtype: str) -> Any:
+    """Return the model of the config in a directory, on the CPU, to be given its weights by name.
+
+    Raises:
+        SideError: there is no such class.
+    """
+    config = config_of(Path(directory))
+    loader, _ = auto_class(config, Path(directory))
+    return loader.from_config(config, **_dtype(getattr(torch, dtype)))
+
+
+def _dtype(wanted: Any) -> dict[str, Any]:
+    return {"dtype" if _version() >= (4, 56) else "torch_dtype": wanted}
 
 
 def check(info: Mapping[str, Any], directory: Path) -> None:
@@ -115,17 +166,14 @@ def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-
-
 def tokenizer_of(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer in a directory, None if there is none.
 
     Asked without looking, transformers makes one with an empty vocabulary.
     """
-    found = any((directory / name).is_file() for name in _TOKENIZERS)
-    if not found and not any(directory.glob("*.tiktoken")):
+    if not holds_tokenizer(directory):
         return None
-    return transformers.AutoTokenizer.from_pretrained(
-        directory, local_files_only=True, trust_remote_code=trust_remote_code
-    )
+    with _named(f"{directory}: transformers cannot read its tokenizer"):
+        return transformers.AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )

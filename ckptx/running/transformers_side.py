@@ -21,7 +21,12 @@ def act(job: Mapping[str, Any]) -> dict[str, Any]:
         if tokenizer is None:
             raise SideError(f"{directory}: holds no tokenizer; use --tokens instead of --prompt")
         return {"tokens": [list(map(int, tokenizer(job["prompt"])["input_ids"]))]}
-    model, _ = transformers_model.load(directory, "float32", "cpu")
+    model = transformers_model.load(directory, "float32", "cpu")
+    return save_logits(model, job)
+
+
+def save_logits(model: Any, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Save what a model of transformers computes from the tokens of the job."""
     tokens = torch.from_numpy(np.load(job["tokens"]))
     with torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False).logits

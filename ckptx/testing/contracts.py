@@ -31,13 +31,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ckptx.distribution import Shards, Taker, check_message, give
 from ckptx.errors import CkptxError
+from ckptx.isos import SAME
 from ckptx.lazy import ITEMSIZE, LazyTensor, Shape, Stored, stored
 from ckptx.parallel import stage_ranks
 from ckptx.pieces import pieces
 from ckptx.plugin import Loader, Saver
 from ckptx.protocol import PASSTHROUGH, Begin, End, Message, Tensors
-from ckptx.schema import SAME, Family, Layout, Rule, Shards, Taker, check_message, give
+from ckptx.schema import Family, Layout, Rule
 from ckptx.spec import ModelSpec
 from ckptx.testing import faults
 from ckptx.testing.conversion import (

@@ -5,14 +5,18 @@ What the options do not say stays as the source has it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from ckptx.distribution import Rank
 from ckptx.errors import PlanError
-from ckptx.parallel import Pipeline
-from ckptx.plugins.megatron.directory import Iteration, parse_iteration
+from ckptx.parallel import Chunk, Pipeline
+from ckptx.plugins.megatron.directory import TRACKER, Iteration, iteration_name, parse_iteration
+from ckptx.plugins.megatron.options import true_vocab_size
 from ckptx.protocol import Dropped
 from ckptx.saving import Model, resize_vocabulary
+from ckptx.schemas.args import args_from_spec
 from ckptx.spec import ModelSpec
 
 _PIPELINE = {
@@ -23,6 +27,105 @@ _PIPELINE = {
     "embedding_in_split": "account_for_embedding_in_pipeline_split",
     "loss_in_split": "account_for_loss_in_pipeline_split",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What a checkpoint of Megatron is besides its model: sizes, rows of the vocabulary, when."""
+
+    tp: int
+    pipeline: Pipeline
+    ep: int
+    etp: int
+    true_rows: int | None
+    """Without padding; None where nobody knows."""
+    multiple: int
+    padded: int
+    iteration: Iteration
+
+    @property
+    def number(self) -> int:
+        """The iteration as Megatron counts it: a release is 0."""
+        return 0 if self.iteration == "release" else int(self.iteration)
+
+    @property
+    def directory(self) -> str:
+        """The directory of the iteration, below the checkpoint's."""
+        return iteration_name(self.iteration)
+
+    @property
+    def pointers(self) -> dict[str, bytes]:
+        """The file that says which iteration is the latest."""
+        return {TRACKER: str(self.iteration).encode()}
+
+    def chunks(self, spec: ModelSpec) -> tuple[Chunk, ...]:
+        """Return which stage holds which layers."""
+        return self.pipeline.chunks(spec.num_layers, spec.mtp_num_layers)
+
+    def args(
+        self,
+        model: Model,
+        options: Mapping[str, Any],
+        stage: Sequence[Rank],
+        *,
+        transformer_impl: str,
+        ckpt_format: str,
+    ) -> dict[str, Any]:
+        """Return the content of ``args``; ``stage`` are the ranks of one pipeline stage.
+
+        Raises:
+            SchemaError: Megatron cannot hold the model.
+        """
+        args = args_from_spec(
+            model.spec,
+            tp=self.tp,
+            pipeline=self.pipeline,
+            padded_vocab_size=self.padded,
+            true_vocab_size=self.true_rows,
+            make_vocab_size_divisible_by=self.multiple,
+            iteration=self.number,
+            transformer_impl=transformer_impl,
+            ckpt_format=ckpt_format,
+            source_args=model.begin.training.get("args"),
+        )
+        args["world_size"] = len(stage) * self.pipeline.pp
+        args["data_parallel_size"] = len(stage) // self.tp
+        if options.get("tokenizer_model"):
+            args["tokenizer_model"] = options["tokenizer_model"]
+        if model.spec.num_experts:
+            args["expert_model_parallel_size"] = self.ep
+            args["expert_tensor_parallel_size"] = self.etp
+        return args
+
+    def details(self) -> dict[str, Any]:
+        """Return the choices for the manifest."""
+        return {
+            "tensor_parallel_size": self.tp,
+            "pipeline_parallel_size": self.pipeline.pp,
+            "virtual_pipeline_parallel_size": self.pipeline.vpp,
+            "expert_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.etp,
+            "padded_vocab_size": self.padded,
+            "true_vocab_size": self.true_rows,
+            "iteration": self.iteration,
+        }
+
+
+def choose(model: Model, options: Mapping[str, Any]) -> Choices:
+    """Return the choices for a model, whose messages have been checked.
+
+    Raises:
+        PlanError: sizes do not fit one another or the model.
+    """
+    tp, pipeline = parallel_sizes(model, options)
+    ep, etp = expert_sizes(model, options, tp)
+    true_rows = true_vocab_size(options, model.spec.vocab_size)
+    multiple = _vocabulary_multiple(model, options)
+    padded = _padded_rows(model, true_rows, multiple, tp)
+    return Choices(
+        *(tp, pipeline, ep, etp, true_rows, multiple, padded),
+        _chosen_iteration(model, options),
+    )
 
 
 def parallel_sizes(model: Model, options: Mapping[str, Any]) -> tuple[int, Pipeline]:
@@ -96,14 +199,14 @@ def check_tensor_parallel(spec: ModelSpec, tp: int) -> list[str]:
     return []
 
 
-def vocabulary_multiple(model: Model, options: Mapping[str, Any]) -> int:
+def _vocabulary_multiple(model: Model, options: Mapping[str, Any]) -> int:
     """Return what a padded vocabulary is a multiple of, per tensor-parallel rank."""
     args = model.begin.training.get("args") or {}
     chosen = options.get("make_vocab_size_divisible_by")
     return int(chosen or args.get("make_vocab_size_divisible_by") or 128)
 
 
-def padded_rows(model: Model, true_rows: int | None, multiple: int, tp: int) -> int:
+def _padded_rows(model: Model, true_rows: int | None, multiple: int, tp: int) -> int:
     """Return the rows of the vocabulary with padding, by Megatron's rule."""
     found = model.messages["embeddings"]["word embeddings"].shape[0]
     if true_rows is None:
@@ -121,18 +224,21 @@ def padded_rows(model: Model, true_rows: int | None, multiple: int, tp: int) -> 
     return -(-true_rows // unit) * unit
 
 
-def repad(model: Model, true_rows: int | None, padded: int) -> tuple[Dropped, ...]:
-    """Bring the vocabulary to ``padded`` rows; one that has them already stays as it is.
+def repad(model: Model, chosen: Choices) -> tuple[Dropped, ...]:
+    """Bring the vocabulary to the rows chosen; one that has them already stays as it is.
 
     Else old padding is cut first, so that new rows repeat the last real one and not the last
     random one.
     """
-    if model.messages["embeddings"]["word embeddings"].shape[0] == padded:
-        return resize_vocabulary(model, padded)
-    return (*resize_vocabulary(model, true_rows), *resize_vocabulary(model, padded))
+    if model.messages["embeddings"]["word embeddings"].shape[0] == chosen.padded:
+        return resize_vocabulary(model, chosen.padded)
+    return (
+        *resize_vocabulary(model, chosen.true_rows),
+        *resize_vocabulary(model, chosen.padded),
+    )
 
 
-def chosen_iteration(model: Model, options: Mapping[str, Any]) -> Iteration:
+def _chosen_iteration(model: Model, options: Mapping[str, Any]) -> Iteration:
     """Return the iteration that was asked for, else the source's, else ``release``."""
     chosen = options.get("iteration")
     if chosen is not None:

@@ -19,6 +19,7 @@ from typing import Any
 from ckptx.containers import dcp, torch_zip
 from ckptx.containers.pickle_values import Namespace
 from ckptx.containers.source_file import read_json
+from ckptx.distribution import Placed, Rank, place
 from ckptx.errors import FormatError
 from ckptx.lazy import Filled, LazyTensor
 from ckptx.loading import inventory, main_dtype, messages_of
@@ -34,7 +35,7 @@ from ckptx.plugins.megatron.source import (
 )
 from ckptx.protocol import WEIGHTS_ONLY, Dropped, Tensors
 from ckptx.saving import Model
-from ckptx.schema import Layout, Parts, Placed, Rank, place
+from ckptx.schema import Layout, Parts
 from ckptx.schemas.core import ExtraState
 from ckptx.schemas.llava import LANGUAGE
 from ckptx.schemas.vision import VISION_MODEL

@@ -19,6 +19,7 @@ from typing import Any
 from ckptx.containers import torch_zip
 from ckptx.containers.copies import refuse_copies
 from ckptx.containers.pickle_values import Namespace
+from ckptx.distribution import Rank, Shards, Taker, give
 from ckptx.errors import FormatError, PlanError, SchemaError, listing
 from ckptx.lazy import Filled, LazyTensor, Stored, replicated
 from ckptx.loading import main_dtype
@@ -37,7 +38,7 @@ from ckptx.plugins.megatron.source import (
 )
 from ckptx.protocol import WEIGHTS_ONLY, Dropped, SourceTensor, Tensors
 from ckptx.saving import Model
-from ckptx.schema import Layout, Parts, Rank, Shards, Taker, give, rule
+from ckptx.schema import Layout, Parts, rule
 from ckptx.spec import ModelSpec
 from ckptx.vocabulary import layer_of
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
 )
@@ -93,6 +95,50 @@ def write(directory: Path, config: LlavaConfig, *, seed: int = 0) -> LlavaConfig
             parameter.copy_(values + 1 if norm and name.endswith("weight") else values)
     model.save_pretrained(directory)
     return config
+
+
+def processor(directory: Path, *, chat_template: str | None = None) -> None:
+    """Save a processor for the images of the CLIP tower, with a tokenizer of whole words."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    words = ["<unk>", "What", "is", "this", *(f"w{n}" for n in range(4, IMAGE)), "<image>"]
+    made = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", additional_special_tokens=["<image>"]
+    )
+    side = _VISION["image_size"]
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=_VISION["patch_size"],
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,  # the class token
+        chat_template=chat_template,
+    ).save_pretrained(directory)
+
+
+def continued(directory: Path, pixels: object, tokens: list[int], count: int) -> list[int]:
+    """Return how a loop over the model's own logits continues tokens about one image.
+
+    ``pixels`` are 0 to 255, [rows, columns, 3]; mean and deviation are those of OpenAI's CLIP.
+    """
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+    deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    values = (torch.as_tensor(pixels) / 255 - mean) / deviation
+    model = LlavaForConditionalGeneration.from_pretrained(directory).eval()
+    for _ in range(count):
+        with torch.no_grad():
+            found = model(
+                input_ids=torch.tensor([tokens]), pixel_values=values.permute(2, 0, 1)[None]
+            )
+        tokens = [*tokens, int(found.logits[0, -1].argmax())]
+    return tokens[-count:]
 
 
 def computed(directory: Path, *, image_token: int | None = None) -> dict[str, torch.Tensor]:

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from tests.oracles import hf
 
 pytest.importorskip("transformers")
-from ckptx.running import generation
+from ckptx.errors import FormatError
+from ckptx.running import child, generation
+from ckptx.running.generate import Generated, generate
 from ckptx.running.side import SideError
 
 JOB = {
@@ -166,18 +168,12 @@ def test_a_token_outside_the_vocabulary(llama):
         ask(llama, prompt_ids=[[1, 131]])
 
 
-def test_a_language_model_takes_no_image(llama, tokenizer, tmp_path):
-    pillow = pytest.importorskip("PIL.Image")
-    pillow.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises((SideError, OSError, ValueError)):
-        ask(llama, image=str(tmp_path / "a.png"), prompts=["The"], tokenizer=str(tokenizer))
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ((), "holds no tokenizer; name the directory of one with --tokenizer, or give tokens"),
         (("--prompt-ids", "1 x"), 'write "1 2 3"'),
+        (("--prompt-ids", "1", "--output-file", "/nowhere/r.json"), "its directory does not exist"),
     ],
 )
 def test_bad_input_gets_one_line(arguments, said, llama):
@@ -187,6 +183,80 @@ def test_bad_input_gets_one_line(arguments, said, llama):
     assert done.stderr.count("\n") == 1
     assert said in done.stderr
     assert not done.stdout
+
+
+def cut_off(directory):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:50_000])
+
+
+def without_weights(directory):
+    (directory / "model.safetensors").unlink()
+
+
+def of_an_unknown_model(directory):
+    config = {"model_type": "foo", "architectures": ["FooForCausalLM"]}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def with_a_damaged_tokenizer(directory):
+    (directory / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut_off, "cannot load it: SafetensorError: .*'ckptx inspect .*hf' says whether"),
+        (without_weights, "cannot load it: OSError: Error no file named model.safetensors"),
+        (of_an_unknown_model, "cannot read its config: .*does not recognize this architecture$"),
+        (with_a_damaged_tokenizer, "cannot read its tokenizer: "),
+    ],
+)
+def test_what_transformers_cannot_read_is_named(damage, said, llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "hf")
+    damage(tmp_path / "hf")
+    with pytest.raises(SideError, match=f"^{tmp_path}/hf: transformers {said}"):
+        ask(tmp_path / "hf")
+
+
+def test_a_damaged_config_is_named_before_anything_starts(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{")
+    monkeypatch.setattr(child, "ask", None)
+    with pytest.raises(FormatError, match=r"config\.json: not valid JSON"):
+        generate(tmp_path, JOB)
+
+
+def test_text_stands_beside_its_label():
+    answer = {
+        "class": "LlamaForCausalLM",
+        "parameters": 1234,
+        "dtype": "float32",
+        "device": "cpu",
+        "load_seconds": 1.25,
+        "sampling": {"temperature": 1.0, "top_p": None, "top_k": None, "seed": 3},
+        "generations": [
+            {
+                "prompt": "def f():",
+                "prompt_tokens": [1],
+                "tokens": [2, 3],
+                "text": "\n    return one, two, three, four\n\nend",
+            }
+        ],
+    }
+    assert Generated(answer).render(30).split("\n") == [
+        "prompt    def f():",
+        "generated",
+        "              return one, two,",
+        "          three, four",
+        "",
+        "          end",
+        "",
+        "LlamaForCausalLM, 1,234",
+        "parameters, float32 on cpu:",
+        "every weight was found; loaded",
+        "in 1.2 s; 2 tokens generated,",
+        "sampled with seed 3",
+    ]
 
 
 def test_a_checkpoint_of_another_format(tmp_path):

@@ -9,14 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckptx.errors import CkptxError
-from ckptx.running.logits import Inputs, compare_logits
+from ckptx.running.logits import Inputs, compare_logits, measured
 from ckptx.supervision import Interrupted
 from tests.interop.conversion import convert
 from tests.oracles import hf, mcore
@@ -24,6 +24,8 @@ from tests.oracles.mcore import Layout
 
 pytest.importorskip("transformers")
 pytest.importorskip("megatron.core")
+from ckptx.running import transformers_side
+from ckptx.running.side import SideError
 
 CLOSE = 1e-5
 TWO = {"target_tensor_parallel_size": 2}
@@ -81,14 +83,36 @@ def test_a_conversion_computes_the_same(sources, tmp_path):
     assert not answer["notes"]
 
 
-def test_swapped_projections_differ(sources, tmp_path):
+@pytest.fixture
+def apart(sources, tmp_path):
+    """Two models that differ, 16 tokens, and the logits of both."""
     source, _ = sources["llama"]
-    wrong = swapped(source, tmp_path / "wrong")
-    done = verify(source, wrong, "--json", "--tokens", 8, "--seed", 3)
+    places = (source, swapped(source, tmp_path / "wrong"))
+    tokens = torch.arange(16).reshape(2, 8) * 7
+    return places, tokens, [hf.logits(place, tokens) for place in places]
+
+
+def test_what_is_measured(apart):
+    _, tokens, logits = apart
+    a, b = (one.numpy() for one in logits)
+    found = measured(("a", "b"), ("one", "other"), tokens.numpy(), a, b, 1e-4, ())
+    assert not found.equal
+    assert_measured(found.to_json(), *logits)
+    noted = replace(found, notes=("A: " + "a long remark " * 20,))
+    assert max(map(len, noted.render(60).split("\n"))) <= 60
+
+
+@pytest.mark.full
+def test_swapped_projections_differ(sources, apart):
+    places, _, _ = apart
+    done = verify(*places, "--json", "--tokens", 8, "--seed", 3)
     assert done.returncode == 1, done.stderr
     answer = json.loads(done.stdout)
     tokens = torch.tensor(answer["tokens"])
-    a, b = (hf.logits(place, tokens) for place in (source, wrong))
+    assert_measured(answer, *(hf.logits(place, tokens) for place in places))
+
+
+def assert_measured(answer, a, b):
     assert answer["max_abs"] == pytest.approx(float((a - b).abs().max()), rel=1e-3)
     expected = torch.nn.functional.kl_div(
         b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="none"
@@ -98,7 +122,8 @@ def test_swapped_projections_differ(sources, tmp_path):
     assert answer["top1_agreement"] == pytest.approx(float(same))
 
 
-@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.full), "mixtral"])
+@pytest.mark.full
+@pytest.mark.parametrize("name", MODELS)
 def test_what_megatron_wrote_computes_the_same(name, sources, tmp_path):
     _, config = sources[name]
     _, layout = MODELS[name]
@@ -148,8 +173,8 @@ def test_a_weight_that_is_not_there(sources, tmp_path):
     weights = load_file(source / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CkptxError, match=r"are missing, .*'model.norm.weight'"):
-        compare_logits(tmp_path / "hf", source)
+    with pytest.raises(SideError, match=r"are missing, .*'model.norm.weight'"):
+        transformers_side.act({"directory": str(tmp_path / "hf")})
 
 
 @pytest.mark.full

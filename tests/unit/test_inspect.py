@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from ckptx import inspection, manager
 from ckptx.errors import PlanError
 from ckptx.inspection import Wanted, inspect
+from ckptx.inspection_text import render
 from ckptx.lazy import stored
 from ckptx.shards import shards_of
 from ckptx.tensor_tree import Row, parse_layers, tree
@@ -136,15 +137,15 @@ def test_quantised_weights_say_what_they_are_made_of(llama, weights, tmp_path):
     blocks = scale.repeat_interleave(8, 0).repeat_interleave(8, 1)
     assert row["stats"]["max"] == (codes.float() * blocks).bfloat16().max().item()
     assert found.to_json()["dtypes"]["float8_e4m3fn"]["tensors"] == 1
-    assert "bfloat16 [16, 16] of float32 and float8_e4m3fn" in found.render(100)
+    assert "bfloat16 [16, 16] of float32 and float8_e4m3fn" in render(found, 100)
 
 
 def test_sizes_of_experts_are_told_of_experts_only(checkpoints, tmp_path):
-    assert "TP 2, PP 2, torch_dist" in inspect(checkpoints["torch_dist"]).render(80)
+    assert "TP 2, PP 2, torch_dist" in render(inspect(checkpoints["torch_dist"]), 80)
     mixture = tiny("mixtral")
     saver, options = manager.saver("core"), {"target_expert_parallel_size": 2}
     place = save(saver, messages(mixture, tmp_path / "source"), tmp_path / "core", options)
-    assert "TP 1, PP 1, EP 2, ETP 1" in inspect(place).render(80)
+    assert "TP 1, PP 1, EP 2, ETP 1" in render(inspect(place), 80)
 
 
 def test_shards_say_which_rank_holds_what(checkpoints):
@@ -472,7 +473,7 @@ def test_family_without_names_of_hugging_face_has_canonical_ones(tmp_path):
         assert found.statistics[name].nan == int(wide.isnan().sum()), name
         assert found.statistics[name].inf == int(wide.isinf().sum()), name
         assert found.statistics[name].maximum == wide[wide.isfinite()].max().item(), name
-    assert "problems, see above" in found.render(80)
+    assert "problems, see above" in render(found, 80)
 
 
 def test_every_key_of_the_json_is_documented(checkpoints, tmp_path, run):

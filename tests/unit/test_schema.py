@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ckptx.distribution import Rank, Shards, Taker, check_message, give, place
 from ckptx.errors import PlanError, SchemaError
-from ckptx.lazy import LazyTensor, Replicated, stored
-from ckptx.parallel import stage_ranks
-from ckptx.reader import read
-from ckptx.schema import (
+from ckptx.isos import (
     EXPERT_GLU,
     FUSED_QKV,
     GLU,
@@ -21,21 +19,14 @@ from ckptx.schema import (
     QKV,
     ROTARY_PAIRS,
     SAME,
-    Family,
-    Layout,
-    Rank,
-    Section,
-    Shards,
-    Taker,
     Transposed,
     chain,
-    check_message,
     each,
-    give,
-    in_module_order,
-    place,
-    rule,
 )
+from ckptx.lazy import LazyTensor, Replicated, stored
+from ckptx.parallel import stage_ranks
+from ckptx.reader import read
+from ckptx.schema import Family, Layout, Section, in_module_order, rule
 from ckptx.spec import ModelSpec
 
 HEADS, GROUPS, HEAD_DIM, HIDDEN, FFN = 8, 4, 2, 6, 10
