@@ -9,9 +9,12 @@ has no idea of them, so the weights must be the clean ones, or there must be non
 from __future__ import annotations
 
 import argparse
+import pickle
 import random
 import shutil
+import struct
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,6 +60,17 @@ def arrays(tree: Any) -> Iterator[np.ndarray]:
     elif isinstance(tree, list | tuple):
         for value in tree:
             yield from arrays(value)
+
+
+def storages(path: Path) -> Iterator[np.ndarray]:
+    """Yield what lies in the data members of an archive, which torch's tensors are views of."""
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if "/data/" in member.filename:
+                names = struct.unpack_from("<2H", content, member.header_offset + 26)
+                start = member.header_offset + 30 + sum(names)
+                yield np.frombuffer(content, np.uint8, member.file_size, start)
 
 
 def changed(before: np.ndarray, after: np.ndarray) -> set[Change]:
@@ -109,7 +123,12 @@ def by_torch(path: Path, damaged: Path) -> list[np.ndarray]:
         _load_state_dict(state, storage_reader=reader, planner=planner, no_dist=True)
         return list(arrays({key: state[key] for key in sorted(state)}))
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return list(arrays(torch.load(damaged, map_location="cpu", weights_only=True)))
+        try:
+            return list(arrays(torch.load(damaged, map_location="cpu", weights_only=True)))
+        except pickle.UnpicklingError as error:
+            if "weights_only" not in str(error):
+                raise
+            return list(storages(damaged))  # classes of DeepSpeed, which is not installed
 
 
 def mutate(path: Path, files: list[Path], chance: random.Random) -> tuple[str, Path | None]:
