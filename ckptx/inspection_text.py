@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ckptx.disk import size_text
 from ckptx.inspection import Inspection
-from ckptx.publish import size_text
 from ckptx.report import wrapped
 from ckptx.shards import Shard, partition_text, shards_of, stored_dtypes
 from ckptx.spec import ModelSpec

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from typing import Any, Protocol
 
-from ckptx.publish import size_text
+from ckptx.disk import size_text
 
 _log = logging.getLogger(__name__)
 _INTERVAL = 10.0  # seconds between two log lines

@@ -35,6 +35,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ckptx import journal
+from ckptx.disk import occupied_bytes, shortage, size_text
 from ckptx.errors import ConversionError, CutShortError, PlanError
 from ckptx.plan import FilePlan, SavePlan
 
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 PARTIAL = ".ckptx-partial"
 MANIFEST = "ckptx-manifest.json"
 _PUBLISHING = "publishing"
+_LAST = (_PUBLISHING, "lock")
+"""What a partial directory loses last, in this order."""
 _log = logging.getLogger(__name__)
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux include/uapi/linux/fs.h
 
@@ -70,22 +73,6 @@ def check_files(plan: SavePlan, save_dir: Path, files: Sequence[str]) -> None:
 def manifest_path(plan: SavePlan) -> str:
     """Return where the manifest of a plan lies, relative to the staging directory."""
     return f"{plan.files[0].path}.{MANIFEST}" if plan.single_file else MANIFEST
-
-
-def size_text(nbytes: float) -> str:
-    """Return a size for people.
-
-    Examples:
-        >>> size_text(999), size_text(5 << 20)
-        ('999 bytes', '5.0 MiB')
-    """
-    if nbytes < 1024:
-        return f"{nbytes:.0f} byte{'s' * (nbytes != 1)}"
-    for unit in ("KiB", "MiB", "GiB"):
-        nbytes /= 1024
-        if nbytes < 1024:
-            return f"{nbytes:.1f} {unit}"
-    return f"{nbytes / 1024:.2f} TiB"
 
 
 def _is_taken(path: Path) -> bool:
@@ -157,10 +144,32 @@ class Target:
 
     def _clear(self) -> None:
         """Remove the partial directory: what another run can use last, and the lock after it."""
-        for name in ("new", "old", journal.NAME, _PUBLISHING):
+        for name in ("new", "old", journal.NAME, *_LAST):
             with contextlib.suppress(ConversionError):
                 _remove(self._partial / name)
         shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _clear_orphan(self) -> None:
+        """Remove what a run has left that was killed while it removed the last of what it had.
+
+        Nothing of it is of use to anyone; with a journal it would be, and stays.
+
+        Raises:
+            ConversionError: a run that has just begun owns it.
+        """
+        if not self._orphaned():
+            return
+        self._acquire(self._partial)
+        if self._orphaned():  # still, now that nobody else can be at work here
+            self._clear()
+        os.close(self._lock)
+        self._lock = -1
+
+    def _orphaned(self) -> bool:
+        try:
+            return {path.name for path in self._partial.iterdir()} <= set(_LAST)
+        except OSError:
+            return False
 
     @property
     def path(self) -> Path:
@@ -189,6 +198,8 @@ class Target:
                 self.published = True
                 _log.warning("resuming: %s is in place and whole", self._path)
                 return self._path.parent if plan.single_file else self._path
+        if self._path.exists():
+            self._clear_orphan()
         self._check_place()
         self._make(self._path.parent)
         self._acquire(self._partial)
@@ -199,8 +210,12 @@ class Target:
             if leftover.name not in kept:
                 _remove(leftover)
         # After the leftovers of a killed run have made room.
-        self._check_disk(_occupied(staging))
-        staging.mkdir(exist_ok=True)
+        self._check_disk(occupied_bytes(staging))
+        try:
+            self._sign()
+            staging.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConversionError(f"{staging}: {_reason(error, self._partial)}") from error
         return staging
 
     def _was_published(self, identity: Identity | None) -> bool:
@@ -271,8 +286,8 @@ class Target:
         """Make the staged files the target, then write the pointers; return remarks.
 
         Raises:
-            CutShortError: the target appeared meanwhile, or cannot be renamed.
-            ConversionError: the target is in place, and a pointer to it cannot be written.
+            CutShortError: the target appeared meanwhile, or cannot be renamed; or it is in place,
+                and a pointer to it cannot be written.
         """
         if not self.published:
             self._put_in_place()
@@ -282,8 +297,9 @@ class Target:
                 sync_directory(folder.parent)
             return self._write_pointers()
         except OSError as error:
-            raise ConversionError(
-                f"{self._path}: is whole and in place, but not all that belongs to it: {error}"
+            reason = _reason(error, self._partial)
+            raise CutShortError(
+                f"{self._path}: is whole and in place, but not all that belongs to it: {reason}"
             ) from error
 
     def _put_in_place(self) -> None:
@@ -295,7 +311,8 @@ class Target:
             else:
                 self._publish_directory(staging)
         except OSError as error:
-            raise CutShortError(f"{self._path}: cannot be put in place: {error}") from error
+            reason = _reason(error, self._partial)
+            raise CutShortError(f"{self._path}: cannot be put in place: {reason}") from error
         self.published = True
 
     def _check_place(self) -> None:
@@ -386,19 +403,17 @@ class Target:
                     self._lock = lock
                     break
             os.close(lock)  # locked a file that its owner had removed: try again
+
+    def _sign(self) -> None:
+        """Say in the lock who holds it."""
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def _check_disk(self, occupied: int = 0) -> None:
         """Raise unless the plan fits; ``occupied`` bytes of it are there already."""
-        status = os.statvfs(_existing(self._path.parent))
-        free = status.f_bavail * status.f_frsize + occupied
-        needed = sum(-(-f.size // status.f_frsize) * status.f_frsize for f in self.plan.files)
-        if needed > free:
-            raise ConversionError(
-                f"{self._path}: needs {size_text(needed)}, its file system has {size_text(free)} "
-                "free; free space or choose another target"
-            )
+        found = shortage(_existing(self._path.parent), self.plan, occupied)
+        if found:
+            raise ConversionError(f"{self._path}: {found}; free space or choose another target")
 
     def _publish_file(self, staging: Path) -> None:
         name = self.plan.files[0].path
@@ -518,15 +533,6 @@ def keep_only(root: Path, files: Collection[str]) -> None:
         names[:] = [name for name in names if here / name in folders]
 
 
-def _occupied(folder: Path) -> int:
-    """Return the bytes of disk that the files below a folder take."""
-    return sum(
-        Path(place, name).lstat().st_blocks * 512
-        for place, _, names in os.walk(folder)
-        for name in names
-    )
-
-
 def _inode(path: Path) -> str:
     """Return the inode of a path in words, which a rename does not change; empty if none."""
     try:
@@ -534,6 +540,14 @@ def _inode(path: Path) -> str:
     except OSError:
         return ""
     return f"inode {status.st_ino} of device {status.st_dev}"
+
+
+def _reason(error: OSError, folder: Path) -> str:
+    """Return what the system says about a file, and which disk is full if one is."""
+    if error.errno != errno.ENOSPC:
+        return str(error)
+    found = shortage(folder, None)
+    return f"{error.strerror}{found and ': '}{found}; free space, and run the same command again"
 
 
 def _remove(path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptx.publish import size_text
+from ckptx.disk import size_text
 
 if TYPE_CHECKING:
     from ckptx.plan import SavePlan

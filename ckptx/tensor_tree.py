@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ckptx.disk import size_text
 from ckptx.errors import PlanError
-from ckptx.publish import size_text
 
 _WORDS = re.compile(r": ?|\.|(?<=layer) (?=\d)")
 _WIDE_NAMES = 0.45  # the most of a line that names take

@@ -33,12 +33,13 @@ import numpy as np
 import xxhash
 from isal import isal_zlib
 
+from ckptx.disk import occupied_bytes, shortage, size_text
 from ckptx.errors import ConversionError, CutShortError, PlanError
 from ckptx.journal import Journal
 from ckptx.lazy import ITEMSIZE, Cast, LazyTensor, Stored
 from ckptx.pieces import flat_boxes, pieces
 from ckptx.plan import Crc32, FilePlan, Region, SavePlan
-from ckptx.publish import keep_only, size_text, sync_directory
+from ckptx.publish import keep_only, sync_directory
 from ckptx.reader import WINDOW, Files, Gather, most_open
 from ckptx.replicas import check_replicas
 
@@ -162,7 +163,7 @@ def execute(
     sources = Files(files)
     try:
         written = Written(replicas=check_replicas(plan, sources, options.check_replicas))
-        with writing(directory):
+        with writing(directory, plan):
             continued = journal is not None and bool(journal.leaves)
             if continued:
                 keep_only(directory, {file.path for file in plan.files})
@@ -184,8 +185,10 @@ def execute(
 
 
 @contextmanager
-def writing(directory: Path) -> Iterator[None]:
+def writing(directory: Path, plan: SavePlan | None = None) -> Iterator[None]:
     """Turn what the system says about files of the target into an error that names them.
+
+    Of a full disk it says how much is missing for the ``plan``.
 
     Raises:
         CutShortError: the disk is full or fails.
@@ -193,8 +196,10 @@ def writing(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = error.filename or directory
-        advice = "; free space or choose another target" if error.errno == errno.ENOSPC else ""
+        place, advice = error.filename or directory, ""
+        if error.errno == errno.ENOSPC:
+            short = shortage(directory, plan, occupied_bytes(directory))
+            advice = f"{short and ': '}{short}; free space or choose another target"
         raise CutShortError(f"{place}: cannot be written: {error.strerror}{advice}") from error
 
 

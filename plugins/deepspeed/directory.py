@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptx.containers import torch_zip
+from ckptx.containers.copies import refuse_copies
 from ckptx.errors import FormatError, listing
 from ckptx.lazy import Stored
 
@@ -40,6 +41,8 @@ _LAYER = re.compile(r"layer_(?P<layer>\d+)(-model_(?P<mp>\d+))?-model_states\.pt
 _EXPERT = re.compile(
     r"layer_(?P<layer>\d+)_expert_(?P<expert>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt"
 )
+_EXPERTS = "deepspeed_experts"
+"""What comes before the number of an expert in names; deepspeed/moe/experts.py @ v0.19.8."""
 _EXPERT_OPTIM = re.compile(r"expp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
 _STATES = "*_model_states.pt"
 
@@ -181,6 +184,8 @@ def read(directory: Path, masters: bool) -> Saved:
         _read_optimizers(saved, optimizers, world)
     else:
         saved.skipped += optimizers.values()
+    for shares in (single, optimizers if masters else {}):  # of ZeRO 3 model states may be alike
+        refuse_copies(shares.values())
     return saved
 
 
@@ -219,6 +224,13 @@ def _check_ranks(saved: Saved) -> None:
     first = saved.ranks[0]
     # Only rank 0 looks for shared parameters; tensor-parallel ranks have them all alike.
     shared = first.model.get("shared_params")
+    for dp, model in enumerate(first.models[1:], 1):
+        if not shared and model.get("shared_params"):
+            raise FormatError(
+                f"{saved.directory}: the model states of rank {dp} have 'shared_params', expected "
+                "them in those of rank 0, which alone looks for them; the files are in each "
+                "other's place, copy them again"
+            )
     for other in saved.ranks[1:]:
         if not other.model.get("shared_params") and other.model["module"] is not None:
             other.models = [{**model, "shared_params": shared} for model in other.models]
@@ -318,8 +330,16 @@ def _read_experts(saved: Saved, masters: bool) -> None:
             f"{saved.directory}: a mixture of experts that is split over tensor-parallel ranks, "
             "or by ZeRO 3, or universal, is not loaded"
         )
-    for place in wanted:
-        saved.experts |= _read_tensors(saved, files[place])
+    for layer, expert in wanted:
+        path = files[layer, expert]
+        found = _read_tensors(saved, path)
+        foreign = [name for name in found if f".{_EXPERTS}.{expert}." not in name]
+        if foreign or saved.experts.keys() & found.keys():
+            raise FormatError(
+                f"{path}: holds {listing(foreign or found)}, expected expert {expert} of layer "
+                f"{layer} alone; it is in the place of another file, copy it again"
+            )
+        saved.experts |= found
     _check_grid(saved.directory, optimizers, 1, len(optimizers), "optimizers of experts")
     for _, path in sorted(optimizers.items()):
         if masters:

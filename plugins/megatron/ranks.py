@@ -12,10 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ckptx.containers import torch_zip
+from ckptx.containers.copies import refuse_copies
 from ckptx.containers.pickle_values import Namespace
 from ckptx.distribution import Rank, Shards, Taker, give
 from ckptx.errors import FormatError, PlanError, SchemaError, listing
@@ -158,9 +160,11 @@ def read(
     names = [directory_name(rank, pp_rank, pp) for pp_rank in range(pp) for rank in ranks]
     _check_directories(directory, names, [path.name for path in found])
     paths = [_file(directory / name, kind) for name in names]
+    refuse_copies(paths)
     grid = [_read_rank(path, number, form, kind) for number, path in enumerate(paths)]
     for rank in grid:
         _check_same_run(first, rank)
+    _check_order(grid, ranks)
     weights = {
         f"{rank.path.parent.name}:{index}:{name}": tensor
         for rank in grid
@@ -513,6 +517,35 @@ def _check_same_run(first: _Rank, rank: _Rank) -> None:
             f"{rank.path}: is of iteration {rank.iteration}, {first.path.parent.name} of "
             f"{first.iteration}; the rank files are of different runs"
         )
+
+
+def _check_order(grid: list[_Rank], ranks: Sequence[Rank]) -> None:
+    """Raise if files are in each other's place, as far as their args tell.
+
+    Megatron saves the args of the process: its ``rank`` grows with the tensor-parallel rank, and
+    with the pipeline rank. Tools that convert have one rank in all files, or none.
+
+    Source: NVIDIA/Megatron-LM megatron/core/parallel_state.py (RankGenerator: "tp-cp-ep-dp-pp" and
+    "tp-cp-ep-pp-dp") @ core_v0.16.1.
+    """
+    if len({rank.args.get("rank") for rank in grid}) < 2:
+        return
+    held: dict[tuple[str, int], list[_Rank]] = {}
+    for number, file in enumerate(grid):
+        pp_rank, index = divmod(number, len(ranks))
+        rank = ranks[index]
+        if rank.ep_rank == 0:  # the files of other experts are of other data-parallel ranks
+            held.setdefault(("tensor", pp_rank), []).append(file)
+            held.setdefault(("pipeline", rank.tp_rank), []).append(file)
+    for (axis, *_), files in held.items():
+        for before, after in pairwise(files):
+            low, high = before.args.get("rank"), after.args.get("rank")
+            if type(low) is int and type(high) is int and low >= high:
+                raise FormatError(
+                    f"{after.path}: its args are of rank {high}, expected one above {low}, which "
+                    f"{before.path.parent.name} of the {axis}-parallel rank before is of; the "
+                    "files are in each other's place, copy them again"
+                )
 
 
 def _dropped(grid: list[_Rank]) -> Iterator[Dropped]:

@@ -1,8 +1,10 @@
 """Loaded by every process of a conversion under test: kills at a chosen step, and logs writes.
 
-``CKPTX_FAULT`` is ``ROLE VICTIM STEP``: in process ROLE, at step number STEP, VICTIM (``self`` or
-``parent``) gets SIGKILL. Steps of the saver are its writes and syncs, those of the others what they
-open, make, rename and remove in the scene. ``CKPTX_FAULT_LOG`` is where writes and syncs are noted.
+``CKPTX_FAULT`` is ``ROLE VICTIM STEP``: in process ROLE, at step number STEP, VICTIM (``self``,
+``parent`` or ``all`` of the session) gets SIGKILL, or ``disk`` is filled: all of CKPTX_FAULT_DISK
+but as many bytes as CKPTX_FAULT_LEFT says. Steps of the saver are its writes and syncs, those of
+the others what they open, make, rename and remove in the scene. ``CKPTX_FAULT_LOG`` is where writes
+and syncs are noted.
 """
 
 import os
@@ -22,8 +24,24 @@ def _step(role: str) -> None:
         return
     with _lock:
         _steps += 1
-        if _steps == int(_fault[2]):
-            os.kill(os.getpid() if _fault[1] == "self" else os.getppid(), signal.SIGKILL)
+        due = _steps == int(_fault[2])
+    if due:
+        _strike(_fault[1])
+
+
+def _strike(victim: str) -> None:
+    if victim == "disk":
+        disk = os.environ["CKPTX_FAULT_DISK"]
+        status = os.statvfs(disk)
+        size = status.f_bavail * status.f_frsize - int(os.environ["CKPTX_FAULT_LEFT"])
+        if size > 0:
+            ballast = os.open(f"{disk}/ballast", os.O_WRONLY | os.O_CREAT, 0o644)
+            os.posix_fallocate(ballast, 0, size)
+            os.close(ballast)
+    elif victim == "all":
+        os.killpg(0, signal.SIGKILL)
+    else:
+        os.kill(os.getpid() if victim == "self" else os.getppid(), signal.SIGKILL)
 
 
 def _watch_bytes() -> None:
