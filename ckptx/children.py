@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,44 +25,37 @@ from ckptx.containers.pickle_values import collector_paused
 from ckptx.errors import PluginError, listing
 from ckptx.job import Job
 from ckptx.journal import NAME, Identity, Journal, identify
-from ckptx.message_queue import MessageQueue
 from ckptx.protocol import Begin, End, Message, Tensors
 from ckptx.publish import check_files, manifest_path, outline, sync_tree, write_durable
 from ckptx.report import Facts
 from ckptx.spool import Spool
 from ckptx.supervision import Failure, Line, settle_child
 
+Bytes: TypeAlias = "Queue[bytes]"
 Outcome: TypeAlias = tuple[Facts, str, int]
 """What a saver has done: the facts, the digest, and the bytes that an earlier run had written."""
 
 
 def main(
-    role: str,
-    job: Job,
-    queue: MessageQueue,
-    connection: Connection,
-    parent: int,
-    level: int,
-    spool: str,
+    role: str, job: Job, queue: Bytes, connection: Connection, parent: int, level: int, spool: str
 ) -> None:
     """Run one child process; its only results are what it sends to its parent."""
     line = Line(connection)
     settle_child(parent, line, level)
-    run: Callable[[Job, MessageQueue, Line, str], Any] = (
-        run_loader if role == "loader" else run_saver
-    )
+    run: Callable[[Job, Bytes, Line, str], Any] = run_loader if role == "loader" else run_saver
     try:
         result = run(job, queue, line, spool)
         line.send("done", result)
     # Whatever a plugin raises, exit() included, is for the parent to report.
     except BaseException as error:
+        queue.cancel_join_thread()
         line.send("failed", Failure.of(error, f"{role} {getattr(job, role)!r}"))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # threads and exit handlers of a failed plugin have nothing left to add
 
 
-def run_loader(job: Job, queue: MessageQueue, line: Line, spool_path: str) -> None:
+def run_loader(job: Job, queue: Bytes, line: Line, spool_path: str) -> None:
     """Send the messages of the loader."""
     loader = manager.loader(job.loader, job.megatron_path)
     spool = Spool(spool_path)
@@ -77,10 +71,11 @@ def run_loader(job: Job, queue: MessageQueue, line: Line, spool_path: str) -> No
             ) from error
         queue.put(content)
     spool.close()
-    queue.finish()
+    queue.close()
+    queue.join_thread()
 
 
-def run_saver(job: Job, queue: MessageQueue, line: Line, spool_path: str) -> Outcome:
+def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> Outcome:
     """Plan, prove and write what the loader sends."""
     saver = manager.saver(job.saver, job.megatron_path)
     stream = Stream(_received(queue))
@@ -219,7 +214,7 @@ class Stream:
         return self._begin, self._end
 
 
-def _received(queue: MessageQueue) -> Iterator[Message]:
+def _received(queue: Bytes) -> Iterator[Message]:
     while True:
         message: Message = pickle.loads(queue.get())
         yield message

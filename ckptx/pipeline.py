@@ -33,7 +33,6 @@ from ckptx.compat import ModuleSaver
 from ckptx.containers.pickle_values import collector_paused
 from ckptx.errors import CkptxError, ConversionError, CutShortError, PlanError
 from ckptx.job import Job
-from ckptx.message_queue import MessageQueue
 from ckptx.progress import Progress, Silent
 from ckptx.publish import Target, check_files, outline
 from ckptx.report import Facts, Forecast, Report
@@ -207,7 +206,7 @@ class _Child:
 def _crew(job: Job, spool: str) -> Iterator[list[_Child]]:
     """Start both children; on the way out nothing of them is left."""
     context = multiprocessing.get_context("spawn")
-    queue = MessageQueue(context, job.max_queue_size)
+    queue = context.Queue(job.max_queue_size)
     crew: list[_Child] = []
     # Children inherit the mask: a Ctrl-C cannot hit them before they are set up to ignore it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
