@@ -74,16 +74,13 @@ _PLAINLY = {
     "is not a valid float range": "is not a number",
 }
 """What click says of a wrong number, and what is meant."""
-_WRITERS = ("convert", "modify", "from-config", "from-script")
-"""The commands that only one of several ranks may run."""
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def _run(command: click.Command, args: Sequence[str] | None, name: str) -> None:
     args = list(sys.argv[1:] if args is None else args)
-    work = partial(_code, command, args, name)
-    writes = not isinstance(command, click.Group) or next(iter(args), "") in _WRITERS
-    sys.exit(torchrun.once([name, *args], work) if writes else work())
+    # Of several ranks one does the work: one writer, one report.
+    sys.exit(torchrun.once([name, *args], partial(_code, command, args, name)))
 
 
 def _code(command: click.Command, args: list[str], name: str) -> int:

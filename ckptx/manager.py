@@ -207,17 +207,18 @@ def detect(source: Path) -> str:
     Raises:
         PluginError: ``source`` is missing, or not exactly one loader recognises it.
     """
+    from ckptx import unrecognised
+
     if not source.exists():
-        raise PluginError(f"{source}: no such file or directory")
+        raise PluginError(f"{source}: {unrecognised.absent(source)}")
     matches = _recognising(source)
     if len(matches) == 1:
         return matches[0]
     if matches:
         raise PluginError(
-            f"{source}: looks like {' and '.join(matches)}; say which with --from (or --loader)"
+            f"{source}: looks like {' and '.join(matches)}; say which with "
+            f"{' or '.join(f'--from {name}' for name in matches)} (with convert.py: --loader)"
         )
-    from ckptx import unrecognised
-
     known = f"; known loaders: {', '.join(names('loader')) or 'none'}"
     try:
         why = unrecognised.reason(source, lambda path: bool(_recognising(path)))

@@ -35,7 +35,7 @@ _MAX_SIDECAR = 64 << 20  # bytes; the largest published tokenizers have about 35
 
 _TRAINING = (
     *("optimizer*.pt", "optimizer*.bin", "scheduler*.pt", "scheduler*.bin", "scaler.pt"),
-    *("rng_state*.pth", "random_states_*.pkl", "training_args.bin"),
+    *("rng_state*.pth", "random_states_*.pkl", "training_args.bin", "trainer_state.json"),
     *("zero_to_fp32.py", "zero_to_torch.py"),
 )
 """What ``Trainer``, ``Accelerator.save_state`` and DeepSpeed write beside the weights.

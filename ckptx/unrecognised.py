@@ -15,6 +15,17 @@ _NAMED = 3  # of those that are checkpoints
 Recognised = Callable[[Path], bool]
 
 
+def absent(path: Path) -> str:
+    """Return why nothing is at ``path``, as far as is known."""
+    partial = path.with_name(f"{path.name}{PARTIAL}") if path.name else path
+    if not partial.is_dir():
+        return "no such file or directory"
+    return (
+        "is not there yet: the conversion to it was interrupted; run the same command again to "
+        f"continue, or remove {partial}"
+    )
+
+
 def reason(source: Path, recognised: Recognised) -> str:
     """Return why ``source`` may be no checkpoint and what to do; empty if nothing is known.
 

@@ -51,6 +51,21 @@ class Place(click.Path):
         return super().convert(value, param, ctx)
 
 
+class Checkpoint(Place):
+    """The path of a checkpoint that exists."""
+
+    def __init__(self, *, file_okay: bool = True) -> None:
+        super().__init__(exists=True, file_okay=file_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        if str(value) and not Path(value).exists():
+            from ckptx.unrecognised import absent
+
+            self.fail(f"{value}: {absent(Path(value))}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Dtype(click.ParamType[Any]):
     """A dtype by its torch name or a short one."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ckptx.commands.options import Dtype, output_options, show_result
+from ckptx.commands.options import Checkpoint, Dtype, output_options, show_result
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -43,7 +43,7 @@ def generate_command() -> click.Command:
         "left over, logits are not finite, or nothing comes out.",
         short_help="Load a model with transformers and generate text.",
         params=[
-            click.Argument(["model"], type=_FOLDER),
+            click.Argument(["model"], type=Checkpoint(file_okay=False)),
             click.Option(
                 ["--prompt", "prompts"],
                 multiple=True,

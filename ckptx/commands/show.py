@@ -14,10 +14,10 @@ import click
 
 from ckptx import manager
 from ckptx.commands import running
-from ckptx.commands.options import output_options, show_result
+from ckptx.commands.options import Checkpoint, output_options, show_result
 from ckptx.report import wrapped
 
-_PATH = click.Path(exists=True, path_type=Path)
+_PATH = Checkpoint()
 
 
 def verify_command() -> click.Command:

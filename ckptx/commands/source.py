@@ -13,10 +13,9 @@ import click
 
 from ckptx import manager
 from ckptx.commands.conversion import Chosen, scanned
-from ckptx.commands.options import output_options, show_result
+from ckptx.commands.options import Checkpoint, output_options, show_result
 from ckptx.errors import CkptxError
 
-_PATH = click.Path(exists=True, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
@@ -43,7 +42,7 @@ class SourceCommand(click.Command):
         self.run = run
         self.failed = failed
         base: list[click.Parameter] = [
-            click.Argument(["path"], type=_PATH),
+            click.Argument(["path"], type=Checkpoint()),
             *params,
             click.Option(["--from", "--loader", "loader"], help="Its format.  [detected]"),
             click.Option(

@@ -62,7 +62,9 @@ class SourceFile:
             self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             status = os.fstat(self._descriptor)
         except OSError as error:
-            raise FormatError(f"{self.path}: cannot be opened: {error.strerror}") from error
+            missing = "; the checkpoint is not whole, copy it again"
+            advice = missing if isinstance(error, FileNotFoundError) else ""
+            raise FormatError(f"{self.path}: cannot be opened: {error.strerror}{advice}") from error
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise FormatError(f"{self.path}: expected a regular file; give the checkpoint itself")

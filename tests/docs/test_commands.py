@@ -114,9 +114,9 @@ def test_no_command_is_forgotten(name):
     assert to_run(name) == [], "furnish the page, or list the commands in NOT_RUN"
 
 
-@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("name", [name for name in TEXTS if name != "docs/cli.md"])
 def test_commands_stand_in_shell_blocks(name):
-    """Else nothing would run them."""
+    """Else nothing would run them. The pages of help have examples, which tests/unit parses."""
     others = [block for _, language, block in BLOCK.findall(TEXTS[name]) if language not in SHELLS]
     assert [block for block in others if OURS.search(block)] == []
 

@@ -738,7 +738,7 @@ class TestPlaces:
         try:
             user.target = disk / "target"
             reason = user.cannot_convert(saver)
-            assert "needs" in reason
+            assert "less than is needed" in reason
             assert "free space or choose another target" in reason
             assert list(disk.iterdir()) == []
         finally:

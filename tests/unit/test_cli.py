@@ -199,7 +199,7 @@ def test_option_of_a_plugin_not_chosen_names_the_plugin(plugins, run, tmp_path):
         (["convert", "a", "b", "--from=hf", "--to=gguf"], 1, "has no saver for it yet"),
         (["convert", "a", "b", "--from=hf", "--to=hf", "--max-memory=much"], 2, "is no size"),
         (["convert", "a", "b", "--from=hf", "--to=hf", "--dtype=int4"], 2, "is not one of bf16"),
-        (["inspect", "nowhere"], 2, "does not exist"),
+        (["inspect", "nowhere"], 2, "no such file or directory"),
         (["nonsense"], 2, "No such command"),
     ],
 )
@@ -357,3 +357,12 @@ def test_a_missing_source_is_named_though_the_target_exists(model, run, tmp_path
     code, _, err = run("convert", tmp_path / "typo", model, "--to", "core", "--tp", "2")
     assert code == 1
     assert err == f"error: {tmp_path / 'typo'}: no such file or directory\n"
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["verify", "."], ["generate"], ["convert"]])
+def test_a_target_that_is_not_finished_is_told(command, tmp_path, run):
+    (tmp_path / "target.ckptx-partial").mkdir()
+    more = [tmp_path / "other", "--to", "hf"] if command == ["convert"] else []
+    code, _, err = run(*command, tmp_path / "target", *more)
+    assert code
+    assert "the conversion to it was interrupted; run the same command again" in err
