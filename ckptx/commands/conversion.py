@@ -150,7 +150,8 @@ class ConversionCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in groups: conversion, each plugin, engine, modules."""
         chosen: Chosen = ctx.meta.get("chosen") or Chosen(None, None, None)
-        _section(ctx, formatter, "Conversion", self.base)
+        named = [param for param in self.base if isinstance(param, click.Option)]
+        _section(ctx, formatter, "Conversion", named)  # click itself lists SRC and DST
         shown: list[click.Option] = []
         for owner, options in chosen.owners.items():
             new = [o for o in options if not any(_equal(o, other) for other in shown)]

@@ -190,6 +190,7 @@ def _command(script: Script) -> click.Command:
             params=[click.Argument(["rest"], nargs=-1, type=click.UNPROCESSED)],
             context_settings={"ignore_unknown_options": True},
             help=f"Not here: {script.refused}.",
+            short_help=f"Not here: {script.refused}.",
         )
     own = [click.Option(["--print-only"], is_flag=True, help="Print the command; do not run it.")]
     if script.command in ("convert", "from-config"):

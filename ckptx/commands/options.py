@@ -162,11 +162,10 @@ def engine_options() -> list[click.Parameter]:
             help="How much of a tensor's further copies is compared.",
         ),
         click.Option(
-            ["--no-resume", "resume"],
-            is_flag=True,
-            flag_value=False,
+            ["--resume/--no-resume"],
             default=True,
-            help="Continue no interrupted run, and leave nothing if interrupted.",
+            help="Continue an interrupted run of the same conversion; or start over, and leave "
+            "nothing if interrupted.  [default: resume]",
         ),
         click.Option(
             ["--journal-every"],

@@ -50,7 +50,8 @@ class SourceCommand(click.Command):
             ),
             *output_options(),
         ]
-        super().__init__(name, params=base, help=summary, short_help=summary)
+        short = f"{summary.partition(';')[0].rstrip('.')}."
+        super().__init__(name, params=base, help=summary, short_help=short)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Find the loader, then parse with its options."""
