@@ -11,7 +11,7 @@ src/peft/tuners/tuners_utils.py (_inject_parameters, cast_adapter_dtype) @ v0.21
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,18 +67,21 @@ def merge(
     model_type: str,
     tied: tuple[str, str] | None,
     dtype: str | None = None,
+    name_in_files: Callable[[str], str] | None = None,
 ) -> Merged:
     """Return the base with all adapters merged into it, in their order.
 
     ``tied`` are the names of the embedding and of the output layer where both are one tensor.
     Weights that change are rounded to ``dtype`` once, by default to the one that they have.
+    ``name_in_files`` returns what the base's files call a tensor that the adapter names as it is
+    called in memory; without it both names are taken to be the same.
 
     Raises:
         SchemaError: a tensor of an adapter has no weight in the base, or does not fit it.
     """
     merged = Merged(dict(separated.tensors))
     for adapter in separated.adapters:
-        _Merge(merged, adapter, model_type, tied, dtype).run()
+        _Merge(merged, adapter, model_type, tied, dtype, name_in_files or str).run()
         if merged.untied:
             tied = None
     return merged
@@ -93,6 +96,7 @@ class _Merge:
     model_type: str
     tied: tuple[str, str] | None
     dtype: str | None
+    name_in_files: Callable[[str], str]
     scales: set[tuple[int, float]] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)
 
@@ -171,7 +175,7 @@ class _Merge:
 
     def _find(self, name: str) -> str | None:
         """Return the name that a tensor of the wrapped model has in the files of the base."""
-        spellings = [name, name.partition(".")[2]]
+        spellings = [name, self.name_in_files(name), name.partition(".")[2]]
         spellings += [one.replace(here, there) for one in spellings for here, there in _RENAMED]
         return next((one for one in spellings if one in self.merged.tensors), None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "e
 _OUTPUT = "lm_head.weight"
 """What embedding and output layer are called in models that no schema knows."""
 _MAX_SIDECAR = 64 << 20  # bytes; the largest published tokenizers have about 35 MB
+Renamer = Callable[[Mapping[str, Any]], Callable[[str], str]]
 
 
 _TRAINING = (
@@ -156,6 +157,7 @@ def hf_messages(
     dtype: str | None = None,
     dropped: tuple[Dropped, ...] = (),
     options: Mapping[str, Any] | None = None,
+    renamer: Renamer | None = None,
 ) -> Iterator[Message]:
     """Yield the messages of a model whose tensors have Hugging Face's names.
 
@@ -163,7 +165,8 @@ def hf_messages(
     Without one, or of an unknown architecture, tensors pass through. ``notes`` and ``dropped`` go
     before others. Quantised weights are dequantised to ``dtype``, by default to the one that the
     config names. LoRA adapters among the tensors, and those that the loader's ``options`` name, are
-    merged; for a saver of adapters they are what is left.
+    merged; for a saver of adapters they are what is left. Adapters name modules as they are called
+    in memory: ``renamer`` returns, for a config, what gives the name that files have for one.
 
     Raises:
         SchemaError: tensors are missing, left over, or not of the shapes that the config says.
@@ -177,7 +180,9 @@ def hf_messages(
     config = read_config(begin.sidecars, begin.root)
     family = family_of(config) if config else None
     if config is None or family is None:
-        begin, tensors, _, more, gone = _merged(held, begin, tensors, config or {}, None, dtype)
+        begin, tensors, _, more, gone = _merged(
+            held, begin, tensors, config or {}, None, dtype, renamer
+        )
         notes, dropped = (*notes, *more), (*dropped, *gone)
         named = ", ".join((config or {}).get("architectures") or ())
         why = (
@@ -192,7 +197,9 @@ def hf_messages(
         plain = {key: value for key, value in config.items() if key != quantised.KEY}
         begin = replace(begin, sidecars={**begin.sidecars, CONFIG: dump_config(plain)})
         notes = (*notes, f"{quantised.KEY} was taken out of {CONFIG}: no weight is quantised now")
-    begin, tensors, config, more, gone = _merged(held, begin, tensors, config, family, dtype)
+    begin, tensors, config, more, gone = _merged(
+        held, begin, tensors, config, family, dtype, renamer
+    )
     notes, dropped = (*notes, *more), (*dropped, *gone)
     composed = family.name if family.composition else ""
     parts = parts_from_config(family, config)
@@ -227,13 +234,15 @@ def _merged(
     config: dict[str, Any],
     family: Family | None,
     dtype: str | None,
+    renamer: Renamer | None,
 ) -> tuple[Begin, Mapping[str, LazyTensor], dict[str, Any], Sequence[str], Sequence[Dropped]]:
     """Return the model with its adapters merged, its config, remarks, and what was dropped."""
     if not held.adapters:
         return begin, tensors, config, (), ()
     tied = _tie(config, family, tensors)
     held = replace(held, tensors=dict(tensors))
-    merged = adapter_merge.merge(held, str(config.get("model_type") or ""), tied, dtype)
+    kind, renamed = str(config.get("model_type") or ""), renamer and renamer(config)
+    merged = adapter_merge.merge(held, kind, tied, dtype, renamed)
     if merged.untied and config:
         config = _untied(config)
         begin = replace(begin, sidecars={**begin.sidecars, CONFIG: dump_config(config)})

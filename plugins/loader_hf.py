@@ -17,6 +17,7 @@ from ckptx.model_directory import base_sidecars, hf_messages, sidecars, training
 from ckptx.model_weights import INDEXES, SINGLES, fill_from_base, read_weights
 from ckptx.plugin import Loader
 from ckptx.protocol import Begin, Message
+from ckptx.schemas import in_memory
 
 
 class HfLoader:
@@ -70,6 +71,7 @@ class HfLoader:
             options.get("dtype"),
             training_state(directory) if source.is_dir() else (),
             options,
+            in_memory.renamer,
         )
 
 

@@ -23,6 +23,7 @@ from ckptx.model_directory import base_sidecars, hf_messages, sidecars, training
 from ckptx.model_weights import SINGLES, Weights, read_weights
 from ckptx.plugin import Loader
 from ckptx.protocol import Begin, Message
+from ckptx.schemas import in_memory
 
 _NOT_CARRIED = (ADAPTER_CONFIG, "config.json", "generation_config.json")
 
@@ -83,7 +84,9 @@ class PeftLoader:
             "adapter": (source, *(options.get("adapter") or ())),
         }
         dtype, beside = options.get("dtype"), training_state(source)
-        yield from hf_messages(begin, weights.tensors, notes, dtype, beside, every)
+        yield from hf_messages(
+            *(begin, weights.tensors, notes, dtype, beside, every), in_memory.renamer
+        )
 
 
 @hookimpl

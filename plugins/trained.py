@@ -62,7 +62,9 @@ def trained_messages(
     """Yield the messages of a model whose tensors have the names of memory, as `hf_messages`."""
     tensors, remarks = named_as_in_files(tensors, begin.sidecars, begin.root)
     notes = (*notes, *remarks)
-    yield from hf_messages(begin, tensors, notes, options.get("dtype"), dropped, options)
+    yield from hf_messages(
+        *(begin, tensors, notes, options.get("dtype"), dropped, options), in_memory.renamer
+    )
 
 
 def named_as_in_files(

@@ -14,7 +14,7 @@ Source: huggingface/transformers src/transformers/{conversion_mapping,core_model
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -214,6 +214,23 @@ def in_files(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> di
         for own, part in _apart(plain, tensor, experts):
             _put(found, own, part, name)
     return found
+
+
+def renamer(config: Mapping[str, Any]) -> Callable[[str], str]:
+    """Return what gives the name in files of one tensor; experts that are together stay so.
+
+    Examples:
+        >>> config = {"architectures": ["Qwen2VLForConditionalGeneration"]}
+        >>> renamer(config)("model.language_model.norm.weight")
+        'model.norm.weight'
+    """
+    prefixes, _, ends = _facts(config)
+
+    def name_in_files(name: str) -> str:
+        plain = _replaced_start(name, [(n.memory, n.files) for n in prefixes])
+        return _replaced_end(plain, [(n.memory, n.files) for n in ends])
+
+    return name_in_files
 
 
 def in_memory(

@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
 
 from ckptx import manager
 from ckptx.cli import main
@@ -139,6 +140,50 @@ def test_every_bit_is_that_of_peft(variant, base_of, tmp_path):
     assert changed <= reported | {key for key in changed if key in dropped}
     assert not (tmp_path / "hf" / "adapter_config.json").exists()
     strict_logits(tmp_path / "hf", TOKENS)
+
+
+def seeing_base(kind, directory):
+    """Save a model of text and images, whose files have other names than its modules."""
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 48}
+    if kind == "llava":
+        vision |= {"num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28}
+        vision |= {"model_type": "clip_vision_model", "patch_size": 14, "projection_dim": 32}
+        text |= {"model_type": "llama"}
+        config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=63)
+    else:
+        text |= {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+        vision |= {"depth": 1, "num_heads": 4, "out_hidden_size": 32}
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    torch.manual_seed(2)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(directory)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
+def test_names_of_memory_find_the_weights_of_files(kind, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    seeing_base(kind, base)
+    towers = {"llava": ["fc1"], "qwen2_5_vl": ["attn.qkv"]}[kind]
+    saved = ["embed_tokens", "lm_head"]
+    adapters.make(base, adapter, target_modules=[*ATTENTION, *towers], modules_to_save=saved)
+    adapters.merged(base, [adapter], tmp_path / "peft")
+    assert not any(name.startswith("model.language_model.") for name in hf.weights(base))
+    convert(adapter, tmp_path / "hf", "hf", hf_base=base)
+    found, expected = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict()
+        for name in ("hf", "peft")
+    )
+    assert found.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
 
 
 DORA = {

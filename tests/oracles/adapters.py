@@ -12,7 +12,12 @@ import torch.distributed.checkpoint as dcp
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from .fsdp import run
 from .hf import weights
@@ -76,6 +81,8 @@ def _save_sharded(base: Path, target: Path, config: dict[str, Any]) -> None:
 
 
 def _base(directory: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
+    seeing = hasattr(AutoConfig.from_pretrained(directory), "vision_config")
+    kind = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+    return kind.from_pretrained(
         directory, dtype=dtype, attn_implementation="eager", local_files_only=True
     )
