@@ -23,14 +23,23 @@ from typing import Any
 
 import click
 
-from ckptx import manager
+from ckptx import adapter_names, heads, manager
 from ckptx.adapters import adapter_options
-from ckptx.errors import FormatError, SchemaError
+from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.hookspecs import hookimpl
+from ckptx.lazy import LazyTensor
 from ckptx.model_directory import base_sidecars, family_of, read_config
 from ckptx.plugin import Loader
 from ckptx.plugins.rlinf import local_shards
-from ckptx.plugins.trained import beside, plain_names, size_of, strip_option, trained_messages
+from ckptx.plugins.trained import (
+    beside,
+    named_as_in_files,
+    plain_names,
+    shapes_of_config,
+    size_of,
+    strip_option,
+    trained_messages,
+)
 from ckptx.protocol import Begin, Dropped, End, Message
 
 _WHOLE = "model_state_dict"
@@ -139,19 +148,46 @@ def _from_shards(directory: Path, source: Path, options: Mapping[str, Any]) -> I
         sidecars=sidecars,
         training={"iteration": _iteration(directory)},
     )
+    confirmed = config is not None and family_of(config) is not None
+    sure = "the config of the model confirms their sizes"
+    unsure = "nothing says whether there were more"
     notes = (
-        f"{len(files)} local shards were joined as RLinf's FSDP cuts them; the config of the model "
-        "confirms their sizes",
+        f"{len(files)} local shards were joined as RLinf's FSDP cuts them; "
+        f"{sure if confirmed else unsure}",
         *remarks,
     )
     left = (*dropped, *_left(directory, source))
     try:
+        if confirmed:
+            _check_sizes(tensors, sidecars, directory)
         yield from trained_messages(begin, tensors, notes, left, options)
     except SchemaError as error:
         raise SchemaError(
             f"{directory}: the shares of {len(files)} ranks do not make the config's model: a rank "
             f"is missing, or the config is of another model ({error})"
         ) from error
+
+
+def _check_sizes(
+    tensors: Mapping[str, LazyTensor], files: Mapping[str, bytes], directory: Path
+) -> None:
+    """Raise a `SchemaError` unless the model's tensors are as long as its config says.
+
+    A model with a head passes through by name, and of an adapter's target the base is left behind:
+    nothing else would see that the last ranks are missing.
+    """
+    known = shapes_of_config(files, directory)
+    parsed = ((adapter_names.parse(name), tensor) for name, tensor in tensors.items())
+    base = {name.path: tensor for name, tensor in parsed if not name.kind}
+    base = dict(named_as_in_files(base, files, directory)[0])
+    base, _ = heads.without_module(base, known)
+    for name, shape in known.items():
+        if name in base and base[name].shape != shape:
+            raise SchemaError(
+                f"{name!r} is {list(base[name].shape)}, the config says {list(shape)}"
+            )
+    if known and not known.keys() & base.keys():
+        raise SchemaError(f"no tensor has a name of the config's model; found {listing(base, 2)}")
 
 
 def _iteration(place: Path) -> int | str:

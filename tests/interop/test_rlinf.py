@@ -172,6 +172,30 @@ def test_missing_shards(shards, saved, tmp_path):
     assert "1 of at least 2 rank files are missing: 'checkpoint_rank_0.pt'; copy them" in message
 
 
+@pytest.mark.parametrize("to", ["hf", "peft"])
+def test_missing_shards_of_a_model_with_more_than_its_config_says(to, shards, saved, tmp_path):
+    source = shards()
+    own = {"score.weight": torch.ones(1, 64)}
+    if to == "peft":
+        matrix = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.default.weight"
+        own = {matrix.format("A"): torch.ones(1, 64), matrix.format("B"): torch.ones(9, 1)}
+    for rank in range(3):
+        path = source / f"checkpoint_rank_{rank}.pt"
+        state = torch.load(path)
+        if to == "peft":
+            state["model"] = {f"base_model.model.{n}": t for n, t in state["model"].items()}
+        state["model"] |= {
+            name: next(iter(torch.chunk(tensor, 3)[rank:]), tensor[:0])
+            for name, tensor in own.items()
+        }
+        torch.save(state, path)
+    (source / "checkpoint_rank_2.pt").unlink()
+    alpha = {"lora_alpha": 2.0} if to == "peft" else {}
+    how = {"loader": "rlinf", "loader_options": alpha, "hf_base": saved / "model"}
+    with pytest.raises(SchemaError, match="a rank is missing"):
+        convert(source, tmp_path / "out", to, **how)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
