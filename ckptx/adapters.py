@@ -9,7 +9,7 @@ r"""LoRA adapters: found, and taken apart from the weights that they belong to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,6 @@ def adapter_options() -> list[click.Option]:
             help=f"The lora_alpha of LoRA weights in the source.  [as {ADAPTER_CONFIG} says]",
         ),
     ]
-
-
-def holds_adapters(tensors: Iterable[str], options: Mapping[str, Any]) -> bool:
-    """Return whether there are adapters among the tensors, or the user speaks of some."""
-    asked = options.get("adapter") or options.get("lora_alpha") is not None
-    alone = options.get("saver") == LAYOUT
-    return bool(asked) or alone or any(map(adapter_names.speaks_peft, tensors))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ckptx.adapters import adapter_options, holds_adapters
+from ckptx.adapters import adapter_options
 from ckptx.containers import torch_zip
 from ckptx.containers.sharded import is_sharded
 from ckptx.errors import FormatError, listing
@@ -23,7 +23,6 @@ from ckptx.model_directory import (
     base_sidecars,
     family_named,
     family_of,
-    hf_messages,
     named_messages,
     parts_from_config,
     read_config,
@@ -38,7 +37,7 @@ from ckptx.plugins.state_dict import (
     layout_option,
     layout_option_value,
 )
-from ckptx.plugins.trained import named_as_in_files, plain_names, strip_option
+from ckptx.plugins.trained import plain_names, strip_option, trained_messages
 from ckptx.protocol import WEIGHTS_ONLY, Begin, Dropped, End, Message
 from ckptx.schema import Parts
 from ckptx.schemas import legacy
@@ -147,9 +146,10 @@ def state_dict(
             f"containers: {', '.join(_CONTAINERS)}"
         )
     others = [*(str(name) for name in inner if name not in tensors), *others]
-    dropped = tuple(
-        Dropped(name, WEIGHTS_ONLY) for name in others if not name.endswith("_extra_state")
-    )
+    states = [name for name in others if name.endswith("_extra_state")]
+    dropped = tuple(Dropped(name, WEIGHTS_ONLY) for name in others if name not in states)
+    if held := [name for name in states if inner.get(name) is not None]:
+        dropped += (Dropped(f"{len(held)} _extra_state objects", WEIGHTS_ONLY),)
     nested = (f"the weights are those of {'.'.join(path)!r}",) if len(path) > 1 else ()
     return tensors, dropped, nested
 
@@ -179,39 +179,31 @@ def _messages(
     options: Mapping[str, Any],
 ) -> Iterator[Message]:
     convention = _CONVENTIONS[begin.layout]
-    if convention == "hf" and holds_adapters(tensors, options):
-        yield from hf_messages(begin, tensors, (), options.get("dtype"), others, options)
+    if convention == "hf":
+        yield from trained_messages(begin, tensors, (), others, options)
         return
     config = read_config(begin.sidecars, begin.root)
     family = family_of(config) if config else None
-    megatron = convention != "hf"
     if begin.layout == "legacy":
         args = legacy.completed(args)
     parts: Parts
-    notes: tuple[str, ...] = ()
-    if not megatron:
-        named, notes = named_as_in_files(tensors, begin.sidecars, begin.root)
-        tensors = dict(named)
-    if megatron and args:
+    if args:
         parts = {"language": spec_from_args(args)}
-    elif family is not None and config is not None and not megatron:
-        yield from hf_messages(begin, tensors, dropped=others)
-        return
     elif family is not None and config is not None:
         parts = parts_from_config(family, config)
     else:
         yield begin
         yield passthrough(tensors)
         note = "no config or args name the model: tensors pass through by name"
-        yield End(others, (*notes, note))
+        yield End(others, (note,))
         return
     composed = family.name if family is not None and "vision" in parts else ""
     layout = family_named(composed or parts["language"].family).layout(convention)
     if begin.layout == "legacy":
         layout = legacy.ordered(layout, version, parts["language"])
-    training = {**begin.training, "args": args if megatron and args else None}
+    training = {**begin.training, "args": args or None}
     begin = replace(begin, training=training, family=composed)
-    yield from named_messages(begin, tensors, parts, layout, notes, others)
+    yield from named_messages(begin, tensors, parts, layout, dropped=others)
 
 
 def _file_of(source: Path) -> Path:

@@ -101,6 +101,15 @@ def test_a_state_dict_inside_is_found_and_the_rest_named(container, tmp_path):
     assert dropped == ["optimizer", "epoch"]
 
 
+def test_states_that_are_no_tensors_are_named(tmp_path):
+    write_config(tmp_path, LLAMA)
+    states = {"a._extra_state": {"amax": 1.0}, "b._extra_state": {}, "c._extra_state": None}
+    path = write(tmp_path / "m.pt", {**tensors_of(LLAMA), **states})
+    assert_equal(loaded(LOADER, path), LLAMA.canonical())
+    (dropped,) = end_of(LOADER.load(path, {})).dropped
+    assert dropped.name == "2 _extra_state objects"
+
+
 @pytest.mark.parametrize(
     "path",
     [

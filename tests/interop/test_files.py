@@ -296,3 +296,16 @@ def test_safetensors_reads_every_shard(source_of, tmp_path):
     for name, file in index["weight_map"].items():
         with safe_open(tmp_path / "hf" / file, "pt") as shard:
             assert torch.equal(shard.get_tensor(name), expected[name])
+
+
+def test_a_state_dict_with_names_of_memory_and_what_is_said_of_them(tmp_path):
+    base, source = tmp_path / "base", tmp_path / "live"
+    hf.mixtral(base, num_hidden_layers=2)
+    source.mkdir()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.save(model.state_dict(), source / "model.pt")
+    facts = convert(source, tmp_path / "hf", "hf", hf_base=base)
+    found, expected = hf.weights(tmp_path / "hf"), hf.weights(base)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert any("have the names of transformers 5 in memory" in note for note in facts.notes)
