@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptx import adapter_names
+from ckptx import adapter_names, heads
 from ckptx.adapter_names import MATRICES, TOKENS, plain
 from ckptx.adapters import Adapter, Separated
 from ckptx.casting import dtype_name
@@ -182,9 +182,16 @@ class _Merge:
     def _needed(self, name: str) -> str:
         found = self._find(name)
         if found is None:
+            reason = "it is of another base model"
+            if heads.heads_of([name], ()):
+                task = self.adapter.config.said.get("task_type")
+                reason = (
+                    f"a head that the class of its task ({task}) adds to the base; save the base "
+                    "as a model of that class, with any values in the head, and give that"
+                )
             raise SchemaError(
-                f"{self.adapter.place}: the base has no {name!r}, which the adapter changes: it is "
-                "of another base model"
+                f"{self.adapter.place}: the base has no {name!r}, which the adapter changes: "
+                f"{reason}"
             )
         return found
 

@@ -443,6 +443,11 @@ def other_shape(tensors, config):
     tensors["base_model.model.model.norm.weight"] = torch.ones(65)
 
 
+def head_of_a_task(tensors, config):
+    tensors["base_model.model.score.weight"] = torch.ones(1, 64)
+    config["task_type"] = "SEQ_CLS"
+
+
 def no_bias(tensors, config):
     tensors[f"{PROJECTION}.lora_B.bias"] = torch.ones(64)
 
@@ -479,6 +484,7 @@ def said(**fields):
         (whole_numbers, "expected float32, bfloat16, float16, found int32"),
         (convolution, "are those of a convolution, which is not merged here"),
         (other_shape, "'model.norm.weight' is [65], in the base [64]"),
+        (head_of_a_task, "'score.weight', which the adapter changes: a head that the class of its"),
         (no_bias, "has a trained lora_bias and no bias in the base"),
         (rows_without_indices, "trainable_token_indices None do not say which rows"),
         (said(peft_type="IA3"), "peft_type 'IA3' is not known, only 'LORA'"),
