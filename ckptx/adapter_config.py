@@ -18,6 +18,11 @@ from ckptx.errors import FormatError
 
 ADAPTER_CONFIG = "adapter_config.json"
 _BESIDE = ("", "lora_adapter")
+TRAINED_LORA = "lora_train_meta.json"
+"""What verl's FSDP workers say of an adapter among their shards: r, lora_alpha, task_type.
+
+Source: volcengine/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py, verl/model_merger @ main.
+"""
 _PLAIN = (None, True, False, "gaussian", "eva", "orthogonal")
 """Initial values that leave the base model as it was."""
 _RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -156,13 +161,15 @@ def read(path: Path) -> AdapterConfig:
 def of_checkpoint(root: Path, alpha: float | None) -> AdapterConfig:
     """Return the config of an adapter whose matrices lie in a training checkpoint.
 
-    It lies in the directory or beside it, where peft and verl save it; ``alpha`` is the user's word
-    and goes before it.
+    It lies in the directory or beside it, where peft and verl save it; without it verl's
+    `TRAINED_LORA` in the directory says the scale. ``alpha`` is the user's word and goes before.
 
     Raises:
         FormatError: there is neither.
     """
     found = next((path for path in _places(root) if path.is_file()), None)
+    if found is None and alpha is None and (root / TRAINED_LORA).is_file():
+        return _trained(root / TRAINED_LORA)
     if found is None and alpha is None:
         raise FormatError(
             f"{root}: holds LoRA matrices, and nothing says their lora_alpha, which the size of "
@@ -172,6 +179,13 @@ def of_checkpoint(root: Path, alpha: float | None) -> AdapterConfig:
     if alpha is not None:
         said |= {"lora_alpha": alpha, "alpha_pattern": {}}
     return AdapterConfig(said, str(found) if found else "--lora-alpha")
+
+
+def _trained(path: Path) -> AdapterConfig:
+    """Return what verl says of the adapter that it trains: one rank and one alpha for all of it."""
+    said = read_json(path)
+    known = {key: said.get(key) for key in ("r", "lora_alpha", "task_type")}
+    return AdapterConfig({"peft_type": "LORA", **known}, str(path))
 
 
 def _places(root: Path) -> Iterator[Path]:

@@ -87,7 +87,8 @@ def _config(adapter: Adapter, model: Mapping[str, Any]) -> tuple[dict[str, Any],
     }
     return (
         made,
-        f"{ADAPTER_CONFIG} was made from the tensors and --lora-alpha; biases count as untrained",
+        f"{ADAPTER_CONFIG} was made from the tensors and {adapter.config.place}; biases count as "
+        "untrained",
     )
 
 

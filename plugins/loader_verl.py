@@ -25,6 +25,7 @@ from typing import Any
 
 import click
 
+from ckptx.adapter_config import TRAINED_LORA
 from ckptx.adapters import adapter_options
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import collector_paused
@@ -53,7 +54,7 @@ _MODEL_FILE = re.compile(r"model_world_size_([1-9]\d{0,5})_rank_(0|[1-9]\d{0,5})
 _STATE_FILE = re.compile(r"((?:optim|extra_state)_world_size_\d+_rank_)\d+\.pt")
 _CONFIG = "fsdp_config.json"
 _HUGGINGFACE = "huggingface"
-_OWN = (_CONFIG, megatron.TRANSFORMER_CONFIG)
+_OWN = (_CONFIG, megatron.TRANSFORMER_CONFIG, TRAINED_LORA)
 """Files that look like a model's, and describe the training."""
 _MODELS = (megatron.DISTRIBUTED, megatron.PER_RANK)
 _WEIGHTS = (".safetensors", ".bin", ".index.json")

@@ -387,6 +387,27 @@ def test_sharded_checkpoints(base_of, tmp_path):
         }
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_verl_says_of_its_adapters_is_taken(base_of, tmp_path):
+    name, config = LIVE["plain"]
+    base, adapter = base_of(name), tmp_path / "adapter"
+    adapters.make(base, adapter, **config)
+    expected = adapters.merged(base, [adapter], tmp_path / "peft")
+    adapters.save_sharded(base, tmp_path / "run", 2, config)
+    source = tmp_path / "run" / "actor"
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    meta = {key: said[key] for key in ("r", "lora_alpha")} | {"task_type": "CAUSAL_LM"}
+    (source / "lora_train_meta.json").write_text(json.dumps(meta))
+    convert(source, tmp_path / "hf", "hf")
+    found = hf.weights(tmp_path / "hf")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert not (tmp_path / "hf" / "lora_train_meta.json").exists()
+    for damaged, reason in (({"lora_alpha": 0}, "lora_alpha is 0"), ({"r": 3}, "says rank 3")):
+        (source / "lora_train_meta.json").write_text(json.dumps(meta | damaged))
+        with pytest.raises(CkptxError, match=reason):
+            convert(source, tmp_path / "refused", "hf")
+
+
 def test_ranks_cut_what_is_merged(base_of, tmp_path):
     """Megatron's tensors are cut and joined before they are computed; none may notice."""
     base, adapter = base_of("qwen2"), tmp_path / "adapter"
