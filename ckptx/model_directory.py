@@ -256,6 +256,13 @@ def _tie(
     if family is not None:
         tied = parts_from_config(family, config)["language"].tied
         return tied_names(family.layout("hf"), tensors) if tied else None
+    return tie_by_names(config, tensors)
+
+
+def tie_by_names(
+    config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
+) -> tuple[str, str] | None:
+    """Return the names of embedding and output layer of a tied model that no schema knows."""
     embedding = next((name for name in tensors if name.endswith(_EMBEDDINGS)), None)
     tied = config.get(_TIE, _OUTPUT not in tensors)
     return (embedding, _OUTPUT) if tied and embedding is not None else None

@@ -25,6 +25,7 @@ from ckptx.model_directory import (
     family_named,
     hf_tensors,
     read_config,
+    tie_by_names,
     tied_names,
 )
 from ckptx.plan import SavePlan, literal_files
@@ -32,6 +33,10 @@ from ckptx.plugin import Saver
 from ckptx.protocol import Message
 from ckptx.saving import Model, collect, named_tensors
 from ckptx.schemas import in_memory, torchtitan
+
+
+_GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+"""How classes of transformers end that have an output layer."""
 
 
 class DcpSaver:
@@ -88,6 +93,8 @@ class DcpSaver:
         # What is modified keeps its names, whichever they are.
         renamed = names == "memory" and "keep_container" not in model.begin.training
         tensors, notes = _in_memory(model, tensors) if renamed else (tensors, ())
+        if renamed and model.passthrough is not None:
+            tensors, notes = _with_output(model, tensors, notes)
         # What is modified stays in its container, unless the user says another.
         container = options.get("target_container") or model.begin.training.get("keep_container")
         path = tuple(word for word in (container or "").split(".") if word)
@@ -126,6 +133,23 @@ def _in_memory(
         changed="those of files are written with --target-names files",
         kept="those of the source are written",
     )
+
+
+def _with_output(
+    model: Model, tensors: dict[str, LazyTensor], notes: tuple[str, ...]
+) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+    """Return the tensors with the output layer that a tied model without a schema has in memory."""
+    config = read_config(model.begin.sidecars, model.begin.root) or {}
+    classes = config.get("architectures") or ()
+    tied = tie_by_names(config, tensors)
+    if tied is None or tied[1] in tensors or not str(next(iter(classes), "")).endswith(_GENERATING):
+        return tensors, notes
+    embedding, output = tied
+    kind = ".".join(embedding.rsplit(".", 2)[-2:])
+    if sum(name.endswith(kind) for name in tensors) > 1:  # which of them is tied is not known
+        return tensors, notes
+    note = f"{output!r} is {embedding!r} once more: the model is tied, and has both in memory"
+    return {**tensors, output: tensors[embedding]}, (*notes, note)
 
 
 def _part(key: str, tensor: LazyTensor, shards: int, shard: int) -> TensorItem | None:

@@ -346,3 +346,15 @@ def test_compression_without_its_library_or_of_an_unknown_kind(tmp_path, monkeyp
     assert not zstd.is_zstd(("stream.zstd/2",))
     assert not zstd.is_zstd(("stream.aes/1",))
     assert not zstd.is_zstd(("stream.zstd/1", "stream.zstd/1"))
+
+
+def test_a_tied_model_without_a_schema_loads_into_its_class(tmp_path):
+    hf.granite(tmp_path / "hf", num_hidden_layers=2, tie_word_embeddings=True)
+    convert(tmp_path / "hf", tmp_path / "dcp", "dcp")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
+    found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    dcp.load(found, checkpoint_id=str(tmp_path / "dcp"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    convert(tmp_path / "dcp", tmp_path / "back", "hf")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
