@@ -34,7 +34,6 @@ from ckptx.protocol import Message
 from ckptx.saving import Model, collect, named_tensors
 from ckptx.schemas import in_memory, torchtitan
 
-
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 """How classes of transformers end that have an output layer."""
 
