@@ -160,10 +160,10 @@ def read(
     names = [directory_name(rank, pp_rank, pp) for pp_rank in range(pp) for rank in ranks]
     _check_directories(directory, names, [path.name for path in found])
     paths = [_file(directory / name, kind) for name in names]
-    refuse_copies(paths)
     grid = [_read_rank(path, number, form, kind) for number, path in enumerate(paths)]
     for rank in grid:
         _check_same_run(first, rank)
+    _check_copies(grid, ranks)
     _check_order(grid, ranks)
     weights = {
         f"{rank.path.parent.name}:{index}:{name}": tensor
@@ -517,6 +517,20 @@ def _check_same_run(first: _Rank, rank: _Rank) -> None:
             f"{rank.path}: is of iteration {rank.iteration}, {first.path.parent.name} of "
             f"{first.iteration}; the rank files are of different runs"
         )
+
+
+def _check_copies(grid: Sequence[_Rank], ranks: Sequence[Rank]) -> None:
+    """Raise if one file is in the place of two.
+
+    Expert-parallel ranks hold the same in a stage whose layers are all dense.
+    """
+    alike: dict[int, list[Path]] = {}
+    for number, file in enumerate(grid):
+        ep_rank = ranks[number % len(ranks)].ep_rank
+        experts = any("experts." in name for model in file.models for name in model)
+        alike.setdefault(-1 if experts else ep_rank, []).append(file.path)
+    for paths in alike.values():
+        refuse_copies(paths)
 
 
 def _check_order(grid: list[_Rank], ranks: Sequence[Rank]) -> None:
