@@ -75,6 +75,23 @@ def manifest_path(plan: SavePlan) -> str:
     return f"{plan.files[0].path}.{MANIFEST}" if plan.single_file else MANIFEST
 
 
+def is_held(partial: Path) -> bool:
+    """Return whether a run is at work in a partial directory."""
+    try:
+        lock = os.open(partial / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+    return False
+
+
 def _is_taken(path: Path) -> bool:
     """Return whether there is anything at a place; an empty directory is nothing."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
