@@ -359,6 +359,8 @@ class Target:
             raise PlanError(
                 f"{path}: exists; choose another target, or replace it with --overwrite"
             )
+        if not path.is_dir() and not path.is_file():
+            raise PlanError(f"{path}: is a pipe, a socket or a device; choose another target")
         if path.is_file() and not self.plan.single_file:
             raise PlanError(f"{path}: is a file, and the target is a directory; choose another")
         if path.is_dir():
