@@ -16,6 +16,7 @@ from ckptx.errors import CkptxError, FormatError, SchemaError
 from ckptx.lazy import LazyTensor
 from ckptx.loading import drop_ignored, main_dtype, messages_of, passthrough, resolve_tie
 from ckptx.protocol import WEIGHTS_ONLY, Begin, Dropped, End, Message
+from ckptx.publish import MANIFEST
 from ckptx.saving import Model, fill_unused, named_tensors
 from ckptx.schema import Family, Held, Layout, Parts
 from ckptx.spec import ModelSpec
@@ -61,7 +62,8 @@ def sidecars(directory: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(directory.iterdir()):
         wanted = path.suffix in _SUFFIXES or path.name.startswith(_LEGAL)
-        weights = path.name.endswith(".index.json") or path.name.startswith("ckptx-")
+        weights = path.name.endswith((".index.json", f".{MANIFEST}"))  # of a single file
+        weights = weights or path.name.startswith("ckptx-")
         if not wanted or weights or not path.is_file():
             continue
         if any(path.match(pattern) for pattern in _TRAINING):

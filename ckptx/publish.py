@@ -75,6 +75,23 @@ def manifest_path(plan: SavePlan) -> str:
     return f"{plan.files[0].path}.{MANIFEST}" if plan.single_file else MANIFEST
 
 
+def is_held(partial: Path) -> bool:
+    """Return whether a run is at work in a partial directory."""
+    try:
+        lock = os.open(partial / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+    return False
+
+
 def _is_taken(path: Path) -> bool:
     """Return whether there is anything at a place; an empty directory is nothing."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
@@ -342,6 +359,8 @@ class Target:
             raise PlanError(
                 f"{path}: exists; choose another target, or replace it with --overwrite"
             )
+        if not path.is_dir() and not path.is_file():
+            raise PlanError(f"{path}: is a pipe, a socket or a device; choose another target")
         if path.is_file() and not self.plan.single_file:
             raise PlanError(f"{path}: is a file, and the target is a directory; choose another")
         if path.is_dir():

@@ -3,7 +3,7 @@
 verl's and LightRFT's scripts are started with one process per GPU. Of ckptx one process does the
 work, rank 0; the others wait for it and exit with its code.
 
-    rank 0     listens, works, tells everyone who has come its exit code
+    rank 0     listens, works, tells everyone who comes its exit code
     others     connect, wait; whatever ends rank 0, the kernel closes their line
 
 The line is a socket in Linux's abstract namespace, so no file is left and none can be stale. Ranks
@@ -30,7 +30,8 @@ from pathlib import Path
 import click
 
 PATIENCE = 60.0
-"""Seconds that one side waits for the other to appear: interpreters start slowly on clusters."""
+"""Seconds in which all must have been started: interpreters start slowly on clusters."""
+_SILENCE = 5.0  # seconds after which one that waits says so
 _POLL = 0.05  # seconds
 _RUN = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -101,26 +102,42 @@ def _lead(here: Place, address: str, work: Callable[[], int]) -> int:
         except OSError:
             return _failed(0, "the same command is being run by another rank 0; wait for it")
         line.listen(max(here.local_world, 16))  # they queue here while rank 0 works
+        # From now on: all are started at once, so after long work nobody is waited for.
+        deadline = time.monotonic() + PATIENCE
         code = 1
         try:
             code = work()
         finally:
-            _tell(line, here.local_world - 1, code)
+            _tell(line, here.local_world - 1, code, deadline)
     return code
 
 
-def _tell(line: socket.socket, count: int, code: int) -> None:
-    """Send the exit code to ``count`` ranks; those that never come are not waited for forever.
+def _tell(line: socket.socket, count: int, code: int, deadline: float) -> None:
+    """Send the exit code to ``count`` ranks; those that never come are waited for to a deadline.
 
-    All are told at once: torchrun ends the other processes as soon as one has failed.
+    All are told at once: torchrun ends the other processes as soon as one has failed. Who waits for
+    ranks that do not exist, since the variables are an old job's, is told how to be rid of it.
     """
-    deadline = time.monotonic() + PATIENCE
+    speaks = time.monotonic() + _SILENCE
     with contextlib.ExitStack() as stack:
         waiting: list[socket.socket] = []
-        while len(waiting) < count and (left := deadline - time.monotonic()) > 0:
-            line.settimeout(left)
-            with contextlib.suppress(TimeoutError):
+        while len(waiting) < count:
+            now = time.monotonic()
+            if speaks <= now < deadline:
+                missing = f"{count - len(waiting)} of {count} other ranks"
+                click.echo(
+                    f"rank 0 is done, and waits {deadline - now:.0f} s for {missing} to come; if "
+                    "there are none, unset RANK",
+                    err=True,
+                )
+                speaks = deadline
+            line.settimeout(max(0.0, min(speaks, deadline) - now))
+            try:
                 other = stack.enter_context(line.accept()[0])
+            except (TimeoutError, BlockingIOError):  # nobody is in the queue
+                if now >= deadline:
+                    break
+            else:
                 waiting += [other] * _is_ours(other)
         for other in waiting:
             with contextlib.suppress(OSError):  # it is gone

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ckptx.publish import PARTIAL
+from ckptx.publish import PARTIAL, is_held
 
 _ITERATION = re.compile(r"iter_\d{7}|release")
 _LOOKED_AT = 20  # directories below the one that was given
@@ -20,9 +20,16 @@ def absent(path: Path) -> str:
     partial = path.with_name(f"{path.name}{PARTIAL}") if path.name else path
     if not partial.is_dir():
         return "no such file or directory"
+    return f"is not there yet: the conversion to it {_unfinished(partial)}"
+
+
+def _unfinished(partial: Path) -> str:
+    """Return what has become of a conversion by what it has left, and what to do."""
+    if is_held(partial):
+        return f"is still running ({partial}); wait for it"
     return (
-        "is not there yet: the conversion to it was interrupted; run the same command again to "
-        f"continue, or remove {partial}"
+        f"was interrupted; run the same command again to continue, or remove {partial}, which is "
+        "all that it has left"
     )
 
 
@@ -39,12 +46,12 @@ def reason(source: Path, recognised: Recognised) -> str:
     names = sorted((path.name for path in source.iterdir()), key=lambda name: (len(name), name))
     if not names:
         return "the directory is empty"
-    if any(name.endswith(PARTIAL) for name in names):
-        return (
-            "a conversion into it was interrupted; run the same command again to continue, "
-            "or remove it"
-        )
-    return _checkpoints_below(source, names, recognised) or _incomplete(names)
+    finished = [name for name in names if not name.endswith(PARTIAL)]
+    below = _checkpoints_below(source, finished, recognised) or _incomplete(finished)
+    if below or len(finished) == len(names):
+        return below
+    partial = next(source / name for name in names if name.endswith(PARTIAL))
+    return f"a conversion into it {_unfinished(partial)}"
 
 
 def _checkpoints_below(source: Path, names: list[str], recognised: Recognised) -> str:

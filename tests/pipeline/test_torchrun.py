@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,22 @@ def test_nobody_waits_forever_for_ranks_that_do_not_come():
     alone = rank_that(1, "7", patience=0.2)
     assert "rank 0 did not start this command" in alone.communicate(timeout=30)[1]
     assert alone.returncode == 1
+
+
+def test_after_long_work_nobody_is_waited_for_but_those_that_have_come_are_told():
+    work, patience = "time.sleep(6) or 7", 5
+    leader, follower = rank_that(0, work, patience), rank_that(1, work, patience)
+    began = time.monotonic()
+    for process in (leader, follower):
+        process.communicate(timeout=30)
+    assert time.monotonic() - began < 6 + patience - 1
+    assert [leader.returncode, follower.returncode] == [7, 7]
+
+
+def test_who_waits_for_ranks_that_do_not_exist_is_told_why():
+    errors = rank_that(0, "7", patience=8).communicate(timeout=30)[1]
+    assert "rank 0 is done, and waits" in errors
+    assert "2 of 2 other ranks to come; if there are none, unset RANK" in errors
 
 
 def test_ranks_of_another_machine_do_nothing_and_say_so(tmp_path, write_llama):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -366,3 +368,31 @@ def test_a_target_that_is_not_finished_is_told(command, tmp_path, run):
     code, _, err = run(*command, tmp_path / "target", *more)
     assert code
     assert "the conversion to it was interrupted; run the same command again" in err
+
+
+def test_a_target_that_is_being_written_is_told(tmp_path, run):
+    partial = tmp_path / "target.ckptx-partial"
+    partial.mkdir()
+    with (partial / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _, _, err = run("inspect", tmp_path / "target")
+    assert f"the conversion to it is still running ({partial}); wait for it" in err
+
+
+def test_nobody_is_told_to_remove_what_lies_beside_an_unfinished_target(tmp_path, model, run):
+    models = tmp_path / "models"
+    (models / "target.ckptx-partial").mkdir(parents=True)
+    code, _, err = run("inspect", models)
+    assert code == 1
+    assert f"or remove {models / 'target.ckptx-partial'}, which is all that it has left" in err
+    shutil.copytree(model, models / "whole")
+    assert run("inspect", models)[2].endswith(f"a checkpoint lies below it: give {models}/whole\n")
+
+
+def test_the_manifest_of_a_file_beside_a_model_does_not_go_with_it(tmp_path, model, run):
+    source = tmp_path / "source"
+    shutil.copytree(model, source)
+    assert run("convert", source, source / "all.pt", "--to", "pytorch")[0] == 0
+    assert (source / "all.pt.ckptx-manifest.json").is_file()
+    assert run("convert", source, tmp_path / "target", "--to", "hf")[0] == 0
+    assert not (tmp_path / "target" / "all.pt.ckptx-manifest.json").exists()

@@ -347,3 +347,13 @@ def test_rename_without_kernel_support_says_so(monkeypatch, tmp_path):
     (tmp_path / "a").touch()
     with pytest.raises(FileExistsError):
         publish.rename_new(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("single_file", [False, True])
+def test_a_pipe_or_a_device_is_not_replaced(single_file, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    target = Target(tmp_path / "pipe", [], overwrite=True)
+    with pytest.raises(PlanError, match="is a pipe, a socket or a device"):
+        publish_plan(target, plan(single_file=single_file))
+    assert (tmp_path / "pipe").is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
