@@ -27,9 +27,9 @@ from ckptx.plugin import Loader
 from ckptx.plugins.deepspeed import directory, ranks, weights
 from ckptx.plugins.trained import (
     beside,
+    plain_names,
     shapes_of_config,
     trained_messages,
-    unwrapped,
 )
 from ckptx.protocol import WEIGHTS_ONLY, Begin, Dropped, Message
 
@@ -116,7 +116,7 @@ class DeepspeedLoader:
             left = _left(saved)
         except RecursionError as error:
             raise FormatError(f"{source}: its objects are nested too deeply") from error
-        found.tensors = unwrapped(_without(prefix, found.tensors, source), source)
+        found.tensors, renamed = plain_names(_without(prefix, found.tensors, source), {}, source)
         files = list(saved.files)
         filled, remarks = base_tensors(files, found.tensors, options)
         found.declare("base", filled)
@@ -138,7 +138,7 @@ class DeepspeedLoader:
             },
             parallel=_parallel_sizes(saved),
         )
-        notes = (*found.notes, *remarks)
+        notes = (*found.notes, *renamed, *remarks)
         dropped = (*found.dropped, *left, *_beside_tag(saved.directory))
         yield from trained_messages(begin, found.tensors, notes, dropped, options)
 

@@ -493,6 +493,8 @@ class TestNames:
         sent = list(LOADER.load(tmp_path / "zero", {"hf_base": base, **options}))
         save(HF_SAVER, sent, tmp_path / "hf", {})
         assert_state_of_torch(load_file(tmp_path / "hf" / "model.safetensors"), state)
+        said = any("names of wrappers were taken out" in note for note in sent[-1].notes)
+        assert said == (not options)
 
     def test_a_prefix_that_is_not_there(self):
         reason = refusal(GOLDEN / "zero2_bf16_groups", prefix="actor.")
