@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -472,8 +473,17 @@ _FIXED = (
     rb"|\x95........"
     rb"|c[^\n]{1,1000}\n[^\n]{1,1000}\n)*+"
 )
+_FIXED_SIMPLY = (
+    rb"(?:[)(01NRabesu}\]\x81\x88\x89\x8f\x90\x92-\x94]++"
+    rb"|[Khq\x80]."
+    rb"|M..|[Jj]....|[G\x95]........)*+"
+)
+"""The same where no alternative fails late; so all tuples are weighed, which takes longer."""
+_OTHERS = rb"c[^\n]{1,1000}\n[^\n]{1,1000}\n|r%(memo)s"
 _SMALL = 64
 """Values in a tuple that is small."""
+_RE_IS_SOUND = sys.version_info >= (3, 11, 5)
+"""Before, possessive quantifiers lose their place in what they repeat (python/cpython#106052)."""
 _STOP = ord(".")
 _BINPERSID = ord("Q")
 _BUILDING = b"t\x85\x86\x87\x91"
@@ -506,7 +516,8 @@ def _scan(data: bytes, file: str) -> tuple[bytes, bytearray]:
         their order. (Frames become longer than they say: they only tell what to read ahead.)
     """
     values = {b"memo": _memo_index(len(data)), b"small": _SMALL}
-    fixed = re.compile(_FIXED % values, re.DOTALL)
+    others = re.compile(_OTHERS % values, re.DOTALL)
+    fixed = re.compile((_FIXED if _RE_IS_SOUND else _FIXED_SIMPLY) % values, re.DOTALL)
     cuts = [0]
     calls = bytearray()
     position = 0
@@ -531,6 +542,8 @@ def _scan(data: bytes, file: str) -> tuple[bytes, bytearray]:
         elif opcode == _BINPERSID:
             position += 1
             calls.append(_STORAGE)
+        elif match := others.match(data, position):
+            position = match.end()
         elif opcode == _STOP:
             if len(cuts) == 1:
                 return data, calls
