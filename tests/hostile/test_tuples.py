@@ -344,3 +344,25 @@ def test_an_encoding_that_is_no_name_is_refused(levels, tmp_path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(FormatError, match="encoding has no name"):
         dcp.read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+@pytest.mark.parametrize("sound", [True, False])
+def test_either_way_to_scan_reads_the_same(sound, protocol, monkeypatch):
+    """Python before 3.11.5 cannot run the pattern that knows small tuples."""
+    monkeypatch.setattr(pickles, "_RE_IS_SOUND", sound and pickles._RE_IS_SOUND)
+    value = [
+        *((1, 2.5, None), ("a", (True, (2**40, b"b"))), (), {(1, 2): ("x",) * 70}),
+        *({"k": [1, -1, 2**70, 70_000]}, frozenset("ab"), {i: (i,) for i in range(300)}),
+    ]
+    assert pickles.loads(pickle.dumps(value, protocol), file="a.pt") == value
+
+
+@pytest.mark.parametrize("sound", [True, False])
+@pytest.mark.parametrize(
+    "opcode", [b"r\xff\xff\xff\xff", b"c" + b"x" * 2000, b"i", b"\x82\x01"], ids=repr
+)
+def test_either_way_to_scan_refuses_the_same(sound, opcode, monkeypatch):
+    monkeypatch.setattr(pickles, "_RE_IS_SOUND", sound and pickles._RE_IS_SOUND)
+    with pytest.raises(FormatError, match="opcode of protocol 2 to 5 at byte 4"):
+        pickles.loads(b"\x80\x02K\x01" + opcode + b"N." * 9, file="a.pt")
