@@ -21,7 +21,7 @@ _BESIDE = ("", "lora_adapter")
 TRAINED_LORA = "lora_train_meta.json"
 """What verl's FSDP workers say of an adapter among their shards: r, lora_alpha, task_type.
 
-Source: volcengine/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py, verl/model_merger @ main.
+Its keys are known from files that users of verl show; releases up to 0.7 do not write it.
 """
 _PLAIN = (None, True, False, "gaussian", "eva", "orthogonal")
 """Initial values that leave the base model as it was."""
