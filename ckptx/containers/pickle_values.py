@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from ckptx.lazy import ITEMSIZE, Shape
 
@@ -34,6 +34,7 @@ def collector_paused() -> Iterator[None]:
 
 
 _Rebuilt: TypeAlias = tuple[Any, tuple[Any, ...]]
+_T = TypeVar("_T")
 
 
 class FrozenClass(type):
@@ -153,11 +154,17 @@ def stub(module: str, name: str) -> type[Record]:
 copyreg.pickle(StubClass, lambda cls: (stub, (cls.module, cls.name)))
 
 
-def _sealed(value: object, state: object) -> None:
-    """Stand for ``__setstate__`` of a value that is whole when it is made.
+def _sealed(cls: type[_T]) -> type[_T]:
+    """Return a class whose values are whole when they are made, and take no state.
 
-    Frozen dataclasses with slots have one of their own, which sets every field unchecked.
+    Frozen dataclasses with slots have a ``__setstate__`` of their own, which sets every field
+    unchecked; before Python 3.11.3 it goes before one that the class itself has.
     """
+    cls.__setstate__ = _refuse_state  # type: ignore[attr-defined]
+    return cls
+
+
+def _refuse_state(value: object, state: object) -> None:
     raise TypeError(f"a pickle tried to set the state of a {type(value).__name__}")
 
 
@@ -188,18 +195,18 @@ class UnhashableTuple(tuple[Any, ...]):
         raise TypeError("a tuple that is too large, or shared too often, is a key")
 
 
+@_sealed
 @dataclass(frozen=True, slots=True)
 class TorchDtype:
     """A `torch.dtype` as a value, by its torch name."""
 
     name: str
 
-    __setstate__ = _sealed
-
     def __reduce__(self) -> _Rebuilt:
         return TorchDtype, (self.name,)
 
 
+@_sealed
 @dataclass(frozen=True, slots=True)
 class EnumValue:
     """A member of a foreign enum: ``EnumValue("signal", "Signals", 15)``."""
@@ -210,8 +217,6 @@ class EnumValue:
 
     def __reduce__(self) -> _Rebuilt:
         return EnumValue, (self.module, self.name, self.value)
-
-    __setstate__ = _sealed
 
 
 class Global(NamedTuple):
@@ -278,6 +283,7 @@ class RowMap(tuple[Rows, ...]):
     __slots__ = ()
 
 
+@_sealed
 @dataclass(frozen=True, slots=True)
 class StorageRef:
     """A reference to a storage: the file ``data/<key>`` of the archive.
@@ -289,9 +295,8 @@ class StorageRef:
     key: str
     nbytes: int
 
-    __setstate__ = _sealed
 
-
+@_sealed
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
     """A tensor of a pickle. Offset and strides count elements, ``storage_nbytes`` bytes.
@@ -307,8 +312,6 @@ class TensorRecord:
     storage_nbytes: int
     requires_grad: bool = False
     parameter: bool = False
-
-    __setstate__ = _sealed
 
 
 STORAGE_CLASSES = {
