@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +18,10 @@ from ckptx import cli, manager
 
 PARTIAL = ".ckptx-partial"
 ROOT = Path(manager.__file__).resolve().parents[1]
+RECORD = os.environ.get("CKPTX_RECORD_HOSTILE", "")
+"""Where commands are noted, a file for each worker; nowhere if empty."""
+RECORDED: dict[str, int] = {}
+"""Test to the commands that it has run."""
 
 
 def fingerprint(root: Path) -> dict[str, str]:
@@ -46,7 +51,21 @@ class User:
         with pytest.raises(SystemExit) as end:
             entry([str(argument) for argument in arguments])
         self.output, self.errors = self._read_output()
-        return int(end.value.code or 0)
+        return self._recorded(int(end.value.code or 0))
+
+    def _recorded(self, code: int) -> int:
+        """Note what a command has said, for ``tests.record``, if that is asked for."""
+        if not RECORD:
+            return code
+        test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
+        number = RECORDED[test] = RECORDED.get(test, 0) + 1
+        said = [line for line in self.errors.splitlines() if line.startswith("error: ")]
+        text = "\n".join(said).replace(str(self.place), "PLACE")
+        text = text.replace(str(self.place.parent), "TMP").replace(str(ROOT), "CHECKOUT")
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+        with Path(f"{RECORD}.{worker}").open("a") as file:
+            file.write(json.dumps([f"{test} {number}", code, text]) + "\n")
+        return code
 
     def run_apart(self, *arguments: Any, **settings: Any) -> int:
         """Run ``ckptx`` in a process of its own."""
@@ -58,7 +77,7 @@ class User:
             **settings,
         )
         self.output, self.errors = done.stdout, done.stderr
-        return done.returncode
+        return self._recorded(done.returncode)
 
     def is_refused(
         self, *arguments: Any, run: Callable[..., int] | None = None, **settings: Any
