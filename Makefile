@@ -27,7 +27,7 @@ bench: $(READY) ## Speed and memory, each paired with cp; see docs/performance.m
 	$(BIN)/python benchmarks/bench.py
 
 docs: $(READY) ## Refresh the generated parts of the documentation
-	$(BIN)/python -m ckptx.docs
+	$(BIN)/python -m docs.refresh
 
 # torch first and pinned: otherwise pip takes a build with gigabytes of GPU libraries.
 $(READY): pyproject.toml constraints.txt

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from ckptx.cli import convert
+    from ckptx.cli.main import convert
 
     convert()

@@ -1,6 +1,6 @@
 """``python -m ckptx``: the same as the ``ckptx`` command."""
 
-from ckptx.cli import main
+from ckptx.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -22,8 +22,8 @@ from ckptx.containers.pickle_values import (
     TorchSize,
 )
 from ckptx.errors import FormatError
-from ckptx.lazy import LazyTensor
-from ckptx.plan import Crc32, FilePlan
+from ckptx.storage.file_plan import Crc32, FilePlan
+from ckptx.tensors.lazy import LazyTensor
 
 _PLAIN = (type(None), bool, int, float, str, bytes, set, LazyTensor, EnumValue, TorchDtype)
 _NUMPY = (
@@ -94,7 +94,8 @@ def saved(name: str, value: Any, files: Sequence[str]) -> bytes:
     """
     import numpy as np
 
-    from ckptx.reader import Files, read
+    from ckptx.storage.gather import read
+    from ckptx.storage.open_files import Files
 
     plan: FilePlan = torch_zip.plan_file(name, value)
     parts: list[bytes] = []

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from ckptx.containers.source_file import SourceFile
 from ckptx.containers.zip_archive import read_members
 from ckptx.errors import FormatError
+from ckptx.storage.source_file import SourceFile
 
 _TAIL = 1 << 16
 """Bytes at the end of a file: checksums of some 900 tensors, in the directory of its archive."""

@@ -31,13 +31,15 @@ from ckptx.containers.dcp_metadata import (
     read_metadata,
 )
 from ckptx.containers.pickle_values import TensorRecord, TorchSize, collector_paused
-from ckptx.containers.source_file import SourceFile
 from ckptx.containers.zip_archive import ENDS_SIZE
 from ckptx.containers.zstd import decoded, is_zstd
 from ckptx.errors import FormatError, PlanError
-from ckptx.lazy import ITEMSIZE, Filled, LazyTensor, Shape, Stored, tile
-from ckptx.plan import FilePlan, Region
-from ckptx.spool import Spool
+from ckptx.storage.file_plan import FilePlan, Region
+from ckptx.storage.source_file import SourceFile
+from ckptx.storage.spool import Spool
+from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.tensors.joins import tile
+from ckptx.tensors.lazy import Filled, LazyTensor, Shape, Stored
 
 _AROUND = 1 << 20
 """Bytes that an item may have around its tensor: a zip archive of a few short members."""

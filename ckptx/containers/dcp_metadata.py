@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from ckptx.containers import pickles
+from ckptx.containers import pickle_reader as pickles
 from ckptx.containers.pickle_values import (
     Call,
     EnumValue,
@@ -28,9 +28,9 @@ from ckptx.containers.pickle_values import (
     collector_paused,
 )
 from ckptx.containers.pickle_writer import dumps
-from ckptx.containers.source_file import SourceFile
 from ckptx.errors import FormatError
-from ckptx.lazy import MAX_AXES, Shape
+from ckptx.storage.source_file import SourceFile
+from ckptx.tensors.lazy import MAX_AXES, Shape
 
 METADATA_NAME = ".metadata"
 

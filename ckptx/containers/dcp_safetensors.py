@@ -20,7 +20,8 @@ from typing import Any
 
 from ckptx.containers import safetensors, tiling
 from ckptx.errors import FormatError
-from ckptx.lazy import Filled, LazyTensor, Shape, Stored, tile
+from ckptx.tensors.joins import tile
+from ckptx.tensors.lazy import Filled, LazyTensor, Shape, Stored
 
 _SHARD = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
 _INFO = "DCP_SHARDING_INFO"

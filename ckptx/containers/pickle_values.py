@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from ckptx.lazy import ITEMSIZE, Shape
+from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.tensors.lazy import Shape
 
 
 @contextmanager

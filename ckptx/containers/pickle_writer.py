@@ -30,7 +30,7 @@ from ckptx.containers.pickle_values import (
     collector_paused,
 )
 from ckptx.errors import PlanError
-from ckptx.lazy import LazyTensor
+from ckptx.tensors.lazy import LazyTensor
 
 _U32 = struct.Struct("<I")
 _I32 = struct.Struct("<i")

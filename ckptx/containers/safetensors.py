@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptx.containers.source_file import SourceFile
 from ckptx.errors import FormatError, PlanError
-from ckptx.lazy import ITEMSIZE, MAX_AXES, LazyTensor, Stored, contiguous_strides
-from ckptx.plan import FilePlan, Region
+from ckptx.storage.file_plan import FilePlan, Region
+from ckptx.storage.source_file import SourceFile
+from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.tensors.lazy import MAX_AXES, LazyTensor, Stored, contiguous_strides
 
 HEADER_LENGTH = struct.Struct("<Q")
 MAX_HEADER = 100_000_000  # bytes; MAX_HEADER_SIZE upstream

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 from ckptx.containers import tiling
 from ckptx.containers.pickle_values import Record, TorchDtype
 from ckptx.errors import FormatError
-from ckptx.lazy import Filled, LazyTensor, Shape, Stored, replicated, tile
+from ckptx.tensors.joins import tile
+from ckptx.tensors.lazy import Filled, LazyTensor, Shape, Stored, replicated
 
 _WRAPPED = "_rebuild_from_type_v2"
 """How subclasses of a tensor that wrap others are pickled, in `torch._tensor`."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from operator import floordiv, le, mod
 
-from ckptx.lazy import Shape
+from ckptx.tensors.lazy import Shape
 
 MAX_SPLITS = 64
 """How often a box may be cut, on average, before a tiling counts as unreasonable."""

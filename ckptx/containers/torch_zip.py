@@ -21,7 +21,7 @@ from operator import is_not
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ckptx.containers import pickles
+from ckptx.containers import pickle_reader as pickles
 from ckptx.containers.pickle_values import (
     Namespace,
     Record,
@@ -30,11 +30,12 @@ from ckptx.containers.pickle_values import (
     UnhashableTuple,
 )
 from ckptx.containers.pickle_writer import dumps
-from ckptx.containers.source_file import SourceFile
 from ckptx.containers.zip_archive import ArchiveWriter, Member, NewMember, read_members
 from ckptx.errors import FormatError, PlanError
-from ckptx.lazy import ITEMSIZE, MAX_AXES, LazyTensor, Shape, Stored, contiguous_strides
-from ckptx.plan import FilePlan
+from ckptx.storage.file_plan import FilePlan
+from ckptx.storage.source_file import SourceFile
+from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.tensors.lazy import MAX_AXES, LazyTensor, Shape, Stored, contiguous_strides
 
 ITEM_ROOT = "archive"
 """The root folder of archives that torch writes to a stream."""
@@ -69,7 +70,7 @@ def read(
         file_index: its place in the file table of the conversion.
         offset: where the archive starts, in bytes.
         length: its size in bytes; to the end of the file unless given.
-        allow: see `ckptx.containers.pickles.loads`.
+        allow: see `ckptx.containers.pickle_reader.loads`.
 
     Raises:
         FormatError: the file is no torch file, is damaged or hostile, or from before torch 1.6.

@@ -25,10 +25,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ckptx.containers.source_file import SourceFile
 from ckptx.errors import FormatError
-from ckptx.lazy import LazyTensor
-from ckptx.plan import Crc32, Region
+from ckptx.storage.file_plan import Crc32, Region
+from ckptx.storage.source_file import SourceFile
+from ckptx.tensors.lazy import LazyTensor
 
 ALIGNMENT = 64  # bytes; torch.serialization.config.save.storage_alignment
 LIMIT32 = 0xFFFFFFFF  # this value and above go to zip64 fields

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-from ckptx.containers.source_file import SourceFile
 from ckptx.errors import FormatError
+from ckptx.storage.source_file import SourceFile
 
 _NAME, _VERSION = "stream.zstd", "1"
 _BLOCK = 1 << 20  # bytes

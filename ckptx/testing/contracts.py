@@ -31,25 +31,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ckptx.distribution import Shards, Taker, check_message, give
 from ckptx.errors import CkptxError
-from ckptx.isos import SAME
-from ckptx.lazy import ITEMSIZE, LazyTensor, Shape, Stored, stored
-from ckptx.parallel import stage_ranks
-from ckptx.pieces import pieces
-from ckptx.plugin import Loader, Saver
-from ckptx.protocol import PASSTHROUGH, Begin, End, Message, Tensors
-from ckptx.schema import Family, Layout, Rule
-from ckptx.spec import ModelSpec
+from ckptx.model.canonical_names import check_shapes, dimensions, keys_of
+from ckptx.model.layout import Family, Layout, Rule
+from ckptx.model.pipeline_parallel import stage_ranks
+from ckptx.model.sharding import Shards, Taker, check_message, give
+from ckptx.model.spec import ModelSpec
+from ckptx.model.transforms import SAME
+from ckptx.protocol.contracts import Loader, Saver
+from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, Tensors
+from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.tensors.lazy import LazyTensor, Shape, Stored, stored
+from ckptx.tensors.pieces import pieces
 from ckptx.testing import faults
-from ckptx.testing.conversion import (
-    checked,
-    end_of,
-    loaded_by_name,
-    plan_of_messages,
-    save,
-    values,
-)
+from ckptx.testing.conversion import checked, end_of, loaded_by_name, plan_of_messages, save, values
 from ckptx.testing.models import (
     MODELS,
     Arrays,
@@ -63,7 +58,6 @@ from ckptx.testing.models import (
     write_safetensors,
 )
 from ckptx.testing.tagged import assert_same, tagged
-from ckptx.vocabulary import check_shapes, dimensions, keys_of
 
 if TYPE_CHECKING:
     from _pytest.mark import ParameterSet

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ckptx.lazy import LazyTensor
-from ckptx.plan import FilePlan, Region, SavePlan
-from ckptx.plugin import Loader, Saver
-from ckptx.proof import Proof, prove
-from ckptx.protocol import PASSTHROUGH, Begin, End, Message, Tensors
-from ckptx.reader import Files, read
+from ckptx.conversion.proof import Proof, prove
+from ckptx.protocol.contracts import Loader, SavePlan, Saver
+from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, Tensors
+from ckptx.storage.file_plan import FilePlan, Region
+from ckptx.storage.gather import read
+from ckptx.storage.open_files import Files
+from ckptx.tensors.lazy import LazyTensor
 from ckptx.testing.models import Arrays, Canonical
-from ckptx.writer import WriteOptions, execute
+from ckptx.writing.writer import WriteOptions, execute
 
 
 def save(

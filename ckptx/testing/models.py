@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptx.lazy import LazyTensor, stored
-from ckptx.protocol import PASSTHROUGH, Begin, End, Message, SourceTensor, Tensors
-from ckptx.spec import ModelSpec
+from ckptx.model.spec import ModelSpec
+from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, SourceTensor, Tensors
+from ckptx.tensors.lazy import LazyTensor, stored
 from ckptx.testing.tagged import tagged
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]

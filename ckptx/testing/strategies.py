@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from ckptx.errors import PlanError
-from ckptx.lazy import ITEMSIZE
-from ckptx.parallel import Pipeline
+from ckptx.model.pipeline_parallel import Pipeline
+from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.testing.models import Arrays, TinyModel, divides, tiny
 from ckptx.testing.tagged import tagged
 

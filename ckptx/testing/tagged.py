@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptx.lazy import ITEMSIZE
-from ckptx.reader import numpy_dtype
+from ckptx.storage.gather import numpy_dtype
+from ckptx.tensors.dtypes import ITEMSIZE
 
 _SHOWN = 3
 

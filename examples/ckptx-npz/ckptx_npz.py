@@ -7,16 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from ckptx.containers.source_file import SourceFile
 from ckptx.containers.zip_archive import ArchiveWriter, NewMember, read_members
 from ckptx.errors import FormatError
-from ckptx.hookspecs import hookimpl
-from ckptx.lazy import ITEMSIZE, LazyTensor, stored
-from ckptx.loading import inventory
-from ckptx.model_directory import config_of, hf_messages, hf_tensors, sidecars
-from ckptx.plan import FilePlan, SavePlan, literal_files
-from ckptx.protocol import Begin, Message
-from ckptx.saving import collect
+from ckptx.hf_models.directory import hf_messages, sidecars
+from ckptx.protocol.contracts import SavePlan
+from ckptx.protocol.from_names import inventory
+from ckptx.protocol.hookspecs import hookimpl
+from ckptx.protocol.messages import Begin, Message
+from ckptx.protocol.model import collect
+from ckptx.registry.families import config_of, hf_tensors
+from ckptx.storage.file_plan import FilePlan, literal_files
+from ckptx.storage.source_file import SourceFile
+from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.tensors.lazy import LazyTensor, stored
 
 WEIGHTS = "weights.npz"
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from ckptx.errors import FormatError
-from ckptx.lazy import LazyTensor, Stored
-from ckptx.loading import equal
 from ckptx.plugins.deepspeed.directory import Checkpoint
+from ckptx.protocol.from_names import equal
+from ckptx.tensors.lazy import LazyTensor, Stored
 
 SAMPLE = 4096
 """Elements at one place of a tensor of which master and module are compared."""

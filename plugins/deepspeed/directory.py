@@ -29,7 +29,7 @@ from typing import Any
 from ckptx.containers import torch_zip
 from ckptx.containers.copies import refuse_copies
 from ckptx.errors import FormatError, listing
-from ckptx.lazy import Stored
+from ckptx.tensors.lazy import Stored
 
 LATEST = ("latest", "latest_universal")
 UNIVERSAL = "zero"
@@ -94,7 +94,7 @@ def find(source: Path, tag: str | None) -> Path:
 
 @dataclass(slots=True)
 class Checkpoint:
-    """What one tensor- or pipeline-parallel rank has saved, with `ckptx.lazy.Stored` for tensors.
+    """What one tensor- or pipeline-parallel rank has saved, with `Stored` for tensors.
 
     ``models`` and ``optimizers`` are by data-parallel rank. Below ZeRO 3 there is one model, that
     of rank 0. ``optimizers`` is empty where they were not asked for, or lie in the model's file.

@@ -21,12 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckptx.containers.source_file import read_json
 from ckptx.errors import FormatError, listing
-from ckptx.lazy import LazyTensor, Shape, Stored
-from ckptx.loading import equal
 from ckptx.plugins.deepspeed.directory import Checkpoint, Saved
 from ckptx.plugins.deepspeed.weights import has_masters, together
+from ckptx.protocol.from_names import equal
+from ckptx.storage.source_file import read_json
+from ckptx.tensors.lazy import LazyTensor, Shape, Stored
 
 _TIED = "tied_modules."
 _NEEDED = (

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ckptx.errors import FormatError, listing
-from ckptx.lazy import LazyTensor, Shape, replicated
 from ckptx.plugins.deepspeed import experts, pipeline
 from ckptx.plugins.deepspeed.directory import Checkpoint, Saved
 from ckptx.plugins.deepspeed.tensor_parallel import Join
 from ckptx.plugins.deepspeed.weights import Weights, of_masters, of_module
-from ckptx.protocol import Dropped
+from ckptx.protocol.messages import Dropped
+from ckptx.tensors.lazy import LazyTensor, Shape, replicated
 
 
 def gathered(

@@ -21,7 +21,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptx.errors import FormatError, PlanError
-from ckptx.lazy import Filled, LazyTensor, Shape, concat, contiguous_strides, replicated, tile
+from ckptx.tensors.joins import concat, tile
+from ckptx.tensors.lazy import Filled, LazyTensor, Shape, contiguous_strides, replicated
 
 _INFO = "universal_checkpoint_info"
 _COLUMNS = "parameter_with_row_parallelism_patterns"

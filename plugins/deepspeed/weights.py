@@ -26,11 +26,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 from ckptx.errors import FormatError, PlanError, listing
-from ckptx.lazy import Filled, LazyTensor, Shape, Stored, concat, is_widening, replicated
-from ckptx.loading import equal
 from ckptx.plugins.deepspeed.checks import check_against_module, check_steps, same_ends
 from ckptx.plugins.deepspeed.directory import Checkpoint
-from ckptx.protocol import Dropped, SourceTensor
+from ckptx.protocol.from_names import equal
+from ckptx.protocol.messages import Dropped, SourceTensor
+from ckptx.tensors.dtypes import is_widening
+from ckptx.tensors.joins import concat
+from ckptx.tensors.lazy import Filled, LazyTensor, Shape, Stored, replicated
 
 PADDING = "padding of the ranks' pieces"
 

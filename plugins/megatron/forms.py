@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckptx.schema import Layout
-from ckptx.schemas import legacy
+from ckptx.model.layout import Layout
+from ckptx.schemas.conventions import legacy
 
 
 @dataclass(frozen=True, slots=True)

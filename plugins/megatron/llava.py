@@ -6,19 +6,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ckptx import parallel
 from ckptx.errors import PlanError, SchemaError
-from ckptx.lazy import Filled, LazyTensor, concat
-from ckptx.model_directory import family_named
-from ckptx.parallel import Chunk, Pipeline
+from ckptx.model import pipeline_parallel as parallel
+from ckptx.model.canonical_names import VISION_LAYER
+from ckptx.model.layout import Parts
+from ckptx.model.pipeline_parallel import Chunk, Pipeline
+from ckptx.model.spec import ModelSpec
 from ckptx.plugins.megatron.source import Source
-from ckptx.protocol import Dropped, Tensors
-from ckptx.saving import Model, leave_unused
-from ckptx.schema import Parts
-from ckptx.schemas import llava_args
-from ckptx.schemas.args import NOTE
-from ckptx.spec import ModelSpec
-from ckptx.vocabulary import VISION_LAYER
+from ckptx.protocol.messages import Dropped, Tensors
+from ckptx.protocol.model import Model, leave_unused
+from ckptx.registry.families import family_named
+from ckptx.schemas.megatron_settings import llava as llava_args
+from ckptx.schemas.megatron_settings.args import NOTE
+from ckptx.tensors.joins import concat
+from ckptx.tensors.lazy import Filled, LazyTensor
 
 FAMILY = "llava"
 SCRIPT = "examples/multimodal/train.py"

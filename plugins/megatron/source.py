@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ckptx.errors import FormatError
-from ckptx.lazy import LazyTensor, Stored
-from ckptx.protocol import Dropped, SourceTensor, Tensors
-from ckptx.schema import Layout, Parts
+from ckptx.model.layout import Layout, Parts
+from ckptx.protocol.messages import Dropped, SourceTensor, Tensors
+from ckptx.tensors.lazy import LazyTensor, Stored
 
 Apart: TypeAlias = Callable[[str, LazyTensor], bool]
 """Says of a weight, by its name, that it is no part of what a layout describes."""

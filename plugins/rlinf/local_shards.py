@@ -23,8 +23,9 @@ from typing import Any
 
 from ckptx.containers import torch_zip
 from ckptx.errors import FormatError, listing
-from ckptx.lazy import LazyTensor, Stored, concat, replicated
-from ckptx.protocol import WEIGHTS_ONLY, Dropped, SourceTensor
+from ckptx.protocol.messages import WEIGHTS_ONLY, Dropped, SourceTensor
+from ckptx.tensors.joins import concat
+from ckptx.tensors.lazy import LazyTensor, Stored, replicated
 
 FOLDER = "local_shard_checkpoint"
 _FILE = re.compile(r"checkpoint_rank_(0|[1-9]\d{0,5})\.pt")

@@ -25,23 +25,18 @@ from pathlib import Path
 from typing import Any
 
 from ckptx.errors import FormatError, SchemaError, listing
-from ckptx.lazy import Filled, LazyTensor, replicated
-from ckptx.loading import passthrough, resolve_tie
-from ckptx.model_directory import (
-    CONFIG,
-    dump_config,
-    family_of,
-    parts_from_config,
-    read_config,
-    tied_names,
-)
-from ckptx.plugins.megatron import distributed, ranks
+from ckptx.model.canonical_names import check_shapes
+from ckptx.model.layout import Family, Parts
+from ckptx.plugins.megatron import per_rank as ranks
+from ckptx.plugins.megatron import torch_dist as distributed
 from ckptx.plugins.megatron.directory import IterationDirectory
 from ckptx.plugins.megatron.source import Apart, Source
-from ckptx.protocol import Begin, Dropped, End, Message, Tensors
-from ckptx.saving import collect, named_tensors
-from ckptx.schema import Family, Parts
-from ckptx.vocabulary import check_shapes
+from ckptx.protocol.from_names import passthrough, resolve_tie, tied_names
+from ckptx.protocol.messages import Begin, Dropped, End, Message, Tensors
+from ckptx.protocol.model import collect, named_tensors
+from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
+from ckptx.registry.families import family_of, parts_from_config
+from ckptx.tensors.lazy import Filled, LazyTensor, replicated
 
 DISTRIBUTED = "dist_ckpt"
 PER_RANK = "model"

@@ -1,6 +1,6 @@
 """Mixtures of experts in ``config.json``: the families that are one, by their own words.
 
-The rest of the config is in `ckptx.schemas.hf`, which calls this.
+The rest of the config is in `ckptx.schemas.config.translate`, which calls this.
 
 Source: huggingface/transformers src/transformers/models/{mixtral,qwen2_moe,qwen3_moe,olmoe,
 deepseek_v2,deepseek_v3}/configuration_*.py @ v5.23.0; deepseek-ai/DeepSeek-V2, DeepSeek-V3
@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptx.errors import SchemaError
+from ckptx.model.spec import ModelSpec
 from ckptx.schemas.config.routing import DeepSeekMixture, Mixture
-from ckptx.spec import ModelSpec
 
 _QWEN = {
     "decoder_sparse_step": 1,
@@ -159,7 +159,7 @@ def unheld(spec: ModelSpec, family: str) -> list[str]:
 
 
 def _windows(values: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """Return sliding windows in the spelling that `ckptx.schemas.hf` reads."""
+    """Return sliding windows in the spelling that `ckptx.schemas.config.translate` reads."""
     if family == "qwen3_moe" and not values.get("use_sliding_window"):
         return {"sliding_window": None}
     if family != "qwen2_moe" or not values.get("use_sliding_window") or values.get("layer_types"):

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptx.errors import SchemaError
+from ckptx.model.spec import ModelSpec
 from ckptx.schemas.config.traits import Traits
-from ckptx.spec import ModelSpec
 
 _DEFAULT_THETA = 10000.0
 

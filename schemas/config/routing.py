@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptx.errors import SchemaError
-from ckptx.spec import ModelSpec
+from ckptx.model.spec import ModelSpec
 
 BALANCING = "moe_router_load_balancing_type"
 """The entry of a spec's ``extra`` for routing that no config can say."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from ckptx.spec import ModelSpec
+from ckptx.model.spec import ModelSpec
 
 Windows: TypeAlias = Literal["none", "all layers", "some layers", "layer types"]
 """Who has a sliding window: ``some layers`` by Qwen's keys, ``layer types`` by Gemma 2's."""

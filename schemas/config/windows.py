@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckptx.model.spec import ModelSpec
 from ckptx.schemas.config.traits import Traits
-from ckptx.spec import ModelSpec
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from ckptx import cli
-from ckptx.verify import compare
+from ckptx.cli import main as cli
+from ckptx.verification.compare import compare
 
 torch = pytest.importorskip("torch")
 
@@ -76,7 +76,7 @@ def test_legacy_files_of_another_version_than_they_say(weights_of, tmp_path):
 
 
 def test_manifest_of_another_directory(llama, tmp_path):
-    from ckptx.manifest_check import check
+    from ckptx.verification.manifest_check import check
 
     first = convert(llama, tmp_path / "first", "--to", "hf")
     copy = shutil.copytree(first, tmp_path / "copy")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from ckptx.verify import compare
+from ckptx.verification.compare import compare
 
 torch = pytest.importorskip("torch")
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from ckptx.cli import main
+from ckptx.cli.main import main
 from tests.formats import zero_by_hand
 from tests.oracles import fsdp, hf, llava, mcore_model, rlinf, verl
 

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 import pytest
 
-from ckptx import docs
+from docs import refresh as docs
 
 pytest.importorskip("peft")
 pytest.importorskip("megatron.core")
@@ -36,7 +36,7 @@ NOT_RUN = {
     "ln -sfn *": INSTALLS,
     "python -m pytest *": "runs tests, among which this one is",
     "CKPTX_FAULTS=* python -m pytest *": "runs tests",
-    "python -m ckptx.docs": "tests/docs/test_docs.py runs it with --check",
+    "python -m docs.refresh": "tests/docs/test_docs.py runs it with --check",
     "mkdocs build --strict": "tests/docs/test_docs.py runs it",
     "python benchmarks/bench.py *": "takes minutes, gigabytes and packages of other projects",
     "PYTHONPATH=~/modules python convert.py *": "tests/legacy/test_megatron_modules.py runs "

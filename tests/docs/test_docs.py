@@ -15,8 +15,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ckptx import cli, docs, hookspecs, manager, protocol, vocabulary
-from ckptx.commands import conversion
+from ckptx.cli import conversion
+from ckptx.cli import main as cli
+from ckptx.model import canonical_names as vocabulary
+from ckptx.protocol import hookspecs
+from ckptx.protocol import messages as protocol
+from ckptx.registry import registry as manager
+from docs import refresh as docs
 
 ROOT = docs.ROOT
 PAGES = [*docs.documents(), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -44,7 +49,7 @@ def commands(text: str) -> list[list[str]]:
 
 def test_generated_parts_are_fresh():
     run = subprocess.run(
-        [sys.executable, "-m", "ckptx.docs", "--check"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "docs.refresh", "--check"], capture_output=True, text=True, cwd=ROOT
     )
     assert run.returncode == 0, run.stdout + run.stderr
 
@@ -208,7 +213,7 @@ def test_shell_blocks_run(name, tmp_path):
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
                 continue
             case ["ckptx", *rest]:
-                run = ["-c", "from ckptx.cli import main; main()", *rest]
+                run = ["-c", "from ckptx.cli.main import main; main()", *rest]
             case ["python", "convert.py", *rest]:
                 run = [str(ROOT / "convert.py"), *rest]
             case _:

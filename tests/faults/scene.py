@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ckptx import manager
+from ckptx.registry import registry as manager
 from tests.pipeline.conftest import session, wait_for
 
-ROOT = Path(manager.__file__).resolve().parents[1]
+ROOT = Path(manager.__file__).resolve().parents[2]
 INJECTED = Path(__file__).parent / "injected"
 COUNT = int(os.environ.get("CKPTX_FAULTS", "1"))
 FIRST = int(os.environ.get("CKPTX_FAULTS_FIRST_SEED", "0"))
@@ -60,7 +60,7 @@ class Scene:
             "CKPTX_FAULT_SCENE": str(self.place),
             **self.environment,
         }
-        code = "from ckptx.cli import main; main()"
+        code = "from ckptx.cli.main import main; main()"
         command = [*self.prefix, sys.executable, "-c", code, "convert"]
         return subprocess.Popen(
             [*command, str(self.source), str(self.named), *options],

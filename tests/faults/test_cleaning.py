@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from ckptx import journal, publish
 from ckptx.errors import PlanError
-from ckptx.plan import FilePlan, SavePlan
-from ckptx.publish import Target
+from ckptx.protocol.contracts import SavePlan
+from ckptx.storage.file_plan import FilePlan
+from ckptx.writing import atomic, journal
+from ckptx.writing.publish import Target
 
 IDENTITY = journal.Identity("plan", "sources", "versions", "xxh3_128")
 OTHER = journal.Identity("another plan", "sources", "versions", "xxh3_128")
@@ -45,7 +46,7 @@ def apart(work: Callable[[], None]) -> int:
 def kill_after_rename(step: int) -> None:
     """Let this process die at a step after the target was renamed; 0 is the step just after."""
     passed = -1
-    exchange = publish._renameat2
+    exchange = atomic._renameat2
 
     def count(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal passed
@@ -61,7 +62,7 @@ def kill_after_rename(step: int) -> None:
         passed = 0
         return done
 
-    publish._renameat2 = exchanged
+    atomic._renameat2 = exchanged
     sys.addaudithook(count)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ckptx import journal
+from ckptx.writing import journal
 
 from .scene import CORE, EVERY, LATE, PATIENCE, PUBLISHING, SEEDS, STEPS, Scene, digests
 

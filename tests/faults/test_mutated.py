@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from ckptx import manager
 from ckptx.errors import CkptxError
+from ckptx.registry import registry as manager
 from ckptx.testing.conversion import convert, values
 from tests.oracles import fsdp, verl
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckptx import manager
 from ckptx.errors import CkptxError, PlanError, SchemaError
+from ckptx.registry import registry as manager
 from ckptx.testing import strategies
 from ckptx.testing.contracts import (
     Checkpoint,

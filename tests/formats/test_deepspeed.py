@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ckptx import manager
 from ckptx.errors import FormatError, PluginError, SchemaError
+from ckptx.registry import registry as manager
 from ckptx.testing import faults
 from ckptx.testing.contracts import Checkpoint, LoaderTests, assert_one_line
 from ckptx.testing.conversion import (

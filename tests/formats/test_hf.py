@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from ckptx import manager
 from ckptx.containers.safetensors import read_header
 from ckptx.errors import CkptxError, FormatError, SchemaError
-from ckptx.model_weights import read_weights
-from ckptx.protocol import PASSTHROUGH
+from ckptx.hf_models.weights import read_weights
+from ckptx.protocol.messages import PASSTHROUGH
+from ckptx.registry import registry as manager
 from ckptx.testing import faults
 from ckptx.testing.contracts import (
     Checkpoint,

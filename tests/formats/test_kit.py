@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckptx import manager
 from ckptx.errors import CkptxError, ConversionError
-from ckptx.lazy import ITEMSIZE
-from ckptx.protocol import PASSTHROUGH, End, Message, Tensors
+from ckptx.protocol.messages import PASSTHROUGH, End, Message, Tensors
+from ckptx.registry import registry as manager
+from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.testing import faults, strategies
 from ckptx.testing.contracts import Checkpoint, LoaderTests, SaverTests, assert_equal_arrays
 from ckptx.testing.conversion import loaded_by_name, save

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckptx import manager
 from ckptx.errors import CkptxError, FormatError, PlanError, SchemaError
+from ckptx.registry import registry as manager
 from ckptx.testing.contracts import (
     Checkpoint,
     LoaderTests,
@@ -385,10 +385,10 @@ def test_tied_copies_are_compared(tmp_path):
     state = torch.load(path, weights_only=False)
     state["model"]["word_embeddings_for_head"]["weight"][3, 3] += 1
     torch.save(state, path)
-    from ckptx.plan import SavePlan
-    from ckptx.reader import Files
-    from ckptx.replicas import check_replicas
+    from ckptx.protocol.contracts import SavePlan
+    from ckptx.storage.open_files import Files
     from ckptx.testing.conversion import plan_of_messages
+    from ckptx.writing.replicas import check_replicas
 
     sent = list(LOADER.load(root, {}))
     plan: SavePlan = plan_of_messages(sent)

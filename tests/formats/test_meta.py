@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from ckptx import manager
 from ckptx.errors import CkptxError, FormatError, PlanError, SchemaError
-from ckptx.protocol import Begin
+from ckptx.protocol.messages import Begin
+from ckptx.registry import registry as manager
 from ckptx.testing import faults
 from ckptx.testing.contracts import (
     Checkpoint,

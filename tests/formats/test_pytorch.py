@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckptx import manager
 from ckptx.errors import FormatError, SchemaError
-from ckptx.protocol import PASSTHROUGH
+from ckptx.protocol.messages import PASSTHROUGH
+from ckptx.registry import registry as manager
 from ckptx.testing.contracts import (
     Checkpoint,
     LoaderTests,

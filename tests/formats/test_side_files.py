@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ckptx import manager
 from ckptx.errors import PluginError
-from ckptx.hookspecs import hookimpl
-from ckptx.plugin import SideFile
+from ckptx.protocol.contracts import SideFile
+from ckptx.protocol.hookspecs import hookimpl
+from ckptx.registry import registry as manager
 from tests.interop.conversion import convert
 
 

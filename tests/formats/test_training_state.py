@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ckptx import cli
+from ckptx.cli import main as cli
 from tests.conftest import write_llama
 
 

@@ -14,7 +14,7 @@ import tempfile
 import atheris  # type: ignore[import-not-found]
 
 with atheris.instrument_imports(include=["ckptx", "plugins", "schemas"]):
-    from ckptx import manager
+    from ckptx.registry import registry as manager
     from tests.fuzz import targets
 
     manager.statuses()  # imports every plugin

@@ -15,13 +15,15 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ckptx import manager
-from ckptx.containers import dcp, pickles, safetensors, torch_zip
+from ckptx.containers import dcp, safetensors, torch_zip
+from ckptx.containers import pickle_reader as pickles
 from ckptx.containers.carried import as_json, carried
 from ckptx.containers.sharded import Rank, share, whole
 from ckptx.errors import CkptxError
-from ckptx.model_directory import family_of, parts_from_config, read_config
-from ckptx.model_weights import read_weights
+from ckptx.hf_models.weights import read_weights
+from ckptx.protocol.sidecars import read_config
+from ckptx.registry import registry as manager
+from ckptx.registry.families import family_of, parts_from_config
 
 CORPUS = Path(__file__).with_name("corpus")
 DCP_ITEMS = Path(__file__).with_name("items.distcp")

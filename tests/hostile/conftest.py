@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from ckptx import cli, manager
+from ckptx.cli import main as cli
+from ckptx.registry import registry as manager
 
 PARTIAL = ".ckptx-partial"
-ROOT = Path(manager.__file__).resolve().parents[1]
+ROOT = Path(manager.__file__).resolve().parents[2]
 RECORD = os.environ.get("CKPTX_RECORD_HOSTILE", "")
 """Where commands are noted, a file for each worker; nowhere if empty."""
 RECORDED: dict[str, int] = {}
@@ -71,7 +72,7 @@ class User:
         """Run ``ckptx`` in a process of its own."""
         settings["env"] = {**os.environ, "PYTHONPATH": str(ROOT), **settings.get("env", {})}
         done = subprocess.run(
-            [sys.executable, "-c", "from ckptx.cli import main; main()", *map(str, arguments)],
+            [sys.executable, "-c", "from ckptx.cli.main import main; main()", *map(str, arguments)],
             capture_output=True,
             text=True,
             **settings,

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ckptx import cli, manager
+from ckptx.cli import main as cli
+from ckptx.registry import registry as manager
 
 from .conftest import ROOT
 
@@ -754,7 +755,7 @@ def respect_permissions() -> None:
 
 
 SILENT = """
-from ckptx.hookspecs import hookimpl
+from ckptx.protocol.hookspecs import hookimpl
 """
 
 

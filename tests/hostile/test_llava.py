@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 
-from ckptx import cli
+from ckptx.cli import main as cli
 from tests.oracles import llava
 
 RANKS = ("--to", "llava", "--ckpt-format", "torch", "--quiet")

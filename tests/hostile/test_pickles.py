@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckptx import cli, manager
-from ckptx.containers import pickles
+from ckptx.cli import main as cli
+from ckptx.containers import pickle_reader as pickles
 from ckptx.errors import CkptxError, FormatError
+from ckptx.registry import registry as manager
 
 from .conftest import ROOT
 from .pickle_catalogue import CANARY, ODD, REFUSED, named, text

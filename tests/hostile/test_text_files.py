@@ -97,8 +97,8 @@ def test_json_of_a_conversion(file, name, llama, user):
     ],
 )
 def test_values_of_a_config(field, llama, user):
-    from ckptx.checkpoint import opened
     from ckptx.errors import CkptxError
+    from ckptx.registry.open import opened
 
     config = json.loads((llama / "config.json").read_text())
     stumbled = []

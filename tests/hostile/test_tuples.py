@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ckptx.containers import dcp, pickles, torch_zip
+from ckptx.containers import dcp, torch_zip
+from ckptx.containers import pickle_reader as pickles
 from ckptx.errors import FormatError
 
 from .conftest import ROOT
@@ -125,7 +126,7 @@ def test_no_bomb_goes_off(tmp_path, step):
     path.write_bytes(pickle.dumps(data))
     program = """
 import pickle, sys, time
-from ckptx.containers import pickles
+from ckptx.containers import pickle_reader as pickles
 from ckptx.errors import FormatError
 for name, data in pickle.load(open(sys.argv[1], "rb")).items():
     start = time.monotonic()
@@ -299,7 +300,7 @@ def test_copies_are_bounded(tmp_path):
     path.write_bytes(pickle.dumps(copies()))
     program = """
 import pickle, re, sys
-from ckptx.containers import pickles
+from ckptx.containers import pickle_reader as pickles
 from ckptx.errors import FormatError
 for name, data in pickle.load(open(sys.argv[1], "rb")).items():
     print(name, flush=True)

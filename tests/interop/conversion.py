@@ -13,10 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ckptx import children, manager, pipeline, writer
-from ckptx.job import Job
-from ckptx.publish import Target
-from ckptx.report import Facts
+from ckptx.conversion import supervisor as pipeline
+from ckptx.conversion import worker as children
+from ckptx.conversion.report import Facts
+from ckptx.conversion.request import Job
+from ckptx.registry import registry as manager
+from ckptx.writing import writer
+from ckptx.writing.publish import Target
 from tests.oracles import hf
 from tests.oracles.mcore import Layout, Model
 

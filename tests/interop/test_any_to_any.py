@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ckptx import manager
+from ckptx.registry import registry as manager
 from tests.formats import zero_by_hand
 from tests.oracles import fsdp, legacy, mcore, meta, rlinf, verl
 from tests.oracles.mcore import Layout

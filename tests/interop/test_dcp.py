@@ -12,11 +12,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ckptx import manager, pipeline
 from ckptx.containers import zstd
-from ckptx.containers.source_file import SourceFile
+from ckptx.conversion import supervisor as pipeline
+from ckptx.conversion.request import Job
 from ckptx.errors import CkptxError, FormatError
-from ckptx.job import Job
+from ckptx.registry import registry as manager
+from ckptx.storage.source_file import SourceFile
 from tests.oracles import fsdp, hf, verl
 
 from .conversion import contents, convert

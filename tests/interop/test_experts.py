@@ -13,8 +13,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from ckptx.errors import CkptxError, PlanError, SchemaError
-from ckptx.schemas.args import spec_from_args
-from ckptx.schemas.core import MCORE
+from ckptx.schemas.conventions.mcore import MCORE
+from ckptx.schemas.megatron_settings.args import spec_from_args
 from tests.oracles import hf, mcore
 from tests.oracles.mcore import Layout
 

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from transformers import AutoModelForCausalLM
 
-from ckptx.schemas.core import MCORE
-from ckptx.schemas.hf import spec_from_config
+from ckptx.schemas.config.translate import spec_from_config
+from ckptx.schemas.conventions.mcore import MCORE
 from tests.oracles import hf, mcore
 from tests.oracles.mcore import Layout
 

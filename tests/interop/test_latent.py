@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from ckptx.errors import CkptxError, SchemaError
-from ckptx.schemas.args import spec_from_args
-from ckptx.schemas.core import MCORE
+from ckptx.schemas.conventions.mcore import MCORE
+from ckptx.schemas.megatron_settings.args import spec_from_args
 from tests.oracles import hf, mcore
 from tests.oracles.mcore import Layout
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckptx import verify
+from ckptx.verification import compare as verify
 from tests.oracles import hf, llava
 from tests.oracles.mcore import Layout
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
 
-from ckptx import manager
-from ckptx.cli import main
+from ckptx.cli.main import main
 from ckptx.errors import CkptxError
+from ckptx.registry import registry as manager
 from tests.formats import zero_by_hand
 from tests.oracles import hf
 

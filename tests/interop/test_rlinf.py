@@ -9,8 +9,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from ckptx import manager
 from ckptx.errors import FormatError, SchemaError
+from ckptx.registry import registry as manager
 from ckptx.testing import faults
 from tests.oracles import hf, mcore, rlinf
 

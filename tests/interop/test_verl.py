@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ckptx import manager
 from ckptx.errors import ConversionError, FormatError
+from ckptx.registry import registry as manager
 from ckptx.testing import faults
 from tests.oracles import hf, verl
 

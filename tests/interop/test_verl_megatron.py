@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from ckptx import manager
 from ckptx.errors import FormatError, SchemaError
+from ckptx.registry import registry as manager
 from tests.oracles import hf, mcore
 from tests.oracles.mcore import Layout
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ckptx.running import megatron_args
+from ckptx.verification.frameworks import megatron_args
 
 from .mcore_model import Model
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ckptx.running import megatron_cpu
+from ckptx.verification.frameworks import megatron_cpu
 
 
 def _gmm(rows: torch.Tensor, matrices: torch.Tensor, sizes: torch.Tensor, trans_b: bool) -> Any:

@@ -12,17 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from ckptx import manager
-from ckptx.job import Job
+from ckptx.conversion.request import Job
+from ckptx.registry import registry as manager
 
 PLUGIN = '''
 import os, signal, sys, time
 from pathlib import Path
-from ckptx import lazy, writer
+from ckptx.tensors import lazy
+from ckptx.writing import writer
 from ckptx.errors import FormatError
-from ckptx.hookspecs import hookimpl
-from ckptx.plan import FilePlan, Region, SavePlan
-from ckptx.protocol import Begin, End, SourceTensor, Tensors
+from ckptx.protocol.hookspecs import hookimpl
+from ckptx.storage.file_plan import FilePlan, Region
+from ckptx.protocol.contracts import SavePlan
+from ckptx.protocol.messages import Begin, End, SourceTensor, Tensors
 import click
 
 OPTIONS = [click.Option([f"--{name}"]) for name in ("loader-fault", "saver-fault")]
@@ -160,11 +162,11 @@ class Scene:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start a conversion in a session of its own, as a terminal would."""
-        code = "from ckptx.cli import main; main()"
+        code = "from ckptx.cli.main import main; main()"
         command = [sys.executable, "-c", code, "convert", str(self.source), str(self.target)]
         process = subprocess.Popen(
             [*command, "--to", "fake", *arguments],
-            env={**os.environ, "PYTHONPATH": f"{self.site}:{Path(manager.__file__).parents[1]}"},
+            env={**os.environ, "PYTHONPATH": f"{self.site}:{Path(manager.__file__).parents[2]}"},
             start_new_session=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -10,11 +10,11 @@ from multiprocessing import Pipe
 
 import pytest
 
-from ckptx import manager
-from ckptx.children import run_saver
+from ckptx.conversion.request import Job
+from ckptx.conversion.worker import run_saver
 from ckptx.errors import ConversionError
-from ckptx.job import Job
-from ckptx.supervision import Line
+from ckptx.processes.supervision import Line
+from ckptx.registry import registry as manager
 
 
 def test_a_source_that_changes_once_it_is_planned_is_noticed(tmp_path, write_llama):

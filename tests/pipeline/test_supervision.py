@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptx import pipeline
+from ckptx.conversion import supervisor as pipeline
 from ckptx.errors import ConversionError, FormatError, PlanError, PluginError
 
 from .conftest import is_gone, session, wait_for

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ckptx import manager, torchrun
+from ckptx.processes import torchrun
+from ckptx.registry import registry as manager
 
-ROOT = Path(manager.__file__).resolve().parents[1]
+ROOT = Path(manager.__file__).resolve().parents[2]
 RANKS = 3
 
 
@@ -66,7 +67,7 @@ def test_ranks_that_come_early_or_late_exit_with_the_code_of_rank_0(
 def rank_that(rank: int, work: str, patience: float = 60) -> subprocess.Popen[str]:
     """A process that does ``work`` if it is rank 0, and else waits for it."""
     text = (
-        "import os, signal, sys, time\nfrom ckptx import torchrun\n"
+        "import os, signal, sys, time\nfrom ckptx.processes import torchrun\n"
         f"torchrun.PATIENCE = {patience}\n"
         f"sys.exit(torchrun.once(['x'], lambda: {work}))"
     )

@@ -18,25 +18,22 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckptx.compute import dequantised
-from ckptx.lazy import (
-    ITEMSIZE,
+from ckptx.storage.gather import Gather, read
+from ckptx.storage.open_files import Files
+from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.tensors.joins import concat, deinterleave, interleave, stack, tile
+from ckptx.tensors.lazy import (
     Cast,
     Computed,
     Filled,
     LazyTensor,
     Sliced,
     Stored,
-    concat,
-    deinterleave,
-    interleave,
     replicated,
-    stack,
     stored,
-    tile,
 )
-from ckptx.pieces import flat_boxes, leaves, pieces
-from ckptx.reader import Files, Gather, read
+from ckptx.tensors.operations import dequantised
+from ckptx.tensors.pieces import flat_boxes, leaves, pieces
 
 SETTINGS = settings(
     max_examples=150,

@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptx.conversion.proof import prove
 from ckptx.errors import PlanError
-from ckptx.lazy import ITEMSIZE, Filled, LazyTensor, Stored, concat, replicated, stored
-from ckptx.plan import Crc32, FilePlan, Region, SavePlan
-from ckptx.proof import prove
-from ckptx.protocol import Begin, Dropped, End, SourceTensor
+from ckptx.protocol.contracts import SavePlan
+from ckptx.protocol.messages import Begin, Dropped, End, SourceTensor
+from ckptx.storage.file_plan import Crc32, FilePlan, Region
+from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.tensors.joins import concat
+from ckptx.tensors.lazy import Filled, LazyTensor, Stored, replicated, stored
 
 SETTINGS = settings(max_examples=60, deadline=None)
 NOTHING = End()

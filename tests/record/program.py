@@ -17,21 +17,24 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ckptx import __version__, cli, manager, pipeline
-from ckptx.children import run_loader, run_saver
-from ckptx.cli import convert as megatron_command
-from ckptx.cli import main as short_command
-from ckptx.publish import Target
-from ckptx.report import Report
-from ckptx.spool import SpoolFile
+from ckptx import __version__
+from ckptx.cli import main as cli
+from ckptx.cli.main import convert as megatron_command
+from ckptx.cli.main import main as short_command
+from ckptx.conversion import supervisor as pipeline
+from ckptx.conversion.report import Report
+from ckptx.conversion.worker import run_loader, run_saver
+from ckptx.registry import registry as manager
+from ckptx.storage.spool import SpoolFile
 from ckptx.testing.models import MIXTURES, MODELS, OLMOE, PADDED, TinyModel
 from ckptx.testing.models import tiny as tiny_model
+from ckptx.writing.publish import Target
 
 __all__ = ["MIXTURES", "MODELS", "OLMOE", "PADDED", "ROOT", "TinyModel", "tiny_model"]
 
-ROOT = Path(cli.__file__).resolve().parents[1]
+ROOT = Path(cli.__file__).resolve().parents[2]
 """The checkout."""
-ENTRY = "from ckptx.cli import main; main()"
+ENTRY = "from ckptx.cli.main import main; main()"
 LENGTH = 72  # characters of the path of a place, which decide where lines are broken
 Entry = Callable[[list[str]], None]
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 from ckptx.errors import FormatError
-from ckptx.running import child, deepspeed_side
-from ckptx.running.logits import Inputs, compare_logits
-from ckptx.running.side import SideError
-from ckptx.running.sides import prepare
+from ckptx.verification.frameworks import child, deepspeed_side
+from ckptx.verification.frameworks.backends import prepare
+from ckptx.verification.frameworks.logits import Inputs, compare_logits
+from ckptx.verification.frameworks.worker import SideError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "deepspeed"
 DEEPSPEED = "DeepSpeed's gatherer and transformers"

@@ -15,9 +15,9 @@ from tests.oracles import hf
 
 pytest.importorskip("transformers")
 from ckptx.errors import FormatError
-from ckptx.running import child, generation
-from ckptx.running.generate import Generated, generate
-from ckptx.running.side import SideError
+from ckptx.verification.frameworks import child, generation
+from ckptx.verification.frameworks.generate import Generated, generate
+from ckptx.verification.frameworks.worker import SideError
 
 JOB = {
     "dtype": None,

@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 from PIL import Image
 
-from ckptx.running import generation
-from ckptx.running.side import SideError
+from ckptx.verification.frameworks import generation
+from ckptx.verification.frameworks.worker import SideError
 from tests.oracles import hf, llava
 
 from .test_generate import JOB

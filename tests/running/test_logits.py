@@ -16,16 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckptx.running.logits import Inputs, compare_logits, measured
-from ckptx.supervision import Interrupted
+from ckptx.processes.interrupts import Interrupted
+from ckptx.verification.frameworks.logits import Inputs, compare_logits, measured
 from tests.interop.conversion import convert
 from tests.oracles import hf, mcore
 from tests.oracles.mcore import Layout
 
 pytest.importorskip("transformers")
 pytest.importorskip("megatron.core")
-from ckptx.running import transformers_side
-from ckptx.running.side import SideError
+from ckptx.verification.frameworks import transformers_side
+from ckptx.verification.frameworks.worker import SideError
 
 CLOSE = 1e-5
 TWO = {"target_tensor_parallel_size": 2}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ckptx.parallel import Pipeline
-from ckptx.schemas.args import args_from_spec
+from ckptx.model.pipeline_parallel import Pipeline
+from ckptx.schemas.megatron_settings.args import args_from_spec
 
 
 def args_of(spec):

@@ -8,15 +8,15 @@ import pytest
 
 from ckptx.containers.pickle_values import TorchDtype
 from ckptx.errors import SchemaError
-from ckptx.parallel import Pipeline
-from ckptx.schemas.args import (
+from ckptx.model.pipeline_parallel import Pipeline
+from ckptx.schemas.config.translate import config_from_spec, spec_from_config
+from ckptx.schemas.megatron_settings.args import (
     args_from_spec,
     inexpressible,
     launch_flags,
     notes,
     spec_from_args,
 )
-from ckptx.schemas.hf import config_from_spec, spec_from_config
 
 SMALL = {
     "hidden_size": 64,

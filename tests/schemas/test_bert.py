@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ckptx import manager
 from ckptx.errors import SchemaError
+from ckptx.registry import registry as manager
 from ckptx.testing.contracts import SchemaTests
 from ckptx.testing.models import TinyModel
 

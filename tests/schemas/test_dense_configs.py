@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 
 from ckptx.errors import SchemaError
-from ckptx.schemas.args import inexpressible, launch_flags, notes, spec_from_args
-from ckptx.schemas.hf import (
+from ckptx.schemas.config.translate import (
     FAMILIES,
     config_from_spec,
     differences,
     merge_config,
     spec_from_config,
 )
+from ckptx.schemas.megatron_settings.args import inexpressible, launch_flags, notes, spec_from_args
 
 from .dense import CLASSES, CONFIGS
 from .megatron import args_of

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from ckptx.errors import SchemaError
-from ckptx.schemas.hf import (
+from ckptx.schemas.config.translate import (
     FAMILIES,
     check,
     config_from_spec,

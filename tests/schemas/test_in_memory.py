@@ -7,9 +7,17 @@ import math
 import pytest
 
 from ckptx.errors import SchemaError
-from ckptx.lazy import stored
-from ckptx.reader import Files, read
-from ckptx.schemas.in_memory import OTHERS, PARTS, PREFIXES, differs, in_files, in_memory
+from ckptx.schemas.conventions.transformers_memory import (
+    OTHERS,
+    PARTS,
+    PREFIXES,
+    differs,
+    in_files,
+    in_memory,
+)
+from ckptx.storage.gather import read
+from ckptx.storage.open_files import Files
+from ckptx.tensors.lazy import stored
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -6,8 +6,13 @@ import pytest
 import transformers
 
 from ckptx.errors import SchemaError
-from ckptx.schemas.args import spec_from_args
-from ckptx.schemas.hf import config_from_spec, differences, merge_config, spec_from_config
+from ckptx.schemas.config.translate import (
+    config_from_spec,
+    differences,
+    merge_config,
+    spec_from_config,
+)
+from ckptx.schemas.megatron_settings.args import spec_from_args
 
 from .latent import CONFIGS
 from .megatron import args_of

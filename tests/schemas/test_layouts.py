@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ckptx import manager
-from ckptx.schemas.hf import spec_from_config
+from ckptx.registry import registry as manager
+from ckptx.schemas.config.translate import spec_from_config
 from ckptx.testing.contracts import SchemaTests
 from ckptx.testing.models import MIXTURES, MODELS, OLMOE, TinyModel, tiny
 

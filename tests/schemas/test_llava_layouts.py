@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ckptx.schemas.hf_llava import TOWERS_HELD
-from ckptx.schemas.llava import CONVERTER, LLAVA, parts_from_config, used
-from ckptx.schemas.vision import TOWERS, projection_spec, tower_spec
-from ckptx.vocabulary import keys_of
+from ckptx.model.canonical_names import keys_of
+from ckptx.schemas.conventions.hf_llava import TOWERS_HELD
+from ckptx.schemas.conventions.vision import TOWERS, projection_spec, tower_spec
+from ckptx.schemas.families.llava import CONVERTER, LLAVA, parts_from_config, used
 
 
 def parts(tower, projection="mlp"):

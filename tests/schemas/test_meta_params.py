@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from ckptx.errors import SchemaError
-from ckptx.schemas.hf import spec_from_config
-from ckptx.schemas.meta import feed_forward_size, params_from_spec, spec_from_params
+from ckptx.schemas.config.translate import spec_from_config
+from ckptx.schemas.conventions.meta import feed_forward_size, params_from_spec, spec_from_params
 
 SCALING = {
     "rope_type": "llama3",

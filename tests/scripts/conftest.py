@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptx import cli
+from ckptx.cli import main as cli
 from tests.docs.test_docs import DOCS, commands
 
 from . import checkpoints

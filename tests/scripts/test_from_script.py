@@ -21,8 +21,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 from transformers import PreTrainedTokenizerFast
 
-from ckptx.scripts import named, scripts
-from ckptx.scripts.script import SOURCE, TARGET
+from ckptx.cli.scripts import named, scripts
+from ckptx.cli.scripts.script import SOURCE, TARGET
 from tests.docs.test_docs import DOCS, blocks
 
 from .checkpoints import GOLDEN
@@ -265,7 +265,7 @@ def test_lists_of_values_follow_one_flag(shell):
 
 
 def test_a_command_that_this_release_lacks_is_named(shell, monkeypatch):
-    monkeypatch.setattr("ckptx.commands.equivalent.known", lambda name: name != "generate")
+    monkeypatch.setattr("ckptx.cli.equivalent.known", lambda name: name != "generate")
     reason = shell.refused("test_model", "--model_path", "llama", "--test_prompts", "Hello")
     assert reason == "test_model: this release of ckptx has no command 'generate'"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckptx import cli
+from ckptx.cli import main as cli
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import json
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ckptx.casting import cast_messages
-from ckptx.lazy import stored
-from ckptx.protocol import Tensors
-from ckptx.reader import read
+from ckptx.conversion.casting import cast_messages
+from ckptx.protocol.messages import Tensors
+from ckptx.storage.gather import read
+from ckptx.tensors.lazy import stored
 
 
 def test_balancing_biases_are_not_rounded(tmp_path):

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ckptx import cli, manager, pipeline
-from ckptx.commands.examples import EXAMPLES
-from ckptx.job import Job
+from ckptx.cli import main as cli
+from ckptx.cli.examples import EXAMPLES
+from ckptx.conversion import supervisor as pipeline
+from ckptx.conversion.request import Job
+from ckptx.registry import registry as manager
 
-ROOT = Path(manager.__file__).resolve().parents[1]
+ROOT = Path(manager.__file__).resolve().parents[2]
 
 PLUGIN = """
 import click
-from ckptx.hookspecs import hookimpl
+from ckptx.protocol.hookspecs import hookimpl
 
 def option(*spelling, **more):
     return click.Option(list(spelling), **more)
@@ -326,7 +328,7 @@ def test_mistyped_values_are_told_plainly(arguments, expected, run):
 @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["plugins", "--names"]])
 def test_light_commands_import_nothing_heavy(arguments):
     code = (
-        "import sys; from ckptx.cli import main\n"
+        "import sys; from ckptx.cli.main import main\n"
         f"try: main({arguments!r})\n"
         "except SystemExit: pass\n"
         "print([m for m in ('numpy', 'torch', 'rich', 'pluggy', 'multiprocessing.connection')"

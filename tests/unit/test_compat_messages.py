@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ckptx.compat_messages import metadata_of, spec_of
-from ckptx.protocol import Tensors
+from ckptx.conversion.megatron_queue import metadata_of, spec_of
+from ckptx.model.canonical_names import check_shapes
+from ckptx.protocol.messages import Tensors
 from ckptx.testing.models import messages, tiny
-from ckptx.vocabulary import check_shapes
 
 pytest.importorskip("torch")
 

@@ -18,16 +18,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from ckptx import inspection, manager
 from ckptx.errors import PlanError
-from ckptx.inspection import Wanted, inspect
-from ckptx.inspection_text import render
-from ckptx.lazy import stored
-from ckptx.shards import shards_of
-from ckptx.tensor_tree import Row, parse_layers, tree
-from ckptx.tensor_values import parse_slice
+from ckptx.inspection import summary as inspection
+from ckptx.inspection.layers import parse_layers
+from ckptx.inspection.summary import Wanted, inspect
+from ckptx.inspection.text import render
+from ckptx.inspection.values import parse_slice
+from ckptx.registry import registry as manager
+from ckptx.tensors.lazy import stored
+from ckptx.tensors.placement import shards_of
 from ckptx.testing.conversion import convert, save
 from ckptx.testing.models import messages, tiny
+from ckptx.text.tree import Row, tree
 
 DEEPSPEED = Path(__file__).resolve().parents[1] / "golden" / "deepspeed"
 Q = "model.layers.2.self_attn.q_proj.weight"
@@ -234,7 +236,7 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path):
         file.truncate(8 + len(data) + (1 << 29))  # 512 MiB that take no room
     code = (
         "from pathlib import Path\n"
-        "from ckptx.inspection import Wanted, inspect\n"
+        "from ckptx.inspection.summary import Wanted, inspect\n"
         f"found = inspect(Path({str(tmp_path / 'x.safetensors')!r}), wanted=Wanted(stats=True))\n"
         "assert found.statistics['w'].zeros == 16384 * 8192\n"
         "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
@@ -477,7 +479,7 @@ def test_family_without_names_of_hugging_face_has_canonical_ones(tmp_path):
 
 
 def test_every_key_of_the_json_is_documented(checkpoints, tmp_path, run):
-    page = (Path(inspection.__file__).resolve().parents[1] / "docs" / "inspect.md").read_text()
+    page = (Path(inspection.__file__).resolve().parents[2] / "docs" / "inspect.md").read_text()
     cells = re.findall(r"^\| (`.+?`) \|", page, re.MULTILINE)
     documented = [key for cell in cells for key in re.findall(r"`(\w+)`", cell)]
     content = inspect(checkpoints["hf"], wanted=Wanted(stats=True)).to_json()

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from ckptx import journal
-from ckptx.journal import Identity, Journal
-from ckptx.lazy import stored
-from ckptx.plan import FilePlan, Region, SavePlan
+from ckptx.protocol.contracts import SavePlan
+from ckptx.storage.file_plan import FilePlan, Region
+from ckptx.tensors.lazy import stored
+from ckptx.writing import journal
+from ckptx.writing.journal import Identity, Journal
 
 MINE = Identity("plan", "sources", "ckptx 1", "xxh3_128")
 
@@ -120,7 +121,7 @@ def test_identity_sees_every_part_of_a_plan_and_of_its_sources(tmp_path):
 
 
 def test_links_are_not_followed_where_a_run_goes_on(tmp_path):
-    from ckptx.publish import keep_only
+    from ckptx.writing.atomic import keep_only
 
     root, away = tmp_path / "new", tmp_path / "away"
     (root / "a").mkdir(parents=True)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ckptx.errors import PlanError
-from ckptx.lazy import (
-    ITEMSIZE,
+from ckptx.tensors.dtypes import ITEMSIZE, is_widening
+from ckptx.tensors.joins import concat, deinterleave, interleave, rejoin, stack, tile
+from ckptx.tensors.lazy import (
     Cast,
     Computed,
     Filled,
@@ -15,17 +16,10 @@ from ckptx.lazy import (
     Sliced,
     Stored,
     Tiled,
-    concat,
-    deinterleave,
-    interleave,
-    is_widening,
-    rejoin,
     replicated,
-    stack,
     stored,
-    tile,
 )
-from ckptx.pieces import leaves, pieces
+from ckptx.tensors.pieces import leaves, pieces
 
 MATRIX = stored(0, 0, "float32", (4, 6))
 VECTOR = stored(0, 0, "float32", (4,))

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from ckptx import low_rank
 from ckptx.errors import SchemaError
-from ckptx.lazy import stored
-from ckptx.low_rank import product, updated
-from ckptx.reader import read
+from ckptx.storage.gather import read
+from ckptx.tensors import low_rank
+from ckptx.tensors.lazy import stored
+from ckptx.tensors.low_rank import product, updated
 
 
 def nearest(value: Fraction) -> np.float32:

@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 import pytest
 
-from ckptx import manager
 from ckptx.errors import PluginError
-from ckptx.plugin import Loader, Saver
+from ckptx.protocol.contracts import Loader, Saver
+from ckptx.registry import registry as manager
 
-ROOT = Path(manager.__file__).resolve().parents[1]
+ROOT = Path(manager.__file__).resolve().parents[2]
 
 PLUGIN = """
-from ckptx.hookspecs import hookimpl
+from ckptx.protocol.hookspecs import hookimpl
 
 class Loader:
     name = {name!r}
@@ -81,7 +81,7 @@ def test_third_party_plugin_is_found_and_used(install):
 
 def test_listing_imports_no_plugin_and_nothing_heavy(tmp_path):
     code = (
-        "import sys; from ckptx import manager; assert manager.names('loader');"
+        "import sys; from ckptx.registry import registry; assert registry.names('loader');"
         "print([m for m in sys.modules if m.startswith(('ckptx.plugins', 'ckptx.schemas', 'torch',"
         " 'numpy', 'rich', 'pluggy'))])"
     )

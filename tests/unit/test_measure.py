@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ckptx import measure
-from ckptx.lazy import stored
-from ckptx.measure import Stream, Tolerance
-from ckptx.reader import Files
+from ckptx.storage.open_files import Files
+from ckptx.tensors.lazy import stored
+from ckptx.verification import difference as measure
+from ckptx.verification.difference import Stream, Tolerance
 
 EXACT = Tolerance()
 

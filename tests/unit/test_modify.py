@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata
 from transformers import AutoModelForCausalLM
 
-from ckptx import manager
-from ckptx.edits import edited
+from ckptx.conversion.edits import Edits, edited
+from ckptx.conversion.proof import prove
 from ckptx.errors import PlanError, SchemaError
-from ckptx.job import Edits
-from ckptx.proof import prove
+from ckptx.registry import registry as manager
 from ckptx.testing.conversion import begin_of, checked, convert, end_of, save
 from tests.oracles import hf
 

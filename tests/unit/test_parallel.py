@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ckptx.distribution import Rank
 from ckptx.errors import PlanError
-from ckptx.parallel import Chunk, Pipeline, describe, stage_ranks
+from ckptx.model.pipeline_parallel import Chunk, Pipeline, describe, stage_ranks
+from ckptx.model.sharding import Rank
 
 
 def layers(pipeline: Pipeline, num_layers: int) -> dict[tuple[int, int], list[int]]:

@@ -16,17 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from ckptx import progress
-from ckptx.progress import Bar, Lines, Meter, Silent
+from ckptx.cli import progress
+from ckptx.cli.progress import Bar, Lines, Meter
+from ckptx.protocol.progress import Silent
 
-ROOT = Path(progress.__file__).resolve().parents[1]
+ROOT = Path(progress.__file__).resolve().parents[2]
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COLOUR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3[0-9]|4[0-9]|9[0-7])[0-9;]*m")
 
 DRIVER = """
 import logging, sys, time
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-from ckptx import progress
+from ckptx.cli import progress
 shown = progress.choose(False)
 shown.stage("planning")
 time.sleep(0.3)
@@ -92,7 +93,7 @@ def test_no_color_is_heeded():
 
 def test_conversion_on_a_terminal_ends_with_its_report(write_llama, tmp_path):
     write_llama(tmp_path / "llama")
-    command = "from ckptx.cli import main; main()"
+    command = "from ckptx.cli.main import main; main()"
     words = ("convert", tmp_path / "llama", tmp_path / "out", "--to", "hf")
     written = on_terminal(72, "-c", command, *words)
     text = CONTROL.sub("", written.replace("\r", "\n"))
@@ -124,7 +125,7 @@ def test_log_gets_plain_lines_also_while_nothing_is_written(caplog):
 
 def test_short_conversion_leaves_no_line_in_a_log(write_llama, tmp_path):
     write_llama(tmp_path / "llama")
-    command = "from ckptx.cli import main; main()"
+    command = "from ckptx.cli.main import main; main()"
     words = ("convert", tmp_path / "llama", tmp_path / "out", "--to", "hf")
     done = subprocess.run(
         [sys.executable, "-c", command, *words], cwd=ROOT, capture_output=True, text=True

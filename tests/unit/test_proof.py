@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from ckptx.conversion.proof import operations, prove
 from ckptx.errors import PlanError
-from ckptx.lazy import Filled, Stored, concat, interleave, replicated, stored
-from ckptx.plan import FilePlan, Region, SavePlan
-from ckptx.proof import operations, prove
-from ckptx.protocol import Begin, End, SourceTensor
+from ckptx.protocol.contracts import SavePlan
+from ckptx.protocol.messages import Begin, End, SourceTensor
+from ckptx.storage.file_plan import FilePlan, Region
+from ckptx.tensors.joins import concat, interleave
+from ckptx.tensors.lazy import Filled, Stored, replicated, stored
 
 A, B = stored(0, 0, "float32", (4, 6)), stored(0, 96, "float32", (4, 6))
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from ckptx import publish
 from ckptx.errors import ConversionError, PlanError
-from ckptx.plan import FilePlan, SavePlan
-from ckptx.publish import Target
+from ckptx.protocol.contracts import SavePlan
+from ckptx.storage.file_plan import FilePlan
+from ckptx.writing import atomic, publish
+from ckptx.writing.atomic import rename_new
+from ckptx.writing.publish import Target
 
 
 def plan(name: str = "out.bin", size: int = 4, **more: object) -> SavePlan:
@@ -105,7 +107,7 @@ def test_empty_directory_may_be_the_target(tmp_path):
 @pytest.mark.parametrize("kernel", [True, False])
 def test_overwrite_replaces_the_old_target(tmp_path, monkeypatch, kernel):
     if not kernel:
-        monkeypatch.setattr(publish, "_renameat2", lambda *a: False)
+        monkeypatch.setattr(atomic, "_renameat2", lambda *a: False)
     old = tmp_path / "target"
     old.mkdir()
     (old / "old").touch()
@@ -339,14 +341,14 @@ def test_rename_without_kernel_support_says_so(monkeypatch, tmp_path):
         def __init__(self, *args: object, **kwargs: object) -> None:
             self.renameat2 = lambda *a: -1
 
-    monkeypatch.setattr(publish.ctypes, "CDLL", Library)
-    monkeypatch.setattr(publish.ctypes, "get_errno", lambda: errno.ENOSYS)
+    monkeypatch.setattr(atomic.ctypes, "CDLL", Library)
+    monkeypatch.setattr(atomic.ctypes, "get_errno", lambda: errno.ENOSYS)
     (tmp_path / "a").touch()
-    publish.rename_new(tmp_path / "a", tmp_path / "b")
+    rename_new(tmp_path / "a", tmp_path / "b")
     assert names(tmp_path) == {"b"}
     (tmp_path / "a").touch()
     with pytest.raises(FileExistsError):
-        publish.rename_new(tmp_path / "a", tmp_path / "b")
+        rename_new(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize("single_file", [False, True])

@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ckptx import reader
 from ckptx.errors import ConversionError
-from ckptx.lazy import Filled, Stored, concat, stored
-from ckptx.reader import Files, Gather, read, row_major
+from ckptx.storage import gather as reader
+from ckptx.storage import open_files as opening
+from ckptx.storage.gather import Gather, read, row_major
+from ckptx.storage.open_files import Files
+from ckptx.tensors.joins import concat
+from ckptx.tensors.lazy import Filled, Stored, stored
 
 SIZE = 3 << 20
 
@@ -152,7 +155,7 @@ def test_a_gather_forgets_what_failed(numbers):
 
 
 def test_few_files_stay_open_and_none_is_closed_while_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "_MAX_OPEN", 3)
+    monkeypatch.setattr(opening, "_MAX_OPEN", 3)
     paths = [str(tmp_path / str(n)) for n in range(40)]
     for number, path in enumerate(paths):
         Path(path).write_bytes(bytes([number]) * 100)

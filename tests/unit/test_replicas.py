@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from ckptx.errors import ConversionError, PlanError
-from ckptx.lazy import LazyTensor, concat, replicated, stored
-from ckptx.plan import FilePlan, Region, SavePlan
-from ckptx.reader import Files
-from ckptx.replicas import check_replicas
+from ckptx.protocol.contracts import SavePlan
+from ckptx.storage.file_plan import FilePlan, Region
+from ckptx.storage.open_files import Files
+from ckptx.tensors.joins import concat
+from ckptx.tensors.lazy import LazyTensor, replicated, stored
+from ckptx.writing.replicas import check_replicas
 
 ROWS, COLUMNS = 1500, 1024  # 3 MiB of bfloat16, of which 1 MiB is sampled
 

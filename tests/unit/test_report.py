@@ -5,11 +5,13 @@ import shlex
 
 import pytest
 
-from ckptx.lazy import Filled, Stored, concat, stored
-from ckptx.plan import FilePlan, Region, SavePlan
-from ckptx.proof import prove
-from ckptx.protocol import Begin, Dropped, End, SourceTensor
-from ckptx.report import Facts, Forecast, Report
+from ckptx.conversion.proof import prove
+from ckptx.conversion.report import Facts, Forecast, Report
+from ckptx.protocol.contracts import SavePlan
+from ckptx.protocol.messages import Begin, Dropped, End, SourceTensor
+from ckptx.storage.file_plan import FilePlan, Region
+from ckptx.tensors.joins import concat
+from ckptx.tensors.lazy import Filled, Stored, stored
 
 
 def source(number: int) -> Stored:

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckptx.distribution import Rank, Shards, Taker, check_message, give, place
 from ckptx.errors import PlanError, SchemaError
-from ckptx.isos import (
+from ckptx.model.layout import Family, Layout, Section, in_module_order, rule
+from ckptx.model.pipeline_parallel import stage_ranks
+from ckptx.model.sharding import Rank, Shards, Taker, check_message, give, place
+from ckptx.model.spec import ModelSpec
+from ckptx.model.transforms import (
     EXPERT_GLU,
     FUSED_QKV,
     GLU,
@@ -23,11 +26,8 @@ from ckptx.isos import (
     chain,
     each,
 )
-from ckptx.lazy import LazyTensor, Replicated, stored
-from ckptx.parallel import stage_ranks
-from ckptx.reader import read
-from ckptx.schema import Family, Layout, Section, in_module_order, rule
-from ckptx.spec import ModelSpec
+from ckptx.storage.gather import read
+from ckptx.tensors.lazy import LazyTensor, Replicated, stored
 
 HEADS, GROUPS, HEAD_DIM, HIDDEN, FFN = 8, 4, 2, 6, 10
 SPEC = ModelSpec("t", "T", 2, HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM, 32, 64, 1e-5)

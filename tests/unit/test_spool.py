@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ckptx.errors import PluginError
-from ckptx.reader import read
-from ckptx.spool import Spool, SpoolFile
+from ckptx.storage.gather import read
+from ckptx.storage.spool import Spool, SpoolFile
 
 
 @pytest.mark.parametrize("nameless", [True, False])

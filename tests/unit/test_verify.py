@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ckptx import cli
+from ckptx.cli import main as cli
 from ckptx.errors import FormatError
-from ckptx.manifest_check import check
-from ckptx.measure import Tolerance
-from ckptx.verify import Comparison, Difference, compare
+from ckptx.verification.compare import Comparison, Difference, compare
+from ckptx.verification.difference import Tolerance
+from ckptx.verification.manifest_check import check
 
 WEIGHTS = "model.safetensors"
 

@@ -19,13 +19,15 @@ import numpy as np
 import pytest
 import xxhash
 
-from ckptx import writer
 from ckptx.errors import ConversionError
-from ckptx.journal import Identity, Journal
-from ckptx.journal import read as read_journal
-from ckptx.lazy import Filled, LazyTensor, concat, interleave, replicated, stored
-from ckptx.plan import Crc32, FilePlan, Region, SavePlan
-from ckptx.writer import LEAF, WriteOptions, execute
+from ckptx.protocol.contracts import SavePlan
+from ckptx.storage.file_plan import Crc32, FilePlan, Region
+from ckptx.tensors.joins import concat, interleave
+from ckptx.tensors.lazy import Filled, LazyTensor, replicated, stored
+from ckptx.writing import writer
+from ckptx.writing.journal import Identity, Journal
+from ckptx.writing.journal import read as read_journal
+from ckptx.writing.writer import LEAF, WriteOptions, execute
 
 RNG = np.random.default_rng(3)
 
@@ -152,7 +154,7 @@ def test_empty_tensors_and_files(tmp_path):
 def test_more_files_than_are_kept_open(tmp_path, monkeypatch, allowed, kept):
     if kept:
         monkeypatch.setattr(writer, "_MAX_OPEN", kept)
-        monkeypatch.setattr("ckptx.reader._MAX_OPEN", kept)
+        monkeypatch.setattr("ckptx.storage.open_files._MAX_OPEN", kept)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     data = RNG.integers(0, 256, (600, 3), np.uint8)
     paths = [put(tmp_path / f"in{n}", row) for n, row in enumerate(data)]
@@ -312,9 +314,10 @@ def test_an_existing_file_is_not_written_over(tmp_path):
 _ROW_PARALLEL = """
     import os, resource, sys
     from pathlib import Path
-    from ckptx.lazy import stored
-    from ckptx.plan import FilePlan, Region, SavePlan
-    from ckptx.writer import WriteOptions, execute
+    from ckptx.tensors.lazy import stored
+    from ckptx.storage.file_plan import FilePlan, Region
+    from ckptx.protocol.contracts import SavePlan
+    from ckptx.writing.writer import WriteOptions, execute
 
     source, target, cap = sys.argv[1:]
     weight = stored(0, 0, "bfloat16", (8192, 12800))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckptx.lazy import Filled, LazyTensor, Stored, Tiled
-from ckptx.plan import Crc32, FilePlan
+from ckptx.storage.file_plan import Crc32, FilePlan
+from ckptx.tensors.lazy import Filled, LazyTensor, Stored, Tiled
 
 
 def eager(tensor: LazyTensor, files: Mapping[int, bytes]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from ckptx.containers import dcp, tiling
 from ckptx.containers.dcp import ObjectItem, TensorItem
 from ckptx.containers.dcp_metadata import Chunk
 from ckptx.errors import FormatError, PlanError
-from ckptx.lazy import Filled, Stored
+from ckptx.tensors.lazy import Filled, Stored
 
 # torch itself warns about single-process saving and its own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

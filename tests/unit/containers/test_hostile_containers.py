@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ckptx.containers import dcp, pickles, safetensors, torch_zip
+from ckptx.containers import dcp, safetensors, torch_zip
+from ckptx.containers import pickle_reader as pickles
 from ckptx.containers.pickle_values import Namespace, TorchSize
 from ckptx.errors import FormatError
 

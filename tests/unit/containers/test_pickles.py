@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckptx.containers import pickles
+from ckptx.containers import pickle_reader as pickles
 from ckptx.containers.pickle_values import (
     Call,
     EnumValue,

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ckptx.containers import safetensors
 from ckptx.errors import PlanError
-from ckptx.lazy import Filled
+from ckptx.tensors.lazy import Filled
 
 DTYPES = [getattr(torch, name) for name in safetensors.DTYPES.values()]
 

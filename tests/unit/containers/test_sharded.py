@@ -16,7 +16,7 @@ from ckptx.containers import tiling
 from ckptx.containers.pickle_values import TorchDtype, stub
 from ckptx.containers.sharded import Placement, Rank, local_box, share
 from ckptx.errors import FormatError
-from ckptx.lazy import stored
+from ckptx.tensors.lazy import stored
 
 
 @st.composite

@@ -13,8 +13,9 @@ from ckptx.containers import torch_zip, zip_archive
 from ckptx.containers.pickle_values import TorchDtype, TorchSize
 from ckptx.containers.zip_archive import ArchiveWriter, NewMember
 from ckptx.errors import PlanError
-from ckptx.lazy import ITEMSIZE, Filled, Stored
-from ckptx.plan import Crc32, FilePlan
+from ckptx.storage.file_plan import Crc32, FilePlan
+from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.tensors.lazy import Filled, Stored
 
 DTYPES = [getattr(torch, name) for name in ITEMSIZE]
 

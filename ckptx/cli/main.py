@@ -1,0 +1,125 @@
+"""The command line: ``ckptx``, and ``convert.py`` with Megatron's own option names.
+
+Every error is one line on stderr that starts with ``error:``. Exit codes: 0 done, 1 failed (or, for
+``verify``, different), 2 wrong usage, 128 + n stopped by signal n.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import click
+
+from ckptx import __version__
+from ckptx.cli import conversion, examples, from_config, from_script, modify, running, show, source
+from ckptx.cli.options import printable
+from ckptx.errors import CkptxError
+from ckptx.processes import torchrun
+from ckptx.processes.interrupts import Interrupted
+
+
+def command() -> click.Group:
+    """Return the ``ckptx`` command with its subcommands."""
+    commands = [
+        conversion.convert_command("short"),
+        conversion.plan_command(),
+        from_config.from_config_command(),
+        from_script.from_script_command(),
+        source.inspect_command(),
+        source.print_tensor_command(),
+        show.verify_command(),
+        running.generate_command(),
+        modify.modify_command(),
+        show.plugins_command(),
+    ]
+    for one in commands:
+        one.epilog = examples.epilog(str(one.name))
+    group = click.Group(
+        "ckptx",
+        commands={str(c.name): c for c in commands},
+        help="Convert large-language-model checkpoints from any layout to any other.",
+        context_settings=_SETTINGS,
+    )
+    return click.version_option(__version__, package_name="ckptx")(group)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run ``ckptx``."""
+    _run(command(), args, "ckptx")
+
+
+def convert(args: Sequence[str] | None = None) -> None:
+    """Run a conversion with the options of Megatron's ``convert.py``."""
+    long = conversion.convert_command("long")
+    long.context_settings = _SETTINGS
+    long.epilog = examples.epilog("convert.py")
+    _run(long, args, "convert.py")
+
+
+_LONGEST = 3000  # characters of an error
+_PLAINLY = {
+    "is not a valid integer range": "is not a whole number",
+    "is not a valid float range": "is not a number",
+}
+"""What click says of a wrong number, and what is meant."""
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def _run(command: click.Command, args: Sequence[str] | None, name: str) -> None:
+    args = list(sys.argv[1:] if args is None else args)
+    # Of several ranks one does the work: one writer, one report.
+    sys.exit(torchrun.once([name, *args], partial(_code, command, args, name)))
+
+
+def _code(command: click.Command, args: list[str], name: str) -> int:
+    """Run a command and report what goes wrong; return the exit code."""
+    verbose = "--verbose" in args or "-v" in args
+    quiet = "--quiet" in args or "-q" in args
+    level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+    logging.basicConfig(level=level, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Printable("%(message)s"))
+    try:
+        code = command.main(args, name, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = 2
+    except click.ClickException as error:
+        code = _error(error.format_message(), error.exit_code, verbose)
+    except CkptxError as error:
+        code = _error(str(error), 1, verbose)
+    except Interrupted as error:
+        code = _error(str(error), 128 + error.signum, verbose)
+    except click.Abort:  # Ctrl-C where nothing was being written
+        code = _error("stopped", 128 + signal.SIGINT, verbose)
+    except BrokenPipeError:
+        code = 1
+    except Exception as error:  # a bug: still one line, and the whole story on request
+        text = f"internal error: {type(error).__name__}: {error}"
+        code = _error(text if verbose else f"{text} (--verbose shows where)", 1, verbose)
+    return code if isinstance(code, int) else 0
+
+
+def _error(message: str, code: int, verbose: bool) -> int:
+    if verbose:
+        import traceback
+
+        click.echo(printable(traceback.format_exc().rstrip()), err=True)
+    line = printable(" ".join(message.split())) or "stopped"
+    for clicks, said in _PLAINLY.items():
+        line = line.replace(clicks, said)
+    if len(line) > _LONGEST:  # a name of a megabyte; what to do is said last
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    click.echo(f"error: {line}", err=True)
+    return code
+
+
+class _Printable(logging.Formatter):
+    """Writes records in which names of strangers do nothing to a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))

@@ -1,0 +1,106 @@
+"""``modify``: a conversion to the format of the source, with tensors changed on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptx.cli.conversion import Chosen, ConversionCommand, scanned
+from ckptx.cli.options import Dtype, Place, engine_options, output_options, show_result
+from ckptx.conversion.request import Job
+from ckptx.registry import registry as manager
+
+_ENGINE = ("overwrite", "max_memory", "threads", "digest", "check_replicas")
+
+
+class ModifyCommand(ConversionCommand):
+    """A conversion whose saver is the one of the source's format."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "modify", "Remove, cast or rename tensors of a checkpoint.", "short", _modify
+        )
+        path = Place(path_type=Path)
+        kept = {*_ENGINE, *(param.name for param in output_options())}
+        self.base = [
+            click.Argument(["load_dir"], metavar="SRC", type=path, help="Checkpoint to read."),
+            click.Argument(["save_dir"], metavar="DST", type=path, help="Where to write."),
+            click.Option(["--from", "--loader", "loader"], help="Format of SRC.  [detected]"),
+            click.Option(
+                ["--remove"], multiple=True, metavar="GLOB", help="Leave out tensors. Repeatable."
+            ),
+            click.Option(
+                ["--cast"],
+                multiple=True,
+                type=(str, Dtype()),
+                metavar="GLOB DTYPE",
+                help="Give tensors another dtype. Repeatable; the last counts.",
+            ),
+            click.Option(
+                ["--rename"],
+                multiple=True,
+                type=(str, str),
+                metavar="FROM TO",
+                help="Give tensors other names; a * stays as it is. Repeatable.",
+            ),
+            click.Option(["--dry-run"], is_flag=True, help="Show what would be; write nothing."),
+        ]
+        self.engine = [param for param in engine_options() if param.name in kept]
+        self.megatron = []
+        self.params = [*self.base, *self.engine]
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Run the conversion."""
+        from ckptx.conversion.edits import Edits, saver_for
+
+        chosen: Chosen = ctx.meta["chosen"]
+        params = ctx.params
+        edits = Edits(params["remove"], params["cast"], params["rename"])
+        if not edits:
+            raise click.UsageError("say what to change: --remove, --cast or --rename", ctx)
+        loader = chosen.loader.name if chosen.loader else manager.detect(params["load_dir"])
+        job = Job(
+            loader=loader,
+            saver=saver_for(loader),
+            source=params["load_dir"],
+            target=params["save_dir"],
+            loader_options=chosen.values("loader", params),
+            saver_options=chosen.values("saver", params),
+            edits=edits,
+            **{name: params[name] for name in _ENGINE},
+        )
+        self.run(job, params)
+
+    def _choose(self, args: list[str], wants_help: bool) -> Chosen:
+        params, places = scanned(self.params, args)
+        loader = params.get("loader")
+        source = next((path for path in places if path.exists()), None)
+        if loader is None and source is not None:
+            loader = manager.detect(source)
+        elif loader is None and places and not wants_help:
+            loader = manager.detect(places[0])  # says that there is none
+        if loader is None:
+            return Chosen(None, None, None)
+        from ckptx.conversion.edits import saver_for
+
+        return Chosen(loader, saver_for(manager.canonical(loader)), None)
+
+
+def modify_command() -> click.Command:
+    """Return the command that changes a checkpoint and keeps its format."""
+    return ModifyCommand()
+
+
+def _modify(job: Job, params: dict[str, Any]) -> None:
+    from ckptx.cli import progress
+    from ckptx.conversion import supervisor as pipeline
+
+    result: Any
+    if params["dry_run"]:
+        result = pipeline.forecast(job, tensors=params["as_json"])
+    else:
+        shown = progress.choose(params["quiet"] or params["as_json"])
+        result = pipeline.convert(job, shown)
+    show_result(result, params["as_json"], params["quiet"])

@@ -1,0 +1,52 @@
+"""DeepSpeed: ``zero_to_fp32.py``, which it copies into every checkpoint.
+
+Source: deepspeedai/DeepSpeed deepspeed/utils/zero_to_fp32.py @ v0.19.8; before v0.16 the second
+argument was a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckptx.cli.scripts.script import SOURCE, TARGET, Script, Values, flag, switch
+from ckptx.cli.scripts.torch_dcp import SUFFIXES
+
+
+def _form(values: Values) -> Iterator[str]:
+    """Yield what is written: the files of a model, or one file, as old releases did."""
+    if Path(values["output_dir"]).suffix in SUFFIXES:
+        yield from ("--to", "pytorch")
+        return
+    yield from ("--to", "hf")
+    if not values["safe_serialization"]:
+        yield from ("--weight-files", "bin")
+    yield from ("--max-shard-size", values["max_shard_size"])
+
+
+ZERO_TO_FP32 = Script(
+    "zero_to_fp32",
+    "DeepSpeed, deepspeed/utils/zero_to_fp32.py",
+    (
+        flag("checkpoint_dir", becomes=SOURCE, required=True, help="The checkpoint."),
+        flag(
+            *("output_dir",),
+            becomes=TARGET,
+            required=True,
+            help="Directory to write; or one file, pytorch_model.bin, as in old releases.",
+        ),
+        flag("--max_shard_size", becomes="", default="5GB", help="Largest file."),
+        switch("--safe_serialization", help="Write safetensors, not pytorch_model.bin."),
+        flag("--tag", "-t", becomes="--tag", help="Tag below the checkpoint.  [what latest says]"),
+        switch(
+            "--exclude_frozen_parameters",
+            becomes="--exclude-frozen-parameters",
+            help="Leave out what was not trained.",
+        ),
+        switch("--debug", "-d", becomes="--verbose", help="Show details."),
+    ),
+    always=("--from", "deepspeed"),
+    further=_form,
+)
+
+SCRIPTS = (ZERO_TO_FP32,)

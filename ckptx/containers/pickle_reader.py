@@ -1,0 +1,556 @@
+"""Read pickles without running them: no import, no foreign call, no unbounded allocation.
+
+`loads` first walks the opcodes (`_scan`), then lets the C unpickler build plain values, with every
+global resolved by a table to a stand-in of `ckptx.containers.pickle_values`. The scan refuses what
+no pickler of protocol 2 to 5 writes and what lets a few bytes cost gigabytes: text opcodes,
+extension codes, memo indices far beyond the pickle's size.
+
+Tuples need more. As keys they are hashed in C, without a memory of what has been hashed: a chain of
+tuples that hold the one before twice costs 2**links, one that is 100,000 deep overruns the C stack.
+So the unpickler is made to show each tuple to `_Weights` when it is built, before anything can hash
+it: `_scan` puts a BINPERSID behind those opcodes that build one, except where the tuple is seen to
+be small. The unpickler then calls `persistent_load` with the tuple and goes on with what it gets.
+
+What is left: a pickle of N bytes builds at most some 500 N bytes of objects, and keys that are made
+to collide cost time that grows with the square of their number.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from ckptx.containers.pickle_values import (
+    STORAGE_CLASSES,
+    TORCH_DTYPES,
+    WIDTHS,
+    FrozenClass,
+    Namespace,
+    Record,
+    StorageRef,
+    StubClass,
+    TensorRecord,
+    TorchDtype,
+    TorchSize,
+    UnhashableTuple,
+    collector_paused,
+    stub,
+)
+from ckptx.errors import FormatError
+from ckptx.tensors.lazy import MAX_AXES
+
+MAX_PICKLE = 512 << 20  # bytes; the .metadata of a million chunks has about 150 MiB
+
+MAX_KEY = 1000
+"""Values in a tuple that may be a key, those of tuples in it included, as often as they occur."""
+
+MAX_TUPLE_DEPTH = 100
+"""How deep tuples and frozen sets may nest."""
+
+KNOWN_PREFIXES = (
+    *("torch.", "numpy.", "megatron.", "deepspeed.", "transformer_engine.", "apex.", "modelopt."),
+    *("transformers.", "accelerate.", "peft.", "tokenizers.", "lightning.", "pytorch_lightning."),
+    *("omegaconf.", "torchtitan.", "verl.", "nemo.", "mindspeed."),
+)
+"""Packages whose classes become stubs: they occur in the checkpoints of the frameworks."""
+
+KNOWN_GLOBALS = frozenset(
+    {
+        *(
+            "_io.BytesIO",
+            "io.BytesIO",
+            "signal.Signals",
+            "uuid.UUID",
+            "enum.Enum",
+            "decimal.Decimal",
+        ),
+        *(
+            "collections.defaultdict",
+            "collections.Counter",
+            "collections.deque",
+            "functools.partial",
+        ),
+        *("pathlib.PosixPath", "pathlib.Path", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
+        *("pathlib._local.PosixPath", "pathlib._local.Path", "fractions.Fraction"),
+        *("datetime.datetime", "datetime.date", "datetime.timedelta", "datetime.timezone"),
+        *(f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "tuple")),
+        *(f"builtins.{name}" for name in ("object", "slice", "range", "type", "NoneType")),
+    }
+)
+"""Globals of the standard library that become stubs."""
+
+FORBIDDEN = re.compile(
+    r"(builtins\.(eval|exec|compile|open|input|__import__|setattr|delattr|globals|locals|vars|map"
+    r"|filter|breakpoint|memoryview|apply|execfile|print|exit|quit)"
+    r"|_?io\.(open|open_code|FileIO)"
+    r"|(os|posix|nt|sys|subprocess|shutil|socket|ctypes|importlib|imp|runpy|pty|code|codeop|commands"
+    r"|multiprocessing|threading|asyncio|webbrowser|platform|pickle|_pickle|marshal|types|operator"
+    r"|_operator|inspect|tempfile|pdb|bdb|timeit|cProfile|profile|doctest|ssl|urllib|http|requests"
+    r"|aiohttp|httplib|ftplib|smtplib|pip|pydoc|venv|zipimport|pkgutil|builtins\.__.*)(\..*)?)"
+)
+"""Globals that stay refused whatever ``allow`` says: no checkpoint needs one."""
+
+
+class _Function(metaclass=FrozenClass):
+    """A function that pickles may call; like its class, it cannot be changed by them."""
+
+    __slots__ = ("_call",)
+    _call: Callable[..., Any]
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_call", call)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise TypeError(f"a pickle tried to set {name!r} of a function")
+
+
+def loads(data: bytes, *, file: str, allow: Sequence[str] = (), limit: int = MAX_PICKLE) -> Any:
+    """Return the object of a pickle, with stand-ins for whatever is foreign.
+
+    Args:
+        data: the pickle, protocol 2 to 5; what follows its STOP is ignored.
+        file: named in errors.
+        allow: further globals, as ``"package.module.Class"`` or with ``*``, to be read as stubs.
+        limit: the largest pickle to read, in bytes.
+
+    Raises:
+        FormatError: an unknown or forbidden global, or a pickle that is damaged or hostile.
+    """
+    if len(data) > limit:
+        raise FormatError(
+            f"{file}: expected a pickle of at most {limit} bytes, found {len(data)}; "
+            f"tensors belong outside of it"
+        )
+    stream, calls = _scan(data, file)
+    try:
+        with collector_paused():
+            return _Unpickler(stream, calls, file, tuple(allow)).load()
+    except FormatError:
+        raise
+    except RecursionError as error:
+        raise FormatError(f"{file}: the pickle is nested too deeply") from error
+    except Exception as error:  # a hostile pickle can make the unpickler raise anything
+        raise FormatError(
+            f"{file}: expected a readable pickle, found {type(error).__name__}: "
+            f"{str(error)[:200]}; the file is damaged or no checkpoint"
+        ) from error
+
+
+class _Whole:
+    """A file that is read by one look at all of it.
+
+    The unpickler would call `read` for every opcode that is in no frame (all of protocol 2), and
+    lose what lies across the end of one that `_scan` has made longer than it says.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def peek(self, _size: int) -> bytes:
+        """Return the whole, once."""
+        data, self._data = self._data, b""
+        return data
+
+    def read(self, _size: int) -> bytes:
+        """Return nothing: it has been seen."""
+        return b""
+
+    def readline(self) -> bytes:
+        """Return nothing: it has been seen."""
+        return b""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds values from a stream that `_scan` has prepared."""
+
+    def __init__(self, data: bytes, calls: bytearray, file: str, allow: tuple[str, ...]) -> None:
+        super().__init__(_Whole(data), encoding="utf-8")  # as torch.load reads Python 2
+        self._calls = iter(calls)
+        self._copies = 4 * len(data)  # each value that is there takes a byte or more
+        self._checked = _Weights(file).checked
+        self._file = file
+        self._allow = allow
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the stand-in of a global; never imports."""
+        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
+        full = f"{module}.{name}"
+        known = _TABLE.get(full)
+        if isinstance(known, _Copying):
+            return _Function(partial(self._copied, known))
+        if known is not None:
+            return known
+        if module == "torch" and name in TORCH_DTYPES:
+            return TorchDtype(name)
+        if FORBIDDEN.fullmatch(full):
+            raise FormatError(
+                f"{self._file}: the pickle calls {full!r}, which no checkpoint needs; nothing was "
+                f"run; do not load this file with other tools"
+            )
+        if (
+            full in KNOWN_GLOBALS
+            or full.startswith(KNOWN_PREFIXES)
+            or any(fnmatchcase(full, pattern) for pattern in self._allow)
+        ):
+            return stub(module, name)
+        raise FormatError(
+            f"{self._file}: the pickle holds {full!r}, which is not on the allow-list; "
+            f"pass allow={full!r} to read it as an inert record"
+        )
+
+    def _copied(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call what copies its arguments, which the memo can hand to it again and again."""
+        self._copies -= sum(len(arg) for arg in args if hasattr(arg, "__len__"))
+        if self._copies < 0:
+            raise TypeError("the same values are copied again and again")
+        made = function(*args)
+        return self._checked(made) if type(made) is frozenset else made
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Return the storage of torch's ``("storage", class, key, device, numel)``.
+
+        Or, where `_scan` wants that: the tuple or frozen set that was just built.
+        """
+        if next(self._calls) == _WEIGH:
+            return self._checked(pid)
+        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
+            raise FormatError(
+                f"{self._file}: a persistent id is not torch's ('storage', ...) tuple"
+            )
+        _, kind, key, device, numel = pid
+        plain = type(key) is str and type(device) is str and type(numel) is int
+        if not isinstance(kind, _StorageClass) or not plain:
+            raise FormatError(f"{self._file}: a storage reference is malformed")
+        width = 1 if kind.dtype is None else WIDTHS[kind.dtype]
+        return StorageRef(kind.dtype, key, numel * width)
+
+
+class _Weights:
+    """Knows how many values the tuples and frozen sets of a pickle hold, and how deep."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        # By identity; holds the containers too, lest their ids be used again.
+        self._known: dict[int, tuple[Any, int, int]] = {}
+
+    def checked(self, value: Any) -> Any:
+        """Return a new tuple or frozen set, or one like it that cannot be hashed if it is large.
+
+        Raises:
+            FormatError: it is nested too deeply.
+        """
+        size, depth = self._weigh(value)
+        if size <= _SMALL:
+            return value
+        if depth > MAX_TUPLE_DEPTH:
+            raise FormatError(
+                f"{self._file}: found tuples nested over {MAX_TUPLE_DEPTH} deep; "
+                f"no checkpoint is like that"
+            )
+        if size <= MAX_KEY:
+            return value
+        large = set(value) if type(value) is frozenset else UnhashableTuple(value)
+        self._known[id(large)] = large, size, depth
+        return large
+
+    def _weigh(self, value: Any) -> tuple[int, int]:
+        size, depth = len(value), 1
+        for item in value:
+            if isinstance(item, tuple | frozenset):
+                known = self._known.get(id(item))
+                inner, below = self._weigh(item) if known is None else known[1:]
+                size += inner
+                depth = max(depth, below + 1)
+        if size > _SMALL:  # so one that is not known takes a few steps
+            self._known[id(value)] = value, size, depth
+        return size, depth
+
+
+class _StorageClass(_Function):
+    """A storage class of torch, known by its element type; None is untyped."""
+
+    __slots__ = ("dtype",)
+    dtype: str | None
+
+    def __init__(self, dtype: str | None) -> None:
+        super().__init__(self._refuse)
+        object.__setattr__(self, "dtype", dtype)
+
+    @staticmethod
+    def _refuse(*_: Any) -> None:
+        raise TypeError("a storage is stored beside the pickle, not in it")
+
+
+class _Copying(_Function):
+    """A function whose result has as many values, or bytes, as its argument."""
+
+    __slots__ = ()
+
+
+class _SizeClass(_Function):
+    """Stands for `torch.Size`; a tuple that cannot be hashed does not become one that can."""
+
+    __slots__ = ()
+
+    def __call__(self, values: Any = ()) -> TorchSize:
+        if type(values) is not tuple or len(values) > MAX_AXES:
+            raise TypeError(f"a torch.Size is made from a tuple, of at most {MAX_AXES} numbers")
+        return TorchSize(values)
+
+
+def _tensor_v2(
+    storage: StorageRef,
+    offset: int,
+    size: Iterable[int],
+    stride: Iterable[int],
+    requires_grad: bool = False,
+    *_: Any,
+) -> TensorRecord:
+    """Stand for `torch._utils._rebuild_tensor_v2` and, with fewer arguments, `_rebuild_tensor`."""
+    if storage.dtype is None:
+        raise TypeError("a tensor without dtype lies in an untyped storage")
+    return _tensor(storage, storage.dtype, offset, size, stride, requires_grad)
+
+
+def _tensor_v3(
+    storage: StorageRef,
+    offset: int,
+    size: Iterable[int],
+    stride: Iterable[int],
+    requires_grad: bool,
+    _hooks: Any,
+    dtype: TorchDtype,
+    *_: Any,
+) -> TensorRecord:
+    """Stand for `torch._utils._rebuild_tensor_v3`: dtypes without a storage class."""
+    return _tensor(storage, dtype.name, offset, size, stride, requires_grad)
+
+
+def _tensor(
+    storage: StorageRef,
+    dtype: str,
+    offset: int,
+    size: Iterable[int],
+    stride: Iterable[int],
+    requires_grad: bool,
+) -> TensorRecord:
+    if type(offset) is not int:
+        raise TypeError("the offset of a tensor is no whole number")
+    return TensorRecord(
+        dtype,
+        _numbers(size),
+        _numbers(stride),
+        offset,
+        storage.key,
+        storage.nbytes,
+        bool(requires_grad),
+    )
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    """Return sizes or strides, of which a few bytes must not make many copies of many."""
+    if not isinstance(values, tuple | list) or len(values) > MAX_AXES:
+        raise TypeError(f"the sizes or strides of a tensor are no tuple of at most {MAX_AXES}")
+    for value in values:
+        if type(value) is not int:
+            raise TypeError("a size or stride of a tensor is no whole number")
+    return tuple(values)
+
+
+def _parameter(data: Any, requires_grad: bool, *_: Any) -> Any:
+    if not isinstance(data, TensorRecord):
+        return data  # a wrapper subclass, such as a DTensor
+    return TensorRecord(
+        data.dtype,
+        data.shape,
+        data.strides,
+        data.storage_offset,
+        data.key,
+        data.storage_nbytes,
+        bool(requires_grad),
+        parameter=True,
+    )
+
+
+def _from_type(function: Any, kind: Any, args: tuple[Any, ...], state: Any) -> Any:
+    """Stand for `torch._tensor._rebuild_from_type_v2`: subclasses, tensors with attributes."""
+    if isinstance(function, _Function):
+        return function(*args)
+    return stub("torch._tensor", "_rebuild_from_type_v2")(function, kind, args, state)
+
+
+def _attribute(owner: Any, name: Any) -> type[Record]:
+    """Stand for ``getattr``: nested classes, and enum members of Python 3.11.0 to 3.11.3."""
+    if not isinstance(owner, StubClass) or type(name) is not str:
+        raise TypeError("getattr of something that is no foreign class")
+    return stub(owner.module, f"{owner.name}.{name}")
+
+
+def _encoded(text: str, codec: str = "latin1") -> bytes:
+    """Stand for ``_codecs.encode``: how protocol 2 spells bytes."""
+    if codec not in ("latin1", "latin-1"):
+        raise TypeError("bytes of a pickle are spelt in latin1")
+    return text.encode("latin1")
+
+
+def _bytes(*args: Any) -> bytes:
+    if any(not isinstance(arg, bytes) for arg in args):
+        raise TypeError("bytes of a number would allocate them")
+    return b"".join(args)
+
+
+def _bytearray(data: bytes | str = b"", codec: str = "latin1") -> bytearray:
+    return bytearray(_encoded(data, codec) if isinstance(data, str) else _bytes(data))
+
+
+def _collected(kind: Callable[..., Any]) -> Callable[..., Any]:
+    def collect(values: Any = ()) -> Any:
+        if not isinstance(values, list | tuple | set | frozenset):
+            raise TypeError("a set of a pickle is made from a list")
+        return kind(values)
+
+    return collect
+
+
+def _reconstructed(cls: Any, _base: Any, _state: Any) -> Any:
+    """Stand for ``copyreg._reconstructor``: objects of protocols 0 and 1."""
+    if not isinstance(cls, FrozenClass):
+        raise TypeError("reconstruction of something that is no foreign class")
+    kind: Any = cls
+    return kind.__new__(kind)
+
+
+_TABLE: dict[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "argparse.Namespace": Namespace,
+    "types.SimpleNamespace": Namespace,
+    "builtins.set": _Copying(_collected(set)),
+    "builtins.frozenset": _Copying(_collected(frozenset)),
+    "builtins.complex": complex,
+    "builtins.bytes": _Copying(_bytes),
+    "builtins.bytearray": _Copying(_bytearray),
+    "builtins.getattr": _Function(_attribute),
+    "_codecs.encode": _Copying(_encoded),
+    "copyreg._reconstructor": _Function(_reconstructed),
+    "torch.Size": _SizeClass(tuple),
+    "torch._utils._rebuild_tensor": _Function(_tensor_v2),
+    "torch._utils._rebuild_tensor_v2": _Function(_tensor_v2),
+    "torch._utils._rebuild_tensor_v3": _Function(_tensor_v3),
+    "torch._utils._rebuild_parameter": _Function(_parameter),
+    "torch._utils._rebuild_parameter_with_state": _Function(_parameter),
+    "torch._tensor._rebuild_from_type_v2": _Function(_from_type),
+    "torch.storage.UntypedStorage": _StorageClass(None),
+    "torch.UntypedStorage": _StorageClass(None),
+    **{f"torch.{name}": _StorageClass(dtype) for dtype, name in STORAGE_CLASSES.items()},
+}
+
+
+# Opcodes by their argument, protocols 2 to 5. `_scan` steps over strings, and over what it marks.
+# A small tuple is of numbers alone: as many as the opcode takes, or up to a mark. There may be one
+# tuple around it, as in the arguments of a torch.Size.
+_PLAIN = rb"(?:K.|M..|J....|[N\x88\x89]|G........)"  # numbers, None and booleans
+_AROUND = rb"(?:(?:\x94|q.|r%(memo)s)?+\x85)?+"
+_FIXED = (
+    rb"(?:[)01Rabesu}\]\x81\x8f\x90\x92-\x94]++"  # no argument
+    rb"|[hq\x80]."
+    rb"|j....|r%(memo)s"  # LONG_BINPUT: the unpickler allocates up to its index
+    rb"|\((?:" + _PLAIN + rb"{0,%(small)d}+t" + _AROUND + rb")?+"
+    rb"|" + _PLAIN + rb"(?:\x85" + _AROUND + rb""
+    rb"|" + _PLAIN + rb"(?:[\x85\x86]" + _AROUND + rb""
+    rb"|" + _PLAIN + rb"++(?:[\x85-\x87]" + _AROUND + rb")?+)?+)?+"
+    rb"|[t\x85-\x87](?=[Rb\x81])"  # not in the memo, and consumed by REDUCE, BUILD or NEWOBJ
+    rb"|t(?=(?:\x94|q.|r....)?+Q)"  # `persistent_load` looks at it
+    rb"|\x95........"
+    rb"|c[^\n]{1,1000}\n[^\n]{1,1000}\n)*+"
+)
+_FIXED_SIMPLY = (
+    rb"(?:[)(01NRabesu}\]\x81\x88\x89\x8f\x90\x92-\x94]++"
+    rb"|[Khq\x80]."
+    rb"|M..|[Jj]....|[G\x95]........)*+"
+)
+"""The same where no alternative fails late; so all tuples are weighed, which takes longer."""
+_OTHERS = rb"c[^\n]{1,1000}\n[^\n]{1,1000}\n|r%(memo)s"
+_SMALL = 64
+"""Values in a tuple that is small."""
+_RE_IS_SOUND = sys.version_info >= (3, 11, 5)
+"""Before, possessive quantifiers lose their place in what they repeat (python/cpython#106052)."""
+_STOP = ord(".")
+_BINPERSID = ord("Q")
+_BUILDING = b"t\x85\x86\x87\x91"
+"""TUPLE, TUPLE1 to TUPLE3 and FROZENSET."""
+_LENGTHS = {
+    **dict.fromkeys(b"U\x8cC\x8a", 1),
+    **dict.fromkeys(b"XTB\x8b", 4),
+    **dict.fromkeys(b"\x8d\x8e\x96", 8),
+}
+"""Bytes of the length that follows these opcodes, before the data."""
+_STORAGE, _WEIGH = 0, 1
+"""What a BINPERSID is for: it was in the pickle, or `_scan` has put it there."""
+
+
+def _memo_index(size: int) -> bytes:
+    """Return a pattern for little-endian u32 below about twice ``size`` bytes of pickle."""
+    digits = []
+    for shift in (0, 8, 16, 24):
+        highest = min(255, size >> shift)
+        digits.append(rb"." if highest == 255 else rb"[\x00-\x%02x]" % highest)
+    return b"".join(digits)
+
+
+def _scan(data: bytes, file: str) -> tuple[bytes, bytearray]:
+    """Step over the opcodes, at some 100 MB/s, and refuse those that are unsafe to execute.
+
+    Returns:
+        The pickle with a BINPERSID behind every opcode that builds a tuple or a frozen set, unless
+        that is small, or out of reach of everything but a call; and what every BINPERSID is for, in
+        their order. (Frames become longer than they say: they only tell what to read ahead.)
+    """
+    values = {b"memo": _memo_index(len(data)), b"small": _SMALL}
+    others = re.compile(_OTHERS % values, re.DOTALL)
+    fixed = re.compile((_FIXED if _RE_IS_SOUND else _FIXED_SIMPLY) % values, re.DOTALL)
+    cuts = [0]
+    calls = bytearray()
+    position = 0
+    while True:
+        match = fixed.match(data, position)
+        position = match.end() if match else position
+        if position >= len(data):
+            raise FormatError(f"{file}: the pickle has no end; the file is truncated")
+        opcode = data[position]
+        width = _LENGTHS.get(opcode)
+        if width is not None:
+            start = position + 1 + width
+            position = start + int.from_bytes(data[position + 1 : start], "little")
+            if position > len(data):
+                raise FormatError(
+                    f"{file}: a string runs beyond the end of the pickle; it is truncated"
+                )
+        elif opcode in _BUILDING:
+            position += 1
+            cuts.append(position)
+            calls.append(_WEIGH)
+        elif opcode == _BINPERSID:
+            position += 1
+            calls.append(_STORAGE)
+        elif match := others.match(data, position):
+            position = match.end()
+        elif opcode == _STOP:
+            if len(cuts) == 1:
+                return data, calls
+            parts = [data[start:stop] for start, stop in pairwise([*cuts, position + 1])]
+            return b"Q".join(parts), calls
+        else:
+            raise FormatError(
+                f"{file}: expected a pickle opcode of protocol 2 to 5 at byte {position}, found "
+                f"{data[position : position + 1]!r}; the file is damaged or no checkpoint"
+            )

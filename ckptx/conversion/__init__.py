@@ -1,0 +1,1 @@
+"""A conversion: what was asked for, planned, proved, run in two processes, reported."""

@@ -1,0 +1,236 @@
+"""Run the modules of Megatron's own converter, unmodified, as loaders and savers.
+
+Such a module is ``loader_X.py`` (or ``saver_X.py``, or plain ``X.py``) on the Python path, with
+
+    add_arguments(parser)          its options, for argparse
+    load_checkpoint(queue, args)   puts a metadata namespace, dictionaries of tensors, "done"
+    save_checkpoint(queue, args)   gets the same, in the same order
+
+The modules expect one queue with tensors on it; they are given an object that looks like one. A
+loader's tensors go to the spool as they come. A saver's are read one message at a time, and what it
+writes goes to the staging directory. ``args`` holds what Megatron's converter gives: its own
+options, and those of both plugins.
+
+Source of the contract: NVIDIA/Megatron-LM:tools/checkpoint/convert.py@core_v0.12.3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from ckptx.errors import ConversionError, PluginError
+
+if TYPE_CHECKING:
+    import click
+
+    from ckptx.conversion.report import Facts
+    from ckptx.conversion.request import Job
+    from ckptx.protocol.contracts import SavePlan
+    from ckptx.protocol.messages import Message
+
+Role = Literal["loader", "saver"]
+_FUNCTIONS = {"loader": "load_checkpoint", "saver": "save_checkpoint"}
+
+
+def find(role: Role, name: str, megatron_path: str | None, *, plain: bool) -> str | None:
+    """Return the module that plays ``role`` under ``name``; imports nothing.
+
+    Args:
+        role: ``"loader"`` or ``"saver"``.
+        name: what the user asked for.
+        megatron_path: a Megatron-LM checkout, searched as well, with its ``tools/checkpoint``.
+        plain: whether a module called just ``name`` counts too.
+    """
+    with _megatron(megatron_path):
+        for module in (f"{role}_{name}", *([name] if plain else [])):
+            # A package is no plugin of Megatron's converter, and "json" is not one either.
+            if module.isidentifier() and module not in sys.stdlib_module_names:
+                spec = importlib.util.find_spec(module)
+                if spec is not None and spec.origin and spec.submodule_search_locations is None:
+                    return module
+    return None
+
+
+def adapt(role: Role, name: str, module: str, megatron_path: str | None) -> Any:
+    """Return a Megatron-style module as a loader or a saver.
+
+    Raises:
+        PluginError: it cannot be imported, or lacks the two functions.
+    """
+    adapter = ModuleLoader if role == "loader" else ModuleSaver
+    return adapter(name, module, megatron_path)
+
+
+class Module:
+    """A module of Megatron's converter."""
+
+    role: Role
+
+    def __init__(self, name: str, module: str, megatron_path: str | None) -> None:
+        self.name = name
+        self.megatron_path = megatron_path
+        self.capabilities: Mapping[str, Any] = {"module": module, "style": "megatron"}
+        with _foreign(f"{self.role} module {module}", megatron_path):
+            self.module: ModuleType = importlib.import_module(module)
+        for function in ("add_arguments", _FUNCTIONS[self.role]):
+            if not callable(getattr(self.module, function, None)):
+                raise PluginError(
+                    f"{self.role} {name!r}: module {module} ({self.module.__file__}) has no "
+                    f"function {function}(), so it is no {self.role}"
+                )
+
+    def options(self) -> list[click.Option]:
+        """Return no options: the module's own are argparse's, see `parse`."""
+        return []
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Let the module declare its options."""
+        with _foreign(f"{self.role} module {self.module.__name__}", self.megatron_path):
+            self.module.add_arguments(parser)
+
+    def run(self, queue: object, args: argparse.Namespace) -> None:
+        """Run the module's main function; its path, but no change of ``sys.argv``, stays."""
+        with _foreign(
+            f"{self.role} module {self.module.__name__}", self.megatron_path, plugin_errors=False
+        ):
+            getattr(self.module, _FUNCTIONS[self.role])(queue, args)
+
+
+class ModuleLoader(Module):
+    """A Megatron-style module as a loader."""
+
+    role = "loader"
+
+    def detect(self, source: Path) -> bool:
+        """Return False: such a module is only used when it is named."""
+        return False
+
+    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+        """Run the module to its end, its tensors going to the spool; then yield the messages."""
+        from ckptx.conversion.megatron_queue import Incoming
+
+        queue = Incoming(self.name, options["spool"], options["checking"])
+        self.run(queue, namespace(options, load_dir=str(source)))
+        yield from queue.messages(str(source))
+
+
+class ModuleSaver(Module):
+    """A Megatron-style module as a saver, which writes files itself."""
+
+    role = "saver"
+
+    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+        """Refuse: nothing is known before the module has run."""
+        raise PluginError(
+            f"saver {self.name!r} is a Megatron-style module, which cannot be planned"
+        )
+
+    def outline(self, job: Job) -> SavePlan:
+        """Return a plan of the right size: about that of the source."""
+        from ckptx.protocol.contracts import SavePlan
+        from ckptx.storage.file_plan import FilePlan
+
+        paths = [job.source] if job.source.is_file() else job.source.rglob("*")
+        size = sum(path.stat().st_size for path in paths if path.is_file())
+        return SavePlan([FilePlan("(written by the module)", size, ())])
+
+    def write_directly(
+        self,
+        messages: Iterator[Message],
+        options: Mapping[str, Any],
+        advance: Callable[[int], None],
+    ) -> Facts:
+        """Run the module on the messages; what it writes lands in ``options["staging"]``."""
+        from ckptx.conversion.megatron_queue import Outgoing
+
+        queue = Outgoing(self.name, messages, options["model_type"], advance)
+        self.run(queue, namespace(options, save_dir=options["staging"]))
+        return queue.facts(Path(options["staging"]))
+
+
+def namespace(options: Mapping[str, Any], **more: Any) -> argparse.Namespace:
+    """Return the ``args`` of a Megatron-style module, from a plugin's options."""
+    values = dict(options.get("arguments") or {})
+    values.update({key: value for key, value in more.items() if value is not None})
+    return argparse.Namespace(
+        **{key: str(v) if isinstance(v, Path) else v for key, v in values.items()}
+    )
+
+
+def parse(
+    modules: Sequence[Module], arguments: Sequence[str], ours: frozenset[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of the modules' own options, and the arguments that remain.
+
+    As in Megatron's converter, a loader and a saver may declare the same option. An option that is
+    in ``ours`` too is taken by both sides.
+
+    Raises:
+        click.UsageError: the modules' options are wrong or missing.
+    """
+    parser, leaver = (_parser(modules) for _ in range(2))
+    values = vars(parser.parse_known_args(arguments)[0])
+    for action in leaver._actions:
+        action.required = False
+    for option in ours & leaver._option_string_actions.keys():
+        del leaver._option_string_actions[option]  # argparse has no public way to forget one
+    return values, leaver.parse_known_args(arguments)[1]
+
+
+def option_help(modules: Sequence[Module]) -> str:
+    """Return argparse's description of the modules' options."""
+    text = _parser(modules).format_help()
+    return text.partition("\n\n")[2].rstrip()  # without the usage line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        import click
+
+        raise click.UsageError(message)
+
+
+def _parser(modules: Sequence[Module]) -> argparse.ArgumentParser:
+    # Two unmodified modules declare --megatron-path, --true-vocab-size and others, each for itself.
+    parser = _Parser(prog="ckptx", allow_abbrev=False, conflict_handler="resolve", add_help=False)
+    for module in modules:
+        module.add_arguments(parser)
+    return parser
+
+
+@contextlib.contextmanager
+def _megatron(path: str | None) -> Iterator[None]:
+    before = list(sys.path)
+    if path:
+        sys.path[:0] = [path, str(Path(path, "tools", "checkpoint"))]
+        importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+@contextlib.contextmanager
+def _foreign(who: str, megatron_path: str | None, *, plugin_errors: bool = True) -> Iterator[None]:
+    """Shield ckptx from code that prints, exits, and rewrites ``sys.argv``."""
+    kind = PluginError if plugin_errors else ConversionError
+    before = list(sys.argv)
+    try:
+        with _megatron(megatron_path), contextlib.redirect_stdout(sys.stderr):
+            yield
+    except SystemExit as error:
+        raise kind(f"{who} called exit({'' if error.code is None else error.code!r})") from error
+    except (PluginError, ConversionError):
+        raise
+    except Exception as error:
+        raise kind(f"{who} failed: {type(error).__name__}: {error}") from error
+    finally:
+        sys.argv[:] = before

@@ -1,0 +1,249 @@
+"""What a conversion did, and what one would do: as JSON and as text.
+
+The JSON is complete and its keys are stable. The text fits any width and shows long lists in part.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptx.text.sizes import size_text
+from ckptx.text.wrapping import wrapped
+
+if TYPE_CHECKING:
+    from ckptx.conversion.proof import Proof
+    from ckptx.protocol.contracts import SavePlan
+    from ckptx.protocol.messages import Begin, End
+
+_SHOWN = 5  # entries of a list in the text form
+_FILES = 100  # output files of a plan in the text form
+_LABEL = 10  # columns
+_DIGEST = 23  # characters of the digest in the text form; JSON and manifest have it all
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a proved plan does to the tensors. Sizes are in bytes."""
+
+    source_format: str
+    source_layout: str
+    families: Mapping[str, str]
+    """Model part to family."""
+    files: int
+    tensors: int
+    source_tensors: int
+    bytes_in: int
+    bytes_out: int
+    inexact: Mapping[str, Sequence[str]]
+    """Step (``"float32 -> bfloat16"``) to the tensors it changes."""
+    widened: Mapping[str, Sequence[str]]
+    """Exact casts, likewise."""
+    filled: Mapping[str, int]
+    """Tensor to its elements that no source holds."""
+    replicas: int
+    """Copies in the source that must equal the one that is read."""
+    dropped: Sequence[Mapping[str, Any]]
+    """What stays behind: ``name``, ``reason``, ``bytes``."""
+    notes: Sequence[str]
+    stages: Sequence[str]
+    details: Mapping[str, Any]
+    load_hint: str
+
+    @classmethod
+    def of(cls, begin: Begin, end: End, plan: SavePlan, proof: Proof) -> Facts:
+        """Return the facts of a proved plan."""
+        exact = {step: names for step, names in proof.casts.items() if step not in proof.inexact}
+        return cls(
+            source_format=begin.format,
+            source_layout=begin.layout,
+            families={part: spec.family for part, spec in begin.parts.items()},
+            files=proof.files,
+            tensors=proof.tensors,
+            source_tensors=proof.sources,
+            bytes_in=proof.bytes_in,
+            bytes_out=proof.bytes_out,
+            inexact=dict(proof.inexact),
+            widened=exact,
+            filled=dict(proof.filled),
+            replicas=proof.replicas,
+            dropped=[
+                {
+                    "name": drop.name,
+                    "reason": drop.reason,
+                    "bytes": drop.nbytes or sum(tensor.nbytes for tensor in drop.tensors),
+                }
+                for drop in proof.dropped
+            ],
+            notes=tuple(dict.fromkeys((*end.notes, *plan.notes))),
+            stages=tuple(plan.stages),
+            details=dict(plan.details),
+            load_hint=plan.load_hint,
+        )
+
+    def at(self, target: Path) -> Facts:
+        """Return the facts with the target's path in the load hint."""
+        place = str(target)
+        if '"{target}' not in self.load_hint:  # a command line, not Python
+            place = shlex.quote(place)
+        return replace(self, load_hint=self.load_hint.replace("{target}", place))
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A finished conversion."""
+
+    loader: str
+    saver: str
+    target: str
+    facts: Facts
+    seconds: float
+    digest: str
+    """Digest of all tensors of the target; empty if a Megatron-style module wrote them."""
+    resumed: int = 0
+    """Bytes that an interrupted run had written, and that were not written again."""
+
+    def _speed(self) -> str:
+        """Return the speed where it says something: not for models of a few megabytes."""
+        return f" ({self.rate:.2f} GB/s)" if self.rate >= 0.01 else ""
+
+    @property
+    def rate(self) -> float:
+        """Output in GB (10^9 bytes) per second of wall time."""
+        return self.facts.bytes_out / 1e9 / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the whole report; every key is always there."""
+        return {
+            "loader": self.loader,
+            "saver": self.saver,
+            "target": self.target,
+            **asdict(self.facts),
+            "seconds": round(self.seconds, 3),
+            "gb_per_second": round(self.rate, 3),
+            "digest": self.digest,
+            "resumed": self.resumed,
+        }
+
+    def render(self, width: int = 80) -> str:
+        """Return the report as text of at most ``width`` columns."""
+        head = f"{self.loader} -> {self.saver} in {self.seconds:.1f} s{self._speed()}"
+        lines = [*_wrapped("converted", head, width), *_wrapped("target", self.target, width)]
+        lines += _facts_lines(self.facts, width)
+        if self.resumed:
+            text = f"{size_text(self.resumed)} were on disk from a run before, and are whole"
+            lines += _wrapped("resumed", text, width)
+        if self.digest:
+            lines += _wrapped("digest", self.digest[:_DIGEST], width)
+        if self.facts.load_hint:
+            lines += _wrapped("load with", self.facts.load_hint, width)
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A conversion that was planned and proved, and not executed. Sizes are in bytes."""
+
+    loader: str
+    saver: str
+    target: str
+    facts: Facts
+    outputs: Sequence[Mapping[str, Any]]
+    """Each output file: ``path``, ``bytes``, ``tensors``."""
+    pointers: Sequence[str]
+    """Small files beside the target, written last."""
+    peak_memory: int
+    """The most memory that the conversion takes, all processes together: the bound of its buffers,
+    and what this plan took."""
+    spool: int
+    """Disk that tensors without a source file take while the conversion runs."""
+    refused: str = ""
+    """Why the conversion would not start now: the target exists, the disk is too small."""
+    tensors: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    """Each output tensor: ``file``, ``name``, ``dtype``, ``shape``, ``operations``."""
+
+    @property
+    def disk(self) -> int:
+        """Disk needed, the spool included."""
+        return self.facts.bytes_out + self.spool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the whole forecast; every key is always there."""
+        return {
+            "loader": self.loader,
+            "saver": self.saver,
+            "target": self.target,
+            **asdict(self.facts),
+            "outputs": list(self.outputs),
+            "pointers": list(self.pointers),
+            "peak_memory": self.peak_memory,
+            "spool": self.spool,
+            "disk": self.disk,
+            "refused": self.refused,
+            "output_tensors": list(self.tensors),
+        }
+
+    def render(self, width: int = 80) -> str:
+        """Return the forecast as text of at most ``width`` columns; of many files, the first."""
+        lines = _wrapped("plan", f"{self.loader} -> {self.saver}, nothing is written", width)
+        lines += _wrapped("target", self.target, width)
+        lines += _facts_lines(self.facts, width)
+        needed = f"{size_text(self.disk)} of disk, at most {size_text(self.peak_memory)} of memory"
+        lines += _wrapped("needs", needed, width)
+        if self.refused:
+            lines += _wrapped("refused", f"convert would stop here: {self.refused}", width)
+        lines += [line for stage in self.facts.stages for line in _wrapped("stage", stage, width)]
+        for output in self.outputs[:_FILES]:
+            text = f"{output['path']}  {size_text(output['bytes'])}, {output['tensors']} tensors"
+            lines += _wrapped("file", text, width)
+        if len(self.outputs) > _FILES:
+            rest = f"and {len(self.outputs) - _FILES:,} more, which --json lists"
+            lines += _wrapped("file", rest, width)
+        lines += [line for name in self.pointers for line in _wrapped("file", name, width)]
+        return "\n".join(lines)
+
+
+def _facts_lines(facts: Facts, width: int) -> Iterator[str]:
+    family = ", ".join(sorted(set(facts.families.values()) - {""})) or "no known family, by name"
+    source = f"{facts.source_format}, layout {facts.source_layout}: {family}"
+    yield from _wrapped("source", source, width)
+    count = f"{facts.tensors} in {facts.files} file{'s' * (facts.files != 1)}"
+    yield from _wrapped("tensors", f"{count}, from {facts.source_tensors}", width)
+    yield from _wrapped(
+        "bytes", f"{size_text(facts.bytes_in)} in, {size_text(facts.bytes_out)} out", width
+    )
+    for step, names in facts.inexact.items():
+        yield from _wrapped("inexact", f"{step}: {_some(names)}", width)
+    if not facts.inexact:
+        besides = " but what is filled" if facts.filled else ""
+        yield from _wrapped("inexact", f"none: every value{besides} is the source's", width)
+    for step, names in facts.widened.items():
+        yield from _wrapped("widened", f"{step} (exact): {_some(names)}", width)
+    if facts.filled:
+        elements = [f"{name} ({count:,} elements)" for name, count in facts.filled.items()]
+        yield from _wrapped("filled", _some(elements), width)
+    if facts.replicas:
+        yield from _wrapped(
+            "replicas", f"{facts.replicas} copies compared with the one read", width
+        )
+    reasons: dict[str, list[Mapping[str, Any]]] = {}
+    for drop in facts.dropped:
+        reasons.setdefault(drop["reason"], []).append(drop)
+    for reason, drops in reasons.items():
+        size = size_text(sum(drop["bytes"] for drop in drops))
+        names = _some([drop["name"] for drop in drops])
+        yield from _wrapped("dropped", f"{names} ({size}): {reason}", width)
+    for note in facts.notes:
+        yield from _wrapped("note", note, width)
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _wrapped(label: str, text: str, width: int) -> list[str]:
+    return wrapped(label, text, width, _LABEL)

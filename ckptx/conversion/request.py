@@ -1,0 +1,66 @@
+"""A job: what the user asked for, as plain values that travel to both processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckptx.conversion.edits import Edits
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One conversion. Sizes are in bytes."""
+
+    loader: str
+    saver: str
+    source: Path
+    target: Path
+    loader_options: Mapping[str, Any] = field(default_factory=dict)
+    """The loader's own options, by their click names."""
+    saver_options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+    hf_base: Path | None = None
+    fill_from_base: tuple[str, ...] = ()
+    overwrite: bool = False
+    max_memory: int = 512 << 20
+    """The memory of the whole conversion, all processes together."""
+    threads: int = 0
+    """0 lets the writer choose."""
+    digest: str = "xxh3_128"
+    check_replicas: str = "sample"
+    resume: bool = True
+    """Whether to continue what an interrupted run has left, and to leave it if interrupted."""
+    journal_every: int = 256 << 20
+    """Bytes of output between two points from which an interrupted run is continued."""
+    max_queue_size: int = 50
+    """Messages that may wait between the two processes."""
+    model_type: str = "GPT"
+    checking: bool = True
+    """Whether Megatron-style modules must send messages in protocol order."""
+    megatron_path: str | None = None
+    edits: Edits | None = None
+    """What ``modify`` changes on the way."""
+
+    def __post_init__(self) -> None:
+        # Absolute from here on: a plugin may change the working directory.
+        for name in ("source", "target"):
+            object.__setattr__(self, name, Path(os.path.abspath(getattr(self, name))))  # noqa: PTH100 - keeps symlinks
+
+    def options(self, own: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+        """Return the options that a plugin sees: the engine's and its own."""
+        engine = {
+            "dtype": self.dtype,
+            "hf_base": self.hf_base,
+            "saver": self.saver,
+            "fill_from_base": self.fill_from_base,
+            "target": self.target,
+            "max_queue_size": self.max_queue_size,
+            "model_type": self.model_type,
+            "checking": self.checking,
+            "megatron_path": self.megatron_path,
+        }
+        return {**engine, **own, **more}

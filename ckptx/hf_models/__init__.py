@@ -1,0 +1,1 @@
+"""A library for Hugging Face model directories and LoRA adapters."""

@@ -1,0 +1,1 @@
+"""LoRA adapters: found, merged into a model, exported."""

@@ -1,0 +1,478 @@
+"""Merge LoRA adapters into their base.
+
+A merge is what peft's ``merge_and_unload`` makes of an adapter that it has loaded from disk, with
+two exceptions. An embedding and an output layer that are one tensor become two where the adapter
+was trained on one of them, which is reported: peft adds the update to both. And matrices that lie
+in a training checkpoint in 16 bits are multiplied as those of an adapter's file are, in float32.
+
+Source: huggingface/peft src/peft/tuners/lora/layer.py, src/peft/utils/other.py,
+src/peft/tuners/tuners_utils.py (_inject_parameters, cast_adapter_dtype) @ v0.21.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptx.errors import SchemaError, listing
+from ckptx.hf_models import task_heads as heads
+from ckptx.hf_models.lora import names as adapter_names
+from ckptx.hf_models.lora.extract import Adapter, Separated
+from ckptx.hf_models.lora.names import MATRICES, TOKENS, plain
+from ckptx.protocol.messages import Dropped
+from ckptx.tensors.dtypes import dtype_name
+from ckptx.tensors.joins import concat, stack, unstacked
+from ckptx.tensors.lazy import Filled, LazyTensor
+from ckptx.tensors.low_rank import check_ranks, updated
+
+_TRANSPOSED_LINEAR = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Models whose linear layers are `transformers.pytorch_utils.Conv1D`, which stores [in, out]."""
+_TRANSPOSED_EXPERTS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
+"""Models whose stacked experts are [experts, in, out]; others have [experts, out, in]."""
+_WIDEST_NORM = 1 << 28  # bytes of float32 that one norm of a transposed matrix may make us read
+
+
+@dataclass(frozen=True, slots=True)
+class _Spelling:
+    """How experts that a module holds as stacked parameters are named one by one in the files."""
+
+    here: str
+    there: str
+    gate: str
+    up: str
+    down: str
+
+
+# Source: transformers:src/transformers/conversion_mapping.py @ v5.23.0.
+_EXPERTS = (
+    _Spelling("mlp.experts", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
+    _Spelling("mlp.experts", "block_sparse_moe.experts", "w1", "w3", "w2"),
+)
+_STACKED = ("gate_up_proj", "down_proj")
+"""Parameters of experts in the order in which their modules register them."""
+_RENAMED = ((".mlp.", ".block_sparse_moe."),)
+
+
+@dataclass(slots=True)
+class Merged:
+    """A base with its adapters merged, and what the report has to say of it."""
+
+    tensors: dict[str, LazyTensor]
+    untied: bool = False
+    dropped: list[Dropped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def merge(
+    separated: Separated,
+    model_type: str,
+    tied: tuple[str, str] | None,
+    dtype: str | None = None,
+    name_in_files: Callable[[str], str] | None = None,
+) -> Merged:
+    """Return the base with all adapters merged into it, in their order.
+
+    ``tied`` are the names of the embedding and of the output layer where both are one tensor.
+    Weights that change are rounded to ``dtype`` once, by default to the one that they have.
+    ``name_in_files`` returns what the base's files call a tensor that the adapter names as it is
+    called in memory; without it both names are taken to be the same.
+
+    Raises:
+        SchemaError: a tensor of an adapter has no weight in the base, or does not fit it.
+    """
+    merged = Merged(dict(separated.tensors))
+    for adapter in separated.adapters:
+        _Merge(merged, adapter, model_type, tied, dtype, name_in_files or str).run()
+        if merged.untied:
+            tied = None
+    return merged
+
+
+@dataclass(slots=True)
+class _Merge:
+    """One adapter on its way into the base."""
+
+    merged: Merged
+    adapter: Adapter
+    model_type: str
+    tied: tuple[str, str] | None
+    dtype: str | None
+    name_in_files: Callable[[str], str]
+    scales: set[tuple[int, float]] = field(default_factory=set)
+    changed: set[str] = field(default_factory=set)
+
+    def run(self) -> None:
+        """Merge: whole tensors first, then updates, then rows."""
+        config = self.adapter.config
+        groups: dict[str, dict[str, LazyTensor]] = {}
+        whole: dict[str, LazyTensor] = {}
+        for key, tensor in self.adapter.tensors.items():
+            said = adapter_names.parse(key)
+            if said.kind in ("", "saved"):
+                whole[plain(said.path)] = tensor
+            else:
+                groups.setdefault(said.path, {})[said.kind] = tensor
+        self._check_saved(whole)
+        self._untie(whole, groups)
+        for name, tensor in whole.items():
+            self._replace(name, tensor)
+        levels: dict[str, list[str]] = {}
+        for path in groups:
+            levels.setdefault(plain(path), []).append(path)
+        for module, paths in levels.items():
+            parameters = config.parameters(module)
+            if parameters or len(paths) > 1:
+                self._update_parameters(module, paths, parameters, groups)
+            else:
+                self._update(module, groups[paths[0]])
+        self._describe(whole)
+
+    def _describe(self, whole: Mapping[str, LazyTensor]) -> None:
+        scales = ", ".join(f"rank {rank} x {scale:g}" for rank, scale in sorted(self.scales))
+        note = f"{self.adapter.place}: merged into {len(self.changed)} tensors ({scales or 'rows'})"
+        if whole:
+            note += f", {len(whole)} more are its own"
+        self.merged.notes.append(note)
+
+    def _check_saved(self, whole: Mapping[str, LazyTensor]) -> None:
+        """Raise if a module that the base has should have been saved with the adapter."""
+        kept = bool(self.adapter.config.said.get("ensure_weight_tying"))
+        for module in self.adapter.config.modules_to_save():
+            inside = f".{module}."
+            if any(inside in f".{name}" for name in whole):
+                continue
+            here = [name for name in self.merged.tensors if inside in f".{name}"]
+            if here and not (kept and self.tied):
+                raise SchemaError(
+                    f"{self.adapter.place}: modules_to_save names {module!r}, and the adapter "
+                    f"holds nothing of {here[0]!r}; it was not saved as a whole"
+                )
+
+    def _untie(
+        self, whole: Mapping[str, LazyTensor], groups: Mapping[str, Mapping[str, LazyTensor]]
+    ) -> None:
+        """Give the output layer a tensor of its own where the adapter makes it differ."""
+        if self.tied is None:
+            return
+        embedding, output = self.tied
+        updates = (plain(path) + ".weight" for path, group in groups.items() if TOKENS not in group)
+        trained = {self._find(name) or name for name in updates} & {*self.tied}
+        touched = trained | {self._find(name) or name for name in whole} & {*self.tied}
+        if not touched:
+            return
+        if self.adapter.config.said.get("ensure_weight_tying"):
+            if trained:
+                raise SchemaError(
+                    f"{self.adapter.config.place}: ensure_weight_tying with an update of "
+                    f"{listing(sorted(trained))} is not merged here; merge it with peft"
+                )
+            return
+        self.merged.tensors.setdefault(output, self.merged.tensors[embedding])
+        self.merged.untied = True
+        self.merged.notes.append(
+            f"{' and '.join(sorted(touched))} was trained and the base ties {output!r} to "
+            f"{embedding!r}: both are written, the model is no longer tied"
+        )
+
+    def _find(self, name: str) -> str | None:
+        """Return the name that a tensor of the wrapped model has in the files of the base."""
+        spellings = [name, self.name_in_files(name), name.partition(".")[2]]
+        spellings += [one.replace(here, there) for one in spellings for here, there in _RENAMED]
+        return next((one for one in spellings if one in self.merged.tensors), None)
+
+    def _needed(self, name: str) -> str:
+        found = self._find(name)
+        if found is None:
+            reason = "it is of another base model"
+            if heads.heads_of([name], ()):
+                task = self.adapter.config.said.get("task_type")
+                reason = (
+                    f"a head that the class of its task ({task}) adds to the base; save the base "
+                    "as a model of that class, with any values in the head, and give that"
+                )
+            raise SchemaError(
+                f"{self.adapter.place}: the base has no {name!r}, which the adapter changes: "
+                f"{reason}"
+            )
+        return found
+
+    def _replace(self, name: str, tensor: LazyTensor) -> None:
+        found = self._needed(name)
+        base = self.merged.tensors[found]
+        if base.shape != tensor.shape:
+            raise SchemaError(
+                f"{self.adapter.place}: {name!r} is {list(tensor.shape)}, in the base "
+                f"{list(base.shape)}: the adapter is of another base model"
+            )
+        self.merged.tensors[found] = tensor.cast(base.dtype)
+        if base not in self.merged.tensors.values():
+            reason = f"the adapter has its own, {self.adapter.place}"
+            self.merged.dropped.append(Dropped(found, reason, base.nbytes, (base,)))
+
+    def _update(self, module: str, group: Mapping[str, LazyTensor]) -> None:
+        """Update the weight of a linear layer or of an embedding."""
+        rest = dict(group)
+        tokens = rest.pop(TOKENS, None)
+        if tokens is not None and rest:
+            raise SchemaError(
+                f"{self.adapter.place}: {module!r} has both LoRA matrices and trained rows, which "
+                "cannot be merged here; merge them with peft"
+            )
+        if tokens is not None:
+            self._replace_rows(module, tokens)
+            return
+        is_embedding = "lora_embedding_A" in rest
+        names = ("lora_embedding_A", "lora_embedding_B")
+        if not is_embedding:
+            names = (f"{MATRICES[0]}.weight", f"{MATRICES[1]}.weight")
+        right, left = (rest.pop(name, None) for name in names)
+        magnitude, bias = rest.pop("lora_magnitude_vector", None), rest.pop("lora_B.bias", None)
+        if left is None or right is None or rest:
+            lacking = ", ".join(
+                n for n, one in zip(names, (right, left), strict=True) if one is None
+            )
+            problem = f"lacks {lacking}" if lacking else f"has {listing(sorted(rest))} besides"
+            raise SchemaError(f"{self.adapter.place}: {module!r} {problem}; it is not whole")
+        name = self._needed(f"{module}.weight")
+        weight = self.merged.tensors[name]
+        self._check_matrices(module, left, right)
+        flipped = is_embedding or self._is_transposed(weight, left, right)
+        if flipped and magnitude is not None and 4 * weight.numel > _WIDEST_NORM:
+            raise SchemaError(
+                f"{self.adapter.place}: DoRA of {name!r} {list(weight.shape)} takes norms along "
+                "its first axis, for which all of it is read again and again; merge it with peft"
+            )
+        scale = self._scale(module, right.shape[0])
+        # peft rounds the update of an embedding before it adds it, and that of a layer after.
+        rounded = is_embedding and magnitude is None
+        how = {"flipped": flipped, "rounded": rounded}
+        self._set(name, left, right, scale, magnitude=magnitude, **how)
+        if bias is not None:
+            self._update_bias(module, bias, scale)
+
+    def _check_matrices(self, module: str, left: LazyTensor, right: LazyTensor) -> None:
+        if len(left.shape) != 2 or len(right.shape) != 2:
+            raise SchemaError(
+                f"{self.adapter.place}: {module!r}: matrices {list(right.shape)} and "
+                f"{list(left.shape)} are those of a convolution, which is not merged here; merge "
+                "it with peft"
+            )
+        try:
+            check_ranks(left, right)
+        except SchemaError as error:
+            raise SchemaError(f"{self.adapter.place}: {module!r}: {error}") from error
+
+    def _is_transposed(self, weight: LazyTensor, left: LazyTensor, right: LazyTensor) -> bool:
+        """Return whether a linear layer stores [in, out]."""
+        wanted = (left.shape[0], right.shape[1])
+        if wanted[0] != wanted[1]:
+            return weight.shape == wanted[::-1]
+        if self.model_type:
+            return self.model_type in _TRANSPOSED_LINEAR
+        return bool(self.adapter.config.said.get("fan_in_fan_out"))
+
+    def _scale(self, path: str, rank: int) -> float:
+        scale = self.adapter.config.scale(path, rank)
+        self.scales.add((rank, scale))
+        return scale
+
+    def _set(
+        self,
+        name: str,
+        left: LazyTensor,
+        right: LazyTensor,
+        scale: float,
+        *,
+        flipped: bool = False,
+        **more: Any,
+    ) -> None:
+        self.merged.tensors[name] = self._sum(
+            name, self.merged.tensors[name], left, right, scale, flipped=flipped, **more
+        )
+        self.changed.add(name)
+
+    def _sum(
+        self,
+        name: str,
+        weight: LazyTensor,
+        left: LazyTensor,
+        right: LazyTensor,
+        scale: float,
+        *,
+        flipped: bool = False,
+        **more: Any,
+    ) -> LazyTensor:
+        """Return a weight with an update; ``flipped`` weights are [in, out]."""
+        dtype = dtype_name(self.dtype) if self.dtype else weight.dtype
+        try:
+            if not flipped:
+                return updated(weight, left, right, scale, dtype, **more)
+            if len(weight.shape) != 2:
+                raise SchemaError(f"the weight is {list(weight.shape)}, expected a matrix")
+            turned = updated(weight.permute((1, 0)), left, right, scale, dtype, **more)
+            return turned.permute((1, 0))
+        except SchemaError as error:
+            raise SchemaError(f"{self.adapter.place}: {name!r}: {error}") from error
+
+    def _update_bias(self, module: str, bias: LazyTensor, scale: float) -> None:
+        """Add the bias of B, scaled: a column times one."""
+        name = self._find(f"{module}.bias")
+        if name is None or len(bias.shape) != 1 or len(self.merged.tensors[name].shape) != 1:
+            raise SchemaError(
+                f"{self.adapter.place}: {module!r} has a trained lora_bias and no bias in the base "
+                "to add it to; such an adapter cannot be merged"
+            )
+        weight = self.merged.tensors[name]
+        one = Filled("float32", (1, 1), 1.0)
+        column = self._sum(name, weight.split(0, 1), bias.split(0, 1), one, scale)
+        self.merged.tensors[name] = column.merge(0)
+        self.changed.add(name)
+
+    def _replace_rows(self, module: str, rows: LazyTensor) -> None:
+        name = self._needed(f"{module}.weight")
+        base = self.merged.tensors[name]
+        indices = self.adapter.config.tokens(module)
+        wanted = (len(indices), *base.shape[1:])
+        if rows.shape != wanted or max(indices, default=-1) >= base.shape[0]:
+            raise SchemaError(
+                f"{self.adapter.place}: {len(indices)} rows up to {max(indices, default=0)} of "
+                f"{name!r} {list(base.shape)} are replaced, their tensor is {list(rows.shape)}"
+            )
+        parts: list[LazyTensor] = []
+        gone: list[LazyTensor] = []
+        position = 0
+        for index, place in sorted((index, place) for place, index in enumerate(indices)):
+            parts.append(base.narrow(0, position, index))
+            parts.append(rows.narrow(0, place, place + 1).cast(base.dtype))
+            gone.append(base.narrow(0, index, index + 1))
+            position = index + 1
+        parts.append(base.narrow(0, position, base.shape[0]))
+        self.merged.tensors[name] = concat([part for part in parts if part.numel])
+        size = sum(one.nbytes for one in gone)
+        label = f"{name}: {len(gone)} rows"
+        reason = f"the adapter has its own, {self.adapter.place}"
+        self.merged.dropped.append(Dropped(label, reason, size, tuple(gone)))
+        self.changed.add(name)
+
+    def _update_parameters(
+        self,
+        module: str,
+        paths: Sequence[str],
+        parameters: list[str],
+        groups: Mapping[str, Mapping[str, LazyTensor]],
+    ) -> None:
+        """Update what peft has wrapped as parameters: every wrapper around the one before."""
+        ordered = [one for one in _STACKED if one in parameters] or parameters
+        if len(ordered) != len(paths) or len(ordered) != len(parameters):
+            raise SchemaError(
+                f"{self.adapter.place}: {module!r} has {len(paths)} updates, target_parameters "
+                f"name {listing(parameters) if parameters else 'none'} of it: which is of which "
+                "is unknown"
+            )
+        innermost_first = sorted(paths, key=len, reverse=True)
+        for path, parameter in zip(innermost_first, ordered, strict=True):
+            group = dict(groups[path])
+            right, left = (group.pop(f"{name}.weight", None) for name in MATRICES)
+            if left is None or right is None or group:
+                raise SchemaError(f"{self.adapter.place}: the update of {path!r} is not whole")
+            self._check_matrices(module, left, right)
+            self._update_parameter(module, parameter, left, right)
+
+    def _update_parameter(
+        self, module: str, parameter: str, left: LazyTensor, right: LazyTensor
+    ) -> None:
+        target = f"{module}.{parameter}"
+        name = self._find(target)
+        if name is None:
+            self._update_experts(module, parameter, left, right)
+            return
+        weight = self.merged.tensors[name]
+        if len(weight.shape) == 2:
+            scale = self._scale(target, right.shape[0])
+            self._set(name, left, right, scale, rounded=True)
+            return
+        count = weight.shape[0]
+        square = left.shape[0] == right.shape[1]
+        turned = weight.shape[1:] != (left.shape[0], right.shape[1])
+        flipped = self.model_type in _TRANSPOSED_EXPERTS if square else turned
+        scale = self._scale(target, self._rank(target, left, right, count))
+        parts = zip(unstacked(weight), _by_expert(left, right, count), strict=True)
+        self.merged.tensors[name] = stack(
+            [
+                self._sum(name, one.merge(0), *two, scale, flipped=flipped, rounded=True)
+                for one, two in parts
+            ]
+        )
+        self.changed.add(name)
+
+    def _rank(self, target: str, left: LazyTensor, right: LazyTensor, count: int) -> int:
+        if right.shape[0] % count or left.shape[1] != right.shape[0]:
+            raise SchemaError(
+                f"{self.adapter.place}: {target!r}: A {list(right.shape)} and B {list(left.shape)} "
+                f"are not those of {count} experts"
+            )
+        return right.shape[0] // count
+
+    def _update_experts(
+        self, module: str, parameter: str, left: LazyTensor, right: LazyTensor
+    ) -> None:
+        """Update experts that are one tensor each in the base and stacked in the wrapped model."""
+        for spelling in _EXPERTS:
+            place = module.removesuffix(spelling.here) + spelling.there
+            names = _expert_names(self.merged.tensors, place, parameter, spelling)
+            if module.endswith(spelling.here) and names:
+                break
+        else:
+            raise SchemaError(
+                f"{self.adapter.place}: the base has neither {module}.{parameter} nor experts one "
+                "by one, which the adapter changes: it is of another base model"
+            )
+        target = f"{module}.{parameter}"
+        scale = self._scale(target, self._rank(target, left, right, len(names)))
+        for parts, (mine, shared) in zip(names, _by_expert(left, right, len(names)), strict=True):
+            start = 0
+            for name in parts:
+                stop = start + self.merged.tensors[name].shape[0]
+                if stop > mine.shape[0]:
+                    raise SchemaError(
+                        f"{self.adapter.place}: {target!r}: B has {mine.shape[0]} rows, the "
+                        "experts of the base have more: the adapter is of another base model"
+                    )
+                self._set(name, mine.narrow(0, start, stop), shared, scale, rounded=True)
+                start = stop
+            if start != mine.shape[0]:
+                raise SchemaError(
+                    f"{self.adapter.place}: {target!r}: B has {mine.shape[0]} rows, the experts of "
+                    f"the base {start}: the adapter is of another base model"
+                )
+
+
+def _expert_names(
+    tensors: Mapping[str, LazyTensor], place: str, parameter: str, spelling: _Spelling
+) -> list[list[str]]:
+    """Return the tensors that a stacked parameter is made of, expert by expert."""
+    words = {"gate_up_proj": (spelling.gate, spelling.up), "down_proj": (spelling.down,)}
+    found: list[list[str]] = []
+    while parameter in words:
+        names = [f"{place}.{len(found)}.{word}.weight" for word in words[parameter]]
+        if not all(name in tensors for name in names):
+            break
+        found.append(names)
+    return found
+
+
+def _by_expert(
+    left: LazyTensor, right: LazyTensor, count: int
+) -> Iterator[tuple[LazyTensor, LazyTensor]]:
+    """Yield B and A of every expert.
+
+    A holds the ranks of one expert after those of another, B has the experts innermost.
+    """
+    ranks = right.shape[0] // count
+    columns = left.split(1, count)  # [out, rank, expert]
+    for expert in range(count):
+        yield (
+            columns.narrow(2, expert, expert + 1).merge(1),
+            right.narrow(0, expert * ranks, (expert + 1) * ranks),
+        )

@@ -1,0 +1,177 @@
+"""Statistics of tensors, streamed: one pass over their bytes, a few blocks in memory.
+
+Blocks are merged as Chan, Golub and LeVeque do ("Updating Formulae and a Pairwise Algorithm for
+Computing Sample Variances", 1979): counts, means and squared distances from the mean add up, so
+neither the order of blocks nor their number loses digits. Everything is computed in float64.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptx.storage.gather import Gather, numpy_dtype
+from ckptx.storage.open_files import Files
+from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.tensors.lazy import LazyTensor
+
+_BLOCK = 1 << 20  # elements; 8 MiB of float64
+_THREADS = 4  # more do not help: the disk or the memory is the limit
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What the elements of a tensor are like.
+
+    ``minimum``, ``maximum``, ``mean`` and ``std`` are of the finite elements; None where there are
+    none, and for complex tensors.
+    """
+
+    elements: int = 0
+    nan: int = 0
+    inf: int = 0
+    zeros: int = 0
+    minimum: float | None = None
+    maximum: float | None = None
+    mean: float | None = None
+    _finite: int = 0
+    _squares: float = 0.0
+    """Sum of the squared distances from the mean."""
+
+    @property
+    def std(self) -> float | None:
+        """The standard deviation of a sample, with n - 1, as ``torch.std`` has it."""
+        if self.mean is None:
+            return None
+        return math.sqrt(self._squares / (self._finite - 1)) if self._finite > 1 else math.nan
+
+    def add(self, other: Statistics) -> None:
+        """Add the statistics of further elements."""
+        self.elements += other.elements
+        self.nan += other.nan
+        self.inf += other.inf
+        self.zeros += other.zeros
+        if other.mean is None or other.minimum is None or other.maximum is None:
+            return
+        if self.mean is None or self.minimum is None or self.maximum is None:
+            self.minimum, self.maximum, self.mean = other.minimum, other.maximum, other.mean
+            self._finite, self._squares = other._finite, other._squares
+            return
+        count = self._finite + other._finite
+        apart = other.mean - self.mean
+        self._squares += other._squares + apart * apart * self._finite * (other._finite / count)
+        self.mean += apart * (other._finite / count)
+        self._finite = count
+        self.minimum = min(self.minimum, other.minimum)
+        self.maximum = max(self.maximum, other.maximum)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; what is not finite is None."""
+        std = self.std
+        return {
+            "min": self.minimum,
+            "max": self.maximum,
+            "mean": self.mean,
+            "std": None if std is None or math.isnan(std) else std,
+            "nan": self.nan,
+            "inf": self.inf,
+            "zeros": self.zeros,
+        }
+
+
+def statistics_of(
+    tensors: Mapping[str, LazyTensor],
+    files: Sequence[str],
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, Statistics]:
+    """Return the statistics of tensors by name; ``advance`` is told the bytes as they are done.
+
+    Raises:
+        ConversionError: a file cannot be read.
+    """
+    found = {name: Statistics() for name in tensors}
+    source = Files(files)
+    workers = _Workers(source)
+    pending: deque[tuple[str, int, Future[Statistics]]] = deque()
+    threads = min(_THREADS, os.cpu_count() or 1)
+
+    def settle() -> None:
+        name, nbytes, future = pending.popleft()
+        found[name].add(future.result())
+        advance(nbytes)
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for name, tensor, start, stop in _blocks(tensors):
+                if len(pending) >= 2 * threads:
+                    settle()
+                future = pool.submit(workers.measure, tensor, start, stop)
+                pending.append((name, (stop - start) * ITEMSIZE[tensor.dtype], future))
+            while pending:
+                settle()
+    finally:
+        source.close()
+    return found
+
+
+def _blocks(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, LazyTensor, int, int]]:
+    for name, tensor in tensors.items():
+        for start in range(0, tensor.numel, _BLOCK):
+            yield name, tensor, start, min(tensor.numel, start + _BLOCK)
+
+
+class _Workers:
+    """Reads and measures blocks; every thread has buffers of its own."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._own = threading.local()
+
+    def measure(self, tensor: LazyTensor, start: int, stop: int) -> Statistics:
+        """Return the statistics of elements ``start`` to ``stop``, in row-major order."""
+        gather = getattr(self._own, "gather", None)
+        if gather is None:
+            gather = self._own.gather = Gather(self._files)
+        buffer = np.empty((stop - start) * ITEMSIZE[tensor.dtype], np.uint8)
+        gather.add_range(tensor, start, stop, buffer)
+        gather.run()
+        return measured(buffer.view(numpy_dtype(tensor.dtype)))
+
+
+def measured(values: NDArray[Any]) -> Statistics:
+    """Return the statistics of an array."""
+    found = Statistics(elements=values.size, zeros=values.size - int(np.count_nonzero(values)))
+    if np.iscomplexobj(values):
+        found.nan = int(np.isnan(values).sum())
+        found.inf = int(np.isinf(values).sum())
+        return found
+    # A NaN may be a signalling one, and inf - inf is NaN: one look at the sum tells whether every
+    # element is finite.
+    with np.errstate(invalid="ignore", over="ignore"):
+        wide = values.astype(np.float64)
+        total = float(wide.sum())
+    if not math.isfinite(total):
+        finite = np.isfinite(wide)
+        found.nan = int(np.isnan(wide).sum())
+        found.inf = wide.size - int(finite.sum()) - found.nan
+        wide = wide[finite]
+        with np.errstate(over="ignore"):
+            total = float(wide.sum())
+    if not wide.size:
+        return found
+    found._finite = wide.size
+    found.minimum, found.maximum = float(wide.min()), float(wide.max())
+    found.mean = total / wide.size
+    wide -= found.mean
+    with np.errstate(over="ignore"):
+        found._squares = float(np.dot(wide, wide))
+    return found

@@ -1,0 +1,1 @@
+"""What a model is, whatever its files: dimensions, canonical names, layouts, sharding."""

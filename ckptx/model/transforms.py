@@ -1,0 +1,320 @@
+"""Isos: reversible rearrangements between canonical tensors and those of a layout.
+
+No schema author writes an inverse: what packs a layout's tensor unpacks it, too. ``tp`` scales the
+head counts of a model to those of a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from ckptx.errors import SchemaError
+from ckptx.model.spec import ModelSpec
+from ckptx.tensors.joins import concat, deinterleave, interleave, rejoin, stack, unstacked
+from ckptx.tensors.lazy import LazyTensor, Shape
+
+Tensor: TypeAlias = LazyTensor
+
+
+class Iso(Protocol):
+    """A reversible rearrangement between canonical tensors and those of a layout.
+
+    ``tp`` is the number of ranks the tensors are cut over; it scales the model's head counts.
+    """
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        """Return the layout's tensors."""
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        """Return the canonical tensors."""
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        """Return where each canonical tensor lies: the packed tensor's number and an origin in it.
+
+        Raises:
+            SchemaError: the iso does not lay its tensors side by side.
+        """
+
+
+class _Same:
+    """The layout holds the canonical tensors as they are."""
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        return list(canonical)
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        return list(packed)
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        return [(number, (0,) * len(shape)) for number, shape in enumerate(shapes)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Glu:
+    """Gate and up projection in one tensor, all gate rows first; rows lie along ``axis``."""
+
+    axis: int = 0
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        return [concat(canonical, self.axis)]
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        (fused,) = packed
+        half, odd = divmod(fused.shape[self.axis], 2)
+        if odd:
+            raise SchemaError(f"a gated weight of {fused.shape[self.axis]} rows has no two halves")
+        return deinterleave(fused, [half, half], groups=1, axis=self.axis)
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        gate, up = shapes
+        second = tuple(gate[axis] if axis == self.axis else 0 for axis in range(len(up)))
+        return [(0, (0,) * len(gate)), (0, second)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Each:
+    """One set of tensors per expert; canonical tensors have the experts on their first axis.
+
+    Packed tensors run expert by expert, ``width`` for each, as names with ``{expert}`` do.
+    """
+
+    iso: Iso
+    width: int
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        packed: list[Tensor] = []
+        for own in zip(*map(unstacked, canonical), strict=True):
+            packed += self.iso.pack([tensor.squeeze() for tensor in own], spec, tp)
+        return packed
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        parts = [
+            self.iso.unpack(packed[start : start + self.width], spec, tp)
+            for start in range(0, len(packed), self.width)
+        ]
+        return [stack(tensors) for tensors in zip(*parts, strict=True)]
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        raise SchemaError("experts of their own do not lie side by side in one tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class _Grouped:
+    """All experts in one matrix, transposed: ``weight1``, ``weight2`` of Megatron's GroupedMLP.
+
+    Memory holds one [in, out] matrix per expert after another. ``weight1`` is shaped as if they lay
+    side by side, [in, experts * out], ``weight2`` as they do lie, [experts * in, out].
+
+    Source: NVIDIA/Megatron-LM megatron/core/transformer/moe/experts.py, GroupedMLP @ core_v0.12.3.
+    """
+
+    iso: Iso
+    side_by_side: bool
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        packed = self.iso.pack(canonical, spec, tp)
+        joined = []
+        for tensor in packed:
+            experts, rows, _ = tensor.shape
+            turned = tensor.permute((0, 2, 1)).merge(0)
+            joined.append(turned.merge(0).split(0, experts * rows) if self.side_by_side else turned)
+        return joined
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        (tensor,) = packed
+        rows = (spec.moe_ffn_hidden_size or 0) // tp  # of one expert in this shard
+        if self.side_by_side:
+            columns = rows * (2 if spec.gated else 1)
+            tensor = tensor.merge(0).split(0, columns)
+            experts = tensor.shape[0] // spec.hidden_size
+            turned = tensor.split(0, tensor.shape[0] // experts)
+        else:
+            turned = tensor.split(0, rows)
+        return self.iso.unpack([turned.permute((0, 2, 1))], spec, tp)
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        raise SchemaError("grouped experts do not lie side by side as they are")
+
+
+class _Qkv:
+    """Query, key and value apart; canonical is fused, query group by query group.
+
+    Source: NVIDIA/Megatron-LM megatron/core/transformer/attention.py, SelfAttention @ core_v0.16.1.
+    """
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        (fused,) = canonical
+        return deinterleave(fused, self._rows(spec, tp), spec.num_query_groups // tp)
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        names = ("query", "key", "value")
+        for name, part, rows in zip(names, packed, self._rows(spec, tp), strict=True):
+            if part.shape[0] != rows:
+                raise SchemaError(
+                    f"the {name} has {part.shape[0]} rows, the config says {rows}; the config does "
+                    "not belong to these weights"
+                )
+        return [interleave(packed, spec.num_query_groups // tp)]
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        raise SchemaError("separate query, key and value do not lie side by side in one tensor")
+
+    def _rows(self, spec: ModelSpec, tp: int) -> list[int]:
+        if spec.num_query_groups % tp:
+            raise SchemaError(f"{spec.num_query_groups} query groups do not divide over {tp} ranks")
+        key = spec.num_query_groups // tp * spec.kv_channels
+        return [spec.num_attention_heads // tp * spec.kv_channels, key, key]
+
+
+class _FusedQkv(_Qkv):
+    """Query, key and value in one tensor: all heads of query, then of key, then of value.
+
+    Source: huggingface/transformers src/transformers/models/{gpt2,phi3}/modeling_*.py @ v5.23.0.
+    """
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        return [rejoin(super().pack(canonical, spec, tp))]
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        (fused,) = packed
+        rows = self._rows(spec, tp)
+        if fused.shape[0] != sum(rows):
+            raise SchemaError(
+                f"query, key and value have {fused.shape[0]} rows, the config says {sum(rows)}"
+            )
+        return super().unpack(deinterleave(fused, rows, groups=1), spec, tp)
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        raise SchemaError("query, key and value one after another are not in Megatron's order")
+
+
+@dataclass(frozen=True, slots=True)
+class Transposed:
+    """What ``iso`` packs, each matrix stored as [in, out]: GPT-2's ``Conv1D``."""
+
+    iso: Iso
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        """Return the layout's tensors, transposed."""
+        return [self._turned(tensor) for tensor in self.iso.pack(canonical, spec, tp)]
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        """Return the canonical tensors of transposed ones."""
+        return self.iso.unpack([self._turned(tensor) for tensor in packed], spec, tp)
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        """Raise: no canonical tensor lies as it is in a transposed one."""
+        raise SchemaError("a transposed tensor does not hold the canonical one as it is")
+
+    def _turned(self, tensor: Tensor) -> Tensor:
+        if len(tensor.shape) != 2:
+            raise SchemaError(f"found {list(tensor.shape)} where a matrix is expected")
+        return tensor.permute((1, 0))
+
+
+class _RotaryPairs:
+    """Query, key and value apart; those that rotate have another order of rows in every head.
+
+    Canonical heads rotate row ``i`` with row ``i + d / 2``; here neighbours rotate together, so a
+    head of ``d`` rows runs 0, d/2, 1, d/2 + 1, ...
+
+    Source: meta-llama/llama llama/model.py, apply_rotary_emb @ main; huggingface/transformers
+    src/transformers/models/llama/modeling_llama.py, rotate_half @ v5.23.0.
+    """
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        query, key, value = canonical
+        return [*(_turned(part, spec, spec.kv_channels // 2) for part in (query, key)), value]
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        query, key, value = packed
+        return [*(_turned(part, spec, 2) for part in (query, key)), value]
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        raise SchemaError("the rows of a rotary head do not lie side by side")
+
+
+def _turned(part: Tensor, spec: ModelSpec, inner: int) -> Tensor:
+    """Return heads seen as [d / inner, inner] rows with these two axes exchanged."""
+    if spec.kv_channels % 2 or spec.rotary_percent != 1.0:
+        raise SchemaError(
+            f"heads of {spec.kv_channels} rows of which {spec.rotary_percent:g} rotate: only whole "
+            "heads of even size have rotary pairs"
+        )
+    heads = part.split(0, spec.kv_channels).split(1, inner)
+    rest = range(3, len(heads.shape))
+    return heads.permute((0, 2, 1, *rest)).merge(1).merge(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bare:
+    """The layout leaves out so many axes of length 1 in front of each canonical tensor."""
+
+    axes: int
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        packed = list(canonical)
+        for _ in range(self.axes):
+            packed = [tensor.squeeze() for tensor in packed]
+        return packed
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        canonical = list(packed)
+        for _ in range(self.axes):
+            canonical = [tensor.unsqueeze() for tensor in canonical]
+        return canonical
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        raise SchemaError("a tensor with fewer axes does not hold the canonical one as it is")
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """One iso after the other: the second rearranges what the first has packed."""
+
+    first: Iso
+    second: Iso
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        return self.second.pack(self.first.pack(canonical, spec, tp), spec, tp)
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        return self.first.unpack(self.second.unpack(packed, spec, tp), spec, tp)
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        raise SchemaError("tensors that were rearranged twice do not lie side by side")
+
+
+SAME: Iso = _Same()
+GLU: Iso = _Glu()
+EXPERT_GLU: Iso = _Glu(axis=1)
+"""Gate and up projections of experts in one tensor, [experts, rows, columns]."""
+QKV: Iso = _Qkv()
+FUSED_QKV: Iso = _FusedQkv()
+ROTARY_PAIRS: Iso = _RotaryPairs()
+
+
+def bare(axes: int) -> Iso:
+    """Return the iso that leaves out ``axes`` axes of length 1 in front."""
+    return _Bare(axes)
+
+
+def chain(first: Iso, second: Iso) -> Iso:
+    """Return the iso that packs with ``first`` and then with ``second``."""
+    return _Chain(first, second)
+
+
+GROUPED_FC1: Iso = _Grouped(EXPERT_GLU, side_by_side=True)
+"""``weight1`` of Megatron's GroupedMLP, gated."""
+GROUPED_FC2: Iso = _Grouped(SAME, side_by_side=False)
+"""``weight2`` of Megatron's GroupedMLP."""
+
+
+def each(iso: Iso = SAME, width: int = 1) -> Iso:
+    """Return the iso of experts that have tensors of their own, under names with ``{expert}``.
+
+    ``width`` is the number of names that each expert has.
+    """
+    return _Each(iso, width)

@@ -1,0 +1,1 @@
+"""What travels between loaders and savers, and what both have to be."""

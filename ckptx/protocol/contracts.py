@@ -1,0 +1,108 @@
+"""What a loader and a saver are: the contract of every plugin, ours included.
+
+A loader and a saver know neither queues nor processes. A loader yields messages; a saver consumes
+them and answers with a plan. So both are testable in one process:
+``saver.plan(loader.load(path, {}), {})``.
+
+The ``options`` of `Loader.load` and `Saver.plan` hold the plugin's own options by their click
+names, and those of the engine:
+
+    dtype           dtype to convert to, or None; the engine casts what travels between the two
+    hf_base         directory of a Hugging Face model: config and tokenizer source, or None
+    fill_from_base  patterns of tensor names that may be filled from ``hf_base``
+    saver           the name of the saver; one that wants adapters only is given nothing else
+    target          the path the user named, or None; for the names of single files
+    spool           loaders only: a `ckptx.storage.spool.Spool` for tensors in memory
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from ckptx.protocol.messages import Dropped
+from ckptx.storage.file_plan import FilePlan
+
+if TYPE_CHECKING:
+    import click
+
+    from ckptx.protocol.messages import Message
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """Reads one format."""
+
+    name: str
+    """What follows ``--loader``: ``"hf"``."""
+    capabilities: Mapping[str, Any]
+    """Plain data for ``ckptx plugins``: ``{"formats": [...], "lossless": True, ...}``."""
+
+    def options(self) -> list[click.Option]:
+        """Return the options that the loader adds to the command line."""
+        ...
+
+    def detect(self, source: Path) -> bool:
+        """Return whether ``source`` is this format; reads a few bytes, imports nothing heavy."""
+        ...
+
+    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+        """Yield one `Begin`, the `Tensors` in protocol order, and one `End`."""
+        ...
+
+
+@runtime_checkable
+class Saver(Protocol):
+    """Writes one format."""
+
+    name: str
+    """What follows ``--saver``: ``"core"``."""
+    capabilities: Mapping[str, Any]
+    """Plain data for ``ckptx plugins``."""
+
+    def options(self) -> list[click.Option]:
+        """Return the options that the saver adds to the command line."""
+        ...
+
+    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+        """Return what the target will hold; reads the messages up to and including `End`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A state dict that a plugin wants in a file of its own, as ``torch.save`` writes it."""
+
+    path: str
+    """Below the model's directory: ``"proprio_projector--0_checkpoint.pt"``."""
+    tensors: Mapping[str, str]
+    """The name of a tensor of the model by the name that it has in the file."""
+    keep: bool = False
+    """Whether the weights of the model hold these tensors, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavePlan:
+    """Everything a saver will write.
+
+    ``directory`` is the atomic unit below the target that the user named: ``""`` for the target
+    itself, ``"release"`` or ``"iter_0000010"`` in a Megatron root. ``pointers`` are small files
+    beside it, written last (the tracker file of Megatron). A target that is one file has
+    ``single_file`` set and exactly one file plan, whose path is the file's name.
+    """
+
+    files: Sequence[FilePlan]
+    directory: str = ""
+    pointers: Mapping[str, bytes] = field(default_factory=dict)
+    single_file: bool = False
+    dropped: tuple[Dropped, ...] = ()
+    """What the saver leaves behind of the messages it was given: rows of padding."""
+    notes: tuple[str, ...] = ()
+    stages: Sequence[str] = ()
+    """Lines that show which pipeline stage holds which layers."""
+    load_hint: str = ""
+    """A command or line of code that loads the result."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Facts for ``plan --json``: parallel sizes, padded vocabulary, ..."""

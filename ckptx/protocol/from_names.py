@@ -1,0 +1,198 @@
+"""What loaders share: from named tensors to messages, without losing one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
+
+from ckptx.errors import SchemaError
+from ckptx.model.canonical_names import check_shapes
+from ckptx.model.layout import Held, Layout, Parts
+from ckptx.model.sharding import Taker
+from ckptx.model.spec import ModelSpec
+from ckptx.protocol.messages import (
+    PASSTHROUGH,
+    Begin,
+    Dropped,
+    End,
+    Message,
+    SourceTensor,
+    Tensors,
+)
+from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.tensors.lazy import LazyTensor, replicated
+
+_BLOCK = 16 << 20  # bytes
+
+
+def inventory(tensors: Mapping[str, LazyTensor], label: str = "") -> tuple[SourceTensor, ...]:
+    """Return the declaration of source tensors; ``label`` goes before their names."""
+    return tuple(SourceTensor(label + name, tensor) for name, tensor in tensors.items())
+
+
+def messages_of(
+    layout: Layout, tensors: Mapping[str, LazyTensor], spec: ModelSpec | Parts
+) -> Iterator[Tensors]:
+    """Yield the messages of a model whose tensors are whole, in model order.
+
+    ``spec`` are the dimensions of its one part, or those of each.
+
+    Raises:
+        SchemaError: a tensor is missing, left over, or of another shape than the spec says.
+    """
+    left = dict(tensors)
+    parts = {"language": spec} if isinstance(spec, ModelSpec) else spec
+    taker = Taker(layout, parts["language"])
+    found: dict[str, tuple[Held, dict[str, LazyTensor]]] = {}
+    for held in layout.held(parts):
+        canonical = taker.of(held.spec).take(held.rules, [left], held.layer)
+        if canonical:
+            found[held.message] = held, canonical
+    for message, key, name in (*layout.copies_of(parts["language"]), *layout.repeated):
+        if name in left and message in found and key in found[message][1]:
+            own = found[message][1]
+            own[key] = replicated([own[key], left.pop(name)])
+    taker.finish(list(left))
+    for message, (held, canonical) in found.items():
+        check_shapes(message, canonical, held.spec)
+        yield Tensors(message, canonical, held.part)
+
+
+def passthrough(tensors: Mapping[str, LazyTensor]) -> Tensors:
+    """Return the message that carries tensors under their own names."""
+    return Tensors(PASSTHROUGH, dict(tensors))
+
+
+def drop_ignored(layout: Layout, tensors: MutableMapping[str, LazyTensor]) -> tuple[Dropped, ...]:
+    """Remove the tensors that a layout ignores and return what was removed."""
+    dropped = []
+    for name in [name for name in tensors if name.endswith(layout.ignored)]:
+        tensor = tensors.pop(name)
+        reason = "no weights: the model makes it anew"
+        dropped.append(Dropped(name, reason, tensor.nbytes, (tensor,)))
+    return tuple(dropped)
+
+
+def equal(first: LazyTensor, second: LazyTensor, files: Sequence[str]) -> bool:
+    """Return whether two tensors have the same bytes; reads both unless they are one extent."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    if first == second:
+        return True
+    import numpy as np
+
+    from ckptx.storage.gather import read
+    from ckptx.storage.open_files import Files
+
+    rows = max(1, _BLOCK // max(1, first.nbytes // max(1, first.shape[0])))
+    source = Files(files)
+    try:
+        for start in range(0, first.shape[0], rows):
+            stop = min(first.shape[0], start + rows)
+            parts = [
+                np.ascontiguousarray(read(tensor.narrow(0, start, stop), source))
+                for tensor in (first, second)
+            ]
+            if parts[0].tobytes() != parts[1].tobytes():
+                return False
+    finally:
+        source.close()
+    return True
+
+
+def resolve_tie(
+    tensors: MutableMapping[str, LazyTensor],
+    embedding: str,
+    output: str,
+    files: Sequence[str],
+) -> tuple[bool, tuple[Dropped, ...], tuple[str, ...]]:
+    """Decide what a tied model with an output weight of its own is.
+
+    Returns:
+        Whether it is tied, what was dropped, and remarks. Equal copies are one tensor; a
+        differing one was trained and is kept: the model is not tied, whatever its config says.
+    """
+    if output not in tensors or embedding not in tensors:
+        return True, (), ()
+    if not equal(tensors[embedding], tensors[output], files):
+        note = (
+            f"the config ties the embeddings, but {output!r} differs from {embedding!r}: both are "
+            "kept and the model is no longer tied"
+        )
+        return False, (), (note,)
+    copy = tensors.pop(output)
+    reason = f"tied: equal to {embedding!r}, byte for byte"
+    return True, (Dropped(output, reason, copy.nbytes, (copy,)),), ()
+
+
+def main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
+    """Return the dtype that holds most bytes."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel * ITEMSIZE[tensor.dtype]
+    if not sizes:
+        raise SchemaError("there is no tensor")
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def named_messages(
+    begin: Begin,
+    tensors: Mapping[str, LazyTensor],
+    spec: ModelSpec | Parts,
+    layout: Layout,
+    notes: tuple[str, ...] = (),
+    dropped: tuple[Dropped, ...] = (),
+) -> Iterator[Message]:
+    """Yield the messages of a model of known dimensions whose tensors have the names of a layout.
+
+    ``spec`` are the dimensions of its one part, or those of each. ``notes`` and ``dropped`` go
+    before others.
+
+    Raises:
+        SchemaError: tensors are missing, left over, or not of the shapes that the spec says.
+    """
+    dtype = main_dtype(tensors)
+    said = {"language": spec} if isinstance(spec, ModelSpec) else spec
+    parts = {part: replace(one, dtype=dtype) for part, one in said.items()}
+    spec = parts["language"]
+    left = dict(tensors)
+    dropped = (*dropped, *drop_ignored(layout, left))
+    if spec.mtp_num_layers and not further_names(layout, spec) & set(left):
+        note = (
+            f"the config says {spec.mtp_num_layers} layers for multi-token prediction, the weights "
+            "hold none, as transformers saves them: the model is converted without"
+        )
+        spec, notes = replace(spec, mtp_num_layers=0), (*notes, note)
+    if spec.tied:
+        tied, copies, remarks = resolve_tie(left, *tied_names(layout, left), begin.files)
+        spec, dropped, notes = replace(spec, tied=tied), (*dropped, *copies), (*notes, *remarks)
+    parts = {**parts, "language": spec}
+    yield replace(begin, layout=layout.name, parts=parts)
+    yield from messages_of(layout, left, parts)
+    yield End(dropped, notes)
+
+
+def names_held(held: Held) -> set[str]:
+    """Return the names, in any spelling, of all tensors of a message."""
+    experts = held.spec.num_experts or 0
+    return {
+        name
+        for entry in held.rules
+        for spelling in entry.spellings
+        for name in spelling.named(held.layer, experts)
+    }
+
+
+def further_names(layout: Layout, spec: ModelSpec) -> set[str]:
+    """Return the names that the layers for multi-token prediction have in a layout."""
+    without = replace(spec, mtp_num_layers=0)
+    copies = {name for _, _, name in layout.copies_of(spec)}
+    return copies | set(layout.names(spec)) - set(layout.names(without))
+
+
+def tied_names(layout: Layout, tensors: Mapping[str, LazyTensor]) -> tuple[str, str]:
+    """Return the names that a layout has for the embedding and the output layer of a model."""
+    pair = (("embeddings", "word embeddings"), ("output layer", "weight"))
+    spellings = [layout.names_of(*one) for one in pair]
+    found = [next((name for name in names if name in tensors), names[0]) for names in spellings]
+    return found[0], found[1]

@@ -1,0 +1,1 @@
+"""Plugins found by name, formats recognised, families asked for."""

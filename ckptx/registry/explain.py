@@ -1,0 +1,89 @@
+"""What to tell of a path that no loader recognises: what is there, and what to give instead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ckptx.storage.partial import PARTIAL, is_held
+
+_ITERATION = re.compile(r"iter_\d{7}|release")
+_LOOKED_AT = 20  # directories below the one that was given
+_NAMED = 3  # of those that are checkpoints
+
+Recognised = Callable[[Path], bool]
+
+
+def absent(path: Path) -> str:
+    """Return why nothing is at ``path``, as far as is known."""
+    partial = path.with_name(f"{path.name}{PARTIAL}") if path.name else path
+    if not partial.is_dir():
+        return "no such file or directory"
+    return f"is not there yet: the conversion to it {_unfinished(partial)}"
+
+
+def _unfinished(partial: Path) -> str:
+    """Return what has become of a conversion by what it has left, and what to do."""
+    if is_held(partial):
+        return f"is still running ({partial}); wait for it"
+    return (
+        f"was interrupted; run the same command again to continue, or remove {partial}, which is "
+        "all that it has left"
+    )
+
+
+def reason(source: Path, recognised: Recognised) -> str:
+    """Return why ``source`` may be no checkpoint and what to do; empty if nothing is known.
+
+    Args:
+        source: exists, and no loader recognises it.
+        recognised: whether a loader recognises another path.
+    """
+    if not source.is_dir():
+        return "it is empty" if source.is_file() and not source.stat().st_size else ""
+    # Numbers in order, so that the last one is the latest.
+    names = sorted((path.name for path in source.iterdir()), key=lambda name: (len(name), name))
+    if not names:
+        return "the directory is empty"
+    finished = [name for name in names if not name.endswith(PARTIAL)]
+    below = _checkpoints_below(source, finished, recognised) or _incomplete(finished)
+    if below or len(finished) == len(names):
+        return below
+    partial = next(source / name for name in names if name.endswith(PARTIAL))
+    return f"a conversion into it {_unfinished(partial)}"
+
+
+def _checkpoints_below(source: Path, names: list[str], recognised: Recognised) -> str:
+    found = [path for path in list(_below(source, names))[-_LOOKED_AT:] if recognised(path)]
+    if not found:
+        return ""
+    given = ", ".join(str(path) for path in found[-_NAMED:])
+    rest = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    what = "a checkpoint lies" if len(found) == 1 else "checkpoints lie"
+    why = ""
+    if all(_ITERATION.fullmatch(path.name) for path in found):
+        why = "no latest_checkpointed_iteration.txt says which iteration is meant; "
+    return f"{why}{what} below it: give {given}{rest}"
+
+
+def _below(source: Path, names: list[str]) -> Iterator[Path]:
+    """Yield directories that may have been meant: the next ones, and those of the Hub's cache.
+
+    The cache keeps models as ``models--ORGANISATION--NAME/snapshots/COMMIT``
+    (huggingface/huggingface_hub src/huggingface_hub/file_download.py @ v1.0).
+    """
+    for name in names:
+        if name == "snapshots" and (source / name).is_dir():
+            yield from sorted((source / name).iterdir())
+        elif (source / name).is_dir():
+            yield source / name
+
+
+def _incomplete(names: list[str]) -> str:
+    if "config.json" in names:
+        return (
+            "config.json is there, but no weights (model.safetensors, pytorch_model.bin or an "
+            "index) lie beside it; copy them, or finish the download"
+        )
+    return ""

@@ -1,0 +1,403 @@
+"""Find plugins by name; import only those that are asked for.
+
+Plugins are the entry points of the group ``ckptx``. Listing reads the metadata of the installed
+distributions and imports nothing. In a checkout the entry points of ckptx itself come from its
+``pyproject.toml``, installed or not, so that they are never those of another copy.
+
+``CKPTX_PLUGINS`` pins the exact set: a comma-separated list of entry names (``loader_hf``) or
+distribution names (``ckptx-npz``); nothing else is visible. An empty value leaves no plugin at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from ckptx.errors import PluginError, listing
+from ckptx.registry.alternatives import Alternatives
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+    from ckptx.model.layout import Family
+    from ckptx.protocol.contracts import Loader, Saver, SideFile
+
+GROUP = "ckptx"
+PIN = "CKPTX_PLUGINS"
+ALIASES: Mapping[str, tuple[str, ...]] = {
+    "mcore": ("core",),
+    "megatron": ("legacy",),
+    "zero": ("deepspeed",),
+    "universal": ("deepspeed",),
+    "lora": ("peft",),
+    "fsdp": ("dcp", "verl"),
+}
+"""Other names of formats; the first two are those that Megatron's converter accepts.
+
+Of several formats behind one name a loader's source says which it is; the first is written."""
+
+RECOGNISED = {
+    "fsdp_dtensor": "Megatron FSDP checkpoints",
+    "nemo": "NeMo checkpoints",
+    "gguf": "GGUF files",
+}
+"""Formats that ckptx knows of and has no plugin for yet."""
+
+Kind: TypeAlias = Literal["loader", "saver", "schema"]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One declared plugin; nothing of it has been imported."""
+
+    kind: Kind
+    name: str
+    distribution: str
+    version: str
+    point: EntryPoint = field(repr=False)
+    rivals: tuple[str, ...] = ()
+    """Other distributions that declare the same name."""
+
+    @property
+    def entry_name(self) -> str:
+        """The name in the entry-point group: ``"loader_hf"``."""
+        return f"{self.kind}_{self.name}"
+
+    def refuse_rivals(self) -> None:
+        """Raise a `PluginError` that names the distributions if several declare this name."""
+        if self.rivals:
+            raise PluginError(
+                f"{self.entry_name} is declared by several distributions: {self.distribution} and "
+                f"{', '.join(self.rivals)}; uninstall all but one, or set {PIN} to choose"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A plugin after an attempt to import it."""
+
+    entry: Entry
+    capabilities: Mapping[str, Any]
+    error: str = ""
+
+
+@cache
+def entries() -> Mapping[str, Entry]:
+    """Return every visible plugin by its entry name, sorted; imports none of them."""
+    pinned = _pinned()
+    found: dict[str, list[Entry]] = {}
+    for distribution, version, point in _entry_points():
+        kind, _, name = point.name.partition("_")
+        if kind not in ("loader", "saver", "schema") or not name:
+            _log.warning(
+                "%s: entry point %r ignored: not a loader_, saver_ or schema_ name",
+                distribution,
+                point.name,
+            )
+        elif pinned is None or point.name in pinned or _normal(distribution) in pinned:
+            entry = Entry(kind, name, distribution, version, point)  # type: ignore[arg-type]  # checked above
+            found.setdefault(point.name, []).append(entry)
+    if pinned is not None:
+        visible = {_normal(e.distribution) for group in found.values() for e in group} | set(found)
+        if missing := sorted(pinned - visible):
+            raise PluginError(f"{PIN} names {listing(missing)}, which no distribution provides")
+    return {name: _merged(found[name]) for name in sorted(found)}
+
+
+def names(kind: Kind) -> list[str]:
+    """Return the names of all plugins of a kind."""
+    return [entry.name for entry in entries().values() if entry.kind == kind]
+
+
+def canonical(name: str) -> str:
+    """Return the first name behind an alias; other names come back as they are."""
+    return ALIASES.get(name, (name,))[0]
+
+
+def loader(name: str, megatron_path: str | None = None) -> Loader:
+    """Return the loader called ``name``, or the Megatron-style module ``loader_<name>``.
+
+    Raises:
+        PluginError: there is none, several distributions declare it, or it fails to import.
+    """
+    found: Loader = _plugin("loader", name, megatron_path)
+    return found
+
+
+def saver(name: str, megatron_path: str | None = None) -> Saver:
+    """Return the saver called ``name``, or the Megatron-style module ``saver_<name>``.
+
+    Raises:
+        PluginError: there is none, several distributions declare it, or it fails to import.
+    """
+    found: Saver = _plugin("saver", name, megatron_path)
+    return found
+
+
+@cache
+def families() -> Mapping[str, Family]:
+    """Return the families of all schema plugins by name; a broken schema is only warned about.
+
+    Raises:
+        PluginError: two plugins declare one family or one entry name.
+    """
+    found: dict[str, Family] = {}
+    owners: dict[str, str] = {}
+    for entry in entries().values():
+        if entry.kind != "schema":
+            continue
+        entry.refuse_rivals()
+        try:
+            registered = _registered(entry)
+        except PluginError as error:
+            _log.warning("%s", error)
+            continue
+        for family in registered:
+            if family.name in found:
+                raise PluginError(
+                    f"family {family.name!r} is registered by {owners[family.name]} and by "
+                    f"{entry.entry_name} of {entry.distribution}"
+                )
+            found[family.name] = family
+            owners[family.name] = f"{entry.entry_name} of {entry.distribution}"
+    return found
+
+
+def side_files(
+    config: Mapping[str, Any], names: Sequence[str], iteration: int | str
+) -> list[SideFile]:
+    """Return the files that schema plugins want beside the weights of a model.
+
+    Raises:
+        PluginError: a plugin fails.
+    """
+    found: list[SideFile] = []
+    families()  # warns about plugins that cannot be used
+    for entry in entries().values():
+        if entry.kind != "schema" or not _usable(entry):
+            continue
+        with _blamed(entry):
+            for files in _hooks(entry).side_files(config=config, names=names, iteration=iteration):
+                found += files
+    return found
+
+
+def _usable(entry: Entry) -> bool:
+    try:
+        _hooks(entry)
+    except PluginError:
+        return False
+    return True
+
+
+"""Directories looked into where the source itself is no checkpoint."""
+
+
+def detect(source: Path) -> str:
+    """Return the name of the one loader that recognises ``source``.
+
+    Raises:
+        PluginError: ``source`` is missing, or not exactly one loader recognises it.
+    """
+    from ckptx.registry import explain as unrecognised
+
+    if not source.exists():
+        raise PluginError(f"{source}: {unrecognised.absent(source)}")
+    matches = _recognising(source)
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise PluginError(
+            f"{source}: looks like {' and '.join(matches)}; say which with "
+            f"{' or '.join(f'--from {name}' for name in matches)} (with convert.py: --loader)"
+        )
+    known = f"; known loaders: {', '.join(names('loader')) or 'none'}"
+    try:
+        why = unrecognised.reason(source, lambda path: bool(_recognising(path)))
+    except OSError as error:
+        why = f"it cannot be read: {error.strerror}"
+    raise PluginError(
+        f"{source}: not a checkpoint that any loader recognises{f': {why}' if why else known}"
+    )
+
+
+def _recognising(source: Path) -> list[str]:
+    """Return the loaders that recognise ``source``; a plugin that is broken is logged."""
+    found = []
+    for name in names("loader"):
+        try:
+            if loader(name).detect(source):
+                found.append(name)
+        except PluginError as error:
+            _log.warning("%s", error)
+        except OSError as error:
+            raise PluginError(f"{source}: cannot be read: {error.strerror}") from error
+    return found
+
+
+def statuses() -> Iterator[Status]:
+    """Import every plugin, one by one, and yield how it went; an error breaks no other plugin."""
+    for entry in entries().values():
+        try:
+            entry.refuse_rivals()
+            registered = _registered(entry)
+            if entry.kind == "schema":
+                yield Status(entry, {"families": sorted(family.name for family in registered)})
+            else:
+                yield Status(entry, dict(_named(entry, registered).capabilities))
+        except PluginError as error:
+            yield Status(entry, {}, str(error))
+
+
+def versions(*chosen: tuple[Kind, str]) -> dict[str, str]:
+    """Return the versions of the distributions behind the chosen plugins, for the manifest."""
+    found = {}
+    for kind, name in chosen:
+        entry = entries().get(f"{kind}_{canonical(name)}")
+        if entry is not None:
+            found[entry.distribution] = entry.version
+    return found
+
+
+def _entry_points() -> Iterator[tuple[str, str, EntryPoint]]:
+    from importlib.metadata import EntryPoint, entry_points
+
+    checkout = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    own = _declared(checkout) if checkout.is_file() else {}
+    if own:
+        from ckptx import __version__
+
+        for name, value in own.items():
+            yield "ckptx", __version__, EntryPoint(name, value, GROUP)
+    for point in entry_points(group=GROUP):
+        distribution = point.dist.name if point.dist else "an unnamed distribution"
+        if own and _normal(distribution) == "ckptx":
+            continue
+        yield distribution, point.dist.version if point.dist else "", point
+
+
+def _declared(pyproject: Path) -> dict[str, str]:
+    import tomllib
+
+    project = tomllib.loads(pyproject.read_text()).get("project", {})
+    points = project.get("entry-points", {}).get(GROUP, {})
+    return dict(points) if project.get("name") == "ckptx" else {}
+
+
+def _pinned() -> set[str] | None:
+    value = os.environ.get(PIN)
+    if value is None:
+        return None
+    items = {item.strip() for item in value.split(",") if item.strip()}
+    return {i if re.match(r"(loader|saver|schema)_", i) else _normal(i) for i in items}
+
+
+def _normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()  # the normalised form of PEP 503
+
+
+def _merged(declared: list[Entry]) -> Entry:
+    first, *others = declared
+    if not others:
+        return first
+    rivals = tuple(entry.distribution for entry in others)
+    return Entry(first.kind, first.name, first.distribution, first.version, first.point, rivals)
+
+
+def _plugin(kind: Literal["loader", "saver"], name: str, megatron_path: str | None) -> Any:
+    found = _entries(kind, (name,)) or _entries(kind, ALIASES.get(name, ()))
+    plugins = [_named(entry, _registered(entry)) for entry in found]
+    if len(plugins) > 1 and kind == "loader":
+        return Alternatives(name, plugins)
+    if plugins:
+        return plugins[0]
+    from ckptx.conversion import megatron_modules as compat
+
+    module = compat.find(kind, name, megatron_path, plain=canonical(name) not in RECOGNISED)
+    if module is not None:
+        return compat.adapt(kind, name, module, megatron_path)
+    known = ", ".join(names(kind)) or "none"
+    if (what := RECOGNISED.get(canonical(name))) is not None:
+        raise PluginError(
+            f"{kind} {name!r}: ckptx knows of this format ({what}), but has no {kind} for it yet; "
+            f"known {kind}s: {known}"
+        )
+    raise PluginError(
+        f"unknown {kind} {name!r}{_meant(kind, name)}; known {kind}s: {known}; no module "
+        f"{kind}_{name} is on the Python path either"
+    )
+
+
+def _meant(kind: Kind, name: str) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(canonical(name), names(kind), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _entries(kind: Kind, names: tuple[str, ...]) -> list[Entry]:
+    found = [entry for name in names if (entry := entries().get(f"{kind}_{name}"))]
+    for entry in found:
+        entry.refuse_rivals()
+    return found
+
+
+def _named(entry: Entry, registered: list[Any]) -> Any:
+    for plugin in registered:
+        if plugin.name == entry.name:
+            return plugin
+    raise PluginError(
+        f"{entry.entry_name} of {entry.distribution}: {entry.point.value} registers "
+        f"{listing(plugin.name for plugin in registered) or 'nothing'}, expected {entry.name!r}"
+    )
+
+
+@cache
+def _registered(entry: Entry) -> list[Any]:
+    """Import a plugin and return what it registers for its kind."""
+    found: list[Any] = []
+    hook = {
+        "loader": "register_loaders",
+        "saver": "register_savers",
+        "schema": "register_families",
+    }
+    with _blamed(entry):
+        getattr(_hooks(entry), hook[entry.kind])(register=found.append)
+    return found
+
+
+@cache
+def _hooks(entry: Entry) -> Any:
+    """Import a plugin and return pluggy's relay of its hooks."""
+    import pluggy
+
+    from ckptx.protocol import hookspecs
+
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    with _blamed(entry):
+        manager.register(entry.point.load(), entry.entry_name)
+        manager.check_pending()
+    return manager.hook
+
+
+@contextmanager
+def _blamed(entry: Entry) -> Iterator[None]:
+    """Report whatever a plugin raises as a fault of that plugin: it is foreign code."""
+    try:
+        yield
+    except PluginError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise PluginError(
+            f"{entry.entry_name} of {entry.distribution} {entry.version} cannot be used: "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,34 @@
+"""The names of what a conversion leaves behind, and whether one is still at work there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+PARTIAL = ".ckptx-partial"
+
+
+MANIFEST = "ckptx-manifest.json"
+
+
+def is_held(partial: Path) -> bool:
+    """Return whether a run is at work in a partial directory."""
+    try:
+        lock = os.open(partial / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+    return False

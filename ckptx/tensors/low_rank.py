@@ -1,0 +1,232 @@
+"""Low-rank updates of a matrix: what LoRA and DoRA adapters hold, as computed tensors.
+
+    LoRA   W + (B @ A) * s                          W [out, in], B [out, r], A [r, in], s [1]
+    DoRA   m / |V| * V, with V = W + (B @ A) * s    m [out], |V| the 2-norm of every row
+
+Everything is float32 and rounded once, to the dtype of the result.
+
+A sum has to have an order, and an element must not depend on the box that is asked for, on the
+number of threads or on the processor. So the order is part of the format here: one fused
+multiply-add after another, from the first rank to the last. That is what matrix kernels do with an
+inner dimension this short, so the sum is torch's bit for bit; what makes kernels take another order
+is a matrix of one row or one column, or a rank beyond `BLOCK`, where they add sums of blocks, in
+sizes that differ from library to library.
+
+NumPy's own kernel is asked for squares of a fixed size, after a trial has shown that it takes this
+order on this machine; where it does not, the order is spelled out.
+
+Source: huggingface/peft src/peft/tuners/lora/layer.py, Linear.get_delta_weight and merge,
+ParamWrapper.get_delta_weight; variants.py, DoraLinearVariant.merge_unsafe; dora.py,
+DoraLinearLayer.get_weight_norm @ v0.21.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from ckptx.errors import SchemaError
+from ckptx.tensors.lazy import Box, Computed, Filled, LazyTensor
+
+if TYPE_CHECKING:  # planning computes nothing, and needs no numpy
+    import numpy as np
+    from numpy.typing import NDArray
+
+BLOCK = 256
+"""Ranks that one chain of multiply-adds runs over; sums of further ones are added to it."""
+_TILE = 64  # rows and columns of the squares that the matrix kernel is asked for
+FLOATS = ("float32", "bfloat16", "float16")
+"""The dtypes that a weight and its update may have."""
+
+
+class LowRank:
+    """The operation ``W + (B @ A) * s``."""
+
+    def __init__(self, *, rounded: bool = False) -> None:
+        self.rounded = rounded
+        """Whether the update is rounded to the dtype of the result before it is added."""
+
+    def label(self, tensor: Computed) -> str:
+        """Return the step in the words of a cast."""
+        return f"{tensor.inputs[0].dtype} + LoRA {tensor.inputs[1].dtype} -> {tensor.dtype}"
+
+    def needs(self, tensor: Computed, box: Box) -> Sequence[Box]:
+        """Return the same box of W, the rows of B, the columns of A, and the scale."""
+        rows, columns = box
+        ranks = (0, tensor.inputs[2].shape[0])
+        return [box, (rows, ranks), (ranks, columns), ((0, 1),)]
+
+    def evaluate(
+        self, tensor: Computed, box: Box, inputs: Sequence[NDArray[Any]]
+    ) -> NDArray[np.float32]:
+        """Return the sum."""
+        import numpy as np
+
+        weight, left, right, scale = inputs
+        update = product(left, right)
+        update *= scale
+        if self.rounded and tensor.dtype != "float32":
+            update = update.astype(_numpy(tensor.dtype)).astype(np.float32)
+        update += weight.astype(np.float32)
+        return update
+
+
+class Dora:
+    """The operation ``m / |V| * V``. A box needs whole rows, whose norms it takes.
+
+    A norm is the root of a sum in float64. torch sums in float32, in an order that depends on the
+    processor, so a result may differ from torch's by some units in the last place of float32.
+    """
+
+    def label(self, tensor: Computed) -> str:
+        """Return the step in the words of a cast."""
+        return f"{tensor.inputs[0].dtype} + DoRA {tensor.inputs[1].dtype} -> {tensor.dtype}"
+
+    def needs(self, tensor: Computed, box: Box) -> Sequence[Box]:
+        """Return the rows of W, B and m, all of A, and the scale."""
+        rows, _ = box
+        ranks, columns = ((0, size) for size in tensor.inputs[2].shape)
+        return [(rows, columns), (rows, ranks), (ranks, columns), ((0, 1),), (rows,)]
+
+    def evaluate(
+        self, tensor: Computed, box: Box, inputs: Sequence[NDArray[Any]]
+    ) -> NDArray[np.float32]:
+        """Return the scaled rows."""
+        import numpy as np
+
+        weight, left, right, scale, magnitude = inputs
+        rows = product(left, right)
+        rows *= scale
+        rows += weight.astype(np.float32)
+        norms = np.sqrt(np.add.reduce(np.square(rows, dtype=np.float64), axis=1))
+        factors = magnitude.astype(np.float32) / norms.astype(np.float32)
+        start, stop = box[1]
+        scaled: NDArray[np.float32] = rows[:, start:stop] * factors[:, None]
+        return scaled
+
+
+def updated(
+    weight: LazyTensor,
+    left: LazyTensor,
+    right: LazyTensor,
+    scale: float,
+    dtype: str,
+    *,
+    magnitude: LazyTensor | None = None,
+    rounded: bool = False,
+) -> Computed:
+    """Return ``weight + (left @ right) * scale`` in ``dtype``, scaled to ``magnitude`` if given.
+
+    Raises:
+        SchemaError: the shapes do not belong together, or a dtype is none to compute with.
+    """
+    inputs = [weight, left, right]
+    inputs += [] if magnitude is None else [magnitude]
+    other = next((one.dtype for one in inputs if one.dtype not in FLOATS), None)
+    if other is not None:
+        raise SchemaError(f"expected {', '.join(FLOATS)}, found {other}")
+    check_ranks(left, right)
+    wanted = (left.shape[0], right.shape[1])
+    if weight.shape != wanted:
+        raise SchemaError(
+            f"the update is {list(wanted)}, the weight is {list(weight.shape)}: the adapter is of "
+            "another base model"
+        )
+    factor = Filled("float32", (1,), scale)
+    if magnitude is None:
+        op = "lora, update rounded" if rounded else "lora"
+        return Computed(dtype, weight.shape, op, (weight, left, right, factor))
+    if magnitude.shape != weight.shape[:1]:
+        raise SchemaError(
+            f"the magnitude is {list(magnitude.shape)}, the weight has {weight.shape[0]} rows"
+        )
+    return Computed(dtype, weight.shape, "dora", (weight, left, right, factor, magnitude))
+
+
+def check_ranks(left: LazyTensor, right: LazyTensor) -> None:
+    """Raise a `SchemaError` unless two matrices can be multiplied."""
+    if left.shape[1:] != right.shape[:1]:
+        raise SchemaError(
+            f"B {list(left.shape)} has rank {left.shape[-1]}, A {list(right.shape)} has rank "
+            f"{right.shape[0]}: they are not of one adapter"
+        )
+
+
+def product(left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float32]:
+    """Return ``left @ right``, every element a chain of multiply-adds; see the module."""
+    import numpy as np
+
+    left, right = left.astype(np.float32), right.astype(np.float32)
+    ranks = right.shape[0]
+    total: NDArray[np.float32] | None = None
+    for start in range(0, ranks, BLOCK):
+        parts = left[:, start : start + BLOCK], right[start : start + BLOCK]
+        chain = _in_squares if _kernel_is_chain(parts[1].shape[0]) else _spelled_out
+        total = chain(*parts) if total is None else total + chain(*parts)
+    return np.zeros((left.shape[0], right.shape[1]), np.float32) if total is None else total
+
+
+@cache
+def _kernel_is_chain(ranks: int) -> bool:
+    """Return whether the matrix kernel takes the order of the chain on this machine.
+
+    It is chosen by the sizes of its operands, never by their values, and they are all alike.
+    """
+    import numpy as np
+
+    random = np.random.default_rng(ranks)
+    left = random.standard_normal((_TILE, ranks)).astype(np.float32)
+    right = random.standard_normal((ranks, 2 * _TILE)).astype(np.float32)
+    return np.array_equal(_in_squares(left, right), _spelled_out(left, right))
+
+
+def _in_squares(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the product, made in squares of one size: the kernel is the same for all of them."""
+    import numpy as np
+
+    (rows, ranks), columns = left.shape, right.shape[1]
+    down, across = -(-rows // _TILE), -(-columns // _TILE)
+    tall = np.zeros((down * _TILE, ranks), np.float32)
+    tall[:rows] = left
+    wide = np.zeros((across, ranks, _TILE), np.float32)
+    for number in range(across):
+        part = right[:, number * _TILE : (number + 1) * _TILE]
+        wide[number, :, : part.shape[1]] = part
+    found = np.empty((down * _TILE, across * _TILE), np.float32)
+    squares = found.reshape(down, _TILE, across, _TILE).transpose(0, 2, 1, 3)
+    for number, strip in enumerate(tall.reshape(down, _TILE, ranks)):
+        squares[number] = np.matmul(strip, wide)
+    return found[:rows, :columns]
+
+
+def _spelled_out(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the product, multiply-add by multiply-add, each rounded once.
+
+    A product of two float32 is exact in float64, its sum with a third is not: it is rounded to odd
+    first, after which rounding to float32 is as if it were the only one.
+
+    Source: S. Boldo, G. Melquiond, Emulation of FMA and correctly rounded sums: proved algorithms
+    using rounding to odd, IEEE Transactions on Computers 57(4), 2008.
+    """
+    import numpy as np
+
+    total = np.zeros((left.shape[0], right.shape[1]), np.float32)
+    with np.errstate(all="ignore"):
+        for column, row in zip(left.T.astype(np.float64), right.astype(np.float64), strict=True):
+            first, second = np.multiply.outer(column, row), total.astype(np.float64)
+            found = first + second
+            back = found - first
+            lost = (first - (found - back)) + (second - back)
+            even = (found.view(np.uint64) & 1) == 0
+            inexact = np.isfinite(lost) & (lost != 0) & even
+            nearer = np.nextafter(found, np.where(lost > 0, np.inf, -np.inf))
+            total = np.where(inexact, nearer, found).astype(np.float32)
+    return total
+
+
+def _numpy(dtype: str) -> np.dtype[Any]:
+    import ml_dtypes
+    import numpy as np
+
+    return np.dtype(getattr(ml_dtypes, dtype, None) or dtype)

@@ -1,0 +1,1 @@
+"""Two checkpoints compared, and why they differ."""

@@ -1,0 +1,308 @@
+"""Compare two checkpoints of any formats, tensor by tensor, without a model; say why they differ.
+
+`ckptx.verification.pairing` brings both to common names and shapes, `ckptx.verification.difference`
+compares them in blocks, and `ckptx.verification.diagnosis` tries known mistakes on what differs.
+Memory stays constant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptx.model.canonical_names import keys_of
+from ckptx.protocol.progress import Progress, Silent
+from ckptx.storage.open_files import Files
+from ckptx.tensors.lazy import LazyTensor
+from ckptx.verification.diagnosis import Finding, diagnose
+from ckptx.verification.diagnosis.finding import wrapped
+from ckptx.verification.difference import Measured, Stream, Tolerance, measure
+from ckptx.verification.pairing import Name, Paired, label, pair
+
+EXACT = Tolerance()
+_WHOLE = ("missing", "extra", "reshaped")
+"""Kinds of differences that concern a tensor as a whole; they are shown first."""
+_LIMIT = 12  # differing tensors in the text form
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One tensor that is not the same on both sides.
+
+    ``kind`` is ``missing`` (only in A), ``extra`` (only in B), ``reshaped``, ``recast`` (another
+    dtype) or ``different``. The largest differences are None where values cannot be compared.
+    """
+
+    name: str
+    kind: str
+    left: str
+    right: str
+    elements: int = 0
+    """How many elements differ, by more than the tolerance if there is one."""
+    of: int = 0
+    """How many elements there are."""
+    max_abs: float | None = None
+    max_rel: float | None = None
+    """The largest difference relative to A."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values; what is not finite as the string ``inf``."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "left": self.left,
+            "right": self.right,
+            "elements": self.elements,
+            "of": self.of,
+            "max_abs": _plain(self.max_abs),
+            "max_rel": _plain(self.max_rel),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What two checkpoints have in common and what not."""
+
+    left: str
+    right: str
+    compared: int
+    nbytes: int
+    differences: tuple[Difference, ...]
+    """Worst first."""
+    notes: tuple[str, ...]
+    diagnoses: tuple[Finding, ...] = ()
+    tolerance: Tolerance = EXACT
+    close: int = 0
+    """Tensors that are not the same, and within the tolerance."""
+
+    @property
+    def equal(self) -> bool:
+        """Whether every tensor is the same: byte for byte, or within the tolerance."""
+        return not self.differences and self.compared > 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            "equal": self.equal,
+            "left": self.left,
+            "right": self.right,
+            "tensors": self.compared,
+            "bytes": self.nbytes,
+            "rtol": self.tolerance.rtol,
+            "atol": self.tolerance.atol,
+            "ignore_dtype": self.tolerance.any_dtype,
+            "close": self.close,
+            "counts": dict(Counter(entry.kind for entry in self.differences)),
+            "differences": [entry.to_json() for entry in self.differences],
+            "diagnoses": [finding.to_json() for finding in self.diagnoses],
+            "notes": list(self.notes),
+        }
+
+    def render(self, width: int, limit: int = _LIMIT) -> str:
+        """Return the comparison as text for a terminal of ``width`` columns."""
+        lines = list(_table(self.differences[:limit], width))
+        if len(self.differences) > limit:
+            lines.append(f"... and {len(self.differences) - limit} more (--json lists all)")
+        for finding in self.diagnoses:
+            lines += ["", *finding.render(width)]
+        if self.diagnoses or len(lines) > 1:
+            lines.append("")
+        if legend := "; ".join(_meanings([one.name for one in self.differences[:limit]])):
+            lines += wrapped("names", legend, width)
+        for note in self.notes:
+            lines += wrapped("note", note, width)
+        return "\n".join([*lines, self._summary()])
+
+    def _summary(self) -> str:
+        size = f"{self.nbytes:,} bytes"
+        if self.equal:
+            how = f", {self.close} of them within the tolerance only" if self.close else ""
+            return f"equal: {self.compared} tensors, {size}{how}"
+        counts = Counter(entry.kind for entry in self.differences)
+        summary = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        unexplained = len(self.differences) - len(
+            {name for finding in self.diagnoses for name in finding.tensors}
+        )
+        rest = f"; {unexplained} unexplained" if self.diagnoses and unexplained else ""
+        return f"not equal: {summary or 'nothing to compare'} of {self.compared} tensors{rest}"
+
+
+def compare(
+    left: Path,
+    right: Path,
+    loader_a: str | None = None,
+    loader_b: str | None = None,
+    tolerance: Tolerance = EXACT,
+    *,
+    diagnosis: bool = True,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare two checkpoints; loaders are detected unless named.
+
+    With ``diagnosis`` known mistakes are tried on what differs. ``progress`` is told of the bytes
+    of A that are compared.
+
+    Raises:
+        CkptxError: one of them cannot be read, or they have no names in common.
+    """
+    paired = pair(left, right, loader_a, loader_b)
+    files = (Files(paired.left.files), Files(paired.right.files))
+    try:
+        stream = Stream(files)
+        found = _differences(paired, stream, tolerance, progress or Silent())
+        differing = [name for name, one, _ in found if one is not None]
+        findings = diagnose(paired, differing, stream) if diagnosis and differing else ()
+    finally:
+        for opened in files:
+            opened.close()
+    common = paired.left.tensors.keys() & paired.right.tensors.keys()
+    close = [measured for _, one, measured in found if one is None and measured.differing]
+    notes = list(paired.notes)
+    if close:
+        most = max(one.max_abs for one in close)
+        notes.append(f"{len(close)} tensors differ within the tolerance, at most by {most:.3g}")
+    return Comparison(
+        str(left),
+        str(right),
+        len(common),
+        sum(paired.left.tensors[name].nbytes for name in common),
+        tuple(sorted((one for _, one, _ in found if one is not None), key=_rank)),
+        tuple(notes),
+        findings,
+        tolerance,
+        len(close),
+    )
+
+
+def _differences(
+    paired: Paired, stream: Stream, tolerance: Tolerance, progress: Progress
+) -> list[tuple[Name, Difference | None, Measured]]:
+    """Return every tensor, its difference if it counts, and how far both are apart."""
+    left, right = paired.left.tensors, paired.right.tensors
+    comparable = [name for name in left if name in right and left[name].shape == right[name].shape]
+    pairs = [(left[name], right[name]) for name in comparable]
+    try:
+        progress.begin(sum(first.nbytes for first, _ in pairs))
+        apart = measure(stream, pairs, tolerance, progress.advance)
+    finally:
+        progress.close()
+    measured = dict(zip(comparable, apart, strict=True))
+    found: list[tuple[Name, Difference | None, Measured]] = []
+    for name in dict.fromkeys((*left, *right)):
+        one = measured.get(name, Measured())
+        found.append(
+            (name, _difference(name, left.get(name), right.get(name), one, tolerance), one)
+        )
+    return found
+
+
+def _difference(
+    name: Name,
+    left: LazyTensor | None,
+    right: LazyTensor | None,
+    measured: Measured,
+    tolerance: Tolerance,
+) -> Difference | None:
+    here, there = (_described(tensor) if tensor is not None else "-" for tensor in (left, right))
+    if left is None or right is None:
+        return Difference(label(name), "extra" if left is None else "missing", here, there)
+    if left.shape != right.shape:
+        return Difference(label(name), "reshaped", here, there)
+    recast = left.dtype != right.dtype and not tolerance.any_dtype
+    if not measured.beyond and not recast:
+        return None
+    return Difference(
+        label(name),
+        "recast" if left.dtype != right.dtype else "different",
+        here,
+        there,
+        measured.beyond,
+        left.numel,
+        measured.max_abs,
+        measured.max_rel,
+    )
+
+
+def _meanings(labels: Sequence[str]) -> Iterator[str]:
+    """Yield what the keys among ``labels`` mean, each once: not everyone knows Megatron's names."""
+    for key, message in {key: message for message, key in map(_parted, labels)}.items():
+        known = keys_of(message).get(key)
+        if known is not None and not known.meaning.startswith("its "):
+            yield f"{key} is the {known.meaning}"
+
+
+def _parted(text: str) -> tuple[str, str]:
+    message, _, key = text.partition(": ")
+    return message, key
+
+
+def _rank(entry: Difference) -> tuple[int, float, int]:
+    whole = _WHOLE.index(entry.kind) if entry.kind in _WHOLE else len(_WHOLE)
+    return whole, -(entry.max_abs or 0.0), -entry.elements
+
+
+def _described(tensor: LazyTensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _plain(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else "inf"
+
+
+_COLUMNS = ("differ", "", "max abs", "max rel")
+
+
+def _table(entries: Sequence[Difference], width: int) -> Iterator[str]:
+    """Yield a table of differences; where it is too wide, two lines for each."""
+    if not entries:
+        return
+    rows = [_COLUMNS, *map(_cells, entries)]
+    sizes = [max(len(row[number]) for row in rows) for number in range(len(_COLUMNS))]
+    numbers = [
+        "  ".join(f"{cell:>{size}}" for cell, size in zip(row, sizes, strict=True)) for row in rows
+    ]
+    names = [f"{entry.kind:<9} {entry.name}" for entry in entries]
+    room, said = max(map(len, names)), [_types(entry) for entry in entries]
+    if room + len(numbers[0]) + max(map(len, said)) + 4 <= width:
+        yield f"{'':<{room}}  {numbers[0]}".rstrip()
+        for name, cells, types in zip(names, numbers[1:], said, strict=True):
+            yield f"{name:<{room}}  {cells}  {types}".rstrip()
+        return
+    for name, entry, types in zip(names, entries, said, strict=True):
+        yield name
+        yield f"{'':10}{types}"
+        if entry.max_abs is not None:
+            differ, share, most, relative = _cells(entry)
+            yield from wrapped(
+                "", f"{differ} differ ({share}), max abs {most}, max rel {relative}", width
+            )
+
+
+def _cells(entry: Difference) -> tuple[str, ...]:
+    if entry.max_abs is None or entry.max_rel is None:
+        return ("",) * len(_COLUMNS)
+    return (
+        f"{entry.elements:,}",
+        _share(entry.elements, entry.of),
+        f"{entry.max_abs:.3g}",
+        f"{entry.max_rel:.3g}",
+    )
+
+
+def _share(part: int, whole: int) -> str:
+    """Return a part in percent, all and nothing only where they are.
+
+    Examples:
+        >>> _share(1, 1000), _share(999, 1000), _share(5, 5)
+        ('<1%', '99%', '100%')
+    """
+    percent = 100 * part // whole if whole else 0
+    return "<1%" if part and not percent else f"{percent}%"
+
+
+def _types(entry: Difference) -> str:
+    return entry.left if entry.left == entry.right else f"{entry.left} / {entry.right}"

@@ -1,0 +1,94 @@
+"""Mistakes in the gate and up projections of gated MLPs, dense or of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ckptx.tensors.joins import deinterleave, interleave
+from ckptx.tensors.lazy import LazyTensor
+from ckptx.verification.diagnosis.mistakes import Form, Make, Read, Subject
+from ckptx.verification.pairing import Name
+
+_RANKS = 64  # most tensor-parallel ranks that are tried
+_OTHER = {"W": "V", "V": "W"}
+# Names that models without a schema have: Llama's relatives and Mixtral's experts.
+_PAIRS = (("gate_proj", "up_proj"), ("w1", "w3"))
+
+
+def partner(name: Name) -> Name | None:
+    """Return the up projection of a gate, and the gate of an up projection."""
+    message, key = name
+    stem, _, last = key.rpartition(" ")
+    if message and last in _OTHER and "l0" in stem:
+        return message, f"{stem} {_OTHER[last]}"
+    words = key.split(".")
+    for pair in _PAIRS:
+        for one, other in (pair, pair[::-1]):
+            if one in words:
+                return message, ".".join(other if word == one else word for word in words)
+    return None
+
+
+class GateUp:
+    """Gate and up projection have each other's place."""
+
+    name = "gate-up-exchanged"
+    title = "gate and up projection are exchanged"
+    advice = (
+        "One side was split, or named, the other way round. In Megatron's fused linear_fc1 the "
+        "gate comes first; Mixtral's w1 is the gate, w3 the up projection. Convert that side "
+        "again; the model computes nonsense as it is."
+    )
+
+    def forms(self, subject: Subject) -> Iterator[Form]:
+        """Return the exchange."""
+        if partner(subject.name) is not None:
+            yield Form(self.name, "the gate of A is the up projection of B", _other, partner)
+
+
+class GateUpRanks:
+    """Gate and up projection of each tensor-parallel rank lie together, and were read as wholes."""
+
+    name = "gate-up-ranks"
+    title = "gate and up projection of tensor-parallel ranks were joined without taking them apart"
+    advice = (
+        "Each rank holds half gate, half up projection; joined as they stand they are [gate, up] "
+        "rank after rank. Split every rank's weight in two before joining the halves: convert "
+        "again from the ranks' files."
+    )
+
+    def forms(self, subject: Subject) -> Iterator[Form]:
+        """Return every number of ranks, in both directions."""
+        named = not subject.name[0]
+        if named or partner(subject.name) is None or subject.a != subject.b:
+            return
+        axis = 1 if len(subject.a) == 3 else 0
+        for ranks in range(2, _RANKS + 1):
+            if subject.a[axis] % ranks:
+                continue
+            for lies, read_as in ((ranks, 1), (1, ranks)):
+                said = (
+                    f"{ranks} ranks, joined as they stand, were read as one"
+                    if read_as == 1
+                    else f"one whole was read as {ranks} ranks"
+                )
+                yield Form(self.name, said, _regrouped(lies, read_as, axis), partner)
+
+
+def _other(read: Read, name: Name) -> LazyTensor | None:
+    other = partner(name)
+    return None if other is None else read(other)
+
+
+def _regrouped(lies: int, read_as: int, axis: int) -> Make:
+    def make(read: Read, name: Name) -> LazyTensor | None:
+        own, other = read(name), _other(read, name)
+        if own is None or other is None or own.shape != other.shape:
+            return None
+        is_gate = name[1].endswith("W")
+        parts = [own, other] if is_gate else [other, own]
+        fused = interleave(parts, lies, axis)
+        sizes = [part.shape[axis] for part in parts]
+        return deinterleave(fused, sizes, read_as, axis)[0 if is_gate else 1]
+
+    return make

@@ -1,0 +1,305 @@
+"""Mistakes in the order of layers, experts and tensor-parallel ranks.
+
+Which layer of A a layer of B is, digests of samples tell; that it is, the comparison of all of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from ckptx.model.canonical_names import keys_of
+from ckptx.tensors.joins import concat
+from ckptx.tensors.lazy import LazyTensor
+from ckptx.verification.diagnosis.mistakes import Form, Read, Subject, on_one
+from ckptx.verification.diagnosis.samples import Sampler, common_dtype
+from ckptx.verification.pairing import Name
+
+Order: TypeAlias = dict[int, int]
+"""For a number in B, the number in A of the same thing."""
+Digests: TypeAlias = Mapping[str, Mapping[int, bytes | None]]
+"""By what is numbered (the key of a tensor), a digest for every number."""
+
+_NUMBER = re.compile(r"(?<![^ .])(\d+)(?![^ .])")
+_MOST_RANKS = 64
+_FEW = 8  # ranks of which any order is believed, beyond which it must be one that has a name
+
+
+def find_order(a: Digests, b: Digests) -> Order:
+    """Return which of A every number of B is, as far as digests tell one."""
+    found: Order = {}
+    for number in sorted({number for digests in b.values() for number in digests}):
+        candidates: set[int] | None = None
+        for what, digests in b.items():
+            wanted = digests.get(number)
+            alike = {n for n, digest in a.get(what, {}).items() if wanted and digest == wanted}
+            if alike:
+                candidates = alike if candidates is None else candidates & alike
+        if candidates:
+            found[number] = number if number in candidates else min(candidates)
+    return found
+
+
+def order_named(order: Order, what: str) -> str:
+    """Return an order in words.
+
+    Examples:
+        >>> order_named({0: 1, 1: 2, 2: 3, 3: 0}, "layer")
+        'layer i of B is layer i + 1 of A, the last ones come first'
+        >>> order_named({0: 1, 1: 0}, "expert")
+        'expert 0 of B is expert 1 of A, 1 is 0'
+    """
+    moved = {i: j for i, j in sorted(order.items()) if i != j}
+    size = max([*order, *order.values()]) + 1
+    listed = [order.get(i, i) for i in range(size)]
+    known = _known_order(listed, what)
+    if known:
+        return known
+    shifts = {j - i for i, j in moved.items()}
+    if len(shifts) == 1:
+        (shift,) = shifts
+        first, last = min(moved), max(moved)
+        where = "" if len(moved) == size else f", for i from {first} to {last}"
+        return f"{what} i of B is {what} i {'+' if shift > 0 else '-'} {abs(shift)} of A{where}"
+    pairs = [f"{i} is {j}" for i, j in moved.items()]
+    head = pairs[0].replace(" is ", f" of B is {what} ")
+    more = f" and so on ({len(pairs)} in all)" if len(pairs) > 6 else ""
+    return f"{what} " + ", ".join([f"{head} of A", *pairs[1:6]]) + more
+
+
+def _known_order(listed: Sequence[int], what: str) -> str:
+    """Return an order in words if it is one that converters are known to make."""
+    size = len(listed)
+    strings = sorted(range(size), key=str)
+    example = ", ".join(map(str, strings[:4]))
+    if size > 10 and list(listed) == strings:
+        return f"{what}s of B are in the order of strings ({example}, ...)"
+    if size > 10 and list(listed) == _inverse(strings):
+        return f"{what}s of A are in the order of strings ({example}, ...)"
+    if size > 2 and list(listed) == list(range(size))[::-1]:
+        return f"{what}s are in the reverse order"
+    for shift in range(1, size):
+        if size > 2 and list(listed) == [(i + shift) % size for i in range(size)]:
+            if shift > size // 2:
+                ahead = f"{what} i of B is {what} i - {size - shift} of A"
+                return f"{ahead}, the first ones come last"
+            return f"{what} i of B is {what} i + {shift} of A, the last ones come first"
+    for groups in range(2, size // 2 + 1):
+        for block in range(1, size // groups + 1):
+            if size % (groups * block) or groups * block == size:
+                continue
+            dealt = _dealt(size, groups, block)
+            if list(listed) == dealt:
+                of = f"blocks of {block} " if block > 1 else ""
+                return f"{of}{what}s are grouped by {groups} on one side, dealt out on the other"
+    return ""
+
+
+def _dealt(size: int, groups: int, block: int) -> list[int]:
+    """Return blocks of numbers dealt out to groups in turn, group by group."""
+    rounds = size // (groups * block)
+    return [
+        (turn * groups + group) * block + inner
+        for group in range(groups)
+        for turn in range(rounds)
+        for inner in range(block)
+    ]
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return [number for _, number in sorted((j, i) for i, j in enumerate(order))]
+
+
+def numbered(name: Name, place: int = 0) -> tuple[Name, int] | None:
+    """Return a name without one of its numbers, and that number; None without one.
+
+    Examples:
+        >>> numbered(("transformer layer 3", "qkv weight"))
+        (('transformer layer {}', 'qkv weight'), 3)
+        >>> numbered(("", "layers.3.experts.7.w1"), 1)
+        (('', 'layers.3.experts.{}.w1'), 7)
+    """
+    message, key = name
+    matches = list(_NUMBER.finditer(message or key))
+    if place >= len(matches):
+        return None
+    match = matches[place]
+    text = message or key
+    text = f"{text[: match.start()]}{{}}{text[match.end() :]}"
+    return ((text, key) if message else ("", text)), int(match[1])
+
+
+def renumbered(template: Name, number: int) -> Name:
+    """Return a name with a number in its place."""
+    message, key = template
+    if message:
+        return message.replace("{}", str(number)), key
+    return "", key.replace("{}", str(number))
+
+
+@dataclass(slots=True)
+class LayerOrder:
+    """Layers have other numbers."""
+
+    name = "layer-order"
+    title = "layers are numbered differently"
+    advice = (
+        "Stages of a pipeline, or files, were put together in the wrong order: often names sorted "
+        "as strings, or virtual pipeline chunks taken stage by stage. Convert again from the "
+        "original; the model computes nonsense as it is."
+    )
+
+    orders: dict[str, Order] = field(default_factory=dict)
+    """By the name of a message without its number."""
+    place: int = 0
+    what: str = "layer"
+
+    def forms(self, subject: Subject) -> Iterator[Form]:
+        """Return the order that was found among the layers."""
+        found = numbered(subject.name, self.place)
+        order = self.orders.get(group(found[0])) if found else None
+        if order and any(i != j for i, j in order.items()):
+            yield Form(self.name, order_named(order, self.what), self._make)
+
+    def _make(self, read: Read, name: Name) -> LazyTensor | None:
+        message, slash, part = name[1].partition("/")
+        found = numbered((name[0], message), self.place)
+        if found is None:
+            return None
+        template, number = found
+        other = self.orders.get(group(template), {}).get(number)
+        if other is None:
+            return None
+        message, key = renumbered(template, other)
+        return read((message, f"{key}{slash}{part}"))
+
+
+class NamedExpertOrder(LayerOrder):
+    """Experts that are tensors of their own have other numbers."""
+
+    name = "expert-order"
+    title = "experts are in another order"
+    advice = (
+        "Names or files were sorted as strings, or ranks' experts were numbered in turn. Convert "
+        "again from the original. If the rows of the router are in the same order, both models "
+        "compute the same."
+    )
+
+
+def group(template: Name) -> str:
+    """Return what is numbered together: the layers of a tower, the experts of a layer."""
+    message, key = template
+    return message or key.partition("{}")[0]
+
+
+@dataclass(slots=True)
+class ExpertOrder:
+    """Experts, stacked along the first axis, are in another order."""
+
+    name = "expert-order"
+    title = NamedExpertOrder.title
+    advice = NamedExpertOrder.advice
+
+    orders: dict[str, Order] = field(default_factory=dict)
+    """By message."""
+
+    def forms(self, subject: Subject) -> Iterator[Form]:
+        """Return the order that was found among the experts of the layer."""
+        order = self.orders.get(subject.name[0], {})
+        size = subject.a[0] if subject.a else 0
+        whole = sorted(order) == sorted(order.values()) == list(range(size))
+        moved = any(i != j for i, j in order.items())
+        if whole and moved and holds_experts(subject):
+            listed = [order[number] for number in range(size)]
+            yield Form(self.name, order_named(order, "expert"), on_one(_permuted(listed, 0)))
+
+
+def holds_experts(subject: Subject) -> bool:
+    """Return whether the first axis of a canonical tensor is that of the experts."""
+    message, name = subject.name
+    key = keys_of(message, subject.spec).get(name) if message and subject.spec else None
+    return key is not None and key.shape[0] == "experts"
+
+
+@dataclass(slots=True)
+class RankOrder:
+    """Tensor-parallel shards were joined in another order."""
+
+    name = "rank-order"
+    title = "tensor-parallel ranks were joined in the wrong order"
+    advice = (
+        "Files of ranks were sorted as strings (0, 1, 10, 2), or given in another order. Join them "
+        "by number: convert again from the ranks' files."
+    )
+
+    sampler: Sampler
+    read: tuple[Read, Read]
+
+    def forms(self, subject: Subject) -> Iterator[Form]:
+        """Return the order that samples of equal parts tell."""
+        if subject.a != subject.b or not subject.a:
+            return
+        tensors = [read(subject.name) for read in self.read]
+        a, b = tensors
+        if a is None or b is None or (dtype := common_dtype(a.dtype, b.dtype)) is None:
+            return
+        for axis in _axes(subject):
+            for ranks in _finest(subject.a[axis]):
+                heads = [
+                    self.sampler.heads(
+                        side, [tensor.chunk(axis, ranks, n) for n in range(ranks)], dtype
+                    )
+                    for side, tensor in enumerate((a, b))
+                ]
+                order = find_order(*({"": dict(enumerate(one))} for one in heads))
+                if sorted(order) != sorted(order.values()) or len(order) < ranks:
+                    continue
+                listed = _believed([order[n] for n in range(ranks)])
+                if not listed or listed == list(range(len(listed))):
+                    continue
+                said = order_named(dict(enumerate(listed)), "rank")
+                words = f"of {len(listed)} ranks, cut along axis {axis}: {said}"
+                yield Form(self.name, words, on_one(_permuted(listed, axis)))
+                break
+
+
+def _axes(subject: Subject) -> Sequence[int]:
+    message, name = subject.name
+    key = keys_of(message, subject.spec).get(name) if message and subject.spec else None
+    if key is None:
+        return range(min(2, len(subject.a)))
+    return () if key.tp is None else (key.tp,)
+
+
+def _finest(size: int) -> Iterator[int]:
+    """Yield numbers of parts to look at: the most that are a power of two, then odd clusters."""
+    power = _MOST_RANKS
+    while power > 1 and size % power:
+        power //= 2
+    yield from (ranks for ranks in (power, 48, 24, 12) if ranks > 1 and size % ranks == 0)
+
+
+def _believed(listed: list[int]) -> list[int]:
+    """Return an order of small parts as that of the ranks it is, none if it is no likely one.
+
+    Neighbours that stay together are one rank's, unless only apart they are in order of strings.
+    """
+    while "strings" not in _known_order(listed, "rank"):
+        together = len(listed) % 2 == 0 and all(
+            listed[n] % 2 == 0 and listed[n + 1] == listed[n] + 1 for n in range(0, len(listed), 2)
+        )
+        if not together:
+            return listed if len(listed) <= _FEW else []
+        listed = [number // 2 for number in listed[::2]]
+    return listed
+
+
+def _permuted(listed: Sequence[int], axis: int) -> Callable[[LazyTensor], LazyTensor]:
+    """Return how to put the equal parts of a tensor in another order."""
+
+    def change(tensor: LazyTensor) -> LazyTensor:
+        return concat([tensor.chunk(axis, len(listed), number) for number in listed], axis)
+
+    return change

@@ -1,0 +1,6 @@
+"""Models run by the frameworks that own them: transformers, megatron-core, DeepSpeed.
+
+This is the one package that imports frameworks, and only in modules that run as processes of their
+own (``python -m ckptx.verification.frameworks.transformers_side job.json answer.json``): their
+memory, patches and output stay there, and what they die of is told in one line.
+"""

@@ -1,0 +1,195 @@
+"""Which framework runs a checkpoint, and what has to be done to it before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ckptx.conversion.request import Job
+from ckptx.errors import FormatError, PlanError
+from ckptx.protocol.messages import Begin
+from ckptx.protocol.sidecars import CONFIG
+from ckptx.registry import registry as manager
+from ckptx.registry.open import opened
+from ckptx.verification.frameworks import child
+
+_HF = ("hf", "hf_llava")
+_LESS = "so this proves less than running what its own framework writes"
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A checkpoint that can be run: ``module`` of this package, with ``job``."""
+
+    module: str
+    framework: str
+    directory: Path
+    vocab_size: int
+    """Rows of the vocabulary that are known to be real."""
+    job: Mapping[str, Any] = field(default_factory=dict)
+    special: frozenset[int] = frozenset()
+    """Tokens that stand for images and the like: random text has none of them."""
+    longest: int | None = None
+    """The most tokens a sequence may have."""
+    notes: tuple[str, ...] = ()
+    instead: Callable[[str], Side] | None = None
+    """How the checkpoint is run for the reason for which ``module`` has refused it, if at all."""
+
+
+def prepare(
+    path: Path, loader: str | None, hf_base: Path | None, scratch: Path, letter: str
+) -> Side:
+    """Return how a checkpoint is run; what must be converted first is, below ``scratch``.
+
+    Raises:
+        CkptxError: it cannot be read, converted, or run by an installed framework.
+    """
+    name = manager.canonical(loader) if loader else manager.detect(path)
+    if name in _HF:
+        return _transformers(path)
+    if name == "deepspeed":
+        return _deepspeed(path, hf_base, scratch, letter)
+    if name not in ("core", "legacy"):
+        return _converted_to_hf(path, name, hf_base, scratch, letter, "")
+    begin = _begin(path, name, hf_base)
+    spec = begin.parts["language"]
+    if "vision" in begin.parts:
+        return _converted_to_hf(path, name, hf_base, scratch, letter, "its model sees")
+    if spec.multi_latent_attention:
+        why = "latent attention needs Transformer Engine in Megatron"
+        return _converted_to_hf(path, name, hf_base, scratch, letter, why)
+    if spec.family == "bert":
+        raise PlanError(f"{path}: --logits compares models that predict the next token, not BERT")
+    child.require("megatron.core", f"{path}: a Megatron checkpoint")
+    if begin.parallel.get("ckpt_format") == "torch_dist":
+        return _megatron(begin)
+    target = scratch / f"{letter}-core"
+    _convert(path, name, "core", hf_base, target)
+    note = (
+        f"{letter.upper()}: Megatron loads this form in a job of its own size only; run as "
+        f"torch_dist, which ckptx has made of it, {_LESS}"
+    )
+    side = _megatron(_begin(target, "core", None))
+    return replace(side, notes=(note, *side.notes))
+
+
+def _begin(path: Path, loader: str, hf_base: Path | None) -> Begin:
+    """Return the metadata of a checkpoint; its pickles have been read without executing them."""
+    model, problems = opened(path, loader, {"hf_base": hf_base})
+    if problems:
+        raise FormatError(problems[0].message)
+    return model.begin
+
+
+def _deepspeed(path: Path, hf_base: Path | None, scratch: Path, letter: str) -> Side:
+    """Return how DeepSpeed's own gatherer and transformers run a checkpoint; else it is converted.
+
+    It is opened by ckptx first, so that what its unpickler refuses never comes to DeepSpeed.
+    """
+
+    def converted(reason: str) -> Side:
+        return _converted_to_hf(path, "deepspeed", hf_base, scratch, letter, reason)
+
+    begin = _begin(path, "deepspeed", hf_base)
+    if not child.installed("deepspeed"):
+        return converted("deepspeed is not installed: pip install 'ckptx[deepspeed]'")
+    model = scratch / f"{letter}-model"
+    model.mkdir()
+    for name, data in begin.sidecars.items():
+        (model / name).write_bytes(data)
+    tag = Path(begin.root).absolute()
+    return replace(
+        _transformers(model, path),
+        module="deepspeed_side",
+        framework="DeepSpeed's gatherer and transformers",
+        job={"directory": str(model), "root": str(tag.parent), "tag": tag.name},
+        instead=lambda reason: converted(f"DeepSpeed's own gatherer refuses it: {reason}"),
+    )
+
+
+def _transformers(directory: Path, given: Path | None = None, notes: tuple[str, ...] = ()) -> Side:
+    """Return how transformers runs a directory that was ``given``, or made of what was."""
+    given = given or directory
+    child.require("transformers", f"{given}: a Hugging Face model")
+    file = directory / CONFIG
+    if not file.is_file():
+        raise FormatError(f"{given}: holds no {CONFIG}, so no model can be built; give --hf-base")
+    try:
+        config = json.loads(file.read_bytes())
+        text = config.get("text_config") or config
+        vocab_size = int(text.get("vocab_size") or config["vocab_size"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{file}: names no vocab_size: {error}") from error
+    special = {
+        value
+        for name, value in config.items()
+        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+    }
+    return Side(
+        "transformers_side",
+        "transformers",
+        directory,
+        vocab_size,
+        {"directory": str(directory.resolve())},
+        frozenset(special),
+        notes=notes,
+    )
+
+
+def _megatron(begin: Begin) -> Side:
+    spec = begin.parts["language"]
+    args = {name: _plain(value) for name, value in begin.training["args"].items()}
+    notes: list[str] = []
+    scale: float | None = None
+    longest: int | None = None
+    if spec.extra.get("scale_embeddings"):
+        scale = spec.hidden_size**0.5
+        notes.append(
+            f"embeddings are multiplied by {scale:g}, as {spec.architecture} does; Megatron's own "
+            "GPTModel does not"
+        )
+    if window := args.pop("window_size", None):
+        # Megatron's local layers make the mask of a window on a GPU; shorter texts need none.
+        longest = int(window[0]) + 1
+    if spec.mtp_num_layers:
+        notes.append("layers for multi-token prediction are not run")
+    return Side(
+        "megatron_side",
+        "megatron-core on a CPU",
+        Path(begin.root),
+        spec.vocab_size or int(args["padded_vocab_size"]),
+        {"directory": begin.root, "args": args, "embedding_scale": scale},
+        longest=longest,
+        notes=tuple(notes),
+    )
+
+
+def _converted_to_hf(
+    path: Path, name: str, hf_base: Path | None, scratch: Path, letter: str, why: str
+) -> Side:
+    target = scratch / f"{letter}-hf"
+    _convert(path, name, "hf", hf_base, target)
+    reason = f" ({why})" if why else ""
+    note = (
+        f"{letter.upper()}: run by transformers from the directory that ckptx has made of "
+        f"{name}{reason}, {_LESS}"
+    )
+    return _transformers(target, path, (note,))
+
+
+def _convert(path: Path, loader: str, saver: str, hf_base: Path | None, target: Path) -> None:
+    from ckptx.conversion import supervisor as pipeline
+
+    pipeline.convert(Job(loader, saver, path, target, hf_base=hf_base))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of args as JSON has it; objects of Megatron's classes become their names."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value)

@@ -1,0 +1,307 @@
+"""Two checkpoints under names that they share, so that they can be compared tensor by tensor.
+
+Where a schema knows both models these are the canonical names and shapes; where it knows one, those
+of Hugging Face; where it knows none, the names as they are. A checkpoint whose tensors do not fit
+its own config cannot be converted, but it can be compared: what fits is canonical, and the rest
+keeps its name and shape on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from ckptx.errors import PlanError, SchemaError, listing
+from ckptx.model.layout import Held, Parts, Rule
+from ckptx.model.sharding import Taker, give
+from ckptx.protocol.messages import Begin, End, Message
+from ckptx.protocol.model import VOCABULARY, Model, collect, leave_unused, named_tensors
+from ckptx.registry import registry as manager
+from ckptx.registry.families import family_named
+from ckptx.tensors.lazy import LazyTensor
+
+_SETTINGS = (
+    "num_attention_heads",
+    "num_query_groups",
+    "norm_epsilon",
+    "normalization",
+    "activation",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_scaling",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+)
+"""Of a `ckptx.model.spec.ModelSpec`: what equal weights compute depends on."""
+
+Name: TypeAlias = tuple[str, str]
+"""Message and key of a canonical tensor; no message and its own name of any other."""
+
+
+@dataclass(slots=True)
+class Side:
+    """One of two checkpoints: tensors by name, and the dimensions of the model where known."""
+
+    files: tuple[str, ...]
+    tensors: dict[Name, LazyTensor]
+    parts: Parts = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Paired:
+    """Two checkpoints under names that they share, and remarks on how they came to them."""
+
+    left: Side
+    right: Side
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """What a loader said of a checkpoint; of one that does not fit its config, all it declared."""
+
+    model: Model
+    misfit: str = ""
+    own: dict[str, LazyTensor] = field(default_factory=dict)
+    """The tensors of a misfit under their own names."""
+
+
+def label(name: Name) -> str:
+    """Return what a tensor is called.
+
+    Examples:
+        >>> label(("transformer layer 3", "qkv weight")), label(("", "lm_head.weight"))
+        ('transformer layer 3: qkv weight', 'lm_head.weight')
+    """
+    message, key = name
+    return f"{message}: {key}" if message else key
+
+
+def pair(left: Path, right: Path, loader_a: str | None, loader_b: str | None) -> Paired:
+    """Load two checkpoints; loaders are detected unless named.
+
+    Raises:
+        CkptxError: one of them cannot be read, or they have no names in common.
+    """
+    loaded = (_load(left, loader_a), _load(right, loader_b))
+    misfits = tuple(
+        f"{side} does not fit its own config, so the rest of it is compared as stored: {one.misfit}"
+        for side, one in zip("AB", loaded, strict=True)
+        if one.misfit
+    )
+    if misfits:
+        return _pair_misfits(*loaded, misfits)
+    models = tuple(one.model for one in loaded)
+    notes = (
+        *_other_settings(*models),
+        *_left_out(*models),
+        *_same_use(*models),
+        *_same_vocabulary(*models),
+    )
+    known = [model.passthrough is None for model in models]
+    if all(known):
+        sides = [_side(model, _canonical(model)) for model in models]
+    elif any(known):
+        sides = [_side(model, _unschemed(_hf_names(model))) for model in models]
+    else:
+        sides = [_side(model, _unschemed(model.passthrough or {})) for model in models]
+        notes += ("no schema knows these models: tensors are compared by name",)
+    return Paired(sides[0], sides[1], notes)
+
+
+def _side(model: Model, tensors: dict[Name, LazyTensor]) -> Side:
+    return Side(model.begin.files, tensors, model.begin.parts)
+
+
+def _load(path: Path, loader: str | None) -> _Loaded:
+    plugin = manager.loader(loader or manager.detect(path))
+    begun: list[Begin] = []
+
+    def watched() -> Iterator[Message]:
+        for message in plugin.load(path, {}):
+            if isinstance(message, Begin):
+                begun.append(message)
+            yield message
+
+    try:
+        return _Loaded(collect(watched()))
+    except SchemaError as error:
+        if not begun:
+            raise
+        found = _misfit(begun[0], str(error))
+        if found is None:
+            raise
+        return found
+
+
+def _misfit(begin: Begin, reason: str) -> _Loaded | None:
+    """Return what fits of a model with Hugging Face's names, and the rest by name.
+
+    None if its names are not those of its family: then nothing can be compared.
+    """
+    if "language" not in begin.parts or not begin.layout.startswith("hf"):
+        return None
+    model = Model(begin, End())
+    layout = family_named(model.family).layout("hf")
+    left = {
+        source.name: source.extent
+        for source in begin.sources
+        if not source.name.endswith(layout.ignored or ("\0",))
+    }
+    for held in layout.held(begin.parts):
+        for entry in held.rules:
+            model.messages[held.message] = {
+                **model.messages.get(held.message, {}),
+                **_fitting(Taker(layout, held.spec), held, entry, left),
+            }
+    if not any(model.messages.values()):
+        return None
+    return _Loaded(model, reason, left)
+
+
+def _fitting(
+    taker: Taker, held: Held, entry: Rule, left: dict[str, LazyTensor]
+) -> Mapping[str, LazyTensor]:
+    """Return the canonical tensors of a rule, and remove theirs; nothing if they do not fit."""
+    shard = dict(left)
+    try:
+        found = taker.take([entry], [shard], held.layer)
+    except (SchemaError, PlanError):
+        return {}
+    for name in (set(left) - set(shard)) if found else ():
+        del left[name]
+    return found
+
+
+def _pair_misfits(left: _Loaded, right: _Loaded, notes: tuple[str, ...]) -> Paired:
+    """Return both sides with canonical names where both have these, with their own elsewhere."""
+    notes += _same_vocabulary(left.model, right.model)
+    loaded = (left, right)
+    own = [dict(one.own) for one in loaded]
+    canonical = [_canonical(one.model) for one in loaded]
+    for one, tensors, names in zip(loaded, canonical, own, strict=True):
+        other = right if one is left else left
+        names.update(_as_stored(one.model, tensors, other.own))
+    sides = [
+        _side(one.model, {**tensors, **_unschemed(names)})
+        for one, tensors, names in zip(loaded, canonical, own, strict=True)
+    ]
+    return Paired(sides[0], sides[1], notes)
+
+
+def _as_stored(
+    model: Model, canonical: dict[Name, LazyTensor], wanted: Mapping[str, LazyTensor]
+) -> dict[str, LazyTensor]:
+    """Take out of ``canonical`` what the other side has under names of its own, so named."""
+    named: dict[str, LazyTensor] = {}
+    if model.passthrough is not None:
+        return named
+    layout = family_named(model.family).layout("hf")
+    for held in layout.held(model.parts):
+        message = model.messages.get(held.message, {})
+        for entry in held.rules:
+            if not all((held.message, key) in canonical for key in entry.keys):
+                continue
+            given = give([entry], message, held.spec, held.layer)
+            if wanted.keys() & given.keys():
+                named |= given
+                for key in entry.keys:
+                    del canonical[held.message, key]
+    return named
+
+
+def _other_settings(left: Model, right: Model) -> Iterator[str]:
+    """Yield a remark for each setting by which models with equal weights compute differently."""
+    for part in left.begin.parts.keys() & right.begin.parts.keys():
+        a, b = left.begin.parts[part], right.begin.parts[part]
+        said = [(name, getattr(a, name), getattr(b, name)) for name in _SETTINGS]
+        window = "sliding_window"
+        said.append((window, a.extra.get(window), b.extra.get(window)))
+        for name, one, other in said:
+            if one != other:
+                yield (
+                    f"the weights are compared, not the settings: {name} of the {part} model is "
+                    f"{one} in A and {other} in B"
+                )
+
+
+def _left_out(left: Model, right: Model) -> Iterator[str]:
+    """Yield a remark for each reason for which tensors take no part in the comparison."""
+    for side, model in (("A", left), ("B", right)):
+        reasons: dict[str, list[str]] = {}
+        for drop in model.end.dropped:
+            if drop.tensors:
+                reasons.setdefault(drop.reason, []).append(drop.name)
+        for reason, names in reasons.items():
+            yield f"{side}: not compared: {listing(names, 3)}: {reason}"
+
+
+def _same_use(left: Model, right: Model) -> tuple[str, ...]:
+    """Leave out of both sides what takes no part in the output, where only one has it."""
+    if any("vision" not in model.begin.parts for model in (left, right)):
+        return ()
+    if {name: set(one) for name, one in left.messages.items()} == {
+        name: set(one) for name, one in right.messages.items()
+    }:
+        return ()
+    notes = []
+    for side, model in (("A", left), ("B", right)):
+        unused = leave_unused(model, family_named(model.family))
+        if unused:
+            size = sum(one.nbytes for one in unused)
+            notes.append(
+                f"{side}: {len(unused)} tensors, {size:,} bytes, left out: {unused[0].reason}"
+            )
+    return tuple(notes)
+
+
+def _same_vocabulary(left: Model, right: Model) -> tuple[str, ...]:
+    """Cut the padding of both sides; the true size is what either of them says."""
+    models = (("A", left), ("B", right))
+    if any("language" not in model.begin.parts for _, model in models):
+        return ()
+    sizes = {model.spec.vocab_size for _, model in models} - {None}
+    if len(sizes) != 1:
+        return ()
+    (rows,) = sizes
+    notes = []
+    for side, model in models:
+        for message, tensors in model.messages.items():
+            cut = dict(tensors)
+            for key, tensor in tensors.items():
+                if (message, key) in VOCABULARY and rows is not None and tensor.shape[0] > rows:
+                    cut[key] = tensor.narrow(0, 0, rows)
+                    padding = tensor.shape[0] - rows
+                    notes.append(f"{side}: {message}: {key}: {padding} rows of padding left out")
+            model.messages[message] = cut
+    return tuple(notes)
+
+
+def _canonical(model: Model) -> dict[Name, LazyTensor]:
+    return {
+        (message, key): tensor
+        for message, tensors in model.messages.items()
+        for key, tensor in tensors.items()
+    }
+
+
+def _unschemed(tensors: Mapping[str, LazyTensor]) -> dict[Name, LazyTensor]:
+    return {("", name): tensor for name, tensor in tensors.items()}
+
+
+def _hf_names(model: Model) -> Mapping[str, LazyTensor]:
+    if model.passthrough is not None:
+        if not model.begin.layout.startswith("hf"):
+            raise PlanError(
+                f"{model.begin.root}: tensors are named as {model.begin.layout} and no schema "
+                "knows their model; only the same names can be compared"
+            )
+        return model.passthrough
+    return named_tensors(model, family_named(model.family).layout("hf"))[0]

@@ -1,0 +1,1 @@
+"""The only code that writes tensor bytes: writer, journal, atomic publication."""

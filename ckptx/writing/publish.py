@@ -1,0 +1,460 @@
+"""The life of a target: refused, locked, staged, published, or gone without a trace.
+
+    DIR/                          the parent of the target
+      TARGET.ckptx-partial/       all that is left if the machine loses power
+        lock                      held by the run that works here
+        journal                   what of ``new`` is on disk, see `ckptx.writing.journal`
+        publishing                which inode is, or is about to be, TARGET
+        new/                      what will be TARGET
+      TARGET                      appears by one rename, whole
+
+In a Megatron root the target is the iteration directory, and the tracker file is written after it.
+With ``--overwrite`` the new and the old directory trade places in one step; then the old one, now
+in the partial directory, is removed with it.
+
+An error removes the partial directory. A run that was cut short keeps it, if something is recorded
+in its journal; the next run for the target either continues it, if it is the same conversion, or
+removes it. A run that was killed after the target had appeared is continued, too: with the pointers
+to it, and by removing what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ckptx.errors import ConversionError, CutShortError, PlanError
+from ckptx.protocol.contracts import SavePlan
+from ckptx.storage.file_plan import FilePlan
+from ckptx.storage.partial import MANIFEST, PARTIAL
+from ckptx.text.sizes import size_text
+from ckptx.writing import journal
+from ckptx.writing.atomic import (
+    _existing,
+    _inode,
+    _reason,
+    _remove,
+    _rescue,
+    exchange,
+    rename_new,
+    sync_directory,
+    write_durable,
+)
+from ckptx.writing.disk import occupied_bytes, shortage
+
+if TYPE_CHECKING:
+    from ckptx.writing.journal import Identity
+
+_PUBLISHING = "publishing"
+_LAST = (_PUBLISHING, "lock")
+"""What a partial directory loses last, in this order."""
+_log = logging.getLogger(__name__)
+
+
+def outline(plan: SavePlan) -> SavePlan:
+    """Return a plan without its regions: all that the target's owner needs to know."""
+    return replace(plan, files=[FilePlan(file.path, file.size, ()) for file in plan.files])
+
+
+def check_files(plan: SavePlan, save_dir: Path, files: Sequence[str]) -> None:
+    """Check that a plan replaces none of the files that it reads, by whatever links they are known.
+
+    Raises:
+        PlanError: a file of the source lies in the target.
+    """
+    target = (save_dir.resolve() / plan.directory).resolve()
+    for file in files:
+        place = Path(file).resolve()
+        if place == target or (target in place.parents and not plan.single_file):
+            linked = "" if place == Path(file).absolute() else f", by the link {file}"
+            raise PlanError(f"{target}: contains the source {place}{linked}; choose another target")
+
+
+def manifest_path(plan: SavePlan) -> str:
+    """Return where the manifest of a plan lies, relative to the staging directory."""
+    return f"{plan.files[0].path}.{MANIFEST}" if plan.single_file else MANIFEST
+
+
+def _is_taken(path: Path) -> bool:
+    """Return whether there is anything at a place; an empty directory is nothing."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a run that was cut short has left for the next one; sizes in bytes."""
+
+    place: Path
+    durable: int
+    total: int
+
+    def __str__(self) -> str:
+        """Return it for the user who has to know."""
+        return (
+            f"{size_text(self.durable)} of {size_text(self.total)} are kept in {self.place}: run "
+            "the same command again to continue, or remove it"
+        )
+
+
+class Target:
+    """The place a conversion writes to; a context that cleans up unless `publish` succeeded.
+
+    Args:
+        save_dir: what the user named.
+        inputs: source paths, of which the target must not replace a part.
+        overwrite: whether an existing target may be replaced.
+    """
+
+    def __init__(self, save_dir: Path, inputs: Sequence[Path], overwrite: bool = False) -> None:
+        self.save_dir = save_dir.resolve()
+        self.inputs = [path.resolve() for path in inputs]
+        self.overwrite = overwrite
+        self._created: list[Path] = []
+        self._lock = -1
+        self._keep = False
+        self.published = False
+        """Whether the target is in place, put there by this run or one before."""
+        self.kept: Kept | None = None
+        """What is left for another run; known once the context has ended."""
+        if self.save_dir in self.inputs:
+            raise PlanError(f"{self.save_dir}: is the source itself; choose another target")
+        folder = _existing(self.save_dir.parent)
+        if not folder.is_dir():
+            raise PlanError(f"{folder}: is a file; the target would lie below it")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PlanError(f"{folder}: is not writable; the target would be created there")
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock >= 0:
+            self.kept = self._worth_keeping() if self._keep else None
+            if self.kept is None:
+                self._clear()
+            os.close(self._lock)
+        for folder in reversed(self._created if kind else []):
+            with contextlib.suppress(OSError):  # not empty: the work of someone else meanwhile
+                folder.rmdir()
+
+    def _clear(self) -> None:
+        """Remove the partial directory: what another run can use last, and the lock after it."""
+        for name in ("new", "old", journal.NAME, *_LAST):
+            with contextlib.suppress(ConversionError):
+                _remove(self._partial / name)
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _clear_orphan(self) -> None:
+        """Remove what a run has left that was killed while it removed the last of what it had.
+
+        Nothing of it is of use to anyone; with a journal it would be, and stays.
+
+        Raises:
+            ConversionError: a run that has just begun owns it.
+        """
+        if not self._orphaned():
+            return
+        self._acquire(self._partial)
+        if self._orphaned():  # still, now that nobody else can be at work here
+            self._clear()
+        os.close(self._lock)
+        self._lock = -1
+
+    def _orphaned(self) -> bool:
+        try:
+            return {path.name for path in self._partial.iterdir()} <= set(_LAST)
+        except OSError:
+            return False
+
+    @property
+    def path(self) -> Path:
+        """What appears in the end; known once `prepare` has seen the plan."""
+        return self._path
+
+    def keep(self) -> None:
+        """Leave what is recorded in the journal for another run, if anything is."""
+        self._keep = True
+
+    def prepare(self, plan: SavePlan, identity: Identity | None = None) -> Path:
+        """Return the staging directory for a plan, after all that can be refused was checked.
+
+        It is empty, unless an earlier run of the same ``identity`` has left something in its
+        journal. Without an identity nothing is continued. If an earlier run has put all of it in
+        place already, that place is returned, and `published` set.
+
+        Raises:
+            PlanError: the target exists, touches the source, or cannot be written.
+            ConversionError: another run works on it, or the disk is too small.
+        """
+        self._name(plan)
+        if self._was_published(identity):
+            self._acquire(self._partial)
+            if self._was_published(identity):
+                self.published = True
+                _log.warning("resuming: %s is in place and whole", self._path)
+                return self._path.parent if plan.single_file else self._path
+        if self._path.exists():
+            self._clear_orphan()
+        self._check_place()
+        self._make(self._path.parent)
+        self._acquire(self._partial)
+        _rescue(self._partial, self._path)
+        staging = self._partial / "new"
+        kept = {"lock", journal.NAME, "new"} if self._continues(identity) else {"lock"}
+        for leftover in self._partial.iterdir():
+            if leftover.name not in kept:
+                _remove(leftover)
+        # After the leftovers of a killed run have made room.
+        self._check_disk(occupied_bytes(staging))
+        try:
+            self._sign()
+            staging.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConversionError(f"{staging}: {_reason(error, self._partial)}") from error
+        return staging
+
+    def _was_published(self, identity: Identity | None) -> bool:
+        """Return whether a killed run of this conversion has put its target in place."""
+        named = self._publishing()
+        if identity is None or not named or named != _inode(self._path):
+            return False
+        found = journal.read(self._partial / journal.NAME)
+        return found is not None and not found.identity.difference(identity)
+
+    def _publishing(self) -> str:
+        """Return what a killed run was about to put in place; empty if it did not get so far."""
+        try:
+            return (self._partial / _PUBLISHING).read_text()
+        except (OSError, ValueError):
+            return ""
+
+    def _continues(self, identity: Identity | None) -> bool:
+        """Return whether the partial directory holds the beginning of this conversion."""
+        found = journal.read(self._partial / journal.NAME)
+        if found is None or not found.durable:
+            return False
+        staging = self._partial / "new"
+        if not staging.is_dir() or staging.is_symlink():
+            return False
+        if self._publishing() not in ("", _inode(self._staged())):
+            return False  # it did, and what lies here is the target that it replaced
+        reason = found.identity.difference(identity) if identity else "it is not to be continued"
+        if reason:
+            _log.warning(
+                "starting over: %s in %s are not used, %s",
+                *(size_text(found.durable), self._partial, reason),
+            )
+        return not reason
+
+    def _worth_keeping(self) -> Kept | None:
+        found = journal.read(self._partial / journal.NAME)
+        if found is None or not found.durable:
+            return None
+        return Kept(self._partial, found.durable, sum(file.size for file in self.plan.files))
+
+    def check(self, plan: SavePlan) -> None:
+        """Check all that can be told without writing.
+
+        Raises:
+            PlanError: the target exists or touches the source.
+            ConversionError: the disk is too small.
+        """
+        self._name(plan)
+        self._check_place()
+        self._check_disk()
+
+    def _name(self, plan: SavePlan) -> None:
+        """Learn from a plan where the target and its partial directory are."""
+        self.plan = plan
+        self._path = self.save_dir / plan.directory if plan.directory else self.save_dir
+        for path in (plan.directory, *plan.pointers, *(file.path for file in plan.files)):
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise PlanError(f"{path!r}: an output path must stay inside the target")
+        self._partial = self._path.parent / f"{self._path.name}{PARTIAL}"
+
+    def _staged(self) -> Path:
+        """Return what becomes the target by a rename."""
+        new = self._partial / "new"
+        return new / self.plan.files[0].path if self.plan.single_file else new
+
+    def publish(self) -> list[str]:
+        """Make the staged files the target, then write the pointers; return remarks.
+
+        Raises:
+            CutShortError: the target appeared meanwhile, or cannot be renamed; or it is in place,
+                and a pointer to it cannot be written.
+        """
+        if not self.published:
+            self._put_in_place()
+        created, self._created = self._created, []
+        try:
+            for folder in (self._path, *reversed(created)):
+                sync_directory(folder.parent)
+            return self._write_pointers()
+        except OSError as error:
+            reason = _reason(error, self._partial)
+            raise CutShortError(
+                f"{self._path}: is whole and in place, but not all that belongs to it: {reason}"
+            ) from error
+
+    def _put_in_place(self) -> None:
+        staging = self._partial / "new"
+        try:
+            write_durable(self._partial / _PUBLISHING, _inode(self._staged()).encode())
+            if self.plan.single_file:
+                self._publish_file(staging)
+            else:
+                self._publish_directory(staging)
+        except OSError as error:
+            reason = _reason(error, self._partial)
+            raise CutShortError(f"{self._path}: cannot be put in place: {reason}") from error
+        self.published = True
+
+    def _check_place(self) -> None:
+        path = self._path
+        for source in self.inputs:
+            if path == source:
+                raise PlanError(f"{path}: is the source itself; choose another target")
+            # A new place inside is like any other: "zero_to_fp32.py . output" is DeepSpeed's way.
+            if source in path.parents and (_is_taken(self.save_dir) or _is_taken(path)):
+                raise PlanError(
+                    f"{path}: lies inside the source {source}, where nothing is replaced; choose "
+                    "a target that does not exist"
+                )
+            if path in source.parents and not self.plan.single_file and path.exists():
+                raise PlanError(f"{path}: contains the source {source}; choose another target")
+        if self.save_dir.exists() and self.plan.directory and not self.save_dir.is_dir():
+            raise PlanError(f"{self.save_dir}: is a file; the target must be a directory")
+        if path.is_symlink() and not path.exists():
+            raise PlanError(f"{path}: is a link to nothing; remove it, or choose another target")
+        if not _is_taken(path):
+            if path.exists() and self.plan.single_file:
+                raise PlanError(f"{path}: is a directory; name the file to write")
+            return
+        if path.is_dir() and self.plan.single_file:
+            raise PlanError(f"{path}: is a directory; name the file to write")
+        if not self.overwrite:
+            raise PlanError(
+                f"{path}: exists; choose another target, or replace it with --overwrite"
+            )
+        if not path.is_dir() and not path.is_file():
+            raise PlanError(f"{path}: is a pipe, a socket or a device; choose another target")
+        if path.is_file() and not self.plan.single_file:
+            raise PlanError(f"{path}: is a file, and the target is a directory; choose another")
+        if path.is_dir():
+            self._check_replaceable(path)
+
+    def _check_replaceable(self, path: Path) -> None:
+        """Refuse to replace a directory that is plainly more than one old checkpoint."""
+        here = Path.cwd()
+        if path in (here, Path.home()) or path in here.parents or path in Path.home().parents:
+            raise PlanError(f"{path}: is or holds your working or home directory; not replaced")
+        if os.path.ismount(path) or (path / ".git").exists():
+            raise PlanError(f"{path}: is a file system or a repository of its own; not replaced")
+        if not self.plan.directory:
+            found = sorted(p.name for p in path.iterdir() if p.name.startswith("iter_"))
+            if found:
+                raise PlanError(
+                    f"{path}: holds Megatron iterations ({', '.join(found[:3])}), which would be "
+                    "removed; choose another target"
+                )
+
+    def _make(self, folder: Path) -> None:
+        missing = []
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        for path in reversed(missing):
+            try:
+                path.mkdir()
+            except OSError as error:
+                raise PlanError(f"{path}: cannot be created: {error.strerror}") from error
+            self._created.append(path)
+
+    def _acquire(self, partial: Path) -> None:
+        while self._lock < 0:
+            try:
+                partial.mkdir(exist_ok=True)
+                lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                continue  # the run that held it has just removed it
+            except OSError as error:
+                raise PlanError(f"{partial}: cannot be written: {error.strerror}") from error
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(lock, 200, 0).decode(errors="replace").strip()
+                os.close(lock)
+                raise ConversionError(
+                    f"{self._path}: another conversion is writing it ({owner or 'just started'}); "
+                    "wait for it, or choose another target"
+                ) from None
+            except OSError as error:
+                os.close(lock)
+                raise PlanError(
+                    f"{partial}: its file system cannot lock files ({error.strerror}), so two runs "
+                    "could write one target; choose another target"
+                ) from error
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(lock), (partial / "lock").stat()):
+                    self._lock = lock
+                    break
+            os.close(lock)  # locked a file that its owner had removed: try again
+
+    def _sign(self) -> None:
+        """Say in the lock who holds it."""
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def _check_disk(self, occupied: int = 0) -> None:
+        """Raise unless the plan fits; ``occupied`` bytes of it are there already."""
+        found = shortage(_existing(self._path.parent), self.plan, occupied)
+        if found:
+            raise ConversionError(f"{self._path}: {found}; free space or choose another target")
+
+    def _publish_file(self, staging: Path) -> None:
+        name = self.plan.files[0].path
+        manifest = staging / manifest_path(self.plan)
+        sync_directory(staging)
+        if manifest.exists():
+            manifest.replace(self._path.with_name(f"{self._path.name}.{MANIFEST}"))
+        if self.overwrite:
+            (staging / name).replace(self._path)
+        else:
+            rename_new(staging / name, self._path)
+
+    def _publish_directory(self, staging: Path) -> None:
+        sync_directory(staging)
+        if self.overwrite and self._path.exists():
+            exchange(staging, self._path, staging.with_name("old"))
+        else:
+            staging.rename(self._path)  # fails if a directory with anything in it is there now
+
+    def _write_pointers(self) -> list[str]:
+        notes = []
+        for name, content in self.plan.pointers.items():
+            pointer = self.save_dir / name
+            if pointer.exists() and not self.overwrite:
+                old = pointer.read_bytes().strip()
+                if old != content.strip():
+                    was = old.decode(errors="replace")
+                    notes.append(f"{name} was left as it is ({was}); --overwrite moves it")
+                continue
+            write_durable(self._partial / "pointer", content)
+            (self._partial / "pointer").replace(pointer)
+            sync_directory(pointer.parent)
+        return notes

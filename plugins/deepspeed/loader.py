@@ -1,0 +1,226 @@
+"""Load a checkpoint of DeepSpeed: ZeRO stages 0 to 3 of any number of ranks, and universal ones.
+
+Models that AutoTP has split, a PipelineModule and DeepSpeed's own mixtures of experts among them.
+
+Weights are the fp32 masters of the optimizer, put together from the ranks' pieces; names are those
+of the module that was given to ``deepspeed.initialize``: Hugging Face's.
+
+Source: deepspeedai/DeepSpeed deepspeed/runtime/engine.py @ v0.19.8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptx.containers.pickle_values import EnumValue
+from ckptx.errors import FormatError, listing
+from ckptx.hf_models.directory import base_sidecars, training_state
+from ckptx.hf_models.lora.extract import adapter_options
+from ckptx.hf_models.weights import INDEXES, SINGLES, base_tensors, read_weights
+from ckptx.plugins.deepspeed import directory, ranks, weights
+from ckptx.plugins.pytorch.module_names import (
+    beside,
+    plain_names,
+    shapes_of_config,
+    trained_messages,
+)
+from ckptx.protocol.contracts import Loader
+from ckptx.protocol.hookspecs import hookimpl
+from ckptx.protocol.messages import WEIGHTS_ONLY, Begin, Dropped, Message
+from ckptx.tensors.lazy import LazyTensor, Shape, Stored
+
+_CONSUMED = frozenset(
+    {
+        *("module", "buffer_names", "param_shapes", "frozen_param_shapes", "shared_params"),
+        *("frozen_param_fragments", "dp_world_size", "mp_world_size", "num_experts"),
+        *("checkpoint_parallel_dimensions", "ds_config", "ds_version", "ds_autoep_layers"),
+        "universal_checkpoint_info",
+    }
+)
+"""What the model states say about the weights; all else is the state of the training."""
+_PIECES = frozenset(
+    {
+        *("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups", "fp32_groups_flat"),
+        *("zero_stage", "partition_count", "group_paddings", "param_alignment_paddings"),
+        *("param_slice_mappings", "ds_version"),
+    }
+)
+"""What the optimizer states say about the weights."""
+
+
+class DeepspeedLoader:
+    """Reads the pieces where they lie; nothing is gathered, no process group, no model."""
+
+    name = "deepspeed"
+    capabilities: Mapping[str, Any] = {
+        "formats": ["DeepSpeed ZeRO 0 to 3", "AutoTP", "PipelineModule", "DeepSpeed universal"],
+        "layouts": ["hf"],
+        "passthrough": True,
+        "lossless": True,
+    }
+
+    def options(self) -> list[click.Option]:
+        """Return the options for the tag, for which weights are taken, and for adapters."""
+        return [
+            click.Option(["--tag", "-t"], help="Checkpoint below SRC.  [what 'latest' says]"),
+            click.Option(
+                ["--weights"],
+                type=click.Choice(["master", "module"]),
+                default="master",
+                show_default=True,
+                help="The optimizer's fp32 weights, or those that the module computes with.",
+            ),
+            click.Option(
+                ["--prefix"],
+                help="What a module around the model has put before its names, as 'model.'.",
+            ),
+            click.Option(
+                ["--exclude-frozen-parameters"],
+                is_flag=True,
+                help="Take only what was trained; without --fill-from-base that is no whole model.",
+            ),
+            *adapter_options(),
+            click.Option(
+                ["--layer-map"],
+                type=click.Path(exists=True, dir_okay=False),
+                help="JSON file with the names of a PipelineModule's layers.  [from the config]",
+            ),
+        ]
+
+    def detect(self, source: Path) -> bool:
+        """Return whether there are DeepSpeed's model states, here or in a tag below."""
+        return source.is_dir() and (directory.is_tag(source) or bool(directory.tags(source)))
+
+    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+        """Yield the model; names that no schema knows pass through."""
+        masters = (options.get("weights") or "master") == "master"
+        saved = directory.read(directory.find(source, options.get("tag")), masters)
+        # What is converted to another dtype anyway need not have one dtype before.
+        widen = options.get("dtype") is None
+        prefix = options.get("prefix") or ""
+        trained = bool(options.get("exclude_frozen_parameters"))
+        if trained and not masters:
+            raise FormatError(
+                "--exclude-frozen-parameters tells what was trained by its fp32 masters; leave "
+                "--weights module out"
+            )
+        small = {**beside(saved.directory), **base_sidecars(options)}
+        try:
+            shapes = _shapes(saved, small, prefix, options)
+            layer_map = options.get("layer_map")
+            found = ranks.gathered(saved, masters, widen, shapes, layer_map, not trained)
+            left = _left(saved)
+        except RecursionError as error:
+            raise FormatError(f"{source}: its objects are nested too deeply") from error
+        found.tensors, renamed = plain_names(_without(prefix, found.tensors, source), {}, source)
+        files = list(saved.files)
+        filled, remarks = base_tensors(files, found.tensors, options)
+        found.declare("base", filled)
+        found.tensors |= weights.widened(filled) if masters and widen else filled
+        if trained and found.frozen and not filled:
+            small = {}  # a config would say that this is the whole model
+            remarks = (*remarks, "only what was trained is here, so no config was written beside")
+        begin = Begin(
+            format=self.name,
+            layout="hf",
+            parts={},
+            files=tuple(map(str, files)),
+            sources=tuple(found.sources),
+            root=str(saved.directory),
+            sidecars=small,
+            training={
+                "iteration": "release",
+                "global_steps": saved.ranks[0].model.get("global_steps"),
+            },
+            parallel=_parallel_sizes(saved),
+        )
+        notes = (*found.notes, *renamed, *remarks)
+        dropped = (*found.dropped, *left, *_beside_tag(saved.directory))
+        yield from trained_messages(begin, found.tensors, notes, dropped, options)
+
+
+def _shapes(
+    saved: directory.Saved, small: Mapping[str, bytes], prefix: str, options: Mapping[str, Any]
+) -> dict[str, Shape]:
+    """Return the shapes of the whole model, where ranks hold parts that may not say what of."""
+    if len(saved.ranks) == 1 and not saved.layers:
+        return {}
+    shapes = shapes_of_config(small, saved.directory)
+    place = Path(options.get("hf_base") or saved.directory)
+    if not shapes and any((place / name).is_file() for name in (*INDEXES, *SINGLES)):
+        base = read_weights(place)
+        shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    return {("" if saved.layers else prefix) + name: shape for name, shape in shapes.items()}
+
+
+def _without(prefix: str, tensors: Mapping[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:
+    """Return the tensors without a prefix of their names; others keep theirs.
+
+    Raises:
+        FormatError: no name starts with it, or two tensors would have one name.
+    """
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if prefix and not any(name.startswith(prefix) for name in tensors):
+        raise FormatError(
+            f"{source}: --prefix {prefix!r}: no name starts so; found {listing(tensors, 3)}"
+        )
+    if len(found) < len(tensors):
+        raise FormatError(f"{source}: --prefix {prefix!r}: two tensors would have one name")
+    return found
+
+
+def _beside_tag(directory: Path) -> tuple[Dropped, ...]:
+    """Return what a trainer has left beside ``latest``, where the tag is one of its own."""
+    root = directory.parent
+    return training_state(root) if (root / "latest").is_file() else ()
+
+
+def _left(saved: directory.Saved) -> tuple[Dropped, ...]:
+    """Return the state of the training, by name with its bytes in all ranks together."""
+    sizes: dict[str, int] = {}
+    states = [model for rank in saved.ranks for model in rank.models]
+    optimizers = [state for rank in saved.ranks for state in rank.optimizers]
+    states += [state["optimizer_state_dict"] for state in optimizers]
+    states += saved.expert_optimizers
+    for state in states:
+        for key, value in state.items():
+            if key not in _CONSUMED | _PIECES and value is not None:
+                sizes.setdefault(str(key), 0)
+                _add_sizes(str(key), value, sizes)
+    for path in saved.skipped:
+        sizes[path.name] = sizes.get(path.name, 0) + path.stat().st_size
+    return tuple(Dropped(name, WEIGHTS_ONLY, size) for name, size in sizes.items())
+
+
+def _add_sizes(name: str, value: Any, sizes: dict[str, int]) -> None:
+    """Add the bytes of all tensors in nested values, under the last word of their path."""
+    if isinstance(value, Stored):
+        sizes[name] = sizes.get(name, 0) + value.nbytes
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in _PIECES:
+                _add_sizes(key if isinstance(key, str) else name, item, sizes)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _add_sizes(name, item, sizes)
+
+
+def _parallel_sizes(saved: directory.Saved) -> dict[str, Any]:
+    """Return the ZeRO stage as far as the files tell it, and the numbers of ranks."""
+    first = saved.ranks[0]
+    # ZeRO 1 and 2 are stored alike; the optimizer says which it was.
+    said = (state["optimizer_state_dict"].get("zero_stage") for state in first.optimizers)
+    values = (one.value if isinstance(one, EnumValue) else one for one in said)
+    stage = next((one for one in values if type(one) is int), first.stage)
+    sizes = {"zero_stage": stage, "world_size": first.model.get("dp_world_size")}
+    return {**sizes, "mp": len(saved.ranks)} if len(saved.ranks) > 1 else sizes
+
+
+@hookimpl
+def register_loaders(register: Callable[[Loader], None]) -> None:
+    """Register the loader."""
+    register(DeepspeedLoader())

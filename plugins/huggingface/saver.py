@@ -1,0 +1,263 @@
+"""Save a Hugging Face model: safetensors shards, index, config and the files that came along."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptx.containers import safetensors, torch_zip
+from ckptx.errors import PlanError, SchemaError
+from ckptx.hf_models import float8 as quantised
+from ckptx.hf_models.extra_files import set_aside
+from ckptx.model.layout import in_module_order
+from ckptx.protocol.contracts import SavePlan, Saver
+from ckptx.protocol.from_names import main_dtype
+from ckptx.protocol.hookspecs import hookimpl
+from ckptx.protocol.messages import Message
+from ckptx.protocol.model import Model, collect, fill_unused
+from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
+from ckptx.registry.families import CLASSES, config_from_parts, family_named, family_of, hf_tensors
+from ckptx.schemas.config.translate import differences, merge_config
+from ckptx.storage.file_plan import FilePlan, literal_files
+from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.tensors.lazy import LazyTensor
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class HfSaver:
+    """Writes a model directory that transformers loads."""
+
+    name = "hf"
+    capabilities: Mapping[str, Any] = {
+        "formats": ["safetensors", "pytorch_model.bin"],
+        "layouts": ["hf"],
+        "passthrough": True,
+        "lossless": True,
+    }
+
+    def options(self) -> list[click.Option]:
+        """Return the options for the weight files."""
+        return [
+            click.Option(
+                ["--max-shard-size"],
+                default="5GB",
+                show_default=True,
+                help="Largest weight file, as 5GB or 500MB; one tensor is never divided.",
+            ),
+            click.Option(
+                ["--weight-files"],
+                type=click.Choice(["safetensors", "bin"]),
+                default="safetensors",
+                show_default=True,
+                help="Kind of weight files; bin: pytorch_model.bin, or shards of it with an index.",
+            ),
+        ]
+
+    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+        """Return the plan of a model directory."""
+        model = collect(messages)
+        known = model.passthrough is None and bool(model.begin.parts)
+        filled: tuple[str, ...] = fill_unused(model, family_named(model.family)) if known else ()
+        tensors, dropped = hf_tensors(model)
+        apart: list[FilePlan] = []
+        if model.passthrough is None:
+            # It decides where a shard ends.
+            tensors = {name: tensors[name] for name in in_module_order(tensors)}
+        else:
+            config = read_config(model.begin.sidecars, model.begin.root) or {}
+            iteration = model.begin.training.get("iteration", "release")
+            tensors, apart, filled = set_aside(config, tensors, iteration)
+        files, notes = _sidecars(model, main_dtype(tensors))
+        plans = [*literal_files(files), *apart, *weight_files(tensors, options)]
+        hint = f'transformers.{_auto_class(model)}.from_pretrained("{{target}}")'
+        if CONFIG not in files:
+            read = {".safetensors": "safetensors.torch.load_file", ".bin": "torch.load"}
+            first = next(plan.path for plan in plans if plan.path.endswith(tuple(read)))
+            hint = f'{read[Path(first).suffix]}("{{target}}/{first}")'
+            notes = (
+                *notes,
+                f"no {CONFIG}: transformers cannot load it; --hf-base takes config and tokenizer "
+                "from the model that was trained",
+            )
+        return SavePlan(
+            plans,
+            dropped=dropped,
+            notes=(*filled, *notes),
+            load_hint=hint,
+            details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
+        )
+
+
+def _auto_class(model: Model) -> str:
+    if model.passthrough is None and "Bert" in model.spec.architecture:
+        return model.spec.architecture  # the class for causal models would drop heads
+    named = (read_config(model.begin.sidecars, model.begin.root) or {}).get("architectures")
+    for head in CLASSES:
+        if isinstance(named, list) and any(str(name).endswith(head) for name in named):
+            return f"AutoModel{head}"
+    return (
+        "AutoModelForImageTextToText" if "vision" in model.begin.parts else "AutoModelForCausalLM"
+    )
+
+
+def parse_size(text: str) -> int:
+    """Return a size in bytes; ``GB`` is 10^9, ``GiB`` is 2^30.
+
+    Examples:
+        >>> parse_size("5GB"), parse_size("1.5 MiB")
+        (5000000000, 1572864)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS or not float(match[1]):
+        raise PlanError(f"{text!r} is not a size; write 5GB, 500MB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """Return the files beside the weights; the source's dimensions win over a config's."""
+    begin, files = model.begin, dict(model.begin.sidecars)
+    config = read_config(files, begin.root)
+    notes: list[str] = []
+    if model.passthrough is not None:
+        # Codes of quantised weights are of no dtype that a model computes in.
+        if config is not None and quantised.KEY not in config and _set_dtype(config, dtype):
+            files[CONFIG] = dump_config(config)
+        return files, ()
+    spec = replace(model.spec, dtype=dtype)
+    family = family_named(model.family)
+    composed = family.composition
+    if config is None:
+        if spec.vocab_size is None:
+            rows = model.messages["embeddings"]["word embeddings"].shape[0]
+            spec = replace(spec, vocab_size=rows)
+            notes.append(
+                f"the true vocabulary is unknown, so all {rows} rows are kept, padding included; "
+                "--true-vocab-size cuts it"
+            )
+        parts = {part: replace(one, dtype=dtype) for part, one in model.parts.items()}
+        made = config_from_parts(family, {**parts, "language": spec})
+        files[CONFIG] = dump_config(made)
+        if composed is not None and "image_token_index" not in made:
+            notes.append(
+                f"nothing says which token stands for an image: set image_token_index in {CONFIG}"
+            )
+        tokenizer = ", ".join(name for name in sorted(files) if name.startswith("tokenizer"))
+        came = f"of the tokenizer came {tokenizer}" if tokenizer else "there is no tokenizer"
+        notes.append(f"{CONFIG} was made from the checkpoint's own arguments; {came}")
+        return files, tuple(notes)
+    other = family_of(config)
+    if other is not family:
+        raise SchemaError(
+            f"{CONFIG} is of {', '.join(config.get('architectures') or ['no architecture'])}, the "
+            f"weights are of family {family.name}; give the --hf-base of this model"
+        )
+    # The dtype of the config is made to fit what is written; it contradicts nothing.
+    named = config.get("dtype") or config.get("torch_dtype") or dtype
+    if composed is not None:
+        differing = composed.differences(config, model.parts)
+    else:
+        differing = differences(config, replace(spec, dtype=named))
+    if differing and composed is not None:
+        config = composed.merge_config(config, model.parts)
+    elif differing:
+        config = merge_config(config, spec)
+    if differing:
+        notes += [f"{CONFIG}, the source wins: {line}" for line in differing]
+    changed = _set_dtype(config, dtype)
+    for part in (p for p in ("text_config", "vision_config") if isinstance(config.get(p), dict)):
+        if composed is not None and {"dtype", "torch_dtype"} & config[part].keys():
+            changed |= _set_dtype(config[part], dtype)
+    if changed or differing:
+        files[CONFIG] = dump_config(config)
+    return files, tuple(notes)
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
+    """Make a config say what was written; return whether it said something else."""
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if config.get(key) == dtype:
+        return False
+    config[key] = dtype
+    return True
+
+
+def weight_files(
+    tensors: Mapping[str, LazyTensor], options: Mapping[str, Any]
+) -> Iterator[FilePlan]:
+    """Yield the weight files of a model, as the options of the saver want them, and their index.
+
+    Source of the names: huggingface/transformers src/transformers/utils/__init__.py (WEIGHTS_NAME,
+    SAFE_WEIGHTS_NAME) @ v4.57.1.
+    """
+    shards = list(_shards(tensors, parse_size(options.get("max_shard_size") or "5GB")))
+    as_bin = options.get("weight_files") == "bin"
+    stem, suffix = ("pytorch_model", ".bin") if as_bin else ("model", ".safetensors")
+    paths = _shard_names(stem, suffix, len(shards))
+    for path, shard in zip(paths, shards, strict=True):
+        if as_bin:
+            yield torch_zip.plan_file(path, shard)
+        else:
+            yield safetensors.plan_file(path, in_library_order(shard))
+    yield from _index(f"{stem}{suffix}.index.json", paths, shards, tensors)
+
+
+def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[dict[str, LazyTensor]]:
+    """Yield the tensors in their order, as many at once as ``limit`` bytes hold, at least one."""
+    shard: dict[str, LazyTensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _shard_names(stem: str, suffix: str, count: int) -> list[str]:
+    if count == 1:
+        return [f"{stem}{suffix}"]
+    return [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)]
+
+
+def _index(
+    name: str,
+    paths: list[str],
+    shards: list[dict[str, LazyTensor]],
+    tensors: Mapping[str, LazyTensor],
+) -> Iterator[FilePlan]:
+    """Yield the index of several shards: where every tensor is, and the size of all."""
+    if len(shards) == 1:
+        return
+    homes = {key: path for path, shard in zip(paths, shards, strict=True) for key in shard}
+    totals = {
+        "total_parameters": sum(tensor.numel for tensor in tensors.values()),
+        "total_size": sum(tensor.nbytes for tensor in tensors.values()),
+    }
+    index = {"metadata": totals, "weight_map": dict(sorted(homes.items()))}
+    content = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+    yield from literal_files({name: content})
+
+
+def in_library_order(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return the tensors as the safetensors library orders them in a file.
+
+    With it, the file is byte for byte the one that transformers writes.
+
+    Source: safetensors:safetensors/src/tensor.rs@v0.6.2, prepare: falling alignment, then name.
+    """
+    order = sorted(tensors, key=lambda name: (-ITEMSIZE[tensors[name].dtype], name))
+    return {name: tensors[name] for name in order}
+
+
+@hookimpl
+def register_savers(register: Callable[[Saver], None]) -> None:
+    """Register the saver."""
+    register(HfSaver())

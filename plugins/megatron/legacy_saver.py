@@ -1,0 +1,145 @@
+"""Save a checkpoint of a legacy Megatron model, one from before Megatron Core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import click
+
+from ckptx.errors import PlanError
+from ckptx.model.pipeline_parallel import Pipeline, describe
+from ckptx.model.spec import ModelSpec
+from ckptx.plugins.megatron import per_rank as ranks
+from ckptx.plugins.megatron.directory import SIDECARS
+from ckptx.plugins.megatron.forms import LEGACY
+from ckptx.plugins.megatron.options import (
+    LEGACY_CAPABILITIES,
+    iteration_option,
+    parallel_options,
+    tokenizer_model_option,
+    transformer_impl_option,
+    vocabulary_multiple_option,
+    vocabulary_options,
+)
+from ckptx.plugins.megatron.target_parallelism import (
+    check_tensor_parallel,
+    choose,
+    parallel_sizes,
+    repad,
+)
+from ckptx.plugins.megatron.torch_dist import Target
+from ckptx.protocol.contracts import SavePlan, Saver
+from ckptx.protocol.hookspecs import hookimpl
+from ckptx.protocol.messages import Message
+from ckptx.protocol.model import check_messages, collect
+from ckptx.registry.families import family_named
+from ckptx.schemas.conventions import legacy
+from ckptx.schemas.families import bert
+from ckptx.schemas.megatron_settings.args import launch_flags
+from ckptx.storage.file_plan import literal_files
+
+
+class LegacySaver:
+    """Writes what Megatron loads with ``--use-legacy-models``, in ``checkpoint_version`` 3."""
+
+    name = "legacy"
+    capabilities: Mapping[str, Any] = LEGACY_CAPABILITIES
+
+    def options(self) -> list[click.Option]:
+        """Return the options for parallel layout and vocabulary."""
+        return [
+            *parallel_options(),
+            *vocabulary_options(),
+            vocabulary_multiple_option(),
+            tokenizer_model_option(),
+            transformer_impl_option("saver", "local"),
+            iteration_option(),
+        ]
+
+    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+        """Return the plan of one iteration directory below the target root.
+
+        Raises:
+            SchemaError: a legacy model cannot be what the messages describe.
+            PlanError: the parallel sizes do not fit the model, or legacy models.
+        """
+        model = collect(messages)
+        spec = model.spec
+        layout = family_named(spec.family).layout("legacy")
+        legacy.check(spec)
+        check_messages(model, layout)
+        _check_implementation(options)
+        tp, pipeline = parallel_sizes(model, options)
+        _check_parallel(spec, tp, pipeline)
+        chosen = choose(model, options)
+        dropped = repad(model, chosen)
+        chunks = chosen.chunks(spec)
+        stage = ranks.stored_ranks(tp, chosen.ep, chosen.etp)
+        args = chosen.args(model, options, stage, transformer_impl="local", ckpt_format="torch")
+        args |= legacy.to_args(spec)
+        target = Target(layout, (), stage, chunks, args, chosen.number)
+        return SavePlan(
+            [
+                *ranks.plan(model, target, pipeline.pp, LEGACY),
+                *literal_files(model.begin.sidecars, SIDECARS),
+            ],
+            directory=chosen.directory,
+            pointers=chosen.pointers,
+            dropped=dropped,
+            notes=(*legacy.notes(spec), *_group_notes(spec, tp), *bert.type_notes(spec)),
+            stages=describe(chunks),
+            load_hint=" ".join(
+                [
+                    bert.script(spec),
+                    "--load {target} --use-checkpoint-args --ckpt-format torch",
+                    *legacy.launch_flags(spec),
+                    f"--tensor-model-parallel-size {tp}",
+                    *pipeline.flags(),
+                    *([f"--expert-model-parallel-size {chosen.ep}"] if spec.num_experts else []),
+                    *launch_flags(spec),
+                    *bert.launch_flags(spec),
+                ]
+            ),
+            details={"checkpoint_version": legacy.VERSION, **chosen.details()},
+        )
+
+
+def _check_implementation(options: Mapping[str, Any]) -> None:
+    if options.get("saver_transformer_impl") == "transformer_engine":
+        raise PlanError(
+            "--saver-transformer-impl transformer_engine: the layers of a legacy model are then "
+            "Transformer Engine's own, whose names ckptx does not know; leave it at local"
+        )
+
+
+def _group_notes(spec: ModelSpec, tp: int) -> list[str]:
+    """Return what keeps several query groups of one rank from running."""
+    groups = spec.num_query_groups // tp
+    if groups == 1 or spec.num_query_groups == spec.num_attention_heads:
+        return []
+    return [
+        f"{groups} query groups per rank: ParallelAttention of legacy models (core 0.12 to 0.16) "
+        "cannot view their queries and stops in the first forward pass; make .view there .reshape, "
+        f"or use --tp {spec.num_query_groups}"
+    ]
+
+
+def _check_parallel(spec: ModelSpec, tp: int, pipeline: Pipeline) -> None:
+    """Refuse sizes that legacy models cannot have, though Megatron Core has them."""
+    check_tensor_parallel(spec, tp)
+    if spec.num_query_groups % tp:
+        raise PlanError(
+            f"tensor-parallel size {tp} does not divide {spec.num_query_groups} query groups, as "
+            "it must for legacy models"
+        )
+    if pipeline != Pipeline(pipeline.pp, pipeline.vpp):
+        raise PlanError(
+            f"{pipeline}: legacy models spread their layers evenly; give --pp (and --vpp) alone"
+        )
+
+
+@hookimpl
+def register_savers(register: Callable[[Saver], None]) -> None:
+    """Register the saver."""
+    register(LegacySaver())

@@ -1,0 +1,577 @@
+"""The per-rank form: ``mp_rank_TT[_PPP]/model_optim_rng.pt``, one file per model-parallel rank.
+
+Layers are numbered from 0 in every pipeline chunk; with virtual stages a file holds ``model0``,
+``model1``, ... instead of ``model``. Gated weights hold each rank's gate and up rows together.
+Models of Megatron Core and legacy ones differ in what ``model`` is: a `Form`.
+
+Source: NVIDIA/Megatron-LM megatron/training/checkpointing.py @ core_v0.16.1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ckptx.containers import torch_zip
+from ckptx.containers.copies import refuse_copies
+from ckptx.containers.pickle_values import Namespace
+from ckptx.errors import FormatError, PlanError, SchemaError, listing
+from ckptx.model.canonical_names import layer_of
+from ckptx.model.layout import Layout, Parts, rule
+from ckptx.model.pipeline_parallel import Chunk, Pipeline, stage_ranks
+from ckptx.model.sharding import Rank, Shards, Taker, give
+from ckptx.model.spec import ModelSpec
+from ckptx.plugins.megatron.directory import RANK_FILES, IterationDirectory
+from ckptx.plugins.megatron.forms import CORE, Form, form_of
+from ckptx.plugins.megatron.source import (
+    ENGINE_STATE,
+    Apart,
+    Source,
+    args_of,
+    nothing_apart,
+    stored_bytes,
+)
+from ckptx.plugins.megatron.torch_dist import Target, applies, holds
+from ckptx.protocol.from_names import main_dtype
+from ckptx.protocol.messages import WEIGHTS_ONLY, Dropped, SourceTensor, Tensors
+from ckptx.protocol.model import Model
+from ckptx.storage.file_plan import FilePlan
+from ckptx.tensors.lazy import Filled, LazyTensor, Stored, replicated
+
+_SAME = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "num_layers",
+    "hidden_size",
+    "num_experts",
+)
+
+
+_RANK_NAME = re.compile(r"mp_rank_\d{2,}(_\d{3,}){0,2}")
+_LAYER = re.compile(r"(?:language_model\.)?(?:decoder|encoder|transformer)\.layers\.(\d+)\.")
+_FINAL_NORM = "decoder.final_layernorm.weight"
+
+
+def _as_it_is(state: Any, _: Path) -> Any:
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """How a framework names the file of a rank, and what it puts into it."""
+
+    names: Sequence[str] = RANK_FILES
+    """Those that it may have."""
+    state: Callable[[Any, Path], Any] = _as_it_is
+    """Returns what a file holds as Megatron has it: a dictionary with ``model`` or ``model0``..."""
+
+
+MEGATRON_FILES = Files()
+
+
+def directory_name(rank: Rank, pp_rank: int, pp: int) -> str:
+    """Return the name of a rank's directory.
+
+    The pipeline and the expert rank show only where there are several, so a name alone does not
+    say which of the two its second number is.
+
+    Examples:
+        >>> directory_name(Rank(2, 1), 0, 1), directory_name(Rank(2, 1, ep=2, ep_rank=1), 0, 2)
+        ('mp_rank_01', 'mp_rank_01_000_001')
+    """
+    name = f"mp_rank_{rank.tp_rank:02d}"
+    name += f"_{pp_rank:03d}" if pp > 1 else ""
+    return name + (f"_{rank.ep_rank:03d}" if rank.ep > 1 else "")
+
+
+def stored_ranks(tp: int, ep: int, etp: int) -> list[Rank]:
+    """Return the ranks of a stage that have a directory.
+
+    Raises:
+        PlanError: two ranks with different expert shards would have one name.
+    """
+    named: dict[tuple[int, int], Rank] = {}
+    for rank in stage_ranks(tp, ep, etp):
+        known = named.setdefault((rank.tp_rank, rank.ep_rank), rank)
+        if known.etp_rank != rank.etp_rank:
+            raise PlanError(
+                f"expert-tensor-parallel size {etp} with tensor-parallel size {tp}: Megatron names "
+                "the files of several ranks alike and overwrites them; use --ckpt-format torch_dist"
+            )
+    return list(named.values())
+
+
+@dataclass(slots=True)
+class _Rank:
+    """One rank's file: its weights per virtual stage, everything else by size."""
+
+    path: Path
+    args: dict[str, Any]
+    iteration: Any
+    version: Any
+    models: list[dict[str, LazyTensor]]
+    states: int
+    """Bytes of extra states."""
+    other: dict[str, int]
+
+
+def form_in(checkpoint: IterationDirectory) -> Form:
+    """Return which kind of model the first rank's file holds.
+
+    Raises:
+        FormatError: the file is damaged or holds no model.
+    """
+    path = _file(_directories(checkpoint.path)[0], MEGATRON_FILES)
+    state = torch_zip.read(path, 0).value
+    args_of(state, path)
+    return form_of(next(_models(state, path))[1])
+
+
+def read(
+    checkpoint: IterationDirectory,
+    form: Form = CORE,
+    completed: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
+    kind: Files = MEGATRON_FILES,
+    apart: Apart = nothing_apart,
+) -> Source:
+    """Read the pickles of every rank; ``completed`` returns their args as they are to be taken.
+
+    Raises:
+        FormatError: a rank is missing, superfluous, damaged or of another run.
+    """
+    directory = checkpoint.path
+    found = _directories(directory)
+    first = _read_rank(_file(found[0], kind), 0, form, kind)
+    args = completed(first.args)
+    if args:
+        tp = args.get("tensor_model_parallel_size") or _numbers(found, 2)
+        pp = args.get("pipeline_model_parallel_size") or 1
+        ep, etp = expert_sizes(args, tp)
+    else:
+        tp, pp, ep = _sizes_by_name(found, kind)
+        etp = tp
+    ranks = stored_ranks(tp, ep, etp)
+    names = [directory_name(rank, pp_rank, pp) for pp_rank in range(pp) for rank in ranks]
+    _check_directories(directory, names, [path.name for path in found])
+    paths = [_file(directory / name, kind) for name in names]
+    grid = [_read_rank(path, number, form, kind) for number, path in enumerate(paths)]
+    for rank in grid:
+        _check_same_run(first, rank)
+    _check_copies(grid, ranks)
+    _check_order(grid, ranks)
+    weights = {
+        f"{rank.path.parent.name}:{index}:{name}": tensor
+        for rank in grid
+        for index, model in enumerate(rank.models)
+        for name, tensor in model.items()
+    }
+    others: dict[str, list[LazyTensor]] = {}
+    for model in (model for rank in grid for model in rank.models):
+        for name in [name for name, tensor in model.items() if apart(name, tensor)]:
+            others.setdefault(name, []).append(model.pop(name))
+
+    def messages(layout: Layout, parts: Parts) -> Iterator[Tensors]:
+        pipeline = _pipeline(args, grid, len(ranks), parts["language"])
+        return _messages(grid, ranks, pipeline, layout, parts, form)
+
+    return Source(
+        directory,
+        args,
+        tuple(map(str, paths)),
+        tuple(SourceTensor(name, tensor) for name, tensor in weights.items()),
+        list(_dropped(grid)),
+        main_dtype(weights) if weights else "bfloat16",
+        messages,
+        grid[0].models[0],
+        tp,
+        first.version,
+        others,
+    )
+
+
+def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
+    """Return the expert- and expert-tensor-parallel sizes that args say; 1 and TP without experts.
+
+    Raises:
+        FormatError: the experts do not divide by them.
+    """
+    experts = args.get("num_experts")
+    if not experts:
+        return 1, tp
+    ep = args.get("expert_model_parallel_size") or 1
+    if experts % ep:
+        raise FormatError(
+            f"the args say {experts} experts over expert-parallel size {ep}, which does not divide "
+            "them; they do not belong to this checkpoint"
+        )
+    return ep, args.get("expert_tensor_parallel_size") or tp
+
+
+def plan(model: Model, target: Target, pp: int, form: Form = CORE) -> Iterator[FilePlan]:
+    """Yield one file per rank."""
+    yield from torch_zip.plan_files(_states_of_ranks(model, target, pp, form))
+
+
+def _states_of_ranks(
+    model: Model, target: Target, pp: int, form: Form
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield path and content of every rank's file."""
+    virtual = any(chunk.vpp_rank for chunk in target.chunks)
+    args = Namespace(**target.args)
+    for pp_rank in range(pp):
+        chunks = [chunk for chunk in target.chunks if chunk.pp_rank == pp_rank]
+        shares: list[dict[Any, Any]] = [{} for _ in chunks]
+        for rank in target.ranks:
+            state: dict[str, Any] = {
+                "args": args,
+                "checkpoint_version": 3.0,
+                "iteration": target.iteration,
+            }
+            for chunk, shared in zip(chunks, shares, strict=True):
+                key = f"model{chunk.vpp_rank}" if virtual else "model"
+                state[key] = form.stored(_state_dict(model, target, chunk, rank, form, shared))
+            path = f"{directory_name(rank, pp_rank, pp)}/{RANK_FILES[0]}"
+            yield path, state
+
+
+def _state_dict(
+    model: Model,
+    target: Target,
+    chunk: Chunk,
+    rank: Rank,
+    form: Form,
+    shares: dict[Any, Any],
+) -> dict[str, Any]:
+    """Return what one rank's ``model`` holds for one pipeline chunk, by name."""
+    named: dict[str, Any] = {}
+    for held in target.layout.held(model.parts):
+        message, layer = held.message, held.layer
+        if not _stores(chunk, message, layer):
+            continue
+        local = _local(chunk, message, layer)
+        named.update(give(held.rules, model.messages[message], held.spec, local, rank, shares))
+        if message != "output layer":
+            named.update(_states(held.spec, target, message, layer, local, rank))
+    if chunk.output and model.spec.tied and not chunk.embedding:
+        embedding = model.messages["embeddings"]["word embeddings"]
+        named[form.tied_copy(target.layout)] = embedding.chunk(0, rank.tp, rank.tp_rank)
+    if chunk.output:
+        # The module is there even where its weight is not.
+        named.update(_states(model.spec, target, "output layer", None, None, rank))
+    return named
+
+
+def _stores(chunk: Chunk, message: str, layer: int | None) -> bool:
+    """Return whether a chunk's file has a message; multi-token prediction embeds for itself."""
+    return holds(chunk, message, layer) or (message == "embeddings" and chunk.mtp)
+
+
+def _local(chunk: Chunk, message: str, layer: int | None) -> int | None:
+    """Return the number that a layer has in the file of its chunk."""
+    return layer if layer_of(message) is None else chunk.layers.index(layer or 0)
+
+
+def _states(
+    spec: ModelSpec, target: Target, message: str, layer: int | None, local: int | None, rank: Rank
+) -> Iterator[tuple[str, Any]]:
+    for state in target.states:
+        if applies(state, spec, message, layer):
+            value = Filled("uint8", (0,)) if state.engine else None
+            experts = (spec.num_experts or 0) // rank.ep if "{expert}" in state.module else 1
+            for expert in range(experts):
+                yield f"{state.module.format(layer=local, expert=expert)}._extra_state", value
+
+
+def _messages(
+    grid: list[_Rank],
+    ranks: list[Rank],
+    pipeline: Pipeline,
+    layout: Layout,
+    parts: Parts,
+    form: Form,
+) -> Iterator[Tensors]:
+    spec = parts["language"]
+    chunks = pipeline.chunks(spec.num_layers, spec.mtp_num_layers)
+    virtual = max(chunk.vpp_rank for chunk in chunks) + 1
+    for rank in grid:
+        if len(rank.models) != virtual:
+            raise FormatError(
+                f"{rank.path}: holds {len(rank.models)} virtual stages, the args say {virtual}"
+            )
+    width = len(ranks)
+    left = {
+        (chunk.pp_rank, chunk.vpp_rank): [
+            dict(rank.models[chunk.vpp_rank])
+            for rank in grid[chunk.pp_rank * width : (chunk.pp_rank + 1) * width]
+        ]
+        for chunk in chunks
+    }
+    stages = {}
+    for (pp_rank, vpp_rank), shards in left.items():
+        labels = [f"{rank.path.parent.name}: " for rank in grid[pp_rank * width :][:width]]
+        stages[pp_rank, vpp_rank] = Shards.of_grid(shards, ranks, labels)
+    taker = Taker(layout, spec)
+    found = {}
+    part_of = {}
+    for held in layout.held(parts):
+        message, layer = held.message, held.layer
+        part_of[message] = held.part
+        own = taker.of(held.spec)
+        copies = []
+        for chunk in (c for c in chunks if _stores(c, message, layer)):
+            stage = stages[chunk.pp_rank, chunk.vpp_rank]
+            label = f"{grid[chunk.pp_rank * width].path.parent.name}: "
+            copies.append(own.take(held.rules, stage, _local(chunk, message, layer), label))
+        keys = set.intersection(*map(set, copies))
+        found[message] = {k: replicated([c[k] for c in copies]) for k in copies[0] if k in keys}
+    if spec.tied:
+        last = next(chunk for chunk in chunks if chunk.output)
+        copy = form.tied_copy(layout)
+        _join_tied(found, stages[last.pp_rank, last.vpp_rank], taker, copy)
+    taker.finish(
+        [
+            f"{grid[pp_rank * width + number].path.parent.name}: {name}"
+            for (pp_rank, _), shards in left.items()
+            for number, shard in enumerate(shards)
+            for name in shard
+        ]
+    )
+    return (
+        Tensors(message, tensors, part_of[message]) for message, tensors in found.items() if tensors
+    )
+
+
+def _join_tied(
+    found: dict[str, dict[str, LazyTensor]], shards: Shards, taker: Taker, name: str
+) -> None:
+    """Make the copy of tied embeddings that the last stage holds a replica of the first's."""
+    embeddings = found["embeddings"]
+    held = any(name in shard for copies in shards.dense for shard in copies)
+    if "word embeddings" not in embeddings or not held:
+        return
+    copy = taker.take([rule("weight", name, tp=0)], shards, None, "tied copy: ")
+    if copy:
+        pair = [embeddings["word embeddings"], copy["weight"]]
+        embeddings["word embeddings"] = replicated(pair)
+
+
+def _read_rank(path: Path, number: int, form: Form, kind: Files) -> _Rank:
+    state = kind.state(torch_zip.read(path, number).value, path)
+    args = args_of(state, path)
+    models: list[dict[str, LazyTensor]] = []
+    states = 0
+    held = dict(_models(state, path))
+    for key, entries in held.items():
+        other = form_of(entries)
+        if other is not form:
+            advice = f"use --loader {other.name} (--from {other.name})"
+            if number:
+                advice = "the rank files are of different runs"
+            raise FormatError(
+                f"{path}: {key!r} is of {other.meaning}, not of {form.meaning}; {advice}"
+            )
+        try:
+            named = form.named(entries)
+        except SchemaError as error:
+            raise FormatError(f"{path}: {key!r}: {error}") from error
+        weights = {n: v for n, v in named.items() if not n.endswith("_extra_state")}
+        unknown = [name for name, value in weights.items() if not isinstance(value, Stored)]
+        if unknown:
+            raise FormatError(f"{path}: {listing(unknown)} of {key!r} are no tensors")
+        models.append(weights)
+        states += stored_bytes([v for n, v in named.items() if n not in weights])
+    known = {*held, "args", "checkpoint_version", "iteration"}
+    rest = {key: stored_bytes(value) for key, value in state.items() if key not in known}
+    version = state.get("checkpoint_version", 0)
+    return _Rank(path, args, state.get("iteration"), version, models, states, rest)
+
+
+def _models(state: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the entries of a file that hold its virtual stages, in order."""
+    keys = [key for key in state if key == "model" or _is_virtual(key)]
+    if not keys:
+        raise FormatError(f"{path}: holds no model ({listing(map(str, state))})")
+    for key in sorted(keys, key=lambda key: int(key.removeprefix("model") or 0)):
+        held = state[key]
+        if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
+            raise FormatError(f"{path}: {key!r} is no dictionary of tensors")
+        yield key, state[key]
+
+
+def _is_virtual(key: object) -> bool:
+    return isinstance(key, str) and key.startswith("model") and key[5:].isdigit()
+
+
+def _file(directory: Path, kind: Files) -> Path:
+    for name in kind.names:
+        if (directory / name).is_file():
+            return directory / name
+    raise FormatError(f"{directory}: holds no {kind.names[0]}; the checkpoint is incomplete")
+
+
+def _directories(directory: Path) -> list[Path]:
+    """Return the directories of all ranks by name."""
+    return sorted(path for path in directory.glob("mp_rank_*") if path.is_dir())
+
+
+def _numbers(found: list[Path], part: int) -> int:
+    """Return how many numbers a part of the ranks' names has; 1 where names have no such part."""
+    return len({tuple(path.name.split("_")[part : part + 1]) for path in found})
+
+
+def _sizes_by_name(found: list[Path], kind: Files) -> tuple[int, int, int]:
+    """Return the tensor-, pipeline- and expert-parallel sizes that the ranks' names say.
+
+    A second number without a third is the pipeline rank, or the expert rank: of several pipeline
+    ranks the first has no final norm.
+
+    Raises:
+        FormatError: a name is none that Megatron gives.
+    """
+    numbers = []
+    for path in found:
+        if not _RANK_NAME.fullmatch(path.name):
+            raise FormatError(
+                f"{path}: expected mp_rank_TT, mp_rank_TT_PPP or mp_rank_TT_PPP_EEE; move away "
+                "what does not belong to this checkpoint"
+            )
+        numbers.append(tuple(map(int, path.name.split("_")[2:])))
+    if len({len(number) for number in numbers}) > 1:
+        raise FormatError(
+            f"{found[0].parent}: {found[0].name} and {found[-1].name} are named for different "
+            "parallel sizes; the directory mixes checkpoints"
+        )
+    sizes = [max(column) + 1 for column in zip(*numbers, strict=True)]
+    if len(sizes) > 1 and set(sizes[1:]) == {1}:
+        raise FormatError(
+            f"{found[0].parent}: {found[-1].name} is named as one of several pipeline or expert "
+            "ranks, of which only the first is there; copy the others"
+        )
+    if len(sizes) == 2:
+        path = _file(found[0], kind)
+        models = dict(_models(kind.state(torch_zip.read(path, 0).value, path), path))
+        if any(_FINAL_NORM in model for model in models.values()):
+            sizes.insert(1, 1)
+    tp, pp, ep = (*sizes, 1, 1)[:3]
+    return tp, pp, ep
+
+
+def _pipeline(args: Mapping[str, Any], grid: list[_Rank], width: int, spec: ModelSpec) -> Pipeline:
+    """Return what args say of the pipeline; the files themselves where there are none."""
+    if args:
+        return Pipeline.from_args({**args, "num_layers": spec.num_layers})
+    stages = grid[::width]
+    counts = [
+        len({match[1] for match in map(_LAYER.match, rank.models[virtual]) if match})
+        for virtual in range(len(grid[0].models))
+        for rank in stages
+        if virtual < len(rank.models)
+    ]
+    if sum(counts) != spec.num_layers:
+        raise FormatError(
+            f"{grid[0].path.parent.parent}: the ranks hold {sum(counts)} layers, the config says "
+            f"{spec.num_layers}; it is not of this model, or ranks are missing"
+        )
+    # Multi-token prediction is where the output is.
+    further = "m" * spec.mtp_num_layers
+    layout = "E" + "|".join("t" * count for count in counts) + further + "L"
+    return Pipeline(len(stages), layout=layout)
+
+
+def _check_directories(directory: Path, expected: list[str], found: list[str]) -> None:
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    if missing:
+        raise FormatError(
+            f"{directory}: {len(missing)} of {len(expected)} rank directories are missing: "
+            f"{listing(missing)}; copy them"
+        )
+    if extra:
+        raise FormatError(
+            f"{directory}: {listing(extra)} do not belong to the {len(expected)} ranks that the "
+            "args name; the directory mixes checkpoints"
+        )
+
+
+def _check_same_run(first: _Rank, rank: _Rank) -> None:
+    for name in _SAME:
+        here, there = first.args.get(name), rank.args.get(name)
+        if here != there:
+            raise FormatError(
+                f"{rank.path}: {name} is {there}, in {first.path.parent.name} it is {here}; the "
+                "rank files are of different runs"
+            )
+    if first.version != rank.version:
+        raise FormatError(
+            f"{rank.path}: checkpoint_version is {rank.version}, in {first.path.parent.name} it is "
+            f"{first.version}; the rank files are of different runs"
+        )
+    if first.iteration != rank.iteration:
+        raise FormatError(
+            f"{rank.path}: is of iteration {rank.iteration}, {first.path.parent.name} of "
+            f"{first.iteration}; the rank files are of different runs"
+        )
+
+
+def _check_copies(grid: Sequence[_Rank], ranks: Sequence[Rank]) -> None:
+    """Raise if one file is in the place of two.
+
+    Expert-parallel ranks hold the same in a stage whose layers are all dense.
+    """
+    alike: dict[int, list[Path]] = {}
+    for number, file in enumerate(grid):
+        ep_rank = ranks[number % len(ranks)].ep_rank
+        experts = any("experts." in name for model in file.models for name in model)
+        alike.setdefault(-1 if experts else ep_rank, []).append(file.path)
+    for paths in alike.values():
+        refuse_copies(paths)
+
+
+def _check_order(grid: list[_Rank], ranks: Sequence[Rank]) -> None:
+    """Raise if files are in each other's place, as far as their args tell.
+
+    Megatron saves the args of the process: its ``rank`` grows with the tensor-parallel rank, and
+    with the pipeline rank. Tools that convert have one rank in all files, or none.
+
+    Source: NVIDIA/Megatron-LM megatron/core/parallel_state.py (RankGenerator: "tp-cp-ep-dp-pp" and
+    "tp-cp-ep-pp-dp") @ core_v0.16.1.
+    """
+    if len({rank.args.get("rank") for rank in grid}) < 2:
+        return
+    held: dict[tuple[str, int], list[_Rank]] = {}
+    for number, file in enumerate(grid):
+        pp_rank, index = divmod(number, len(ranks))
+        rank = ranks[index]
+        if rank.ep_rank == 0:  # the files of other experts are of other data-parallel ranks
+            held.setdefault(("tensor", pp_rank), []).append(file)
+            held.setdefault(("pipeline", rank.tp_rank), []).append(file)
+    for (axis, *_), files in held.items():
+        for before, after in pairwise(files):
+            low, high = before.args.get("rank"), after.args.get("rank")
+            if type(low) is int and type(high) is int and low >= high:
+                raise FormatError(
+                    f"{after.path}: its args are of rank {high}, expected one above {low}, which "
+                    f"{before.path.parent.name} of the {axis}-parallel rank before is of; the "
+                    "files are in each other's place, copy them again"
+                )
+
+
+def _dropped(grid: list[_Rank]) -> Iterator[Dropped]:
+    states = sum(rank.states for rank in grid)
+    if states:
+        yield Dropped("_extra_state tensors", ENGINE_STATE, states)
+    totals: dict[str, int] = {}
+    for rank in grid:
+        for key, size in rank.other.items():
+            totals[key] = totals.get(key, 0) + size
+        for file in rank.path.parent.iterdir():
+            if file != rank.path and file.is_file():
+                totals[file.name] = totals.get(file.name, 0) + file.stat().st_size
+    for key, size in totals.items():
+        yield Dropped(key, WEIGHTS_ONLY, size)

@@ -1,0 +1,1 @@
+"""Files that PyTorch writes: plain ``.pt`` and ``torch.distributed.checkpoint``."""

@@ -1,0 +1,170 @@
+"""What the plugins for checkpoints of training frameworks share: a model's names and small files.
+
+Source of the prefixes: torch:torch/distributed/{fsdp,algorithms/_checkpoint}, torch/_dynamo @
+v2.13.0; of the folders: huggingface/accelerate src/accelerate/utils/fsdp_utils.py @ v1.15.0,
+volcengine/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ 01ee5e0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ckptx.errors import FormatError, listing
+from ckptx.hf_models.directory import hf_messages, sidecars
+from ckptx.model.canonical_names import dimensions, keys_of
+from ckptx.model.sharding import give
+from ckptx.protocol.messages import Begin, Dropped, Message
+from ckptx.protocol.sidecars import CONFIG, read_config
+from ckptx.registry.families import family_of, parts_from_config
+from ckptx.schemas.conventions import transformers_memory as in_memory
+from ckptx.tensors.lazy import Filled, LazyTensor, Shape
+
+T = TypeVar("T", bound=LazyTensor)
+
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
+"""What FSDP 1, activation checkpointing, torch.compile and DDP put into names."""
+_BESIDE = ("huggingface", "hf_config", "tokenizer")
+
+
+def unwrapped(tensors: Mapping[str, T], source: Path) -> dict[str, T]:
+    """Return the tensors under the names that they have without wrappers.
+
+    Raises:
+        FormatError: two tensors have one name then.
+    """
+    found: dict[str, T] = {}
+    for name, tensor in tensors.items():
+        plain = name
+        for word in WRAPPERS:
+            plain = plain.replace(f".{word}", ".").removeprefix(word)
+        if plain in found:
+            raise FormatError(f"{source}: {name!r} and another tensor are both {plain!r}")
+        found[plain] = tensor
+    return found
+
+
+def trained_messages(
+    begin: Begin,
+    tensors: Mapping[str, LazyTensor],
+    notes: tuple[str, ...],
+    dropped: tuple[Dropped, ...],
+    options: Mapping[str, Any],
+) -> Iterator[Message]:
+    """Yield the messages of a model whose tensors have the names of memory, as `hf_messages`."""
+    tensors, remarks = named_as_in_files(tensors, begin.sidecars, begin.root)
+    notes = (*notes, *remarks)
+    yield from hf_messages(
+        *(begin, tensors, notes, options.get("dtype"), dropped, options), in_memory.renamer
+    )
+
+
+def named_as_in_files(
+    tensors: Mapping[str, LazyTensor], files: Mapping[str, bytes], place: object
+) -> tuple[Mapping[str, LazyTensor], tuple[str, ...]]:
+    """Return the tensors under the names that model directories have, and remarks.
+
+    The config among ``files`` says which model it is; without one names stay as they are.
+
+    Raises:
+        SchemaError: two tensors have one name then.
+    """
+    config = read_config(files, place)
+    if config is None:
+        return tensors, ()
+    found = in_memory.in_files(tensors, config)
+    return found, in_memory.remarks(
+        *(tensors, found, config),
+        changed="they were given those of its files",
+        kept="those of the source are kept",
+    )
+
+
+def strip_option() -> click.Option:
+    """Return ``--strip-prefix``, which loaders declare alike."""
+    return click.Option(
+        ["--strip-prefix"],
+        multiple=True,
+        metavar="PREFIX",
+        help="Take this from the start of names, as 'actor.'. Repeatable; what FSDP, DDP, "
+        "activation checkpointing and torch.compile add is taken anyway.",
+    )
+
+
+def plain_names(
+    tensors: Mapping[str, T], options: Mapping[str, Any], source: Path
+) -> tuple[dict[str, T], tuple[str, ...]]:
+    """Return the tensors without the prefixes of ``--strip-prefix`` and of wrappers, and remarks.
+
+    Raises:
+        FormatError: a prefix is that of no name, or two tensors have one name then.
+    """
+    notes: list[str] = []
+    named = dict(tensors)
+    for prefix in options.get("strip_prefix") or ():
+        count = sum(name.startswith(prefix) for name in named)
+        if not count:
+            raise FormatError(
+                f"{source}: no name starts with --strip-prefix {prefix!r}; names are as "
+                f"{listing(named, 2)}"
+            )
+        others = {name for name in named if not name.startswith(prefix)}
+        clash = sorted(
+            name for name in named if name not in others and name[len(prefix) :] in others
+        )
+        if clash:
+            raise FormatError(
+                f"{source}: {clash[0]!r} without --strip-prefix is the name of another tensor"
+            )
+        named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
+        notes.append(f"{prefix!r} was taken from the start of {count} of {len(named)} names")
+    plain = unwrapped(named, source)
+    found = [
+        word
+        for word in WRAPPERS
+        if any(name.startswith(word) or f".{word}" in name for name in named)
+    ]
+    if plain.keys() != named.keys():
+        notes.append(f"names of wrappers were taken out: {', '.join(found)}")
+    return plain, tuple(notes)
+
+
+def beside(source: Path) -> dict[str, bytes]:
+    """Return the sidecars of the nearest directory that has a config: here, or above."""
+    for directory in (source, *list(source.absolute().parents)[:2]):
+        for place in (directory, *(directory / name for name in _BESIDE)):
+            if (place / CONFIG).is_file():
+                return sidecars(place)
+    return {}
+
+
+def shapes_of_config(files: Mapping[str, bytes], place: object) -> dict[str, Shape]:
+    """Return the shapes of a model by Hugging Face's names, in its order, as its config says them.
+
+    None where there is no config, or no schema knows its model.
+    """
+    config = read_config(files, place)
+    family = family_of(config) if config else None
+    if config is None or family is None:
+        return {}
+    shapes: dict[str, Shape] = {}
+    for held in family.layout("hf").held(parts_from_config(family, config)):
+        values = {**dimensions(held.spec), "vocab": held.spec.vocab_size or 0}
+        known = keys_of(held.message, held.spec)
+        named = [key for entry in held.rules for key in entry.keys]
+        sizes = {key: [values.get(symbol) or 0 for symbol in known[key].shape] for key in named}
+        if any(0 in shape for shape in sizes.values()):
+            continue  # the config does not say them
+        message = {key: Filled("float32", tuple(shape)) for key, shape in sizes.items()}
+        given = give(held.rules, message, held.spec, held.layer)
+        shapes |= {name: tensor.shape for name, tensor in given.items()}
+    return shapes
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files below a directory."""
+    files = [path] if path.is_file() else (one for one in path.rglob("*") if one.is_file())
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,216 @@
+"""Load one ``.pt`` file that holds the state dict of a whole model.
+
+RLinf's containers: RLinf/RLinf rlinf/hybrid_engines/fsdp/strategy/checkpoint.py @ 85104b9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptx.containers import torch_zip
+from ckptx.containers.sharded import is_sharded
+from ckptx.errors import FormatError, listing
+from ckptx.hf_models.directory import base_sidecars, sidecars
+from ckptx.hf_models.lora.extract import adapter_options
+from ckptx.hf_models.weights import Weights, fill_from_base
+from ckptx.model.layout import Parts
+from ckptx.plugins.megatron.source import args_of
+from ckptx.plugins.pytorch.module_names import plain_names, strip_option, trained_messages
+from ckptx.plugins.pytorch.state_dict import (
+    DIRECTORY_FILE,
+    layout_of,
+    layout_option,
+    layout_option_value,
+)
+from ckptx.protocol.contracts import Loader
+from ckptx.protocol.from_names import inventory, named_messages, passthrough
+from ckptx.protocol.hookspecs import hookimpl
+from ckptx.protocol.messages import WEIGHTS_ONLY, Begin, Dropped, End, Message
+from ckptx.protocol.sidecars import read_config
+from ckptx.registry.families import family_named, family_of, parts_from_config
+from ckptx.schemas.conventions import legacy
+from ckptx.schemas.megatron_settings.args import spec_from_args
+from ckptx.tensors.lazy import LazyTensor, Stored
+
+_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
+_CONTAINERS = ("fsdp_checkpoint", "model", "state_dict", "model_state_dict", "module")
+"""Keys under which state dicts lie, one in another too: ``fsdp_checkpoint`` is RLinf's."""
+_DEEPEST = 5
+"""Containers, one in another; a pickle may hold itself."""
+_LOCAL_SHARDS = "local_shard_checkpoint"
+_CONVENTIONS = {"hf": "hf", "core": "mcore", "legacy": "legacy"}
+
+
+class PytorchLoader:
+    """Reads the extents of the tensors from the file's own pickle; nothing of it is executed."""
+
+    name = "pytorch"
+    capabilities: Mapping[str, Any] = {
+        "formats": ["torch.save"],
+        "layouts": ["hf", "mcore", "legacy"],
+        "passthrough": True,
+        "lossless": True,
+    }
+
+    def options(self) -> list[click.Option]:
+        """Return ``--layout``, ``--strip-prefix`` and the options for adapters."""
+        return [layout_option(), strip_option(), *adapter_options()]
+
+    def detect(self, source: Path) -> bool:
+        """Return whether the source is a zip archive with a name that torch files have."""
+        file = _file_of(source)
+        if not file.is_file() or file.suffix not in _SUFFIXES:
+            return False
+        with file.open("rb") as stream:
+            return stream.read(4) == b"PK\3\4"
+
+    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+        """Yield the model; names that no schema knows pass through."""
+        source = _file_of(source)
+        if not source.is_file():
+            raise FormatError(f"{source}: expected one file of torch.save")
+        if source.parent.name == _LOCAL_SHARDS:
+            raise FormatError(
+                f"{source}: is one rank's share; give the directory with those of all ranks, "
+                f"{source.parent}"
+            )
+        value = torch_zip.read(source, 0).value
+        stored, others, remarks = state_dict(value, source)
+        tensors = stored
+        if layout_of(stored) == "hf":
+            tensors, renamed = plain_names(stored, options, source)
+            remarks = (*remarks, *renamed)
+        elif options.get("strip_prefix"):
+            raise FormatError(f"{source}: --strip-prefix is for Hugging Face's names")
+        weights = Weights([source], tensors, dict.fromkeys(tensors, source.name))
+        filled = fill_from_base(weights, options)
+        files = {**_beside(source), **base_sidecars(options)}
+        begin = Begin(
+            format="pytorch",
+            layout=layout_option_value(options) or layout_of(tensors),
+            parts={},
+            files=tuple(map(str, weights.paths)),
+            sources=inventory(weights.tensors),
+            root=str(source.parent),
+            sidecars=files,
+            training={"iteration": value.get("iteration", "release")},
+        )
+        version = value.get("checkpoint_version", 0)
+        args = args_of(value, source)
+        for message in _messages(begin, dict(weights.tensors), args, version, others, options):
+            if isinstance(message, End):
+                message = replace(message, notes=(*remarks, *filled, *message.notes))
+            yield message
+
+
+def state_dict(
+    value: Any, source: Path
+) -> tuple[dict[str, Stored], tuple[Dropped, ...], tuple[str, ...]]:
+    """Return the tensors of a state dict, wherever it lies in a file, what else is there, remarks.
+
+    Raises:
+        FormatError: there is no state dict, or only one rank's part of it.
+    """
+    if not isinstance(value, Mapping):
+        raise FormatError(f"{source}: expected a dictionary, found {type(value).__name__}")
+    inner: Mapping[Any, Any] = value
+    path: list[str] = []
+    others: list[str] = []
+    while (key := _container(inner, len(path))) is not None:
+        others += [str(other) for other in inner if other != key]
+        path.append(key)
+        inner = inner[key]
+    if "language_model" in inner:
+        inner = legacy.flattened(inner)
+    tensors = {str(name): entry for name, entry in inner.items() if isinstance(entry, Stored)}
+    shares = [name for name, entry in inner.items() if is_sharded(entry)]
+    if shares:
+        raise FormatError(
+            f"{source}: {shares[0]!r} is what one rank holds of a tensor; give the directory with "
+            "the files of all ranks to --loader verl"
+        )
+    if not tensors:
+        raise FormatError(
+            f"{source}: holds no state dict of tensors ({listing(map(str, value))} found); known "
+            f"containers: {', '.join(_CONTAINERS)}"
+        )
+    others = [*(str(name) for name in inner if name not in tensors), *others]
+    states = [name for name in others if name.endswith("_extra_state")]
+    dropped = tuple(Dropped(name, WEIGHTS_ONLY) for name in others if name not in states)
+    if held := [name for name in states if inner.get(name) is not None]:
+        dropped += (Dropped(f"{len(held)} _extra_state objects", WEIGHTS_ONLY),)
+    nested = (f"the weights are those of {'.'.join(path)!r}",) if len(path) > 1 else ()
+    return tensors, dropped, nested
+
+
+def _container(value: Mapping[Any, Any], depth: int = 0) -> str | None:
+    """Return the key under which a state dict lies, None if ``value`` is one, or none is below."""
+    if depth == _DEEPEST:
+        return None
+    keys = (key for key in _CONTAINERS if _leads_to_weights(value.get(key), depth + 1))
+    return next(keys, None)
+
+
+def _leads_to_weights(value: Any, depth: int) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    if "language_model" in value or _container(value, depth) is not None:
+        return True
+    return any(isinstance(entry, Stored) or is_sharded(entry) for entry in value.values())
+
+
+def _messages(
+    begin: Begin,
+    tensors: dict[str, LazyTensor],
+    args: Mapping[str, Any],
+    version: Any,
+    others: tuple[Dropped, ...],
+    options: Mapping[str, Any],
+) -> Iterator[Message]:
+    convention = _CONVENTIONS[begin.layout]
+    if convention == "hf":
+        yield from trained_messages(begin, tensors, (), others, options)
+        return
+    config = read_config(begin.sidecars, begin.root)
+    family = family_of(config) if config else None
+    if begin.layout == "legacy":
+        args = legacy.completed(args)
+    parts: Parts
+    if args:
+        parts = {"language": spec_from_args(args)}
+    elif family is not None and config is not None:
+        parts = parts_from_config(family, config)
+    else:
+        yield begin
+        yield passthrough(tensors)
+        note = "no config or args name the model: tensors pass through by name"
+        yield End(others, (note,))
+        return
+    composed = family.name if family is not None and "vision" in parts else ""
+    layout = family_named(composed or parts["language"].family).layout(convention)
+    if begin.layout == "legacy":
+        layout = legacy.ordered(layout, version, parts["language"])
+    training = {**begin.training, "args": args or None}
+    begin = replace(begin, training=training, family=composed)
+    yield from named_messages(begin, tensors, parts, layout, dropped=others)
+
+
+def _file_of(source: Path) -> Path:
+    """Return the file that is meant: a directory is one that the saver has written."""
+    return source / DIRECTORY_FILE if source.is_dir() else source
+
+
+def _beside(source: Path) -> dict[str, bytes]:
+    """Return the sidecars of the directory, if it is a model's and not just any."""
+    return sidecars(source.parent) if (source.parent / "config.json").is_file() else {}
+
+
+@hookimpl
+def register_loaders(register: Callable[[Loader], None]) -> None:
+    """Register the loader."""
+    register(PytorchLoader())

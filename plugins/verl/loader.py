@@ -1,0 +1,348 @@
+"""Load what verl's workers save.
+
+Those of FSDP write one file per rank, with that rank's shares of all tensors; those of Megatron are
+read by `ckptx.plugins.verl.megatron`.
+
+    global_step_10/
+        actor/
+            model_world_size_4_rank_0.pt ...    name -> DTensor, ShardedTensor or plain tensor
+            optim_world_size_4_rank_0.pt ...    extra_state_world_size_4_rank_0.pt ...
+            fsdp_config.json                    {"FSDP_version": 2, "world_size": 4}, in later verl
+            huggingface/                        config, tokenizer
+        critic/  data.pt
+
+Source: volcengine/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ 01ee5e0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptx.containers import torch_zip
+from ckptx.containers.pickle_values import collector_paused
+from ckptx.containers.sharded import Rank, Share, share, whole
+from ckptx.errors import FormatError, listing
+from ckptx.hf_models.directory import base_sidecars
+from ckptx.hf_models.lora.config import TRAINED_LORA
+from ckptx.hf_models.lora.extract import adapter_options
+from ckptx.plugins.pytorch.module_names import (
+    beside,
+    plain_names,
+    size_of,
+    strip_option,
+    trained_messages,
+)
+from ckptx.plugins.verl import extra_state, megatron
+from ckptx.protocol.contracts import Loader
+from ckptx.protocol.hookspecs import hookimpl
+from ckptx.protocol.messages import WEIGHTS_ONLY, Begin, Dropped, Message, SourceTensor
+from ckptx.storage.source_file import read_json
+from ckptx.tensors.lazy import LazyTensor
+
+ACTOR = "actor"
+"""The model that is trained, of those that a step holds."""
+_TRACKER = "latest_checkpointed_iteration.txt"
+_STEP = re.compile(r"global_step_(\d+)")
+_MODEL_FILE = re.compile(r"model_world_size_([1-9]\d{0,5})_rank_(0|[1-9]\d{0,5})\.pt")
+_STATE_FILE = re.compile(r"((?:optim|extra_state)_world_size_\d+_rank_)\d+\.pt")
+_CONFIG = "fsdp_config.json"
+_HUGGINGFACE = "huggingface"
+_OWN = (_CONFIG, megatron.TRANSFORMER_CONFIG, TRAINED_LORA)
+"""Files that look like a model's, and describe the training."""
+_MODELS = (megatron.DISTRIBUTED, megatron.PER_RANK)
+_WEIGHTS = (".safetensors", ".bin", ".index.json")
+
+
+class VerlLoader:
+    """Reads the files of all ranks where they lie; no process group, no model."""
+
+    name = "verl"
+    capabilities: Mapping[str, Any] = {
+        "formats": ["verl (FSDP)", "verl (Megatron)"],
+        "layouts": ["hf"],
+        "passthrough": True,
+        "lossless": True,
+    }
+
+    def options(self) -> list[click.Option]:
+        """Return the options for the model of a step, in the spelling of verl's merger."""
+        return [
+            click.Option(
+                ["--actor-dir"],
+                default=ACTOR,
+                show_default=True,
+                help="Folder of a step whose model is converted: actor or critic.",
+            ),
+            *adapter_options(),
+            strip_option(),
+            click.Option(
+                ["--extra-state"],
+                is_flag=True,
+                help="Of FSDP workers: keep schedulers and random states, in files beside the "
+                "model.",
+            ),
+            click.Option(
+                ["--is-value-model"],
+                is_flag=True,
+                help="Of Megatron workers: insist on a head with one output, which is seen anyway.",
+            ),
+            click.Option(
+                ["--tie-word-embedding"],
+                is_flag=True,
+                help="Of Megatron workers: leave the output layer out; the model is tied.",
+            ),
+        ]
+
+    def detect(self, source: Path) -> bool:
+        """Return whether there are rank files: here, or in the actor of a step."""
+        try:
+            directory, _ = _find(source, ACTOR)
+        except FormatError:
+            # A run whose tracker points nowhere, which `load` will say.
+            return (source / _TRACKER).is_file() and any(source.glob("global_step_*"))
+        return _holds_model(directory)
+
+    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+        """Yield the model; names that no schema knows pass through."""
+        directory, notes = _find(source, options.get("actor_dir") or ACTOR)
+        small = {name: data for name, data in beside(directory).items() if name not in _OWN}
+        begin = Begin(
+            format=self.name,
+            layout="hf",
+            parts={},
+            files=(),
+            sources=(),
+            root=str(directory),
+            sidecars={**small, **base_sidecars(options)},
+            training={"iteration": _iteration(directory)},
+        )
+        wishes = megatron.Wishes(
+            bool(options.get("is_value_model")), bool(options.get("tie_word_embedding"))
+        )
+        left = _left(directory, source, begin.sidecars, bool(options.get("extra_state")))
+        if not _holds_ranks(directory):
+            if options.get("extra_state"):
+                raise FormatError(
+                    f"{directory}: was saved by Megatron workers; --extra-state is for those of "
+                    "FSDP"
+                )
+            yield from megatron.messages(directory, begin, wishes, notes, left)
+            return
+        if wishes != megatron.Wishes():
+            raise FormatError(
+                f"{directory}: was saved by FSDP workers; --is-value-model and "
+                "--tie-word-embedding are for those of Megatron"
+            )
+        files = _rank_files(directory)
+        with collector_paused():
+            found = _read(files, directory)
+        states: dict[str, bytes] = {}
+        if options.get("extra_state"):
+            states, remarks = extra_state.merged(directory, len(files))
+            notes = (*notes, *remarks)
+        begin = replace(
+            begin,
+            files=tuple(str(file.absolute()) for file in files),
+            sources=found.sources,
+            sidecars={**begin.sidecars, **states},
+            parallel={"world_size": len(files)},
+        )
+        dropped = (*found.dropped, *left)
+        tensors, remarks = plain_names(found.tensors, options, directory)
+        yield from trained_messages(begin, tensors, (*notes, *remarks), dropped, options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The tensors of all ranks together, each rank's own, and what is none."""
+
+    tensors: Mapping[str, LazyTensor]
+    sources: tuple[SourceTensor, ...]
+    dropped: tuple[Dropped, ...]
+
+
+def _find(source: Path, actor: str) -> tuple[Path, tuple[str, ...]]:
+    """Return the directory of the rank files, and remarks on how it was chosen.
+
+    Raises:
+        FormatError: ``source`` is neither it, nor a step, nor a run with a tracker.
+    """
+    if _holds_model(source):
+        return source, ()
+    step = source
+    notes: tuple[str, ...] = ()
+    tracker = source / _TRACKER
+    if tracker.is_file():
+        number = tracker.read_text(errors="replace").strip()
+        step = source / f"global_step_{number}"
+        if not number.isdigit() or not step.is_dir():
+            raise FormatError(
+                f"{tracker}: points to global_step_{number:.20}, which is not there; give the "
+                "directory of a step itself"
+            )
+        notes = (f"{step.name} was converted, the latest by {_TRACKER}",)
+    directory = step / actor
+    if not _holds_model(directory):
+        raise FormatError(
+            f"{source}: holds neither model_world_size_W_rank_R.pt (FSDP) nor dist_ckpt or "
+            f"model/mp_rank_TT/model.pt (Megatron), and neither does {directory}; give a step that "
+            "verl has saved, or say which model with --actor-dir"
+        )
+    return directory, notes
+
+
+def _holds_model(directory: Path) -> bool:
+    return directory.is_dir() and (_holds_ranks(directory) or megatron.holds_model(directory))
+
+
+def _holds_ranks(directory: Path) -> bool:
+    return any(map(_MODEL_FILE.fullmatch, _names(directory)))
+
+
+def _names(directory: Path) -> list[str]:
+    return [path.name for path in sorted(directory.iterdir())]
+
+
+def _rank_files(directory: Path) -> list[Path]:
+    """Return the files of all ranks, by rank.
+
+    Raises:
+        FormatError: ranks are missing or too many, or the number of ranks is contradicted.
+    """
+    worlds: dict[int, dict[int, Path]] = {}
+    for match in filter(None, map(_MODEL_FILE.fullmatch, _names(directory))):
+        world, rank = map(int, match.groups())
+        worlds.setdefault(world, {})[rank] = directory / match[0]
+    if len(worlds) > 1:
+        raise FormatError(
+            f"{directory}: holds the files of {' and '.join(map(str, sorted(worlds)))} ranks; "
+            "move away those that do not belong to this checkpoint"
+        )
+    ((world, ranks),) = worlds.items()
+    said = _said_world(directory / _CONFIG)
+    if said is not None and said != world:
+        raise FormatError(
+            f"{directory / _CONFIG}: says {said!r:.40} ranks, the names of the files {world}; they "
+            "are of different runs"
+        )
+    beyond = sorted(rank for rank in ranks if rank >= world)
+    if beyond:
+        raise FormatError(
+            f"{ranks[beyond[0]]}: expected ranks 0 to {world - 1}; move away the file, which is of "
+            "another run"
+        )
+    if len(ranks) < world:
+        names = (f"model_world_size_{world}_rank_{n}.pt" for n in range(world) if n not in ranks)
+        missing = listing(itertools.islice(names, 3))
+        raise FormatError(
+            f"{directory}: {world - len(ranks)} of {world} rank files are missing: {missing}; copy "
+            "them"
+        )
+    return [ranks[rank] for rank in range(world)]
+
+
+def _said_world(config: Path) -> Any:
+    """Return what ``fsdp_config.json`` says of the number of ranks, None without it."""
+    if not config.is_file():
+        return None
+    said = read_json(config)
+    if "world_size" not in said:
+        raise FormatError(f"{config}: expected a JSON object with world_size")
+    return said["world_size"]
+
+
+def _read(files: list[Path], directory: Path) -> _Found:
+    """Return the tensors of which the ranks hold shares.
+
+    Raises:
+        FormatError: a file is damaged, or the ranks do not hold shares of the same tensors.
+    """
+    shares: dict[str, list[Share]] = {}
+    sources: list[SourceTensor] = []
+    dropped: dict[str, int] = {}
+    for number, file in enumerate(files):
+        rank = Rank(str(file), number, len(files))
+        value = torch_zip.read(file, number).value
+        if not isinstance(value, Mapping):
+            raise FormatError(f"{file}: expected a state dict, found {type(value).__name__}")
+        for name, entry in value.items():
+            if entry is None or str(name).endswith("_extra_state"):
+                size = entry.nbytes if isinstance(entry, LazyTensor) else 0
+                dropped[str(name)] = dropped.get(str(name), 0) + size
+                continue
+            found = share(entry, rank, str(name))
+            shares.setdefault(str(name), []).append(found)
+            sources += (
+                SourceTensor(f"rank {number}: {name} at {list(offsets)}", local)
+                for offsets, local in found.boxes
+            )
+        absent = [name for name, held in shares.items() if len(held) != number + 1]
+        if absent:
+            raise FormatError(
+                f"{file}: expected the tensors of the other ranks, found others or fewer, as by "
+                f"{listing(absent, 2)}; the files are of different runs"
+            )
+    if not shares:
+        raise FormatError(f"{directory}: the files of the {len(files)} ranks hold no weights")
+    tensors = {name: whole(held, f"{directory}: {name!r}") for name, held in shares.items()}
+    none = tuple(Dropped(name, WEIGHTS_ONLY, size) for name, size in dropped.items())
+    return _Found(tensors, tuple(sources), none)
+
+
+def _iteration(directory: Path) -> int | str:
+    """Return the step that the name of a directory or of the one above says."""
+    for place in (directory.absolute(), directory.absolute().parent):
+        if match := _STEP.fullmatch(place.name):
+            return int(match[1])
+    return "release"
+
+
+def _left(
+    directory: Path, source: Path, carried: Mapping[str, bytes], states: bool
+) -> tuple[Dropped, ...]:
+    """Return what stays behind of a model's directory, and of the step if that was the source.
+
+    ``states`` says that the extra states do not.
+    """
+    taken = {*_OWN, _HUGGINGFACE, *carried}
+    if not _holds_ranks(directory):
+        taken |= {next(name for name in _MODELS if (directory / name).is_dir())}
+    sizes: dict[str, int] = {}
+    for path in sorted(directory.iterdir()):
+        if _MODEL_FILE.fullmatch(path.name) or path.name in taken:
+            continue
+        match = _STATE_FILE.fullmatch(path.name)
+        if states and match and match[1].startswith("extra_state"):
+            continue
+        name = f"{match[1]}*.pt" if match else path.name
+        sizes[name] = sizes.get(name, 0) + size_of(path)
+    dropped = [Dropped(name, WEIGHTS_ONLY, size) for name, size in sizes.items()]
+    if (directory / _HUGGINGFACE).is_dir():
+        dropped += (
+            Dropped(
+                f"{_HUGGINGFACE}/{path.name}",
+                "the weights of the ranks are converted",
+                size_of(path),
+            )
+            for path in sorted((directory / _HUGGINGFACE).iterdir())
+            if path.name.endswith(_WEIGHTS)
+        )
+    if source != directory:
+        others = (path for path in sorted(directory.parent.iterdir()) if path != directory)
+        dropped += (
+            Dropped(p.name, f"only {directory.name} is converted", size_of(p)) for p in others
+        )
+    return tuple(dropped)
+
+
+@hookimpl
+def register_loaders(register: Callable[[Loader], None]) -> None:
+    """Register the loader."""
+    register(VerlLoader())

@@ -1,0 +1,504 @@
+"""Vision towers and projections of vision-language models: names of their tensors.
+
+Megatron builds a tower from the layers of its GPT model, so their rules are those of
+`ckptx.schemas.conventions.mcore` under another prefix; what a tower has besides is listed here.
+Canonical names are those of Megatron's converter.
+
+Source: NVIDIA/Megatron-LM
+megatron/core/models/vision/{clip_vit_model,radio,multimodal_projector}.py,
+examples/multimodal/{layer_specs,layer_scaling}.py, examples/multimodal/nvlm/internvit.py,
+examples/multimodal/radio/radio_g.py, tools/checkpoint/{loader_llava,schema_hf}.py @ core_v0.16.1;
+huggingface/transformers src/transformers/models/{clip,siglip,llava}/modeling_*.py @ v5.23.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from ckptx.model.layout import Predicate, Rule, Section, always, rule
+from ckptx.model.spec import ModelSpec
+from ckptx.model.transforms import FUSED_QKV, QKV, bare
+from ckptx.schemas.config.traits import Biases, from_biases
+from ckptx.schemas.conventions.blocks import (
+    dense_bias,
+    gated,
+    layer_norm_bias,
+    mlp_bias,
+    qkv_bias,
+    ungated,
+)
+from ckptx.schemas.conventions.mcore import (
+    LAYER,
+    ExtraState,
+    Style,
+    both,
+    extra_states,
+    mcore_gpt,
+    moe,
+)
+
+EMBEDDINGS, VISION_LAYER, HEAD = "vit embeddings", "vit transformer layer {layer}", "vit head"
+PROJECTION = "vision projection"
+VISION_MODEL, VISION_PROJECTION = "vision_model.", "vision_projection.encoder."
+"""The prefixes that Megatron's names have."""
+
+
+_EVERYWHERE = Biases(True, True, True)
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """What Megatron's examples fix for a tower by its name; sizes are those of the published one.
+
+    Source: NVIDIA/Megatron-LM examples/multimodal/config.py, get_vision_model_config @
+    core_v0.16.1.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    kv_channels: int
+    activation: str
+    norm_epsilon: float | None = 1e-6
+    """None where it is that of the language model."""
+    normalization: str = "LayerNorm"
+    biases: Biases = _EVERYWHERE
+    class_tokens: int = 1
+    post_norm: bool = False
+
+
+TOWERS: Mapping[str, Tower] = {
+    "clip": Tower(24, 1024, 4096, 64, "quick_gelu", None),
+    "siglip": Tower(27, 1152, 4304, 72, "gelu_tanh", class_tokens=0, post_norm=True),
+    "internvit": Tower(45, 3200, 12800, 128, "gelu", 1e-6, "RMSNorm", Biases(False, True, True)),
+    "internvit300M": Tower(24, 1024, 4096, 64, "gelu"),
+    "radio": Tower(32, 1280, 5120, 80, "gelu_tanh", class_tokens=8),
+    "radio-g": Tower(40, 1536, 4096, 64, "swiglu", class_tokens=5, post_norm=True),
+    "cradio-g": Tower(40, 1536, 6144, 64, "gelu_tanh", class_tokens=8),
+}
+"""By ``vision_model_type``; Megatron's ``fast_gelu`` is the tanh form of Gelu."""
+
+
+def of(*towers: str) -> Predicate:
+    """Return the predicate of some towers."""
+    return lambda spec: spec.family in towers
+
+
+_APART = of("internvit", "internvit300M")
+"""Norms are modules of their own, whatever the linear layers are."""
+_SCALED = of("internvit", "internvit300M", "radio-g")
+_RADIO = of("radio", "radio-g", "cradio-g")
+_CONVOLVED = of("clip", "siglip", "internvit", "internvit300M")
+_CONV_BIAS = of("siglip", "internvit", "internvit300M")
+
+
+def _together(spec: ModelSpec) -> bool:
+    return not _APART(spec)
+
+
+def class_token(spec: ModelSpec) -> bool:
+    """Whether tokens come before those of the patches."""
+    return bool(spec.extra.get("class_tokens"))
+
+
+def post_norm(spec: ModelSpec) -> bool:
+    """Whether the tower has a norm after its last layer."""
+    return bool(spec.extra.get("post_norm"))
+
+
+def pooling_head(spec: ModelSpec) -> bool:
+    """Whether the tower has SigLIP's attention pooling."""
+    return bool(spec.extra.get("pooling_head"))
+
+
+def two_layers(spec: ModelSpec) -> bool:
+    """Whether the projection has a second linear layer."""
+    return spec.family == "mlp"
+
+
+def one_layer(spec: ModelSpec) -> bool:
+    """Whether the projection is one linear layer."""
+    return spec.family == "affine"
+
+
+def projection_norm(spec: ModelSpec) -> bool:
+    """Whether there is a norm before the projection."""
+    return spec.normalization != "none"
+
+
+def _no_norm(spec: ModelSpec) -> bool:
+    return not projection_norm(spec)
+
+
+def biased(spec: ModelSpec) -> bool:
+    """Whether all linear layers have a bias."""
+    return spec.add_bias_linear
+
+
+def tower_spec(
+    name: str,
+    *,
+    num_layers: int,
+    hidden_size: int,
+    ffn_hidden_size: int,
+    num_attention_heads: int,
+    positions: int,
+    patch_size: int,
+    **changes: object,
+) -> ModelSpec:
+    """Return the dimensions of a tower; what is not given is what Megatron fixes for its name.
+
+    ``positions`` are the rows of the position embeddings. Keys of ``extra`` among the changes:
+    ``class_tokens``, ``post_norm``, ``pooling_head``, ``feature_layer`` and ``select``, which are
+    Hugging Face's ``vision_feature_layer`` and ``vision_feature_select_strategy``.
+    """
+    tower = TOWERS[name]
+    switches, extra = from_biases(tower.biases)
+    more = changes.pop("extra", {})
+    assert isinstance(more, Mapping)
+    values = {
+        "family": name,
+        "architecture": "RADIOViTModel" if "radio" in name else "CLIPViTModel",
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": ffn_hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "num_query_groups": num_attention_heads,
+        "kv_channels": tower.kv_channels,
+        "vocab_size": None,
+        "max_position_embeddings": positions,
+        "norm_epsilon": tower.norm_epsilon or 1e-5,
+        "normalization": tower.normalization,
+        "activation": tower.activation,
+        "position_embedding_type": "learned_absolute",
+        **switches,
+        "extra": {
+            "patch_size": patch_size,
+            "class_tokens": tower.class_tokens,
+            "post_norm": tower.post_norm,
+            "feature_layer": -1,
+            "select": "full",
+            **extra,
+            **more,
+        },
+    }
+    return ModelSpec(**{**values, **changes})
+
+
+def projection_spec(
+    *,
+    kind: str,
+    input_size: int,
+    ffn_hidden_size: int,
+    hidden_size: int,
+    bias: bool,
+    normalization: str = "none",
+    activation: str = "gelu",
+    extra: Mapping[str, object] | None = None,
+) -> ModelSpec:
+    """Return the dimensions of a projection from vision to language: ``mlp`` or ``affine``.
+
+    ``hidden_size`` is the size of what comes out; an affine one has no other.
+    """
+    return ModelSpec(
+        family=kind,
+        architecture="MultimodalProjector",
+        num_layers=0,
+        hidden_size=hidden_size,
+        ffn_hidden_size=ffn_hidden_size,
+        num_attention_heads=1,
+        num_query_groups=1,
+        kv_channels=hidden_size,
+        vocab_size=None,
+        max_position_embeddings=0,
+        norm_epsilon=1e-5,
+        normalization=normalization,
+        activation=activation,
+        position_embedding_type="none",
+        add_bias_linear=bias,
+        extra={"input_size": input_size, **(extra or {})},
+    )
+
+
+# Megatron
+
+
+def _megatron_layer(style: Style) -> Iterator[Rule]:
+    """Yield the rules of a tower's layer: those of a GPT layer, and what towers add."""
+    rules = {
+        local: _gpt_layer(replace(style, local=local, distributed=False)) for local in (True, False)
+    }
+    yield rule("ls1", f"{LAYER}ls1", when=_SCALED)
+    yield rule("ls2", f"{LAYER}ls2", when=_SCALED)
+    for entry in rules[style.local]:
+        if not entry.keys[0].startswith(("input norm", "pre mlp norm")):
+            yield entry
+    for name in ("q", "k"):
+        weight = f"{LAYER}self_attention.{name}_layernorm.weight"
+        yield rule(f"{name} norm weight", weight, tp=0, when=of("internvit"))
+    for local, when in ((style.local, _together), (True, _APART)):
+        for entry in rules[local]:
+            if entry.keys[0].startswith(("input norm", "pre mlp norm")):
+                yield replace(entry, when=both(entry.when, when))
+
+
+def _gpt_layer(style: Style) -> list[Rule]:
+    """Return the rules of a dense GPT layer, with the keys that Megatron gives a tower's."""
+    (section,) = (s for s in mcore_gpt(style).sections if s.message.startswith("transformer"))
+    return [
+        replace(entry, keys=tuple(k.replace("post norm", "pre mlp norm") for k in entry.keys))
+        for entry in section.rules
+        if entry.layers is not moe and not entry.keys[0].startswith(("q norm", "k norm"))
+    ]
+
+
+def megatron_sections(style: Style) -> tuple[Section, ...]:
+    """Return the sections of tower and projection in one of Megatron's spellings."""
+    convolved = _CONVOLVED
+    embeddings = (
+        rule("mask token", "mask_token", when=of("radio-g")),
+        rule("class token", "class_token", when=class_token),
+        rule("position embeddings", "position_embeddings", when=_RADIO),
+        rule("embedder weight", "embedder.weight", tp=0, when=_RADIO),
+        rule("embedder bias", "embedder.bias", tp=0, when=of("radio-g")),
+        rule("ln pre weight", "ln_pre.weight", when=of("clip")),
+        rule("ln pre bias", "ln_pre.bias", when=of("clip")),
+        rule("ln post weight", "ln_post.weight", when=post_norm),
+        rule("ln post bias", "ln_post.bias", when=post_norm),
+        rule("conv1 weight", "conv1.weight", when=convolved),
+        rule("conv1 bias", "conv1.bias", when=_CONV_BIAS),
+        rule("position embeddings", "position_embeddings.weight", when=convolved),
+    )
+    key = f"{PROJECTION} "
+    projection = (
+        rule(f"{key}norm weight", "linear_fc1.layer_norm_weight", when=projection_norm),
+        rule(
+            f"{key}norm bias",
+            "linear_fc1.layer_norm_bias",
+            when=both(projection_norm, layer_norm_bias),
+        ),
+        rule(f"{key}l0 weight", "linear_fc1.weight", tp=0, when=two_layers),
+        rule(f"{key}l0 bias", "linear_fc1.bias", tp=0, when=both(two_layers, biased)),
+        rule(f"{key}l1 weight", "linear_fc2.weight", tp=1, when=two_layers),
+        rule(f"{key}l1 bias", "linear_fc2.bias", when=both(two_layers, biased)),
+        rule(f"{key}l0 weight", "weight", tp=0, when=one_layer),
+        rule(f"{key}l0 bias", "bias", tp=0, when=both(one_layer, biased)),
+    )
+    return (
+        Section(EMBEDDINGS, embeddings, part="vision").under("", VISION_MODEL),
+        Section(VISION_LAYER, tuple(_megatron_layer(style)), part="vision").under("", VISION_MODEL),
+        Section(PROJECTION, projection, part="projection").under("", VISION_PROJECTION),
+    )
+
+
+def megatron_states(style: Style) -> Iterator[ExtraState]:
+    """Yield the modules of tower and projection that keep an extra state.
+
+    Norms around the layers are Transformer Engine's in every style.
+    """
+    engine = not style.local
+    for module, when in (("ln_pre", of("clip")), ("ln_post", post_norm)):
+        yield ExtraState(EMBEDDINGS, VISION_MODEL + module, True, when)
+    yield ExtraState(EMBEDDINGS, f"{VISION_MODEL}embedder", False, _RADIO)
+    for state in extra_states(style):
+        if state.message.startswith("transformer layer") and state.layers is not moe:
+            yield replace(state, message=VISION_LAYER, module=VISION_MODEL + state.module)
+    for module in ("linear_fc1", "linear_fc2"):
+        # With a norm before it the projection is Transformer Engine's, whatever the layers are.
+        place = VISION_PROJECTION + module
+        yield ExtraState(PROJECTION, place, True, both(two_layers, projection_norm))
+        yield ExtraState(PROJECTION, place, engine, both(two_layers, _no_norm))
+    yield ExtraState(PROJECTION, VISION_PROJECTION.removesuffix("."), engine, one_layer)
+
+
+# Hugging Face
+
+
+def hf_sections(prefix: str, *others: str) -> tuple[Section, ...]:
+    """Return the sections of a CLIP or SigLIP tower as transformers names them."""
+    layer = "encoder.layers.{layer}."
+    sections = (
+        Section(
+            EMBEDDINGS,
+            (
+                rule("class token", "embeddings.class_embedding", bare(2), when=class_token),
+                rule("conv1 weight", "embeddings.patch_embedding.weight"),
+                rule("conv1 bias", "embeddings.patch_embedding.bias", when=_CONV_BIAS),
+                rule("position embeddings", "embeddings.position_embedding.weight"),
+                rule("ln pre weight", "pre_layrnorm.weight", when=of("clip")),
+                rule("ln pre bias", "pre_layrnorm.bias", when=of("clip")),
+                rule("ln post weight", "post_layernorm.weight", when=post_norm),
+                rule("ln post bias", "post_layernorm.bias", when=post_norm),
+            ),
+            part="vision",
+        ),
+        Section(
+            VISION_LAYER,
+            (
+                *_separate_attention(layer),
+                *_norms(f"{layer}layer_norm1", f"{layer}layer_norm2"),
+                *_mlp(layer),
+            ),
+            part="vision",
+        ),
+        Section(
+            HEAD,
+            tuple(replace(entry, when=pooling_head) for entry in _pooling("head.")),
+            part="vision",
+        ),
+    )
+    return tuple(section.under("", prefix, *others) for section in sections)
+
+
+def _separate_attention(layer: str) -> tuple[Rule, ...]:
+    names = [f"{layer}self_attn.{part}_proj" for part in "qkv"]
+    return (
+        rule("qkv weight", [f"{name}.weight" for name in names], QKV),
+        rule("qkv bias", [f"{name}.bias" for name in names], QKV, when=qkv_bias),
+        rule("dense weight", f"{layer}self_attn.out_proj.weight"),
+        rule("dense bias", f"{layer}self_attn.out_proj.bias", when=dense_bias),
+    )
+
+
+def _norms(before: str, after: str) -> tuple[Rule, ...]:
+    return (
+        rule("input norm weight", f"{before}.weight"),
+        rule("input norm bias", f"{before}.bias", when=layer_norm_bias),
+        rule("pre mlp norm weight", f"{after}.weight"),
+        rule("pre mlp norm bias", f"{after}.bias", when=layer_norm_bias),
+    )
+
+
+def _mlp(layer: str) -> tuple[Rule, ...]:
+    """Return the rules of an MLP that is gated or not, as Megatron's converter names it."""
+    mlp = f"{layer}mlp."
+    return (
+        rule("mlp l0 weight W", f"{mlp}gate_proj.weight", when=gated),
+        rule("mlp l0 bias W", f"{mlp}gate_proj.bias", when=both(gated, mlp_bias)),
+        rule("mlp l0 weight V", f"{mlp}up_proj.weight", when=gated),
+        rule("mlp l0 bias V", f"{mlp}up_proj.bias", when=both(gated, mlp_bias)),
+        rule("mlp l1 weight", f"{mlp}down_proj.weight", when=gated),
+        rule("mlp l1 bias", f"{mlp}down_proj.bias", when=both(gated, mlp_bias)),
+        rule("mlp l0 weight", f"{mlp}fc1.weight", when=ungated),
+        rule("mlp l0 bias", f"{mlp}fc1.bias", when=both(ungated, mlp_bias)),
+        rule("mlp l1 weight", f"{mlp}fc2.weight", when=ungated),
+        rule("mlp l1 bias", f"{mlp}fc2.bias", when=both(ungated, mlp_bias)),
+    )
+
+
+def _pooling(head: str) -> tuple[Rule, ...]:
+    return (
+        rule("probe", f"{head}probe"),
+        rule("qkv weight", f"{head}attention.in_proj_weight"),
+        rule("qkv bias", f"{head}attention.in_proj_bias"),
+        rule("dense weight", f"{head}attention.out_proj.weight"),
+        rule("dense bias", f"{head}attention.out_proj.bias"),
+        rule("norm weight", f"{head}layernorm.weight"),
+        rule("norm bias", f"{head}layernorm.bias"),
+        rule("mlp l0 weight", f"{head}mlp.fc1.weight"),
+        rule("mlp l0 bias", f"{head}mlp.fc1.bias"),
+        rule("mlp l1 weight", f"{head}mlp.fc2.weight"),
+        rule("mlp l1 bias", f"{head}mlp.fc2.bias"),
+    )
+
+
+def projection_section(*names: str) -> Section:
+    """Return the section of a projection; ``names`` are those of norm, first and second layer.
+
+    An empty name is a layer that the convention has not.
+    """
+    norm, first, second = names
+    key = f"{PROJECTION} "
+    normed = (
+        rule(f"{key}norm weight", f"{norm}.weight", when=projection_norm),
+        rule(f"{key}norm bias", f"{norm}.bias", when=both(projection_norm, layer_norm_bias)),
+    )
+    layers = (
+        rule(f"{key}l0 weight", f"{first}.weight"),
+        rule(f"{key}l0 bias", f"{first}.bias", when=biased),
+        rule(f"{key}l1 weight", f"{second}.weight", when=two_layers),
+        rule(f"{key}l1 bias", f"{second}.bias", when=both(two_layers, biased)),
+    )
+    return Section(PROJECTION, ((*normed, *layers) if norm else layers), part="projection")
+
+
+# Hugging Face names as Megatron's converter writes them
+
+
+def converter_sections(prefix: str) -> tuple[Section, ...]:
+    """Return the sections of the towers for which Megatron's converter has names.
+
+    InternViT and RADIO keep query, key and value in one tensor, all of query first.
+    """
+    vit, radio = f"{prefix}vision_model.", f"{prefix}radio_model."
+    internvit = of("internvit")
+    layer = vit + "encoder.layers.{layer}."
+    block = radio + "model.blocks.{layer}."
+    generator = f"{radio}model.patch_generator."
+    embeddings = (
+        *_only(
+            internvit,
+            rule("conv1 weight", f"{vit}embeddings.patch_embedding.weight"),
+            rule("conv1 bias", f"{vit}embeddings.patch_embedding.bias"),
+            rule("position embeddings", f"{vit}embeddings.position_embedding"),
+            rule("class token", f"{vit}embeddings.class_embedding"),
+        ),
+        *_only(
+            of("siglip"),
+            rule("conv1 weight", f"{vit}embeddings.patch_embedding.weight"),
+            rule("conv1 bias", f"{vit}embeddings.patch_embedding.bias"),
+            rule("ln post weight", f"{vit}post_layernorm.weight"),
+            rule("ln post bias", f"{vit}post_layernorm.bias"),
+            rule("position embeddings", f"{vit}embeddings.position_embedding.weight"),
+        ),
+        *_only(
+            of("radio"),
+            rule("embedder weight", f"{generator}embedder.weight"),
+            rule("class token", f"{generator}cls_token.token"),
+            rule("position embeddings", f"{generator}pos_embed"),
+        ),
+    )
+    layers = (
+        *_only(
+            internvit,
+            rule("ls1", f"{layer}ls1"),
+            rule("ls2", f"{layer}ls2"),
+            *_norms(f"{layer}norm1", f"{layer}norm2"),
+            *_fused_attention(f"{layer}attn."),
+            *_mlp(layer),
+            rule("q norm weight", f"{layer}attn.q_norm.weight"),
+            rule("k norm weight", f"{layer}attn.k_norm.weight"),
+        ),
+        *_only(
+            of("siglip"),
+            *_norms(f"{layer}layer_norm1", f"{layer}layer_norm2"),
+            *_separate_attention(layer),
+            *_mlp(layer),
+        ),
+        *_only(
+            of("radio"),
+            *_norms(f"{block}norm1", f"{block}norm2"),
+            *_fused_attention(f"{block}attn."),
+            *_mlp(block),
+        ),
+    )
+    return (
+        Section(EMBEDDINGS, embeddings, part="vision"),
+        Section(VISION_LAYER, layers, part="vision"),
+    )
+
+
+def _fused_attention(attention: str) -> tuple[Rule, ...]:
+    return (
+        rule("qkv weight", f"{attention}qkv.weight", FUSED_QKV),
+        rule("qkv bias", f"{attention}qkv.bias", FUSED_QKV, when=qkv_bias),
+        rule("dense weight", f"{attention}proj.weight"),
+        rule("dense bias", f"{attention}proj.bias", when=dense_bias),
+    )
+
+
+def _only(when: Predicate, *rules: Rule) -> Iterator[Rule]:
+    """Yield the rules for the models that ``when`` holds of."""
+    for entry in rules:
+        yield replace(entry, when=when if entry.when is always else both(when, entry.when))

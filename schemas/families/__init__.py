@@ -1,0 +1,1 @@
+"""The model families: names, config and limits of each."""

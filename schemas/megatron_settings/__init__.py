@@ -1,0 +1,1 @@
+"""A model's dimensions in Megatron's words."""

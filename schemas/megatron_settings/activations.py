@@ -1,0 +1,76 @@
+"""The activation of the MLP in Megatron's args.
+
+Megatron's Gelu is exact unless bias and activation run as one kernel: that kernel computes the tanh
+form. Its command line turns the kernel off for models without biases.
+
+Source: NVIDIA/Megatron-LM megatron/core/fusions/{fused_bias_gelu,fused_bias_geglu}.py,
+megatron/core/transformer/mlp.py, megatron/training/arguments.py (validate_args) @ core_v0.16.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ckptx.model.spec import ModelSpec
+
+SWITCHES = {
+    "swiglu": "swiglu",
+    "squared_relu": "squared_relu",
+    "quick_geglu": "quick_geglu",
+}
+"""Switches of ``args`` and the activation each means; none of them means a form of Gelu."""
+FUSION, GATED = "bias_gelu_fusion", "gated_linear_unit"
+
+
+def activation_from_args(args: Mapping[str, Any]) -> str:
+    """Return the activation that args mean.
+
+    Examples:
+        >>> activation_from_args({"swiglu": True}), activation_from_args({})
+        ('swiglu', 'gelu_tanh')
+    """
+    for switch, name in SWITCHES.items():
+        if args.get(switch):
+            return name
+    fused = args.get(FUSION)
+    if fused is None:
+        fused = args.get("add_bias_linear", True) and not args.get("disable_bias_linear")
+    return ("geglu" if args.get(GATED) else "gelu") + ("_tanh" if fused else "")
+
+
+def activation_to_args(spec: ModelSpec) -> dict[str, Any]:
+    """Return the arguments that say a spec's activation."""
+    said: dict[str, Any] = {s: spec.activation == name for s, name in SWITCHES.items()}
+    if spec.activation not in SWITCHES.values():
+        said[FUSION] = spec.activation.endswith("_tanh")
+    return {**said, GATED: spec.gated}
+
+
+def activation_flags(spec: ModelSpec) -> list[str]:
+    """Return the options for what Megatron does not take from a checkpoint."""
+    match spec.activation:
+        case "gelu" if spec.add_bias_linear:
+            return ["--no-bias-gelu-fusion"]
+        case "quick_geglu":
+            return ["--quick-geglu"]
+        case "geglu" | "geglu_tanh":
+            return ["--gated-linear-unit"]
+        case _:
+            return []
+
+
+def activation_notes(spec: ModelSpec) -> Iterator[str]:
+    """Yield what Megatron's command line cannot say, one line each."""
+    if spec.activation == "gelu_tanh" and not spec.add_bias_linear:
+        yield (
+            "tanh form of gelu without biases: Megatron's command line then computes the exact "
+            "form; build TransformerConfig with "
+            "activation_func=functools.partial(F.gelu, approximate='tanh')"
+        )
+    if spec.activation == "geglu_tanh":
+        yield (
+            "tanh form of gelu with a gate: Megatron's command line cannot say it; build "
+            "TransformerConfig with activation_func=F.gelu, gated_linear_unit=True, "
+            "bias_activation_fusion=True"
+        )

@@ -1,0 +1,467 @@
+"""Megatron's ``args`` and `ModelSpec`, in both directions.
+
+`FIELDS` pairs the names that mean the same. A checkpoint's ``args`` is a snapshot of Megatron's
+command line; what the command line cannot say of a model goes into one more entry, `NOTE`, which
+Megatron does not look at and which brings a converted model back as it was.
+
+Megatron restores only part of it with ``--use-checkpoint-args``; `launch_flags` returns the rest.
+
+Source: NVIDIA/Megatron-LM megatron/training/arguments.py (core_transformer_config_from_args),
+megatron/training/checkpointing.py (load_args_from_checkpoint), gpt_builders.py @ core_v0.16.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ckptx.containers.pickle_values import TorchDtype
+from ckptx.errors import SchemaError
+from ckptx.model.pipeline_parallel import Pipeline
+from ckptx.model.spec import ModelSpec
+from ckptx.schemas.config.translate import (
+    FAMILIES,
+    FOREIGN,
+    Biases,
+    biases,
+    check,
+    unheld,
+    windowed_layers,
+    windows_extra,
+)
+from ckptx.schemas.families import bert
+from ckptx.schemas.megatron_settings import experts, rope_scaling, sliding_windows
+from ckptx.schemas.megatron_settings import latent_attention as latent
+from ckptx.schemas.megatron_settings.activations import (
+    activation_flags,
+    activation_from_args,
+    activation_notes,
+    activation_to_args,
+)
+
+FIELDS = (
+    ("num_layers", "num_layers"),
+    ("hidden_size", "hidden_size"),
+    ("ffn_hidden_size", "ffn_hidden_size"),
+    ("num_attention_heads", "num_attention_heads"),
+    ("num_query_groups", "num_query_groups"),
+    ("kv_channels", "kv_channels"),
+    ("max_position_embeddings", "max_position_embeddings"),
+    ("normalization", "normalization"),
+    ("position_embedding_type", "position_embedding_type"),
+    ("rotary_base", "rotary_base"),
+    ("rotary_percent", "rotary_percent"),
+    ("add_bias_linear", "add_bias_linear"),
+    ("add_qkv_bias", "add_qkv_bias"),
+    ("qk_layernorm", "qk_layernorm"),
+)
+"""Pairs of an argument and the spec's attribute."""
+
+ESSENTIAL = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+"""Arguments that no default can stand for."""
+
+# Up to core 0.15 args say norm_epsilon and apply_layernorm_1p; from 0.16 the parser is generated
+# from TransformerConfig and they carry its names. Both are written, either is read.
+EPSILON = ("layernorm_epsilon", "norm_epsilon")
+ZERO_CENTERED = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
+
+DTYPE_FLAGS = {"bfloat16": "bf16", "float16": "fp16"}
+
+NOTE = "ckptx"
+"""The entry of ``args`` with what Megatron has no argument for."""
+
+DEFAULTS: Mapping[str, Any] = {
+    "add_position_embedding": True,
+    "apply_query_key_layer_scaling": False,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "hybrid_override_pattern": None,
+    "hybrid_attention_ratio": 0.0,
+    "hybrid_mlp_ratio": 0.0,
+    "is_hybrid_model": False,
+    "spec": None,
+    "num_experts": None,
+    "moe_layer_freq": 1,
+    "moe_ffn_hidden_size": None,
+    "moe_router_topk": 2,
+    "moe_token_dispatcher_type": "allgather",
+    "moe_router_pre_softmax": False,
+    "moe_grouped_gemm": False,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_router_topk_scaling_factor": None,
+    "moe_latent_size": None,
+    "mamba_state_dim": 128,
+    "mamba_head_dim": 64,
+    "mamba_num_groups": 8,
+    "mamba_num_heads": None,
+    "heterogeneous_layers_config_path": None,
+    "heterogeneous_layers_config_encoded_json": None,
+    "multi_latent_attention": False,
+    "mtp_num_layers": None,
+    "bert_binary_head": True,
+    "openai_gelu": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "tokenizer_type": "HuggingFaceTokenizer",
+    "tokenizer_model": None,
+    "tiktoken_pattern": None,
+    "vocab_file": None,
+    "use_legacy_models": False,
+    "sequence_parallel": False,
+    "consumed_train_samples": 0,
+    "skipped_train_samples": 0,
+    "consumed_valid_samples": 0,
+    "data_parallel_random_init": False,
+}
+"""What a dense decoder has where neither the model nor the source says otherwise."""
+
+# There is no state to resume, whatever the source had: Megatron must not look for it.
+WEIGHTS_ONLY: Mapping[str, Any] = {
+    "no_save_optim": True,
+    "no_save_rng": True,
+    "use_distributed_optimizer": False,
+}
+
+NOT_YET = {
+    "moe_latent_size": "experts in a latent space",
+    "heterogeneous_layers_config_path": "heterogeneous layers",
+    "heterogeneous_layers_config_encoded_json": "heterogeneous layers",
+    "is_hybrid_model": "hybrid models",
+    "hybrid_override_pattern": "hybrid models",
+    "experimental_attention_variant": "experimental attention",
+}
+
+
+def args_from_spec(
+    spec: ModelSpec,
+    *,
+    tp: int,
+    pipeline: Pipeline,
+    padded_vocab_size: int,
+    true_vocab_size: int | None,
+    make_vocab_size_divisible_by: int,
+    iteration: int,
+    transformer_impl: str,
+    ckpt_format: str,
+    source_args: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the content of a checkpoint's ``args``.
+
+    What ``source_args`` say stays, except for the model, the parallel sizes, the vocabulary, the
+    dtype and the format, which are those of the checkpoint being written. ``iteration`` is 0 for
+    ``release``.
+
+    Raises:
+        SchemaError: Megatron cannot hold the model; see `inexpressible`.
+    """
+    if problems := inexpressible(spec):
+        raise SchemaError("; ".join(problems))
+    source = dict(source_args or {})
+    source.pop("disable_bias_linear", None)  # load_args_from_checkpoint lets it overrule
+    return {
+        **DEFAULTS,
+        "seq_length": spec.max_position_embeddings,
+        **source,
+        **_model(spec),
+        **_parallel(tp, pipeline, spec.num_layers),
+        **WEIGHTS_ONLY,
+        "padded_vocab_size": padded_vocab_size,
+        "vocab_size": true_vocab_size,
+        "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
+        "params_dtype": TorchDtype(spec.dtype),
+        **{flag: spec.dtype == dtype for dtype, flag in DTYPE_FLAGS.items()},
+        "transformer_impl": transformer_impl,
+        "ckpt_format": ckpt_format,
+        "use_dist_ckpt": ckpt_format != "torch",
+        "iteration": iteration,
+        **bert.to_args(spec),
+    }
+
+
+def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelSpec:
+    """Return the dimensions that a checkpoint's ``args`` say.
+
+    ``family`` is what a config at hand says: Megatron does not know Llama from a Mistral without
+    windows. A model that is none of the Hugging Face families is of family ``gpt``, which can be
+    resharded.
+
+    Raises:
+        SchemaError: arguments are missing, describe a kind of model that is not supported yet, or
+            contradict ``family``.
+    """
+    _check_complete(args)
+    values = _with_defaults(args)
+    note = args.get(NOTE) or {}
+    extra = {
+        **note.get("extra", {}),
+        **windows_extra(*sliding_windows.from_args(args)),
+        **{name: args[name] for name in FOREIGN if args.get(name)},
+        **experts.foreign(args),
+    }
+    if any(args.get(name) for name in ZERO_CENTERED):
+        extra[ZERO_CENTERED[0]] = True
+    spec = ModelSpec(
+        family="gpt",
+        architecture="GPTModel",
+        **{
+            **{attribute: values[name] for name, attribute in FIELDS},
+            **experts.from_args(args),
+            **latent.from_args(args),
+        },
+        vocab_size=args.get("vocab_size"),
+        norm_epsilon=float(_first(args, EPSILON)),
+        activation=activation_from_args(args),
+        rotary_scaling=note.get("rotary_scaling") or _scaling_from_args(args),
+        tied=not args.get("untie_embeddings_and_output_weights"),
+        dtype=_dtype_from_args(args),
+        extra=extra,
+    )
+    named = _of_family(spec, family or note.get("family") or _guess(spec), family is not None)
+    return bert.from_args(named, args)
+
+
+def inexpressible(spec: ModelSpec) -> list[str]:
+    """Return what Megatron Core has no parameter for: reasons to refuse the conversion."""
+    return [
+        *_biases_inexpressible(spec),
+        *_attention_inexpressible(spec),
+        *latent.inexpressible(spec),
+        *experts.inexpressible(spec),
+    ]
+
+
+def _biases_inexpressible(spec: ModelSpec) -> Iterator[str]:
+    said = biases(spec)
+    if said in (Biases(), Biases(qkv=True), Biases(True, True, True)):
+        return
+    parts = {"attention_bias": said.out, "mlp_bias": said.mlp}
+    keys = " and ".join(f"{key}=true" for key, value in parts.items() if value)
+    yield (
+        f"{spec.architecture} with {keys} only: Megatron has biases on all linear layers "
+        "(--add-bias-linear) or on query, key and value (--add-qkv-bias), and no other choice"
+    )
+
+
+def _attention_inexpressible(spec: ModelSpec) -> Iterator[str]:
+    if spec.extra.get("use_parallel_residual"):
+        yield (
+            f"{spec.architecture} with use_parallel_residual=true: Megatron's TransformerLayer (to "
+            "core 0.16) adds the attention's output before the MLP, and has no parallel form"
+        )
+    for name, plain in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if spec.extra.get(name, plain) != plain:
+            yield (
+                f"{spec.architecture} with {name}={str(not plain).lower()}: Megatron scales the "
+                "attention of every layer by the square root of the head size"
+            )
+
+
+def notes(spec: ModelSpec) -> list[str]:
+    """Return what Megatron must be told by hand although all weights are there, one line each."""
+    return [
+        *sliding_windows.notes(spec),
+        *([] if spec.multi_latent_attention else rope_scaling.notes(spec)),
+        *latent.notes(spec),
+        *activation_notes(spec),
+        *_embedding_notes(spec),
+        *bert.notes(spec),
+    ]
+
+
+def launch_flags(spec: ModelSpec) -> list[str]:
+    """Return the options that a launch needs besides ``--use-checkpoint-args``.
+
+    Examples:
+        >>> from ckptx.schemas.config.translate import spec_from_config
+        >>> launch_flags(spec_from_config({"torch_dtype": "bfloat16"}, "qwen3"))
+        ['--norm-epsilon', '1e-06', '--qk-layernorm', '--bf16']
+    """
+    flags = ["--norm-epsilon", str(spec.norm_epsilon)]
+    if spec.qk_layernorm:
+        flags += ["--qk-layernorm"]
+    flags += activation_flags(spec)
+    if spec.extra.get(ZERO_CENTERED[0]):
+        flags += ["--apply-layernorm-1p"]
+    flags += rope_scaling.launch_flags(spec)
+    flags += experts.launch_flags(spec)
+    flags += latent.launch_flags(spec)
+    flags += sliding_windows.launch_flags(spec)
+    if spec.dtype in DTYPE_FLAGS:
+        flags += [f"--{DTYPE_FLAGS[spec.dtype]}"]
+    return flags
+
+
+def _model(spec: ModelSpec) -> dict[str, Any]:
+    """Return the entries that describe the model."""
+    zero_centered = bool(spec.extra.get(ZERO_CENTERED[0]))
+    return {
+        **{name: _plain(getattr(spec, attribute)) for name, attribute in FIELDS},
+        "group_query_attention": spec.num_query_groups != spec.num_attention_heads,
+        "untie_embeddings_and_output_weights": not spec.tied,
+        "use_rotary_position_embeddings": spec.position_embedding_type == "rope",
+        "rotary_interleaved": bool(spec.extra.get("rotary_interleaved")),
+        **{name: spec.norm_epsilon for name in EPSILON},
+        **{name: zero_centered for name in ZERO_CENTERED},
+        **activation_to_args(spec),
+        **rope_scaling.to_args(spec),
+        **experts.to_args(spec),
+        **latent.to_args(spec),
+        **sliding_windows.to_args(spec),
+        NOTE: _note(spec),
+    }
+
+
+def _parallel(tp: int, pipeline: Pipeline, num_layers: int) -> dict[str, Any]:
+    """Return the entries for the parallel sizes.
+
+    Megatron computes the virtual size anew from one of two arguments, of which only the first is
+    restored from a checkpoint and only the second can say an uneven split; a layout says it itself.
+    """
+    per_stage = None
+    even = pipeline == Pipeline(pipeline.pp, pipeline.vpp)
+    if pipeline.vpp and even:
+        per_stage = num_layers // pipeline.pp // pipeline.vpp
+    uneven = None if even or pipeline.layout else pipeline.vpp
+    return {
+        **pipeline.to_args(),
+        "tensor_model_parallel_size": tp,
+        "num_layers_per_virtual_pipeline_stage": per_stage,
+        "num_virtual_stages_per_pipeline_rank": uneven,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": tp,
+        "context_parallel_size": 1,
+        "data_parallel_size": 1,
+        "world_size": tp * pipeline.pp,
+    }
+
+
+def _note(spec: ModelSpec) -> dict[str, Any]:
+    """Return plain values for what ``args`` cannot say."""
+    said_otherwise = {"sliding_window", "layer_types", *FOREIGN}
+    extra = {key: value for key, value in spec.extra.items() if key not in said_otherwise}
+    note: dict[str, Any] = {"family": spec.family} if spec.family in FAMILIES else {}
+    exact = latent.is_exact if spec.multi_latent_attention else rope_scaling.is_exact
+    if spec.rotary_scaling is not None and not exact(spec):
+        note["rotary_scaling"] = dict(spec.rotary_scaling)
+    return note | ({"extra": extra} if extra else {})
+
+
+def _plain(value: Any) -> Any:
+    """Return whole floats as ints: ``--rotary-base`` is an int on Megatron's command line."""
+    return int(value) if isinstance(value, float) and value.is_integer() and value > 1 else value
+
+
+def _first(args: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """Return the value of the first of several names that says something."""
+    return next((args[name] for name in names if args.get(name) is not None), None)
+
+
+def _check_complete(args: Mapping[str, Any]) -> None:
+    missing = [name for name in ESSENTIAL if args.get(name) is None]
+    if _first(args, EPSILON) is None:
+        missing.append(f"{EPSILON[1]} (or {EPSILON[0]})")
+    if args.get("group_query_attention") and args.get("num_query_groups") is None:
+        missing.append("num_query_groups")
+    if missing:
+        raise SchemaError(
+            f"the checkpoint's args do not say {', '.join(missing)}; give the model's config with "
+            "--hf-base"
+        )
+    for name, kind in NOT_YET.items():
+        if args.get(name):
+            raise SchemaError(f"{kind} ({name} is {args[name]!r} in args) cannot be converted yet")
+
+
+def _with_defaults(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `FIELDS` as Megatron would complete them."""
+    heads = args["num_attention_heads"]
+    old_rope = args.get("use_rotary_position_embeddings")
+    defaults = {
+        "kv_channels": args["hidden_size"] // heads,
+        "normalization": "LayerNorm",
+        "position_embedding_type": "rope" if old_rope else "learned_absolute",
+        "rotary_base": 10000.0,
+        "rotary_percent": 1.0,
+        "add_bias_linear": True,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+    }
+    said = {name: args[name] for name, _ in FIELDS if args.get(name) is not None}
+    values = defaults | said
+    if not args.get("group_query_attention"):
+        values["num_query_groups"] = heads
+    if args.get("disable_bias_linear") is not None:
+        values["add_bias_linear"] = not args["disable_bias_linear"]
+    values["rotary_base"] = float(values["rotary_base"])
+    values["rotary_percent"] = float(values["rotary_percent"])
+    return values
+
+
+def _dtype_from_args(args: Mapping[str, Any]) -> str:
+    said = args.get("params_dtype")
+    if said is not None:
+        return str(getattr(said, "name", said)).removeprefix("torch.")
+    return next((dtype for dtype, flag in DTYPE_FLAGS.items() if args.get(flag)), "float32")
+
+
+def _scaling_from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
+    if args.get("multi_latent_attention"):
+        return latent.scaling_from_args(args)
+    return rope_scaling.from_args(args)
+
+
+def _guess(spec: ModelSpec) -> str:
+    """Return the family that has what the spec says, ``gpt`` where none has."""
+    if spec.num_experts:
+        order: tuple[str, ...] = (
+            "qwen3_moe",
+            "qwen2_moe",
+            "mixtral",
+            "deepseek_v3",
+            "deepseek_v2",
+        )
+        return next((family for family in order if not unheld(spec, family)), "gpt")
+    windowed = any(windowed_layers(spec))
+    usual = ("qwen3", "qwen2", "mistral") if windowed else ("qwen3", "qwen2", "llama")
+    order = (*usual, "starcoder2", "gpt2", "gpt_neox", "glm", "phi3")
+    return next((family for family in order if not unheld(spec, family)), "gpt")
+
+
+def _of_family(spec: ModelSpec, family: str, asked: bool) -> ModelSpec:
+    """Return the spec as one of a family, after checking that it can be where somebody said so."""
+    if family not in FAMILIES:
+        return spec
+    values = {name: getattr(spec, name) for name in ModelSpec.__slots__}
+    traits = FAMILIES[family]
+    own = {name: value for name, value in traits.fixed.items() if name not in FOREIGN}
+    extra = {**own, **spec.extra}
+    values |= {"family": family, "architecture": traits.architecture, "extra": extra}
+    named = ModelSpec(**values)
+    if asked:
+        try:
+            check(named)
+        except SchemaError as error:
+            raise SchemaError(
+                f"the config at hand is of family {family}, the args are not: {error}; give the "
+                "config of the same model"
+            ) from error
+    return named
+
+
+def _embedding_notes(spec: ModelSpec) -> Iterator[str]:
+    if spec.extra.get("scale_embeddings"):
+        yield (
+            f"{spec.architecture} multiplies embeddings by the square root of hidden_size, "
+            f"{spec.hidden_size**0.5:g}: Megatron (to core 0.16) has no setting for it; multiply "
+            "the output of GPTModel.embedding in a forward hook, or logits are wrong"
+        )
