@@ -29,7 +29,7 @@ from ckptx.model.layout import Family
 from ckptx.protocol import contracts as plugin
 from ckptx.protocol import hookspecs
 from ckptx.protocol import messages as protocol
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.verification.diagnosis.hypotheses import WORDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,9 +122,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if not (ROOT / "mkdocs.yml").is_file():
         click.echo(f"error: {ROOT}: no checkout of ckptx, so no documents to refresh", err=True)
         return 1
-    os.environ[manager.PIN] = "ckptx"
-    manager.entries.cache_clear()
-    manager.families.cache_clear()
+    os.environ[registry.PIN] = "ckptx"
+    registry.entries.cache_clear()
+    registry.families.cache_clear()
     stale, broken = [], False
     for path in documents():
         old = path.read_text()
@@ -157,7 +157,7 @@ def support_matrix() -> str:
     """Return which family goes in and out of which format, and what proves it."""
     columns = list(_columns())
     rows = []
-    for family in (family for family in manager.families().values() if family.layouts):
+    for family in (family for family in registry.families().values() if family.layouts):
         cells = [_cell(family, *column) for column in columns]
         rows.append([family.name, ", ".join(family.architectures), *cells])
     head = ["family", "architecture", *(f"`{column[0]}`" for column in columns)]
@@ -165,7 +165,7 @@ def support_matrix() -> str:
     legend = [f"- {letter}: {text}" for letter, text in LEGEND.items() if letter in used]
     limits = [
         f"- {family.name}: {line}"
-        for family in manager.families().values()
+        for family in registry.families().values()
         for line in (*dict.fromkeys(family.refused.values()), *family.limits)
     ]
     return "\n".join(
@@ -176,7 +176,7 @@ def support_matrix() -> str:
 def _columns() -> Iterator[tuple[str, Mapping[str, Mapping[str, Any]]]]:
     """Yield each format with what its loader and saver can do, as ``load`` and ``save``."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for status in manager.statuses():
+    for status in registry.statuses():
         if status.entry.kind != "schema" and status.capabilities.get("layouts"):
             direction = "load" if status.entry.kind == "loader" else "save"
             found.setdefault(status.entry.name, {})[direction] = status.capabilities
@@ -232,8 +232,8 @@ def plugin_options() -> str:
     """Return the options of every loader and saver."""
     blocks = []
     for kind in ("loader", "saver"):
-        for name in manager.names("loader" if kind == "loader" else "saver"):
-            chosen = manager.loader(name) if kind == "loader" else manager.saver(name)
+        for name in registry.names("loader" if kind == "loader" else "saver"):
+            chosen = registry.loader(name) if kind == "loader" else registry.saver(name)
             context = click.Context(click.Command(name))
             rows = [record for o in chosen.options() if (record := o.get_help_record(context))]
             text = table(("option", "meaning"), [(f"`{o}`", " ".join(h.split())) for o, h in rows])
@@ -302,7 +302,7 @@ def symbols() -> str:
 def recognised() -> str:
     """Return the formats that ckptx knows of and does not convert yet."""
     names: dict[str, list[str]] = {}
-    for name, what in manager.RECOGNISED.items():
+    for name, what in registry.RECOGNISED.items():
         names.setdefault(what, []).append(f"`{name}`")
     lines = "; ".join(f"{what} ({', '.join(found)})" for what, found in names.items())
     return f"{lines}."

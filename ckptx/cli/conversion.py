@@ -20,10 +20,10 @@ from ckptx.cli.options import (
     short_options,
     show_result,
 )
-from ckptx.conversion import megatron_modules as compat
-from ckptx.conversion.request import Job
+from ckptx.conversion import megatron_modules
+from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import CkptxError, PluginError
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 
 _ENGINE = (
     "dtype",
@@ -47,10 +47,10 @@ class Chosen:
     """The plugins of one command line, and their options."""
 
     def __init__(self, loader: str | None, saver: str | None, megatron_path: str | None) -> None:
-        self.loader = manager.loader(loader, megatron_path) if loader else None
-        self.saver = manager.saver(saver, megatron_path) if saver else None
+        self.loader = registry.loader(loader, megatron_path) if loader else None
+        self.saver = registry.saver(saver, megatron_path) if saver else None
         plugins: tuple[object, ...] = (self.loader, self.saver)
-        self.modules = [plugin for plugin in plugins if isinstance(plugin, compat.Module)]
+        self.modules = [plugin for plugin in plugins if isinstance(plugin, megatron_modules.Module)]
         self.owners: dict[str, list[click.Option]] = {}
         for role, plugin in (("loader", self.loader), ("saver", self.saver)):
             if plugin is not None:
@@ -91,7 +91,7 @@ class ConversionCommand(click.Command):
         name: str,
         summary: str,
         style: Literal["short", "long"],
-        run: Callable[[Job, dict[str, Any]], None],
+        run: Callable[[ConversionRequest, dict[str, Any]], None],
     ) -> None:
         self.run = run
         self.style = style
@@ -110,7 +110,9 @@ class ConversionCommand(click.Command):
         arguments = args
         if chosen.modules and not wants_help:
             spellings = frozenset(s for p in (*self.params, *own) for s in _spellings(p))
-            ctx.meta["arguments"], arguments = compat.parse(chosen.modules, args, spellings)
+            ctx.meta["arguments"], arguments = megatron_modules.parse(
+                chosen.modules, args, spellings
+            )
         original = self.params
         self.params = [*original, *own]
         try:
@@ -121,7 +123,7 @@ class ConversionCommand(click.Command):
             if error.param is None or error.param.name != "saver":
                 raise
             spelling = error.param.opts[0]
-            known = ", ".join(manager.names("saver"))
+            known = ", ".join(registry.names("saver"))
             raise click.UsageError(
                 f"say the format to write with {spelling}: {known}", ctx
             ) from None
@@ -137,7 +139,7 @@ class ConversionCommand(click.Command):
         if chosen.modules:
             names = {"loader": chosen.loader.name, "saver": chosen.saver.name}
             both["arguments"] = {**ctx.params, **names, **ctx.meta.get("arguments", {})}
-        job = Job(
+        job = ConversionRequest(
             loader=chosen.loader.name,
             saver=chosen.saver.name,
             source=ctx.params["load_dir"],
@@ -160,12 +162,12 @@ class ConversionCommand(click.Command):
             _section(ctx, formatter, f"Options of {owner}", new)
         if chosen.modules:
             with formatter.section("Options of Megatron-style modules"):
-                formatter.write(compat.option_help(chosen.modules) + "\n")
+                formatter.write(megatron_modules.option_help(chosen.modules) + "\n")
         help_option = self.get_help_option(ctx)
         _section(ctx, formatter, "Engine", [*self.engine, *([help_option] if help_option else [])])
         _section(ctx, formatter, "For Megatron-style modules", self.megatron)
         if not chosen.owners and any(param.name == "saver" for param in self.base):
-            loaders, savers = (", ".join(manager.names(kind)) for kind in ("loader", "saver"))
+            loaders, savers = (", ".join(registry.names(kind)) for kind in ("loader", "saver"))
             formatter.write_paragraph()
             with formatter.indentation():
                 formatter.write_text(
@@ -178,17 +180,17 @@ class ConversionCommand(click.Command):
         params, places = scanned(self.params, args)
         loader, saver, path = (params.get(k) for k in ("loader", "saver", "megatron_path"))
         if loader is None and saver is not None:
-            options = manager.saver(saver, path).options()  # a wrong name is the better error
+            options = registry.saver(saver, path).options()  # a wrong name is the better error
             _, places = scanned([*self.params, *options], args)
             source = params.get("load_dir") or next((p for p in places if p.exists()), None)
             if source is not None and len(places) == 2 and not params.get("load_dir"):
                 source = places[0]  # nothing but SRC and DST: an existing DST is not meant
             if source is not None and not (wants_help and not source.exists()):
-                loader = manager.detect(source)
+                loader = registry.detect(source)
             elif "" in args and not wants_help:
                 raise click.UsageError("a path is empty; is a variable of the shell not set?")
             elif places and not wants_help:
-                loader = manager.detect(places[0])
+                loader = registry.detect(places[0])
         return Chosen(loader, saver, path)
 
 
@@ -221,18 +223,18 @@ def plan_command() -> click.Command:
     )
 
 
-def _convert(job: Job, params: dict[str, Any]) -> None:
+def _convert(job: ConversionRequest, params: dict[str, Any]) -> None:
     from ckptx.cli import progress
-    from ckptx.conversion import supervisor as pipeline
+    from ckptx.conversion import supervisor
 
-    report = pipeline.convert(job, progress.choose(params["quiet"] or params["as_json"]))
+    report = supervisor.convert(job, progress.choose(params["quiet"] or params["as_json"]))
     show_result(report, params["as_json"], params["quiet"])
 
 
-def _plan(job: Job, params: dict[str, Any]) -> None:
-    from ckptx.conversion import supervisor as pipeline
+def _plan(job: ConversionRequest, params: dict[str, Any]) -> None:
+    from ckptx.conversion import supervisor
 
-    forecast = pipeline.forecast(job, tensors=params["as_json"])
+    forecast = supervisor.forecast(job, tensors=params["as_json"])
     show_result(forecast, params["as_json"], params["quiet"])
 
 
@@ -263,11 +265,11 @@ def _equal(one: click.Parameter, other: click.Parameter) -> bool:
 
 def _owned_elsewhere(error: click.NoSuchOption, chosen: Chosen) -> click.UsageError:
     owners = []
-    for entry in manager.entries().values():
+    for entry in registry.entries().values():
         if entry.kind == "schema" or f"{entry.kind} {entry.name}" in chosen.owners:
             continue
         with contextlib.suppress(CkptxError):
-            plugin = getattr(manager, entry.kind)(entry.name)
+            plugin = getattr(registry, entry.kind)(entry.name)
             if any(error.option_name in _spellings(option) for option in plugin.options()):
                 owners.append(f"{entry.kind} {entry.name!r}")
     if not owners:

@@ -9,8 +9,8 @@ import click
 
 from ckptx.cli.conversion import Chosen, ConversionCommand, scanned
 from ckptx.cli.options import Dtype, Place, engine_options, output_options, show_result
-from ckptx.conversion.request import Job
-from ckptx.registry import registry as manager
+from ckptx.conversion.request import ConversionRequest
+from ckptx.registry import registry
 
 _ENGINE = ("overwrite", "max_memory", "threads", "digest", "check_replicas")
 
@@ -60,8 +60,8 @@ class ModifyCommand(ConversionCommand):
         edits = Edits(params["remove"], params["cast"], params["rename"])
         if not edits:
             raise click.UsageError("say what to change: --remove, --cast or --rename", ctx)
-        loader = chosen.loader.name if chosen.loader else manager.detect(params["load_dir"])
-        job = Job(
+        loader = chosen.loader.name if chosen.loader else registry.detect(params["load_dir"])
+        job = ConversionRequest(
             loader=loader,
             saver=saver_for(loader),
             source=params["load_dir"],
@@ -78,14 +78,14 @@ class ModifyCommand(ConversionCommand):
         loader = params.get("loader")
         source = next((path for path in places if path.exists()), None)
         if loader is None and source is not None:
-            loader = manager.detect(source)
+            loader = registry.detect(source)
         elif loader is None and places and not wants_help:
-            loader = manager.detect(places[0])  # says that there is none
+            loader = registry.detect(places[0])  # says that there is none
         if loader is None:
             return Chosen(None, None, None)
         from ckptx.conversion.edits import saver_for
 
-        return Chosen(loader, saver_for(manager.canonical(loader)), None)
+        return Chosen(loader, saver_for(registry.canonical(loader)), None)
 
 
 def modify_command() -> click.Command:
@@ -93,14 +93,14 @@ def modify_command() -> click.Command:
     return ModifyCommand()
 
 
-def _modify(job: Job, params: dict[str, Any]) -> None:
+def _modify(job: ConversionRequest, params: dict[str, Any]) -> None:
     from ckptx.cli import progress
-    from ckptx.conversion import supervisor as pipeline
+    from ckptx.conversion import supervisor
 
     result: Any
     if params["dry_run"]:
-        result = pipeline.forecast(job, tensors=params["as_json"])
+        result = supervisor.forecast(job, tensors=params["as_json"])
     else:
         shown = progress.choose(params["quiet"] or params["as_json"])
-        result = pipeline.convert(job, shown)
+        result = supervisor.convert(job, shown)
     show_result(result, params["as_json"], params["quiet"])

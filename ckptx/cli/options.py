@@ -60,9 +60,9 @@ class Checkpoint(Place):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path."""
         if str(value) and not Path(value).exists():
-            from ckptx.registry.explain import absent
+            from ckptx.registry.explain import why_absent
 
-            self.fail(f"{value}: {absent(Path(value))}", param, ctx)
+            self.fail(f"{value}: {why_absent(Path(value))}", param, ctx)
         return super().convert(value, param, ctx)
 
 

@@ -14,7 +14,7 @@ import click
 
 from ckptx.cli import running
 from ckptx.cli.options import Checkpoint, output_options, show_result
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.text.wrapping import wrapped
 
 _PATH = Checkpoint()
@@ -112,9 +112,9 @@ def plugins_command() -> click.Command:
 
     def run(names_only: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
         if names_only:
-            found = [_row(entry, {}, "") for entry in manager.entries().values()]
+            found = [_row(entry, {}, "") for entry in registry.entries().values()]
         else:
-            found = [_row(s.entry, s.capabilities, s.error) for s in manager.statuses()]
+            found = [_row(s.entry, s.capabilities, s.error) for s in registry.statuses()]
         if as_json:
             click.echo(json.dumps({"plugins": found}, indent=1))
         elif not quiet:
@@ -131,7 +131,7 @@ def plugins_command() -> click.Command:
     )
 
 
-def _row(entry: manager.Entry, capabilities: Any, error: str) -> dict[str, Any]:
+def _row(entry: registry.Entry, capabilities: Any, error: str) -> dict[str, Any]:
     return {
         "kind": entry.kind,
         "name": entry.name,

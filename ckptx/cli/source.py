@@ -14,7 +14,7 @@ import click
 from ckptx.cli.conversion import Chosen, scanned
 from ckptx.cli.options import Checkpoint, output_options, show_result
 from ckptx.errors import CkptxError
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -70,7 +70,7 @@ class SourceCommand(click.Command):
         name = chosen.loader.name if chosen.loader else None
         try:
             if name is None:
-                name = manager.detect(path)  # raises: it has found none before
+                name = registry.detect(path)  # raises: it has found none before
             engine = {"hf_base": ctx.params["hf_base"], "dtype": None, "fill_from_base": ()}
             options = {**engine, **chosen.values("loader", ctx.params)}
             self.run(path, name, options, ctx.params)
@@ -85,7 +85,7 @@ class SourceCommand(click.Command):
         source = next((path for path in places if path.exists()), None)
         if loader is None and source is not None:
             try:
-                loader = manager.detect(source)
+                loader = registry.detect(source)
             except CkptxError:
                 loader = None  # `invoke` raises it again, where --json is known
         return Chosen(loader, None, None)

@@ -240,7 +240,7 @@ def _parse(file: SourceFile, location: Location, key: str, dtype: str, sizes: Sh
             f"{record.dtype!s:.40} {str(record.shape)[:80]}; {METADATA_NAME} and files do not match"
         )
     storage = members.get(f"data/{record.key}")
-    place = torch_zip.place(file, record, storage)
+    place = torch_zip.storage_offset(file, record, storage)
     payload = place if storage is None else storage.offset
     ends = min(ENDS_SIZE, location.length)
     return _Layout(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from ckptx.containers import pickle_reader as pickles
+from ckptx.containers import pickle_reader
 from ckptx.containers.pickle_values import (
     Call,
     EnumValue,
@@ -111,11 +111,11 @@ def read_metadata(directory: Path) -> DcpMetadata:
     """
     path = Path(directory) / METADATA_NAME
     with SourceFile(path) as file:
-        if file.size > pickles.MAX_PICKLE:
+        if file.size > pickle_reader.MAX_PICKLE:
             raise FormatError(
-                f"{path}: expected at most {pickles.MAX_PICKLE} bytes, found {file.size}"
+                f"{path}: expected at most {pickle_reader.MAX_PICKLE} bytes, found {file.size}"
             )
-        value = pickles.loads(file.read(0, file.size), file=str(path))
+        value = pickle_reader.loads(file.read(0, file.size), file=str(path))
     state = _state(path, value, "Metadata")
     try:
         with collector_paused():

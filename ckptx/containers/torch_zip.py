@@ -21,7 +21,7 @@ from operator import is_not
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ckptx.containers import pickle_reader as pickles
+from ckptx.containers import pickle_reader
 from ckptx.containers.pickle_values import (
     Namespace,
     Record,
@@ -90,7 +90,7 @@ def read_open(
     members, value = read_records(file, offset, length, allow)
 
     def extent(record: TensorRecord) -> Stored:
-        start = place(file, record, members.get(f"data/{record.key}"))
+        start = storage_offset(file, record, members.get(f"data/{record.key}"))
         return Stored(record.dtype, record.shape, file_index, start, record.strides)
 
     try:
@@ -120,13 +120,13 @@ def read_records(
             f"load and save the file with torch on a little-endian machine"
         )
     pickled = members["data.pkl"]
-    if pickled.size > pickles.MAX_PICKLE:
+    if pickled.size > pickle_reader.MAX_PICKLE:
         raise FormatError(
-            f"{file.path}: expected a data.pkl of at most {pickles.MAX_PICKLE} bytes, "
+            f"{file.path}: expected a data.pkl of at most {pickle_reader.MAX_PICKLE} bytes, "
             f"found {pickled.size}"
         )
     data = file.read(pickled.offset, pickled.size)
-    return members, pickles.loads(data, file=str(file.path), allow=allow)
+    return members, pickle_reader.loads(data, file=str(file.path), allow=allow)
 
 
 def plan_file(path: str, value: Any) -> FilePlan:
@@ -313,7 +313,7 @@ def _naturals(values: object) -> bool:
     return isinstance(values, tuple) and all(type(n) is int and n >= 0 for n in values)
 
 
-def place(file: SourceFile, record: TensorRecord, storage: Member | None) -> int:
+def storage_offset(file: SourceFile, record: TensorRecord, storage: Member | None) -> int:
     """Return where in the file, in bytes, the first element of a tensor of a pickle is.
 
     Raises:

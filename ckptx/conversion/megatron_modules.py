@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import click
 
     from ckptx.conversion.report import Facts
-    from ckptx.conversion.request import Job
+    from ckptx.conversion.request import ConversionRequest
     from ckptx.protocol.contracts import SavePlan
     from ckptx.protocol.messages import Message
 
@@ -115,9 +115,9 @@ class ModuleLoader(Module):
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Run the module to its end, its tensors going to the spool; then yield the messages."""
-        from ckptx.conversion.megatron_queue import Incoming
+        from ckptx.conversion.megatron_queue import ReceiveQueue
 
-        queue = Incoming(self.name, options["spool"], options["checking"])
+        queue = ReceiveQueue(self.name, options["spool"], options["checking"])
         self.run(queue, namespace(options, load_dir=str(source)))
         yield from queue.messages(str(source))
 
@@ -133,7 +133,7 @@ class ModuleSaver(Module):
             f"saver {self.name!r} is a Megatron-style module, which cannot be planned"
         )
 
-    def outline(self, job: Job) -> SavePlan:
+    def outline(self, job: ConversionRequest) -> SavePlan:
         """Return a plan of the right size: about that of the source."""
         from ckptx.protocol.contracts import SavePlan
         from ckptx.storage.file_plan import FilePlan
@@ -149,9 +149,9 @@ class ModuleSaver(Module):
         advance: Callable[[int], None],
     ) -> Facts:
         """Run the module on the messages; what it writes lands in ``options["staging"]``."""
-        from ckptx.conversion.megatron_queue import Outgoing
+        from ckptx.conversion.megatron_queue import SendQueue
 
-        queue = Outgoing(self.name, messages, options["model_type"], advance)
+        queue = SendQueue(self.name, messages, options["model_type"], advance)
         self.run(queue, namespace(options, save_dir=options["staging"]))
         return queue.facts(Path(options["staging"]))
 

@@ -33,7 +33,7 @@ _ARCHITECTURES = {
 _ORDER = ("embeddings", "transformer layer", "final norm", "output layer", "pooler", "lm head")
 
 
-class Incoming:
+class ReceiveQueue:
     """What a Megatron-style loader sees as its queue."""
 
     def __init__(self, name: str, spool: Spool, checking: bool) -> None:
@@ -145,7 +145,7 @@ class Incoming:
         return kind(f"loader module {self._name!r} {what}")
 
 
-class Outgoing:
+class SendQueue:
     """What a Megatron-style saver sees as its queue: one message in memory at a time."""
 
     def __init__(

@@ -12,7 +12,7 @@ from ckptx.conversion.edits import Edits
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ConversionRequest:
     """One conversion. Sizes are in bytes."""
 
     loader: str

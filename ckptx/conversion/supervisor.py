@@ -29,15 +29,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptx.containers.pickle_values import collector_paused
-from ckptx.conversion import worker as children
+from ckptx.conversion import worker
 from ckptx.conversion.megatron_modules import ModuleSaver
 from ckptx.conversion.report import Facts, Forecast, Report
-from ckptx.conversion.request import Job
+from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import CkptxError, ConversionError, CutShortError, PlanError
 from ckptx.processes.interrupts import STOPPING, Interrupted, Interrupts
 from ckptx.processes.supervision import Failure, manner_of_death, stop
 from ckptx.protocol.progress import Progress, Silent
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.storage.spool import Spool, SpoolFile
 from ckptx.writing.publish import Target, check_files, outline
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from ckptx.protocol.messages import Begin, End
 
 
-def convert(job: Job, progress: Progress | None = None) -> Report:
+def convert(job: ConversionRequest, progress: Progress | None = None) -> Report:
     """Convert a checkpoint; the target appears whole, or not at all.
 
     Raises:
@@ -61,7 +61,7 @@ def convert(job: Job, progress: Progress | None = None) -> Report:
         with Interrupts() as interrupts, target, SpoolFile(job.target) as spool:
             try:
                 progress.stage("planning")
-                with _crew(job, spool.path) as crew:
+                with _workers(job, spool.path) as crew:
                     facts, digest, resumed = _Supervisor(crew, target, progress, interrupts).run()
                 progress.stage("publishing")
                 notes = target.publish()
@@ -90,7 +90,9 @@ def _saying(error: CutShortError, target: Target) -> CutShortError:
 
 
 @collector_paused()
-def plan_conversion(job: Job, spool: Spool | None = None) -> tuple[Begin, End, SavePlan, Proof]:
+def plan_conversion(
+    job: ConversionRequest, spool: Spool | None = None
+) -> tuple[Begin, End, SavePlan, Proof]:
     """Plan and prove a conversion in this process, without writing.
 
     Raises:
@@ -98,21 +100,21 @@ def plan_conversion(job: Job, spool: Spool | None = None) -> tuple[Begin, End, S
     """
     from ckptx.conversion.proof import prove
 
-    loader = manager.loader(job.loader, job.megatron_path)
-    saver = manager.saver(job.saver, job.megatron_path)
+    loader = registry.loader(job.loader, job.megatron_path)
+    saver = registry.saver(job.saver, job.megatron_path)
     if isinstance(saver, ModuleSaver):
         raise PlanError(f"saver {job.saver!r} is a Megatron-style module, which cannot be planned")
     options = job.options(job.loader_options, spool=spool)
-    loaded = children.changed(loader.load(job.source, options), job)
-    messages = children.checked(loaded, job.loader)
-    stream = children.Stream(messages)
-    plan = saver.plan(children.recast(stream, job), job.options(job.saver_options))
+    loaded = worker.changed(loader.load(job.source, options), job)
+    messages = worker.checked(loaded, job.loader)
+    stream = worker.CheckedMessages(messages)
+    plan = saver.plan(worker.recast(stream, job), job.options(job.saver_options))
     begin, end = stream.finish(job.saver)
     return begin, end, plan, prove(plan, begin, end)
 
 
 @collector_paused()
-def forecast(job: Job, *, tensors: bool = True) -> Forecast:
+def forecast(job: ConversionRequest, *, tensors: bool = True) -> Forecast:
     """Return what `convert` would do, without writing; every tensor by name only if asked for."""
     from ckptx.conversion.proof import operations
     from ckptx.tensors.lazy import LazyTensor
@@ -150,7 +152,7 @@ def forecast(job: Job, *, tensors: bool = True) -> Forecast:
         Facts.of(begin, end, plan, proof).at(job.target),
         outputs,
         sorted(plan.pointers),
-        peak_memory(children.write_options(job)) + planned,
+        peak_memory(worker.write_options(job)) + planned,
         spooled,
         _refusal(job, plan, begin),
         listed,
@@ -163,7 +165,7 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _refusal(job: Job, plan: SavePlan, begin: Begin) -> str:
+def _refusal(job: ConversionRequest, plan: SavePlan, begin: Begin) -> str:
     try:
         check_files(plan, job.target, begin.files)
         Target(job.target, _inputs(job), job.overwrite).check(outline(plan))
@@ -172,12 +174,12 @@ def _refusal(job: Job, plan: SavePlan, begin: Begin) -> str:
     return ""
 
 
-def _inputs(job: Job) -> list[Path]:
+def _inputs(job: ConversionRequest) -> list[Path]:
     adapters = map(Path, job.loader_options.get("adapter") or ())
     return [job.source, *([job.hf_base] if job.hf_base else []), *adapters]
 
 
-class _Child:
+class _Worker:
     """A child process as its parent sees it."""
 
     def __init__(self, role: str, name: str, process: SpawnProcess, connection: Connection) -> None:
@@ -198,11 +200,11 @@ class _Child:
 
 
 @contextmanager
-def _crew(job: Job, spool: str) -> Iterator[list[_Child]]:
+def _workers(job: ConversionRequest, spool: str) -> Iterator[list[_Worker]]:
     """Start both children; on the way out nothing of them is left."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue(job.max_queue_size)
-    crew: list[_Child] = []
+    crew: list[_Worker] = []
     # Children inherit the mask: a Ctrl-C cannot hit them before they are set up to ignore it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
@@ -210,10 +212,10 @@ def _crew(job: Job, spool: str) -> Iterator[list[_Child]]:
             ours, theirs = context.Pipe()
             level = logging.getLogger().getEffectiveLevel()
             arguments = (role, job, queue, theirs, os.getpid(), level, spool)
-            process = context.Process(target=children.main, args=arguments)
+            process = context.Process(target=worker.main, args=arguments)
             process.start()
             theirs.close()
-            crew.append(_Child(role, getattr(job, role), process, ours))
+            crew.append(_Worker(role, getattr(job, role), process, ours))
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield crew
     finally:
@@ -228,7 +230,7 @@ class _Supervisor:
     """Watches a crew until both are done, or one has failed."""
 
     def __init__(
-        self, crew: list[_Child], target: Target, progress: Progress, interrupts: Interrupts
+        self, crew: list[_Worker], target: Target, progress: Progress, interrupts: Interrupts
     ) -> None:
         self.crew = crew
         self.target = target
@@ -236,7 +238,7 @@ class _Supervisor:
         self.interrupts = interrupts
         self.failures: list[Failure] = []
 
-    def run(self) -> children.Outcome:
+    def run(self) -> worker.Outcome:
         """Return what the saver has done.
 
         Raises:
@@ -252,17 +254,17 @@ class _Supervisor:
             dead = [child for child in busy if not child.process.is_alive()]
             for child in busy:
                 for tag, content in child.messages():
-                    self._hear(child, tag, content)
+                    self._on_message(child, tag, content)
             if self.failures:
                 raise min(self.failures, key=lambda failure: failure.when).exception()
             for child in dead:
                 if not child.done:
                     raise _death(child)
         self.interrupts.check()
-        outcome: children.Outcome = self.crew[1].result
+        outcome: worker.Outcome = self.crew[1].result
         return outcome
 
-    def _hear(self, child: _Child, tag: str, content: Any) -> None:
+    def _on_message(self, child: _Worker, tag: str, content: Any) -> None:
         match tag:
             case "log":
                 logging.getLogger(content.name).handle(content)
@@ -279,7 +281,7 @@ class _Supervisor:
                 child.done, child.result = True, content
 
 
-def _death(child: _Child) -> CkptxError:
+def _death(child: _Worker) -> CkptxError:
     text = f"{child.who} {manner_of_death(child.process.exitcode)}"
     if (child.process.exitcode or 0) < 0:  # by a signal, as when memory ran out
         return CutShortError(text)

@@ -22,11 +22,11 @@ from typing import Any, TypeAlias
 from ckptx.containers.pickle_values import collector_paused
 from ckptx.conversion.megatron_modules import ModuleSaver
 from ckptx.conversion.report import Facts
-from ckptx.conversion.request import Job
+from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import PluginError, listing
-from ckptx.processes.supervision import Failure, Line, settle_child
+from ckptx.processes.supervision import Channel, Failure, settle_child
 from ckptx.protocol.messages import Begin, End, Message, Tensors
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.storage.spool import Spool
 from ckptx.writing.atomic import sync_tree, write_durable
 from ckptx.writing.journal import NAME, Identity, Journal, identify
@@ -38,12 +38,20 @@ Outcome: TypeAlias = tuple[Facts, str, int]
 
 
 def main(
-    role: str, job: Job, queue: Bytes, connection: Connection, parent: int, level: int, spool: str
+    role: str,
+    job: ConversionRequest,
+    queue: Bytes,
+    connection: Connection,
+    parent: int,
+    level: int,
+    spool: str,
 ) -> None:
     """Run one child process; its only results are what it sends to its parent."""
-    line = Line(connection)
+    line = Channel(connection)
     settle_child(parent, line, level)
-    run: Callable[[Job, Bytes, Line, str], Any] = run_loader if role == "loader" else run_saver
+    run: Callable[[ConversionRequest, Bytes, Channel, str], Any] = (
+        run_loader if role == "loader" else run_saver
+    )
     try:
         result = run(job, queue, line, spool)
         line.send("done", result)
@@ -56,9 +64,9 @@ def main(
         os._exit(1)  # threads and exit handlers of a failed plugin have nothing left to add
 
 
-def run_loader(job: Job, queue: Bytes, line: Line, spool_path: str) -> None:
+def run_loader(job: ConversionRequest, queue: Bytes, line: Channel, spool_path: str) -> None:
     """Send the messages of the loader."""
-    loader = manager.loader(job.loader, job.megatron_path)
+    loader = registry.loader(job.loader, job.megatron_path)
     spool = Spool(spool_path)
     options = job.options(job.loader_options, spool=spool)
     for message in checked(changed(loader.load(job.source, options), job), job.loader):
@@ -76,10 +84,10 @@ def run_loader(job: Job, queue: Bytes, line: Line, spool_path: str) -> None:
     queue.join_thread()
 
 
-def run_saver(job: Job, queue: Bytes, line: Line, spool_path: str) -> Outcome:
+def run_saver(job: ConversionRequest, queue: Bytes, line: Channel, spool_path: str) -> Outcome:
     """Plan, prove and write what the loader sends."""
-    saver = manager.saver(job.saver, job.megatron_path)
-    stream = Stream(_received(queue))
+    saver = registry.saver(job.saver, job.megatron_path)
+    stream = CheckedMessages(_received(queue))
     if isinstance(saver, ModuleSaver):
         return _write_directly(saver, job, stream, line), "", 0
     from ckptx.conversion import manifest, proof
@@ -126,14 +134,16 @@ def _overflow(infinite: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _journal(
-    staging: Path, identity: Identity | None, job: Job
+    staging: Path, identity: Identity | None, job: ConversionRequest
 ) -> AbstractContextManager[Journal | None]:
     if identity is None:
         return nullcontext()
     return Journal(staging.with_name(NAME), identity, job.journal_every)
 
 
-def _write_directly(saver: ModuleSaver, job: Job, stream: Stream, line: Line) -> Facts:
+def _write_directly(
+    saver: ModuleSaver, job: ConversionRequest, stream: CheckedMessages, line: Channel
+) -> Facts:
     staging = Path(line.ask("planned", (saver.outline(job), None))[0])
     options = job.options(job.saver_options, staging=staging)
     facts = saver.write_directly(recast(stream, job), options, line.advance)
@@ -143,7 +153,7 @@ def _write_directly(saver: ModuleSaver, job: Job, stream: Stream, line: Line) ->
     return facts
 
 
-def changed(messages: Iterable[Message], job: Job) -> Iterator[Message]:
+def changed(messages: Iterable[Message], job: ConversionRequest) -> Iterator[Message]:
     """Return the messages with the edits of the job made."""
     if job.edits is None:
         return iter(messages)
@@ -152,7 +162,7 @@ def changed(messages: Iterable[Message], job: Job) -> Iterator[Message]:
     return edited(iter(messages), job.edits, job.loader)
 
 
-def recast(messages: Iterable[Message], job: Job) -> Iterator[Message]:
+def recast(messages: Iterable[Message], job: ConversionRequest) -> Iterator[Message]:
     """Return the messages in the dtype that the job asks for."""
     if job.dtype is None:
         return iter(messages)
@@ -161,18 +171,18 @@ def recast(messages: Iterable[Message], job: Job) -> Iterator[Message]:
     return cast_messages(messages, job.dtype)
 
 
-def write_options(job: Job) -> Any:
+def write_options(job: ConversionRequest) -> Any:
     """Return the writer's options of a job."""
     from ckptx.writing.writer import WriteOptions
 
     return WriteOptions(job.threads, job.max_memory, job.digest, job.check_replicas)
 
 
-def versions(job: Job) -> dict[str, str]:
+def versions(job: ConversionRequest) -> dict[str, str]:
     """Return the versions of everything that shapes the output."""
     from ckptx import __version__
 
-    chosen = manager.versions(("loader", job.loader), ("saver", job.saver))
+    chosen = registry.versions(("loader", job.loader), ("saver", job.saver))
     return {**chosen, "ckptx": __version__}
 
 
@@ -193,7 +203,7 @@ def checked(messages: Iterable[Message], name: str) -> Iterator[Message]:
         raise PluginError(f"loader {name!r} ended without sending End")
 
 
-class Stream:
+class CheckedMessages:
     """The messages on their way to a saver; remembers the first and the last."""
 
     def __init__(self, messages: Iterator[Message]) -> None:

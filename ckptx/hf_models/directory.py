@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ckptx.errors import FormatError
-from ckptx.hf_models import float8 as quantised
-from ckptx.hf_models import task_heads as heads
-from ckptx.hf_models.lora import extract as adapters
+from ckptx.hf_models import float8, task_heads
+from ckptx.hf_models.lora import extract
 from ckptx.hf_models.lora import merge as adapter_merge
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.export import exported
@@ -21,7 +20,7 @@ from ckptx.protocol.from_names import (
     passthrough,
     tied_names,
 )
-from ckptx.protocol.messages import WEIGHTS_ONLY, Begin, Dropped, End, Message
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import _architectures, family_of, parts_from_config, why_unknown
 from ckptx.storage.partial import MANIFEST
@@ -54,7 +53,7 @@ copies its scripts into every checkpoint.
 def training_state(directory: Path) -> tuple[Dropped, ...]:
     """Return the files of a training that lie beside the weights and do not go with them."""
     files = {p for pattern in _TRAINING for p in directory.glob(pattern) if p.is_file()}
-    return tuple(Dropped(p.name, WEIGHTS_ONLY, p.stat().st_size) for p in sorted(files))
+    return tuple(Dropped(p.name, TRAINING_STATE, p.stat().st_size) for p in sorted(files))
 
 
 def sidecars(directory: Path) -> dict[str, bytes]:
@@ -116,8 +115,8 @@ def hf_messages(
         SchemaError: tensors are missing, left over, or not of the shapes that the config says.
     """
     options = options or {}
-    held = adapters.separate(begin, tensors, options)
-    if options.get("saver") == adapters.LAYOUT:
+    held = extract.extract_adapters(begin, tensors, options)
+    if options.get("saver") == extract.LAYOUT:
         yield from _adapter_messages(held, notes, dropped)
         return
     begin, tensors = held.begin, held.tensors
@@ -136,11 +135,11 @@ def hf_messages(
         yield passthrough(tensors)
         yield End(dropped, (*notes, f"{why}; tensors pass through by name"))
         return
-    before, tensors = tensors, quantised.dequantise(tensors, config, dtype)
+    before, tensors = tensors, float8.dequantise(tensors, config, dtype)
     if len(tensors) < len(before):
-        plain = {key: value for key, value in config.items() if key != quantised.KEY}
+        plain = {key: value for key, value in config.items() if key != float8.KEY}
         begin = replace(begin, sidecars={**begin.sidecars, CONFIG: dump_config(plain)})
-        notes = (*notes, f"{quantised.KEY} was taken out of {CONFIG}: no weight is quantised now")
+        notes = (*notes, f"{float8.KEY} was taken out of {CONFIG}: no weight is quantised now")
     begin, tensors, config, more, gone = _merged(
         held, begin, tensors, config, family, dtype, renamer
     )
@@ -148,12 +147,12 @@ def hf_messages(
     composed = family.name if family.composition else ""
     parts = parts_from_config(family, config)
     known = {name for held in family.layout("hf").held(parts) for name in names_held(held)}
-    tensors, around = heads.without_module(tensors, known)
+    tensors, around = task_heads.without_module(tensors, known)
     notes = (*notes, *around)
-    if own := heads.heads_of(tensors, known):
+    if own := task_heads.heads_of(tensors, known):
         yield begin
         yield passthrough(tensors)
-        yield End(dropped, (*notes, heads.remark(own, ", ".join(_architectures(config)))))
+        yield End(dropped, (*notes, task_heads.remark(own, ", ".join(_architectures(config)))))
         return
     yield from named_messages(
         replace(begin, family=composed), tensors, parts, family.layout("hf"), notes, dropped
@@ -161,18 +160,18 @@ def hf_messages(
 
 
 def _adapter_messages(
-    held: adapters.Separated, notes: tuple[str, ...], dropped: tuple[Dropped, ...]
+    held: extract.ExtractedAdapters, notes: tuple[str, ...], dropped: tuple[Dropped, ...]
 ) -> Iterator[Message]:
     model = read_config(held.begin.sidecars, held.begin.root) or {}
     tensors, config, rest, more = exported(held, model)
     files = {ADAPTER_CONFIG: dump_config(config)}
-    yield replace(held.begin, layout=adapters.LAYOUT, sidecars=files)
+    yield replace(held.begin, layout=extract.LAYOUT, sidecars=files)
     yield passthrough(tensors)
     yield End((*dropped, *rest), (*notes, *more))
 
 
 def _merged(
-    held: adapters.Separated,
+    held: extract.ExtractedAdapters,
     begin: Begin,
     tensors: Mapping[str, LazyTensor],
     config: dict[str, Any],

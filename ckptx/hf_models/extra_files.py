@@ -9,12 +9,12 @@ from typing import Any
 from ckptx.containers import torch_zip
 from ckptx.errors import PluginError, listing
 from ckptx.protocol.contracts import SideFile
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.storage.file_plan import FilePlan
 from ckptx.tensors.lazy import LazyTensor
 
 
-def set_aside(
+def split_off(
     config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], iteration: int | str
 ) -> tuple[dict[str, LazyTensor], list[FilePlan], tuple[str, ...]]:
     """Return the tensors that stay with the model, the files for others, and remarks.
@@ -26,7 +26,7 @@ def set_aside(
     left = dict(tensors)
     plans: list[FilePlan] = []
     notes: list[str] = []
-    for wanted in manager.side_files(config, tuple(tensors), iteration):
+    for wanted in registry.side_files(config, tuple(tensors), iteration):
         _check(wanted, tensors, {plan.path for plan in plans})
         state = {name: tensors[own] for name, own in wanted.tensors.items()}
         plans.append(torch_zip.plan_file(wanted.path, state))

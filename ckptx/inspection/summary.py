@@ -12,13 +12,13 @@ from ckptx.errors import PlanError, listing
 from ckptx.inspection.layers import layer_number
 from ckptx.inspection.statistics import Statistics, statistics_of
 from ckptx.model.pipeline_parallel import Pipeline, describe
-from ckptx.protocol.messages import WEIGHTS_ONLY, Begin
+from ckptx.protocol.messages import TRAINING_STATE, Begin
 from ckptx.protocol.model import Model
 from ckptx.protocol.progress import Progress, Silent
-from ckptx.registry.open import Problem, names_of, opened
+from ckptx.registry.open import Problem, opened, tensors_by_name
 from ckptx.storage.partial import PARTIAL
 from ckptx.tensors.lazy import Filled, LazyTensor
-from ckptx.tensors.placement import partition_text, shards_of, stored_dtypes
+from ckptx.tensors.placement import describe_partition, placement_of, stored_dtypes
 
 SCHEMA = "ckptx-inspect/1"
 """What the JSON of an inspection is; the number rises when a key changes its meaning."""
@@ -133,7 +133,7 @@ class Inspection:
                 "bytes": drop.nbytes or sum(tensor.nbytes for tensor in drop.tensors),
             }
             for drop in self.model.end.dropped
-            if (drop.reason == WEIGHTS_ONLY) == training
+            if (drop.reason == TRAINING_STATE) == training
         ]
 
     def notes(self) -> list[str]:
@@ -166,14 +166,14 @@ class Inspection:
         return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))
 
     def _tensor(self, name: str, tensor: LazyTensor) -> dict[str, Any]:
-        shards = shards_of(tensor)
+        shards = placement_of(tensor)
         found: dict[str, Any] = {
             "name": name,
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "bytes": tensor.nbytes,
             "stored_dtypes": list(stored_dtypes(tensor)),
-            "cut": partition_text(tensor.shape, shards),
+            "cut": describe_partition(tensor.shape, shards),
             "shards": [
                 {
                     "file": self.place(shard.file),
@@ -227,11 +227,11 @@ def inspect(
     """
     wanted = wanted or Wanted()
     model, problems = opened(path, loader, options)
-    named, whole = names_of(model)
+    named, whole = tensors_by_name(model)
     weights = dict.fromkeys(tensor for tensor in whole.values() if not isinstance(tensor, Filled))
     parameters = sum(tensor.numel for tensor in weights)
     if wanted.names == "stored":
-        named, whole = names_of(model, "stored")
+        named, whole = tensors_by_name(model, "stored")
     tensors = _chosen(path, whole, wanted)
     statistics: dict[str, Statistics] = {}
     if wanted.stats:

@@ -8,7 +8,7 @@ from typing import Any
 from ckptx.inspection.statistics import Statistics
 from ckptx.inspection.summary import Inspection
 from ckptx.model.spec import ModelSpec
-from ckptx.tensors.placement import Shard, partition_text, shards_of, stored_dtypes
+from ckptx.tensors.placement import Shard, describe_partition, placement_of, stored_dtypes
 from ckptx.text.sizes import size_text
 from ckptx.text.tree import Row, tree
 from ckptx.text.wrapping import wrapped
@@ -106,11 +106,11 @@ def _health(found: Inspection) -> Iterator[tuple[str, str]]:
 
 def _rows(found: Inspection) -> Iterator[Row]:
     for name, tensor in found.tensors.items():
-        shards = shards_of(tensor)
+        shards = placement_of(tensor)
         what = f"{tensor.dtype:<8} {list(tensor.shape)}"
         others = [dtype for dtype in stored_dtypes(tensor) if dtype != tensor.dtype]
         what += f" of {' and '.join(others)}" if others else ""
-        cut = partition_text(tensor.shape, shards)
+        cut = describe_partition(tensor.shape, shards)
         yield Row(name, what, cut, _files(found, shards), tensor.nbytes)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptx.errors import PlanError, listing
-from ckptx.registry.open import names_of, opened
+from ckptx.registry.open import opened, tensors_by_name
 from ckptx.storage.gather import numpy_dtype, read
 from ckptx.storage.open_files import Files
 from ckptx.tensors.lazy import LazyTensor, Shape
@@ -93,8 +93,8 @@ def look_up(
             does not fit.
     """
     model, _ = opened(path, loader, options)
-    known = dict(names_of(model, "stored")[1])
-    known |= names_of(model)[1]  # whole tensors win where a name is both
+    known = dict(tensors_by_name(model, "stored")[1])
+    known |= tensors_by_name(model)[1]  # whole tensors win where a name is both
     name = resolve(name, known)
     tensor = known[name]
     index = parse_slice(part or "", tensor.shape)

@@ -1,11 +1,11 @@
 """Schemas: tables that say how a layout names the tensors of a model, read in both directions.
 
-A rule ties canonical keys to names. An `Iso` packs the canonical tensors into the layout's and
-unpacks them again; no schema author writes an inverse. Names are enumerated from the model's
+A rule ties canonical keys to names. A `Transform` packs the canonical tensors into the layout's
+and unpacks them again; no schema author writes an inverse. Names are enumerated from the model's
 dimensions, never matched, so what is missing and what is left over are set differences.
 
     rule(["mlp l0 weight W", "mlp l0 weight V"], "mlp.linear_fc1.weight", GLU, tp=0)
-         canonical keys                           name in the layout      iso  axis cut by TP
+         canonical keys                           name in the layout   transform  axis cut by TP
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from ckptx.errors import SchemaError
 from ckptx.model.canonical_names import MTP_LAYER
 from ckptx.model.spec import ModelSpec
-from ckptx.model.transforms import SAME, Iso
+from ckptx.model.transforms import IDENTITY, Transform
 from ckptx.tensors.lazy import Shape
 
 Predicate: TypeAlias = Callable[[ModelSpec], bool]
@@ -34,7 +34,7 @@ class Spelling:
     """
 
     names: tuple[str, ...]
-    iso: Iso
+    transform: Transform
 
     def named(self, layer: int | None, experts: int) -> tuple[str, ...]:
         """Return the names in one layer of a shard with so many experts, expert by expert."""
@@ -68,7 +68,7 @@ class Rule:
         Each spelling comes with the first of them, then each with the second, and so on.
         """
         moved = tuple(
-            Spelling(tuple(other + name.removeprefix(prefix) for name in one.names), one.iso)
+            Spelling(tuple(other + name.removeprefix(prefix) for name in one.names), one.transform)
             for other in others
             for one in self.spellings
         )
@@ -83,16 +83,16 @@ def always(spec: ModelSpec) -> bool:
 def rule(
     keys: str | Sequence[str],
     names: str | Sequence[str],
-    iso: Iso = SAME,
+    transform: Transform = IDENTITY,
     *,
     tp: int | None = None,
     ep: int | None = None,
     when: Predicate = always,
     layers: LayerPredicate | None = None,
-    also: Sequence[tuple[str | Sequence[str], Iso] | str] = (),
+    also: Sequence[tuple[str | Sequence[str], Transform] | str] = (),
     rows: Callable[[ModelSpec], int] | None = None,
 ) -> Rule:
-    """Return a rule: canonical ``keys`` are stored under ``names``, arranged by ``iso``.
+    """Return a rule: canonical ``keys`` are stored under ``names``, arranged by ``transform``.
 
     ``tp`` is the canonical axis that tensor parallelism cuts, None for replicated. With ``ep``, the
     axis that expert parallelism cuts, ``tp`` is cut by expert-tensor parallelism instead. ``when``
@@ -100,10 +100,10 @@ def rule(
     spellings that loaders accept; the first is the one that savers write. ``rows`` is the number of
     rows of a tensor that some ranks hold whole and others cut along them: its shape tells which.
     """
-    spellings = [Spelling(_tuple(names), iso)]
+    spellings = [Spelling(_tuple(names), transform)]
     for other in also:
         spellings.append(
-            Spelling((other,), iso)
+            Spelling((other,), transform)
             if isinstance(other, str)
             else Spelling(_tuple(other[0]), other[1])
         )
@@ -145,7 +145,7 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class RuleGroup:
     """One message of a model of one or several parts, and the rules of what it holds."""
 
     part: str
@@ -192,12 +192,12 @@ class Layout:
             for layer in range(spec.mtp_num_layers):
                 yield message, key, name.replace("{layer}", str(spec.num_layers + layer))
 
-    def held(self, parts: Parts) -> Iterator[Held]:
+    def held(self, parts: Parts) -> Iterator[RuleGroup]:
         """Yield every message of a model of several parts, part by part, as `expand` does."""
         for part, spec in parts.items():
             sections = tuple(section for section in self.sections if section.part == part)
             for message, layer, rules in replace(self, sections=sections).expand(spec):
-                yield Held(part, spec, message, layer, rules)
+                yield RuleGroup(part, spec, message, layer, rules)
 
     def names_of(self, message: str, key: str) -> tuple[str, ...]:
         """Return the names, in any spelling, of a canonical tensor that is stored by itself.

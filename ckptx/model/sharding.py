@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 from ckptx.errors import PlanError, SchemaError, listing
 from ckptx.model.layout import Layout, Rule
 from ckptx.model.spec import ModelSpec
-from ckptx.model.transforms import Iso, Tensor
+from ckptx.model.transforms import Tensor, Transform
 from ckptx.tensors.joins import concat, unstacked
 from ckptx.tensors.lazy import LazyTensor, Shape, replicated
 
@@ -65,7 +65,7 @@ class Shards:
         return cls(dense, experts, dict(zip(map(id, shards), labels, strict=False)))
 
 
-class Taker:
+class Gatherer:
     """Takes the tensors of messages out of shards, and knows what is missing and what is left.
 
     ``take`` removes what it uses from the shards' mappings. Names that were not found are
@@ -77,9 +77,9 @@ class Taker:
         self.spec = spec
         self.missing: list[str] = []
 
-    def of(self, spec: ModelSpec) -> Taker:
+    def of(self, spec: ModelSpec) -> Gatherer:
         """Return a taker for a part of these dimensions; what it does not find is missing here."""
-        other = Taker(self.layout, spec)
+        other = Gatherer(self.layout, spec)
         other.missing = self.missing
         return other
 
@@ -101,7 +101,7 @@ class Taker:
         for entry in rules:
             groups = [shards.dense] if entry.ep is None else shards.experts
             experts = (self.spec.num_experts or 0) // len(groups)
-            names, iso = _present(entry, groups[0][0][0], layer, experts)
+            names, transform = _present(entry, groups[0][0][0], layer, experts)
             missing = [
                 shards.labels.get(id(shard), label) + name
                 for group in groups
@@ -116,7 +116,7 @@ class Taker:
                     for name in names:  # the others are known, and of no use alone
                         shard.pop(name, None)
                 continue
-            parts = [self._unpacked(names, iso, group, label) for group in groups]
+            parts = [self._unpacked(names, transform, group, label) for group in groups]
             place = label + names[0]
             for number, key in enumerate(entry.keys):
                 joined = [
@@ -127,14 +127,18 @@ class Taker:
         return message
 
     def _unpacked(
-        self, names: Sequence[str], iso: Iso, ranks: Sequence[Sequence[Shard]], label: str
+        self,
+        names: Sequence[str],
+        transform: Transform,
+        ranks: Sequence[Sequence[Shard]],
+        label: str,
     ) -> list[list[Tensor]]:
         """Return the canonical parts of each tensor-parallel rank; its copies are one."""
         parts = []
         for copies in ranks:
             try:
                 packed = [replicated([shard.pop(name) for shard in copies]) for name in names]
-                parts.append(iso.unpack(packed, self.spec, len(ranks)))
+                parts.append(transform.unpack(packed, self.spec, len(ranks)))
             except (SchemaError, PlanError) as error:
                 raise SchemaError(f"{label}{_some(names)}: {error}") from error
         return parts
@@ -156,7 +160,7 @@ class Taker:
             raise SchemaError(f"layout {self.layout.name}: {'; '.join(problems)}")
 
 
-def give(
+def shard_tensors(
     rules: Sequence[Rule],
     message: Mapping[str, Tensor],
     spec: ModelSpec,
@@ -177,7 +181,7 @@ def give(
         if share not in known:
             spelling = entry.spellings[0]
             cut = [_piece(message[key], entry, rank, key, known) for key in entry.keys]
-            packed = spelling.iso.pack(cut, spec, rank.tp if entry.ep is None else rank.etp)
+            packed = spelling.transform.pack(cut, spec, rank.tp if entry.ep is None else rank.etp)
             experts = cut[0].shape[entry.ep] if entry.ep is not None else 0
             known[share] = dict(zip(spelling.named(layer, experts), packed, strict=True))
         named.update(known[share])
@@ -200,7 +204,7 @@ class Placed(NamedTuple):
     tensor: Tensor
 
 
-def place(
+def shard_chunks(
     rules: Sequence[Rule],
     message: Mapping[str, Tensor],
     spec: ModelSpec,
@@ -221,8 +225,8 @@ def place(
     for entry in rules:
         spelling = entry.spellings[0]
         whole = [message[key] for key in entry.keys]
-        packed = spelling.iso.pack(whole, spec, 1)
-        origins = spelling.iso.origins([tensor.shape for tensor in whole])
+        packed = spelling.transform.pack(whole, spec, 1)
+        origins = spelling.transform.origins([tensor.shape for tensor in whole])
         names = spelling.named(layer, 0)
         for key, full, (number, at) in zip(entry.keys, whole, origins, strict=True):
             name, shape = names[number], packed[number].shape
@@ -281,13 +285,13 @@ def check_message(
 
 def _present(
     entry: Rule, shard: Mapping[str, Tensor], layer: int | None, experts: int
-) -> tuple[tuple[str, ...], Iso]:
+) -> tuple[tuple[str, ...], Transform]:
     """Return the first spelling that the shard has, else the first of all."""
     for spelling in entry.spellings:
         names = spelling.named(layer, experts)
         if all(name in shard for name in names):
-            return names, spelling.iso
-    return entry.spellings[0].named(layer, experts), entry.spellings[0].iso
+            return names, spelling.transform
+    return entry.spellings[0].named(layer, experts), entry.spellings[0].transform
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Isos: reversible rearrangements between canonical tensors and those of a layout.
+"""Transforms: reversible rearrangements between canonical tensors and those of a layout.
 
 No schema author writes an inverse: what packs a layout's tensor unpacks it, too. ``tp`` scales the
 head counts of a model to those of a rank.
@@ -18,7 +18,7 @@ from ckptx.tensors.lazy import LazyTensor, Shape
 Tensor: TypeAlias = LazyTensor
 
 
-class Iso(Protocol):
+class Transform(Protocol):
     """A reversible rearrangement between canonical tensors and those of a layout.
 
     ``tp`` is the number of ranks the tensors are cut over; it scales the model's head counts.
@@ -34,7 +34,7 @@ class Iso(Protocol):
         """Return where each canonical tensor lies: the packed tensor's number and an origin in it.
 
         Raises:
-            SchemaError: the iso does not lay its tensors side by side.
+            SchemaError: the transform does not lay its tensors side by side.
         """
 
 
@@ -80,18 +80,18 @@ class _Each:
     Packed tensors run expert by expert, ``width`` for each, as names with ``{expert}`` do.
     """
 
-    iso: Iso
+    transform: Transform
     width: int
 
     def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
         packed: list[Tensor] = []
         for own in zip(*map(unstacked, canonical), strict=True):
-            packed += self.iso.pack([tensor.squeeze() for tensor in own], spec, tp)
+            packed += self.transform.pack([tensor.squeeze() for tensor in own], spec, tp)
         return packed
 
     def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
         parts = [
-            self.iso.unpack(packed[start : start + self.width], spec, tp)
+            self.transform.unpack(packed[start : start + self.width], spec, tp)
             for start in range(0, len(packed), self.width)
         ]
         return [stack(tensors) for tensors in zip(*parts, strict=True)]
@@ -110,11 +110,11 @@ class _Grouped:
     Source: NVIDIA/Megatron-LM megatron/core/transformer/moe/experts.py, GroupedMLP @ core_v0.12.3.
     """
 
-    iso: Iso
+    transform: Transform
     side_by_side: bool
 
     def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
-        packed = self.iso.pack(canonical, spec, tp)
+        packed = self.transform.pack(canonical, spec, tp)
         joined = []
         for tensor in packed:
             experts, rows, _ = tensor.shape
@@ -132,7 +132,7 @@ class _Grouped:
             turned = tensor.split(0, tensor.shape[0] // experts)
         else:
             turned = tensor.split(0, rows)
-        return self.iso.unpack([turned.permute((0, 2, 1))], spec, tp)
+        return self.transform.unpack([turned.permute((0, 2, 1))], spec, tp)
 
     def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
         raise SchemaError("grouped experts do not lie side by side as they are")
@@ -192,17 +192,17 @@ class _FusedQkv(_Qkv):
 
 @dataclass(frozen=True, slots=True)
 class Transposed:
-    """What ``iso`` packs, each matrix stored as [in, out]: GPT-2's ``Conv1D``."""
+    """What ``transform`` packs, each matrix stored as [in, out]: GPT-2's ``Conv1D``."""
 
-    iso: Iso
+    transform: Transform
 
     def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
         """Return the layout's tensors, transposed."""
-        return [self._turned(tensor) for tensor in self.iso.pack(canonical, spec, tp)]
+        return [self._turned(tensor) for tensor in self.transform.pack(canonical, spec, tp)]
 
     def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
         """Return the canonical tensors of transposed ones."""
-        return self.iso.unpack([self._turned(tensor) for tensor in packed], spec, tp)
+        return self.transform.unpack([self._turned(tensor) for tensor in packed], spec, tp)
 
     def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
         """Raise: no canonical tensor lies as it is in a transposed one."""
@@ -272,10 +272,10 @@ class _Bare:
 
 @dataclass(frozen=True, slots=True)
 class _Chain:
-    """One iso after the other: the second rearranges what the first has packed."""
+    """One transform after the other: the second rearranges what the first has packed."""
 
-    first: Iso
-    second: Iso
+    first: Transform
+    second: Transform
 
     def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
         return self.second.pack(self.first.pack(canonical, spec, tp), spec, tp)
@@ -287,34 +287,34 @@ class _Chain:
         raise SchemaError("tensors that were rearranged twice do not lie side by side")
 
 
-SAME: Iso = _Same()
-GLU: Iso = _Glu()
-EXPERT_GLU: Iso = _Glu(axis=1)
+IDENTITY: Transform = _Same()
+GLU: Transform = _Glu()
+EXPERT_GLU: Transform = _Glu(axis=1)
 """Gate and up projections of experts in one tensor, [experts, rows, columns]."""
-QKV: Iso = _Qkv()
-FUSED_QKV: Iso = _FusedQkv()
-ROTARY_PAIRS: Iso = _RotaryPairs()
+QKV: Transform = _Qkv()
+FUSED_QKV: Transform = _FusedQkv()
+ROTARY_PAIRS: Transform = _RotaryPairs()
 
 
-def bare(axes: int) -> Iso:
-    """Return the iso that leaves out ``axes`` axes of length 1 in front."""
+def drop_unit_axes(axes: int) -> Transform:
+    """Return the transform that leaves out ``axes`` axes of length 1 in front."""
     return _Bare(axes)
 
 
-def chain(first: Iso, second: Iso) -> Iso:
-    """Return the iso that packs with ``first`` and then with ``second``."""
+def compose(first: Transform, second: Transform) -> Transform:
+    """Return the transform that packs with ``first`` and then with ``second``."""
     return _Chain(first, second)
 
 
-GROUPED_FC1: Iso = _Grouped(EXPERT_GLU, side_by_side=True)
+GROUPED_FC1: Transform = _Grouped(EXPERT_GLU, side_by_side=True)
 """``weight1`` of Megatron's GroupedMLP, gated."""
-GROUPED_FC2: Iso = _Grouped(SAME, side_by_side=False)
+GROUPED_FC2: Transform = _Grouped(IDENTITY, side_by_side=False)
 """``weight2`` of Megatron's GroupedMLP."""
 
 
-def each(iso: Iso = SAME, width: int = 1) -> Iso:
-    """Return the iso of experts that have tensors of their own, under names with ``{expert}``.
+def per_expert(transform: Transform = IDENTITY, width: int = 1) -> Transform:
+    """Return the transform of experts that have tensors of their own, under names with ``{expert}``.
 
     ``width`` is the number of names that each expert has.
     """
-    return _Each(iso, width)
+    return _Each(transform, width)

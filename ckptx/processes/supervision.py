@@ -60,7 +60,7 @@ class Failure:
         return error
 
 
-class Line:
+class Channel:
     """A child's line to its parent: log records, progress, questions and the result."""
 
     def __init__(self, connection: Connection) -> None:
@@ -98,7 +98,7 @@ class Line:
 class _Forward(logging.Handler):
     """Hands log records to the parent."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Channel) -> None:
         super().__init__()
         self.line = line
 
@@ -110,7 +110,7 @@ class _Forward(logging.Handler):
             self.line.send("log", record)
 
 
-def settle_child(parent: int, line: Line, log_level: int) -> None:
+def settle_child(parent: int, line: Channel, log_level: int) -> None:
     """Make this child die with its parent, leave signals to it, and log through it."""
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

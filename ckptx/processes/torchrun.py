@@ -38,7 +38,7 @@ _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankPlace:
     """Where this process stands among those that were started together."""
 
     rank: int
@@ -52,7 +52,7 @@ class Place:
         return self.rank == self.local_rank
 
 
-def place(environment: Mapping[str, str]) -> Place | None:
+def rank_place(environment: Mapping[str, str]) -> RankPlace | None:
     """Return this process's place, None if it was not started together with others."""
     found = [environment.get(name, "") for name in _NUMBERS]
     if not all(value.isdecimal() for value in found):
@@ -61,7 +61,7 @@ def place(environment: Mapping[str, str]) -> Place | None:
     if world < 2:
         return None
     local = environment.get("LOCAL_WORLD_SIZE", "")
-    return Place(rank, local_rank, int(local) if local.isdecimal() else world)
+    return RankPlace(rank, local_rank, int(local) if local.isdecimal() else world)
 
 
 def once(words: Sequence[str], work: Callable[[], int]) -> int:
@@ -71,7 +71,7 @@ def once(words: Sequence[str], work: Callable[[], int]) -> int:
         words: the command, which tells one meeting from another.
         work: what to do; returns an exit code.
     """
-    here = place(os.environ)
+    here = rank_place(os.environ)
     if here is None:
         return work()
     if not here.with_rank_0:
@@ -95,7 +95,7 @@ def _address(words: Sequence[str]) -> str:
     return f"\0ckptx-{digest[:32]}"
 
 
-def _lead(here: Place, address: str, work: Callable[[], int]) -> int:
+def _lead(here: RankPlace, address: str, work: Callable[[], int]) -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
         try:
             line.bind(address)
@@ -144,7 +144,7 @@ def _tell(line: socket.socket, count: int, code: int, deadline: float) -> None:
                 other.sendall(str(code).encode())
 
 
-def _follow(here: Place, address: str) -> int:
+def _follow(here: RankPlace, address: str) -> int:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
             if not _connected(line, address):

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from ckptx.errors import SchemaError
 from ckptx.model.canonical_names import check_shapes
-from ckptx.model.layout import Held, Layout, Parts
-from ckptx.model.sharding import Taker
+from ckptx.model.layout import Layout, Parts, RuleGroup
+from ckptx.model.sharding import Gatherer
 from ckptx.model.spec import ModelSpec
 from ckptx.protocol.messages import (
     PASSTHROUGH,
@@ -42,8 +42,8 @@ def messages_of(
     """
     left = dict(tensors)
     parts = {"language": spec} if isinstance(spec, ModelSpec) else spec
-    taker = Taker(layout, parts["language"])
-    found: dict[str, tuple[Held, dict[str, LazyTensor]]] = {}
+    taker = Gatherer(layout, parts["language"])
+    found: dict[str, tuple[RuleGroup, dict[str, LazyTensor]]] = {}
     for held in layout.held(parts):
         canonical = taker.of(held.spec).take(held.rules, [left], held.layer)
         if canonical:
@@ -157,7 +157,7 @@ def named_messages(
     spec = parts["language"]
     left = dict(tensors)
     dropped = (*dropped, *drop_ignored(layout, left))
-    if spec.mtp_num_layers and not further_names(layout, spec) & set(left):
+    if spec.mtp_num_layers and not mtp_names(layout, spec) & set(left):
         note = (
             f"the config says {spec.mtp_num_layers} layers for multi-token prediction, the weights "
             "hold none, as transformers saves them: the model is converted without"
@@ -172,7 +172,7 @@ def named_messages(
     yield End(dropped, notes)
 
 
-def names_held(held: Held) -> set[str]:
+def names_held(held: RuleGroup) -> set[str]:
     """Return the names, in any spelling, of all tensors of a message."""
     experts = held.spec.num_experts or 0
     return {
@@ -183,7 +183,7 @@ def names_held(held: Held) -> set[str]:
     }
 
 
-def further_names(layout: Layout, spec: ModelSpec) -> set[str]:
+def mtp_names(layout: Layout, spec: ModelSpec) -> set[str]:
     """Return the names that the layers for multi-token prediction have in a layout."""
     without = replace(spec, mtp_num_layers=0)
     copies = {name for _, _, name in layout.copies_of(spec)}

@@ -21,7 +21,7 @@ VERSION = 1
 PASSTHROUGH = "passthrough"
 """The message that carries tensors under the names of their source layout."""
 
-WEIGHTS_ONLY = "only weights are converted"
+TRAINING_STATE = "only weights are converted"
 """Why loaders drop the state of a training; inspection tells it from the rest by it."""
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from ckptx.errors import PlanError, SchemaError, listing
 from ckptx.model.layout import Family, Layout, Parts
-from ckptx.model.sharding import check_message, give
+from ckptx.model.sharding import check_message, shard_tensors
 from ckptx.model.spec import ModelSpec
 from ckptx.protocol.messages import PASSTHROUGH, VERSION, Begin, Dropped, End, Message, Tensors
 from ckptx.tensors.joins import concat
 from ckptx.tensors.lazy import Filled, LazyTensor, Replicated, Stored, replicated
 
-VOCABULARY = {
+VOCAB_TENSORS = {
     ("embeddings", "word embeddings"),
     ("output layer", "weight"),
     ("output layer", "bias"),
@@ -148,7 +148,7 @@ def named_tensors(
     dropped = resize_vocabulary(model, model.spec.vocab_size, fill=False)
     named: dict[str, LazyTensor] = {}
     for held in layout.held(model.parts):
-        named.update(give(held.rules, model.messages[held.message], held.spec, held.layer))
+        named.update(shard_tensors(held.rules, model.messages[held.message], held.spec, held.layer))
     for message, key, name in layout.copies_of(model.spec):
         named[name] = model.messages[message][key]
     return named, dropped
@@ -167,7 +167,7 @@ def resize_vocabulary(model: Model, rows: int | None, *, fill: bool = True) -> t
     for name, tensors in model.messages.items():
         changed = dict(tensors)
         for key, tensor in tensors.items():
-            if rows is None or (name, key) not in VOCABULARY or tensor.shape[0] == rows:
+            if rows is None or (name, key) not in VOCAB_TENSORS or tensor.shape[0] == rows:
                 continue
             found = tensor.shape[0]
             if found > rows:

@@ -15,7 +15,7 @@ _NAMED = 3  # of those that are checkpoints
 Recognised = Callable[[Path], bool]
 
 
-def absent(path: Path) -> str:
+def why_absent(path: Path) -> str:
     """Return why nothing is at ``path``, as far as is known."""
     partial = path.with_name(f"{path.name}{PARTIAL}") if path.name else path
     if not partial.is_dir():
@@ -33,7 +33,7 @@ def _unfinished(partial: Path) -> str:
     )
 
 
-def reason(source: Path, recognised: Recognised) -> str:
+def why_unrecognised(source: Path, recognised: Recognised) -> str:
     """Return why ``source`` may be no checkpoint and what to do; empty if nothing is known.
 
     Args:

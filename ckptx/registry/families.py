@@ -10,10 +10,10 @@ from ckptx.model.layout import Family, Parts
 from ckptx.protocol.messages import Dropped
 from ckptx.protocol.model import Model, fill_unused, named_tensors
 from ckptx.protocol.sidecars import CONFIG, dump_config
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.tensors.lazy import LazyTensor
 
-CLASSES = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+TASK_HEAD_CLASSES = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 """How transformers' classes with such a head end."""
 
 
@@ -37,7 +37,7 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
 
 def _named_by(config: Mapping[str, Any]) -> Iterator[Family]:
     architectures = _architectures(config)
-    for family in manager.families().values():
+    for family in registry.families().values():
         if any(name in family.architectures for name in architectures) or (
             not architectures and config.get("model_type") in family.model_types
         ):
@@ -47,7 +47,7 @@ def _named_by(config: Mapping[str, Any]) -> Iterator[Family]:
 def why_unknown(config: Mapping[str, Any]) -> str:
     """Return why there is no schema for what a config names."""
     reasons = [why for family in _named_by(config) for why in family.refused.values()]
-    if not reasons and any(name.endswith(CLASSES) for name in _architectures(config)):
+    if not reasons and any(name.endswith(TASK_HEAD_CLASSES) for name in _architectures(config)):
         return "Megatron has no place for its head"
     return reasons[0] if reasons else "ckptx does not know this architecture"
 
@@ -64,7 +64,7 @@ def family_named(name: str) -> Family:
     Raises:
         SchemaError: no schema plugin registers it.
     """
-    families = manager.families()
+    families = registry.families()
     if name not in families:
         raise SchemaError(f"unknown model family {name!r}; known: {', '.join(sorted(families))}")
     return families[name]

@@ -16,7 +16,7 @@ from typing import Any
 from ckptx.errors import CkptxError
 from ckptx.protocol.messages import Begin, End, Message
 from ckptx.protocol.model import Model, collect
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.registry.families import hf_tensors
 from ckptx.tensors.lazy import LazyTensor
 
@@ -44,7 +44,7 @@ def opened(
     Raises:
         CkptxError: it cannot be read.
     """
-    plugin = manager.loader(loader or manager.detect(path))
+    plugin = registry.loader(loader or registry.detect(path))
     messages: Iterator[Message] = iter(plugin.load(path, options or {}))
     begin = next(messages, None)
     if not isinstance(begin, Begin):
@@ -55,7 +55,7 @@ def opened(
         return Model(begin, End()), (Problem("incomplete", str(error)),)
 
 
-def names_of(model: Model, names: str = "model") -> tuple[str, Mapping[str, LazyTensor]]:
+def tensors_by_name(model: Model, names: str = "model") -> tuple[str, Mapping[str, LazyTensor]]:
     """Return how the tensors of a model are named, and the tensors.
 
     With ``names`` ``"model"`` they are whole: under Hugging Face's names, or canonical ones

@@ -207,10 +207,10 @@ def detect(source: Path) -> str:
     Raises:
         PluginError: ``source`` is missing, or not exactly one loader recognises it.
     """
-    from ckptx.registry import explain as unrecognised
+    from ckptx.registry import explain
 
     if not source.exists():
-        raise PluginError(f"{source}: {unrecognised.absent(source)}")
+        raise PluginError(f"{source}: {explain.why_absent(source)}")
     matches = _recognising(source)
     if len(matches) == 1:
         return matches[0]
@@ -221,7 +221,7 @@ def detect(source: Path) -> str:
         )
     known = f"; known loaders: {', '.join(names('loader')) or 'none'}"
     try:
-        why = unrecognised.reason(source, lambda path: bool(_recognising(path)))
+        why = explain.why_unrecognised(source, lambda path: bool(_recognising(path)))
     except OSError as error:
         why = f"it cannot be read: {error.strerror}"
     raise PluginError(
@@ -319,11 +319,13 @@ def _plugin(kind: Literal["loader", "saver"], name: str, megatron_path: str | No
         return Alternatives(name, plugins)
     if plugins:
         return plugins[0]
-    from ckptx.conversion import megatron_modules as compat
+    from ckptx.conversion import megatron_modules
 
-    module = compat.find(kind, name, megatron_path, plain=canonical(name) not in RECOGNISED)
+    module = megatron_modules.find(
+        kind, name, megatron_path, plain=canonical(name) not in RECOGNISED
+    )
     if module is not None:
-        return compat.adapt(kind, name, module, megatron_path)
+        return megatron_modules.adapt(kind, name, module, megatron_path)
     known = ", ".join(names(kind)) or "none"
     if (what := RECOGNISED.get(canonical(name))) is not None:
         raise PluginError(

@@ -14,8 +14,8 @@ from ckptx.tensors.lazy import (
     Shape,
     Stored,
     Tiled,
-    _tiled,
     replicated,
+    tile_unchecked,
 )
 
 
@@ -36,7 +36,7 @@ def tile(shape: Sequence[int], tiles: Sequence[tuple[Sequence[int], LazyTensor]]
         )
         if not inside:
             raise PlanError(f"tile {list(part.shape)} at {list(origin)} lies outside {list(shape)}")
-    tiled = _tiled(shape, tiles)
+    tiled = tile_unchecked(shape, tiles)
     found = sum(part.numel for _, part in tiles)
     if found != math.prod(shape):
         raise PlanError(f"tiles hold {found} elements, {list(shape)} needs {math.prod(shape)}")
@@ -84,7 +84,7 @@ def concat(parts: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
         tiles.append((tuple(position if a == axis else 0 for a in range(len(first.shape))), part))
         position += part.shape[axis]
     shape = (*first.shape[:axis], position, *first.shape[axis + 1 :])
-    return _tiled(shape, tiles)
+    return tile_unchecked(shape, tiles)
 
 
 def rejoin(parts: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
@@ -129,7 +129,7 @@ def unstacked(tensor: LazyTensor) -> list[LazyTensor]:
             for origin, part in tiles:
                 rows[origin[0]].append(((0, *origin[1:]), part))
             if all(rows):
-                return [_tiled((1, *tensor.shape[1:]), row) for row in rows]
+                return [tile_unchecked((1, *tensor.shape[1:]), row) for row in rows]
         case Cast(base=base):
             return [row.cast(tensor.dtype) for row in unstacked(base)]
         case Replicated(copies=copies):

@@ -262,7 +262,7 @@ def stored(file: int, offset: int, dtype: str, shape: Sequence[int]) -> Stored:
     return Stored(dtype, shape, file, offset, contiguous_strides(shape))
 
 
-def _tiled(shape: Shape, tiles: Sequence[tuple[Sequence[int], LazyTensor]]) -> LazyTensor:
+def tile_unchecked(shape: Shape, tiles: Sequence[tuple[Sequence[int], LazyTensor]]) -> LazyTensor:
     """Return tiles that are known to cover the shape once as a tensor."""
     if not tiles:
         raise PlanError("a tensor cannot be made of no tiles")
@@ -373,7 +373,7 @@ def _narrow_tiles(tensor: Tiled, axis: int, start: int, stop: int, shape: Shape)
             tiles.append((moved, part.narrow(axis, low - origin[axis], high - origin[axis])))
     if not tiles:
         return Filled(tensor.dtype, shape)
-    return _tiled(shape, tiles)
+    return tile_unchecked(shape, tiles)
 
 
 def _permute(tensor: LazyTensor, axes: Shape) -> LazyTensor:
@@ -393,7 +393,7 @@ def _permute(tensor: LazyTensor, axes: Shape) -> LazyTensor:
                 (tuple(origin[axis] for axis in axes), part.permute(axes))
                 for origin, part in tensor.tiles
             ]
-            return _tiled(shape, moved)
+            return tile_unchecked(shape, moved)
         case Permuted():
             return tensor.base.permute([tensor.axes[axis] for axis in axes])
         case _:
@@ -427,7 +427,7 @@ def _split(tensor: LazyTensor, axis: int, inner: int) -> LazyTensor:
                 )
                 for origin, part in tensor.tiles
             ]
-            return _tiled(shape, tiles)
+            return tile_unchecked(shape, tiles)
         case _:
             return Split(tensor.dtype, shape, tensor, axis, inner)
 
@@ -460,6 +460,6 @@ def _merge(tensor: LazyTensor, axis: int) -> LazyTensor:
                 )
                 for origin, part in tensor.tiles
             ]
-            return _tiled(shape, tiles)
+            return tile_unchecked(shape, tiles)
         case _:
             return Merged(tensor.dtype, shape, tensor, axis)

@@ -23,7 +23,7 @@ class Shard:
     elements: int
 
 
-def shards_of(tensor: LazyTensor) -> list[Shard]:
+def placement_of(tensor: LazyTensor) -> list[Shard]:
     """Return what every file holds of a tensor, copies included, in the order of the boxes."""
     found: dict[int, tuple[Box, int]] = {}
     for piece in pieces(tensor, copies=True):
@@ -38,7 +38,7 @@ def shards_of(tensor: LazyTensor) -> list[Shard]:
     return sorted(shards, key=lambda shard: (shard.box, shard.file))
 
 
-def partition_text(shape: Shape, shards: Sequence[Shard]) -> str:
+def describe_partition(shape: Shape, shards: Sequence[Shard]) -> str:
     """Return how a tensor is cut, in words; empty where one file holds it whole.
 
     Examples:

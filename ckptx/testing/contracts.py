@@ -35,9 +35,9 @@ from ckptx.errors import CkptxError
 from ckptx.model.canonical_names import check_shapes, dimensions, keys_of
 from ckptx.model.layout import Family, Layout, Rule
 from ckptx.model.pipeline_parallel import stage_ranks
-from ckptx.model.sharding import Shards, Taker, check_message, give
+from ckptx.model.sharding import Gatherer, Shards, check_message, shard_tensors
 from ckptx.model.spec import ModelSpec
-from ckptx.model.transforms import SAME
+from ckptx.model.transforms import IDENTITY
 from ckptx.protocol.contracts import Loader, Saver
 from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, Tensors
 from ckptx.tensors.dtypes import ITEMSIZE
@@ -359,21 +359,21 @@ class SchemaTests(_Parametrized):
         for message, layer, rules in found.expand(spec):
             canonical = _stored_message(rules, message, spec)
             check_message(rules, canonical, message, found.name)
-            packed = give(rules, canonical, spec, layer)
+            packed = shard_tensors(rules, canonical, spec, layer)
             _assert_elements(_taken(found, spec, rules, [packed], layer), canonical)
             named = _stored({name: tensor.shape for name, tensor in packed.items()}, spec.dtype)
             unpacked = _taken(found, spec, rules, [named], layer)
-            _assert_elements(give(rules, unpacked, spec, layer), named)
+            _assert_elements(shard_tensors(rules, unpacked, spec, layer), named)
             for entry in rules:
                 own = entry.spellings[0].names
                 if "{expert}" in own[0] and len(own) < len(entry.keys):
                     continue  # experts divided, the tensors of each joined
-                names = give([entry], canonical, spec, layer)
-                if len(entry.keys) > len(names) or entry.spellings[0].iso is SAME:
+                names = shard_tensors([entry], canonical, spec, layer)
+                if len(entry.keys) > len(names) or entry.spellings[0].transform is IDENTITY:
                     taken = _taken(found, spec, [entry], [names], layer)
                     assert taken == {key: canonical[key] for key in entry.keys}
                 if len(names) >= len(entry.keys):
-                    given = give([entry], unpacked, spec, layer)
+                    given = shard_tensors([entry], unpacked, spec, layer)
                     assert given == {name: named[name] for name in names}
 
     def test_cut_and_joined_is_whole(self, layout: tuple[Family, str, ModelSpec]) -> None:
@@ -387,7 +387,9 @@ class SchemaTests(_Parametrized):
                 if all(entry.tp is None for entry in rules):
                     continue
                 before = _stored_message(rules, message, spec, rows=48)
-                shards = [give(rules, before, spec, layer, rank) for rank in stage_ranks(tp)]
+                shards = [
+                    shard_tensors(rules, before, spec, layer, rank) for rank in stage_ranks(tp)
+                ]
                 joined = _taken(found, spec, rules, shards, layer)
                 _assert_elements(joined, before)
 
@@ -401,7 +403,7 @@ class SchemaTests(_Parametrized):
             ranks = stage_ranks(tp, ep, etp)
             for message, layer, rules in found.expand(spec):
                 before = _stored_message(rules, message, spec, rows=48)
-                held = [give(rules, before, spec, layer, rank) for rank in ranks]
+                held = [shard_tensors(rules, before, spec, layer, rank) for rank in ranks]
                 joined = _taken(found, spec, rules, Shards.of_grid(held, ranks), layer)
                 _assert_elements(joined, before)
 
@@ -426,7 +428,7 @@ class SchemaTests(_Parametrized):
         for message, layer, rules in family.layouts[kind].expand(spec):
             whole = _stored_message(rules, message, spec)
             for entry in rules:
-                named = give([_spelt_as(entry, state, layer)], whole, spec, layer)
+                named = shard_tensors([_spelt_as(entry, state, layer)], whole, spec, layer)
                 found.update((name, tensor.shape) for name, tensor in named.items())
         assert found == {name: tuple(tensor.shape) for name, tensor in state.items()}
 
@@ -697,7 +699,7 @@ def _taken(
     """Return the canonical tensors that a layout takes from shards; nothing may be left."""
     if not isinstance(shards, Shards):
         shards = Shards.of_ranks([dict(shard) for shard in shards])
-    taker = Taker(layout, spec)
+    taker = Gatherer(layout, spec)
     found = taker.take(rules, shards, layer)
     taker.finish([name for copies in shards.dense for shard in copies for name in shard])
     return found

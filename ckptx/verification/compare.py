@@ -20,7 +20,7 @@ from ckptx.storage.open_files import Files
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.verification.diagnosis import Finding, diagnose
 from ckptx.verification.diagnosis.finding import wrapped
-from ckptx.verification.difference import Measured, Stream, Tolerance, measure
+from ckptx.verification.difference import BlockReader, Deviation, Tolerance, measure
 from ckptx.verification.pairing import Name, Paired, label, pair
 
 EXACT = Tolerance()
@@ -152,7 +152,7 @@ def compare(
     paired = pair(left, right, loader_a, loader_b)
     files = (Files(paired.left.files), Files(paired.right.files))
     try:
-        stream = Stream(files)
+        stream = BlockReader(files)
         found = _differences(paired, stream, tolerance, progress or Silent())
         differing = [name for name, one, _ in found if one is not None]
         findings = diagnose(paired, differing, stream) if diagnosis and differing else ()
@@ -179,8 +179,8 @@ def compare(
 
 
 def _differences(
-    paired: Paired, stream: Stream, tolerance: Tolerance, progress: Progress
-) -> list[tuple[Name, Difference | None, Measured]]:
+    paired: Paired, stream: BlockReader, tolerance: Tolerance, progress: Progress
+) -> list[tuple[Name, Difference | None, Deviation]]:
     """Return every tensor, its difference if it counts, and how far both are apart."""
     left, right = paired.left.tensors, paired.right.tensors
     comparable = [name for name in left if name in right and left[name].shape == right[name].shape]
@@ -191,9 +191,9 @@ def _differences(
     finally:
         progress.close()
     measured = dict(zip(comparable, apart, strict=True))
-    found: list[tuple[Name, Difference | None, Measured]] = []
+    found: list[tuple[Name, Difference | None, Deviation]] = []
     for name in dict.fromkeys((*left, *right)):
-        one = measured.get(name, Measured())
+        one = measured.get(name, Deviation())
         found.append(
             (name, _difference(name, left.get(name), right.get(name), one, tolerance), one)
         )
@@ -204,7 +204,7 @@ def _difference(
     name: Name,
     left: LazyTensor | None,
     right: LazyTensor | None,
-    measured: Measured,
+    measured: Deviation,
     tolerance: Tolerance,
 ) -> Difference | None:
     here, there = (_described(tensor) if tensor is not None else "-" for tensor in (left, right))

@@ -36,7 +36,7 @@ Visit: TypeAlias = Callable[[int, NDArray[Any], NDArray[Any]], bool]
 """Given the number of a pair and a block of both sides, say whether to go on with the pair."""
 
 
-class Stream:
+class BlockReader:
     """Reads aligned blocks of tensors of two checkpoints.
 
     ``files`` are the open files of A and of B.
@@ -125,7 +125,7 @@ class Tolerance:
 
 
 @dataclass(slots=True)
-class Measured:
+class Deviation:
     """How far two tensors are apart."""
 
     differing: int = 0
@@ -137,7 +137,7 @@ class Measured:
     max_rel: float = 0.0
     """The largest difference relative to A, where that is not zero; infinite if it always is."""
 
-    def add(self, other: Measured) -> None:
+    def add(self, other: Deviation) -> None:
         """Add what another part of the tensors says."""
         self.differing += other.differing
         self.beyond += other.beyond
@@ -148,16 +148,16 @@ class Measured:
 
 
 def measure(
-    stream: Stream,
+    stream: BlockReader,
     pairs: Sequence[Pair],
     tolerance: Tolerance,
     advance: Callable[[int], None] = lambda count: None,
-) -> list[Measured]:
+) -> list[Deviation]:
     """Return how far the tensors of each pair are apart.
 
     ``advance`` is told the bytes of A that were compared since it was last called, from any thread.
     """
-    found = [Measured() for _ in pairs]
+    found = [Deviation() for _ in pairs]
     lock = threading.Lock()
 
     def visit(number: int, first: NDArray[Any], second: NDArray[Any]) -> bool:
@@ -192,12 +192,12 @@ def _equal_bytes(first: NDArray[Any], second: NDArray[Any]) -> bool:
     )
 
 
-def _distance(first: NDArray[Any], second: NDArray[Any], tolerance: Tolerance) -> Measured:
+def _distance(first: NDArray[Any], second: NDArray[Any], tolerance: Tolerance) -> Deviation:
     """Return how far the elements of two blocks are apart."""
     same_dtype = first.dtype == second.dtype
     changed = len(first) - int(np.count_nonzero(same_bits(first, second))) if same_dtype else 0
     if same_dtype and not changed:
-        return Measured()
+        return Deviation()
     wide = _wide_dtype(first.dtype, second.dtype)
     a, b = _widened(first, wide), _widened(second, wide)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -223,7 +223,7 @@ def _distance(first: NDArray[Any], second: NDArray[Any], tolerance: Tolerance) -
         with np.errstate(invalid="ignore", over="ignore"):
             close = (distance <= tolerance.atol + tolerance.rtol * size) & np.isfinite(distance)
         beyond = len(a) - int(np.count_nonzero(close | (distance == 0)))  # inf and NaN, too
-    return Measured(differing, beyond, largest, most if most or not largest else math.inf)
+    return Deviation(differing, beyond, largest, most if most or not largest else math.inf)
 
 
 def _wide_dtype(first: np.dtype[Any], second: np.dtype[Any]) -> np.dtype[Any]:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ckptx.errors import PlanError, SchemaError, listing
-from ckptx.model.layout import Held, Parts, Rule
-from ckptx.model.sharding import Taker, give
+from ckptx.model.layout import Parts, Rule, RuleGroup
+from ckptx.model.sharding import Gatherer, shard_tensors
 from ckptx.protocol.messages import Begin, End, Message
-from ckptx.protocol.model import VOCABULARY, Model, collect, leave_unused, named_tensors
-from ckptx.registry import registry as manager
+from ckptx.protocol.model import VOCAB_TENSORS, Model, collect, leave_unused, named_tensors
+from ckptx.registry import registry
 from ckptx.registry.families import family_named
 from ckptx.tensors.lazy import LazyTensor
 
@@ -121,7 +121,7 @@ def _side(model: Model, tensors: dict[Name, LazyTensor]) -> Side:
 
 
 def _load(path: Path, loader: str | None) -> _Loaded:
-    plugin = manager.loader(loader or manager.detect(path))
+    plugin = registry.loader(loader or registry.detect(path))
     begun: list[Begin] = []
 
     def watched() -> Iterator[Message]:
@@ -159,7 +159,7 @@ def _misfit(begin: Begin, reason: str) -> _Loaded | None:
         for entry in held.rules:
             model.messages[held.message] = {
                 **model.messages.get(held.message, {}),
-                **_fitting(Taker(layout, held.spec), held, entry, left),
+                **_fitting(Gatherer(layout, held.spec), held, entry, left),
             }
     if not any(model.messages.values()):
         return None
@@ -167,7 +167,7 @@ def _misfit(begin: Begin, reason: str) -> _Loaded | None:
 
 
 def _fitting(
-    taker: Taker, held: Held, entry: Rule, left: dict[str, LazyTensor]
+    taker: Gatherer, held: RuleGroup, entry: Rule, left: dict[str, LazyTensor]
 ) -> Mapping[str, LazyTensor]:
     """Return the canonical tensors of a rule, and remove theirs; nothing if they do not fit."""
     shard = dict(left)
@@ -209,7 +209,7 @@ def _as_stored(
         for entry in held.rules:
             if not all((held.message, key) in canonical for key in entry.keys):
                 continue
-            given = give([entry], message, held.spec, held.layer)
+            given = shard_tensors([entry], message, held.spec, held.layer)
             if wanted.keys() & given.keys():
                 named |= given
                 for key in entry.keys:
@@ -276,7 +276,7 @@ def _same_vocabulary(left: Model, right: Model) -> tuple[str, ...]:
         for message, tensors in model.messages.items():
             cut = dict(tensors)
             for key, tensor in tensors.items():
-                if (message, key) in VOCABULARY and rows is not None and tensor.shape[0] > rows:
+                if (message, key) in VOCAB_TENSORS and rows is not None and tensor.shape[0] > rows:
                     cut[key] = tensor.narrow(0, 0, rows)
                     padding = tensor.shape[0] - rows
                     notes.append(f"{side}: {message}: {key}: {padding} rows of padding left out")

@@ -90,7 +90,7 @@ def _is_taken(path: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class Leftover:
     """What a run that was cut short has left for the next one; sizes in bytes."""
 
     place: Path
@@ -123,7 +123,7 @@ class Target:
         self._keep = False
         self.published = False
         """Whether the target is in place, put there by this run or one before."""
-        self.kept: Kept | None = None
+        self.kept: Leftover | None = None
         """What is left for another run; known once the context has ended."""
         if self.save_dir in self.inputs:
             raise PlanError(f"{self.save_dir}: is the source itself; choose another target")
@@ -260,11 +260,11 @@ class Target:
             )
         return not reason
 
-    def _worth_keeping(self) -> Kept | None:
+    def _worth_keeping(self) -> Leftover | None:
         found = journal.read(self._partial / journal.NAME)
         if found is None or not found.durable:
             return None
-        return Kept(self._partial, found.durable, sum(file.size for file in self.plan.files))
+        return Leftover(self._partial, found.durable, sum(file.size for file in self.plan.files))
 
     def check(self, plan: SavePlan) -> None:
         """Check all that can be told without writing.

@@ -23,14 +23,14 @@ from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import INDEXES, SINGLES, base_tensors, read_weights
 from ckptx.plugins.deepspeed import directory, ranks, weights
 from ckptx.plugins.pytorch.module_names import (
-    beside,
-    plain_names,
+    file_names,
+    nearest_config,
     shapes_of_config,
     trained_messages,
 )
 from ckptx.protocol.contracts import Loader
 from ckptx.protocol.hookspecs import hookimpl
-from ckptx.protocol.messages import WEIGHTS_ONLY, Begin, Dropped, Message
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Message
 from ckptx.tensors.lazy import LazyTensor, Shape, Stored
 
 _CONSUMED = frozenset(
@@ -108,7 +108,7 @@ class DeepspeedLoader:
                 "--exclude-frozen-parameters tells what was trained by its fp32 masters; leave "
                 "--weights module out"
             )
-        small = {**beside(saved.directory), **base_sidecars(options)}
+        small = {**nearest_config(saved.directory), **base_sidecars(options)}
         try:
             shapes = _shapes(saved, small, prefix, options)
             layer_map = options.get("layer_map")
@@ -116,7 +116,7 @@ class DeepspeedLoader:
             left = _left(saved)
         except RecursionError as error:
             raise FormatError(f"{source}: its objects are nested too deeply") from error
-        found.tensors, renamed = plain_names(_without(prefix, found.tensors, source), {}, source)
+        found.tensors, renamed = file_names(_without(prefix, found.tensors, source), {}, source)
         files = list(saved.files)
         filled, remarks = base_tensors(files, found.tensors, options)
         found.declare("base", filled)
@@ -193,7 +193,7 @@ def _left(saved: directory.Saved) -> tuple[Dropped, ...]:
                 _add_sizes(str(key), value, sizes)
     for path in saved.skipped:
         sizes[path.name] = sizes.get(path.name, 0) + path.stat().st_size
-    return tuple(Dropped(name, WEIGHTS_ONLY, size) for name, size in sizes.items())
+    return tuple(Dropped(name, TRAINING_STATE, size) for name, size in sizes.items())
 
 
 def _add_sizes(name: str, value: Any, sizes: dict[str, int]) -> None:

@@ -17,7 +17,7 @@ from ckptx.protocol.contracts import Loader
 from ckptx.protocol.from_names import inventory
 from ckptx.protocol.hookspecs import hookimpl
 from ckptx.protocol.messages import Begin, Message
-from ckptx.schemas.conventions import transformers_memory as in_memory
+from ckptx.schemas.conventions import transformers_memory
 
 
 class HfLoader:
@@ -71,7 +71,7 @@ class HfLoader:
             options.get("dtype"),
             training_state(directory) if source.is_dir() else (),
             options,
-            in_memory.renamer,
+            transformers_memory.renamer,
         )
 
 

@@ -23,7 +23,7 @@ from ckptx.protocol.contracts import Loader
 from ckptx.protocol.from_names import inventory
 from ckptx.protocol.hookspecs import hookimpl
 from ckptx.protocol.messages import Begin, Message
-from ckptx.schemas.conventions import transformers_memory as in_memory
+from ckptx.schemas.conventions import transformers_memory
 
 _NOT_CARRIED = (ADAPTER_CONFIG, "config.json", "generation_config.json")
 
@@ -85,7 +85,7 @@ class PeftLoader:
         }
         dtype, beside = options.get("dtype"), training_state(source)
         yield from hf_messages(
-            *(begin, weights.tensors, notes, dtype, beside, every), in_memory.renamer
+            *(begin, weights.tensors, notes, dtype, beside, every), transformers_memory.renamer
         )
 
 

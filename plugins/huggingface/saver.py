@@ -13,8 +13,8 @@ import click
 
 from ckptx.containers import safetensors, torch_zip
 from ckptx.errors import PlanError, SchemaError
-from ckptx.hf_models import float8 as quantised
-from ckptx.hf_models.extra_files import set_aside
+from ckptx.hf_models import float8
+from ckptx.hf_models.extra_files import split_off
 from ckptx.model.layout import in_module_order
 from ckptx.protocol.contracts import SavePlan, Saver
 from ckptx.protocol.from_names import main_dtype
@@ -22,7 +22,13 @@ from ckptx.protocol.hookspecs import hookimpl
 from ckptx.protocol.messages import Message
 from ckptx.protocol.model import Model, collect, fill_unused
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
-from ckptx.registry.families import CLASSES, config_from_parts, family_named, family_of, hf_tensors
+from ckptx.registry.families import (
+    TASK_HEAD_CLASSES,
+    config_from_parts,
+    family_named,
+    family_of,
+    hf_tensors,
+)
 from ckptx.schemas.config.translate import differences, merge_config
 from ckptx.storage.file_plan import FilePlan, literal_files
 from ckptx.tensors.dtypes import ITEMSIZE
@@ -73,7 +79,7 @@ class HfSaver:
         else:
             config = read_config(model.begin.sidecars, model.begin.root) or {}
             iteration = model.begin.training.get("iteration", "release")
-            tensors, apart, filled = set_aside(config, tensors, iteration)
+            tensors, apart, filled = split_off(config, tensors, iteration)
         files, notes = _sidecars(model, main_dtype(tensors))
         plans = [*literal_files(files), *apart, *weight_files(tensors, options)]
         hint = f'transformers.{_auto_class(model)}.from_pretrained("{{target}}")'
@@ -99,7 +105,7 @@ def _auto_class(model: Model) -> str:
     if model.passthrough is None and "Bert" in model.spec.architecture:
         return model.spec.architecture  # the class for causal models would drop heads
     named = (read_config(model.begin.sidecars, model.begin.root) or {}).get("architectures")
-    for head in CLASSES:
+    for head in TASK_HEAD_CLASSES:
         if isinstance(named, list) and any(str(name).endswith(head) for name in named):
             return f"AutoModel{head}"
     return (
@@ -127,7 +133,7 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
     notes: list[str] = []
     if model.passthrough is not None:
         # Codes of quantised weights are of no dtype that a model computes in.
-        if config is not None and quantised.KEY not in config and _set_dtype(config, dtype):
+        if config is not None and float8.KEY not in config and _set_dtype(config, dtype):
             files[CONFIG] = dump_config(config)
         return files, ()
     spec = replace(model.spec, dtype=dtype)

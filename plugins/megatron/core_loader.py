@@ -15,10 +15,8 @@ from ckptx.model.canonical_names import check_shapes
 from ckptx.model.layout import Layout, Parts
 from ckptx.model.pipeline_parallel import Pipeline
 from ckptx.model.spec import ModelSpec
-from ckptx.plugins.megatron import directory, llava
-from ckptx.plugins.megatron import per_rank as ranks
-from ckptx.plugins.megatron import torch_dist as distributed
-from ckptx.plugins.megatron.forms import LEGACY, Form
+from ckptx.plugins.megatron import directory, llava, per_rank, torch_dist
+from ckptx.plugins.megatron.forms import LEGACY, Generation
 from ckptx.plugins.megatron.options import (
     CAPABILITIES,
     transformer_impl_option,
@@ -32,7 +30,7 @@ from ckptx.protocol.messages import Begin, End, Message
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry.families import family_named, family_of, parts_from_config
 from ckptx.schemas.families import bert
-from ckptx.schemas.megatron_settings.args import NOTE, inexpressible, spec_from_args
+from ckptx.schemas.megatron_settings.args import NOTE, spec_from_args, unsupported_by_megatron
 from ckptx.schemas.megatron_settings.llava import is_llava, language_args
 
 
@@ -110,8 +108,8 @@ class CoreLoader:
     def read(self, place: directory.IterationDirectory) -> Source:
         """Read the metadata of a checkpoint."""
         if place.format == "torch_dist":
-            return distributed.read(place)
-        return ranks.read(place)
+            return torch_dist.read(place)
+        return per_rank.read(place)
 
     def layout(self, checkpoint: Source, spec: ModelSpec) -> Layout:
         """Return how a model is named."""
@@ -122,11 +120,11 @@ class CoreLoader:
         return bert.head_notes(spec)
 
 
-def found_form(source: Path) -> Form | None:
+def found_form(source: Path) -> Generation | None:
     """Return which kind of model a per-rank checkpoint holds, None where that cannot be told."""
     try:
         place = directory.find(source)
-        return ranks.form_in(place) if place.format == "torch" else None
+        return per_rank.form_in(place) if place.format == "torch" else None
     except CkptxError:
         return None  # the loader will say what is wrong
 
@@ -164,7 +162,7 @@ def _spec(checkpoint: Source, said: Parts | None, options: Mapping[str, Any]) ->
                 rotary_scaling=spec.rotary_scaling or named.rotary_scaling,
                 extra={**named.extra, **spec.extra},
             )
-            if problems := inexpressible(spec):
+            if problems := unsupported_by_megatron(spec):
                 raise SchemaError(
                     f"{checkpoint.place}: the config at hand is not of this model: "
                     f"{'; '.join(problems)}"

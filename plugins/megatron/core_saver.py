@@ -10,9 +10,7 @@ import click
 from ckptx.errors import SchemaError
 from ckptx.model.pipeline_parallel import describe, stage_ranks
 from ckptx.model.spec import ModelSpec
-from ckptx.plugins.megatron import llava
-from ckptx.plugins.megatron import per_rank as ranks
-from ckptx.plugins.megatron import torch_dist as distributed
+from ckptx.plugins.megatron import llava, per_rank, torch_dist
 from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.options import (
     CAPABILITIES,
@@ -24,9 +22,9 @@ from ckptx.plugins.megatron.options import (
     vocabulary_options,
 )
 from ckptx.plugins.megatron.target_parallelism import (
-    Choices,
+    TargetParallelism,
     check_tensor_parallel,
-    choose,
+    choose_parallelism,
     parallel_sizes,
     repad,
 )
@@ -38,7 +36,7 @@ from ckptx.registry.families import family_named
 from ckptx.schemas.conventions.mcore import ExtraState, Style
 from ckptx.schemas.families import bert
 from ckptx.schemas.families.llava import states as llava_states
-from ckptx.schemas.megatron_settings.args import inexpressible, launch_flags
+from ckptx.schemas.megatron_settings.args import launch_flags, unsupported_by_megatron
 from ckptx.schemas.megatron_settings.args import notes as remarks
 from ckptx.storage.file_plan import literal_files
 
@@ -99,10 +97,10 @@ class CoreSaver:
             *_check_expressible(spec, style.local),
             *remarked,
         ]
-        chosen = choose(model, options)
+        chosen = choose_parallelism(model, options)
         dropped = (*unused, *repad(model, chosen))
         chunks = chosen.chunks(spec)
-        stored = stage_ranks if ckpt_format == "torch_dist" else ranks.stored_ranks
+        stored = stage_ranks if ckpt_format == "torch_dist" else per_rank.stored_ranks
         stage = stored(tp, chosen.ep, chosen.etp)
         args = chosen.args(
             *(model, options, stage),
@@ -112,13 +110,13 @@ class CoreSaver:
         args |= _grouping(spec, style, options)
         if seeing:
             args = llava.args_of_parts(model.parts, args, model.begin.training.get("args"))
-        target = distributed.Target(
+        target = torch_dist.Target(
             layout, tuple(_states(spec, style, seeing)), stage, chunks, args, chosen.number
         )
         files = (
-            distributed.plan(model, target)
+            torch_dist.plan(model, target)
             if ckpt_format == "torch_dist"
-            else ranks.plan(model, target, pipeline.pp)
+            else per_rank.plan(model, target, pipeline.pp)
         )
         rooted = options.get("iteration_directory", True)
         return SavePlan(
@@ -180,7 +178,7 @@ def _grouping(spec: ModelSpec, style: Style, options: Mapping[str, Any]) -> dict
     return {"moe_grouped_gemm": chosen} if spec.num_experts and chosen is not None else {}
 
 
-def _expert_flags(spec: ModelSpec, chosen: Choices) -> list[str]:
+def _expert_flags(spec: ModelSpec, chosen: TargetParallelism) -> list[str]:
     """Return the options that tell Megatron the sizes; mixtures train over TP as sequences only."""
     if not spec.num_experts:
         return []
@@ -193,7 +191,7 @@ def _expert_flags(spec: ModelSpec, chosen: Choices) -> list[str]:
 
 def _check_expressible(spec: ModelSpec, local: bool) -> list[str]:
     """Refuse what Megatron has no weights for; return what it must be told by hand."""
-    problems = inexpressible(spec)
+    problems = unsupported_by_megatron(spec)
     if spec.multi_latent_attention and local:
         problems.append("the local spec, asked for, has no multi-latent attention")
     if problems:

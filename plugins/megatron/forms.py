@@ -11,7 +11,7 @@ from ckptx.schemas.conventions import legacy
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class Generation:
     """How a kind of model lies in a rank's ``model``."""
 
     name: str
@@ -34,10 +34,12 @@ def _head_copy(_: Layout) -> str:
     return legacy.TIED_COPY
 
 
-CORE = Form("core", "a model of Megatron Core", _output_weight, dict, dict)
-LEGACY = Form("legacy", "a legacy Megatron model", _head_copy, legacy.flattened, legacy.nested)
+CORE = Generation("core", "a model of Megatron Core", _output_weight, dict, dict)
+LEGACY = Generation(
+    "legacy", "a legacy Megatron model", _head_copy, legacy.flattened, legacy.nested
+)
 
 
-def form_of(model: Mapping[str, Any]) -> Form:
+def form_of(model: Mapping[str, Any]) -> Generation:
     """Return which of the two a rank's ``model`` is."""
     return LEGACY if legacy.is_legacy(model) else CORE

@@ -11,8 +11,7 @@ import click
 from ckptx.errors import FormatError, SchemaError
 from ckptx.model.layout import Layout
 from ckptx.model.spec import ModelSpec
-from ckptx.plugins.megatron import directory
-from ckptx.plugins.megatron import per_rank as ranks
+from ckptx.plugins.megatron import directory, per_rank
 from ckptx.plugins.megatron.core_loader import CoreLoader, found_form
 from ckptx.plugins.megatron.forms import LEGACY
 from ckptx.plugins.megatron.options import LEGACY_CAPABILITIES
@@ -56,7 +55,7 @@ class LegacyLoader(CoreLoader):
                 f"{place.path}: legacy Megatron models lie in mp_rank_* directories; this is "
                 f"{place.format}: use --loader core (--from core)"
             )
-        return ranks.read(place, LEGACY, legacy.completed)
+        return per_rank.read(place, LEGACY, legacy.completed)
 
     def layout(self, checkpoint: Source, spec: ModelSpec) -> Layout:
         """Return how a model is named and ordered in files of this version."""

@@ -10,7 +10,7 @@ import click
 from ckptx.errors import PlanError
 from ckptx.model.pipeline_parallel import Pipeline, describe
 from ckptx.model.spec import ModelSpec
-from ckptx.plugins.megatron import per_rank as ranks
+from ckptx.plugins.megatron import per_rank
 from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.forms import LEGACY
 from ckptx.plugins.megatron.options import (
@@ -24,7 +24,7 @@ from ckptx.plugins.megatron.options import (
 )
 from ckptx.plugins.megatron.target_parallelism import (
     check_tensor_parallel,
-    choose,
+    choose_parallelism,
     parallel_sizes,
     repad,
 )
@@ -72,16 +72,16 @@ class LegacySaver:
         _check_implementation(options)
         tp, pipeline = parallel_sizes(model, options)
         _check_parallel(spec, tp, pipeline)
-        chosen = choose(model, options)
+        chosen = choose_parallelism(model, options)
         dropped = repad(model, chosen)
         chunks = chosen.chunks(spec)
-        stage = ranks.stored_ranks(tp, chosen.ep, chosen.etp)
+        stage = per_rank.stored_ranks(tp, chosen.ep, chosen.etp)
         args = chosen.args(model, options, stage, transformer_impl="local", ckpt_format="torch")
         args |= legacy.to_args(spec)
         target = Target(layout, (), stage, chunks, args, chosen.number)
         return SavePlan(
             [
-                *ranks.plan(model, target, pipeline.pp, LEGACY),
+                *per_rank.plan(model, target, pipeline.pp, LEGACY),
                 *literal_files(model.begin.sidecars, SIDECARS),
             ],
             directory=chosen.directory,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckptx.errors import PlanError, SchemaError
-from ckptx.model import pipeline_parallel as parallel
+from ckptx.model import pipeline_parallel
 from ckptx.model.canonical_names import VISION_LAYER
 from ckptx.model.layout import Parts
 from ckptx.model.pipeline_parallel import Chunk, Pipeline
@@ -129,7 +129,7 @@ def prepare(
             "virtual stages were asked for: Megatron's LLaVA has none "
             "(examples/multimodal/model.py, to core 0.16); give --vpp 1"
         )
-    if problems := llava_args.inexpressible(model.parts):
+    if problems := llava_args.unsupported_by_megatron(model.parts):
         raise SchemaError(f"Megatron's LLaVA cannot be: {'; '.join(problems)}")
     family = family_named(FAMILY)
     assert family.composition is not None  # it has several parts
@@ -150,7 +150,7 @@ def prepare(
 
 def describe(chunks: Sequence[Chunk]) -> list[str]:
     """Return one line per pipeline chunk; the first holds what sees."""
-    first, *others = parallel.describe(chunks)
+    first, *others = pipeline_parallel.describe(chunks)
     return [f"{first}, vision tower, projection", *others]
 
 

@@ -23,21 +23,21 @@ from ckptx.errors import FormatError, PlanError, SchemaError, listing
 from ckptx.model.canonical_names import layer_of
 from ckptx.model.layout import Layout, Parts, rule
 from ckptx.model.pipeline_parallel import Chunk, Pipeline, stage_ranks
-from ckptx.model.sharding import Rank, Shards, Taker, give
+from ckptx.model.sharding import Gatherer, Rank, Shards, shard_tensors
 from ckptx.model.spec import ModelSpec
 from ckptx.plugins.megatron.directory import RANK_FILES, IterationDirectory
-from ckptx.plugins.megatron.forms import CORE, Form, form_of
+from ckptx.plugins.megatron.forms import CORE, Generation, form_of
 from ckptx.plugins.megatron.source import (
     ENGINE_STATE,
-    Apart,
+    Excluded,
     Source,
     args_of,
-    nothing_apart,
+    exclude_nothing,
     stored_bytes,
 )
 from ckptx.plugins.megatron.torch_dist import Target, applies, holds
 from ckptx.protocol.from_names import main_dtype
-from ckptx.protocol.messages import WEIGHTS_ONLY, Dropped, SourceTensor, Tensors
+from ckptx.protocol.messages import TRAINING_STATE, Dropped, SourceTensor, Tensors
 from ckptx.protocol.model import Model
 from ckptx.storage.file_plan import FilePlan
 from ckptx.tensors.lazy import Filled, LazyTensor, Stored, replicated
@@ -121,7 +121,7 @@ class _Rank:
     other: dict[str, int]
 
 
-def form_in(checkpoint: IterationDirectory) -> Form:
+def form_in(checkpoint: IterationDirectory) -> Generation:
     """Return which kind of model the first rank's file holds.
 
     Raises:
@@ -135,10 +135,10 @@ def form_in(checkpoint: IterationDirectory) -> Form:
 
 def read(
     checkpoint: IterationDirectory,
-    form: Form = CORE,
+    form: Generation = CORE,
     completed: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
     kind: Files = MEGATRON_FILES,
-    apart: Apart = nothing_apart,
+    apart: Excluded = exclude_nothing,
 ) -> Source:
     """Read the pickles of every rank; ``completed`` returns their args as they are to be taken.
 
@@ -213,13 +213,13 @@ def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
     return ep, args.get("expert_tensor_parallel_size") or tp
 
 
-def plan(model: Model, target: Target, pp: int, form: Form = CORE) -> Iterator[FilePlan]:
+def plan(model: Model, target: Target, pp: int, form: Generation = CORE) -> Iterator[FilePlan]:
     """Yield one file per rank."""
     yield from torch_zip.plan_files(_states_of_ranks(model, target, pp, form))
 
 
 def _states_of_ranks(
-    model: Model, target: Target, pp: int, form: Form
+    model: Model, target: Target, pp: int, form: Generation
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield path and content of every rank's file."""
     virtual = any(chunk.vpp_rank for chunk in target.chunks)
@@ -245,7 +245,7 @@ def _state_dict(
     target: Target,
     chunk: Chunk,
     rank: Rank,
-    form: Form,
+    form: Generation,
     shares: dict[Any, Any],
 ) -> dict[str, Any]:
     """Return what one rank's ``model`` holds for one pipeline chunk, by name."""
@@ -255,7 +255,9 @@ def _state_dict(
         if not _stores(chunk, message, layer):
             continue
         local = _local(chunk, message, layer)
-        named.update(give(held.rules, model.messages[message], held.spec, local, rank, shares))
+        named.update(
+            shard_tensors(held.rules, model.messages[message], held.spec, local, rank, shares)
+        )
         if message != "output layer":
             named.update(_states(held.spec, target, message, layer, local, rank))
     if chunk.output and model.spec.tied and not chunk.embedding:
@@ -294,7 +296,7 @@ def _messages(
     pipeline: Pipeline,
     layout: Layout,
     parts: Parts,
-    form: Form,
+    form: Generation,
 ) -> Iterator[Tensors]:
     spec = parts["language"]
     chunks = pipeline.chunks(spec.num_layers, spec.mtp_num_layers)
@@ -316,7 +318,7 @@ def _messages(
     for (pp_rank, vpp_rank), shards in left.items():
         labels = [f"{rank.path.parent.name}: " for rank in grid[pp_rank * width :][:width]]
         stages[pp_rank, vpp_rank] = Shards.of_grid(shards, ranks, labels)
-    taker = Taker(layout, spec)
+    taker = Gatherer(layout, spec)
     found = {}
     part_of = {}
     for held in layout.held(parts):
@@ -348,7 +350,7 @@ def _messages(
 
 
 def _join_tied(
-    found: dict[str, dict[str, LazyTensor]], shards: Shards, taker: Taker, name: str
+    found: dict[str, dict[str, LazyTensor]], shards: Shards, taker: Gatherer, name: str
 ) -> None:
     """Make the copy of tied embeddings that the last stage holds a replica of the first's."""
     embeddings = found["embeddings"]
@@ -361,7 +363,7 @@ def _join_tied(
         embeddings["word embeddings"] = replicated(pair)
 
 
-def _read_rank(path: Path, number: int, form: Form, kind: Files) -> _Rank:
+def _read_rank(path: Path, number: int, form: Generation, kind: Files) -> _Rank:
     state = kind.state(torch_zip.read(path, number).value, path)
     args = args_of(state, path)
     models: list[dict[str, LazyTensor]] = []
@@ -574,4 +576,4 @@ def _dropped(grid: list[_Rank]) -> Iterator[Dropped]:
             if file != rank.path and file.is_file():
                 totals[file.name] = totals.get(file.name, 0) + file.stat().st_size
     for key, size in totals.items():
-        yield Dropped(key, WEIGHTS_ONLY, size)
+        yield Dropped(key, TRAINING_STATE, size)

@@ -12,7 +12,7 @@ from ckptx.model.layout import Layout, Parts
 from ckptx.protocol.messages import Dropped, SourceTensor, Tensors
 from ckptx.tensors.lazy import LazyTensor, Stored
 
-Apart: TypeAlias = Callable[[str, LazyTensor], bool]
+Excluded: TypeAlias = Callable[[str, LazyTensor], bool]
 """Says of a weight, by its name, that it is no part of what a layout describes."""
 
 ENGINE_STATE = "quantisation state of Transformer Engine; holds no weights"
@@ -37,7 +37,7 @@ class Source:
     version: Any = None
     """The ``checkpoint_version`` of rank files."""
     apart: Mapping[str, Sequence[LazyTensor]] = field(default_factory=dict)
-    """What `Apart` has named, by name; of several ranks, what each of them holds."""
+    """What `Excluded` has named, by name; of several ranks, what each of them holds."""
 
     @property
     def names(self) -> list[str]:
@@ -61,7 +61,7 @@ def args_of(state: Any, file: Path) -> dict[str, Any]:
     return dict(args if isinstance(args, Mapping) else vars(args))
 
 
-def nothing_apart(_: str, __: LazyTensor) -> bool:
+def exclude_nothing(_: str, __: LazyTensor) -> bool:
     """Take everything for what a layout describes."""
     return False
 

@@ -30,7 +30,7 @@ _PIPELINE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Choices:
+class TargetParallelism:
     """What a checkpoint of Megatron is besides its model: sizes, rows of the vocabulary, when."""
 
     tp: int
@@ -111,7 +111,7 @@ class Choices:
         }
 
 
-def choose(model: Model, options: Mapping[str, Any]) -> Choices:
+def choose_parallelism(model: Model, options: Mapping[str, Any]) -> TargetParallelism:
     """Return the choices for a model, whose messages have been checked.
 
     Raises:
@@ -122,7 +122,7 @@ def choose(model: Model, options: Mapping[str, Any]) -> Choices:
     true_rows = true_vocab_size(options, model.spec.vocab_size)
     multiple = _vocabulary_multiple(model, options)
     padded = _padded_rows(model, true_rows, multiple, tp)
-    return Choices(
+    return TargetParallelism(
         *(tp, pipeline, ep, etp, true_rows, multiple, padded),
         _chosen_iteration(model, options),
     )
@@ -224,7 +224,7 @@ def _padded_rows(model: Model, true_rows: int | None, multiple: int, tp: int) ->
     return -(-true_rows // unit) * unit
 
 
-def repad(model: Model, chosen: Choices) -> tuple[Dropped, ...]:
+def repad(model: Model, chosen: TargetParallelism) -> tuple[Dropped, ...]:
     """Bring the vocabulary to the rows chosen; one that has them already stays as it is.
 
     Else old padding is cut first, so that new rows repeat the last real one and not the last

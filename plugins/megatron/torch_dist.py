@@ -22,12 +22,12 @@ from ckptx.errors import FormatError
 from ckptx.model.canonical_names import MTP_LAYER, VISION, VISION_LAYER, layer_of, position_of
 from ckptx.model.layout import Layout, Parts
 from ckptx.model.pipeline_parallel import Chunk
-from ckptx.model.sharding import Placed, Rank, place
+from ckptx.model.sharding import Placed, Rank, shard_chunks
 from ckptx.model.spec import ModelSpec
 from ckptx.plugins.megatron.directory import IterationDirectory
-from ckptx.plugins.megatron.source import ENGINE_STATE, Apart, Source, args_of, nothing_apart
+from ckptx.plugins.megatron.source import ENGINE_STATE, Excluded, Source, args_of, exclude_nothing
 from ckptx.protocol.from_names import inventory, main_dtype, messages_of
-from ckptx.protocol.messages import WEIGHTS_ONLY, Dropped, Tensors
+from ckptx.protocol.messages import TRAINING_STATE, Dropped, Tensors
 from ckptx.protocol.model import Model
 from ckptx.schemas.conventions.mcore import ExtraState
 from ckptx.schemas.conventions.vision import VISION_MODEL
@@ -51,7 +51,7 @@ _ENGINE, _NONE = [Filled("uint8", (0,))], [None]
 _OPTIMIZER = ("optimizer.", "chained_")
 
 
-def read(checkpoint: IterationDirectory, apart: Apart = nothing_apart) -> Source:
+def read(checkpoint: IterationDirectory, apart: Excluded = exclude_nothing) -> Source:
     """Read the metadata of a ``torch_dist`` checkpoint.
 
     Raises:
@@ -147,7 +147,7 @@ def _items(
         tensors = model.messages[message]
         stacked = layer if _stacks(message, spec) else None
         names: dict[str, str] = {}
-        for number, placed in place(held.rules, tensors, spec, None, target.ranks):
+        for number, placed in shard_chunks(held.rules, tensors, spec, None, target.ranks):
             name = names.get(placed.name)
             if name is None:
                 name = _stacked(placed.name) if stacked is not None else placed.name
@@ -263,10 +263,10 @@ def _dropped(
             group = name.partition("/")[0].partition(".")[0]
             groups[group] = groups.get(group, 0) + sizes.get(name, 0)
     for group, size in groups.items():
-        yield Dropped(group, WEIGHTS_ONLY, size)
+        yield Dropped(group, TRAINING_STATE, size)
     for key in ("optimizer", "opt_param_scheduler", "rng_state", "rerun_state_machine"):
         if state.get(key) is not None:
-            yield Dropped(f"common.pt: {key}", WEIGHTS_ONLY)
+            yield Dropped(f"common.pt: {key}", TRAINING_STATE)
 
 
 def _check_backend(path: Any) -> None:

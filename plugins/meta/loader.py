@@ -16,7 +16,7 @@ from ckptx.hf_models.directory import base_sidecars, sidecars
 from ckptx.hf_models.weights import INDEXES, SINGLES, Weights
 from ckptx.model.canonical_names import check_shapes
 from ckptx.model.layout import Layout
-from ckptx.model.sharding import Taker
+from ckptx.model.sharding import Gatherer
 from ckptx.model.spec import ModelSpec
 from ckptx.protocol.contracts import Loader
 from ckptx.protocol.from_names import equal, inventory, main_dtype
@@ -262,7 +262,7 @@ def _dropped(sources: Sequence[SourceTensor], names: tuple[str, ...], reason: st
 def _take(
     layout: Layout, spec: ModelSpec, shards: Sequence[Shard], labels: Sequence[str]
 ) -> dict[str, dict[str, LazyTensor]]:
-    taker = Taker(layout, spec)
+    taker = Gatherer(layout, spec)
     found = {}
     for message, layer, rules in layout.expand(spec):
         if canonical := taker.take(rules, shards, layer):

@@ -11,7 +11,7 @@ import click
 from ckptx.containers import safetensors, torch_zip
 from ckptx.errors import PlanError, SchemaError
 from ckptx.model.layout import Layout
-from ckptx.model.sharding import Rank, give
+from ckptx.model.sharding import Rank, shard_tensors
 from ckptx.model.spec import ModelSpec
 from ckptx.plugins.meta.loader import PARAMS
 from ckptx.protocol.contracts import SavePlan, Saver
@@ -139,7 +139,7 @@ def _named(
     named: dict[str, LazyTensor] = {}
     held = Rank(tp=shards, tp_rank=rank)
     for message, layer, rules in layout.expand(spec):
-        named.update(give(rules, model.messages[message], spec, layer, held))
+        named.update(shard_tensors(rules, model.messages[message], spec, layer, held))
     if spec.tied:
         embedding = model.messages["embeddings"]["word embeddings"]
         copy = embedding.chunk(0, shards, rank)

@@ -25,8 +25,8 @@ from ckptx.errors import FormatError, listing
 from ckptx.hf_models.directory import base_sidecars
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.plugins.pytorch.module_names import (
-    beside,
-    plain_names,
+    file_names,
+    nearest_config,
     size_of,
     strip_option,
     trained_messages,
@@ -34,7 +34,7 @@ from ckptx.plugins.pytorch.module_names import (
 from ckptx.protocol.contracts import Loader
 from ckptx.protocol.from_names import inventory, named_messages
 from ckptx.protocol.hookspecs import hookimpl
-from ckptx.protocol.messages import WEIGHTS_ONLY, Begin, Dropped, Message
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Message
 from ckptx.protocol.sidecars import read_config
 from ckptx.registry.families import family_of, parts_from_config
 from ckptx.schemas.conventions import torchtitan
@@ -101,7 +101,7 @@ class DcpLoader:
         files: list[str] = []
         stored = dcp.tensors(metadata, files, names, options.get("spool"))
         named = {names[key]: tensor for key, tensor in stored.items()}
-        weights, remarks = plain_names(named, options, source)
+        weights, remarks = file_names(named, options, source)
         begin = Begin(
             format=self.name,
             layout="hf",
@@ -109,7 +109,7 @@ class DcpLoader:
             files=tuple(files),
             sources=inventory(stored),
             root=str(source),
-            sidecars={**beside(source), **base_sidecars(options)},
+            sidecars={**nearest_config(source), **base_sidecars(options)},
             training={"iteration": "release", "container": container},
         )
         dropped = (*_left(metadata, names), *_around(source, given))
@@ -129,10 +129,10 @@ def _of_safetensors(
         files=tuple(str(path.absolute()) for path in paths),
         sources=inventory(stored),
         root=str(source),
-        sidecars={**beside(source), **base_sidecars(options)},
+        sidecars={**nearest_config(source), **base_sidecars(options)},
         training={"iteration": "release"},
     )
-    weights, remarks = plain_names(tensors, options, source)
+    weights, remarks = file_names(tensors, options, source)
     found = f"{len(paths)} shards were found; nothing in them says how many there are"
     yield from _messages(begin, weights, (found, *remarks), options)
 
@@ -188,7 +188,7 @@ def _around(directory: Path, given: Path) -> tuple[Dropped, ...]:
     if directory == given:
         return ()
     return tuple(
-        Dropped(path.name, WEIGHTS_ONLY, size_of(path))
+        Dropped(path.name, TRAINING_STATE, size_of(path))
         for path in sorted(directory.parent.iterdir())
         if path != directory and path.suffix not in (".json", ".txt", ".model", ".jinja")
     )
@@ -262,7 +262,7 @@ def _left(metadata: dcp.DcpMetadata, taken: Mapping[str, str]) -> tuple[Dropped,
         if key not in taken:
             group = key.partition(".")[0]
             sizes[group] = sizes.get(group, 0) + location.length
-    return tuple(Dropped(group, WEIGHTS_ONLY, size) for group, size in sizes.items())
+    return tuple(Dropped(group, TRAINING_STATE, size) for group, size in sizes.items())
 
 
 @hookimpl

@@ -15,7 +15,7 @@ import click
 
 from ckptx.containers import dcp
 from ckptx.containers.dcp import ObjectItem, TensorItem
-from ckptx.hf_models import float8 as quantised
+from ckptx.hf_models import float8
 from ckptx.hf_models.directory import tie_by_names
 from ckptx.protocol.contracts import SavePlan, Saver
 from ckptx.protocol.from_names import main_dtype, tied_names
@@ -24,8 +24,7 @@ from ckptx.protocol.messages import Message
 from ckptx.protocol.model import Model, collect, named_tensors
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry.families import config_of, family_named, hf_tensors
-from ckptx.schemas.conventions import torchtitan
-from ckptx.schemas.conventions import transformers_memory as in_memory
+from ckptx.schemas.conventions import torchtitan, transformers_memory
 from ckptx.storage.file_plan import literal_files
 from ckptx.tensors.lazy import LazyTensor
 
@@ -119,10 +118,10 @@ def _in_memory(
     config = read_config(files if CONFIG in files else config_of(model), model.begin.root)
     if config is None:
         return tensors, ()
-    if quantised.KEY in config:
+    if float8.KEY in config:
         return tensors, ("quantised weights keep the names of files",)
-    found = in_memory.in_memory(tensors, config)
-    return found, in_memory.remarks(
+    found = transformers_memory.in_memory(tensors, config)
+    return found, transformers_memory.remarks(
         *(found, tensors, config),
         changed="those of files are written with --target-names files",
         kept="those of the source are written",

@@ -16,11 +16,11 @@ import click
 from ckptx.errors import FormatError, listing
 from ckptx.hf_models.directory import hf_messages, sidecars
 from ckptx.model.canonical_names import dimensions, keys_of
-from ckptx.model.sharding import give
+from ckptx.model.sharding import shard_tensors
 from ckptx.protocol.messages import Begin, Dropped, Message
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry.families import family_of, parts_from_config
-from ckptx.schemas.conventions import transformers_memory as in_memory
+from ckptx.schemas.conventions import transformers_memory
 from ckptx.tensors.lazy import Filled, LazyTensor, Shape
 
 T = TypeVar("T", bound=LazyTensor)
@@ -30,7 +30,7 @@ WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."
 _BESIDE = ("huggingface", "hf_config", "tokenizer")
 
 
-def unwrapped(tensors: Mapping[str, T], source: Path) -> dict[str, T]:
+def strip_wrappers(tensors: Mapping[str, T], source: Path) -> dict[str, T]:
     """Return the tensors under the names that they have without wrappers.
 
     Raises:
@@ -58,7 +58,8 @@ def trained_messages(
     tensors, remarks = named_as_in_files(tensors, begin.sidecars, begin.root)
     notes = (*notes, *remarks)
     yield from hf_messages(
-        *(begin, tensors, notes, options.get("dtype"), dropped, options), in_memory.renamer
+        *(begin, tensors, notes, options.get("dtype"), dropped, options),
+        transformers_memory.renamer,
     )
 
 
@@ -75,8 +76,8 @@ def named_as_in_files(
     config = read_config(files, place)
     if config is None:
         return tensors, ()
-    found = in_memory.in_files(tensors, config)
-    return found, in_memory.remarks(
+    found = transformers_memory.in_files(tensors, config)
+    return found, transformers_memory.remarks(
         *(tensors, found, config),
         changed="they were given those of its files",
         kept="those of the source are kept",
@@ -94,7 +95,7 @@ def strip_option() -> click.Option:
     )
 
 
-def plain_names(
+def file_names(
     tensors: Mapping[str, T], options: Mapping[str, Any], source: Path
 ) -> tuple[dict[str, T], tuple[str, ...]]:
     """Return the tensors without the prefixes of ``--strip-prefix`` and of wrappers, and remarks.
@@ -121,7 +122,7 @@ def plain_names(
             )
         named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
         notes.append(f"{prefix!r} was taken from the start of {count} of {len(named)} names")
-    plain = unwrapped(named, source)
+    plain = strip_wrappers(named, source)
     found = [
         word
         for word in WRAPPERS
@@ -132,7 +133,7 @@ def plain_names(
     return plain, tuple(notes)
 
 
-def beside(source: Path) -> dict[str, bytes]:
+def nearest_config(source: Path) -> dict[str, bytes]:
     """Return the sidecars of the nearest directory that has a config: here, or above."""
     for directory in (source, *list(source.absolute().parents)[:2]):
         for place in (directory, *(directory / name for name in _BESIDE)):
@@ -159,7 +160,7 @@ def shapes_of_config(files: Mapping[str, bytes], place: object) -> dict[str, Sha
         if any(0 in shape for shape in sizes.values()):
             continue  # the config does not say them
         message = {key: Filled("float32", tuple(shape)) for key, shape in sizes.items()}
-        given = give(held.rules, message, held.spec, held.layer)
+        given = shard_tensors(held.rules, message, held.spec, held.layer)
         shapes |= {name: tensor.shape for name, tensor in given.items()}
     return shapes
 

@@ -20,7 +20,7 @@ from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import Weights, fill_from_base
 from ckptx.model.layout import Parts
 from ckptx.plugins.megatron.source import args_of
-from ckptx.plugins.pytorch.module_names import plain_names, strip_option, trained_messages
+from ckptx.plugins.pytorch.module_names import file_names, strip_option, trained_messages
 from ckptx.plugins.pytorch.state_dict import (
     DIRECTORY_FILE,
     layout_of,
@@ -30,7 +30,7 @@ from ckptx.plugins.pytorch.state_dict import (
 from ckptx.protocol.contracts import Loader
 from ckptx.protocol.from_names import inventory, named_messages, passthrough
 from ckptx.protocol.hookspecs import hookimpl
-from ckptx.protocol.messages import WEIGHTS_ONLY, Begin, Dropped, End, Message
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import read_config
 from ckptx.registry.families import family_named, family_of, parts_from_config
 from ckptx.schemas.conventions import legacy
@@ -83,7 +83,7 @@ class PytorchLoader:
         stored, others, remarks = state_dict(value, source)
         tensors = stored
         if layout_of(stored) == "hf":
-            tensors, renamed = plain_names(stored, options, source)
+            tensors, renamed = file_names(stored, options, source)
             remarks = (*remarks, *renamed)
         elif options.get("strip_prefix"):
             raise FormatError(f"{source}: --strip-prefix is for Hugging Face's names")
@@ -141,9 +141,9 @@ def state_dict(
         )
     others = [*(str(name) for name in inner if name not in tensors), *others]
     states = [name for name in others if name.endswith("_extra_state")]
-    dropped = tuple(Dropped(name, WEIGHTS_ONLY) for name in others if name not in states)
+    dropped = tuple(Dropped(name, TRAINING_STATE) for name in others if name not in states)
     if held := [name for name in states if inner.get(name) is not None]:
-        dropped += (Dropped(f"{len(held)} _extra_state objects", WEIGHTS_ONLY),)
+        dropped += (Dropped(f"{len(held)} _extra_state objects", TRAINING_STATE),)
     nested = (f"the weights are those of {'.'.join(path)!r}",) if len(path) > 1 else ()
     return tensors, dropped, nested
 

@@ -24,14 +24,14 @@ from typing import Any
 import click
 
 from ckptx.errors import FormatError, SchemaError, listing
-from ckptx.hf_models import task_heads as heads
+from ckptx.hf_models import task_heads
 from ckptx.hf_models.directory import base_sidecars
 from ckptx.hf_models.lora import names as adapter_names
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.plugins.pytorch.module_names import (
-    beside,
+    file_names,
     named_as_in_files,
-    plain_names,
+    nearest_config,
     shapes_of_config,
     size_of,
     strip_option,
@@ -42,7 +42,7 @@ from ckptx.protocol.contracts import Loader
 from ckptx.protocol.hookspecs import hookimpl
 from ckptx.protocol.messages import Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import read_config
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.registry.families import family_of
 from ckptx.tensors.lazy import LazyTensor
 
@@ -96,7 +96,7 @@ class RlinfLoader:
             raise FormatError(f"{place}: --strip-prefix is not for Megatron's names")
         iteration = _iteration(place)
         left = tuple(_left(place, source))
-        for message in manager.loader(format).load(place, options):
+        for message in registry.loader(format).load(place, options):
             if isinstance(message, Begin) and message.training.get("iteration") == "release":
                 training = {**message.training, "iteration": iteration}
                 message = replace(message, training=training)
@@ -133,7 +133,7 @@ def _find(source: Path, actor: str) -> tuple[Path, str]:
 
 def _from_shards(directory: Path, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
     stored, sources, files, dropped = local_shards.read(directory)
-    sidecars = {**beside(directory), **base_sidecars(options)}
+    sidecars = {**nearest_config(directory), **base_sidecars(options)}
     config = read_config(sidecars, directory)
     if len(files) > 1 and (config is None or family_of(config) is None):
         raise SchemaError(
@@ -141,7 +141,7 @@ def _from_shards(directory: Path, source: Path, options: Mapping[str, Any]) -> I
             "a config of a known architecture, or convert dcp_checkpoint or "
             f"{_WHOLE}/{_WHOLE_FILES[0]}"
         )
-    tensors, remarks = plain_names(stored, options, directory)
+    tensors, remarks = file_names(stored, options, directory)
     begin = Begin(
         format="rlinf",
         layout="hf",
@@ -184,7 +184,7 @@ def _check_sizes(
     parsed = ((adapter_names.parse(name), tensor) for name, tensor in tensors.items())
     base = {name.path: tensor for name, tensor in parsed if not name.kind}
     base = dict(named_as_in_files(base, files, directory)[0])
-    base, _ = heads.without_module(base, known)
+    base, _ = task_heads.without_module(base, known)
     for name, shape in known.items():
         if name in base and base[name].shape != shape:
             raise SchemaError(

@@ -23,7 +23,7 @@ from typing import Any
 
 from ckptx.containers import torch_zip
 from ckptx.errors import FormatError, listing
-from ckptx.protocol.messages import WEIGHTS_ONLY, Dropped, SourceTensor
+from ckptx.protocol.messages import TRAINING_STATE, Dropped, SourceTensor
 from ckptx.tensors.joins import concat
 from ckptx.tensors.lazy import LazyTensor, Stored, replicated
 
@@ -76,7 +76,7 @@ def read(
     (version,) = kinds
     join = _copies if version == _WHOLE else _rows
     tensors = {name: join(parts, f"{directory}: {name!r}") for name, parts in held.items()}
-    dropped = tuple(Dropped(key, WEIGHTS_ONLY) for key in left)
+    dropped = tuple(Dropped(key, TRAINING_STATE) for key in left)
     return tensors, tuple(sources), tuple(str(file.absolute()) for file in files), dropped
 
 

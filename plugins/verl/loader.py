@@ -33,8 +33,8 @@ from ckptx.hf_models.directory import base_sidecars
 from ckptx.hf_models.lora.config import TRAINED_LORA
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.plugins.pytorch.module_names import (
-    beside,
-    plain_names,
+    file_names,
+    nearest_config,
     size_of,
     strip_option,
     trained_messages,
@@ -42,7 +42,7 @@ from ckptx.plugins.pytorch.module_names import (
 from ckptx.plugins.verl import extra_state, megatron
 from ckptx.protocol.contracts import Loader
 from ckptx.protocol.hookspecs import hookimpl
-from ckptx.protocol.messages import WEIGHTS_ONLY, Begin, Dropped, Message, SourceTensor
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Message, SourceTensor
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import LazyTensor
 
@@ -112,7 +112,7 @@ class VerlLoader:
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the model; names that no schema knows pass through."""
         directory, notes = _find(source, options.get("actor_dir") or ACTOR)
-        small = {name: data for name, data in beside(directory).items() if name not in _OWN}
+        small = {name: data for name, data in nearest_config(directory).items() if name not in _OWN}
         begin = Begin(
             format=self.name,
             layout="hf",
@@ -155,7 +155,7 @@ class VerlLoader:
             parallel={"world_size": len(files)},
         )
         dropped = (*found.dropped, *left)
-        tensors, remarks = plain_names(found.tensors, options, directory)
+        tensors, remarks = file_names(found.tensors, options, directory)
         yield from trained_messages(begin, tensors, (*notes, *remarks), dropped, options)
 
 
@@ -292,7 +292,7 @@ def _read(files: list[Path], directory: Path) -> _Found:
     if not shares:
         raise FormatError(f"{directory}: the files of the {len(files)} ranks hold no weights")
     tensors = {name: whole(held, f"{directory}: {name!r}") for name, held in shares.items()}
-    none = tuple(Dropped(name, WEIGHTS_ONLY, size) for name, size in dropped.items())
+    none = tuple(Dropped(name, TRAINING_STATE, size) for name, size in dropped.items())
     return _Found(tensors, tuple(sources), none)
 
 
@@ -323,7 +323,7 @@ def _left(
             continue
         name = f"{match[1]}*.pt" if match else path.name
         sizes[name] = sizes.get(name, 0) + size_of(path)
-    dropped = [Dropped(name, WEIGHTS_ONLY, size) for name, size in sizes.items()]
+    dropped = [Dropped(name, TRAINING_STATE, size) for name, size in sizes.items()]
     if (directory / _HUGGINGFACE).is_dir():
         dropped += (
             Dropped(

@@ -27,10 +27,9 @@ from typing import Any
 from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.model.canonical_names import check_shapes
 from ckptx.model.layout import Family, Parts
-from ckptx.plugins.megatron import per_rank as ranks
-from ckptx.plugins.megatron import torch_dist as distributed
+from ckptx.plugins.megatron import per_rank, torch_dist
 from ckptx.plugins.megatron.directory import IterationDirectory
-from ckptx.plugins.megatron.source import Apart, Source
+from ckptx.plugins.megatron.source import Excluded, Source
 from ckptx.protocol.from_names import passthrough, resolve_tie, tied_names
 from ckptx.protocol.messages import Begin, Dropped, End, Message, Tensors
 from ckptx.protocol.model import collect, named_tensors
@@ -129,16 +128,16 @@ def _place(directory: Path, iteration: Any) -> IterationDirectory:
     return IterationDirectory(path, iteration, "torch_dist")
 
 
-def _read(place: IterationDirectory, apart: Apart) -> Source:
+def _read(place: IterationDirectory, apart: Excluded) -> Source:
     """Read a checkpoint of either form.
 
     Raises:
         FormatError: it is damaged, or holds adapters or no weights.
     """
     if place.format == "torch_dist":
-        source = distributed.read(place, apart)
+        source = torch_dist.read(place, apart)
     else:
-        source = ranks.read(place, kind=ranks.Files(("model.pt",), _stages), apart=apart)
+        source = per_rank.read(place, kind=per_rank.Files(("model.pt",), _stages), apart=apart)
     if not source.sources:
         beside = place.path.parent / "huggingface"
         weights = sorted(beside.glob("*.safetensors")) if beside.is_dir() else []

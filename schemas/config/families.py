@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckptx.schemas.config.traits import SWITCHES, Biases, Traits
+from ckptx.schemas.config.traits import SWITCHES, Biases, ConfigTable
 
 _EVERYWHERE = Biases(True, True, True)
 _LLAMA_DEFAULTS = {
@@ -213,23 +213,23 @@ _GEMMA_FIXED: Mapping[str, Any] = {
 }
 _GLM_SWITCHES = {**SWITCHES, "attention_bias": Biases(qkv=True)}
 
-FAMILIES: Mapping[str, Traits] = {
-    "llama": Traits("LlamaForCausalLM", _LLAMA_DEFAULTS, ("attention_bias", "mlp_bias")),
-    "mistral": Traits("MistralForCausalLM", _MISTRAL_DEFAULTS, windows="all layers"),
-    "qwen2": Traits(
+FAMILIES: Mapping[str, ConfigTable] = {
+    "llama": ConfigTable("LlamaForCausalLM", _LLAMA_DEFAULTS, ("attention_bias", "mlp_bias")),
+    "mistral": ConfigTable("MistralForCausalLM", _MISTRAL_DEFAULTS, windows="all layers"),
+    "qwen2": ConfigTable(
         "Qwen2ForCausalLM",
         _QWEN2_DEFAULTS,
         fixed_biases=Biases(qkv=True),
         windows="some layers",
     ),
-    "qwen3": Traits(
+    "qwen3": ConfigTable(
         "Qwen3ForCausalLM",
         _QWEN2_DEFAULTS | {"head_dim": 128},
         ("attention_bias",),
         qk_layernorm=True,
         windows="some layers",
     ),
-    "gpt2": Traits(
+    "gpt2": ConfigTable(
         "GPT2LMHeadModel",
         _GPT2_DEFAULTS,
         fixed_biases=_EVERYWHERE,
@@ -247,13 +247,13 @@ FAMILIES: Mapping[str, Traits] = {
         activations=_GPT2_GELU,
         position_embedding_type="learned_absolute",
         dropouts=("attn_pdrop", "embd_pdrop", "resid_pdrop"),
-        kept={
+        passthrough_keys={
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
             "reorder_and_upcast_attn": False,
         },
     ),
-    "gpt_neox": Traits(
+    "gpt_neox": ConfigTable(
         "GPTNeoXForCausalLM",
         _GPT_NEOX_DEFAULTS,
         ("attention_bias",),
@@ -263,25 +263,25 @@ FAMILIES: Mapping[str, Traits] = {
         activations=_GELU,
         rotary_percent=0.25,
         rotary_keys=("rotary_emb_base", "rotary_pct"),
-        kept={"use_parallel_residual": False},
+        passthrough_keys={"use_parallel_residual": False},
     ),
-    "phi3": Traits(
+    "phi3": ConfigTable(
         "Phi3ForCausalLM",
         _PHI3_DEFAULTS,
         names={"head_dim": None},
         windows="all layers",
         rotary_percent=1.0,
         scalings={"su": "longrope", "yarn": "longrope"},
-        kept={"original_max_position_embeddings": 4096},
+        passthrough_keys={"original_max_position_embeddings": 4096},
     ),
-    "gemma": Traits(
+    "gemma": ConfigTable(
         "GemmaForCausalLM",
         _GEMMA_DEFAULTS,
         ("attention_bias",),
         activations=_GEMMA_GELU,
         fixed=_GEMMA_FIXED,
     ),
-    "gemma2": Traits(
+    "gemma2": ConfigTable(
         "Gemma2ForCausalLM",
         _GEMMA2_DEFAULTS,
         ("attention_bias",),
@@ -289,13 +289,13 @@ FAMILIES: Mapping[str, Traits] = {
         names={"hidden_act": "hidden_activation"},
         activations={"gelu_pytorch_tanh": "geglu_tanh"},
         fixed=_GEMMA_FIXED,
-        kept={
+        passthrough_keys={
             "query_pre_attn_scalar": None,
             "final_logit_softcapping": None,
             "attn_logit_softcapping": None,
         },
     ),
-    "starcoder2": Traits(
+    "starcoder2": ConfigTable(
         "Starcoder2ForCausalLM",
         _STARCODER2_DEFAULTS,
         ("use_bias",),
@@ -304,7 +304,7 @@ FAMILIES: Mapping[str, Traits] = {
         normalization="LayerNorm",
         activations={name: _GELU[name] for name in ("gelu_pytorch_tanh", *_GELU)},
     ),
-    "glm": Traits(
+    "glm": ConfigTable(
         "GlmForCausalLM",
         _GLM_DEFAULTS,
         ("attention_bias",),
@@ -312,7 +312,7 @@ FAMILIES: Mapping[str, Traits] = {
         rotary_percent=0.5,
         fixed={"rotary_interleaved": True},
     ),
-    "glm4": Traits(
+    "glm4": ConfigTable(
         "Glm4ForCausalLM",
         _GLM_DEFAULTS,
         ("attention_bias",),
@@ -320,27 +320,27 @@ FAMILIES: Mapping[str, Traits] = {
         rotary_percent=0.5,
         fixed={"rotary_interleaved": True},
     ),
-    "olmo2": Traits(
+    "olmo2": ConfigTable(
         "Olmo2ForCausalLM",
         _OLMO2_DEFAULTS,
         ("attention_bias",),
         names={"head_dim": None},
     ),
-    "mixtral": Traits("MixtralForCausalLM", _MIXTRAL_DEFAULTS, windows="all layers"),
-    "qwen2_moe": Traits(
+    "mixtral": ConfigTable("MixtralForCausalLM", _MIXTRAL_DEFAULTS, windows="all layers"),
+    "qwen2_moe": ConfigTable(
         "Qwen2MoeForCausalLM",
         _QWEN2_MOE_DEFAULTS,
         fixed_biases=Biases(qkv=True),
         windows="some layers",
     ),
-    "qwen3_moe": Traits(
+    "qwen3_moe": ConfigTable(
         "Qwen3MoeForCausalLM",
         _QWEN3_MOE_DEFAULTS,
         ("attention_bias",),
         qk_layernorm=True,
         windows="all layers",
     ),
-    "megatron-bert": Traits(
+    "megatron-bert": ConfigTable(
         "MegatronBertForPreTraining",
         _MEGATRON_BERT_DEFAULTS,
         fixed_biases=_EVERYWHERE,
@@ -350,8 +350,8 @@ FAMILIES: Mapping[str, Traits] = {
         position_embedding_type="learned_absolute",
         dropouts=("attention_probs_dropout_prob", "hidden_dropout_prob"),
     ),
-    "olmoe": Traits("OlmoeForCausalLM", _OLMOE_DEFAULTS, ("attention_bias",)),
-    "deepseek_v2": Traits(
+    "olmoe": ConfigTable("OlmoeForCausalLM", _OLMOE_DEFAULTS, ("attention_bias",)),
+    "deepseek_v2": ConfigTable(
         "DeepseekV2ForCausalLM",
         _DEEPSEEK_V2_DEFAULTS,
         ("attention_bias", "mlp_bias"),
@@ -360,20 +360,20 @@ FAMILIES: Mapping[str, Traits] = {
         latent=True,
         fields=_LATENT,
     ),
-    "deepseek_v3": Traits(
+    "deepseek_v3": ConfigTable(
         "DeepseekV3ForCausalLM",
         _DEEPSEEK_V3_DEFAULTS,
         ("attention_bias",),
         qk_layernorm=True,
         names={"head_dim": "v_head_dim"},
-        kept={"rope_interleave": True},
+        passthrough_keys={"rope_interleave": True},
         latent=True,
         fields=(*_LATENT, ("num_nextn_predict_layers", "mtp_num_layers")),
     ),
 }
 
 # Megatron switches that change what the weights mean; a family has each, always, or never.
-FOREIGN = (
+MEGATRON_ONLY = (
     "layernorm_zero_centered_gamma",
     "rotary_interleaved",
     "qk_l2_norm",

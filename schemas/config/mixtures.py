@@ -149,7 +149,7 @@ def respelled(keys: set[str], spec: ModelSpec) -> dict[str, Any]:
     return {key: own[key] for key in own if key in keys}
 
 
-def unheld(spec: ModelSpec, family: str) -> list[str]:
+def unsupported_by_config(spec: ModelSpec, family: str) -> list[str]:
     """Return what a spec says of experts that the config of a family cannot say."""
     mixture = FAMILIES.get(family)
     if mixture is None or not spec.num_experts:

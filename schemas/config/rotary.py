@@ -7,13 +7,13 @@ from typing import Any
 
 from ckptx.errors import SchemaError
 from ckptx.model.spec import ModelSpec
-from ckptx.schemas.config.traits import Traits
+from ckptx.schemas.config.traits import ConfigTable
 
 _DEFAULT_THETA = 10000.0
 
 
 def rotary_from_config(
-    config: Mapping[str, Any], traits: Traits
+    config: Mapping[str, Any], traits: ConfigTable
 ) -> tuple[float, float, dict[str, Any] | None]:
     """Return base, rotated part and scaling; ``rope_scaling`` wins over ``rope_parameters``.
 
@@ -39,7 +39,7 @@ def rotary_from_config(
     )
 
 
-def rotary_to_config(spec: ModelSpec, traits: Traits) -> dict[str, Any]:
+def rotary_to_config(spec: ModelSpec, traits: ConfigTable) -> dict[str, Any]:
     """Return the keys of both spellings; none for a family without rotary embedding."""
     if traits.position_embedding_type != "rope":
         return {}

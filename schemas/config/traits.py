@@ -38,7 +38,7 @@ SWITCHES: Mapping[str, Biases] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Traits:
+class ConfigTable:
     """What a family fixes, and the defaults of its config class."""
 
     architecture: str
@@ -65,7 +65,7 @@ class Traits:
     dropouts: tuple[str, ...] = ("attention_dropout",)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Entries of a spec's ``extra`` that hold for every model of the family."""
-    kept: Mapping[str, Any] = field(default_factory=dict)
+    passthrough_keys: Mapping[str, Any] = field(default_factory=dict)
     """Keys that a spec's ``extra`` holds under their own names, with the value that is not held.
 
     It is the value that asks nothing of Megatron.
@@ -91,7 +91,7 @@ def biases(spec: ModelSpec) -> Biases:
     )
 
 
-def biases_from_config(config: Mapping[str, Any], traits: Traits) -> Biases:
+def biases_from_config(config: Mapping[str, Any], traits: ConfigTable) -> Biases:
     """Return which projections have a bias by a config, in its own keys."""
     said = traits.fixed_biases
     for key in traits.bias_keys:
@@ -100,7 +100,7 @@ def biases_from_config(config: Mapping[str, Any], traits: Traits) -> Biases:
     return said
 
 
-def biases_to_config(said: Biases, traits: Traits) -> dict[str, bool]:
+def biases_to_config(said: Biases, traits: ConfigTable) -> dict[str, bool]:
     """Return the switches of a config for these biases."""
     return {key: traits.switches[key].within(said) for key in traits.bias_keys}
 
@@ -113,7 +113,7 @@ def from_biases(said: Biases) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"add_qkv_bias": said.qkv}, {name: True for name, value in extra.items() if value}
 
 
-def holds_biases(said: Biases, traits: Traits) -> bool:
+def holds_biases(said: Biases, traits: ConfigTable) -> bool:
     """Return whether a config can say these biases."""
     return biases_from_config(biases_to_config(said, traits), traits) == said
 

@@ -1,9 +1,9 @@
 """``config.json`` of decoders and `ModelSpec`, in both directions.
 
 `FIELDS` pairs the keys that mean the same under another name, in Llama's spelling; a family that
-spells them otherwise says so in its `Traits`. Biases, rotary embedding and sliding window each have
-a pair of functions (`ckptx.schemas.config`), because their keys depend on each other. What a family
-fixes without saying so in its config is in `FAMILIES`.
+spells them otherwise says so in its `ConfigTable`. Biases, rotary embedding and sliding window
+each have a pair of functions (`ckptx.schemas.config`), because their keys depend on each other.
+What a family fixes without saying so in its config is in `FAMILIES`.
 
 A key that is absent has the default of its class in transformers, not one of ours.
 """
@@ -16,11 +16,11 @@ from typing import Any
 from ckptx.errors import SchemaError
 from ckptx.model.spec import ModelSpec
 from ckptx.schemas.config import mixtures
-from ckptx.schemas.config.families import FAMILIES, FOREIGN
+from ckptx.schemas.config.families import FAMILIES, MEGATRON_ONLY
 from ckptx.schemas.config.rotary import rotary_from_config, rotary_to_config
 from ckptx.schemas.config.traits import (
     Biases,
-    Traits,
+    ConfigTable,
     biases,
     biases_from_config,
     biases_to_config,
@@ -39,16 +39,16 @@ from ckptx.schemas.config.windows import (
 __all__ = [
     "FAMILIES",
     "FIELDS",
-    "FOREIGN",
+    "MEGATRON_ONLY",
     "Biases",
-    "Traits",
+    "ConfigTable",
     "biases",
     "check",
     "config_from_spec",
     "differences",
     "merge_config",
     "spec_from_config",
-    "unheld",
+    "unsupported_by_config",
     "windowed_layers",
     "windows_extra",
 ]
@@ -205,7 +205,7 @@ def merge_config(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     return merged
 
 
-def unheld(spec: ModelSpec, family: str) -> list[str]:
+def unsupported_by_config(spec: ModelSpec, family: str) -> list[str]:
     """Return what a spec says that the config of a family cannot say, one reason each."""
     traits = _traits(family)
     wanted = biases(spec)
@@ -228,27 +228,27 @@ def unheld(spec: ModelSpec, family: str) -> list[str]:
         (not odd_heads or traits.key("head_dim"), "heads of a size of their own"),
         *(
             (bool(spec.extra.get(name)) == (name in traits.fixed), _foreign(spec, name))
-            for name in FOREIGN
+            for name in MEGATRON_ONLY
         ),
     )
     reasons = [reason for fits, reason in held if not fits]
-    return reasons + mixtures.unheld(spec, family)
+    return reasons + mixtures.unsupported_by_config(spec, family)
 
 
 def check(spec: ModelSpec) -> None:
     """Raise a SchemaError unless the spec's family has a config that can say all of it."""
     if spec.family not in FAMILIES:
-        reasons = unheld(spec, "llama")
+        reasons = unsupported_by_config(spec, "llama")
         because = f" (Llama's relatives do not have: {', '.join(reasons)})" if reasons else ""
         raise SchemaError(
             f"no Hugging Face family is known for this {spec.architecture}{because}; families are "
             f"{', '.join(FAMILIES)}"
         )
-    if reasons := unheld(spec, spec.family):
+    if reasons := unsupported_by_config(spec, spec.family):
         raise SchemaError(f"{spec.architecture} does not have: {', '.join(reasons)}")
 
 
-def _traits(family: str) -> Traits:
+def _traits(family: str) -> ConfigTable:
     if family not in FAMILIES:
         raise SchemaError(f"no config table for family {family!r}; known are {', '.join(FAMILIES)}")
     return FAMILIES[family]
@@ -268,11 +268,11 @@ def _family_of(config: Mapping[str, Any], spec: ModelSpec) -> str:
     return str(said)
 
 
-def _fields(traits: Traits) -> tuple[tuple[str, str], ...]:
+def _fields(traits: ConfigTable) -> tuple[tuple[str, str], ...]:
     return (*FIELDS, *traits.fields)
 
 
-def _own_words(config: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
+def _own_words(config: Mapping[str, Any], traits: ConfigTable) -> dict[str, Any]:
     """Return a config in its family's words, where it has the usual ones.
 
     Raises:
@@ -295,7 +295,7 @@ def _own_words(config: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
     return found
 
 
-def _sizes(values: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
+def _sizes(values: Mapping[str, Any], traits: ConfigTable) -> dict[str, Any]:
     """Return the values of a family's fields, completed as the config classes do."""
     found: dict[str, Any] = {}
     for name, _ in _fields(traits):
@@ -319,7 +319,7 @@ def _sizes(values: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
     return found
 
 
-def _settings(spec: ModelSpec, traits: Traits) -> dict[str, Any]:
+def _settings(spec: ModelSpec, traits: ConfigTable) -> dict[str, Any]:
     """Return what can be compared and has one key in a config."""
     values = {key: getattr(spec, attribute) for key, attribute in _fields(traits)}
     said = [word for word, meaning in traits.activations.items() if meaning == spec.activation]
@@ -328,13 +328,13 @@ def _settings(spec: ModelSpec, traits: Traits) -> dict[str, Any]:
     return {key: values[name] for name, key in keys.items() if key is not None}
 
 
-def _kept_from_config(values: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
-    said = {key: values.get(key, plain) for key, plain in traits.kept.items()}
-    return {key: value for key, value in said.items() if value != traits.kept[key]}
+def _kept_from_config(values: Mapping[str, Any], traits: ConfigTable) -> dict[str, Any]:
+    said = {key: values.get(key, plain) for key, plain in traits.passthrough_keys.items()}
+    return {key: value for key, value in said.items() if value != traits.passthrough_keys[key]}
 
 
-def _kept(spec: ModelSpec, traits: Traits) -> dict[str, Any]:
-    return {key: spec.extra.get(key, plain) for key, plain in traits.kept.items()}
+def _kept(spec: ModelSpec, traits: ConfigTable) -> dict[str, Any]:
+    return {key: spec.extra.get(key, plain) for key, plain in traits.passthrough_keys.items()}
 
 
 def _latent(spec: ModelSpec) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from ckptx.errors import SchemaError
 from ckptx.model.layout import Layout, Rule, Section, Spelling, always, rule
 from ckptx.model.spec import ModelSpec
-from ckptx.model.transforms import FUSED_QKV, GLU, SAME, Iso, each
+from ckptx.model.transforms import FUSED_QKV, GLU, IDENTITY, Transform, per_expert
 from ckptx.schemas.config.translate import windowed_layers
 from ckptx.schemas.conventions.blocks import (
     dense_bias,
@@ -91,7 +91,7 @@ def _exchanged(tensors: Sequence[LazyTensor], outer: int, inner: int) -> LazyTen
     return heads.permute((0, 2, 1, *rest)).merge(1).merge(0)
 
 
-ORDERS: Mapping[float, Iso] = {0: FUSED_QKV, 1: _InnermostQkv(), 2: SAME, 3: SAME}
+ORDERS: Mapping[float, Transform] = {0: FUSED_QKV, 1: _InnermostQkv(), 2: IDENTITY, 3: IDENTITY}
 """How a shard holds query, key and value, by version: [3, heads, size], [heads, size, 3], or head
 by head, [heads, 3, size]."""
 
@@ -122,10 +122,10 @@ def ordered(layout: Layout, version: float, spec: ModelSpec) -> Layout:
     )
 
 
-def _with_order(entry: Rule, iso: Iso) -> Rule:
+def _with_order(entry: Rule, transform: Transform) -> Rule:
     if not entry.keys[0].startswith("qkv "):
         return entry
-    return replace(entry, spellings=tuple(Spelling(s.names, iso) for s in entry.spellings))
+    return replace(entry, spellings=tuple(Spelling(s.names, transform) for s in entry.spellings))
 
 
 def _fc1(kind: str) -> tuple[Rule, Rule]:
@@ -152,8 +152,10 @@ def transformer() -> tuple[Section, Section]:
         rule("mlp l1 weight", f"{_MLP}dense_4h_to_h.weight", tp=1, layers=not_moe),
         rule("mlp l1 bias", f"{_MLP}dense_4h_to_h.bias", when=mlp_bias, layers=not_moe),
         rule("router weight", f"{_MLP}router.weight", layers=moe),
-        rule(experts, f"{_EXPERT}dense_h_to_4h.weight", each(GLU), ep=0, tp=1, layers=moe),
-        rule("mlp l1 weight", f"{_EXPERT}dense_4h_to_h.weight", each(), ep=0, tp=2, layers=moe),
+        rule(experts, f"{_EXPERT}dense_h_to_4h.weight", per_expert(GLU), ep=0, tp=1, layers=moe),
+        rule(
+            "mlp l1 weight", f"{_EXPERT}dense_4h_to_h.weight", per_expert(), ep=0, tp=2, layers=moe
+        ),
     )
     return (
         Section("transformer layer {layer}", layer),
@@ -338,7 +340,7 @@ def launch_flags(spec: ModelSpec) -> list[str]:
     return flags + ["--openai-gelu"] * bool(to_args(spec)["openai_gelu"])
 
 
-def inexpressible(spec: ModelSpec) -> list[str]:
+def unsupported_by_legacy(spec: ModelSpec) -> list[str]:
     """Return what a spec says and legacy models do not have."""
     router = (spec.moe_router_topk, spec.moe_router_score_function)
     refused = (
@@ -364,7 +366,7 @@ def inexpressible(spec: ModelSpec) -> list[str]:
 
 def check(spec: ModelSpec) -> None:
     """Raise a SchemaError unless a legacy model can be what a spec says."""
-    if problems := inexpressible(spec):
+    if problems := unsupported_by_legacy(spec):
         raise SchemaError(
             f"a legacy Megatron model cannot be this {spec.architecture}: it has no "
             f"{', and no '.join(problems)}"

@@ -18,7 +18,15 @@ from dataclasses import dataclass, replace
 
 from ckptx.model.layout import LayerPredicate, Layout, Predicate, Rule, Section, always, rule
 from ckptx.model.spec import ModelSpec
-from ckptx.model.transforms import EXPERT_GLU, GLU, GROUPED_FC1, GROUPED_FC2, SAME, Iso, each
+from ckptx.model.transforms import (
+    EXPERT_GLU,
+    GLU,
+    GROUPED_FC1,
+    GROUPED_FC2,
+    IDENTITY,
+    Transform,
+    per_expert,
+)
 from ckptx.schemas.conventions.blocks import (
     dense_bias,
     gated,
@@ -117,7 +125,7 @@ def direct_query(spec: ModelSpec) -> bool:
     return spec.multi_latent_attention and spec.q_lora_rank is None
 
 
-def further_layers(spec: ModelSpec) -> bool:
+def mtp_layers(spec: ModelSpec) -> bool:
     """Whether there are layers for multi-token prediction."""
     return bool(spec.mtp_num_layers)
 
@@ -145,7 +153,7 @@ def _norm(
 
 def _fc1(kind: str, when: Predicate) -> tuple[Rule, Rule]:
     name = f"{MLP}linear_fc1.{kind}"
-    halves: list[tuple[list[str], Iso]] = [([f"{name}_w", f"{name}_v"], SAME)]
+    halves: list[tuple[list[str], Transform]] = [([f"{name}_w", f"{name}_v"], IDENTITY)]
     keys = [f"mlp l0 {kind} W", f"mlp l0 {kind} V"]
     gate = both(gated, when)
     plain = both(ungated, when)
@@ -159,19 +167,19 @@ def _fc1(kind: str, when: Predicate) -> tuple[Rule, Rule]:
 def _experts(style: Style) -> tuple[Rule, Rule]:
     """Return the rules of the experts' weights, [experts, rows, columns] in canonical space."""
     single = EXPERTS + "experts.{expert}.linear_fc"
-    fc1: dict[Style, tuple[str | list[str], Iso]] = {
+    fc1: dict[Style, tuple[str | list[str], Transform]] = {
         Style(distributed=True): (f"{EXPERTS}experts.linear_fc1.weight", EXPERT_GLU),
-        Style(grouped=True): (EXPERTS + "linear_fc1.weight{expert}", each(GLU)),
-        Style(): (EXPERTS + "local_experts.{expert}.linear_fc1.weight", each(GLU)),
+        Style(grouped=True): (EXPERTS + "linear_fc1.weight{expert}", per_expert(GLU)),
+        Style(): (EXPERTS + "local_experts.{expert}.linear_fc1.weight", per_expert(GLU)),
         Style(local=True, grouped=True): (f"{EXPERTS}weight1", GROUPED_FC1),
     }
-    fc2: dict[Style, tuple[str | list[str], Iso]] = {
-        Style(distributed=True): (f"{EXPERTS}experts.linear_fc2.weight", SAME),
-        Style(grouped=True): (EXPERTS + "linear_fc2.weight{expert}", each()),
-        Style(): (EXPERTS + "local_experts.{expert}.linear_fc2.weight", each()),
+    fc2: dict[Style, tuple[str | list[str], Transform]] = {
+        Style(distributed=True): (f"{EXPERTS}experts.linear_fc2.weight", IDENTITY),
+        Style(grouped=True): (EXPERTS + "linear_fc2.weight{expert}", per_expert()),
+        Style(): (EXPERTS + "local_experts.{expert}.linear_fc2.weight", per_expert()),
         Style(local=True, grouped=True): (f"{EXPERTS}weight2", GROUPED_FC2),
     }
-    halves = ([f"{single}1.weight_w", f"{single}1.weight_v"], each(width=2))
+    halves = ([f"{single}1.weight_w", f"{single}1.weight_v"], per_expert(width=2))
     own = replace(style, local=style.local and style.grouped and not style.distributed)
     keys = ["mlp l0 weight W", "mlp l0 weight V"]
     others1 = [names for other, names in fc1.items() if other != own]
@@ -184,15 +192,15 @@ def _experts(style: Style) -> tuple[Rule, Rule]:
             ep=0,
             tp=2,
             layers=moe,
-            also=[*others2, ([f"{single}2.weight"], each())],
+            also=[*others2, ([f"{single}2.weight"], per_expert())],
         ),
     )
 
 
 def _mixture(style: Style) -> tuple[Rule, ...]:
     shared = ["shared mlp l0 weight W", "shared mlp l0 weight V"]
-    halves: list[tuple[list[str], Iso]] = [
-        ([f"{SHARED}linear_fc1.weight_w", f"{SHARED}linear_fc1.weight_v"], SAME)
+    halves: list[tuple[list[str], Transform]] = [
+        ([f"{SHARED}linear_fc1.weight_w", f"{SHARED}linear_fc1.weight_v"], IDENTITY)
     ]
     return (
         rule("router weight", f"{MLP}router.weight", layers=moe),

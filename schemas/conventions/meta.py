@@ -21,7 +21,7 @@ from typing import Any
 from ckptx.errors import SchemaError, listing
 from ckptx.model.layout import Layout, Section, rule
 from ckptx.model.spec import ModelSpec
-from ckptx.model.transforms import QKV, ROTARY_PAIRS, chain
+from ckptx.model.transforms import QKV, ROTARY_PAIRS, compose
 from ckptx.schemas.config.translate import biases, windowed_layers, windows_extra
 from ckptx.schemas.conventions.blocks import untied
 
@@ -44,7 +44,7 @@ def meta(name: str, *, embedding_axis: int) -> Layout:
                     rule(
                         "qkv weight",
                         [f"{attention}w{part}.weight" for part in "qkv"],
-                        chain(QKV, ROTARY_PAIRS),
+                        compose(QKV, ROTARY_PAIRS),
                         tp=0,
                     ),
                     rule("dense weight", f"{attention}wo.weight", tp=1),
@@ -177,9 +177,9 @@ def params_from_spec(spec: ModelSpec, *, by_width: bool) -> dict[str, Any]:
     same without it: Meta's code of the time takes no unknown keys.
 
     Raises:
-        SchemaError: Meta's model is not this one; see `inexpressible`.
+        SchemaError: Meta's model is not this one; see `unsupported_by_meta`.
     """
-    if problems := inexpressible(spec):
+    if problems := unsupported_by_meta(spec):
         raise SchemaError(f"Meta's model does not have: {', '.join(problems)}")
     params = {key: getattr(spec, attribute) for key, attribute in FIELDS}
     if spec.family == "mistral":
@@ -198,7 +198,7 @@ def params_from_spec(spec: ModelSpec, *, by_width: bool) -> dict[str, Any]:
     return params | _scaling_to_params(spec)
 
 
-def inexpressible(spec: ModelSpec) -> list[str]:
+def unsupported_by_meta(spec: ModelSpec) -> list[str]:
     """Return what a spec says that Meta's model cannot be, one reason each."""
     said = biases(spec)
     window = windowed_layers(spec)

@@ -14,7 +14,7 @@ torchtitan/models/{llama3,qwen3}/model/state_dict_adapter.py @ v0.2.2.
 from __future__ import annotations
 
 from ckptx.model.layout import Layout, Rule, Section, rule
-from ckptx.model.transforms import QKV, ROTARY_PAIRS, Iso, chain
+from ckptx.model.transforms import QKV, ROTARY_PAIRS, Transform, compose
 from ckptx.schemas.conventions.blocks import qk_norm, untied
 
 EMBEDDING = "tok_embeddings.weight"
@@ -23,7 +23,7 @@ _ATTENTION = f"{_LAYER}attention."
 _MLP = f"{_LAYER}feed_forward."
 
 
-def _layout(name: str, qkv: Iso, *, old: bool) -> Layout:
+def _layout(name: str, qkv: Transform, *, old: bool) -> Layout:
     projections = [
         [f"{_ATTENTION}{module}w{part}.weight" for part in "qkv"] for module in ("qkv_linear.", "")
     ]
@@ -54,7 +54,7 @@ def _layout(name: str, qkv: Iso, *, old: bool) -> Layout:
     )
 
 
-_INTERLEAVED = chain(QKV, ROTARY_PAIRS)
+_INTERLEAVED = compose(QKV, ROTARY_PAIRS)
 TORCHTITAN_LLAMA = {
     "torchtitan": _layout("torchtitan/llama", _INTERLEAVED, old=False),
     "torchtitan-0.2": _layout("torchtitan-0.2/llama", _INTERLEAVED, old=True),

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from ckptx.model.layout import Predicate, Rule, Section, always, rule
 from ckptx.model.spec import ModelSpec
-from ckptx.model.transforms import FUSED_QKV, QKV, bare
+from ckptx.model.transforms import FUSED_QKV, QKV, drop_unit_axes
 from ckptx.schemas.config.traits import Biases, from_biases
 from ckptx.schemas.conventions.blocks import (
     dense_bias,
@@ -322,7 +322,9 @@ def hf_sections(prefix: str, *others: str) -> tuple[Section, ...]:
         Section(
             EMBEDDINGS,
             (
-                rule("class token", "embeddings.class_embedding", bare(2), when=class_token),
+                rule(
+                    "class token", "embeddings.class_embedding", drop_unit_axes(2), when=class_token
+                ),
                 rule("conv1 weight", "embeddings.patch_embedding.weight"),
                 rule("conv1 bias", "embeddings.patch_embedding.bias", when=_CONV_BIAS),
                 rule("position embeddings", "embeddings.position_embedding.weight"),

@@ -92,7 +92,9 @@ def _encoder(section: Section) -> Section:
         replace(
             entry,
             spellings=tuple(
-                Spelling(tuple(name.replace("decoder.", "encoder.", 1) for name in s.names), s.iso)
+                Spelling(
+                    tuple(name.replace("decoder.", "encoder.", 1) for name in s.names), s.transform
+                )
                 for s in entry.spellings
             ),
         )

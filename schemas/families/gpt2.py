@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 from ckptx.model.layout import Family, Layout, Rule, Section, rule
-from ckptx.model.transforms import FUSED_QKV, SAME, Iso, Transposed
+from ckptx.model.transforms import FUSED_QKV, IDENTITY, Transform, Transposed
 from ckptx.protocol.hookspecs import hookimpl
 from ckptx.schemas.config.translate import config_from_spec, spec_from_config
 from ckptx.schemas.conventions.blocks import norm, untied
@@ -24,15 +24,15 @@ _LAYER = "transformer.h.{layer}."
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
 
 
-def _stored(key: str, name: str, iso: Iso = SAME) -> Rule:
+def _stored(key: str, name: str, transform: Transform = IDENTITY) -> Rule:
     """Return a rule that finds a tensor with ``transformer.`` and without."""
-    return rule(key, name, iso, also=[name.removeprefix("transformer.")])
+    return rule(key, name, transform, also=[name.removeprefix("transformer.")])
 
 
-def _linear(key: str, name: str, iso: Iso = SAME) -> tuple[Rule, Rule]:
+def _linear(key: str, name: str, transform: Transform = IDENTITY) -> tuple[Rule, Rule]:
     return (
-        _stored(f"{key} weight", f"{_LAYER}{name}.weight", Transposed(iso)),
-        _stored(f"{key} bias", f"{_LAYER}{name}.bias", iso),
+        _stored(f"{key} weight", f"{_LAYER}{name}.weight", Transposed(transform)),
+        _stored(f"{key} bias", f"{_LAYER}{name}.bias", transform),
     )
 
 

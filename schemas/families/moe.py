@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 from ckptx.model.layout import Family, Layout, Rule, Section, rule
-from ckptx.model.transforms import EXPERT_GLU, SAME, each
+from ckptx.model.transforms import EXPERT_GLU, IDENTITY, per_expert
 from ckptx.protocol.hookspecs import hookimpl
 from ckptx.schemas.config.translate import config_from_spec, spec_from_config
 from ckptx.schemas.conventions.blocks import hf_attention, hf_gated_mlp, untied
@@ -36,7 +36,7 @@ def experts_of(prefix: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
         rule(
             _GATE_UP,
             [f"{own}{gate}.weight", f"{own}{up}.weight"],
-            each(SAME, 2),
+            per_expert(IDENTITY, 2),
             ep=0,
             layers=moe,
             also=[(f"{fused}gate_up_proj", EXPERT_GLU)],
@@ -44,10 +44,10 @@ def experts_of(prefix: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
         rule(
             "mlp l1 weight",
             f"{own}{down}.weight",
-            each(),
+            per_expert(),
             ep=0,
             layers=moe,
-            also=[(f"{fused}down_proj", SAME)],
+            also=[(f"{fused}down_proj", IDENTITY)],
         ),
     )
 

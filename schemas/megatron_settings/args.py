@@ -21,17 +21,16 @@ from ckptx.model.pipeline_parallel import Pipeline
 from ckptx.model.spec import ModelSpec
 from ckptx.schemas.config.translate import (
     FAMILIES,
-    FOREIGN,
+    MEGATRON_ONLY,
     Biases,
     biases,
     check,
-    unheld,
+    unsupported_by_config,
     windowed_layers,
     windows_extra,
 )
 from ckptx.schemas.families import bert
-from ckptx.schemas.megatron_settings import experts, rope_scaling, sliding_windows
-from ckptx.schemas.megatron_settings import latent_attention as latent
+from ckptx.schemas.megatron_settings import experts, latent_attention, rope_scaling, sliding_windows
 from ckptx.schemas.megatron_settings.activations import (
     activation_flags,
     activation_from_args,
@@ -162,9 +161,9 @@ def args_from_spec(
     ``release``.
 
     Raises:
-        SchemaError: Megatron cannot hold the model; see `inexpressible`.
+        SchemaError: Megatron cannot hold the model; see `unsupported_by_megatron`.
     """
-    if problems := inexpressible(spec):
+    if problems := unsupported_by_megatron(spec):
         raise SchemaError("; ".join(problems))
     source = dict(source_args or {})
     source.pop("disable_bias_linear", None)  # load_args_from_checkpoint lets it overrule
@@ -205,8 +204,8 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
     extra = {
         **note.get("extra", {}),
         **windows_extra(*sliding_windows.from_args(args)),
-        **{name: args[name] for name in FOREIGN if args.get(name)},
-        **experts.foreign(args),
+        **{name: args[name] for name in MEGATRON_ONLY if args.get(name)},
+        **experts.megatron_only(args),
     }
     if any(args.get(name) for name in ZERO_CENTERED):
         extra[ZERO_CENTERED[0]] = True
@@ -216,7 +215,7 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
         **{
             **{attribute: values[name] for name, attribute in FIELDS},
             **experts.from_args(args),
-            **latent.from_args(args),
+            **latent_attention.from_args(args),
         },
         vocab_size=args.get("vocab_size"),
         norm_epsilon=float(_first(args, EPSILON)),
@@ -230,13 +229,13 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
     return bert.from_args(named, args)
 
 
-def inexpressible(spec: ModelSpec) -> list[str]:
+def unsupported_by_megatron(spec: ModelSpec) -> list[str]:
     """Return what Megatron Core has no parameter for: reasons to refuse the conversion."""
     return [
         *_biases_inexpressible(spec),
         *_attention_inexpressible(spec),
-        *latent.inexpressible(spec),
-        *experts.inexpressible(spec),
+        *latent_attention.unsupported_by_megatron(spec),
+        *experts.unsupported_by_megatron(spec),
     ]
 
 
@@ -271,7 +270,7 @@ def notes(spec: ModelSpec) -> list[str]:
     return [
         *sliding_windows.notes(spec),
         *([] if spec.multi_latent_attention else rope_scaling.notes(spec)),
-        *latent.notes(spec),
+        *latent_attention.notes(spec),
         *activation_notes(spec),
         *_embedding_notes(spec),
         *bert.notes(spec),
@@ -294,7 +293,7 @@ def launch_flags(spec: ModelSpec) -> list[str]:
         flags += ["--apply-layernorm-1p"]
     flags += rope_scaling.launch_flags(spec)
     flags += experts.launch_flags(spec)
-    flags += latent.launch_flags(spec)
+    flags += latent_attention.launch_flags(spec)
     flags += sliding_windows.launch_flags(spec)
     if spec.dtype in DTYPE_FLAGS:
         flags += [f"--{DTYPE_FLAGS[spec.dtype]}"]
@@ -315,7 +314,7 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
         **activation_to_args(spec),
         **rope_scaling.to_args(spec),
         **experts.to_args(spec),
-        **latent.to_args(spec),
+        **latent_attention.to_args(spec),
         **sliding_windows.to_args(spec),
         NOTE: _note(spec),
     }
@@ -347,10 +346,10 @@ def _parallel(tp: int, pipeline: Pipeline, num_layers: int) -> dict[str, Any]:
 
 def _note(spec: ModelSpec) -> dict[str, Any]:
     """Return plain values for what ``args`` cannot say."""
-    said_otherwise = {"sliding_window", "layer_types", *FOREIGN}
+    said_otherwise = {"sliding_window", "layer_types", *MEGATRON_ONLY}
     extra = {key: value for key, value in spec.extra.items() if key not in said_otherwise}
     note: dict[str, Any] = {"family": spec.family} if spec.family in FAMILIES else {}
-    exact = latent.is_exact if spec.multi_latent_attention else rope_scaling.is_exact
+    exact = latent_attention.is_exact if spec.multi_latent_attention else rope_scaling.is_exact
     if spec.rotary_scaling is not None and not exact(spec):
         note["rotary_scaling"] = dict(spec.rotary_scaling)
     return note | ({"extra": extra} if extra else {})
@@ -416,7 +415,7 @@ def _dtype_from_args(args: Mapping[str, Any]) -> str:
 
 def _scaling_from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
     if args.get("multi_latent_attention"):
-        return latent.scaling_from_args(args)
+        return latent_attention.scaling_from_args(args)
     return rope_scaling.from_args(args)
 
 
@@ -430,11 +429,11 @@ def _guess(spec: ModelSpec) -> str:
             "deepseek_v3",
             "deepseek_v2",
         )
-        return next((family for family in order if not unheld(spec, family)), "gpt")
+        return next((family for family in order if not unsupported_by_config(spec, family)), "gpt")
     windowed = any(windowed_layers(spec))
     usual = ("qwen3", "qwen2", "mistral") if windowed else ("qwen3", "qwen2", "llama")
     order = (*usual, "starcoder2", "gpt2", "gpt_neox", "glm", "phi3")
-    return next((family for family in order if not unheld(spec, family)), "gpt")
+    return next((family for family in order if not unsupported_by_config(spec, family)), "gpt")
 
 
 def _of_family(spec: ModelSpec, family: str, asked: bool) -> ModelSpec:
@@ -443,7 +442,7 @@ def _of_family(spec: ModelSpec, family: str, asked: bool) -> ModelSpec:
         return spec
     values = {name: getattr(spec, name) for name in ModelSpec.__slots__}
     traits = FAMILIES[family]
-    own = {name: value for name, value in traits.fixed.items() if name not in FOREIGN}
+    own = {name: value for name, value in traits.fixed.items() if name not in MEGATRON_ONLY}
     extra = {**own, **spec.extra}
     values |= {"family": family, "architecture": traits.architecture, "extra": extra}
     named = ModelSpec(**values)

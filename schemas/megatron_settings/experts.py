@@ -58,7 +58,7 @@ def from_args(args: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "moe_layers": layers}
 
 
-def foreign(args: Mapping[str, Any]) -> dict[str, Any]:
+def megatron_only(args: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of ``extra`` for routing that no config can say."""
     kind = args.get(BALANCING)
     return {BALANCING: kind} if args.get("num_experts") and kind == "sinkhorn" else {}
@@ -88,7 +88,7 @@ def layer_pattern(frequency: Any, num_layers: int) -> tuple[bool, ...]:
     return tuple(bool(one) for one in read)
 
 
-def inexpressible(spec: ModelSpec) -> list[str]:
+def unsupported_by_megatron(spec: ModelSpec) -> list[str]:
     """Return what Megatron cannot compute of a mixture, one reason each."""
     post_softmax = spec.moe_router_score_function == "softmax" and not spec.moe_router_pre_softmax
     if spec.num_experts and spec.moe_router_topk == 1 and post_softmax:

@@ -87,7 +87,7 @@ def is_exact(spec: ModelSpec) -> bool:
     return spec.rotary_scaling == scaling_from_args(_scaling_to_args(spec.rotary_scaling))
 
 
-def inexpressible(spec: ModelSpec) -> Iterator[str]:
+def unsupported_by_megatron(spec: ModelSpec) -> Iterator[str]:
     """Yield what Megatron cannot compute of a model with latent attention."""
     if not spec.multi_latent_attention:
         return

@@ -322,7 +322,7 @@ def language_type(parts: Parts) -> str:
     return language.family
 
 
-def inexpressible(parts: Parts) -> list[str]:
+def unsupported_by_megatron(parts: Parts) -> list[str]:
     """Return what Megatron's LLaVAModel cannot be: reasons to refuse the conversion."""
     vision, language = parts["vision"], parts["language"]
     reasons = []

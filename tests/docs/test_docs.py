@@ -17,10 +17,9 @@ from safetensors.numpy import save_file
 
 from ckptx.cli import conversion
 from ckptx.cli import main as cli
-from ckptx.model import canonical_names as vocabulary
-from ckptx.protocol import hookspecs
-from ckptx.protocol import messages as protocol
-from ckptx.registry import registry as manager
+from ckptx.model import canonical_names
+from ckptx.protocol import hookspecs, messages
+from ckptx.registry import registry
 from docs import refresh as docs
 
 ROOT = docs.ROOT
@@ -80,9 +79,9 @@ def test_every_option_is_documented():
         options += conversion.convert_command(style).params
     for command in cli.command().commands.values():
         options += command.params
-    for entry in manager.entries().values():
+    for entry in registry.entries().values():
         if entry.distribution == "ckptx" and entry.kind != "schema":
-            options += getattr(manager, entry.kind)(entry.name).options()
+            options += getattr(registry, entry.kind)(entry.name).options()
     spellings = {word for option in options for word in option.opts if word.startswith("--")}
     assert "--pipeline-model-parallel-layout" in spellings
     assert [word for word in sorted(spellings) if word not in DOCS["docs/cli.md"]] == []
@@ -90,21 +89,21 @@ def test_every_option_is_documented():
 
 def test_every_message_key_and_symbol_is_documented():
     page = DOCS["docs/protocol.md"]
-    for message, keys in vocabulary.MESSAGES.items():
+    for message, keys in canonical_names.MESSAGES.items():
         assert f"### {message}\n" in page
         for key in keys:
             assert f"`{key.name}`" in page
-            assert set(key.shape) <= set(vocabulary.SYMBOLS)
+            assert set(key.shape) <= set(canonical_names.SYMBOLS)
     for kind in ("Begin", "Tensors", "End"):
-        assert hasattr(protocol, kind)
+        assert hasattr(messages, kind)
         assert f"### {kind}\n" in page
 
 
 def test_every_plugin_and_family_is_in_the_support_matrix():
-    for entry in manager.entries().values():
+    for entry in registry.entries().values():
         if entry.distribution == "ckptx" and entry.kind != "schema":
             assert f"`{entry.name}" in DOCS["README.md"]
-    for name, family in manager.families().items():
+    for name, family in registry.families().items():
         assert f"| {name} |" in DOCS["README.md"] or not family.layouts
 
 
@@ -149,7 +148,7 @@ def test_options_called_accepted_are_accepted():
     known = {word for option in command.params for word in option.opts}
     plugins = [("loader", name) for name in ("core", "legacy", "llama_mistral", "llava")]
     for kind, name in (*plugins, ("saver", "core"), ("saver", "legacy")):
-        known |= {word for o in getattr(manager, kind)(name).options() for word in o.opts}
+        known |= {word for o in getattr(registry, kind)(name).options() for word in o.opts}
     rows = re.findall(
         r"^\| (`--.*?) \|.*\| (\w[\w ]*) \|$", DOCS["docs/from-megatron.md"], re.MULTILINE
     )

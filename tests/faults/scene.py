@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from tests.pipeline.conftest import session, wait_for
 
-ROOT = Path(manager.__file__).resolve().parents[2]
+ROOT = Path(registry.__file__).resolve().parents[2]
 INJECTED = Path(__file__).parent / "injected"
 COUNT = int(os.environ.get("CKPTX_FAULTS", "1"))
 FIRST = int(os.environ.get("CKPTX_FAULTS_FIRST_SEED", "0"))

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from ckptx.errors import CkptxError
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.testing.conversion import convert, values
 from tests.oracles import fsdp, verl
 
@@ -91,7 +91,7 @@ class Format:
     path: Path
 
     def load(self, path: Path) -> dict[tuple[str, str], np.ndarray]:
-        found = values(manager.loader(self.loader).load(path, {}))
+        found = values(registry.loader(self.loader).load(path, {}))
         return {
             (message, key): np.ascontiguousarray(value).reshape(-1).view(np.uint8)
             for message, tensors in found.items()
@@ -230,8 +230,8 @@ def formats(tmp_path_factory, write_llama) -> Callable[[str], Format]:
                 return Format("deepspeed", GOLDEN / how)
             case "core":
                 options = {**CORE, "ckpt_format": how}
-                hf = manager.loader("hf")
-                return Format("core", convert(hf, model, manager.saver("core"), target, options))
+                hf = registry.loader("hf")
+                return Format("core", convert(hf, model, registry.saver("core"), target, options))
             case "dcp":
                 fsdp.save(model, target, 2, ("model",))
                 shutil.copy(model / "config.json", target)

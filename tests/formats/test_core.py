@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptx.errors import CkptxError, PlanError, SchemaError
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.testing import strategies
 from ckptx.testing.contracts import (
     Checkpoint,
@@ -37,8 +37,8 @@ from .by_hand import (
     write_ranks,
 )
 
-LOADER, SAVER = manager.loader("core"), manager.saver("core")
-HF_LOADER, HF_SAVER = manager.loader("hf"), manager.saver("hf")
+LOADER, SAVER = registry.loader("core"), registry.saver("core")
+HF_LOADER, HF_SAVER = registry.loader("hf"), registry.saver("hf")
 GPT = tiny("gpt")
 GPT_TIED = tiny("gpt", "gpt-tied-rotary", tied=True, position_embedding_type="rope")
 BY_NAME = {model.name: model for model in (*MODELS, *PADDED, GPT, GPT_TIED)}

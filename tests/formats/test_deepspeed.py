@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ckptx.errors import FormatError, PluginError, SchemaError
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.testing import faults
 from ckptx.testing.contracts import Checkpoint, LoaderTests, assert_one_line
 from ckptx.testing.conversion import (
@@ -38,8 +38,8 @@ PIPELINES = [case for case in ALL if "pipeline" in case]
 CASES = [case for case in ALL if case not in PIPELINES]
 WITH_MODULE = [case for case in CASES if not any(GOLDEN.glob(f"{case}/*/zero_pp_*model_states.pt"))]
 TIED_CASES = ("zero2_bf16_groups", "zero3_bf16", "universal2", "tp2_zero1")
-LOADER = manager.loader("deepspeed")
-HF_SAVER = manager.saver("hf")
+LOADER = registry.loader("deepspeed")
+HF_SAVER = registry.saver("hf")
 BY_NAME = {model.name: model for model in MODELS}
 LLAMA, TIED = BY_NAME["llama"], BY_NAME["qwen2-tied"]
 EXCLUDED = ("zero2_excluded", "zero3_excluded")
@@ -457,13 +457,13 @@ class TestDirectory:
     def test_it_is_no_other_format(self, case):
         root = GOLDEN / case
         (tag,) = (path for path in root.iterdir() if path.is_dir())
-        assert manager.detect(root) == manager.detect(tag) == "deepspeed"
+        assert registry.detect(root) == registry.detect(tag) == "deepspeed"
 
     def test_zero_is_another_name(self):
-        known = manager.loader("deepspeed")
-        assert manager.loader("zero") is manager.loader("universal") is known
+        known = registry.loader("deepspeed")
+        assert registry.loader("zero") is registry.loader("universal") is known
         with pytest.raises(PluginError, match="saver 'deepspeed'"):
-            manager.saver("deepspeed")
+            registry.saver("deepspeed")
 
     def test_no_checkpoint(self, tmp_path):
         assert not LOADER.detect(tmp_path)

@@ -14,7 +14,7 @@ from ckptx.containers.safetensors import read_header
 from ckptx.errors import CkptxError, FormatError, SchemaError
 from ckptx.hf_models.weights import read_weights
 from ckptx.protocol.messages import PASSTHROUGH
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.testing import faults
 from ckptx.testing.contracts import (
     Checkpoint,
@@ -43,7 +43,7 @@ from ckptx.testing.tagged import tagged
 
 from .by_hand import torch_of
 
-HF_LOADER, HF_SAVER = manager.loader("hf"), manager.saver("hf")
+HF_LOADER, HF_SAVER = registry.loader("hf"), registry.saver("hf")
 INDEX = "model.safetensors.index.json"
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ckptx.errors import CkptxError, ConversionError
 from ckptx.protocol.messages import PASSTHROUGH, End, Message, Tensors
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.testing import faults, strategies
 from ckptx.testing.contracts import Checkpoint, LoaderTests, SaverTests, assert_equal_arrays
@@ -21,7 +21,7 @@ from ckptx.testing.conversion import loaded_by_name, save
 from ckptx.testing.models import SQUARE, messages, passthrough_messages, tiny, write_hf
 from ckptx.testing.tagged import assert_same, bits, tagged
 
-HF = manager.loader("hf")
+HF = registry.loader("hf")
 TWELVE = tiny(num_layers=12)
 
 
@@ -126,11 +126,11 @@ class Forgetful:
     """The Hugging Face saver, except that it leaves out what it does not know."""
 
     name = "hf"
-    capabilities = manager.saver("hf").capabilities
+    capabilities = registry.saver("hf").capabilities
 
     def plan(self, messages, options):
         known = _each(lambda name, keys: {k: t for k, t in keys.items() if "mystery" not in k})
-        return manager.saver("hf").plan(iter(known(list(messages))), options)
+        return registry.saver("hf").plan(iter(known(list(messages))), options)
 
 
 def test_a_saver_that_drops_what_it_does_not_know_fails(tmp_path):
@@ -165,7 +165,7 @@ def test_the_message_says_where_a_wrong_element_belongs():
 def test_a_disk_that_fails_while_tensors_are_read_is_an_error(tmp_path):
     sent = messages(SQUARE, tmp_path / "s")
     with faults.failing_reads(after=1000), pytest.raises(ConversionError, match="cannot be read"):
-        save(manager.saver("hf"), sent, tmp_path / "t", {})
+        save(registry.saver("hf"), sent, tmp_path / "t", {})
 
 
 def test_a_flipped_bit_arrives_flipped(tmp_path):
@@ -183,5 +183,5 @@ def test_any_tensors_pass_through(arrays, name, tmp_path_factory):
     directory = tmp_path_factory.mktemp("any")
     sent = passthrough_messages(arrays, directory / "s")
     assert isinstance(sent[-1], End)
-    target = save(manager.saver(name), sent, directory / "t", {})
-    assert_equal_arrays(loaded_by_name(manager.loader(name), target), arrays, PASSTHROUGH)
+    target = save(registry.saver(name), sent, directory / "t", {})
+    assert_equal_arrays(loaded_by_name(registry.loader(name), target), arrays, PASSTHROUGH)

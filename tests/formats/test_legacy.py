@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ckptx.errors import CkptxError, FormatError, PlanError, SchemaError
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.testing.contracts import (
     Checkpoint,
     LoaderTests,
@@ -26,9 +26,9 @@ from tests.oracles import legacy as oracle
 from .by_hand import assert_state, even, padded, write_distributed, write_ranks
 from .legacy_by_hand import legacy_args, rank_states, write
 
-LOADER, SAVER = manager.loader("legacy"), manager.saver("legacy")
-CORE, CORE_SAVER = manager.loader("core"), manager.saver("core")
-HF_LOADER, HF_SAVER = manager.loader("hf"), manager.saver("hf")
+LOADER, SAVER = registry.loader("legacy"), registry.saver("legacy")
+CORE, CORE_SAVER = registry.loader("core"), registry.saver("core")
+HF_LOADER, HF_SAVER = registry.loader("hf"), registry.saver("hf")
 GPT = tiny("gpt", "gpt-heads", num_query_groups=8)
 GPT_TIED = tiny("gpt", "gpt-tied", tied=True, num_query_groups=8, activation="gelu_tanh")
 BY_NAME = {model.name: model for model in (*MODELS, GPT, GPT_TIED)}
@@ -267,7 +267,7 @@ def test_who_reads_what(tmp_path):
     old = write(tmp_path / "old", LLAMA, 2, even(4, 2), 40)
     core = write_ranks(tmp_path / "core", LLAMA, 2, even(4, 2), 40)
     stacked = write_distributed(tmp_path / "stacked", LLAMA, 40)
-    assert [manager.detect(root) for root in (old, core, stacked)] == ["legacy", "core", "core"]
+    assert [registry.detect(root) for root in (old, core, stacked)] == ["legacy", "core", "core"]
     for loader, root, name in (
         (CORE, old, "legacy"),
         (LOADER, core, "core"),

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from ckptx.errors import CkptxError, FormatError, PlanError, SchemaError
 from ckptx.protocol.messages import Begin
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.testing import faults
 from ckptx.testing.contracts import (
     Checkpoint,
@@ -28,8 +28,8 @@ from ckptx.testing.tagged import tagged
 
 from .by_hand import cut, torch_of
 
-LOADER, SAVER = manager.loader("meta"), manager.saver("meta")
-MEGATRON = manager.loader("llama_mistral")
+LOADER, SAVER = registry.loader("meta"), registry.saver("meta")
+MEGATRON = registry.loader("llama_mistral")
 NAMES = {
     "self_attn.q_proj": ("attention.wq", 0),
     "self_attn.k_proj": ("attention.wk", 0),
@@ -193,11 +193,11 @@ def test_views_of_one_storage_are_whole_tensors(tmp_path):
 def test_small_files_and_the_config_ride_along(tmp_path):
     source = write_hf(tmp_path / "hf", LLAMAS[0])
     (source / "tokenizer.model").write_bytes(b"sentencepiece")
-    target = convert(manager.loader("hf"), source, SAVER, tmp_path / "meta")
+    target = convert(registry.loader("hf"), source, SAVER, tmp_path / "meta")
     for name in ("config.json", "tokenizer.json", "tokenizer.model"):
         assert (target / name).read_bytes() == (source / name).read_bytes()
-    assert manager.detect(target) == "meta"
-    back = convert(LOADER, target, manager.saver("hf"), tmp_path / "back")
+    assert registry.detect(target) == "meta"
+    back = convert(LOADER, target, registry.saver("hf"), tmp_path / "back")
     assert not (back / "params.json").exists()
     assert (back / "tokenizer.model").read_bytes() == b"sentencepiece"
 
@@ -207,8 +207,8 @@ def test_a_directory_with_both_kinds_of_weights_is_hugging_faces(tmp_path):
     directory = write_hf(tmp_path, MISTRAL)
     (directory / "params.json").write_text(json.dumps(params_of(MISTRAL)))
     save_file({"norm.weight": np.ones(32)}, directory / "consolidated.safetensors")
-    assert manager.detect(directory) == "hf"
-    assert_equal(loaded(manager.loader("hf"), directory), MISTRAL.canonical())
+    assert registry.detect(directory) == "hf"
+    assert_equal(loaded(registry.loader("hf"), directory), MISTRAL.canonical())
 
 
 def test_a_config_says_what_params_cannot(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from ckptx.errors import FormatError, SchemaError
 from ckptx.protocol.messages import PASSTHROUGH
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.testing.contracts import (
     Checkpoint,
     LoaderTests,
@@ -24,7 +24,7 @@ from ckptx.testing.models import MODELS, PADDED, messages, tiny, without_family,
 from . import legacy_by_hand
 from .by_hand import args_of, assert_state, even, padded, rank_states, torch_of
 
-LOADER, SAVER = manager.loader("pytorch"), manager.saver("pytorch")
+LOADER, SAVER = registry.loader("pytorch"), registry.saver("pytorch")
 LLAMA, TIED = MODELS[0], MODELS[6]
 
 

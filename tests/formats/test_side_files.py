@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ckptx.errors import PluginError
 from ckptx.protocol.contracts import SideFile
 from ckptx.protocol.hookspecs import hookimpl
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from tests.interop.conversion import convert
 
 
@@ -107,9 +107,9 @@ def wanted(monkeypatch):
     def wanted(*files):
         hook = hookimpl(lambda config, names, iteration: list(files))
         plugin = Wanting(SimpleNamespace(side_files=hook))
-        entry = manager.Entry("schema", "wanting", "wanting", "1", plugin)
-        entries = {**manager.entries(), "schema_wanting": entry}
-        monkeypatch.setattr(manager, "entries", lambda: entries)
+        entry = registry.Entry("schema", "wanting", "wanting", "1", plugin)
+        entries = {**registry.entries(), "schema_wanting": entry}
+        monkeypatch.setattr(registry, "entries", lambda: entries)
 
     return wanted
 

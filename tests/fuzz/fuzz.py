@@ -14,11 +14,11 @@ import tempfile
 import atheris  # type: ignore[import-not-found]
 
 with atheris.instrument_imports(include=["ckptx", "plugins", "schemas"]):
-    from ckptx.registry import registry as manager
+    from ckptx.registry import registry
     from tests.fuzz import targets
 
-    manager.statuses()  # imports every plugin
-    manager.families()
+    registry.statuses()  # imports every plugin
+    registry.families()
 
 
 def main() -> None:

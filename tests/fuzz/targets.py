@@ -15,14 +15,13 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ckptx.containers import dcp, safetensors, torch_zip
-from ckptx.containers import pickle_reader as pickles
+from ckptx.containers import dcp, pickle_reader, safetensors, torch_zip
 from ckptx.containers.carried import as_json, carried
 from ckptx.containers.sharded import Rank, share, whole
 from ckptx.errors import CkptxError
 from ckptx.hf_models.weights import read_weights
 from ckptx.protocol.sidecars import read_config
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.registry.families import family_of, parts_from_config
 
 CORPUS = Path(__file__).with_name("corpus")
@@ -58,7 +57,7 @@ def torch_archive(data: bytes) -> None:
 
 def unpickler(data: bytes) -> None:
     """A pickle, as records."""
-    pickles.loads(data, file="a")
+    pickle_reader.loads(data, file="a")
 
 
 def pickle_values(data: bytes) -> None:
@@ -77,7 +76,7 @@ def dcp_metadata(data: bytes) -> None:
     for key in metadata.objects:
         with contextlib.suppress(CkptxError):
             dcp.read_object(metadata, key, [])
-    list(manager.loader("dcp").load(_PLACE / "dcp", {}))
+    list(registry.loader("dcp").load(_PLACE / "dcp", {}))
 
 
 def shares(data: bytes) -> None:
@@ -87,7 +86,7 @@ def shares(data: bytes) -> None:
         for name, entry in value.items():
             with contextlib.suppress(CkptxError):
                 whole([share(entry, Rank("a", 0, 1), str(name))], str(name))
-    list(manager.loader("verl").load(_PLACE / "verl", {}))
+    list(registry.loader("verl").load(_PLACE / "verl", {}))
 
 
 def config(data: bytes) -> None:
@@ -118,7 +117,7 @@ def params(data: bytes) -> None:
             "meta/consolidated.safetensors",
             len(text).to_bytes(8, "little") + text + bytes(position),
         )
-    list(manager.loader("meta").load(_PLACE / "meta", {}))
+    list(registry.loader("meta").load(_PLACE / "meta", {}))
 
 
 def index(data: bytes) -> None:
@@ -135,13 +134,13 @@ def rank_file(data: bytes) -> None:
     _file("core/iter_0000001/mp_rank_00/model_optim_rng.pt", archived(data))
     for loader in ("core", "legacy"):
         with contextlib.suppress(CkptxError):
-            list(manager.loader(loader).load(_PLACE / "core", {}))
+            list(registry.loader(loader).load(_PLACE / "core", {}))
 
 
 def deepspeed(data: bytes) -> None:
     """The model states of a DeepSpeed checkpoint of one rank."""
     _file("deepspeed/step/mp_rank_00_model_states.pt", archived(data))
-    list(manager.loader("deepspeed").load(_PLACE / "deepspeed" / "step", {"weights": "module"}))
+    list(registry.loader("deepspeed").load(_PLACE / "deepspeed" / "step", {"weights": "module"}))
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from ckptx.cli import main as cli
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 
 PARTIAL = ".ckptx-partial"
-ROOT = Path(manager.__file__).resolve().parents[2]
+ROOT = Path(registry.__file__).resolve().parents[2]
 RECORD = os.environ.get("CKPTX_RECORD_HOSTILE", "")
 """Where commands are noted, a file for each worker; nowhere if empty."""
 RECORDED: dict[str, int] = {}

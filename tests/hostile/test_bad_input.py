@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ckptx.cli import main as cli
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 
 from .conftest import ROOT
 
@@ -790,7 +790,7 @@ class TestPlugins:
     def test_unknown_plugin(self, role, flag, user):
         options = [flag, "quux"] if role == "saver" else [flag, "quux", "--to", "hf"]
         reason = user.is_refused("convert", user.source, user.target, *options)
-        known = ", ".join(manager.names(role))
+        known = ", ".join(registry.names(role))
         assert "core" in known
         assert f"unknown {role} 'quux'; known {role}s: {known}" in reason
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from ckptx.cli import main as cli
-from ckptx.containers import pickle_reader as pickles
+from ckptx.containers import pickle_reader
 from ckptx.errors import CkptxError, FormatError
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 
 from .conftest import ROOT
 from .pickle_catalogue import CANARY, ODD, REFUSED, named, text
@@ -90,7 +90,7 @@ def wrapped(fragment: bytes) -> Iterator[bytes]:
 def test_the_unpickler_refuses(name):
     for data in wrapped(REFUSED[name]):
         with pytest.raises(FormatError) as caught:
-            pickles.loads(data, file="a.pt")
+            pickle_reader.loads(data, file="a.pt")
         message = str(caught.value)
         assert message.startswith("a.pt: ")
         assert message.isprintable()
@@ -103,7 +103,7 @@ def test_what_a_user_allows_is_inert(name):
     """``allow=["*"]`` makes records of what is unknown; what no checkpoint needs stays refused."""
     for data in wrapped(REFUSED[name]):
         with contextlib.suppress(FormatError):
-            pickles.loads(data, file="a.pt", allow=["*"])
+            pickle_reader.loads(data, file="a.pt", allow=["*"])
 
 
 @pytest.mark.parametrize("name", [*REFUSED, *ODD])
@@ -112,7 +112,7 @@ def test_truncated_at_every_byte(name):
     sizes = range(len(data)) if len(data) < 600 else [*range(100), len(data) // 2, len(data) - 1]
     for size in sizes:
         with pytest.raises(FormatError):
-            pickles.loads(data[:size], file="a.pt")
+            pickle_reader.loads(data[:size], file="a.pt")
 
 
 def archive(path: Path, pickled: bytes) -> None:
@@ -249,7 +249,7 @@ def test_every_loader_refuses(place, step, sources):
             for pickled in list(shapes_of(fragment))[:2]:
                 put(path, pickled)
                 with pytest.raises(CkptxError) as caught:
-                    list(manager.loader(loader).load(source, {}))
+                    list(registry.loader(loader).load(source, {}))
                 assert path.name in str(caught.value), name
                 assert str(caught.value).isprintable(), name
 
@@ -266,7 +266,7 @@ def test_no_loader_stumbles(place, step, sources):
                 put(path, pickled)
                 start = time.monotonic()
                 try:
-                    list(manager.loader(loader).load(source, {}))
+                    list(registry.loader(loader).load(source, {}))
                 except CkptxError as error:
                     stumbled += [f"{name}, shape {number}: long"] * (len(str(error)) > 2000)
                 except Exception as error:

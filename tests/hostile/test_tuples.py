@@ -23,8 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ckptx.containers import dcp, torch_zip
-from ckptx.containers import pickle_reader as pickles
+from ckptx.containers import dcp, pickle_reader, torch_zip
 from ckptx.errors import FormatError
 
 from .conftest import ROOT
@@ -201,7 +200,7 @@ VALUES = st.deferred(lambda: st.recursive(HASHED, _values, max_leaves=8))
 @settings(max_examples=100, deadline=None)
 def test_what_is_ordinary_is_read(value, protocol):
     data = pickle.dumps(value, protocol)
-    assert pickles.loads(data, file="a.pt") == pickle.loads(data)
+    assert pickle_reader.loads(data, file="a.pt") == pickle.loads(data)
 
 
 @given(HASHED, st.integers(2, 5))
@@ -209,7 +208,7 @@ def test_what_is_ordinary_is_read(value, protocol):
 def test_weights_are_those_of_the_tree(value, protocol):
     """What the unpickler counts as it goes, counted again on the objects that Python has made."""
     value = (value, "last")
-    weigh = pickles._Weights("a.pt")._weigh
+    weigh = pickle_reader._Weights("a.pt")._weigh
     assert weigh(pickle.loads(pickle.dumps(value, protocol))) == (reached(value), depth(value))
 
 
@@ -230,24 +229,28 @@ def of_size(size: int) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("protocol", range(2, 6))
 def test_the_limits_are_those_that_are_stated(protocol):
-    for key in (nested(pickles.MAX_TUPLE_DEPTH), of_size(pickles.MAX_KEY), frozenset(range(1000))):
+    for key in (
+        nested(pickle_reader.MAX_TUPLE_DEPTH),
+        of_size(pickle_reader.MAX_KEY),
+        frozenset(range(1000)),
+    ):
         value = {key: 1, "again": key}
-        assert pickles.loads(pickle.dumps(value, protocol), file="a.pt") == value
-        assert pickles.loads(pickle.dumps({key}, protocol), file="a.pt") == {key}
-    data = pickle.dumps(nested(pickles.MAX_TUPLE_DEPTH + 1), protocol)
+        assert pickle_reader.loads(pickle.dumps(value, protocol), file="a.pt") == value
+        assert pickle_reader.loads(pickle.dumps({key}, protocol), file="a.pt") == {key}
+    data = pickle.dumps(nested(pickle_reader.MAX_TUPLE_DEPTH + 1), protocol)
     with pytest.raises(FormatError, match=r"a\.pt: found tuples nested over 100 deep"):
-        pickles.loads(data, file="a.pt")
-    for large in (of_size(pickles.MAX_KEY + 1), tuple(range(pickles.MAX_KEY + 1))):
+        pickle_reader.loads(data, file="a.pt")
+    for large in (of_size(pickle_reader.MAX_KEY + 1), tuple(range(pickle_reader.MAX_KEY + 1))):
         data = pickle.dumps({large: 1}, protocol)
         with pytest.raises(FormatError, match=r"a\.pt: .* a tuple that is too large"):
-            pickles.loads(data, file="a.pt")
+            pickle_reader.loads(data, file="a.pt")
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
 def test_tuples_that_are_no_keys_may_be_large(protocol, tmp_path):
     value = {"flat": tuple(range(5000)), "nested": of_size(5000), "set": set(range(5000))}
     data = pickle.dumps(value, protocol)
-    assert pickles.loads(data, file="a.pt") == value
+    assert pickle_reader.loads(data, file="a.pt") == value
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as members:
         members.writestr("archive/data.pkl", data)
     read = torch_zip.read(tmp_path / "a.pt", 0).value
@@ -258,11 +261,11 @@ def test_tuples_that_are_no_keys_may_be_large(protocol, tmp_path):
 def test_a_large_tuple_stays_one_where_it_is_called_with():
     """REDUCE takes its arguments from one."""
     inner = b"(" + b"K\1" * 600 + b"tq\1h\1\x86q\2"
-    record = pickles.loads(b"\x80\2" + named("torch.nn", "X") + inner + b"R.", file="a.pt")
+    record = pickle_reader.loads(b"\x80\2" + named("torch.nn", "X") + inner + b"R.", file="a.pt")
     assert record.args == ((1,) * 600,) * 2
     assert type(record.args) is tuple
     with pytest.raises(FormatError, match=r"torch\.Size is made from a tuple"):
-        pickles.loads(b"\x80\2" + _SIZE + inner + b"\x85R.", file="a.pt")
+        pickle_reader.loads(b"\x80\2" + _SIZE + inner + b"\x85R.", file="a.pt")
 
 
 # Copies: a few bytes hand the same large thing to a call, or a reader, again and again.
@@ -319,7 +322,7 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 @pytest.mark.parametrize("protocol", range(2, 6))
 def test_honest_copies_are_made(protocol):
     value = [bytes(range(256)) * 1000, bytearray(b"\xff" * 9999), set(range(9999)), frozenset("ab")]
-    assert pickles.loads(pickle.dumps(value, protocol), file="a.pt") == value
+    assert pickle_reader.loads(pickle.dumps(value, protocol), file="a.pt") == value
 
 
 def test_tensors_that_share_their_chunks_are_refused(tmp_path):
@@ -351,12 +354,12 @@ def test_an_encoding_that_is_no_name_is_refused(levels, tmp_path):
 @pytest.mark.parametrize("sound", [True, False])
 def test_either_way_to_scan_reads_the_same(sound, protocol, monkeypatch):
     """Python before 3.11.5 cannot run the pattern that knows small tuples."""
-    monkeypatch.setattr(pickles, "_RE_IS_SOUND", sound and pickles._RE_IS_SOUND)
+    monkeypatch.setattr(pickle_reader, "_RE_IS_SOUND", sound and pickle_reader._RE_IS_SOUND)
     value = [
         *((1, 2.5, None), ("a", (True, (2**40, b"b"))), (), {(1, 2): ("x",) * 70}),
         *({"k": [1, -1, 2**70, 70_000]}, frozenset("ab"), {i: (i,) for i in range(300)}),
     ]
-    assert pickles.loads(pickle.dumps(value, protocol), file="a.pt") == value
+    assert pickle_reader.loads(pickle.dumps(value, protocol), file="a.pt") == value
 
 
 @pytest.mark.parametrize("sound", [True, False])
@@ -364,6 +367,6 @@ def test_either_way_to_scan_reads_the_same(sound, protocol, monkeypatch):
     "opcode", [b"r\xff\xff\xff\xff", b"c" + b"x" * 2000, b"i", b"\x82\x01"], ids=repr
 )
 def test_either_way_to_scan_refuses_the_same(sound, opcode, monkeypatch):
-    monkeypatch.setattr(pickles, "_RE_IS_SOUND", sound and pickles._RE_IS_SOUND)
+    monkeypatch.setattr(pickle_reader, "_RE_IS_SOUND", sound and pickle_reader._RE_IS_SOUND)
     with pytest.raises(FormatError, match="opcode of protocol 2 to 5 at byte 4"):
-        pickles.loads(b"\x80\x02K\x01" + opcode + b"N." * 9, file="a.pt")
+        pickle_reader.loads(b"\x80\x02K\x01" + opcode + b"N." * 9, file="a.pt")

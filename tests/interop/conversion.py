@@ -13,11 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ckptx.conversion import supervisor as pipeline
-from ckptx.conversion import worker as children
+from ckptx.conversion import supervisor, worker
 from ckptx.conversion.report import Facts
-from ckptx.conversion.request import Job
-from ckptx.registry import registry as manager
+from ckptx.conversion.request import ConversionRequest
+from ckptx.registry import registry
 from ckptx.writing import writer
 from ckptx.writing.publish import Target
 from tests.oracles import hf
@@ -74,8 +73,8 @@ def convert(
     **options: Any,
 ) -> Facts:
     """Convert as the pipeline does, without its processes; ``options`` are the saver's."""
-    job = Job(
-        loader or manager.detect(source),
+    job = ConversionRequest(
+        loader or registry.detect(source),
         saver,
         source,
         target,
@@ -84,10 +83,10 @@ def convert(
         dtype=dtype,
         hf_base=hf_base,
     )
-    begin, end, plan, proof = pipeline.plan_conversion(job)
+    begin, end, plan, proof = supervisor.plan_conversion(job)
     with Target(job.target, [job.source]) as place:
         staging = place.prepare(plan)
-        writer.execute(plan, begin.files, staging, children.write_options(job))
+        writer.execute(plan, begin.files, staging, worker.write_options(job))
         place.publish()
     return Facts.of(begin, end, plan, proof)
 

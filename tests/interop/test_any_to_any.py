@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from tests.formats import zero_by_hand
 from tests.oracles import fsdp, legacy, mcore, meta, rlinf, verl
 from tests.oracles.mcore import Layout
@@ -131,6 +131,6 @@ def test_from_real_megatron(format, destination, source_of, tmp_path):
     saver, options, logits = TARGETS[destination]
     base = {"hf_base": source.directory}
     convert(tmp_path / "core", tmp_path / "target", saver, **base, **options)
-    assert manager.detect(tmp_path / "target") == saver
+    assert registry.detect(tmp_path / "target") == saver
     found = logits(tmp_path / "target", source)
     assert difference(found, expected[..., : source.config.vocab_size]) <= CLOSE

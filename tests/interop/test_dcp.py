@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ckptx.containers import zstd
-from ckptx.conversion import supervisor as pipeline
-from ckptx.conversion.request import Job
+from ckptx.conversion import supervisor
+from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import CkptxError, FormatError
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.storage.source_file import SourceFile
 from tests.oracles import fsdp, hf, verl
 
@@ -214,7 +214,7 @@ def test_shards_of_safetensors(family, world, source_of, tmp_path):
     assert f"{world} shards were found" in " ".join(facts.notes)
 
     shutil.copy(source.directory / "config.json", shards)
-    assert manager.detect(shards) == "dcp"
+    assert registry.detect(shards) == "dcp"
     first, *_ = sorted(shards.glob("shard-*"))
     first.unlink()
     with pytest.raises(FormatError, match="a shard is missing"):
@@ -253,7 +253,7 @@ def test_fsdp_is_a_name_for_both_kinds_of_checkpoint(source_of, tmp_path):
         convert(tmp_path / name, tmp_path / f"hf-{name}", "hf", loader="fsdp", **base(source))
         assert contents(tmp_path / f"hf-{name}") == contents(source.directory)
     convert(source.directory, tmp_path / "written", "fsdp")
-    assert manager.detect(tmp_path / "written") == "dcp"
+    assert registry.detect(tmp_path / "written") == "dcp"
     with pytest.raises(FormatError, match="is neither dcp nor verl"):
         convert(source.directory, tmp_path / "none", "hf", loader="fsdp")
 
@@ -281,7 +281,7 @@ def test_where_frameworks_put_a_model(place, prefix, from_above, source_of, tmp_
         moments = {"optimizer": {"state": {"a.exp_avg": torch.zeros(3)}}}
         dcp.save(moments, checkpoint_id=str(given / "optimizer_0"))
         torch.save({"last_epoch": 1}, given / "scheduler.pt")
-    assert manager.detect(given) == "dcp"
+    assert registry.detect(given) == "dcp"
     facts = convert(given, tmp_path / "hf", "hf", **base(source))
     assert contents(tmp_path / "hf") == contents(source.directory)
     if from_above and "fsdp_0" in place:
@@ -321,8 +321,10 @@ def compressed(source, directory):
 def test_items_that_are_compressed(source_of, tmp_path):
     source = source_of("llama")
     compressed(source, tmp_path / "dcp")
-    job = Job("dcp", "hf", tmp_path / "dcp", tmp_path / "hf", hf_base=source.directory)
-    pipeline.convert(job)
+    job = ConversionRequest(
+        "dcp", "hf", tmp_path / "dcp", tmp_path / "hf", hf_base=source.directory
+    )
+    supervisor.convert(job)
     assert contents(tmp_path / "hf") == contents(source.directory)
 
 
@@ -331,9 +333,11 @@ def test_a_compressed_item_that_is_damaged(source_of, tmp_path):
     compressed(source, tmp_path / "dcp")
     file = next((tmp_path / "dcp").glob("*.distcp"))
     file.write_bytes(file.read_bytes().replace(bytes.fromhex("28b52ffd"), bytes(4)))
-    job = Job("dcp", "hf", tmp_path / "dcp", tmp_path / "hf", hf_base=source.directory)
+    job = ConversionRequest(
+        "dcp", "hf", tmp_path / "dcp", tmp_path / "hf", hf_base=source.directory
+    )
     with pytest.raises(CkptxError, match="is no whole zstd stream"):
-        pipeline.convert(job)
+        supervisor.convert(job)
     assert not (tmp_path / "hf").exists()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckptx.verification import compare as verify
+from ckptx.verification import compare
 from tests.oracles import hf, llava
 from tests.oracles.mcore import Layout
 
@@ -173,7 +173,7 @@ def test_round_trip_keeps_what_is_used(tower, source_of, tmp_path):
     assert config["vision_feature_layer"] == -1
     assert config["vision_config"]["num_hidden_layers"] == {"clip": 2, "siglip": 3}[tower]
     for other in (tmp_path / "core", tmp_path / "back"):
-        comparison = verify.compare(directory, other)
+        comparison = compare.compare(directory, other)
         assert comparison.equal, comparison.render(80)
         assert "behind the features" in " ".join(comparison.notes)
 

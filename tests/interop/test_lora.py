@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLCon
 
 from ckptx.cli.main import main
 from ckptx.errors import CkptxError
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from tests.formats import zero_by_hand
 from tests.oracles import hf
 
@@ -125,7 +125,7 @@ def test_every_bit_is_that_of_peft(variant, base_of, tmp_path):
     base, adapter = base_of(name), tmp_path / "adapter"
     adapters.make(base, adapter, **config)
     expected = adapters.merged(base, [adapter], tmp_path / "peft")
-    assert manager.detect(adapter) == "peft"
+    assert registry.detect(adapter) == "peft"
     facts = convert(adapter, tmp_path / "hf", "hf", hf_base=base)
     found = hf.weights(tmp_path / "hf")
     assert sorted(found) == sorted(expected)
@@ -372,7 +372,7 @@ def test_sharded_checkpoints(base_of, tmp_path):
         ("verl", tmp_path / "run" / "actor"),
         ("deepspeed", zero),
     ):
-        assert manager.detect(source) == loader
+        assert registry.detect(source) == loader
         with pytest.raises(CkptxError, match="give --lora-alpha"):
             convert(source, tmp_path / "refused", "hf")
         convert(source, tmp_path / loader, "hf", loader_options={"lora_alpha": 12})

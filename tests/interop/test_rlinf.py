@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from ckptx.errors import FormatError, SchemaError
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.testing import faults
 from tests.oracles import hf, mcore, rlinf
 
@@ -38,14 +38,14 @@ def test_sharded_forms(family, world, version, form, source_of, tmp_path):
     source = source_of(family)
     step = tmp_path / "global_step_10"
     rlinf.save(source.directory, step / "actor", world, version, form)
-    assert manager.detect(step) == manager.detect(step / "actor") == "rlinf"
+    assert registry.detect(step) == registry.detect(step / "actor") == "rlinf"
     facts = convert(step, tmp_path / "hf", "hf", hf_base=source.directory)
     assert contents(tmp_path / "hf") == contents(source.directory)
     if form == "local_shard":
         dropped = {drop["name"] for drop in facts.dropped}
         assert dropped >= {"optimizers", "lr_schedulers", "rng"}
         folder = step / "actor" / "local_shard_checkpoint"
-        assert manager.detect(folder) == "rlinf"
+        assert registry.detect(folder) == "rlinf"
     facts = convert(step, tmp_path / "core", "core", hf_base=source.directory)
     assert (tmp_path / "core" / "iter_0000010").is_dir()
 

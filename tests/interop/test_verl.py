@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ckptx.errors import ConversionError, FormatError
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.testing import faults
 from tests.oracles import hf, verl
 
@@ -64,7 +64,7 @@ def full(*values):
 def test_the_ranks_together_are_the_model(family, how, world, source_of, tmp_path):
     source = source_of(family)
     verl.save(source.directory, tmp_path / "actor", world, how)
-    assert manager.detect(tmp_path / "actor") == "verl"
+    assert registry.detect(tmp_path / "actor") == "verl"
     convert(tmp_path / "actor", tmp_path / "hf", "hf")
     assert contents(tmp_path / "hf") == contents(source.directory)
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from ckptx.errors import FormatError, SchemaError
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from tests.oracles import hf, mcore
 from tests.oracles.mcore import Layout
 
@@ -60,7 +60,7 @@ def test_the_same_logits(family, layout, form, source_of, tmp_path):
     model = source_of(family)
     actor = tmp_path / "global_step_30" / "actor"
     expected = write(model, LAYOUTS[layout], actor, form)
-    assert manager.detect(actor) == "verl"
+    assert registry.detect(actor) == "verl"
     facts = convert(tmp_path / "global_step_30", tmp_path / "hf", "hf")
     found = strict_logits(tmp_path / "hf", model.tokens)
     assert difference(found, expected[..., : model.config.vocab_size]) < CLOSE

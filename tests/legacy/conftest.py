@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 
 LOADER = """
 import json, sys, types
@@ -133,7 +133,7 @@ class Toolbox:
 
     def convert(self, *arguments: str, path: Path | None = None) -> tuple[int, str, str]:
         """Run ``convert.py`` as a user of Megatron's converter would."""
-        root = Path(manager.__file__).resolve().parents[2]
+        root = Path(registry.__file__).resolve().parents[2]
         done = subprocess.run(
             [
                 *(sys.executable, root / "convert.py"),

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ckptx.conversion.request import Job
-from ckptx.registry import registry as manager
+from ckptx.conversion.request import ConversionRequest
+from ckptx.registry import registry
 
 PLUGIN = '''
 import os, signal, sys, time
@@ -149,8 +149,10 @@ class Scene:
         )
         (self.site / "fake_plugins.py").write_text(textwrap.dedent(PLUGIN))
 
-    def job(self, loader_fault: str = "", saver_fault: str = "", **options: object) -> Job:
-        return Job(
+    def job(
+        self, loader_fault: str = "", saver_fault: str = "", **options: object
+    ) -> ConversionRequest:
+        return ConversionRequest(
             loader="fake",
             saver="fake",
             source=self.source,
@@ -166,7 +168,7 @@ class Scene:
         command = [sys.executable, "-c", code, "convert", str(self.source), str(self.target)]
         process = subprocess.Popen(
             [*command, "--to", "fake", *arguments],
-            env={**os.environ, "PYTHONPATH": f"{self.site}:{Path(manager.__file__).parents[2]}"},
+            env={**os.environ, "PYTHONPATH": f"{self.site}:{Path(registry.__file__).parents[2]}"},
             start_new_session=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -231,10 +233,10 @@ def session(leader: int) -> list[int]:
 def scene(tmp_path, monkeypatch):
     made = Scene(tmp_path)
     monkeypatch.syspath_prepend(str(made.site))
-    for cached in (manager.entries, manager._registered, manager._hooks):
+    for cached in (registry.entries, registry._registered, registry._hooks):
         cached.cache_clear()
     yield made
     made.close()
     sys.modules.pop("fake_plugins", None)
-    for cached in (manager.entries, manager._registered, manager._hooks):
+    for cached in (registry.entries, registry._registered, registry._hooks):
         cached.cache_clear()

@@ -10,11 +10,11 @@ from multiprocessing import Pipe
 
 import pytest
 
-from ckptx.conversion.request import Job
+from ckptx.conversion.request import ConversionRequest
 from ckptx.conversion.worker import run_saver
 from ckptx.errors import ConversionError
-from ckptx.processes.supervision import Line
-from ckptx.registry import registry as manager
+from ckptx.processes.supervision import Channel
+from ckptx.registry import registry
 
 
 def test_a_source_that_changes_once_it_is_planned_is_noticed(tmp_path, write_llama):
@@ -22,7 +22,7 @@ def test_a_source_that_changes_once_it_is_planned_is_noticed(tmp_path, write_lla
     staging = tmp_path / "out.ckptx-partial" / "new"
     staging.mkdir(parents=True)
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    for message in manager.loader("hf").load(source, {}):
+    for message in registry.loader("hf").load(source, {}):
         messages.put(pickle.dumps(message))
     ours, theirs = Pipe()
 
@@ -34,9 +34,9 @@ def test_a_source_that_changes_once_it_is_planned_is_noticed(tmp_path, write_lla
 
     watching = threading.Thread(target=parent)
     watching.start()
-    job = Job(loader="hf", saver="hf", source=source, target=tmp_path / "out")
+    job = ConversionRequest(loader="hf", saver="hf", source=source, target=tmp_path / "out")
     with pytest.raises(ConversionError, match="changed while it was converted"):
-        run_saver(job, messages, Line(theirs), "")
+        run_saver(job, messages, Channel(theirs), "")
     watching.join()
     ours.close()
     theirs.close()

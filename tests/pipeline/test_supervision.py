@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptx.conversion import supervisor as pipeline
+from ckptx.conversion import supervisor
 from ckptx.errors import ConversionError, FormatError, PlanError, PluginError
 
 from .conftest import is_gone, session, wait_for
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 def test_a_conversion_moves_the_bytes_and_publishes_once(scene):
-    report = pipeline.convert(scene.job())
+    report = supervisor.convert(scene.job())
     assert (scene.target / "out.bin").read_bytes() == (scene.source / "data.bin").read_bytes()
     assert {path.name for path in scene.target.iterdir()} == {"out.bin", "ckptx-manifest.json"}
     assert report.facts.tensors == 100
@@ -28,9 +28,9 @@ def test_a_conversion_moves_the_bytes_and_publishes_once(scene):
 
 
 def test_manifest_is_equal_for_equal_input_and_names_no_machine(scene):
-    pipeline.convert(scene.job())
+    supervisor.convert(scene.job())
     first = (scene.target / "ckptx-manifest.json").read_bytes()
-    pipeline.convert(scene.job(overwrite=True, threads=1))
+    supervisor.convert(scene.job(overwrite=True, threads=1))
     assert (scene.target / "ckptx-manifest.json").read_bytes() == first
     assert os.fsencode(scene.root) not in first
     content = json.loads(first)
@@ -68,7 +68,7 @@ def test_manifest_is_equal_for_equal_input_and_names_no_machine(scene):
 def test_any_failure_stops_both_and_leaves_nothing(scene, loader_fault, saver_fault, kind, message):
     start = time.monotonic()
     with pytest.raises(kind, match=re.escape(message)) as caught:
-        pipeline.convert(scene.job(loader_fault, saver_fault))
+        supervisor.convert(scene.job(loader_fault, saver_fault))
     assert time.monotonic() - start < 10
     assert not multiprocessing.active_children()
     assert "\n" not in str(caught.value)
@@ -79,7 +79,7 @@ def test_any_failure_stops_both_and_leaves_nothing(scene, loader_fault, saver_fa
 def test_saver_that_dies_while_the_queue_is_full_does_not_hang(scene, fault):
     start = time.monotonic()
     with pytest.raises(ConversionError, match="saver 'fake'"):
-        pipeline.convert(scene.job("endless", fault, max_queue_size=1))
+        supervisor.convert(scene.job("endless", fault, max_queue_size=1))
     assert time.monotonic() - start < 10
     assert is_gone(scene.pid("endless"))
     scene.assert_clean()
@@ -87,7 +87,7 @@ def test_saver_that_dies_while_the_queue_is_full_does_not_hang(scene, fault):
 
 def test_the_first_cause_is_reported_with_the_traceback_of_the_child(scene):
     with pytest.raises(FormatError) as caught:
-        pipeline.convert(scene.job("ours", "raise when full", max_queue_size=200))
+        supervisor.convert(scene.job("ours", "raise when full", max_queue_size=200))
     assert type(caught.value) is FormatError
     assert "in fail" in "".join(caught.value.__notes__)
 
@@ -96,7 +96,7 @@ def test_plan_that_is_refused_by_the_target_stops_the_children(scene):
     scene.target.mkdir()
     (scene.target / "mine").touch()
     with pytest.raises(PlanError, match="exists; choose another target, or replace it"):
-        pipeline.convert(scene.job())
+        supervisor.convert(scene.job())
     assert [path.name for path in scene.target.iterdir()] == ["mine"]
     assert not multiprocessing.active_children()
 
@@ -136,7 +136,7 @@ def test_children_die_with_a_killed_parent_and_the_next_run_cleans_up(scene):
         "site",
         "target.ckptx-partial",
     }
-    pipeline.convert(scene.job())
+    supervisor.convert(scene.job())
     assert (scene.target / "out.bin").stat().st_size == 800
     assert not Path(f"{scene.target}.ckptx-partial").exists()
 
@@ -146,7 +146,7 @@ def test_second_run_for_one_target_is_refused(scene):
     scene.pid("sleep")
     try:
         with pytest.raises(ConversionError, match=rf"another .* \(process {process.pid} on "):
-            pipeline.convert(scene.job())
+            supervisor.convert(scene.job())
         assert Path(f"{scene.target}.ckptx-partial/new/out.bin").exists()
     finally:
         process.send_signal(signal.SIGTERM)

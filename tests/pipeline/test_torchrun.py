@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from ckptx.processes import torchrun
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 
-ROOT = Path(manager.__file__).resolve().parents[2]
+ROOT = Path(registry.__file__).resolve().parents[2]
 RANKS = 3
 
 
@@ -131,4 +131,4 @@ def test_ranks_of_another_machine_do_nothing_and_say_so(tmp_path, write_llama):
     ],
 )
 def test_a_command_that_was_started_once_waits_for_nobody(said):
-    assert torchrun.place(said) is None
+    assert torchrun.rank_place(said) is None

@@ -21,10 +21,10 @@ from ckptx import __version__
 from ckptx.cli import main as cli
 from ckptx.cli.main import convert as megatron_command
 from ckptx.cli.main import main as short_command
-from ckptx.conversion import supervisor as pipeline
+from ckptx.conversion import supervisor
 from ckptx.conversion.report import Report
 from ckptx.conversion.worker import run_loader, run_saver
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.storage.spool import SpoolFile
 from ckptx.testing.models import MIXTURES, MODELS, OLMOE, PADDED, TinyModel
 from ckptx.testing.models import tiny as tiny_model
@@ -135,7 +135,7 @@ def run(*words: str | Path, entry: Entry = short_command) -> Done:
     code: Any = 0
     logging.getLogger().handlers.clear()  # they hold the streams of the command before
     with (
-        mock.patch.object(pipeline, "convert", convert_here),
+        mock.patch.object(supervisor, "convert", convert_here),
         mock.patch.object(os, "fsync"),
         mock.patch.object(os, "fdatasync"),
         mock.patch.dict(os.environ, {"COLUMNS": "80", "LINES": "24"}),
@@ -170,4 +170,4 @@ def run_apart(*words: str | Path, cwd: Path | None = None) -> Done:
 
 def names(kind: str) -> Sequence[str]:
     """Return the loaders or savers that come with the program."""
-    return sorted(manager.names(kind))
+    return sorted(registry.names(kind))

@@ -174,7 +174,7 @@ def test_a_weight_that_is_not_there(sources, tmp_path):
     del weights["model.norm.weight"]
     save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
     with pytest.raises(SideError, match=r"are missing, .*'model.norm.weight'"):
-        transformers_side.act({"directory": str(tmp_path / "hf")})
+        transformers_side.run({"directory": str(tmp_path / "hf")})
 
 
 @pytest.mark.full

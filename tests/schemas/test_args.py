@@ -12,10 +12,10 @@ from ckptx.model.pipeline_parallel import Pipeline
 from ckptx.schemas.config.translate import config_from_spec, spec_from_config
 from ckptx.schemas.megatron_settings.args import (
     args_from_spec,
-    inexpressible,
     launch_flags,
     notes,
     spec_from_args,
+    unsupported_by_megatron,
 )
 
 SMALL = {
@@ -425,7 +425,7 @@ def test_virtual_stages_are_said_in_one_way(pipeline, per_stage, stages):
 )
 def test_biases_that_megatron_has_not_are_refused(family, config, named):
     spec = small(family, **config)
-    (problem,) = inexpressible(spec)
+    (problem,) = unsupported_by_megatron(spec)
     assert named in problem
     with pytest.raises(SchemaError, match=named):
         write(spec)
@@ -433,7 +433,7 @@ def test_biases_that_megatron_has_not_are_refused(family, config, named):
 
 @pytest.mark.parametrize(("family", "config", "_expected"), CASES)
 def test_nothing_else_is_refused(family, config, _expected):
-    assert inexpressible(small(family, **config)) == []
+    assert unsupported_by_megatron(small(family, **config)) == []
 
 
 @pytest.mark.parametrize(

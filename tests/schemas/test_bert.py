@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ckptx.errors import SchemaError
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.testing.contracts import SchemaTests
 from ckptx.testing.models import TinyModel
 
@@ -21,12 +21,12 @@ KINDS = ("MegatronBertForPreTraining", "MegatronBertForMaskedLM")
 
 
 def _bert(**changes):
-    family = manager.families()["megatron-bert"]
+    family = registry.families()["megatron-bert"]
     return TinyModel("bert", family.from_config({**BERT, **changes}))
 
 
 class TestBert(SchemaTests):
-    families = (manager.families()["megatron-bert"],)
+    families = (registry.families()["megatron-bert"],)
     models = tuple(_bert(architectures=[kind], type_vocab_size=3) for kind in KINDS)
 
 
@@ -37,7 +37,7 @@ def test_a_decoder_is_refused(key):
 
 
 def test_config_of_a_spec_is_the_config():
-    family = manager.families()["megatron-bert"]
+    family = registry.families()["megatron-bert"]
     config = {**BERT, "architectures": [KINDS[1]], "type_vocab_size": 3, "hidden_act": "gelu_new"}
     written = family.to_config(family.from_config(config))
     assert written["model_type"] == "megatron-bert"

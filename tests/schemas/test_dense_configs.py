@@ -15,7 +15,12 @@ from ckptx.schemas.config.translate import (
     merge_config,
     spec_from_config,
 )
-from ckptx.schemas.megatron_settings.args import inexpressible, launch_flags, notes, spec_from_args
+from ckptx.schemas.megatron_settings.args import (
+    launch_flags,
+    notes,
+    spec_from_args,
+    unsupported_by_megatron,
+)
 
 from .dense import CLASSES, CONFIGS
 from .megatron import args_of
@@ -145,7 +150,7 @@ def test_an_unchanged_config_does_not_differ(name, tmp_path):
 def test_args_bring_the_model_back(name, tmp_path):
     family, values = CONFIGS[name]
     spec = spec_from_config(saved(config_of(family, values), tmp_path), family)
-    if inexpressible(spec):
+    if unsupported_by_megatron(spec):
         with pytest.raises(SchemaError, match="Megatron"):
             args_of(spec)
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.schemas.config.translate import spec_from_config
 from ckptx.testing.contracts import SchemaTests
 from ckptx.testing.models import MIXTURES, MODELS, OLMOE, TinyModel, tiny
@@ -15,7 +15,7 @@ class TestLayouts(SchemaTests):
     # Models of several parts are in test_llava_layouts.py.
     families = tuple(
         family
-        for family in manager.families().values()
+        for family in registry.families().values()
         if family.layouts and family.name != "megatron-bert" and family.composition is None
     )
     models = (

@@ -14,11 +14,11 @@ from safetensors.numpy import save_file
 
 from ckptx.cli import main as cli
 from ckptx.cli.examples import EXAMPLES
-from ckptx.conversion import supervisor as pipeline
-from ckptx.conversion.request import Job
-from ckptx.registry import registry as manager
+from ckptx.conversion import supervisor
+from ckptx.conversion.request import ConversionRequest
+from ckptx.registry import registry
 
-ROOT = Path(manager.__file__).resolve().parents[2]
+ROOT = Path(registry.__file__).resolve().parents[2]
 
 PLUGIN = """
 import click
@@ -74,11 +74,11 @@ def plugins(tmp_path, monkeypatch):
     )
     (site / "one_two_plugins.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(str(site))
-    for cache in (manager.entries, manager._registered, manager._hooks):
+    for cache in (registry.entries, registry._registered, registry._hooks):
         cache.cache_clear()
     yield
     sys.modules.pop("one_two_plugins", None)
-    for cache in (manager.entries, manager._registered, manager._hooks):
+    for cache in (registry.entries, registry._registered, registry._hooks):
         cache.cache_clear()
 
 
@@ -98,7 +98,7 @@ def run(capsys):
 @pytest.fixture
 def jobs(monkeypatch):
     """Return the list of jobs that would run."""
-    found: list[Job] = []
+    found: list[ConversionRequest] = []
 
     class Done:
         def to_json(self) -> dict[str, int]:
@@ -107,11 +107,11 @@ def jobs(monkeypatch):
         def render(self, width: int) -> str:
             return "done"
 
-    def convert(job: Job, progress: object) -> Done:
+    def convert(job: ConversionRequest, progress: object) -> Done:
         found.append(job)
         return Done()
 
-    monkeypatch.setattr(pipeline, "convert", convert)
+    monkeypatch.setattr(supervisor, "convert", convert)
     return found
 
 
@@ -217,10 +217,10 @@ def test_every_error_is_one_line(run, arguments, code, message):
 
 
 def test_internal_error_is_one_line_and_verbose_tells_all(jobs, run, monkeypatch, model, tmp_path):
-    def broken(job: Job, progress: object) -> None:
+    def broken(job: ConversionRequest, progress: object) -> None:
         raise KeyError("oops")
 
-    monkeypatch.setattr(pipeline, "convert", broken)
+    monkeypatch.setattr(supervisor, "convert", broken)
     code, _, err = run("convert", model, tmp_path / "y", "--to", "hf")
     assert (code, len(err.splitlines())) == (1, 1)
     assert err.startswith("error: internal error: KeyError: 'oops'")

@@ -19,14 +19,14 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from ckptx.errors import PlanError
-from ckptx.inspection import summary as inspection
+from ckptx.inspection import summary
 from ckptx.inspection.layers import parse_layers
 from ckptx.inspection.summary import Wanted, inspect
 from ckptx.inspection.text import render
 from ckptx.inspection.values import parse_slice
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.tensors.lazy import stored
-from ckptx.tensors.placement import shards_of
+from ckptx.tensors.placement import placement_of
 from ckptx.testing.conversion import convert, save
 from ckptx.testing.models import messages, tiny
 from ckptx.text.tree import Row, tree
@@ -65,9 +65,9 @@ def weights(llama):
 def checkpoints(llama, tmp_path_factory):
     """The same model in every format that has a saver."""
     place = tmp_path_factory.mktemp("formats")
-    loader = manager.loader("hf")
+    loader = registry.loader("hf")
     return {
-        name: convert(loader, llama, manager.saver(saver), place / name, options)
+        name: convert(loader, llama, registry.saver(saver), place / name, options)
         for name, (saver, options) in FORMATS.items()
     }
 
@@ -145,7 +145,7 @@ def test_quantised_weights_say_what_they_are_made_of(llama, weights, tmp_path):
 def test_sizes_of_experts_are_told_of_experts_only(checkpoints, tmp_path):
     assert "TP 2, PP 2, torch_dist" in render(inspect(checkpoints["torch_dist"]), 80)
     mixture = tiny("mixtral")
-    saver, options = manager.saver("core"), {"target_expert_parallel_size": 2}
+    saver, options = registry.saver("core"), {"target_expert_parallel_size": 2}
     place = save(saver, messages(mixture, tmp_path / "source"), tmp_path / "core", options)
     assert "TP 1, PP 1, EP 2, ETP 1" in render(inspect(place), 80)
 
@@ -457,7 +457,7 @@ def test_zeros_are_odd_and_not_wrong(tmp_path):
 
 def test_family_without_names_of_hugging_face_has_canonical_ones(tmp_path):
     model = tiny("gpt")
-    saver = manager.saver("core")
+    saver = registry.saver("core")
     source = save(saver, messages(model, tmp_path / "source"), tmp_path / "core", {})
     found = inspect(source, wanted=Wanted(stats=True))
     assert found.names == "canonical"
@@ -479,7 +479,7 @@ def test_family_without_names_of_hugging_face_has_canonical_ones(tmp_path):
 
 
 def test_every_key_of_the_json_is_documented(checkpoints, tmp_path, run):
-    page = (Path(inspection.__file__).resolve().parents[2] / "docs" / "inspect.md").read_text()
+    page = (Path(summary.__file__).resolve().parents[2] / "docs" / "inspect.md").read_text()
     cells = re.findall(r"^\| (`.+?`) \|", page, re.MULTILINE)
     documented = [key for cell in cells for key in re.findall(r"`(\w+)`", cell)]
     content = inspect(checkpoints["hf"], wanted=Wanted(stats=True)).to_json()
@@ -503,5 +503,5 @@ def test_names_of_strangers_do_nothing_to_a_terminal(tmp_path, run):
 
 def test_shards_of_flat_pieces_are_whole_rows_around_them():
     flat = stored(0, 0, "float32", (30,)).narrow(0, 4, 17).split(0, 13)
-    (shard,) = shards_of(flat)
+    (shard,) = placement_of(flat)
     assert (shard.box, shard.elements) == (((0, 1), (0, 13)), 13)

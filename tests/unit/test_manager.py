@@ -9,9 +9,9 @@ import pytest
 
 from ckptx.errors import PluginError
 from ckptx.protocol.contracts import Loader, Saver
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 
-ROOT = Path(manager.__file__).resolve().parents[2]
+ROOT = Path(registry.__file__).resolve().parents[2]
 
 PLUGIN = """
 from ckptx.protocol.hookspecs import hookimpl
@@ -32,8 +32,8 @@ def register_loaders(register):
 @pytest.fixture
 def install(tmp_path, monkeypatch):
     """Return a function that installs a distribution with entry points and modules."""
-    monkeypatch.delenv(manager.PIN, raising=False)
-    caches = (manager.entries, manager._registered, manager._hooks, manager.families)
+    monkeypatch.delenv(registry.PIN, raising=False)
+    caches = (registry.entries, registry._registered, registry._hooks, registry.families)
     before = set(sys.modules)
 
     def install(distribution: str, points: dict[str, str], **modules: str) -> Path:
@@ -65,18 +65,18 @@ def install(tmp_path, monkeypatch):
 
 
 def test_built_ins_are_found_like_any_other(install):
-    entry = manager.entries()["loader_hf"]
+    entry = registry.entries()["loader_hf"]
     assert (entry.distribution, entry.kind, entry.name) == ("ckptx", "loader", "hf")
-    assert isinstance(manager.loader("hf"), Loader)
-    assert isinstance(manager.saver("hf"), Saver)
+    assert isinstance(registry.loader("hf"), Loader)
+    assert isinstance(registry.saver("hf"), Saver)
 
 
 def test_third_party_plugin_is_found_and_used(install):
     install("ckptx-npz", {"loader_npz": "npz_plugin"}, npz_plugin=PLUGIN.format(name="npz"))
-    assert manager.entries()["loader_npz"].version == "1.2"
+    assert registry.entries()["loader_npz"].version == "1.2"
     assert "npz_plugin" not in sys.modules
-    assert manager.loader("npz").name == "npz"
-    assert manager.versions(("loader", "npz"), ("saver", "hf")).keys() == {"ckptx-npz", "ckptx"}
+    assert registry.loader("npz").name == "npz"
+    assert registry.versions(("loader", "npz"), ("saver", "hf")).keys() == {"ckptx-npz", "ckptx"}
 
 
 def test_listing_imports_no_plugin_and_nothing_heavy(tmp_path):
@@ -95,33 +95,33 @@ def test_two_distributions_with_one_name_are_an_error_that_names_both(install):
     for distribution in ("first-npz", "second-npz"):
         install(distribution, {"loader_npz": "npz_plugin"}, npz_plugin=PLUGIN.format(name="npz"))
     with pytest.raises(PluginError, match=r"several distributions: .*first-npz") as caught:
-        manager.loader("npz")
+        registry.loader("npz")
     assert "second-npz" in str(caught.value)
-    assert manager.loader("hf").name == "hf"
-    (status,) = [s for s in manager.statuses() if s.entry.name == "npz"]
+    assert registry.loader("hf").name == "hf"
+    (status,) = [s for s in registry.statuses() if s.entry.name == "npz"]
     assert "several distributions" in status.error
 
 
 def test_pinning_a_distribution_settles_a_duplicate(install, monkeypatch):
     for distribution in ("first-npz", "second-npz"):
         install(distribution, {"loader_npz": "npz_plugin"}, npz_plugin=PLUGIN.format(name="npz"))
-    monkeypatch.setenv(manager.PIN, "First_NPZ, saver_hf")
-    manager.entries.cache_clear()
-    assert set(manager.entries()) == {"loader_npz", "saver_hf"}
-    assert manager.loader("npz").name == "npz"
+    monkeypatch.setenv(registry.PIN, "First_NPZ, saver_hf")
+    registry.entries.cache_clear()
+    assert set(registry.entries()) == {"loader_npz", "saver_hf"}
+    assert registry.loader("npz").name == "npz"
 
 
 def test_pinning_what_is_not_there_is_an_error(install, monkeypatch):
-    monkeypatch.setenv(manager.PIN, "loader_hf,loader_nothing")
+    monkeypatch.setenv(registry.PIN, "loader_hf,loader_nothing")
     with pytest.raises(PluginError, match="CKPTX_PLUGINS names 'loader_nothing'"):
-        manager.entries()
+        registry.entries()
 
 
 def test_empty_pin_hides_everything(install, monkeypatch):
-    monkeypatch.setenv(manager.PIN, "")
-    assert not manager.entries()
+    monkeypatch.setenv(registry.PIN, "")
+    assert not registry.entries()
     with pytest.raises(PluginError, match="unknown loader 'hf'; known loaders: none"):
-        manager.loader("hf")
+        registry.loader("hf")
 
 
 @pytest.mark.parametrize(
@@ -137,30 +137,30 @@ def test_empty_pin_hides_everything(install, monkeypatch):
 def test_broken_plugin_is_reported_and_breaks_nothing_else(install, text, message):
     install("ckptx-npz", {"loader_npz": "npz_plugin"}, npz_plugin=text)
     with pytest.raises(PluginError, match="loader_npz of ckptx-npz") as caught:
-        manager.loader("npz")
+        registry.loader("npz")
     assert message in str(caught.value)
-    statuses = {s.entry.entry_name: s for s in manager.statuses()}
+    statuses = {s.entry.entry_name: s for s in registry.statuses()}
     assert message in statuses["loader_npz"].error
     assert not statuses["loader_hf"].error
 
 
 def test_unknown_plugin_lists_the_known_ones(install):
     with pytest.raises(PluginError, match=r"'hff' \(did you mean 'hf'\?\); known savers: .*hf"):
-        manager.saver("hff")
+        registry.saver("hff")
 
 
 @pytest.mark.parametrize("name", ["nemo", "gguf", "fsdp_dtensor"])
 def test_recognised_format_without_plugin_says_so(install, name):
     with pytest.raises(PluginError, match=f"'{name}': ckptx knows of this format .* no loader"):
-        manager.loader(name)
+        registry.loader(name)
 
 
 def test_aliases_of_megatron(install):
-    assert manager.canonical("mcore") == "core"
-    assert manager.canonical("megatron") == "legacy"
-    assert manager.canonical("zero") == "deepspeed"
-    assert manager.canonical("lora") == "peft"
-    assert manager.canonical("hf") == "hf"
+    assert registry.canonical("mcore") == "core"
+    assert registry.canonical("megatron") == "legacy"
+    assert registry.canonical("zero") == "deepspeed"
+    assert registry.canonical("lora") == "peft"
+    assert registry.canonical("hf") == "hf"
 
 
 def test_detection_needs_exactly_one_match(install, tmp_path):
@@ -168,9 +168,9 @@ def test_detection_needs_exactly_one_match(install, tmp_path):
     first.mkdir()
     second.mkdir()
     install("ckptx-one", {"loader_one": "one_plugin"}, one_plugin=PLUGIN.format(name="one"))
-    assert manager.detect(first) == "one"
+    assert registry.detect(first) == "one"
     with pytest.raises(PluginError, match=r"not a checkpoint .*: the directory is empty"):
-        manager.detect(second)
+        registry.detect(second)
     install(
         "ckptx-uno",
         {"loader_uno": "uno_plugin"},
@@ -179,20 +179,20 @@ def test_detection_needs_exactly_one_match(install, tmp_path):
         .replace("name = 'one'", "name = 'uno'"),
     )
     with pytest.raises(PluginError, match="looks like one and uno; say which with --from"):
-        manager.detect(first)
+        registry.detect(first)
     with pytest.raises(PluginError, match="no such file or directory"):
-        manager.detect(tmp_path / "nothing")
+        registry.detect(tmp_path / "nothing")
 
 
 def test_entries_with_a_strange_name_are_ignored(install, caplog):
     install("ckptx-npz", {"reader_npz": "npz_plugin"})
-    assert not any("npz" in name for name in manager.entries())
+    assert not any("npz" in name for name in registry.entries())
     assert "reader_npz" in caplog.text
 
 
 def test_options_are_click_options():
     for kind in ("loader", "saver"):
-        for status in manager.statuses():
+        for status in registry.statuses():
             if status.entry.kind == kind and not status.error:
-                plugin = getattr(manager, kind)(status.entry.name)
+                plugin = getattr(registry, kind)(status.entry.name)
                 assert all(isinstance(option, click.Option) for option in plugin.options())

@@ -10,8 +10,8 @@ import pytest
 
 from ckptx.storage.open_files import Files
 from ckptx.tensors.lazy import stored
-from ckptx.verification import difference as measure
-from ckptx.verification.difference import Stream, Tolerance
+from ckptx.verification import difference
+from ckptx.verification.difference import BlockReader, Tolerance
 
 EXACT = Tolerance()
 
@@ -26,8 +26,8 @@ def apart(tmp_path):
             (tmp_path / name).write_bytes(array.tobytes())
             tensors.append(stored(0, 0, array.dtype.name, array.shape))
             files.append(Files([str(tmp_path / name)]))
-        stream = Stream((files[0], files[1]), threads)
-        (found,) = measure.measure(stream, [(tensors[0], tensors[1])], tolerance)
+        stream = BlockReader((files[0], files[1]), threads)
+        (found,) = difference.measure(stream, [(tensors[0], tensors[1])], tolerance)
         for one in files:
             one.close()
         return found
@@ -55,7 +55,7 @@ def test_differences_are_those_of_numpy(apart, dtype, numel):
 
 def test_equal(apart):
     a = np.arange(100_001, dtype=np.float32)
-    assert apart(a, a.copy()) == measure.Measured()
+    assert apart(a, a.copy()) == difference.Deviation()
 
 
 @pytest.mark.parametrize(

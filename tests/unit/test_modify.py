@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from ckptx.conversion.edits import Edits, edited
 from ckptx.conversion.proof import prove
 from ckptx.errors import PlanError, SchemaError
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.testing.conversion import begin_of, checked, convert, end_of, save
 from tests.oracles import hf
 
@@ -59,7 +59,7 @@ def assert_same(found, expected):
 
 def modify(format_, source, target, edits, options=None):
     """Modify in this process; return the target, the proof and the End message."""
-    loader, saver = manager.loader(format_), manager.saver(format_)
+    loader, saver = registry.loader(format_), registry.saver(format_)
     sent = list(edited(loader.load(source, {}), edits, format_))
     proof = checked(saver.plan(iter(sent), {"target": target, **(options or {})}), sent)
     return save(saver, sent, target, options or {}), proof, end_of(sent)
@@ -105,7 +105,7 @@ def test_file_of_torch_stays_one(llama, weights, tmp_path):
 
 
 def test_distributed_checkpoint_stays_one_with_its_container(llama, weights, tmp_path):
-    loader, saver = manager.loader("hf"), manager.saver("dcp")
+    loader, saver = registry.loader("hf"), registry.saver("dcp")
     options = {"target_container": "app.model", "shards": 2}
     source = convert(loader, llama, saver, tmp_path / "dcp", options)
     target, _, _ = modify("dcp", source, tmp_path / "out", EDITS)
@@ -211,7 +211,7 @@ def test_state_that_could_not_be_named_is_not_lost(llama, weights, tmp_path):
     ],
 )
 def test_edits_without_one_meaning_are_refused(edits, reason, llama):
-    loader = manager.loader("hf")
+    loader = registry.loader("hf")
     with pytest.raises(PlanError, match=re.escape(reason)):
         list(edited(loader.load(llama, {}), edits, "hf"))
 
@@ -225,12 +225,16 @@ def test_two_names_may_be_exchanged(llama, weights, tmp_path):
 
 
 def test_formats_that_are_not_modified_are_refused_by_name(llama, tmp_path, run):
-    source = convert(manager.loader("hf"), llama, manager.saver("core"), tmp_path / "core")
+    source = convert(registry.loader("hf"), llama, registry.saver("core"), tmp_path / "core")
     code, _, err = run("modify", source, tmp_path / "out", "--remove", "*norm*")
     assert code == 1
     assert "modify changes hf, pytorch, dcp, not 'core'" in err
     core = convert(
-        manager.loader("hf"), llama, manager.saver("pytorch"), tmp_path / "x.pt", {"layout": "core"}
+        registry.loader("hf"),
+        llama,
+        registry.saver("pytorch"),
+        tmp_path / "x.pt",
+        {"layout": "core"},
     )
     code, _, err = run("modify", core, tmp_path / "out", "--remove", "*norm*")
     assert code == 1
@@ -245,7 +249,7 @@ def test_formats_that_are_not_modified_are_refused_by_name(llama, tmp_path, run)
 
 
 def test_an_edit_that_hides_a_tensor_would_not_be_proved(llama, tmp_path):
-    loader, saver = manager.loader("hf"), manager.saver("hf")
+    loader, saver = registry.loader("hf"), registry.saver("hf")
     sent = list(edited(loader.load(llama, {}), Edits(remove=("lm_head.*",)), "hf"))
     plan = saver.plan(iter(sent), {"target": tmp_path / "out"})
     begin, end = begin_of(sent), end_of(sent)

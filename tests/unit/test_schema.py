@@ -11,7 +11,7 @@ import torch
 from ckptx.errors import PlanError, SchemaError
 from ckptx.model.layout import Family, Layout, Section, in_module_order, rule
 from ckptx.model.pipeline_parallel import stage_ranks
-from ckptx.model.sharding import Rank, Shards, Taker, check_message, give, place
+from ckptx.model.sharding import Gatherer, Rank, Shards, check_message, shard_chunks, shard_tensors
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import (
     EXPERT_GLU,
@@ -19,12 +19,12 @@ from ckptx.model.transforms import (
     GLU,
     GROUPED_FC1,
     GROUPED_FC2,
+    IDENTITY,
     QKV,
     ROTARY_PAIRS,
-    SAME,
     Transposed,
-    chain,
-    each,
+    compose,
+    per_expert,
 )
 from ckptx.storage.gather import read
 from ckptx.tensors.lazy import LazyTensor, Replicated, stored
@@ -83,7 +83,7 @@ def test_query_key_and_value_of_a_rank_are_those_of_its_groups(store, tp):
     fused, parts = qkv()
     message = {"qkv weight": store.put(fused)}
     for rank in range(tp):
-        named = give([APART], message, SPEC, 3, Rank(tp, rank))
+        named = shard_tensors([APART], message, SPEC, 3, Rank(tp, rank))
         for name, part in zip("qkv", parts, strict=True):
             assert torch.equal(store.get(named[f"layers.3.{name}"]), part.chunk(tp)[rank])
 
@@ -95,7 +95,7 @@ def test_shards_of_separate_query_key_and_value_fuse_by_group(store, tp):
         {f"layers.0.{n}": store.put(p.chunk(tp)[rank]) for n, p in zip("qkv", parts, strict=True)}
         for rank in range(tp)
     ]
-    taken = Taker(LAYOUT, SPEC).take([APART], shards, 0)
+    taken = Gatherer(LAYOUT, SPEC).take([APART], shards, 0)
     assert torch.equal(store.get(taken["qkv weight"]), fused)
     assert not any(shards)
 
@@ -105,21 +105,21 @@ def test_neighbouring_rows_of_a_head_rotate_together(store, tp):
     """As Meta's permutation for Hugging Face is written, and Llama's own rotation pairs rows."""
     spec = replace(SPEC, kv_channels=6)
     names = [f"layers.{{layer}}.{n}" for n in "qkv"]
-    pairs = rule("qkv weight", names, chain(QKV, ROTARY_PAIRS), tp=0)
+    pairs = rule("qkv weight", names, compose(QKV, ROTARY_PAIRS), tp=0)
     parts = [torch.randn(n * 6, HIDDEN) for n in (HEADS, GROUPS, GROUPS)]
     shards = [
         {f"layers.0.{n}": store.put(p.chunk(tp)[rank]) for n, p in zip("qkv", parts, strict=True)}
         for rank in range(tp)
     ]
     given = {name: tensor for shard in shards for name, tensor in shard.items()}
-    canonical = Taker(LAYOUT, spec).take([pairs], shards, 0)
-    halves = give([rule("qkv weight", names, QKV, tp=0)], canonical, spec, 0)
+    canonical = Gatherer(LAYOUT, spec).take([pairs], shards, 0)
+    halves = shard_tensors([rule("qkv weight", names, QKV, tp=0)], canonical, spec, 0)
     for name, part, heads in zip("qk", parts, (HEADS, GROUPS), strict=False):
         expected = part.view(heads, 3, 2, HIDDEN).transpose(1, 2).reshape(heads * 6, HIDDEN)
         assert torch.equal(store.get(halves[f"layers.0.{name}"]), expected)
     assert torch.equal(store.get(halves["layers.0.v"]), parts[2])
     for rank in range(tp):
-        back = give([pairs], canonical, spec, 0, Rank(tp, rank))
+        back = shard_tensors([pairs], canonical, spec, 0, Rank(tp, rank))
         for name, part in zip("qkv", parts, strict=True):
             assert torch.equal(store.get(back[f"layers.0.{name}"]), part.chunk(tp)[rank])
         if tp == 1:
@@ -130,10 +130,10 @@ def test_neighbouring_rows_of_a_head_rotate_together(store, tp):
 def test_heads_that_rotate_in_part_have_no_pairs(store, changes):
     spec = replace(SPEC, **changes)
     names = [f"layers.{{layer}}.{n}" for n in "qkv"]
-    pairs = rule("qkv weight", names, chain(QKV, ROTARY_PAIRS), tp=0)
+    pairs = rule("qkv weight", names, compose(QKV, ROTARY_PAIRS), tp=0)
     fused = store.put(torch.randn(spec.qkv_rows, HIDDEN))
     with pytest.raises(SchemaError, match="only whole heads of even size"):
-        give([pairs], {"qkv weight": fused}, spec, 0)
+        shard_tensors([pairs], {"qkv weight": fused}, spec, 0)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -142,11 +142,11 @@ def test_a_gated_shard_holds_its_gate_then_its_up(store, tp):
     message = {"mlp l0 weight W": store.put(gate), "mlp l0 weight V": store.put(up)}
     shards = []
     for rank in range(tp):
-        named = give([GATED], message, SPEC, 1, Rank(tp, rank))
+        named = shard_tensors([GATED], message, SPEC, 1, Rank(tp, rank))
         expected = torch.cat([gate.chunk(tp)[rank], up.chunk(tp)[rank]])
         assert torch.equal(store.get(named["layers.1.fc1"]), expected)
         shards.append({"layers.1.fc1": store.put(expected)})
-    taken = Taker(LAYOUT, SPEC).take([GATED], shards, 1)
+    taken = Gatherer(LAYOUT, SPEC).take([GATED], shards, 1)
     assert torch.equal(store.get(taken["mlp l0 weight W"]), gate)
     assert torch.equal(store.get(taken["mlp l0 weight V"]), up)
 
@@ -161,7 +161,7 @@ def test_chunks_placed_in_a_global_tensor_fill_it(store, tp):
     }
     found = {"layers.0.fc1": torch.zeros(2 * FFN, HIDDEN), "layers.0.fc2": torch.zeros(HIDDEN, FFN)}
     owners = []
-    for owner, placed in place([GATED, DOWN], message, SPEC, 0, stage_ranks(tp)):
+    for owner, placed in shard_chunks([GATED, DOWN], message, SPEC, 0, stage_ranks(tp)):
         whole = found[placed.name]
         assert placed.global_shape == tuple(whole.shape)
         part = store.get(placed.tensor)
@@ -177,16 +177,16 @@ def test_chunks_placed_in_a_global_tensor_fill_it(store, tp):
 def test_replicated_tensors_are_copies_and_placed_whole(store):
     norm = torch.randn(HIDDEN)
     shards = [{"layers.0.norm": store.put(norm)} for _ in range(2)]
-    taken = Taker(LAYOUT, SPEC).take([NORM], shards, 0)
+    taken = Gatherer(LAYOUT, SPEC).take([NORM], shards, 0)
     assert isinstance(taken["norm"], Replicated)
-    ((owner, placed),) = place([NORM], taken, SPEC, 0, stage_ranks(2))
+    ((owner, placed),) = shard_chunks([NORM], taken, SPEC, 0, stage_ranks(2))
     assert (owner, placed.origin, placed.global_shape) == (0, (0,), (HIDDEN,))
 
 
 def test_other_spellings_are_read_and_the_first_is_written(store):
     norm = store.put(torch.randn(HIDDEN))
-    assert Taker(LAYOUT, SPEC).take([NORM], [{"layers.0.ln": norm}], 0) == {"norm": norm}
-    assert give([NORM], {"norm": norm}, SPEC, 0) == {"layers.0.norm": norm}
+    assert Gatherer(LAYOUT, SPEC).take([NORM], [{"layers.0.ln": norm}], 0) == {"norm": norm}
+    assert shard_tensors([NORM], {"norm": norm}, SPEC, 0) == {"layers.0.norm": norm}
 
 
 def test_a_layout_names_every_message_in_model_order():
@@ -198,7 +198,7 @@ def test_a_layout_names_every_message_in_model_order():
 
 def test_one_error_names_what_is_missing_and_what_is_left(store):
     norm = store.put(torch.randn(HIDDEN))
-    taker = Taker(LAYOUT, SPEC)
+    taker = Gatherer(LAYOUT, SPEC)
     shards = [{"layers.0.norm": norm}, {"layers.0.fc1": norm, "layers.0.norm": norm}]
     taker.take([GATED, NORM], shards, 0, "rank 1: ")
     with pytest.raises(
@@ -206,7 +206,7 @@ def test_one_error_names_what_is_missing_and_what_is_left(store):
         match=r"layout test: 1 tensor is missing: 'rank 1: layers.0.fc1'; 1 .*of it: 'extra'",
     ):
         taker.finish(["extra"])
-    Taker(LAYOUT, SPEC).finish([])
+    Gatherer(LAYOUT, SPEC).finish([])
 
 
 @pytest.mark.parametrize(
@@ -224,13 +224,13 @@ def test_one_error_names_what_is_missing_and_what_is_left(store):
 def test_shapes_that_do_not_fit_name_the_tensor(entry, shapes, message):
     shard = {name: stored(0, 0, "float32", shape) for name, shape in shapes.items()}
     with pytest.raises(SchemaError, match=rf"layers\.0\.(fc1|q, .*): .*{message}"):
-        Taker(LAYOUT, SPEC).take([entry], [shard], 0)
+        Gatherer(LAYOUT, SPEC).take([entry], [shard], 0)
 
 
 def test_ranks_that_do_not_fit_together_name_the_tensor():
     shards = [{"layers.0.fc2": stored(0, 0, "float32", (6 + rank, 5))} for rank in range(2)]
     with pytest.raises(SchemaError, match=r"layers\.0\.fc2: tensor-parallel ranks do not fit"):
-        Taker(LAYOUT, SPEC).take([DOWN], shards, 0)
+        Gatherer(LAYOUT, SPEC).take([DOWN], shards, 0)
 
 
 @pytest.mark.parametrize(("entry", "tp"), [(DOWN, 3), (FUSED, 5)])
@@ -238,19 +238,19 @@ def test_a_tensor_that_does_not_divide_is_refused(entry, tp):
     message = {"mlp l1 weight": stored(0, 0, "float32", (6, 10))}
     message["qkv weight"] = stored(0, 0, "float32", (32, 6))
     with pytest.raises(PlanError, match=f"does not divide over tensor-parallel size {tp}"):
-        give([entry], message, SPEC, 0, Rank(tp, 0))
+        shard_tensors([entry], message, SPEC, 0, Rank(tp, 0))
 
 
 def test_query_groups_that_do_not_divide_are_refused():
     message = {"qkv weight": stored(0, 0, "float32", (32, 6))}
     with pytest.raises(SchemaError, match="4 query groups do not divide over 8 ranks"):
-        give([APART], message, SPEC, 0, Rank(8, 0))
+        shard_tensors([APART], message, SPEC, 0, Rank(8, 0))
 
 
 def test_separate_query_key_and_value_have_no_place_in_one_tensor():
     message = {"qkv weight": stored(0, 0, "float32", (32, 6))}
     with pytest.raises(SchemaError, match="side by side"):
-        list(place([APART], message, SPEC, 0, stage_ranks(1)))
+        list(shard_chunks([APART], message, SPEC, 0, stage_ranks(1)))
 
 
 def test_a_message_holds_exactly_the_keys_of_its_rules():
@@ -289,8 +289,8 @@ def test_isos_that_rearrange_one_tensor_say_what_is_wrong(store):
     with pytest.raises(SchemaError, match="have 5 rows, the config says 32"):
         FUSED_QKV.unpack([tensor], SPEC, 1)
     with pytest.raises(SchemaError, match=r"found \[3\] where a matrix is expected"):
-        Transposed(SAME).pack([store.put(torch.zeros(3))], SPEC, 1)
-    for iso in (FUSED_QKV, Transposed(SAME)):
+        Transposed(IDENTITY).pack([store.put(torch.zeros(3))], SPEC, 1)
+    for iso in (FUSED_QKV, Transposed(IDENTITY)):
         with pytest.raises(SchemaError):
             iso.origins([(5, HIDDEN)])
 
@@ -316,15 +316,15 @@ EXPERTS, EXPERT_FFN = 4, 8
 MIXTURE = replace(SPEC, num_experts=EXPERTS, moe_ffn_hidden_size=EXPERT_FFN)
 BOTH = ["mlp l0 weight W", "mlp l0 weight V"]
 CUT = {"ep": 0, "tp": 1}
-HALVES = rule(BOTH, ["e.{expert}.gate", "e.{expert}.up"], each(width=2), **CUT)
+HALVES = rule(BOTH, ["e.{expert}.gate", "e.{expert}.up"], per_expert(width=2), **CUT)
 FC1 = {
-    "apart": rule(BOTH, "e.{expert}.fc1", each(GLU), **CUT),
+    "apart": rule(BOTH, "e.{expert}.fc1", per_expert(GLU), **CUT),
     "halves": HALVES,
     "one tensor": rule(BOTH, "fc1", EXPERT_GLU, **CUT),
     "grouped": rule(BOTH, "weight1", GROUPED_FC1, **CUT),
 }
 FC2 = {
-    "apart": rule("mlp l1 weight", "e.{expert}.fc2", each(), ep=0, tp=2),
+    "apart": rule("mlp l1 weight", "e.{expert}.fc2", per_expert(), ep=0, tp=2),
     "one tensor": rule("mlp l1 weight", "fc2", ep=0, tp=2),
     "grouped": rule("mlp l1 weight", "weight2", GROUPED_FC2, ep=0, tp=2),
 }
@@ -366,12 +366,12 @@ def test_every_rank_holds_its_part_of_its_experts(entry, sizes, store):
     shards = []
     for rank in ranks:
         wanted = held_by(eager, rank)
-        named = give([entry], message, MIXTURE, 0, rank)
+        named = shard_tensors([entry], message, MIXTURE, 0, rank)
         assert named
         for name, tensor in named.items():
             assert torch.equal(store.get(tensor), wanted[name])
         shards.append({name: store.put(wanted[name].contiguous()) for name in named})
-    taker = Taker(LAYOUT, MIXTURE)
+    taker = Gatherer(LAYOUT, MIXTURE)
     taken = taker.take([entry], Shards.of_grid(shards, ranks), 0)
     assert not any(shards)
     for key in entry.keys:
@@ -386,7 +386,7 @@ def test_chunks_of_experts_fill_their_tensor_one_expert_each(sizes, store):
     found["fc2"] = torch.zeros(EXPERTS, HIDDEN, EXPERT_FFN)
     ranks = stage_ranks(*sizes)
     rules = [FC1["one tensor"], FC2["one tensor"]]
-    for owner, placed in place(rules, message, MIXTURE, 0, ranks):
+    for owner, placed in shard_chunks(rules, message, MIXTURE, 0, ranks):
         part = store.get(placed.tensor)
         assert len(part) == 1
         assert placed.global_shape == tuple(found[placed.name].shape)
@@ -404,14 +404,14 @@ def test_chunks_of_experts_fill_their_tensor_one_expert_each(sizes, store):
 def test_dense_tensors_of_expert_ranks_are_copies(store):
     norm, ranks = torch.randn(HIDDEN), stage_ranks(2, 4, 1)
     shards = [{"layers.0.norm": store.put(norm)} for _ in ranks]
-    taken = Taker(LAYOUT, MIXTURE).take([NORM], Shards.of_grid(shards, ranks), 0)
+    taken = Gatherer(LAYOUT, MIXTURE).take([NORM], Shards.of_grid(shards, ranks), 0)
     assert isinstance(taken["norm"], Replicated)
     assert not any(shards)
 
 
 def test_missing_experts_are_named_by_the_number_in_their_shard(store):
     shards = [{"e.0.fc2": store.put(torch.zeros(HIDDEN, EXPERT_FFN))} for _ in range(2)]
-    taker = Taker(LAYOUT, MIXTURE)
+    taker = Gatherer(LAYOUT, MIXTURE)
     taker.take([FC2["apart"]], Shards.of_grid(shards, stage_ranks(1, 2, 1)), 0, "rank: ")
     with pytest.raises(SchemaError, match=r"1 tensor is missing: 'rank: e.1.fc2'"):
         taker.finish([])
@@ -421,7 +421,7 @@ def test_experts_that_do_not_divide_are_refused():
     message = {"mlp l1 weight": stored(0, 0, "float32", (3, HIDDEN, 9))}
     for rank, kind in ((Rank(ep=2), "expert-parallel size 2"), (Rank(etp=2), "expert-tensor-")):
         with pytest.raises(PlanError, match=f"does not divide over {kind}"):
-            give([FC2["one tensor"]], message, MIXTURE, 0, rank)
+            shard_tensors([FC2["one tensor"]], message, MIXTURE, 0, rank)
 
 
 def test_module_order_is_that_of_torch():

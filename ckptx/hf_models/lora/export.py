@@ -10,7 +10,7 @@ from typing import Any
 from ckptx.errors import FormatError
 from ckptx.hf_models.lora import names as adapter_names
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
-from ckptx.hf_models.lora.extract import Adapter, Separated
+from ckptx.hf_models.lora.extract import Adapter, ExtractedAdapters
 from ckptx.hf_models.lora.names import MATRICES, PREFIX, TOKENS, VECTORS
 from ckptx.protocol.messages import Dropped
 from ckptx.tensors.lazy import LazyTensor
@@ -19,7 +19,7 @@ _NOT_MINE = "only the adapter is converted"
 
 
 def exported(
-    separated: Separated, model: Mapping[str, Any]
+    separated: ExtractedAdapters, model: Mapping[str, Any]
 ) -> tuple[dict[str, LazyTensor], dict[str, Any], tuple[Dropped, ...], tuple[str, ...]]:
     """Return the tensors, their config, what is dropped, and remarks.
 

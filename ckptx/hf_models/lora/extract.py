@@ -59,7 +59,7 @@ class Adapter:
 
 
 @dataclass(slots=True)
-class Separated:
+class ExtractedAdapters:
     """A source taken apart."""
 
     begin: Begin
@@ -70,9 +70,9 @@ class Separated:
     """Whether the first adapter lay among the source's own tensors."""
 
 
-def separate(
+def extract_adapters(
     begin: Begin, tensors: Mapping[str, LazyTensor], options: Mapping[str, Any]
-) -> Separated:
+) -> ExtractedAdapters:
     """Return the base and the adapters of a source and of ``--adapter``.
 
     Raises:
@@ -80,7 +80,7 @@ def separate(
             the user names holds none.
     """
     alpha = options.get("lora_alpha")
-    found = Separated(begin, dict(tensors))
+    found = ExtractedAdapters(begin, dict(tensors))
     # A finished model may have such names of its own, as Phi-4-multimodal has.
     finished = begin.format == "hf" and alpha is None
     if any(map(_wrapped if finished else adapter_names.speaks_peft, tensors)):
@@ -130,7 +130,7 @@ def _inside(
     return base, adapter
 
 
-def _add_directory(directory: Path, alpha: float | None, found: Separated) -> None:
+def _add_directory(directory: Path, alpha: float | None, found: ExtractedAdapters) -> None:
     adapter, paths = read_directory(directory, alpha, len(found.begin.files))
     found.begin = replace(
         found.begin,

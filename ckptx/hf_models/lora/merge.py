@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptx.errors import SchemaError, listing
-from ckptx.hf_models import task_heads as heads
+from ckptx.hf_models import task_heads
 from ckptx.hf_models.lora import names as adapter_names
-from ckptx.hf_models.lora.extract import Adapter, Separated
+from ckptx.hf_models.lora.extract import Adapter, ExtractedAdapters
 from ckptx.hf_models.lora.names import MATRICES, TOKENS, plain
 from ckptx.protocol.messages import Dropped
 from ckptx.tensors.dtypes import dtype_name
@@ -65,7 +65,7 @@ class Merged:
 
 
 def merge(
-    separated: Separated,
+    separated: ExtractedAdapters,
     model_type: str,
     tied: tuple[str, str] | None,
     dtype: str | None = None,
@@ -185,7 +185,7 @@ class _Merge:
         found = self._find(name)
         if found is None:
             reason = "it is of another base model"
-            if heads.heads_of([name], ()):
+            if task_heads.heads_of([name], ()):
                 task = self.adapter.config.said.get("task_type")
                 reason = (
                     f"a head that the class of its task ({task}) adds to the base; save the base "

@@ -18,7 +18,7 @@ from itertools import permutations
 from ckptx.model.spec import ModelSpec
 from ckptx.tensors.joins import concat, deinterleave, interleave
 from ckptx.tensors.lazy import LazyTensor
-from ckptx.verification.diagnosis.mistakes import Form, Mistake, Read, Subject, on_one
+from ckptx.verification.diagnosis.mistakes import Hypothesis, Read, TensorPair, Variant, on_one
 from ckptx.verification.pairing import Name
 
 PARTS = ("query", "key", "value")
@@ -37,7 +37,7 @@ def rows_of(spec: ModelSpec) -> list[int]:
     return [spec.num_attention_heads * spec.kv_channels, key, key]
 
 
-def fits(subject: Subject) -> bool:
+def fits(subject: TensorPair) -> bool:
     """Return whether a tensor is a fused attention of the model's dimensions, on both sides."""
     spec = subject.spec
     return (
@@ -106,7 +106,7 @@ class QkvOrder:
         "the right number of query groups); do not use it as it is: attention mixes heads."
     )
 
-    def forms(self, subject: Subject) -> Iterator[Form]:
+    def forms(self, subject: TensorPair) -> Iterator[Variant]:
         """Return every pair of orders."""
         if not fits(subject) or (spec := subject.spec) is None:
             return
@@ -114,7 +114,7 @@ class QkvOrder:
         for lies in orders:
             for read_as in orders:
                 if lies is not read_as:
-                    yield Form(
+                    yield Variant(
                         self.name,
                         f"rows that lie {lies.said} were read as {read_as.said}",
                         on_one(self._change(lies, read_as, spec)),
@@ -136,7 +136,7 @@ class QkvExchanged:
         "Convert again."
     )
 
-    def forms(self, subject: Subject) -> Iterator[Form]:
+    def forms(self, subject: TensorPair) -> Iterator[Variant]:
         """Return every exchange of parts of one size."""
         if not fits(subject) or (spec := subject.spec) is None:
             return
@@ -148,7 +148,7 @@ class QkvExchanged:
                     for number, place in enumerate(order)
                     if place != number
                 )
-                yield Form(self.name, moved, on_one(self._change(order, spec)))
+                yield Variant(self.name, moved, on_one(self._change(order, spec)))
 
     def _change(self, order: Sequence[int], spec: ModelSpec) -> Callable[[LazyTensor], LazyTensor]:
         def change(fused: LazyTensor) -> LazyTensor:
@@ -168,7 +168,7 @@ class QueryGroups:
         "or was read so. Convert it again from its original."
     )
 
-    def forms(self, subject: Subject) -> Iterator[Form]:
+    def forms(self, subject: TensorPair) -> Iterator[Variant]:
         """Return heads dealt out in turn, and taken up in turn."""
         if not fits(subject) or (spec := subject.spec) is None:
             return
@@ -179,7 +179,7 @@ class QueryGroups:
             ("heads that were dealt out in turn were read as groups", each),
             ("groups were read as heads dealt out in turn", spec.num_query_groups),
         ):
-            yield Form(self.name, said, on_one(self._change(inner, spec)))
+            yield Variant(self.name, said, on_one(self._change(inner, spec)))
 
     def _change(self, inner: int, spec: ModelSpec) -> Callable[[LazyTensor], LazyTensor]:
         def change(fused: LazyTensor) -> LazyTensor:
@@ -207,7 +207,7 @@ class RotaryOrder:
         "and name the format that the source really has (--from meta, --from hf)."
     )
 
-    def forms(self, subject: Subject) -> Iterator[Form]:
+    def forms(self, subject: TensorPair) -> Iterator[Variant]:
         """Return both directions, of query and key together and each alone."""
         spec = subject.spec
         if spec is None or subject.a != subject.b:
@@ -222,9 +222,9 @@ class RotaryOrder:
                 for which in ((0, 1), (0,), (1,)):
                     said = " and ".join(PARTS[number] for number in which)
                     change = self._in_fused(which, spec, pairs)
-                    yield Form(self.name, f"{said}: {way}", on_one(change))
+                    yield Variant(self.name, f"{said}: {way}", on_one(change))
             elif (place := _rotating(subject.name, spec)) is not None:
-                yield Form(self.name, way, on_one(self._turned(*place, pairs)))
+                yield Variant(self.name, way, on_one(self._turned(*place, pairs)))
 
     def _in_fused(
         self, which: Sequence[int], spec: ModelSpec, pairs: bool
@@ -286,7 +286,7 @@ def reader_of_parts(read: Read, spec: ModelSpec | None) -> Read:
     return read_part
 
 
-MISTAKES: Sequence[Mistake] = (
+MISTAKES: Sequence[Hypothesis] = (
     QkvExchanged(),
     RotaryOrder(),
     QkvOrder(),

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ckptx.tensors.lazy import LazyTensor, Shape
-from ckptx.verification.diagnosis.mistakes import Form, Read, Subject
+from ckptx.verification.diagnosis.mistakes import Read, TensorPair, Variant
 from ckptx.verification.pairing import Name, label
 
 
 @dataclass(slots=True)
-class Elsewhere:
+class MisplacedTensors:
     """The tensor has the wrong name, or was written twice."""
 
     name = "another-tensor"
@@ -26,7 +26,7 @@ class Elsewhere:
     wanted: Mapping[Name, bytes | None] = field(default_factory=dict)
     """The digests of those tensors of B that differ."""
 
-    def forms(self, subject: Subject) -> Iterator[Form]:
+    def forms(self, subject: TensorPair) -> Iterator[Variant]:
         """Return the name that the tensor has in A, if there is one."""
         digest = self.wanted.get(subject.name)
         other = self.known.get((subject.b, digest)) if digest is not None else None
@@ -36,4 +36,4 @@ class Elsewhere:
         def make(read: Read, name: Name) -> LazyTensor | None:
             return read(other) if name == subject.name else None
 
-        yield Form(self.name, f"{label(subject.name)} of B is {label(other)} of A", make)
+        yield Variant(self.name, f"{label(subject.name)} of B is {label(other)} of A", make)

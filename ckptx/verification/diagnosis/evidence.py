@@ -8,28 +8,28 @@ from ckptx.model.canonical_names import VISION
 from ckptx.model.spec import ModelSpec
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.verification.diagnosis import attention
-from ckptx.verification.diagnosis.mistakes import Read, Subject
+from ckptx.verification.diagnosis.mistakes import Read, TensorPair
 from ckptx.verification.diagnosis.samples import Sampler, common_dtype
-from ckptx.verification.difference import Stream
+from ckptx.verification.difference import BlockReader
 from ckptx.verification.pairing import Name, Paired
 
 
 class Evidence:
     """Two checkpoints, and the names of the tensors that differ or that only one side has."""
 
-    def __init__(self, paired: Paired, differing: Sequence[Name], stream: Stream) -> None:
+    def __init__(self, paired: Paired, differing: Sequence[Name], stream: BlockReader) -> None:
         self.sides = (paired.left, paired.right)
         self.differing = tuple(differing)
         self.stream = stream
         self.sampler = Sampler(stream.files)
         self.reads = (self._reader(0), self._reader(1))
 
-    def subject(self, name: Name) -> Subject | None:
+    def subject(self, name: Name) -> TensorPair | None:
         """Return what is known of a tensor, None if a side has not got it."""
         a, b = (read(name) for read in self.reads)
         if a is None or b is None:
             return None
-        return Subject(name, a.shape, b.shape, self.spec(name))
+        return TensorPair(name, a.shape, b.shape, self.spec(name))
 
     def spec(self, name: Name) -> ModelSpec | None:
         """Return the dimensions of the part of the model that a tensor is of, if known."""

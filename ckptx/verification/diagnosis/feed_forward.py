@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ckptx.tensors.joins import deinterleave, interleave
 from ckptx.tensors.lazy import LazyTensor
-from ckptx.verification.diagnosis.mistakes import Form, Make, Read, Subject
+from ckptx.verification.diagnosis.mistakes import Make, Read, TensorPair, Variant
 from ckptx.verification.pairing import Name
 
 _RANKS = 64  # most tensor-parallel ranks that are tried
@@ -40,10 +40,10 @@ class GateUp:
         "again; the model computes nonsense as it is."
     )
 
-    def forms(self, subject: Subject) -> Iterator[Form]:
+    def forms(self, subject: TensorPair) -> Iterator[Variant]:
         """Return the exchange."""
         if partner(subject.name) is not None:
-            yield Form(self.name, "the gate of A is the up projection of B", _other, partner)
+            yield Variant(self.name, "the gate of A is the up projection of B", _other, partner)
 
 
 class GateUpRanks:
@@ -57,7 +57,7 @@ class GateUpRanks:
         "again from the ranks' files."
     )
 
-    def forms(self, subject: Subject) -> Iterator[Form]:
+    def forms(self, subject: TensorPair) -> Iterator[Variant]:
         """Return every number of ranks, in both directions."""
         named = not subject.name[0]
         if named or partner(subject.name) is None or subject.a != subject.b:
@@ -72,7 +72,7 @@ class GateUpRanks:
                     if read_as == 1
                     else f"one whole was read as {ranks} ranks"
                 )
-                yield Form(self.name, said, _regrouped(lies, read_as, axis), partner)
+                yield Variant(self.name, said, _regrouped(lies, read_as, axis), partner)
 
 
 def _other(read: Read, name: Name) -> LazyTensor | None:

@@ -8,11 +8,11 @@ from typing import Protocol
 from ckptx.tensors.joins import unstacked
 from ckptx.tensors.lazy import Shape
 from ckptx.verification.diagnosis import attention, feed_forward, matrices, orders, vocabulary
-from ckptx.verification.diagnosis.elsewhere import Elsewhere
+from ckptx.verification.diagnosis.elsewhere import MisplacedTensors
 from ckptx.verification.diagnosis.evidence import Evidence
-from ckptx.verification.diagnosis.mistakes import Mistake
+from ckptx.verification.diagnosis.mistakes import Hypothesis
 from ckptx.verification.diagnosis.samples import common_dtype
-from ckptx.verification.diagnosis.values import VALUES, Words
+from ckptx.verification.diagnosis.values import VALUES, Description
 from ckptx.verification.pairing import Name, label
 
 
@@ -33,12 +33,12 @@ _KNOWN: Sequence[_Named] = (
     vocabulary.TiedHead(),
     vocabulary.HeadTied(),
     vocabulary.Padding(),
-    Elsewhere(),
+    MisplacedTensors(),
 )
 
-WORDS: Mapping[str, Words] = {
-    **{one.name: Words(one.title, one.advice) for one in _KNOWN},
-    orders.RankOrder.name: Words(orders.RankOrder.title, orders.RankOrder.advice),
+WORDS: Mapping[str, Description] = {
+    **{one.name: Description(one.title, one.advice) for one in _KNOWN},
+    orders.RankOrder.name: Description(orders.RankOrder.title, orders.RankOrder.advice),
     **VALUES,
 }
 """What every mistake is called, and what to do about it, by its stable name."""
@@ -55,7 +55,7 @@ class Hypotheses:
         experts = _orders(evidence, 1, named)
         self.elsewhere = _elsewhere(evidence)
         self.ranks = orders.RankOrder(evidence.sampler, evidence.reads)
-        self.mistakes: Sequence[Mistake] = (
+        self.mistakes: Sequence[Hypothesis] = (
             feed_forward.GateUp(),
             vocabulary.TiedHead(),
             *attention.MISTAKES,
@@ -108,7 +108,7 @@ def _expert_orders(evidence: Evidence) -> dict[str, orders.Order]:
     return {message: orders.find_order(*both) for message, both in found.items()}
 
 
-def _elsewhere(evidence: Evidence) -> Elsewhere:
+def _elsewhere(evidence: Evidence) -> MisplacedTensors:
     differing = frozenset(evidence.differing)
     known: dict[tuple[Shape, bytes], Name] = {}
     wanted: dict[Name, bytes | None] = {}
@@ -119,4 +119,4 @@ def _elsewhere(evidence: Evidence) -> Elsewhere:
             known.setdefault((tensor.shape, a), name)
         if name in differing:
             wanted[name] = b
-    return Elsewhere(known, wanted)
+    return MisplacedTensors(known, wanted)

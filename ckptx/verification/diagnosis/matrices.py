@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ckptx.tensors.lazy import LazyTensor, Shape
-from ckptx.verification.diagnosis.mistakes import Form, Subject, on_one
+from ckptx.verification.diagnosis.mistakes import TensorPair, Variant, on_one
 
 _RANKS = (2, 4, 8, 16, 32, 64)
 
@@ -21,11 +21,11 @@ class Transposed:
         "in its config."
     )
 
-    def forms(self, subject: Subject) -> Iterator[Form]:
+    def forms(self, subject: TensorPair) -> Iterator[Variant]:
         """Return the last two axes exchanged."""
         if len(subject.a) in (2, 3) and subject.a[-2:] == subject.b[-2:][::-1]:
             axes = (1, 0) if len(subject.a) == 2 else (0, 2, 1)
-            yield Form(
+            yield Variant(
                 self.name, "rows of A are columns of B", on_one(lambda tensor: tensor.permute(axes))
             )
 
@@ -41,7 +41,7 @@ class WrongAxis:
         "(axis 1). Convert again from the ranks' files."
     )
 
-    def forms(self, subject: Subject) -> Iterator[Form]:
+    def forms(self, subject: TensorPair) -> Iterator[Variant]:
         """Return every number of ranks that the shapes allow."""
         a, b = subject.a, subject.b
         if len(a) != 2 or len(b) != 2:
@@ -50,8 +50,8 @@ class WrongAxis:
             for ranks in _RANKS:
                 if a[1] % ranks == 0 and a[1] != ranks:
                     said = f"the columns of {ranks} ranks lie one rank after another in"
-                    yield Form(self.name, f"{said} B", on_one(_stacked(ranks, a)))
-                    yield Form(self.name, f"{said} A", on_one(_unstacked(ranks, a)))
+                    yield Variant(self.name, f"{said} B", on_one(_stacked(ranks, a)))
+                    yield Variant(self.name, f"{said} A", on_one(_unstacked(ranks, a)))
             return
         for here, there, side in ((a, b, "B"), (b, a, "A")):
             for axis in (0, 1):
@@ -64,7 +64,7 @@ class WrongAxis:
                 right, wrong = ("rows", "columns") if axis == 0 else ("columns", "rows")
                 said = f"{ranks} shards of {right} were joined as {wrong} in {side}"
                 change = _rejoined(ranks, axis if side == "B" else 1 - axis)
-                yield Form(self.name, said, on_one(change))
+                yield Variant(self.name, said, on_one(change))
 
 
 def _rejoined(ranks: int, axis: int) -> Callable[[LazyTensor], LazyTensor]:

@@ -22,7 +22,7 @@ Make: TypeAlias = Callable[[Read, Name], LazyTensor | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class Variant:
     """One form of a mistake: ``said`` is what happened, in words; ``make`` makes it happen.
 
     ``mistake`` and ``said`` together tell it from all others.
@@ -36,7 +36,7 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class TensorPair:
     """A tensor that differs, and what is known of it."""
 
     name: Name
@@ -46,7 +46,7 @@ class Subject:
     """The dimensions of the part of the model that it is of, None where they are unknown."""
 
 
-class Mistake(Protocol):
+class Hypothesis(Protocol):
     """A known mistake."""
 
     name: str
@@ -56,11 +56,11 @@ class Mistake(Protocol):
     advice: str
     """What to do, for somebody who has not made converters."""
 
-    def forms(self, subject: Subject) -> Iterable[Form]:
+    def forms(self, subject: TensorPair) -> Iterable[Variant]:
         """Return the forms that it can take in a tensor, the most common first."""
 
 
-def chained(first: Form, second: Form) -> Make:
+def chained(first: Variant, second: Variant) -> Make:
     """Return how a tensor is made if both have happened, one after the other."""
 
     def make(read: Read, name: Name) -> LazyTensor | None:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 from ckptx.model.canonical_names import keys_of
 from ckptx.tensors.joins import concat
 from ckptx.tensors.lazy import LazyTensor
-from ckptx.verification.diagnosis.mistakes import Form, Read, Subject, on_one
+from ckptx.verification.diagnosis.mistakes import Read, TensorPair, Variant, on_one
 from ckptx.verification.diagnosis.samples import Sampler, common_dtype
 from ckptx.verification.pairing import Name
 
@@ -156,12 +156,12 @@ class LayerOrder:
     place: int = 0
     what: str = "layer"
 
-    def forms(self, subject: Subject) -> Iterator[Form]:
+    def forms(self, subject: TensorPair) -> Iterator[Variant]:
         """Return the order that was found among the layers."""
         found = numbered(subject.name, self.place)
         order = self.orders.get(group(found[0])) if found else None
         if order and any(i != j for i, j in order.items()):
-            yield Form(self.name, order_named(order, self.what), self._make)
+            yield Variant(self.name, order_named(order, self.what), self._make)
 
     def _make(self, read: Read, name: Name) -> LazyTensor | None:
         message, slash, part = name[1].partition("/")
@@ -205,7 +205,7 @@ class ExpertOrder:
     orders: dict[str, Order] = field(default_factory=dict)
     """By message."""
 
-    def forms(self, subject: Subject) -> Iterator[Form]:
+    def forms(self, subject: TensorPair) -> Iterator[Variant]:
         """Return the order that was found among the experts of the layer."""
         order = self.orders.get(subject.name[0], {})
         size = subject.a[0] if subject.a else 0
@@ -213,10 +213,10 @@ class ExpertOrder:
         moved = any(i != j for i, j in order.items())
         if whole and moved and holds_experts(subject):
             listed = [order[number] for number in range(size)]
-            yield Form(self.name, order_named(order, "expert"), on_one(_permuted(listed, 0)))
+            yield Variant(self.name, order_named(order, "expert"), on_one(_permuted(listed, 0)))
 
 
-def holds_experts(subject: Subject) -> bool:
+def holds_experts(subject: TensorPair) -> bool:
     """Return whether the first axis of a canonical tensor is that of the experts."""
     message, name = subject.name
     key = keys_of(message, subject.spec).get(name) if message and subject.spec else None
@@ -237,7 +237,7 @@ class RankOrder:
     sampler: Sampler
     read: tuple[Read, Read]
 
-    def forms(self, subject: Subject) -> Iterator[Form]:
+    def forms(self, subject: TensorPair) -> Iterator[Variant]:
         """Return the order that samples of equal parts tell."""
         if subject.a != subject.b or not subject.a:
             return
@@ -261,11 +261,11 @@ class RankOrder:
                     continue
                 said = order_named(dict(enumerate(listed)), "rank")
                 words = f"of {len(listed)} ranks, cut along axis {axis}: {said}"
-                yield Form(self.name, words, on_one(_permuted(listed, axis)))
+                yield Variant(self.name, words, on_one(_permuted(listed, axis)))
                 break
 
 
-def _axes(subject: Subject) -> Sequence[int]:
+def _axes(subject: TensorPair) -> Sequence[int]:
     message, name = subject.name
     key = keys_of(message, subject.spec).get(name) if message and subject.spec else None
     if key is None:

@@ -11,16 +11,16 @@ from typing import Any, TypeAlias
 from numpy.typing import NDArray
 
 from ckptx.errors import PlanError
-from ckptx.protocol.model import VOCABULARY
+from ckptx.protocol.model import VOCAB_TENSORS
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.verification.diagnosis import attention, relations, vocabulary
 from ckptx.verification.diagnosis.evidence import Evidence
 from ckptx.verification.diagnosis.finding import Finding
 from ckptx.verification.diagnosis.hypotheses import WORDS, Hypotheses
-from ckptx.verification.diagnosis.mistakes import Form, Make, Subject, chained
+from ckptx.verification.diagnosis.mistakes import Make, TensorPair, Variant, chained
 from ckptx.verification.diagnosis.relations import SAME, Relation
 from ckptx.verification.diagnosis.samples import starts
-from ckptx.verification.difference import Stream
+from ckptx.verification.difference import BlockReader
 from ckptx.verification.pairing import Name, Paired, label
 
 _PATIENCE = 2  # tensors of a kind for which pairs of mistakes are tried
@@ -33,7 +33,7 @@ _Key: TypeAlias = tuple[str, str]  # a form's mistake and words
 class _Explanation:
     """Forms of mistakes, one after the other, and what happened to the values besides."""
 
-    forms: tuple[Form, ...]
+    forms: tuple[Variant, ...]
     relation: Relation
     backwards: bool = False
     """Whether A was made of B."""
@@ -48,13 +48,13 @@ class _Explanation:
 class _Candidate:
     """What one side would be if certain mistakes had been made of the other."""
 
-    forms: tuple[Form, ...]
+    forms: tuple[Variant, ...]
     expected: LazyTensor
     found: LazyTensor
     backwards: bool = False
 
 
-def diagnose(paired: Paired, differing: Sequence[Name], stream: Stream) -> tuple[Finding, ...]:
+def diagnose(paired: Paired, differing: Sequence[Name], stream: BlockReader) -> tuple[Finding, ...]:
     """Return the mistakes that explain tensors which differ, those that explain most first.
 
     Args:
@@ -131,13 +131,13 @@ class _Search:
             found.append(explanation)
         return tuple(found)
 
-    def _forms(self, subject: Subject, *, samples: bool) -> Iterator[Form]:
+    def _forms(self, subject: TensorPair, *, samples: bool) -> Iterator[Variant]:
         """Yield all forms of all mistakes, those that need samples of the tensor on demand."""
         for mistake in self.hypotheses.mistakes:
             if samples or mistake is not self.hypotheses.ranks:
                 yield from mistake.forms(subject)
 
-    def _known(self, subject: Subject) -> Iterator[tuple[Form, ...]]:
+    def _known(self, subject: TensorPair) -> Iterator[tuple[Variant, ...]]:
         """Yield what has explained other tensors, the most frequent first."""
         ordered = sorted(self.hits, key=lambda hit: -self.hits[hit])
         for keys in dict.fromkeys(keys for keys, _ in ordered if keys):
@@ -145,12 +145,14 @@ class _Search:
             if None not in forms:
                 yield tuple(form for form in forms if form is not None)
 
-    def _form(self, subject: Subject, key: _Key) -> Form | None:
+    def _form(self, subject: TensorPair, key: _Key) -> Variant | None:
         among = (one for one in self.hypotheses.mistakes if one.name == key[0])
         forms = (form for one in among for form in one.forms(subject))
         return next((form for form in forms if form.said == key[1]), None)
 
-    def _among(self, subject: Subject, choices: Iterable[tuple[Form, ...]]) -> _Explanation | None:
+    def _among(
+        self, subject: TensorPair, choices: Iterable[tuple[Variant, ...]]
+    ) -> _Explanation | None:
         for forms in choices:
             for candidate, padding in self._candidates(subject, forms):
                 relation = self._relation(subject.name, candidate)
@@ -159,7 +161,7 @@ class _Search:
         return None
 
     def _candidates(
-        self, subject: Subject, forms: tuple[Form, ...]
+        self, subject: TensorPair, forms: tuple[Variant, ...]
     ) -> Iterator[tuple[_Candidate, str]]:
         """Yield what B would be, and where a mistake loses data, what A would be."""
         lossy = any(form.mistake == vocabulary.TiedHead.name for form in forms)
@@ -327,7 +329,7 @@ def _is_half(
     return False
 
 
-def _pairs(forms: Iterable[Form]) -> Iterator[tuple[Form, ...]]:
+def _pairs(forms: Iterable[Variant]) -> Iterator[tuple[Variant, ...]]:
     """Yield two mistakes at once, in either order; never one twice."""
     listed = list(forms)
     for first, second in product(listed, listed):
@@ -347,7 +349,7 @@ def _same_rows(
 ) -> tuple[LazyTensor, LazyTensor, str]:
     """Return two tensors without the rows that only one of them has, if it is a vocabulary."""
     here, there = expected.shape, found.shape
-    if name not in VOCABULARY or not here or here[1:] != there[1:] or here[0] == there[0]:
+    if name not in VOCAB_TENSORS or not here or here[1:] != there[1:] or here[0] == there[0]:
         return expected, found, ""
     rows = min(here[0], there[0])
     longer = "AB"[(there[0] > here[0]) ^ bool(side)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ckptx.tensors.lazy import LazyTensor
-from ckptx.verification.diagnosis.mistakes import Form, Read, Subject
+from ckptx.verification.diagnosis.mistakes import Read, TensorPair, Variant
 from ckptx.verification.pairing import Name
 
 EMBEDDING: Name = ("embeddings", "word embeddings")
@@ -36,13 +36,13 @@ class TiedHead:
         "the weight that was overwritten is only in the original."
     )
 
-    def forms(self, subject: Subject) -> Iterator[Form]:
+    def forms(self, subject: TensorPair) -> Iterator[Variant]:
         """Return one in the place of the other."""
         if partner(subject.name) is not None:
             what = "output layer" if subject.name[-1].endswith("head.weight") else ""
             what = what or ("output layer" if subject.name == OUTPUT else "embedding")
             other = "embedding" if what == "output layer" else "output layer"
-            yield Form(self.name, f"the {what} of B is the {other} of A", _other)
+            yield Variant(self.name, f"the {what} of B is the {other} of A", _other)
 
 
 def _other(read: Read, name: Name) -> LazyTensor | None:

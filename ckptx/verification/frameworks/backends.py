@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckptx.conversion.request import Job
+from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import FormatError, PlanError
 from ckptx.protocol.messages import Begin
 from ckptx.protocol.sidecars import CONFIG
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.registry.open import opened
 from ckptx.verification.frameworks import child
 
@@ -21,7 +21,7 @@ _LESS = "so this proves less than running what its own framework writes"
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class Backend:
     """A checkpoint that can be run: ``module`` of this package, with ``job``."""
 
     module: str
@@ -35,19 +35,19 @@ class Side:
     longest: int | None = None
     """The most tokens a sequence may have."""
     notes: tuple[str, ...] = ()
-    instead: Callable[[str], Side] | None = None
+    instead: Callable[[str], Backend] | None = None
     """How the checkpoint is run for the reason for which ``module`` has refused it, if at all."""
 
 
 def prepare(
     path: Path, loader: str | None, hf_base: Path | None, scratch: Path, letter: str
-) -> Side:
+) -> Backend:
     """Return how a checkpoint is run; what must be converted first is, below ``scratch``.
 
     Raises:
         CkptxError: it cannot be read, converted, or run by an installed framework.
     """
-    name = manager.canonical(loader) if loader else manager.detect(path)
+    name = registry.canonical(loader) if loader else registry.detect(path)
     if name in _HF:
         return _transformers(path)
     if name == "deepspeed":
@@ -84,13 +84,13 @@ def _begin(path: Path, loader: str, hf_base: Path | None) -> Begin:
     return model.begin
 
 
-def _deepspeed(path: Path, hf_base: Path | None, scratch: Path, letter: str) -> Side:
+def _deepspeed(path: Path, hf_base: Path | None, scratch: Path, letter: str) -> Backend:
     """Return how DeepSpeed's own gatherer and transformers run a checkpoint; else it is converted.
 
     It is opened by ckptx first, so that what its unpickler refuses never comes to DeepSpeed.
     """
 
-    def converted(reason: str) -> Side:
+    def converted(reason: str) -> Backend:
         return _converted_to_hf(path, "deepspeed", hf_base, scratch, letter, reason)
 
     begin = _begin(path, "deepspeed", hf_base)
@@ -110,7 +110,9 @@ def _deepspeed(path: Path, hf_base: Path | None, scratch: Path, letter: str) -> 
     )
 
 
-def _transformers(directory: Path, given: Path | None = None, notes: tuple[str, ...] = ()) -> Side:
+def _transformers(
+    directory: Path, given: Path | None = None, notes: tuple[str, ...] = ()
+) -> Backend:
     """Return how transformers runs a directory that was ``given``, or made of what was."""
     given = given or directory
     child.require("transformers", f"{given}: a Hugging Face model")
@@ -128,7 +130,7 @@ def _transformers(directory: Path, given: Path | None = None, notes: tuple[str, 
         for name, value in config.items()
         if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
     }
-    return Side(
+    return Backend(
         "transformers_side",
         "transformers",
         directory,
@@ -139,7 +141,7 @@ def _transformers(directory: Path, given: Path | None = None, notes: tuple[str, 
     )
 
 
-def _megatron(begin: Begin) -> Side:
+def _megatron(begin: Begin) -> Backend:
     spec = begin.parts["language"]
     args = {name: _plain(value) for name, value in begin.training["args"].items()}
     notes: list[str] = []
@@ -156,7 +158,7 @@ def _megatron(begin: Begin) -> Side:
         longest = int(window[0]) + 1
     if spec.mtp_num_layers:
         notes.append("layers for multi-token prediction are not run")
-    return Side(
+    return Backend(
         "megatron_side",
         "megatron-core on a CPU",
         Path(begin.root),
@@ -169,7 +171,7 @@ def _megatron(begin: Begin) -> Side:
 
 def _converted_to_hf(
     path: Path, name: str, hf_base: Path | None, scratch: Path, letter: str, why: str
-) -> Side:
+) -> Backend:
     target = scratch / f"{letter}-hf"
     _convert(path, name, "hf", hf_base, target)
     reason = f" ({why})" if why else ""
@@ -181,9 +183,9 @@ def _converted_to_hf(
 
 
 def _convert(path: Path, loader: str, saver: str, hf_base: Path | None, target: Path) -> None:
-    from ckptx.conversion import supervisor as pipeline
+    from ckptx.conversion import supervisor
 
-    pipeline.convert(Job(loader, saver, path, target, hf_base=hf_base))
+    supervisor.convert(ConversionRequest(loader, saver, path, target, hf_base=hf_base))
 
 
 def _plain(value: Any) -> Any:

@@ -33,7 +33,7 @@ RECORDS = (
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
-def act(job: Mapping[str, Any]) -> dict[str, Any]:
+def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Save float32 logits [batch, sequence, vocabulary] of the tokens.
 
     The answer is ``refused`` with the reason where DeepSpeed does not gather a whole model of these
@@ -117,4 +117,4 @@ def _reason(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    serve(act)
+    serve(run)

@@ -13,7 +13,7 @@ from ckptx.containers.safetensors import read_header
 from ckptx.errors import CkptxError, ConversionError, FormatError
 from ckptx.protocol.progress import Progress, Silent
 from ckptx.protocol.sidecars import CONFIG, read_config
-from ckptx.registry import registry as manager
+from ckptx.registry import registry
 from ckptx.storage.source_file import read_small
 from ckptx.verification.frameworks import child
 from ckptx.verification.frameworks.tokenizer_files import holds_tokenizer
@@ -114,7 +114,7 @@ def generate(
 def _instead(model: Path) -> str:
     """Return what to do with a checkpoint that transformers cannot load."""
     try:
-        name = manager.detect(model)
+        name = registry.detect(model)
     except CkptxError:
         return "; give the directory of a Hugging Face model"
     return f"; it is a checkpoint of format {name!r}: convert it --to hf first"

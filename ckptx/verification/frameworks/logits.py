@@ -13,7 +13,7 @@ from ckptx.processes.interrupts import Interrupts
 from ckptx.protocol.progress import Progress, Silent
 from ckptx.text.wrapping import wrapped
 from ckptx.verification.frameworks import child
-from ckptx.verification.frameworks.backends import Side, prepare
+from ckptx.verification.frameworks.backends import Backend, prepare
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,7 +148,7 @@ def compare_logits(
     return measured((str(left), str(right)), names, tokens, a, b, atol, notes)
 
 
-def _tokens(sides: tuple[Side, Side], inputs: Inputs) -> npt.NDArray[np.int64]:
+def _tokens(sides: tuple[Backend, Backend], inputs: Inputs) -> npt.NDArray[np.int64]:
     """Return the tokens [batch, sequence] that both models know."""
     import numpy as np
 
@@ -174,7 +174,7 @@ def _tokens(sides: tuple[Side, Side], inputs: Inputs) -> npt.NDArray[np.int64]:
     return tokens
 
 
-def _spoken(sides: tuple[Side, Side], prompt: str) -> npt.NDArray[np.int64]:
+def _spoken(sides: tuple[Backend, Backend], prompt: str) -> npt.NDArray[np.int64]:
     """Return the tokens of a text by the tokenizer that lies beside one of the models."""
     import numpy as np
 
@@ -190,8 +190,8 @@ def _spoken(sides: tuple[Side, Side], prompt: str) -> npt.NDArray[np.int64]:
 
 
 def _logits(
-    side: Side, tokens: npt.NDArray[np.int64], scratch: Path
-) -> tuple[Side, npt.NDArray[np.float32]]:
+    side: Backend, tokens: npt.NDArray[np.int64], scratch: Path
+) -> tuple[Backend, npt.NDArray[np.float32]]:
     """Return what a model computes, float32 [batch, sequence, vocabulary], and how it was run."""
     import numpy as np
 

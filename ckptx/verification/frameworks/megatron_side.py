@@ -21,7 +21,7 @@ from ckptx.verification.frameworks.megatron_args import arguments
 from ckptx.verification.frameworks.worker import SideError, serve
 
 
-def act(job: Mapping[str, Any]) -> dict[str, Any]:
+def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Save float32 logits [batch, sequence, padded vocabulary] of the tokens."""
     megatron_cpu.install()
     torch.set_grad_enabled(False)
@@ -183,4 +183,4 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    serve(act)
+    serve(run)

@@ -13,7 +13,7 @@ from ckptx.verification.frameworks import transformers_model
 from ckptx.verification.frameworks.worker import SideError, serve
 
 
-def act(job: Mapping[str, Any]) -> dict[str, Any]:
+def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Save float32 logits [batch, sequence, vocabulary] of the tokens, or tokenise ``prompt``."""
     directory = Path(job["directory"])
     if "prompt" in job:
@@ -35,4 +35,4 @@ def save_logits(model: Any, job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve(act)
+    serve(run)

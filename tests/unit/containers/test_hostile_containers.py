@@ -24,8 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ckptx.containers import dcp, safetensors, torch_zip
-from ckptx.containers import pickle_reader as pickles
+from ckptx.containers import dcp, pickle_reader, safetensors, torch_zip
 from ckptx.containers.pickle_values import Namespace, TorchSize
 from ckptx.errors import FormatError
 
@@ -48,7 +47,7 @@ def test_calls_are_refused(bomb, how, protocol):
     for value in (bomb(how), {"model": [1, {"x": bomb(how)}]}, {("key",): bomb(how)}):
         data = pickle.dumps(value, protocol)
         with pytest.raises(FormatError, match=r"a\.pt"):
-            pickles.loads(data, file="a.pt", allow=["*"])
+            pickle_reader.loads(data, file="a.pt", allow=["*"])
 
 
 @pytest.mark.parametrize("how", CALLS)
@@ -101,7 +100,7 @@ def test_calls_are_refused_in_every_container(bomb, how, tmp_path):
 )
 def test_hostile_opcodes(data):
     with pytest.raises(FormatError):
-        pickles.loads(data, file="a.pt")
+        pickle_reader.loads(data, file="a.pt")
 
 
 def test_classes_cannot_be_changed_by_a_pickle():
@@ -109,7 +108,7 @@ def test_classes_cannot_be_changed_by_a_pickle():
     for name in (b"argparse\nNamespace", b"torch\nSize", b"megatron.a\nB", b"_codecs\nencode"):
         data = b"\x80\x02c" + name + b"\nN}X\1\0\0\0aK\1s\x86b."
         with pytest.raises(FormatError, match=r"tried to set|readable pickle"):
-            pickles.loads(data, file="a.pt")
+            pickle_reader.loads(data, file="a.pt")
     assert not hasattr(Namespace, "a")
     assert not hasattr(TorchSize, "a")
 
@@ -125,7 +124,7 @@ def test_deep_nesting_is_an_error(tmp_path):
 
 def test_a_pickle_beyond_the_limit_is_refused():
     with pytest.raises(FormatError, match="at most 10 bytes"):
-        pickles.loads(pickle.dumps("x" * 100), file="a", limit=10)
+        pickle_reader.loads(pickle.dumps("x" * 100), file="a", limit=10)
 
 
 def test_every_truncation_of_a_pickle_is_an_error():
@@ -134,7 +133,7 @@ def test_every_truncation_of_a_pickle_is_an_error():
         data = pickle.dumps(value, protocol)
         for size in range(len(data)):
             with pytest.raises(FormatError):
-                pickles.loads(data[:size], file="a")
+                pickle_reader.loads(data[:size], file="a")
 
 
 def test_random_damage_is_an_error_or_a_value(tmp_path):
@@ -165,7 +164,7 @@ def test_the_scan_knows_every_opcode_of_the_picklers():
         for value in (*values, list(range(2000)), torch.Size([1]), bytearray(b"x"), (1, 2, 3, 4)):
             data = pickle.dumps(value, protocol)
             emitted |= {op.name for op, _, _ in pickletools.genops(data)}
-            assert pickles.loads(data, file="a") == value
+            assert pickle_reader.loads(data, file="a") == value
     assert len(emitted) >= 30
 
 

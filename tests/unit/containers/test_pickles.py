@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckptx.containers import pickle_reader as pickles
+from ckptx.containers import pickle_reader
 from ckptx.containers.pickle_values import (
     Call,
     EnumValue,
@@ -49,7 +49,7 @@ PLAIN = {
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_plain_values_are_read_as_pickle_reads_them(protocol):
     value = {**PLAIN, "more": [frozenset({1}), bytearray(b"ab"), 1 + 2j]}
-    assert pickles.loads(pickle.dumps(value, protocol), file="f") == value
+    assert pickle_reader.loads(pickle.dumps(value, protocol), file="f") == value
 
 
 def test_plain_values_are_written_as_pickle_and_torch_read_them(tmp_path):
@@ -86,7 +86,7 @@ def test_a_value_that_holds_itself_is_not_written():
 @pytest.mark.parametrize("kind", [argparse.Namespace, types.SimpleNamespace])
 def test_namespaces_are_namespaces(kind, protocol):
     value = kind(a=1, dtype=torch.bfloat16, size=torch.Size([2, 3]), s=signal.SIGTERM)
-    found = pickles.loads(pickle.dumps(value, protocol), file="f")
+    found = pickle_reader.loads(pickle.dumps(value, protocol), file="f")
     assert isinstance(found, argparse.Namespace)
     assert vars(found) == {
         "a": 1,
@@ -150,7 +150,7 @@ def foreign(monkeypatch):
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_foreign_objects_become_records(foreign, protocol):
     data = pickle.dumps([Foreign(), Listing([1, 2]), Foreign], protocol)
-    record, listing, cls = pickles.loads(data, file="f")
+    record, listing, cls = pickle_reader.loads(data, file="f")
     assert (type(record).module, type(record).name) == ("megatron.core.enums", "Foreign")
     assert record.state == {"a": [1], "b": EnumValue("megatron.core.enums", "Stage", 1)}
     assert listing.items == [1, 2]
@@ -158,7 +158,9 @@ def test_foreign_objects_become_records(foreign, protocol):
 
 
 def test_records_survive_the_queue(foreign):
-    value = pickles.loads(pickle.dumps([Foreign(), Foreign, argparse.Namespace(a=1)]), file="f")
+    value = pickle_reader.loads(
+        pickle.dumps([Foreign(), Foreign, argparse.Namespace(a=1)]), file="f"
+    )
     again = pickle.loads(pickle.dumps(value))
     assert again[0].state == value[0].state
     assert again[1:] == value[1:]
@@ -168,7 +170,7 @@ def test_records_survive_the_queue(foreign):
 def test_enum_members_by_name_become_nested_stubs():
     # Python 3.11.0 to 3.11.3 pickled enum members as getattr(class, name).
     data = b"\x80\x02c__builtin__\ngetattr\ncmegatron.core.enums\nModelType\nX\1\0\0\0a\x86R."
-    found = pickles.loads(data, file="f")
+    found = pickle_reader.loads(data, file="f")
     assert isinstance(found, StubClass)
     assert found.name == "ModelType.a"
 
@@ -185,7 +187,7 @@ def test_objects_of_the_libraries_are_records():
         "deque": collections.deque([1, 2]),
     }
     for protocol in (2, 4):
-        found = pickles.loads(pickle.dumps(value, protocol), file="f")
+        found = pickle_reader.loads(pickle.dumps(value, protocol), file="f")
         assert all(isinstance(item, Record) for item in found.values())
         assert found["default"].pairs == [("a", [1])]
         assert found["deque"].items == [1, 2]
@@ -195,9 +197,9 @@ def test_objects_of_the_libraries_are_records():
 def test_unknown_globals_are_named_and_can_be_allowed():
     data = b"\x80\x02cacme.model\nThing\n)\x81}X\1\0\0\0aK\1sb."
     with pytest.raises(FormatError, match=r"f\.pt.*'acme\.model\.Thing'.*allow"):
-        pickles.loads(data, file="f.pt")
+        pickle_reader.loads(data, file="f.pt")
     for pattern in ("acme.model.Thing", "acme.*"):
-        assert pickles.loads(data, file="f.pt", allow=[pattern]).state == {"a": 1}
+        assert pickle_reader.loads(data, file="f.pt", allow=[pattern]).state == {"a": 1}
 
 
 def test_copyreg_objects_of_old_protocols_are_read():
@@ -208,4 +210,4 @@ def test_copyreg_objects_of_old_protocols_are_read():
     )
     assert old != data
     assert copyreg._reconstructor  # the function that the pickle names
-    assert pickles.loads(old, file="f") == argparse.Namespace(a=1)
+    assert pickle_reader.loads(old, file="f") == argparse.Namespace(a=1)
