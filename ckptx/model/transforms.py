@@ -313,7 +313,7 @@ GROUPED_FC2: Transform = _Grouped(IDENTITY, side_by_side=False)
 
 
 def per_expert(transform: Transform = IDENTITY, width: int = 1) -> Transform:
-    """Return the transform of experts that have tensors of their own, under names with ``{expert}``.
+    """Return the transform of experts with tensors of their own, under names with ``{expert}``.
 
     ``width`` is the number of names that each expert has.
     """

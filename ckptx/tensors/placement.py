@@ -43,7 +43,7 @@ def describe_partition(shape: Shape, shards: Sequence[Shard]) -> str:
 
     Examples:
         >>> halves = [Shard(0, ((0, 2), (0, 4)), 8), Shard(1, ((2, 4), (0, 4)), 8)]
-        >>> partition_text((4, 4), halves)
+        >>> describe_partition((4, 4), halves)
         'cut in 2 along axis 0'
     """
     if not shards:

@@ -36,6 +36,7 @@ NOT_RUN = {
     "ln -sfn *": INSTALLS,
     "python -m pytest *": "runs tests, among which this one is",
     "CKPTX_FAULTS=* python -m pytest *": "runs tests",
+    "python -m tests.record.record *": "tests/record/test_record.py runs it",
     "python -m docs.refresh": "tests/docs/test_docs.py runs it with --check",
     "mkdocs build --strict": "tests/docs/test_docs.py runs it",
     "python benchmarks/bench.py *": "takes minutes, gigabytes and packages of other projects",

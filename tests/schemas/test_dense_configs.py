@@ -96,7 +96,7 @@ def test_the_default_table_is_the_class_s(family):
     # Nothing is left to a default that the table does not have.
     keys = {FAMILIES[family].key(name) for name in ("vocab_size", "hidden_act", "rms_norm_eps")}
     keys |= {key for key in FAMILIES[family].bias_keys if getattr(config, key)}
-    assert keys | set(FAMILIES[family].kept) <= set(ours) | {"model_type"}
+    assert keys | set(FAMILIES[family].passthrough_keys) <= set(ours) | {"model_type"}
 
 
 def test_gpt2_in_the_usual_words(tmp_path):
