@@ -25,8 +25,11 @@ import json
 import os
 import pickle
 import struct
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from operator import attrgetter
@@ -39,7 +42,18 @@ import xxhash
 from ckptx.errors import ConversionError
 from ckptx.protocol.contracts import SavePlan
 from ckptx.storage.file_plan import Crc32
-from ckptx.tensors.lazy import Computed, Merged, Permuted, Sliced, Split, Stored, Tiled
+from ckptx.tensors.lazy import (
+    Cast,
+    Computed,
+    Filled,
+    Merged,
+    Permuted,
+    Replicated,
+    Sliced,
+    Split,
+    Stored,
+    Tiled,
+)
 
 NAME = "journal"
 """The file's name in the partial directory of a target."""
@@ -62,6 +76,11 @@ _CONTENTS = (
     Computed,
     Crc32,
 )  # what plans are full of
+_FIRST_NAMES: Mapping[str, tuple[type, ...]] = {
+    "ckptx.lazy": (*_CONTENTS[:-1], Cast, Filled, Replicated),
+    "ckptx.plan": (Crc32,),
+}
+_NAMING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,19 +138,42 @@ def _plan_digest(plan: SavePlan) -> str:
     pickler = pickle.Pickler(sink, 5)
     pickler.fast = True  # without memory of what was pickled before: equal plans, equal bytes
     pickler.dispatch_table = {kind: _reducer(kind) for kind in _CONTENTS}
-    for file in plan.files:
-        pickler.dump((file.path, file.size))
-        regions = iter(file.regions)
-        while some := [tuple(region) for region in islice(regions, _REGIONS)]:
-            pickler.dump(some)
-            if sink.tell() > _BLOCK:
-                whole.update(sink.getbuffer())
-                sink.seek(0)
-                sink.truncate()
+    with _named_as_before():
+        for file in plan.files:
+            pickler.dump((file.path, file.size))
+            regions = iter(file.regions)
+            while some := [tuple(region) for region in islice(regions, _REGIONS)]:
+                pickler.dump(some)
+                if sink.tell() > _BLOCK:
+                    whole.update(sink.getbuffer())
+                    sink.seek(0)
+                    sink.truncate()
     whole.update(sink.getbuffer())
     pointers = sorted(plan.pointers.items())
     whole.update(repr((plan.directory, plan.single_file, pointers)).encode())
     return whole.hexdigest()
+
+
+@contextmanager
+def _named_as_before() -> Iterator[None]:
+    """Let pickles name the modules in which the first journals found the contents of plans.
+
+    A digest must not change because a module moves: what an earlier release left unfinished would
+    be started over.
+    """
+    kinds = {kind: kind.__module__ for kinds in _FIRST_NAMES.values() for kind in kinds}
+    with _NAMING:
+        for name, renamed in _FIRST_NAMES.items():
+            sys.modules[name] = sys.modules[kinds[renamed[0]]]
+            for kind in renamed:
+                kind.__module__ = name
+        try:
+            yield
+        finally:
+            for kind, module in kinds.items():
+                kind.__module__ = module
+            for name in _FIRST_NAMES:
+                del sys.modules[name]
 
 
 def _reducer(kind: type) -> Callable[[Any], tuple[type, tuple[object, ...]]]:

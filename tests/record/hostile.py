@@ -14,7 +14,11 @@ from pathlib import Path
 from .program import ROOT
 
 DISK = re.compile(r"the disk \S+ has [\d.]+ \w+ free, [\d.]+ \w+ \(\d+ bytes\) less than is needed")
-UNSTEADY = ("test_an_index_of_a_million_tensors",)  # by name; they hold the program to a time
+LEFT_OUT = (
+    "test_an_index_of_a_million_tensors",  # holds the program to a time
+    "test_pickles",  # this and the next run no command
+    "test_no_bomb_goes_off",
+)
 
 
 def entries(is_wanted: Callable[[str], bool]) -> dict[str, str]:
@@ -24,7 +28,7 @@ def entries(is_wanted: Callable[[str], bool]) -> dict[str, str]:
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "pytest", "tests/hostile", "-q", "-n", "2"),
-                *("-p", "no:cacheprovider", "-k", " and ".join(f"not {n}" for n in UNSTEADY)),
+                *("-p", "no:cacheprovider", "-k", " and ".join(f"not {n}" for n in LEFT_OUT)),
             ],
             cwd=ROOT,
             env={**os.environ, "CKPTX_RECORD_HOSTILE": str(noted), "COLUMNS": "80"},
