@@ -16,11 +16,12 @@ from typing import Any
 
 from ckptx.model.canonical_names import keys_of
 from ckptx.protocol.progress import Progress, Silent
+from ckptx.storage.blocks import BlockReader
 from ckptx.storage.open_files import Files
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.verification.diagnosis import Finding, diagnose
 from ckptx.verification.diagnosis.finding import wrapped
-from ckptx.verification.difference import BlockReader, Deviation, Tolerance, measure
+from ckptx.verification.difference import Deviation, Tolerance, measure
 from ckptx.verification.pairing import Name, Paired, label, pair
 
 EXACT = Tolerance()
@@ -152,10 +153,10 @@ def compare(
     paired = pair(left, right, loader_a, loader_b)
     files = (Files(paired.left.files), Files(paired.right.files))
     try:
-        stream = BlockReader(files)
-        found = _differences(paired, stream, tolerance, progress or Silent())
+        reader = BlockReader(*files)
+        found = _differences(paired, reader, tolerance, progress or Silent())
         differing = [name for name, one, _ in found if one is not None]
-        findings = diagnose(paired, differing, stream) if diagnosis and differing else ()
+        findings = diagnose(paired, differing, reader) if diagnosis and differing else ()
     finally:
         for opened in files:
             opened.close()
@@ -179,7 +180,7 @@ def compare(
 
 
 def _differences(
-    paired: Paired, stream: BlockReader, tolerance: Tolerance, progress: Progress
+    paired: Paired, reader: BlockReader, tolerance: Tolerance, progress: Progress
 ) -> list[tuple[Name, Difference | None, Deviation]]:
     """Return every tensor, its difference if it counts, and how far both are apart."""
     left, right = paired.left.tensors, paired.right.tensors
@@ -187,7 +188,7 @@ def _differences(
     pairs = [(left[name], right[name]) for name in comparable]
     try:
         progress.begin(sum(first.nbytes for first, _ in pairs))
-        apart = measure(stream, pairs, tolerance, progress.advance)
+        apart = measure(reader, pairs, tolerance, progress.advance)
     finally:
         progress.close()
     measured = dict(zip(comparable, apart, strict=True))
