@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from ckptx.errors import ConversionError, PluginError
+from ckptx.storage.open_files import write_all
 from ckptx.tensors.lazy import Stored, stored
 
 _ALIGNMENT = 64  # a cache line; keeps any dtype aligned
@@ -87,9 +88,7 @@ class Spool:
 
     def _write(self, view: memoryview, offset: int) -> None:
         try:
-            while view:
-                count = os.pwrite(self._descriptor, view, offset)
-                view, offset = view[count:], offset + count
+            write_all(self._descriptor, offset, view)
         except OSError as error:
             raise ConversionError(
                 f"the spool next to the target cannot be written: {error.strerror}; free space or "

@@ -634,7 +634,14 @@ def _nothing(sent: list[Message]) -> list[Message]:
     return [sent[0], sent[-1]]
 
 
+def _another_state(sent: list[Message]) -> list[Message]:
+    first = sent[1]
+    assert isinstance(first, Tensors)
+    return [sent[0], replace(first, state="exp_avg"), *sent[2:]]
+
+
 _CHANGES = (
+    _another_state,
     _unknown_message,
     _unknown_key,
     _known_key_of_other_models,

@@ -18,10 +18,11 @@ from typing import Any
 from ckptx.model.canonical_names import keys_of
 from ckptx.protocol.progress import Progress, Silent
 from ckptx.registry.open import Checkpoint, open_checkpoint
+from ckptx.storage.blocks import BlockReader
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.verification.diagnosis import Finding, diagnose
 from ckptx.verification.diagnosis.finding import wrapped
-from ckptx.verification.difference import BlockReader, Deviation, Tolerance, measure
+from ckptx.verification.difference import Deviation, Tolerance, measure
 from ckptx.verification.pairing import Name, Paired, label, pair
 
 EXACT = Tolerance()
@@ -154,11 +155,10 @@ def compare(
             for one in (left, right)
         ]
         paired = pair(*sides)
-        first, second = (stack.enter_context(closing(side.files())) for side in sides)
-        stream = BlockReader((first, second))
-        found = _differences(paired, stream, tolerance, progress or Silent())
+        reader = BlockReader(*(stack.enter_context(closing(side.files())) for side in sides))
+        found = _differences(paired, reader, tolerance, progress or Silent())
         differing = [name for name, one, _ in found if one is not None]
-        findings = diagnose(paired, differing, stream) if diagnosis and differing else ()
+        findings = diagnose(paired, differing, reader) if diagnosis and differing else ()
     common = paired.left.tensors.keys() & paired.right.tensors.keys()
     close = [measured for _, one, measured in found if one is None and measured.differing]
     notes = list(paired.notes)
@@ -179,7 +179,7 @@ def compare(
 
 
 def _differences(
-    paired: Paired, stream: BlockReader, tolerance: Tolerance, progress: Progress
+    paired: Paired, reader: BlockReader, tolerance: Tolerance, progress: Progress
 ) -> list[tuple[Name, Difference | None, Deviation]]:
     """Return every tensor, its difference if it counts, and how far both are apart."""
     left, right = paired.left.tensors, paired.right.tensors
@@ -187,7 +187,7 @@ def _differences(
     pairs = [(left[name], right[name]) for name in comparable]
     try:
         progress.begin(sum(first.nbytes for first, _ in pairs))
-        apart = measure(stream, pairs, tolerance, progress.advance)
+        apart = measure(reader, pairs, tolerance, progress.advance)
     finally:
         progress.close()
     measured = dict(zip(comparable, apart, strict=True))
