@@ -118,8 +118,9 @@ def forecast(job: ConversionRequest, *, tensors: bool = True) -> Forecast:
 
     before = _resident()
     with SpoolFile(job.target) as file:
-        begin, end, plan, proof = plan_conversion(job, Spool(file.path))
-        spooled = file.nbytes
+        spool = Spool(file.path)
+        begin, end, plan, proof = plan_conversion(job, spool)
+        spool.close()
     planned = max(0, _resident() - before)
     listed = [
         {
@@ -149,7 +150,7 @@ def forecast(job: ConversionRequest, *, tensors: bool = True) -> Forecast:
         outputs,
         sorted(plan.pointers),
         peak_memory(worker.write_options(job)) + planned,
-        spooled,
+        spool.nbytes,
         _refusal(job, plan, begin),
         listed,
     )

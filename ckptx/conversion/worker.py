@@ -23,7 +23,7 @@ from ckptx.containers.pickle_values import collector_paused
 from ckptx.conversion.megatron_modules import ModuleSaver
 from ckptx.conversion.report import Facts
 from ckptx.conversion.request import ConversionRequest
-from ckptx.errors import PluginError, listing
+from ckptx.errors import CkptxError, PluginError, listing
 from ckptx.processes.supervision import Channel, Failure, settle_child
 from ckptx.protocol.contracts import WEIGHTS, Wants
 from ckptx.protocol.messages import Begin, End, Message
@@ -92,6 +92,8 @@ def run_loader(job: ConversionRequest, queue: Bytes, line: Channel, spool_path: 
     for message in changed(messages_of(job, spool), job):
         try:
             content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        except CkptxError:  # what lies compressed is decoded on the way
+            raise
         # pickle has no exception of its own for most of what cannot be pickled
         except Exception as error:
             raise PluginError(
