@@ -1,7 +1,7 @@
 """The one engine that every conversion runs through: the command, ``plan``, the API and the kit.
 
     loader.load -> edits -> cast -> saver.plan -> proof -> write -> publish
-    '------- load ------'  '------ plan ------'  '----- save -----'
+    '------- load ------'  '--- make_plan ----'  '----- save -----'
 
 `convert` and `forecast` take these steps in this process. `ckptx.conversion.supervisor` takes the
 same ones in two, with a queue behind `load`. Whichever way, a target appears whole or not at all.
@@ -25,9 +25,11 @@ from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import CkptxError, CutShortError, PlanError, PluginError, listing
 from ckptx.processes.interrupts import Interrupted
 from ckptx.processes.supervision import Failure
-from ckptx.protocol.messages import Begin, End, Message, Tensors
+from ckptx.protocol.contracts import WEIGHTS, Wants
+from ckptx.protocol.messages import Begin, End, Message
 from ckptx.protocol.progress import Progress, Silent
 from ckptx.registry import registry
+from ckptx.registry.open import checkpoint_messages
 from ckptx.storage.spool import Spool, SpoolFile
 from ckptx.version import __version__
 from ckptx.writing.publish import Target, check_files, manifest_path, outline
@@ -104,21 +106,25 @@ Run: TypeAlias = Callable[[ConversionRequest, TargetOwner, str], Outcome]
 
 
 def load(request: ConversionRequest, spool: Spool | None) -> Iterator[Message]:
-    """Yield the messages of the source, edited, and checked to come in order.
+    """Yield the messages of the source, edited.
 
     Raises:
         CkptxError: whatever the loader raised.
     """
     who = f"loader {request.loader!r}"
     with blamed_on(who):
-        loader = registry.loader(request.loader, request.megatron_path)
-        options = request.options(request.loader_options, spool=spool)
-        messages = loader.load(request.source, options)
+        messages = checkpoint_messages(
+            request.source,
+            request.loader,
+            options=request.options(request.loader_options),
+            wants=_wanted_by(request.saver),
+            spool=spool,
+            megatron_path=request.megatron_path,
+        )
         if request.edits is not None:
             from ckptx.conversion.edits import edited
 
-            messages = edited(iter(messages), request.edits, request.loader)
-        messages = checked(messages, request.loader)
+            messages = edited(messages, request.edits, request.loader)
     while True:
         with blamed_on(who):  # a fault of whoever takes the messages is not the loader's
             message = next(messages, None)
@@ -127,7 +133,15 @@ def load(request: ConversionRequest, spool: Spool | None) -> Iterator[Message]:
         yield message
 
 
-def plan(
+def _wanted_by(saver: str) -> Wants:
+    """Return what a saver wants to be given; a Megatron-style module is not imported for it."""
+    if registry.canonical(saver) not in registry.names("saver"):
+        return WEIGHTS
+    wants: Wants = getattr(registry.saver(saver), "wants", WEIGHTS)
+    return wants
+
+
+def make_plan(
     saver: Saver, messages: Iterable[Message], options: Mapping[str, Any], dtype: str | None = None
 ) -> Planned:
     """Return what a saver makes of messages, cast to ``dtype`` before it sees them.
@@ -135,7 +149,7 @@ def plan(
     Raises:
         PluginError: the saver has not read all messages.
     """
-    stream = CheckedMessages(iter(messages))
+    stream = WatchedMessages(iter(messages))
     made = saver.plan(cast(stream, dtype), options)
     return Planned(*stream.finish(saver.name), made)
 
@@ -300,7 +314,7 @@ def plan_conversion(request: ConversionRequest, spool: Spool | None = None) -> P
 def _plan(saver: Saver, messages: Iterator[Message], request: ConversionRequest) -> Planned:
     options = request.options(request.saver_options)
     with blamed_on(f"saver {request.saver!r}"):
-        return plan(saver, messages, options, request.dtype)
+        return make_plan(saver, messages, options, request.dtype)
 
 
 def _refusal(request: ConversionRequest, planned: Planned) -> str:
@@ -354,7 +368,7 @@ def _save_by_module(
     """Let a Megatron-style module write the files itself."""
     from ckptx.writing.atomic import sync_tree
 
-    stream = CheckedMessages(messages)
+    stream = WatchedMessages(messages)
     staging = Path(owner.prepare(saver.outline(request), None)[0])
     options = request.options(request.saver_options, staging=staging)
     facts = saver.write_directly(cast(stream, request.dtype), options, owner.advance)
@@ -397,24 +411,7 @@ def blamed_on(who: str) -> Iterator[None]:
         raise Failure.of(error, who).error() from error
 
 
-def checked(messages: Iterable[Message], name: str) -> Iterator[Message]:
-    """Yield the messages of loader ``name`` if they are one `Begin`, `Tensors`, and one `End`."""
-    last: Message | None = None
-    for message in messages:
-        first = last is None
-        known = isinstance(message, Begin if first else (Tensors, End))
-        if not known or isinstance(last, End):
-            expected = (
-                "nothing" if isinstance(last, End) else "Begin" if first else "Tensors or End"
-            )
-            raise PluginError(f"loader {name!r} sent {title(message)}, expected {expected}")
-        last = message
-        yield message
-    if not isinstance(last, End):
-        raise PluginError(f"loader {name!r} ended without sending End")
-
-
-class CheckedMessages:
+class WatchedMessages:
     """The messages on their way to a saver; remembers the first and the last."""
 
     def __init__(self, messages: Iterator[Message]) -> None:
@@ -435,9 +432,3 @@ class CheckedMessages:
         if self._begin is None or self._end is None:
             raise PluginError(f"saver {saver!r} returned before it had read all messages")
         return self._begin, self._end
-
-
-def title(message: object) -> str:
-    """Return what a message is called in errors."""
-    name = getattr(message, "name", "")
-    return f"{type(message).__name__} {name!r}" if name else type(message).__name__

@@ -20,6 +20,7 @@ from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import PluginError
 from ckptx.processes.supervision import Channel, Failure, settle_child
 from ckptx.protocol.messages import End, Message
+from ckptx.registry.open import title
 from ckptx.storage.spool import Spool
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def run_loader(job: ConversionRequest, queue: Bytes, line: Channel, spool_path: 
         except Exception as error:
             raise PluginError(
                 f"loader {job.loader!r} sent a message that cannot travel between processes "
-                f"({engine.title(message)}): {type(error).__name__}: {error}"
+                f"({title(message)}): {type(error).__name__}: {error}"
             ) from error
         queue.put(content)
     spool.close()

@@ -31,7 +31,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ckptx.conversion.engine import plan
+from ckptx.conversion.engine import make_plan
 from ckptx.errors import CkptxError
 from ckptx.model.canonical_names import check_shapes, dimensions, keys_of
 from ckptx.model.layout import Family, Layout, Rule
@@ -41,6 +41,7 @@ from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import IDENTITY
 from ckptx.protocol.contracts import Loader, Saver
 from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, Tensors
+from ckptx.registry.open import checkpoint_messages
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor, Shape, Stored, stored
 from ckptx.tensors.pieces import pieces
@@ -48,6 +49,7 @@ from ckptx.testing import faults
 from ckptx.testing.conversion import (
     checked,
     end_of,
+    loaded,
     loaded_by_name,
     plan_of_messages,
     save,
@@ -208,7 +210,8 @@ class LoaderTests(_Parametrized):
         assert done.returncode == 0, done.stderr
 
     def _load(self, checkpoint: Checkpoint) -> list[Message]:
-        return list(self.loader.load(checkpoint.path, checkpoint.options))
+        options = checkpoint.options
+        return list(checkpoint_messages(checkpoint.path, self.loader, options=options))
 
     def _check_damaged(self, damaged: Checkpoint, expected: Canonical, what: str) -> None:
         try:
@@ -242,7 +245,7 @@ class SaverTests(_Parametrized):
         model, options = case
         sent = messages(model, tmp_path / "source")
         result = save(self.saver, sent, tmp_path / "target", options)
-        found = values(self.loader.load(result, {}))
+        found = loaded(self.loader, result)
         assert_equal(unpadded(found, model), model.canonical(padded=False))
 
     def test_writes_the_same_twice(self, case: tuple[TinyModel, Options], tmp_path: Path) -> None:
@@ -262,7 +265,7 @@ class SaverTests(_Parametrized):
         model, options = case
         sent = messages(model, tmp_path / "source")
         faults.drop(tmp_path / "source" / "tiny.bin")
-        planned = plan(self.saver, sent, {"target": tmp_path / "target", **options})
+        planned = make_plan(self.saver, sent, {"target": tmp_path / "target", **options})
         assert planned.prove().tensors
 
     def test_refuses(
@@ -271,7 +274,7 @@ class SaverTests(_Parametrized):
         """What the format cannot hold, and what it needs and does not get, is one line of error."""
         sent = change(messages(_first(self.models), tmp_path / "source"))
         with pytest.raises(CkptxError) as error:
-            plan(self.saver, sent, {"target": tmp_path / "target"}).prove()
+            make_plan(self.saver, sent, {"target": tmp_path / "target"}).prove()
         assert_one_line(error.value)
 
     def test_keeps_unknown_models(self, tmp_path: Path) -> None:

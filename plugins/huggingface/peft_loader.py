@@ -17,9 +17,9 @@ from ckptx.errors import FormatError
 from ckptx.hf_models.directory import base_sidecars, hf_messages, sidecars, training_state
 from ckptx.hf_models.lora import config as adapter_config
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
-from ckptx.hf_models.lora.extract import FILES, LAYOUT, adapter_options
+from ckptx.hf_models.lora.extract import FILES, adapter_options
 from ckptx.hf_models.weights import SINGLES, Weights, read_weights
-from ckptx.protocol.contracts import Loader
+from ckptx.protocol.contracts import ADAPTERS, ANYTHING, WEIGHTS, Loader
 from ckptx.protocol.from_names import inventory
 from ckptx.protocol.hookspecs import hookimpl
 from ckptx.protocol.messages import Begin, Message
@@ -53,8 +53,8 @@ class PeftLoader:
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the merged model, or the adapter alone for a target that holds adapters."""
-        alone = options.get("saver", LAYOUT) == LAYOUT  # without a target it is only looked at
-        base = options.get("hf_base")
+        wants, base = options.get("wants", ANYTHING), options.get("hf_base")
+        alone = wants.adapters and not (wants.weights and base is not None)
         weights = Weights([], {}, {})
         if not alone:
             if base is None:
@@ -80,7 +80,7 @@ class PeftLoader:
         )
         every = {
             **options,
-            **({"saver": LAYOUT} if alone else {}),
+            "wants": ADAPTERS if alone else WEIGHTS,
             "adapter": (source, *(options.get("adapter") or ())),
         }
         dtype, beside = options.get("dtype"), training_state(source)

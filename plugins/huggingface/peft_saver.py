@@ -14,7 +14,7 @@ from ckptx.containers import safetensors
 from ckptx.errors import SchemaError
 from ckptx.hf_models.lora.extract import FILES, LAYOUT
 from ckptx.plugins.huggingface.saver import in_library_order
-from ckptx.protocol.contracts import SavePlan, Saver
+from ckptx.protocol.contracts import ADAPTERS, SavePlan, Saver
 from ckptx.protocol.from_names import main_dtype
 from ckptx.protocol.hookspecs import hookimpl
 from ckptx.protocol.messages import Message
@@ -26,6 +26,7 @@ class PeftSaver:
     """Writes a directory that `peft.PeftModel.from_pretrained` loads."""
 
     name = "peft"
+    wants = ADAPTERS
     capabilities: Mapping[str, Any] = {
         "formats": ["PEFT LoRA"],
         "layouts": ["peft"],

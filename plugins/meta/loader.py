@@ -19,12 +19,13 @@ from ckptx.model.layout import Layout
 from ckptx.model.sharding import Gatherer
 from ckptx.model.spec import ModelSpec
 from ckptx.protocol.contracts import Loader
-from ckptx.protocol.from_names import equal, inventory, main_dtype
+from ckptx.protocol.from_names import inventory, main_dtype
 from ckptx.protocol.hookspecs import hookimpl
 from ckptx.protocol.messages import Begin, Dropped, End, Message, SourceTensor, Tensors
 from ckptx.protocol.sidecars import read_config
 from ckptx.registry.families import family_named, family_of
 from ckptx.schemas.conventions.meta import EMBEDDING, OUTPUT, spec_from_params
+from ckptx.storage.blocks import equal
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import LazyTensor, Stored
 
