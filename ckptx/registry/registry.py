@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ckptx.errors import PluginError, listing
 from ckptx.registry.alternatives import Alternatives
+from ckptx.version import __version__
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -51,6 +52,9 @@ RECOGNISED = {
 """Formats that ckptx knows of and has no plugin for yet."""
 
 Kind: TypeAlias = Literal["loader", "saver", "schema"]
+Role: TypeAlias = Literal["loader", "saver"]
+fallbacks: list[Callable[[Role, str, str | None], Any]] = []
+"""Asked in order for a loader or a saver (role, name, Megatron's path) that no plugin declares."""
 _log = logging.getLogger(__name__)
 
 
@@ -273,8 +277,6 @@ def _entry_points() -> Iterator[tuple[str, str, EntryPoint]]:
     checkout = Path(__file__).resolve().parents[2] / "pyproject.toml"
     own = _declared(checkout) if checkout.is_file() else {}
     if own:
-        from ckptx import __version__
-
         for name, value in own.items():
             yield "ckptx", __version__, EntryPoint(name, value, GROUP)
     for point in entry_points(group=GROUP):
@@ -312,20 +314,16 @@ def _merged(declared: list[Entry]) -> Entry:
     return Entry(first.kind, first.name, first.distribution, first.version, first.point, rivals)
 
 
-def _plugin(kind: Literal["loader", "saver"], name: str, megatron_path: str | None) -> Any:
+def _plugin(kind: Role, name: str, megatron_path: str | None) -> Any:
     found = _entries(kind, (name,)) or _entries(kind, ALIASES.get(name, ()))
     plugins = [_named(entry, _registered(entry)) for entry in found]
     if len(plugins) > 1 and kind == "loader":
         return Alternatives(name, plugins)
     if plugins:
         return plugins[0]
-    from ckptx.conversion import megatron_modules
-
-    module = megatron_modules.find(
-        kind, name, megatron_path, plain=canonical(name) not in RECOGNISED
-    )
-    if module is not None:
-        return megatron_modules.adapt(kind, name, module, megatron_path)
+    for fallback in fallbacks:
+        if (plugin := fallback(kind, name, megatron_path)) is not None:
+            return plugin
     known = ", ".join(names(kind)) or "none"
     if (what := RECOGNISED.get(canonical(name))) is not None:
         raise PluginError(

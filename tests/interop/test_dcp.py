@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ckptx.containers import zstd
-from ckptx.conversion import supervisor
+from ckptx.conversion import engine, supervisor
 from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import CkptxError, ConversionError, FormatError
 from ckptx.inspection.summary import inspect
@@ -376,7 +376,7 @@ def test_compressed_items_are_decoded_when_they_are_read(source_of, tmp_path, de
 def test_a_plan_decodes_nothing_and_tells_the_room_it_takes(source_of, tmp_path, decodings):
     source = source_of("llama")
     compressed(source, tmp_path / "dcp")
-    plan = supervisor.forecast(
+    plan = engine.forecast(
         ConversionRequest("dcp", "hf", tmp_path / "dcp", tmp_path / "hf", hf_base=source.directory)
     )
     size = sum(tensor.nbytes for tensor in source_weights(source.directory).values())
