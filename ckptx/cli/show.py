@@ -53,6 +53,7 @@ def verify_command() -> click.Command:
         else:
             from ckptx.cli.progress import Bar
             from ckptx.protocol.progress import Silent
+            from ckptx.registry.open import open_checkpoint
             from ckptx.verification.compare import compare
             from ckptx.verification.difference import Tolerance
 
@@ -60,7 +61,8 @@ def verify_command() -> click.Command:
             tolerance = Tolerance(rtol, atol, ignore_dtype)
             shown = sys.stderr.isatty() and not (quiet or as_json)
             bar = Bar() if shown else Silent()
-            result = compare(a, b, loader_a, loader_b, tolerance, diagnosis=diagnosis, progress=bar)
+            with open_checkpoint(a, loader_a) as left, open_checkpoint(b, loader_b) as right:
+                result = compare(left, right, tolerance, diagnosis=diagnosis, progress=bar)
         show_result(result, as_json, quiet)
         if not result.equal:
             raise click.exceptions.Exit(1)

@@ -55,7 +55,6 @@ class ConversionRequest:
         engine = {
             "dtype": self.dtype,
             "hf_base": self.hf_base,
-            "saver": self.saver,
             "fill_from_base": self.fill_from_base,
             "target": self.target,
             "max_queue_size": self.max_queue_size,

@@ -100,14 +100,10 @@ def plan_conversion(
     """
     from ckptx.conversion.proof import prove
 
-    loader = registry.loader(job.loader, job.megatron_path)
     saver = registry.saver(job.saver, job.megatron_path)
     if isinstance(saver, ModuleSaver):
         raise PlanError(f"saver {job.saver!r} is a Megatron-style module, which cannot be planned")
-    options = job.options(job.loader_options, spool=spool)
-    loaded = worker.changed(loader.load(job.source, options), job)
-    messages = worker.checked(loaded, job.loader)
-    stream = worker.CheckedMessages(messages)
+    stream = worker.CheckedMessages(worker.changed(worker.messages_of(job, spool), job))
     plan = saver.plan(worker.recast(stream, job), job.options(job.saver_options))
     begin, end = stream.finish(job.saver)
     return begin, end, plan, prove(plan, begin, end)

@@ -25,8 +25,10 @@ from ckptx.conversion.report import Facts
 from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import PluginError, listing
 from ckptx.processes.supervision import Channel, Failure, settle_child
-from ckptx.protocol.messages import Begin, End, Message, Tensors
+from ckptx.protocol.contracts import WEIGHTS, Wants
+from ckptx.protocol.messages import Begin, End, Message
 from ckptx.registry import registry
+from ckptx.registry.open import checkpoint_messages, title
 from ckptx.storage.spool import Spool
 from ckptx.writing.atomic import sync_tree, write_durable
 from ckptx.writing.journal import NAME, Identity, Journal, identify
@@ -64,19 +66,37 @@ def main(
         os._exit(1)  # threads and exit handlers of a failed plugin have nothing left to add
 
 
+def messages_of(job: ConversionRequest, spool: Spool | None) -> Iterator[Message]:
+    """Return the messages of the job's loader."""
+    return checkpoint_messages(
+        job.source,
+        job.loader,
+        options=job.options(job.loader_options),
+        wants=_wants(job.saver),
+        spool=spool,
+        megatron_path=job.megatron_path,
+    )
+
+
+def _wants(saver: str) -> Wants:
+    """Return what a saver wants to be given; a Megatron-style module is not imported for it."""
+    if registry.canonical(saver) not in registry.names("saver"):
+        return WEIGHTS
+    wants: Wants = getattr(registry.saver(saver), "wants", WEIGHTS)
+    return wants
+
+
 def run_loader(job: ConversionRequest, queue: Bytes, line: Channel, spool_path: str) -> None:
     """Send the messages of the loader."""
-    loader = registry.loader(job.loader, job.megatron_path)
     spool = Spool(spool_path)
-    options = job.options(job.loader_options, spool=spool)
-    for message in checked(changed(loader.load(job.source, options), job), job.loader):
+    for message in changed(messages_of(job, spool), job):
         try:
             content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         # pickle has no exception of its own for most of what cannot be pickled
         except Exception as error:
             raise PluginError(
                 f"loader {job.loader!r} sent a message that cannot travel between processes "
-                f"({_title(message)}): {type(error).__name__}: {error}"
+                f"({title(message)}): {type(error).__name__}: {error}"
             ) from error
         queue.put(content)
     spool.close()
@@ -186,23 +206,6 @@ def versions(job: ConversionRequest) -> dict[str, str]:
     return {**chosen, "ckptx": __version__}
 
 
-def checked(messages: Iterable[Message], name: str) -> Iterator[Message]:
-    """Yield the messages of loader ``name`` if they are one `Begin`, `Tensors`, and one `End`."""
-    last: Message | None = None
-    for message in messages:
-        first = last is None
-        known = isinstance(message, Begin if first else (Tensors, End))
-        if not known or isinstance(last, End):
-            expected = (
-                "nothing" if isinstance(last, End) else "Begin" if first else "Tensors or End"
-            )
-            raise PluginError(f"loader {name!r} sent {_title(message)}, expected {expected}")
-        last = message
-        yield message
-    if not isinstance(last, End):
-        raise PluginError(f"loader {name!r} ended without sending End")
-
-
 class CheckedMessages:
     """The messages on their way to a saver; remembers the first and the last."""
 
@@ -232,8 +235,3 @@ def _received(queue: Bytes) -> Iterator[Message]:
         yield message
         if isinstance(message, End):
             return
-
-
-def _title(message: object) -> str:
-    name = getattr(message, "name", "")
-    return f"{type(message).__name__} {name!r}" if name else type(message).__name__

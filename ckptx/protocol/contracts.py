@@ -10,8 +10,8 @@ names, and those of the engine:
     dtype           dtype to convert to, or None; the engine casts what travels between the two
     hf_base         directory of a Hugging Face model: config and tokenizer source, or None
     fill_from_base  patterns of tensor names that may be filled from ``hf_base``
-    saver           the name of the saver; one that wants adapters only is given nothing else
     target          the path the user named, or None; for the names of single files
+    wants           loaders only: `Wants`, what of the checkpoint is to be loaded
     spool           loaders only: a `ckptx.storage.spool.Spool` for tensors in memory
 """
 
@@ -29,6 +29,23 @@ if TYPE_CHECKING:
     import click
 
     from ckptx.protocol.messages import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """What of a checkpoint is to be loaded; a loader is told this, and never by whom."""
+
+    weights: bool = True
+    """Whole weights: adapters are merged into those that they were trained on."""
+    adapters: bool = False
+    """Adapters alone. With ``weights`` these are what is left where the weights are not given."""
+    states: tuple[str, ...] = ("weight",)
+    """What of each parameter: its weight."""
+
+
+WEIGHTS, ADAPTERS = Wants(), Wants(weights=False, adapters=True)
+ANYTHING = Wants(adapters=True)
+"""What is only looked at."""
 
 
 @runtime_checkable
@@ -56,6 +73,7 @@ class Loader(Protocol):
 class Saver(Protocol):
     """Writes one format."""
 
+    # A saver of adapters alone has `wants` set to `ADAPTERS`; others are given weights.
     name: str
     """What follows ``--saver``: ``"core"``."""
 

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from ckptx.errors import ConversionError, PluginError
+from ckptx.storage.open_files import write_all
 from ckptx.tensors.lazy import Stored, stored
 
 _ALIGNMENT = 64  # a cache line; keeps any dtype aligned
@@ -26,10 +27,16 @@ class Spool:
     """Appends tensors to the spool file at ``path``, which a loader lists in `Begin.files`."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self._path = path
         self._lock = threading.Lock()
+        self._making = threading.Lock()
         self._descriptor = -1
         self._end = 0
+
+    @property
+    def path(self) -> str:
+        """Where the spool lies."""
+        return self._path
 
     def put(self, data: Any, dtype: str, shape: Sequence[int], file: int = 0) -> Stored:
         """Append the bytes of ``data``, row-major, and return where they lie.
@@ -81,14 +88,36 @@ class Spool:
 
     def _write(self, view: memoryview, offset: int) -> None:
         try:
-            while view:
-                count = os.pwrite(self._descriptor, view, offset)
-                view, offset = view[count:], offset + count
+            write_all(self._descriptor, offset, view)
         except OSError as error:
             raise ConversionError(
                 f"the spool next to the target cannot be written: {error.strerror}; free space or "
                 "choose another target"
             ) from error
+
+
+class TemporarySpool(Spool):
+    """A spool of its own, made when it is first needed: in ``folder``, or for temporary files."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        super().__init__("")
+        self._folder = folder
+        self._file: SpoolFile | None = None
+
+    @property
+    def path(self) -> str:
+        """Where the spool lies; it is made if it was not."""
+        with self._making:
+            if self._file is None:
+                self._file = SpoolFile(self._folder or Path(tempfile.gettempdir()))
+            return self._file.path
+
+    def close(self) -> None:
+        """Remove the spool."""
+        super().close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class SpoolFile:
@@ -122,6 +151,10 @@ class SpoolFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the spool vanish."""
         os.close(self._descriptor)
 
 

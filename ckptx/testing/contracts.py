@@ -41,11 +41,20 @@ from ckptx.model.transforms import IDENTITY
 from ckptx.protocol.contracts import Loader, Saver
 from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, Tensors
 from ckptx.registry import registry
+from ckptx.registry.open import checkpoint_messages
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor, Shape, Stored, stored
 from ckptx.tensors.pieces import pieces
 from ckptx.testing import faults
-from ckptx.testing.conversion import checked, end_of, loaded_by_name, plan_of_messages, save, values
+from ckptx.testing.conversion import (
+    checked,
+    end_of,
+    loaded,
+    loaded_by_name,
+    plan_of_messages,
+    save,
+    values,
+)
 from ckptx.testing.models import (
     MODELS,
     Arrays,
@@ -201,7 +210,8 @@ class LoaderTests(_Parametrized):
         assert done.returncode == 0, done.stderr
 
     def _load(self, checkpoint: Checkpoint) -> list[Message]:
-        return list(self.loader.load(checkpoint.path, checkpoint.options))
+        options = checkpoint.options
+        return list(checkpoint_messages(checkpoint.path, self.loader, options=options))
 
     def _check_damaged(self, damaged: Checkpoint, expected: Canonical, what: str) -> None:
         try:
@@ -235,7 +245,7 @@ class SaverTests(_Parametrized):
         model, options = case
         sent = messages(model, tmp_path / "source")
         result = save(self.saver, sent, tmp_path / "target", options)
-        found = values(self.loader.load(result, {}))
+        found = loaded(self.loader, result)
         assert_equal(unpadded(found, model), model.canonical(padded=False))
 
     def test_writes_the_same_twice(self, case: tuple[TinyModel, Options], tmp_path: Path) -> None:

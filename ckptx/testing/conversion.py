@@ -11,6 +11,7 @@ from unittest import mock
 from ckptx.conversion.proof import Proof, prove
 from ckptx.protocol.contracts import Loader, SavePlan, Saver
 from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, Tensors
+from ckptx.registry.open import checkpoint_messages
 from ckptx.storage.file_plan import FilePlan, Region
 from ckptx.storage.gather import read
 from ckptx.storage.open_files import Files
@@ -51,7 +52,8 @@ def convert(
     loader_options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Convert ``source``; return the path that a loader reads the result from."""
-    return save(saver, loader.load(source, loader_options or {}), target, saver_options or {})
+    messages = checkpoint_messages(source, loader, options=loader_options)
+    return save(saver, messages, target, saver_options or {})
 
 
 def begin_of(messages: Iterable[Message]) -> Begin:
@@ -87,7 +89,7 @@ def values(messages: Iterable[Message]) -> Canonical:
 
 def loaded(loader: Loader, source: Path, options: Mapping[str, Any] | None = None) -> Canonical:
     """Load a checkpoint and read every tensor of it."""
-    return values(loader.load(source, options or {}))
+    return values(checkpoint_messages(source, loader, options=options))
 
 
 def loaded_by_name(loader: Loader, source: Path) -> Arrays:

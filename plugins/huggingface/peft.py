@@ -21,7 +21,7 @@ from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.extract import FILES, LAYOUT, adapter_options
 from ckptx.hf_models.weights import SINGLES, Weights, read_weights
 from ckptx.plugins.huggingface.hf import in_library_order
-from ckptx.protocol.contracts import SavePlan
+from ckptx.protocol.contracts import ADAPTERS, ANYTHING, WEIGHTS, SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype
 from ckptx.protocol.messages import Begin, Message
 from ckptx.protocol.model import collect
@@ -50,8 +50,8 @@ class PeftLoader:
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the merged model, or the adapter alone for a target that holds adapters."""
-        alone = options.get("saver", LAYOUT) == LAYOUT  # without a target it is only looked at
-        base = options.get("hf_base")
+        wants, base = options.get("wants", ANYTHING), options.get("hf_base")
+        alone = wants.adapters and not (wants.weights and base is not None)
         weights = Weights([], {}, {})
         if not alone:
             if base is None:
@@ -77,7 +77,7 @@ class PeftLoader:
         )
         every = {
             **options,
-            **({"saver": LAYOUT} if alone else {}),
+            "wants": ADAPTERS if alone else WEIGHTS,
             "adapter": (source, *(options.get("adapter") or ())),
         }
         dtype, beside = options.get("dtype"), training_state(source)
@@ -90,6 +90,7 @@ class PeftSaver:
     """Writes a directory that `peft.PeftModel.from_pretrained` loads."""
 
     name = "peft"
+    wants = ADAPTERS
 
     def options(self) -> list[click.Option]:
         """Return no options."""

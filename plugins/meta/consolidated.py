@@ -19,7 +19,7 @@ from ckptx.model.layout import Layout
 from ckptx.model.sharding import Gatherer, Rank, shard_tensors
 from ckptx.model.spec import ModelSpec
 from ckptx.protocol.contracts import SavePlan
-from ckptx.protocol.from_names import equal, inventory, main_dtype
+from ckptx.protocol.from_names import inventory, main_dtype
 from ckptx.protocol.messages import Begin, Dropped, End, Message, SourceTensor, Tensors
 from ckptx.protocol.model import Model, check_messages, collect, resize_vocabulary
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
@@ -33,6 +33,7 @@ from ckptx.schemas.conventions.meta import (
     params_from_spec,
     spec_from_params,
 )
+from ckptx.storage.blocks import equal
 from ckptx.storage.file_plan import FilePlan, literal_files
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import LazyTensor, Stored

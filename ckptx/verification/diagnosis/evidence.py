@@ -6,22 +6,22 @@ from collections.abc import Sequence
 
 from ckptx.model.canonical_names import VISION
 from ckptx.model.spec import ModelSpec
+from ckptx.storage.blocks import BlockReader
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.verification.diagnosis import attention
 from ckptx.verification.diagnosis.mistakes import Read, TensorPair
 from ckptx.verification.diagnosis.samples import Sampler, common_dtype
-from ckptx.verification.difference import BlockReader
 from ckptx.verification.pairing import Name, Paired
 
 
 class Evidence:
     """Two checkpoints, and the names of the tensors that differ or that only one side has."""
 
-    def __init__(self, paired: Paired, differing: Sequence[Name], stream: BlockReader) -> None:
+    def __init__(self, paired: Paired, differing: Sequence[Name], reader: BlockReader) -> None:
         self.sides = (paired.left, paired.right)
         self.differing = tuple(differing)
-        self.stream = stream
-        self.sampler = Sampler(stream.files)
+        self.reader = reader
+        self.sampler = Sampler(reader.files)
         self.reads = (self._reader(0), self._reader(1))
 
     def subject(self, name: Name) -> TensorPair | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptx.storage.gather import Gather, numpy_dtype
+from ckptx.storage.gather import Gather
 from ckptx.storage.open_files import Files
 from ckptx.tensors.dtypes import ITEMSIZE, is_widening
 from ckptx.tensors.lazy import LazyTensor
@@ -23,7 +23,7 @@ _ROUNDED = ("float32", "float16", "bfloat16")  # dtypes that wider ones can be c
 class Sampler:
     """Reads samples of the tensors of two checkpoints, whose open files these are."""
 
-    def __init__(self, files: tuple[Files, Files]) -> None:
+    def __init__(self, files: Sequence[Files]) -> None:
         self._gathers = [Gather(one) for one in files]
 
     def runs(self, side: int, tensor: LazyTensor) -> list[NDArray[Any]]:
@@ -33,27 +33,23 @@ class Sampler:
     def run(self, side: int, tensor: LazyTensor, start: int) -> NDArray[Any]:
         """Return the run of elements that starts at ``start`` in row-major order."""
         stop = min(tensor.numel, start + _RUN)
-        buffer = np.empty((stop - start) * ITEMSIZE[tensor.dtype], np.uint8)
-        self._gathers[side].add_range(tensor, start, stop, buffer)
+        values = self._gathers[side].add_range(tensor, start, stop)
         self._gathers[side].run()
-        values: NDArray[Any] = buffer.view(numpy_dtype(tensor.dtype))
         return values
 
     def heads(self, side: int, tensors: Sequence[LazyTensor], dtype: str) -> list[bytes | None]:
         """Return the first elements of several tensors; None of one that starts with one value."""
-        buffers = []
-        for tensor in tensors:
-            tensor = tensor if tensor.dtype == dtype else tensor.cast(dtype)
-            length = min(_RUN, tensor.numel)
-            buffers.append(np.empty(length * ITEMSIZE[dtype], np.uint8))
-            self._gathers[side].add_range(tensor, 0, length, buffers[-1])
-        self._gathers[side].run()
-        elements = [buffer.reshape(-1, ITEMSIZE[dtype]) for buffer in buffers]
-        return [None if (one == one[:1]).all() else one.tobytes() for one in elements]
+        gather = self._gathers[side]
+        heads = [
+            gather.add_range(tensor.cast(dtype), 0, min(_RUN, tensor.numel)) for tensor in tensors
+        ]
+        gather.run()
+        elements = [head.view(np.uint8).reshape(-1, ITEMSIZE[dtype]) for head in heads]
+        return [None if (rows == rows[:1]).all() else rows.tobytes() for rows in elements]
 
     def digest(self, side: int, tensor: LazyTensor, dtype: str) -> bytes | None:
         """Return a digest of runs of a tensor in a dtype; None if they hold one value only."""
-        runs = self.runs(side, tensor if tensor.dtype == dtype else tensor.cast(dtype))
+        runs = self.runs(side, tensor.cast(dtype))
         if not runs or all((run == runs[0][0]).all() for run in runs):
             return None
         return hashlib.blake2b(b"".join(run.tobytes() for run in runs), digest_size=16).digest()

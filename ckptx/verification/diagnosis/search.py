@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ckptx.errors import PlanError
 from ckptx.protocol.model import VOCAB_TENSORS
+from ckptx.storage.blocks import BlockReader, equal
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.verification.diagnosis import attention, relations, vocabulary
 from ckptx.verification.diagnosis.evidence import Evidence
@@ -20,7 +21,6 @@ from ckptx.verification.diagnosis.hypotheses import WORDS, Hypotheses
 from ckptx.verification.diagnosis.mistakes import Make, TensorPair, Variant, chained
 from ckptx.verification.diagnosis.relations import SAME, Relation
 from ckptx.verification.diagnosis.samples import starts
-from ckptx.verification.difference import BlockReader
 from ckptx.verification.pairing import Name, Paired, label
 
 _PATIENCE = 2  # tensors of a kind for which pairs of mistakes are tried
@@ -54,15 +54,15 @@ class _Candidate:
     backwards: bool = False
 
 
-def diagnose(paired: Paired, differing: Sequence[Name], stream: BlockReader) -> tuple[Finding, ...]:
+def diagnose(paired: Paired, differing: Sequence[Name], reader: BlockReader) -> tuple[Finding, ...]:
     """Return the mistakes that explain tensors which differ, those that explain most first.
 
     Args:
         paired: the two checkpoints under common names.
         differing: the names of tensors that differ, or that only one side has.
-        stream: reads both.
+        reader: reads both.
     """
-    return tuple(_Search(Evidence(paired, differing, stream)).run())
+    return tuple(_Search(Evidence(paired, differing, reader)).run())
 
 
 class _Search:
@@ -215,14 +215,13 @@ class _Search:
     def _confirmed(self, candidate: _Candidate, relation: Relation) -> bool:
         holds = True
 
-        def visit(number: int, expected: NDArray[Any], found: NDArray[Any]) -> bool:
+        def visit(_number: int, _start: int, blocks: Sequence[NDArray[Any]]) -> bool:
             nonlocal holds
-            if not _holds(relation, expected, found, candidate.backwards):
-                holds = False
+            holds = holds and _holds(relation, blocks[0], blocks[1], candidate.backwards)
             return holds
 
         places = (1, 0) if candidate.backwards else (0, 1)
-        self.evidence.stream.each([(candidate.expected, candidate.found)], visit, places)
+        self.evidence.reader.each([(candidate.expected, candidate.found)], visit, places)
         return holds
 
     def _drop_halves(self, explained: dict[Name, tuple[_Explanation, ...]]) -> None:
@@ -275,7 +274,7 @@ class _Search:
             embedding = self.evidence.sides[side].tensors.get(vocabulary.EMBEDDING)
             copies = False
             if embedding is not None and embedding.shape == head.shape:
-                copies = self._equal(side, head, embedding)
+                copies = equal(head, embedding, self.evidence.sides[side].files)
             has, ties = "AB"[side], "AB"[other]
             said = (
                 f"{ties} has no output layer, its embedding is used; that of {has} equals its "
@@ -297,19 +296,6 @@ class _Search:
                 (label(output),),
                 len(self.evidence.differing),
             )
-
-    def _equal(self, side: int, first: LazyTensor, second: LazyTensor) -> bool:
-        if first.dtype != second.dtype:
-            return False
-        equal = True
-
-        def visit(number: int, one: NDArray[Any], other: NDArray[Any]) -> bool:
-            nonlocal equal
-            equal = equal and SAME.holds(one, other)
-            return equal
-
-        self.evidence.stream.each([(first, second)], visit, (side, side))
-        return equal
 
 
 _SHOWN_DETAILS = 6
