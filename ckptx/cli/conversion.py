@@ -239,9 +239,9 @@ def _convert(job: ConversionRequest, params: dict[str, Any]) -> None:
 
 
 def _plan(job: ConversionRequest, params: dict[str, Any]) -> None:
-    from ckptx.conversion import supervisor
+    from ckptx.conversion import engine
 
-    forecast = supervisor.forecast(job, tensors=params["as_json"])
+    forecast = engine.forecast(job, tensors=params["as_json"])
     show_result(forecast, params["as_json"], params["quiet"])
 
 

@@ -96,11 +96,11 @@ def modify_command() -> click.Command:
 
 def _modify(job: ConversionRequest, params: dict[str, Any]) -> None:
     from ckptx.cli import progress
-    from ckptx.conversion import supervisor
+    from ckptx.conversion import engine, supervisor
 
     result: Any
     if params["dry_run"]:
-        result = supervisor.forecast(job, tensors=params["as_json"])
+        result = engine.forecast(job, tensors=params["as_json"])
     else:
         shown = progress.choose(params["quiet"] or params["as_json"])
         result = supervisor.convert(job, shown)

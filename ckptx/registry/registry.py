@@ -18,7 +18,7 @@ import fnmatch
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ckptx.errors import FormatError, PluginError, listing
+from ckptx.version import __version__
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -44,6 +45,9 @@ RECOGNISED = {
 """Formats that ckptx knows of and has no plugin for yet."""
 
 Kind: TypeAlias = Literal["loader", "saver", "schema", "formats"]
+Role: TypeAlias = Literal["loader", "saver"]
+fallbacks: list[Callable[[Role, str, str | None], Any]] = []
+"""Asked in order for a loader or a saver (role, name, Megatron's path) that no plugin declares."""
 _log = logging.getLogger(__name__)
 
 
@@ -174,7 +178,7 @@ def loader(name: str, megatron_path: str | None = None, source: Path | None = No
     return plugin
 
 
-def capabilities(kind: Literal["loader", "saver"], plugin: Loader | Saver) -> Mapping[str, Any]:
+def capabilities(kind: Role, plugin: Loader | Saver) -> Mapping[str, Any]:
     """Return what a plugin says that it can do, in its declaration or its class."""
     own: Mapping[str, Any] | None = getattr(plugin, "capabilities", None)
     entry = entries().get(f"{kind}_{plugin.name}")
@@ -352,8 +356,6 @@ def _entry_points() -> Iterator[tuple[str, str, EntryPoint]]:
     checkout = Path(__file__).resolve().parents[2] / "pyproject.toml"
     own = _declared(checkout) if checkout.is_file() else {}
     if own:
-        from ckptx import __version__
-
         for name, value in own.items():
             yield "ckptx", __version__, EntryPoint(name, value, GROUP)
     for point in entry_points(group=GROUP):
@@ -390,18 +392,14 @@ def _merged(found: list[Entry]) -> Entry:
     return replace(first, rivals=tuple(rivals))
 
 
-def _plugin(kind: Literal["loader", "saver"], name: str, megatron_path: str | None) -> Any:
+def _plugin(kind: Role, name: str, megatron_path: str | None) -> Any:
     for known in (name, *_behind(name)):
         if (entry := entries().get(f"{kind}_{known}")) is not None:
             entry.refuse_rivals()
             return _named(entry, _registered(entry))
-    from ckptx.conversion import megatron_modules
-
-    module = megatron_modules.find(
-        kind, name, megatron_path, plain=canonical(name) not in RECOGNISED
-    )
-    if module is not None:
-        return megatron_modules.adapt(kind, name, module, megatron_path)
+    for fallback in fallbacks:
+        if (plugin := fallback(kind, name, megatron_path)) is not None:
+            return plugin
     known = ", ".join(names(kind)) or "none"
     if (what := RECOGNISED.get(canonical(name))) is not None:
         raise PluginError(

@@ -31,6 +31,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ckptx.conversion.engine import make_plan
 from ckptx.errors import CkptxError
 from ckptx.model.canonical_names import check_shapes, dimensions, keys_of
 from ckptx.model.layout import Family, Layout, Rule
@@ -265,17 +266,16 @@ class SaverTests(_Parametrized):
         model, options = case
         sent = messages(model, tmp_path / "source")
         faults.drop(tmp_path / "source" / "tiny.bin")
-        plan = self.saver.plan(iter(sent), {"target": tmp_path / "target", **options})
-        assert checked(plan, sent).tensors
+        planned = make_plan(self.saver, sent, {"target": tmp_path / "target", **options})
+        assert planned.prove().tensors
 
     def test_refuses(
         self, change: Callable[[list[Message]], list[Message]], tmp_path: Path
     ) -> None:
         """What the format cannot hold, and what it needs and does not get, is one line of error."""
         sent = change(messages(_first(self.models), tmp_path / "source"))
-        with pytest.raises(CkptxError) as error:  # noqa: PT012 - planning or proving may refuse
-            plan = self.saver.plan(iter(sent), {"target": tmp_path / "target"})
-            checked(plan, sent)
+        with pytest.raises(CkptxError) as error:
+            make_plan(self.saver, sent, {"target": tmp_path / "target"}).prove()
         assert_one_line(error.value)
 
     def test_keeps_unknown_models(self, tmp_path: Path) -> None:
