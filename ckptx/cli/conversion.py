@@ -13,34 +13,12 @@ from typing import Any, Literal
 
 import click
 
-from ckptx.cli.options import (
-    engine_options,
-    long_options,
-    megatron_options,
-    short_options,
-    show_result,
-)
+from ckptx.cli.options import long_options, output_options, short_options, show_result
 from ckptx.conversion import megatron_modules
+from ckptx.conversion.options import engine_options, megatron_options
 from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import CkptxError, PluginError
 from ckptx.registry import registry
-
-_ENGINE = (
-    "dtype",
-    "hf_base",
-    "fill_from_base",
-    "overwrite",
-    "max_memory",
-    "threads",
-    "digest",
-    "check_replicas",
-    "resume",
-    "journal_every",
-    "max_queue_size",
-    "model_type",
-    "checking",
-    "megatron_path",
-)
 
 
 class Chosen:
@@ -103,7 +81,7 @@ class ConversionCommand(click.Command):
         self.style = style
         self.base = (short_options if style == "short" else long_options)()
         self.megatron = megatron_options()
-        self.engine = engine_options()
+        self.engine = [*engine_options(), *output_options()]
         params = [*self.base, *self.engine, *self.megatron]
         super().__init__(name, params=params, help=summary, short_help=summary)
 
@@ -141,6 +119,7 @@ class ConversionCommand(click.Command):
         chosen: Chosen = ctx.meta["chosen"]
         if chosen.loader is None or chosen.saver is None:
             raise click.UsageError(f"say the format of {ctx.params['load_dir']} with --from", ctx)
+        engine = (*engine_options(), *megatron_options())
         both = {}
         if chosen.modules:
             names = {"loader": chosen.loader.name, "saver": chosen.saver.name}
@@ -152,7 +131,7 @@ class ConversionCommand(click.Command):
             target=ctx.params["save_dir"],
             loader_options={**chosen.values("loader", ctx.params), **both},
             saver_options={**chosen.values("saver", ctx.params), **both},
-            **{name: ctx.params[name] for name in _ENGINE},
+            **{str(one.name): ctx.params[str(one.name)] for one in engine},
         )
         self.run(job, ctx.params)
 
