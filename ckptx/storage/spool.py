@@ -27,10 +27,16 @@ class Spool:
     """Appends tensors to the spool file at ``path``, which a loader lists in `Begin.files`."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self._path = path
         self._lock = threading.Lock()
+        self._making = threading.Lock()
         self._descriptor = -1
         self._end = 0
+
+    @property
+    def path(self) -> str:
+        """Where the spool lies."""
+        return self._path
 
     def put(self, data: Any, dtype: str, shape: Sequence[int], file: int = 0) -> Stored:
         """Append the bytes of ``data``, row-major, and return where they lie.
@@ -90,6 +96,30 @@ class Spool:
             ) from error
 
 
+class TemporarySpool(Spool):
+    """A spool of its own, made when it is first needed: in ``folder``, or for temporary files."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        super().__init__("")
+        self._folder = folder
+        self._file: SpoolFile | None = None
+
+    @property
+    def path(self) -> str:
+        """Where the spool lies; it is made if it was not."""
+        with self._making:
+            if self._file is None:
+                self._file = SpoolFile(self._folder or Path(tempfile.gettempdir()))
+            return self._file.path
+
+    def close(self) -> None:
+        """Remove the spool."""
+        super().close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
 class SpoolFile:
     """Owns the spool: creates it near ``target``, and lets it vanish at the end."""
 
@@ -121,6 +151,10 @@ class SpoolFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the spool vanish."""
         os.close(self._descriptor)
 
 
