@@ -54,8 +54,7 @@ class Loader(Protocol):
 
     name: str
     """What follows ``--loader``: ``"hf"``."""
-    capabilities: Mapping[str, Any]
-    """Plain data for ``ckptx plugins``: ``{"formats": [...], "lossless": True, ...}``."""
+    # One that no `Format` declares has `capabilities`, plain data for ``ckptx plugins``.
 
     def options(self) -> list[click.Option]:
         """Return the options that the loader adds to the command line."""
@@ -77,8 +76,6 @@ class Saver(Protocol):
     # A saver of adapters alone has `wants` set to `ADAPTERS`; others are given weights.
     name: str
     """What follows ``--saver``: ``"core"``."""
-    capabilities: Mapping[str, Any]
-    """Plain data for ``ckptx plugins``."""
 
     def options(self) -> list[click.Option]:
         """Return the options that the saver adds to the command line."""

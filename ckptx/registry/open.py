@@ -172,7 +172,7 @@ def find_loader(
         PluginError: there is none, or not exactly one recognises the checkpoint.
     """
     if format is None or isinstance(format, str):
-        return registry.loader(format or registry.detect(location), megatron_path)
+        return registry.loader(format or registry.detect(location), megatron_path, location)
     return format
 
 

@@ -41,6 +41,7 @@ from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import IDENTITY
 from ckptx.protocol.contracts import Loader, Saver
 from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, Tensors
+from ckptx.registry import registry
 from ckptx.registry.open import checkpoint_messages
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor, Shape, Stored, stored
@@ -193,7 +194,7 @@ class LoaderTests(_Parametrized):
 
     def test_imports_nothing_heavy(self, tmp_path: Path) -> None:
         """Detecting and loading import no torch, unless ``capabilities["torch"]`` says so."""
-        if self.loader.capabilities.get("torch"):
+        if registry.capabilities("loader", self.loader).get("torch"):
             pytest.skip("the loader says that it needs torch")
         checkpoint = self.write(tmp_path, _first(self.models))
         kind = type(self.loader)
@@ -234,7 +235,7 @@ class SaverTests(_Parametrized):
 
     def option_sets(self) -> Sequence[Options]:
         """Return the options to save with; by default a grid of what the capabilities say."""
-        return parallel_grid(self.saver.capabilities)
+        return parallel_grid(registry.capabilities("saver", self.saver))
 
     def cases(self) -> Iterable[Any]:
         """Return (model, options) pairs; by default a sample in which each of both occurs."""
@@ -279,7 +280,7 @@ class SaverTests(_Parametrized):
 
     def test_keeps_unknown_models(self, tmp_path: Path) -> None:
         """Tensors of an unknown family keep their names and bytes, where the format takes them."""
-        if not self.saver.capabilities.get("passthrough"):
+        if not registry.capabilities("saver", self.saver).get("passthrough"):
             pytest.skip("the saver needs a known family")
         names = ("tower.weight", "tower.10.weight", "tower.2.weight", "scale", "nothing")
         dtypes, sizes = ("float32", "bfloat16", "bfloat16", "float64", "float32"), ((3, 3),) * 3
