@@ -263,9 +263,10 @@ def forecast(request: ConversionRequest, *, tensors: bool = True) -> Forecast:
 
     before = _resident()
     with SpoolFile(request.target) as file:
-        planned = plan_conversion(request, Spool(file.path))
+        spool = Spool(file.path)
+        planned = plan_conversion(request, spool)
         made, proof = planned.plan, planned.prove()
-        spooled = file.nbytes
+        spool.close()
     grown = max(0, _resident() - before)
     listed = [
         {
@@ -295,7 +296,7 @@ def forecast(request: ConversionRequest, *, tensors: bool = True) -> Forecast:
         outputs,
         sorted(made.pointers),
         peak_memory(write_options(request)) + grown,
-        spooled,
+        spool.nbytes,
         _refusal(request, planned),
         listed,
     )

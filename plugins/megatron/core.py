@@ -125,7 +125,8 @@ class CoreLoader:
         for message in messages:
             check_shapes(message.name, message.tensors, parts[message.part])
             yield message
-        yield End(tuple(dropped), (*directory.unfinished(source), *self.notes(parts["language"])))
+        notes = (*directory.unfinished(source), *checkpoint.notes, *self.notes(parts["language"]))
+        yield End(tuple(dropped), notes)
 
     def read(self, place: directory.IterationDirectory) -> Source:
         """Read the metadata of a checkpoint."""

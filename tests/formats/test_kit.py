@@ -174,7 +174,9 @@ def test_a_flipped_bit_arrives_flipped(tmp_path):
 
 
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(arrays=strategies.state_dicts(), name=st.sampled_from(["hf", "pytorch"]))
 def test_any_tensors_pass_through(arrays, name, tmp_path_factory):
