@@ -35,6 +35,7 @@ from ckptx.plugins.megatron.target_parallelism import (
     parallel_sizes,
     repad,
 )
+from ckptx.protocol.context import UNTOLD, Context
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.messages import Begin, End, Message
 from ckptx.protocol.model import Model, check_messages, collect
@@ -67,9 +68,11 @@ class CoreLoader:
         """Return whether there is a tracker file or an iteration directory, of no legacy model."""
         return directory.looks_like(source) and found_form(source) is not LEGACY
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Yield the model."""
-        if options.get("fill_from_base"):
+        if context.fill_from_base:
             raise FormatError(
                 "--fill-from-base fills tensors by their Hugging Face names, which a Megatron "
                 "source has not; convert it to hf first, then fill"
@@ -77,7 +80,7 @@ class CoreLoader:
         place = directory.find(source)
         checkpoint = self.read(place)
         beside = place.path / directory.SIDECARS
-        files = {**(sidecars(beside) if beside.is_dir() else {}), **base_sidecars(options)}
+        files = {**(sidecars(beside) if beside.is_dir() else {}), **base_sidecars(context)}
         config = read_config(files, beside)
         family = family_of(config) if config else None
         said = parts_from_config(family, config) if config and family else None
@@ -122,7 +125,8 @@ class CoreLoader:
         for message in messages:
             check_shapes(message.name, message.tensors, parts[message.part])
             yield message
-        yield End(tuple(dropped), (*directory.unfinished(source), *self.notes(parts["language"])))
+        notes = (*directory.unfinished(source), *checkpoint.notes, *self.notes(parts["language"]))
+        yield End(tuple(dropped), notes)
 
     def read(self, place: directory.IterationDirectory) -> Source:
         """Read the metadata of a checkpoint."""
@@ -228,7 +232,9 @@ class CoreSaver:
             ),
         ]
 
-    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+    def plan(
+        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> SavePlan:
         """Return the plan of one iteration directory below the target root."""
         model = collect(messages)
         spec = model.spec

@@ -32,6 +32,7 @@ from ckptx.plugins.megatron.target_parallelism import (
     repad,
 )
 from ckptx.plugins.megatron.torch_dist import Target
+from ckptx.protocol.context import UNTOLD, Context
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.messages import Message
 from ckptx.protocol.model import check_messages, collect
@@ -104,7 +105,9 @@ class LegacySaver:
             iteration_option(),
         ]
 
-    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+    def plan(
+        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> SavePlan:
         """Return the plan of one iteration directory below the target root.
 
         Raises:
