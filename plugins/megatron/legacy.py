@@ -40,6 +40,7 @@ from ckptx.registry.families import family_named
 from ckptx.schemas.conventions import legacy
 from ckptx.schemas.families import bert
 from ckptx.schemas.megatron_settings.args import launch_flags
+from ckptx.schemas.megatron_settings.settings import FUNCTION
 from ckptx.storage.file_plan import literal_files
 
 
@@ -78,6 +79,12 @@ class LegacyLoader(CoreLoader):
 
     def layout(self, checkpoint: Source, spec: ModelSpec) -> Layout:
         """Return how a model is named and ordered in files of this version."""
+        if own := spec.extra.get(FUNCTION):
+            said = ", ".join(f"{name} {value!r}" for name, value in own.items())
+            raise SchemaError(
+                f"{checkpoint.files[0]}: args say {said}, which changes what the model computes "
+                "and which no other model has"
+            )
         layout = family_named(spec.family).layout("legacy")
         try:
             return legacy.ordered(layout, checkpoint.version, spec)

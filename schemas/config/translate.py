@@ -35,6 +35,7 @@ from ckptx.schemas.config.windows import (
     windows_from_config,
     windows_to_config,
 )
+from ckptx.schemas.megatron_settings.settings import FUNCTION
 
 __all__ = [
     "FAMILIES",
@@ -232,6 +233,8 @@ def unsupported_by_config(spec: ModelSpec, family: str) -> list[str]:
         ),
     )
     reasons = [reason for fits, reason in held if not fits]
+    changed = spec.extra.get(FUNCTION, {})
+    reasons += [f"{k} {v!r} (--accept-arg {k} ignores it)" for k, v in changed.items()]
     return reasons + mixtures.unsupported_by_config(spec, family)
 
 

@@ -32,6 +32,7 @@ from ckptx.schemas.conventions.blocks import (
 )
 from ckptx.schemas.conventions.mcore import both, learned_positions, moe, not_moe
 from ckptx.schemas.megatron_settings.activations import FUSION
+from ckptx.schemas.megatron_settings.settings import FUNCTION
 from ckptx.tensors.lazy import LazyTensor, Shape
 
 VERSION = 3.0
@@ -340,6 +341,9 @@ def launch_flags(spec: ModelSpec) -> list[str]:
     return flags + ["--openai-gelu"] * bool(to_args(spec)["openai_gelu"])
 
 
+_CORE_ONLY = ("qk_l2_norm", "no_rope_freq", "attention_output_gate")
+
+
 def unsupported_by_legacy(spec: ModelSpec) -> list[str]:
     """Return what a spec says and legacy models do not have."""
     router = (spec.moe_router_topk, spec.moe_router_score_function)
@@ -361,7 +365,8 @@ def unsupported_by_legacy(spec: ModelSpec) -> list[str]:
         (spec.moe_shared_expert_intermediate_size, "shared experts"),
         (spec.moe_router_enable_expert_bias, "routers with a bias per expert"),
     )
-    return [what for holds, what in refused if holds]
+    own = (name for name in _CORE_ONLY if spec.extra.get(name))
+    return [*(what for holds, what in refused if holds), *spec.extra.get(FUNCTION, ()), *own]
 
 
 def check(spec: ModelSpec) -> None:

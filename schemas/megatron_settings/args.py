@@ -37,6 +37,8 @@ from ckptx.schemas.megatron_settings.activations import (
     activation_notes,
     activation_to_args,
 )
+from ckptx.schemas.megatron_settings.row_blocks import SIZES
+from ckptx.schemas.megatron_settings.settings import FUNCTION, changing
 
 FIELDS = (
     ("num_layers", "num_layers"),
@@ -131,15 +133,6 @@ WEIGHTS_ONLY: Mapping[str, Any] = {
     "use_distributed_optimizer": False,
 }
 
-NOT_YET = {
-    "moe_latent_size": "experts in a latent space",
-    "heterogeneous_layers_config_path": "heterogeneous layers",
-    "heterogeneous_layers_config_encoded_json": "heterogeneous layers",
-    "is_hybrid_model": "hybrid models",
-    "hybrid_override_pattern": "hybrid models",
-    "experimental_attention_variant": "experimental attention",
-}
-
 
 def args_from_spec(
     spec: ModelSpec,
@@ -171,6 +164,7 @@ def args_from_spec(
         **DEFAULTS,
         "seq_length": spec.max_position_embeddings,
         **source,
+        **dict.fromkeys(source.keys() & SIZES.keys()),  # what is written has halves, no blocks
         **_model(spec),
         **_parallel(tp, pipeline, spec.num_layers),
         **WEIGHTS_ONLY,
@@ -199,6 +193,7 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
             contradict ``family``.
     """
     _check_complete(args)
+    changed = changing(args)
     values = _with_defaults(args)
     note = args.get(NOTE) or {}
     extra = {
@@ -209,6 +204,8 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
     }
     if any(args.get(name) for name in ZERO_CENTERED):
         extra[ZERO_CENTERED[0]] = True
+    if changed:
+        extra[FUNCTION] = changed
     spec = ModelSpec(
         family="gpt",
         architecture="GPTModel",
@@ -225,7 +222,12 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
         dtype=_dtype_from_args(args),
         extra=extra,
     )
-    named = _of_family(spec, family or note.get("family") or _guess(spec), family is not None)
+    noted = note.get("family")
+    if changed and not family:
+        if noted == bert.NAME:
+            raise SchemaError(f"{', '.join(changed)} in the args of a BERT cannot be converted yet")
+        noted = None  # with these settings it is not the model that was noted
+    named = _of_family(spec, family or noted or _guess(spec), family is not None)
     return bert.from_args(named, args)
 
 
@@ -346,7 +348,7 @@ def _parallel(tp: int, pipeline: Pipeline, num_layers: int) -> dict[str, Any]:
 
 def _note(spec: ModelSpec) -> dict[str, Any]:
     """Return plain values for what ``args`` cannot say."""
-    said_otherwise = {"sliding_window", "layer_types", *MEGATRON_ONLY}
+    said_otherwise = {"sliding_window", "layer_types", FUNCTION, *MEGATRON_ONLY}
     extra = {key: value for key, value in spec.extra.items() if key not in said_otherwise}
     note: dict[str, Any] = {"family": spec.family} if spec.family in FAMILIES else {}
     exact = latent_attention.is_exact if spec.multi_latent_attention else rope_scaling.is_exact
@@ -376,9 +378,6 @@ def _check_complete(args: Mapping[str, Any]) -> None:
             f"the checkpoint's args do not say {', '.join(missing)}; give the model's config with "
             "--hf-base"
         )
-    for name, kind in NOT_YET.items():
-        if args.get(name):
-            raise SchemaError(f"{kind} ({name} is {args[name]!r} in args) cannot be converted yet")
 
 
 def _with_defaults(args: Mapping[str, Any]) -> dict[str, Any]:
