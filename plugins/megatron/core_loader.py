@@ -28,8 +28,13 @@ from ckptx.protocol.contracts import Loader
 from ckptx.protocol.hookspecs import hookimpl
 from ckptx.protocol.messages import Begin, End, Message
 from ckptx.protocol.sidecars import CONFIG, read_config
-from ckptx.registry.families import family_named, family_of, parts_from_config
-from ckptx.schemas.families import bert
+from ckptx.registry.families import (
+    family_named,
+    family_of,
+    family_of_names,
+    note_of,
+    parts_from_config,
+)
 from ckptx.schemas.megatron_settings.args import NOTE, spec_from_args, unsupported_by_megatron
 from ckptx.schemas.megatron_settings.llava import is_llava, language_args
 
@@ -117,7 +122,7 @@ class CoreLoader:
 
     def notes(self, spec: ModelSpec) -> list[str]:
         """Return remarks on a model that was found."""
-        return bert.head_notes(spec)
+        return family_named(spec.family).megatron.head_notes(spec)
 
 
 def found_form(source: Path) -> Generation | None:
@@ -150,8 +155,8 @@ def _spec(checkpoint: Source, said: Parts | None, options: Mapping[str, Any]) ->
             )
         spec = named
     else:
-        if named is None and bert.looks_like(checkpoint.names):
-            args = {**args, NOTE: {"family": bert.NAME, **(args.get(NOTE) or {})}}
+        if named is None and (recognised := family_of_names(checkpoint.names)):
+            args = {**args, NOTE: {**note_of(recognised), **(args.get(NOTE) or {})}}
         spec = spec_from_args(args, named.family if named else None)
         if named is not None:
             # What args cannot say comes from the config; where both speak, args were trained with.
@@ -167,7 +172,7 @@ def _spec(checkpoint: Source, said: Parts | None, options: Mapping[str, Any]) ->
                     f"{checkpoint.place}: the config at hand is not of this model: "
                     f"{'; '.join(problems)}"
                 )
-    spec = bert.with_types(spec, checkpoint.weights)
+    spec = family_named(spec.family).megatron.from_weights(spec, checkpoint.weights)
     vocab_size = true_vocab_size(options, spec.vocab_size)
     return replace(spec, vocab_size=vocab_size, dtype=checkpoint.dtype)
 

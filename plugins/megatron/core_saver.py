@@ -33,9 +33,7 @@ from ckptx.protocol.hookspecs import hookimpl
 from ckptx.protocol.messages import Message
 from ckptx.protocol.model import Model, check_messages, collect
 from ckptx.registry.families import family_named
-from ckptx.schemas.conventions.mcore import ExtraState, Style
-from ckptx.schemas.families import bert
-from ckptx.schemas.families.llava import states as llava_states
+from ckptx.schemas.conventions.mcore import Style
 from ckptx.schemas.megatron_settings.args import launch_flags, unsupported_by_megatron
 from ckptx.schemas.megatron_settings.args import notes as remarks
 from ckptx.storage.file_plan import literal_files
@@ -87,6 +85,7 @@ class CoreSaver:
         ckpt_format = options.get("ckpt_format") or "torch_dist"
         # torch_dist has one spelling, but a family may refuse the local spec altogether.
         layout = family_named(model.family).layout(style.convention)
+        megatron = family_named(spec.family).megatron
         tp, pipeline = parallel_sizes(model, options)
         seeing = model.family == llava.FAMILY
         unused, remarked = llava.prepare(model, tp, pipeline) if seeing else ((), ())
@@ -110,9 +109,7 @@ class CoreSaver:
         args |= _grouping(spec, style, options)
         if seeing:
             args = llava.args_of_parts(model.parts, args, model.begin.training.get("args"))
-        target = torch_dist.Target(
-            layout, tuple(_states(spec, style, seeing)), stage, chunks, args, chosen.number
-        )
+        target = torch_dist.Target(layout, layout.extra_states, stage, chunks, args, chosen.number)
         files = (
             torch_dist.plan(model, target)
             if ckpt_format == "torch_dist"
@@ -128,13 +125,13 @@ class CoreSaver:
             stages=llava.describe(chunks) if seeing else describe(chunks),
             load_hint=" ".join(
                 [
-                    llava.SCRIPT if seeing else bert.script(spec),
+                    llava.SCRIPT if seeing else megatron.script,
                     "--load {target} --use-checkpoint-args",
                     f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
                     *pipeline.flags(),
                     *_expert_flags(spec, chosen),
                     *launch_flags(spec),
-                    *bert.launch_flags(spec, style.local),
+                    *megatron.launch_flags(spec, style.local),
                     *(llava.launch_flags(args) if seeing else ()),
                 ]
             )
@@ -142,14 +139,6 @@ class CoreSaver:
             else 'megatron.core.dist_checkpointing.load(sharded_state_dict, "{target}")',
             details={"ckpt_format": ckpt_format, **chosen.details()},
         )
-
-
-def _states(spec: ModelSpec, style: Style, seeing: bool) -> Iterator[ExtraState]:
-    """Return the modules that keep an extra state."""
-    if seeing:
-        return llava_states(style)
-    # Megatron itself maps the modules of the local spec to those of torch_dist.
-    return bert.states_of(spec, Style(distributed=True) if style.distributed else style)
 
 
 def _widen_biases(model: Model) -> None:

@@ -17,8 +17,8 @@ from ckptx.protocol.hookspecs import hookimpl
 from ckptx.protocol.messages import Begin, Message
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry.families import family_named
-from ckptx.schemas.conventions.hf_llava import parts_from
-from ckptx.schemas.families.llava import CONVERTER
+from ckptx.schemas.families.multimodal.hf_llava import parts_from
+from ckptx.schemas.families.multimodal.llava import CONVERTER
 
 
 class HfLlavaLoader(HfLoader):

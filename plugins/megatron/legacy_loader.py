@@ -20,7 +20,6 @@ from ckptx.protocol.contracts import Loader
 from ckptx.protocol.hookspecs import hookimpl
 from ckptx.registry.families import family_named
 from ckptx.schemas.conventions import legacy
-from ckptx.schemas.families import bert
 
 
 class LegacyLoader(CoreLoader):
@@ -67,7 +66,7 @@ class LegacyLoader(CoreLoader):
 
     def notes(self, spec: ModelSpec) -> list[str]:
         """Return what legacy models compute otherwise than the args say."""
-        return [*legacy.notes(spec), *bert.head_notes(spec)]
+        return [*legacy.notes(spec), *family_named(spec.family).megatron.head_notes(spec)]
 
 
 @hookimpl
