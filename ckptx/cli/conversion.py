@@ -24,8 +24,14 @@ from ckptx.registry import registry
 class Chosen:
     """The plugins of one command line, and their options."""
 
-    def __init__(self, loader: str | None, saver: str | None, megatron_path: str | None) -> None:
-        self.loader = registry.loader(loader, megatron_path) if loader else None
+    def __init__(
+        self,
+        loader: str | None,
+        saver: str | None,
+        megatron_path: str | None,
+        source: Path | None = None,
+    ) -> None:
+        self.loader = registry.loader(loader, megatron_path, source) if loader else None
         self.saver = registry.saver(saver, megatron_path) if saver else None
         plugins: tuple[object, ...] = (self.loader, self.saver)
         self.modules = [plugin for plugin in plugins if isinstance(plugin, megatron_modules.Module)]
@@ -158,6 +164,7 @@ class ConversionCommand(click.Command):
         """Return the plugins that ``args`` name, after as light a look as possible."""
         params, places = scanned(self.params, args)
         loader, saver, path = (params.get(k) for k in ("loader", "saver", "megatron_path"))
+        source = params.get("load_dir") or next((p for p in places if p.exists()), None)
         if loader is None and saver is not None:
             options = registry.saver(saver, path).options()  # a wrong name is the better error
             _, places = scanned([*self.params, *options], args)
@@ -170,7 +177,7 @@ class ConversionCommand(click.Command):
                 raise click.UsageError("a path is empty; is a variable of the shell not set?")
             elif places and not wants_help:
                 loader = registry.detect(places[0])
-        return Chosen(loader, saver, path)
+        return Chosen(loader, saver, path, source)
 
 
 def scanned(

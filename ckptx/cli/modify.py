@@ -84,7 +84,8 @@ class ModifyCommand(ConversionCommand):
             return Chosen(None, None, None)
         from ckptx.conversion.edits import saver_for
 
-        return Chosen(loader, saver_for(registry.canonical(loader)), None)
+        plugin = registry.loader(loader, source=source)
+        return Chosen(plugin.name, saver_for(plugin.name), None)
 
 
 def modify_command() -> click.Command:

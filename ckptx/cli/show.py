@@ -140,6 +140,7 @@ def _row(entry: registry.Entry, capabilities: Any, error: str) -> dict[str, Any]
         "distribution": entry.distribution,
         "version": entry.version,
         "module": entry.point.value,
+        "summary": entry.declared.summary if entry.declared else "",
         "capabilities": dict(capabilities),
         "error": error,
     }
@@ -158,7 +159,8 @@ def _said(row: Mapping[str, Any]) -> str:
     if row["error"]:
         said = f"error: {row['error']}"
     else:
-        said = "; ".join(filter(None, map(_capability, row["capabilities"].items())))
+        told = (row["summary"], *map(_capability, row["capabilities"].items()))
+        said = "; ".join(filter(None, told))
     if row["distribution"] == "ckptx" and not row["error"]:
         return said or "-"
     return f"{said}{' ' * bool(said)}({row['distribution']} {row['version']})"

@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckptx.errors import ConversionError, PluginError
+from ckptx.protocol.context import UNTOLD, Context
 from ckptx.registry import registry
 from ckptx.registry.registry import Role
 
@@ -128,11 +129,14 @@ class ModuleLoader(Module):
         """Return False: such a module is only used when it is named."""
         return False
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Run the module to its end, its tensors going to the spool; then yield the messages."""
         from ckptx.conversion.megatron_queue import ReceiveQueue
 
-        queue = ReceiveQueue(self.name, options["spool"], options["checking"])
+        assert context.spool is not None  # every conversion has one
+        queue = ReceiveQueue(self.name, context.spool, context.checking)
         self.run(queue, namespace(options, load_dir=str(source)))
         yield from queue.messages(str(source))
 
@@ -142,7 +146,9 @@ class ModuleSaver(Module):
 
     role = "saver"
 
-    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+    def plan(
+        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> SavePlan:
         """Refuse: nothing is known before the module has run."""
         raise PluginError(
             f"saver {self.name!r} is a Megatron-style module, which cannot be planned"
@@ -160,15 +166,16 @@ class ModuleSaver(Module):
     def write_directly(
         self,
         messages: Iterator[Message],
-        options: Mapping[str, Any],
+        job: ConversionRequest,
+        staging: Path,
         advance: Callable[[int], None],
     ) -> Facts:
-        """Run the module on the messages; what it writes lands in ``options["staging"]``."""
+        """Run the module on the messages; what it writes lands in ``staging``."""
         from ckptx.conversion.megatron_queue import SendQueue
 
-        queue = SendQueue(self.name, messages, options["model_type"], advance)
-        self.run(queue, namespace(options, save_dir=options["staging"]))
-        return queue.facts(Path(options["staging"]))
+        queue = SendQueue(self.name, messages, job.model_type, advance)
+        self.run(queue, namespace(job.saver_options, save_dir=str(staging)))
+        return queue.facts(staging)
 
 
 def namespace(options: Mapping[str, Any], **more: Any) -> argparse.Namespace:

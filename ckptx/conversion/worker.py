@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ckptx.conversion import engine, megatron_modules
 from ckptx.conversion.request import ConversionRequest
-from ckptx.errors import PluginError
+from ckptx.errors import CkptxError, PluginError
 from ckptx.processes.supervision import Channel, Failure, settle_child
 from ckptx.protocol.messages import End, Message
 from ckptx.registry.open import title
@@ -64,6 +64,8 @@ def run_loader(job: ConversionRequest, queue: Bytes, line: Channel, spool_path: 
     for message in engine.load(job, spool):
         try:
             content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        except CkptxError:  # what lies compressed is decoded on the way
+            raise
         # pickle has no exception of its own for most of what cannot be pickled
         except Exception as error:
             raise PluginError(

@@ -21,8 +21,8 @@ from ckptx.registry.open import Checkpoint, open_checkpoint
 from ckptx.storage.blocks import BlockReader
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.text.shown import Shown
+from ckptx.text.wrapping import labelled, page
 from ckptx.verification.diagnosis import Finding, diagnose
-from ckptx.verification.diagnosis.finding import wrapped
 from ckptx.verification.difference import Deviation, Tolerance, measure
 from ckptx.verification.pairing import Name, Paired, label, pair
 
@@ -119,13 +119,12 @@ class Comparison(Shown):
         if len(self.differences) > limit:
             lines.append(f"... and {len(self.differences) - limit} more (--json lists all)")
         for finding in self.diagnoses:
-            lines += ["", *finding.render(width)]
+            lines += ["", *labelled(finding.lines(), page(width))]
         if self.diagnoses or len(lines) > 1:
             lines.append("")
         if legend := "; ".join(_meanings([one.name for one in self.differences[:limit]])):
-            lines += wrapped("names", legend, width)
-        for note in self.notes:
-            lines += wrapped("note", note, width)
+            lines += labelled([("names", legend)], page(width))
+        lines += labelled((("note", note) for note in self.notes), page(width))
         return "\n".join([*lines, self._summary()])
 
     def _summary(self) -> str:
@@ -286,9 +285,8 @@ def _table(entries: Sequence[Difference], width: int) -> Iterator[str]:
         yield f"{'':10}{types}"
         if entry.max_abs is not None:
             differ, share, most, relative = _cells(entry)
-            yield from wrapped(
-                "", f"{differ} differ ({share}), max abs {most}, max rel {relative}", width
-            )
+            detail = f"{differ} differ ({share}), max abs {most}, max rel {relative}"
+            yield from labelled([("", detail)], page(width))
 
 
 def _cells(entry: Difference) -> tuple[str, ...]:

@@ -131,6 +131,7 @@ def test_a_command_imports_nothing_heavy(command):
         f"sys.argv = ['ckptx', *{command!r}]\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'numpy', 'transformers', 'rich', 'safetensors'} & set(sys.modules)\n"
+        "heavy |= {m for m in sys.modules if m.startswith('ckptx.plugins.') and m.count('.') > 2}\n"
         "sys.exit(f'imported {sorted(heavy)}' if heavy else 0)\n"
     )
     result = subprocess.run(
