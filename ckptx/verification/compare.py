@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckptx.model.canonical_names import keys_of
 from ckptx.protocol.progress import Progress, Silent
-from ckptx.storage.open_files import Files
+from ckptx.registry.open import Checkpoint, open_checkpoint
+from ckptx.storage.blocks import BlockReader
 from ckptx.tensors.lazy import LazyTensor
+from ckptx.text.shown import Shown
+from ckptx.text.wrapping import labelled, page
 from ckptx.verification.diagnosis import Finding, diagnose
-from ckptx.verification.diagnosis.finding import wrapped
-from ckptx.verification.difference import BlockReader, Deviation, Tolerance, measure
+from ckptx.verification.difference import Deviation, Tolerance, measure
 from ckptx.verification.pairing import Name, Paired, label, pair
 
 EXACT = Tolerance()
@@ -64,7 +67,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(Shown):
     """What two checkpoints have in common and what not."""
 
     left: str
@@ -84,6 +87,14 @@ class Comparison:
         """Whether every tensor is the same: byte for byte, or within the tolerance."""
         return not self.differences and self.compared > 0
 
+    def __bool__(self) -> bool:
+        """Refuse: a comparison that was made is no answer.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("a Comparison is neither true nor false; ask for its .equal")
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
         return {
@@ -102,19 +113,18 @@ class Comparison:
             "notes": list(self.notes),
         }
 
-    def render(self, width: int, limit: int = _LIMIT) -> str:
+    def render(self, width: int = 80, limit: int = _LIMIT) -> str:
         """Return the comparison as text for a terminal of ``width`` columns."""
         lines = list(_table(self.differences[:limit], width))
         if len(self.differences) > limit:
             lines.append(f"... and {len(self.differences) - limit} more (--json lists all)")
         for finding in self.diagnoses:
-            lines += ["", *finding.render(width)]
+            lines += ["", *labelled(finding.lines(), page(width))]
         if self.diagnoses or len(lines) > 1:
             lines.append("")
         if legend := "; ".join(_meanings([one.name for one in self.differences[:limit]])):
-            lines += wrapped("names", legend, width)
-        for note in self.notes:
-            lines += wrapped("note", note, width)
+            lines += labelled([("names", legend)], page(width))
+        lines += labelled((("note", note) for note in self.notes), page(width))
         return "\n".join([*lines, self._summary()])
 
     def _summary(self) -> str:
@@ -132,16 +142,14 @@ class Comparison:
 
 
 def compare(
-    left: Path,
-    right: Path,
-    loader_a: str | None = None,
-    loader_b: str | None = None,
+    left: Checkpoint | Path,
+    right: Checkpoint | Path,
     tolerance: Tolerance = EXACT,
     *,
     diagnosis: bool = True,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Compare two checkpoints; loaders are detected unless named.
+    """Compare two checkpoints, opened or by their paths.
 
     With ``diagnosis`` known mistakes are tried on what differs. ``progress`` is told of the bytes
     of A that are compared.
@@ -149,16 +157,16 @@ def compare(
     Raises:
         CkptxError: one of them cannot be read, or they have no names in common.
     """
-    paired = pair(left, right, loader_a, loader_b)
-    files = (Files(paired.left.files), Files(paired.right.files))
-    try:
-        stream = BlockReader(files)
-        found = _differences(paired, stream, tolerance, progress or Silent())
+    with ExitStack() as stack:
+        sides = [
+            one if isinstance(one, Checkpoint) else stack.enter_context(open_checkpoint(one))
+            for one in (left, right)
+        ]
+        paired = pair(*sides)
+        reader = BlockReader(*(stack.enter_context(closing(side.files())) for side in sides))
+        found = _differences(paired, reader, tolerance, progress or Silent())
         differing = [name for name, one, _ in found if one is not None]
-        findings = diagnose(paired, differing, stream) if diagnosis and differing else ()
-    finally:
-        for opened in files:
-            opened.close()
+        findings = diagnose(paired, differing, reader) if diagnosis and differing else ()
     common = paired.left.tensors.keys() & paired.right.tensors.keys()
     close = [measured for _, one, measured in found if one is None and measured.differing]
     notes = list(paired.notes)
@@ -166,8 +174,8 @@ def compare(
         most = max(one.max_abs for one in close)
         notes.append(f"{len(close)} tensors differ within the tolerance, at most by {most:.3g}")
     return Comparison(
-        str(left),
-        str(right),
+        str(sides[0].path),
+        str(sides[1].path),
         len(common),
         sum(paired.left.tensors[name].nbytes for name in common),
         tuple(sorted((one for _, one, _ in found if one is not None), key=_rank)),
@@ -179,7 +187,7 @@ def compare(
 
 
 def _differences(
-    paired: Paired, stream: BlockReader, tolerance: Tolerance, progress: Progress
+    paired: Paired, reader: BlockReader, tolerance: Tolerance, progress: Progress
 ) -> list[tuple[Name, Difference | None, Deviation]]:
     """Return every tensor, its difference if it counts, and how far both are apart."""
     left, right = paired.left.tensors, paired.right.tensors
@@ -187,7 +195,7 @@ def _differences(
     pairs = [(left[name], right[name]) for name in comparable]
     try:
         progress.begin(sum(first.nbytes for first, _ in pairs))
-        apart = measure(stream, pairs, tolerance, progress.advance)
+        apart = measure(reader, pairs, tolerance, progress.advance)
     finally:
         progress.close()
     measured = dict(zip(comparable, apart, strict=True))
@@ -277,9 +285,8 @@ def _table(entries: Sequence[Difference], width: int) -> Iterator[str]:
         yield f"{'':10}{types}"
         if entry.max_abs is not None:
             differ, share, most, relative = _cells(entry)
-            yield from wrapped(
-                "", f"{differ} differ ({share}), max abs {most}, max rel {relative}", width
-            )
+            detail = f"{differ} differ ({share}), max abs {most}, max rel {relative}"
+            yield from labelled([("", detail)], page(width))
 
 
 def _cells(entry: Difference) -> tuple[str, ...]:

@@ -103,7 +103,7 @@ def messages(
         )
     if head or wishes.tied:
         spec = replace(spec, tied=True)  # to layouts: without an output layer of its own
-    dropped = (*dropped, *source.dropped)
+    dropped, notes = (*dropped, *source.dropped), (*notes, *source.notes)
     parts = {**parts, "language": spec}
     found = []
     for message in source.messages(layout, parts):

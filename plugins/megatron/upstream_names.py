@@ -1,14 +1,14 @@
-"""Load a Llama, Mistral, Yi or Qwen 2.5 with the options of Megatron's loader ``llama_mistral``.
+"""Formats under the names, and with the options, that Megatron's converter gives them.
 
-The weights are read by the loaders ``meta`` and ``hf``; what is here is Megatron's command line.
+``hf``, ``meta`` and ``core`` read and write the weights; what is here is Megatron's command line.
 
-Source: NVIDIA/Megatron-LM tools/checkpoint/loader_llama_mistral.py @ core_v0.12.3; the names with a
-size that it lacks are those of core_v0.8.0.
+Source: NVIDIA/Megatron-LM tools/checkpoint/loader_{llama_mistral,mixtral_hf,llava}.py @
+core_v0.12.3; the names with a size that it lacks are those of core_v0.8.0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,8 @@ import click
 from ckptx.conversion.casting import cast_messages
 from ckptx.errors import FormatError, PlanError, SchemaError
 from ckptx.model.spec import ModelSpec
-from ckptx.plugins.huggingface.loader import HfLoader
+from ckptx.plugins.huggingface.hf import HfLoader
+from ckptx.plugins.megatron.core import CoreLoader, CoreSaver
 from ckptx.plugins.megatron.options import (
     tokenizer_model_option,
     transformer_impl_option,
@@ -27,11 +28,14 @@ from ckptx.plugins.megatron.options import (
     vocabulary_multiple_option,
     vocabulary_options,
 )
-from ckptx.plugins.meta.loader import PARAMS, MetaLoader
-from ckptx.protocol.contracts import Loader
-from ckptx.protocol.hookspecs import hookimpl
+from ckptx.plugins.meta.consolidated import PARAMS, MetaLoader
+from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.contracts import Loader, SavePlan
 from ckptx.protocol.messages import Begin, Message
 from ckptx.protocol.sidecars import CONFIG
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+FAMILY = "mixtral"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +71,12 @@ SIZES: Mapping[str, Size] = {
 """By Megatron's name; with an ``f`` behind the size it is the chat model."""
 
 CHOICES = [name for base in SIZES for name in ((base, f"{base}f") if "B" in base else (base,))]
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 class LlamaMistralLoader:
     """Chooses a loader by ``--checkpoint-type`` and checks ``--model-size``."""
 
     name = "llama_mistral"
-    capabilities: Mapping[str, Any] = {
-        "formats": ["as loaders meta and hf"],
-        "layouts": [],
-        "lossless": True,
-    }
 
     def options(self) -> list[click.Option]:
         """Return Megatron's options."""
@@ -107,12 +105,14 @@ class LlamaMistralLoader:
         """Return False: what it reads is detected as ``meta`` or ``hf``."""
         return False
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Yield the model, after checking that it is the one that was named."""
         name, kind = options.get("model_size"), options.get("checkpoint_type")
         if name not in CHOICES or kind not in ("meta", "hf"):
             raise PlanError("loader 'llama_mistral' needs --model-size and --checkpoint-type")
-        dtype = _dtype(options)
+        dtype = _dtype(options, context)
         size = SIZES[name if name in SIZES else name.removesuffix("f")]
         if kind == "meta" and (size.family == "qwen2" or name.startswith("yi")):
             raise PlanError(f"--model-size {name} has no Meta files; use --checkpoint-type hf")
@@ -120,7 +120,7 @@ class LlamaMistralLoader:
         if kind == "meta" and not (source / PARAMS).is_file() and (source / name).is_dir():
             place = source / name  # as Megatron does: one folder per size
         loader: Loader = MetaLoader() if kind == "meta" else HfLoader()
-        messages = loader.load(place, {**options, "context": size.context})
+        messages = loader.load(place, {**options, "max_position": size.context}, context)
         begin = next(messages)
         if not isinstance(begin, Begin) or "language" not in begin.parts:
             raise SchemaError(f"{source}: not a model of family {size.family}, as {name} is")
@@ -139,12 +139,12 @@ def with_vocabulary(begin: Begin, options: Mapping[str, Any]) -> Begin:
     )
 
 
-def _dtype(options: Mapping[str, Any]) -> str | None:
+def _dtype(options: Mapping[str, Any], context: Context) -> str | None:
     chosen = [flag for flag in DTYPES if options.get(flag)]
     if len(chosen) > 1:
         raise PlanError("--bf16 and --fp16 exclude each other")
     dtype = DTYPES[chosen[0]] if chosen else None
-    other = options.get("dtype")
+    other = context.dtype
     if dtype is not None and other not in (None, dtype):
         raise PlanError(f"--{chosen[0]} and --dtype {other} contradict each other")
     return dtype
@@ -183,7 +183,77 @@ def _tokenizer(options: Mapping[str, Any]) -> dict[str, bytes]:
         raise FormatError(f"--tokenizer-model {given}: cannot be read: {error.strerror}") from error
 
 
-@hookimpl
-def register_loaders(register: Callable[[Loader], None]) -> None:
-    """Register the loader."""
-    register(LlamaMistralLoader())
+class MixtralHfLoader:
+    """Reads what the loader ``hf`` reads, and nothing but Mixtral."""
+
+    name = "mixtral_hf"
+
+    def options(self) -> list[click.Option]:
+        """Return Megatron's options."""
+        return [*vocabulary_options(), tokenizer_model_option()]
+
+    def detect(self, source: Path) -> bool:
+        """Return False: what it reads is detected as ``hf``."""
+        return False
+
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
+        """Yield the model, after checking that it is a Mixtral."""
+        messages = HfLoader().load(source, options, context)
+        begin = next(messages)
+        spec = begin.parts.get("language") if isinstance(begin, Begin) else None
+        if not isinstance(begin, Begin) or spec is None or spec.family != FAMILY:
+            found = spec.architecture if spec else "of an unknown architecture"
+            raise SchemaError(f"{source}: the model is {found}, not a Mixtral; use --loader hf")
+        yield with_vocabulary(begin, options)
+        yield from messages
+
+
+class LlavaLoader(CoreLoader):
+    """Reads what loader ``core`` reads, and nothing without a vision tower."""
+
+    name = "llava"
+
+    def options(self) -> list[click.Option]:
+        """Return the options of loader ``core`` and Megatron's own."""
+        return [
+            *super().options(),
+            click.Option(
+                ["--vit-dummy-head-count"],
+                type=click.IntRange(0),
+                default=0,
+                help="Heads of InternViT that count for nothing; found without it, and checked.",
+            ),
+        ]
+
+    def detect(self, source: Path) -> bool:
+        """Return False: what it reads is detected as ``core``."""
+        return False
+
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
+        """Yield the model."""
+        for message in super().load(source, options, context):
+            if isinstance(message, Begin) and "vision" not in message.parts:
+                raise FormatError(
+                    f"{message.root}: holds no vision_model, so it is no LLaVA; use --loader core"
+                )
+            yield message
+
+
+class LlavaSaver(CoreSaver):
+    """Writes what saver ``core`` writes, and nothing without a vision tower."""
+
+    name = "llava"
+
+    def plan(
+        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> SavePlan:
+        """Return the plan of one iteration directory below the target root."""
+        first = next(messages, None)
+        if isinstance(first, Begin) and "vision" not in first.parts:
+            raise SchemaError("the source has no vision tower, so it is no LLaVA; use --saver core")
+        whole = messages if first is None else chain([first], messages)
+        return super().plan(whole, options, context)

@@ -12,10 +12,11 @@ MAX_SPLITS = 64
 """How often a box may be cut, on average, before a tiling counts as unreasonable."""
 
 
-def fault(shape: Shape, boxes: Sequence[tuple[Shape, Shape]]) -> str:
+def fault(shape: Shape, boxes: Sequence[tuple[Shape, Shape]], what: str = "chunk") -> str:
     """Return what is wrong with a tiling of ``shape`` by ``(offsets, sizes)``; "" if nothing is.
 
-    Boxes may come in any order and need not form a grid. Empty ones count for nothing.
+    Boxes may come in any order and need not form a grid; errors call each a ``what``. Empty ones
+    count for nothing.
 
     Examples:
         >>> fault((4, 4), [((0, 0), (2, 4)), ((2, 0), (2, 4))])
@@ -29,21 +30,21 @@ def fault(shape: Shape, boxes: Sequence[tuple[Shape, Shape]]) -> str:
         return ""
     solid = [box for box in boxes if 0 not in box[1]]
     for offsets, sizes in solid:
-        if any(o + n > s for o, n, s in zip(offsets, sizes, shape, strict=True)):
-            return f"a chunk {list(sizes)} at {list(offsets)} lies outside {list(shape)}"
+        if any(o < 0 or o + n > s for o, n, s in zip(offsets, sizes, shape, strict=True)):
+            return f"a {what} {list(sizes)} at {list(offsets)} lies outside {list(shape)}"
     budget = [MAX_SPLITS * len(solid) + 4096]
     overlap = _overlap(solid, 0, len(shape), budget)
     if overlap is not None:
         (first, first_sizes), (second, second_sizes) = overlap
         return (
-            f"chunks {list(first_sizes)} at {list(first)} and "
+            f"{what}s {list(first_sizes)} at {list(first)} and "
             f"{list(second_sizes)} at {list(second)} overlap"
         )
     if budget[0] < 0:
-        return f"{len(solid)} chunks form no grid that could be checked"
+        return f"{len(solid)} {what}s form no grid that could be checked"
     found = sum(math.prod(sizes) for _, sizes in solid)
     if found != math.prod(shape):
-        return f"chunks hold {found} elements, {list(shape)} needs {math.prod(shape)}"
+        return f"{what}s hold {found} elements, {list(shape)} needs {math.prod(shape)}"
     return ""
 
 
