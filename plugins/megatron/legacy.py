@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ckptx.errors import FormatError, PlanError, SchemaError
+from ckptx.model.family import FUNCTION_SETTINGS, function_settings
 from ckptx.model.layout import Layout
 from ckptx.model.pipeline_parallel import Pipeline, describe
 from ckptx.model.spec import ModelSpec
@@ -38,9 +39,7 @@ from ckptx.protocol.messages import Message
 from ckptx.protocol.model import check_messages, collect
 from ckptx.registry.families import family_named
 from ckptx.schemas.conventions import legacy
-from ckptx.schemas.families import bert
 from ckptx.schemas.megatron_settings.args import launch_flags
-from ckptx.schemas.megatron_settings.settings import FUNCTION
 from ckptx.storage.file_plan import literal_files
 
 
@@ -79,11 +78,10 @@ class LegacyLoader(CoreLoader):
 
     def layout(self, checkpoint: Source, spec: ModelSpec) -> Layout:
         """Return how a model is named and ordered in files of this version."""
-        if own := spec.extra.get(FUNCTION):
-            said = ", ".join(f"{name} {value!r}" for name, value in own.items())
+        if spec.extra.get(FUNCTION_SETTINGS):
             raise SchemaError(
-                f"{checkpoint.files[0]}: args say {said}, which changes what the model computes "
-                "and which no other model has"
+                f"{checkpoint.files[0]}: args say {function_settings(spec)}, which changes what "
+                "the model computes and which no other model has"
             )
         layout = family_named(spec.family).layout("legacy")
         try:
@@ -93,7 +91,7 @@ class LegacyLoader(CoreLoader):
 
     def notes(self, spec: ModelSpec) -> list[str]:
         """Return what legacy models compute otherwise than the args say."""
-        return [*legacy.notes(spec), *bert.head_notes(spec)]
+        return [*legacy.notes(spec), *family_named(spec.family).megatron.head_notes(spec)]
 
 
 class LegacySaver:
@@ -123,7 +121,8 @@ class LegacySaver:
         """
         model = collect(messages)
         spec = model.spec
-        layout = family_named(spec.family).layout("legacy")
+        family = family_named(spec.family)
+        layout, megatron = family.layout("legacy"), family.megatron
         legacy.check(spec)
         check_messages(model, layout)
         _check_implementation(options)
@@ -144,18 +143,18 @@ class LegacySaver:
             directory=chosen.directory,
             pointers=chosen.pointers,
             dropped=dropped,
-            notes=(*legacy.notes(spec), *_group_notes(spec, tp), *bert.type_notes(spec)),
+            notes=(*legacy.notes(spec), *_group_notes(spec, tp), *megatron.model_notes(spec)),
             stages=describe(chunks),
             load_hint=" ".join(
                 [
-                    bert.script(spec),
+                    megatron.script,
                     "--load {target} --use-checkpoint-args --ckpt-format torch",
                     *legacy.launch_flags(spec),
                     f"--tensor-model-parallel-size {tp}",
                     *pipeline.flags(),
                     *([f"--expert-model-parallel-size {chosen.ep}"] if spec.num_experts else []),
                     *launch_flags(spec),
-                    *bert.launch_flags(spec),
+                    *megatron.launch_flags(spec, False),
                 ]
             ),
             details={"checkpoint_version": legacy.VERSION, **chosen.details()},

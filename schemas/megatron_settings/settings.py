@@ -22,8 +22,6 @@ from ckptx.errors import PlanError, SchemaError, listing
 
 TABLE = Path(__file__).with_name("settings.tsv")
 _OURS = {"ckptx"}
-FUNCTION = "megatron_settings"
-"""The entry of a spec's ``extra`` that holds the settings of class ``function``, by name."""
 
 
 @dataclass(frozen=True, slots=True)
