@@ -18,7 +18,7 @@ _PROMPT = "The capital of France is"
 _ABOUT_IMAGE = "What is in the image?"
 
 
-class Tokens(click.ParamType[Any]):
+class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
     """Token ids, separated by blanks or commas."""
 
     name = "tokens"
