@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -141,6 +142,16 @@ def open_checkpoint(
             own.close()
         raise
     return Checkpoint(location, loader.name, model, misfit, None if own is spool else own)
+
+
+@contextmanager
+def opened(checkpoint: Checkpoint | Path) -> Iterator[Checkpoint]:
+    """Return a checkpoint that is open already, or open it by its path for the while."""
+    if isinstance(checkpoint, Checkpoint):
+        yield checkpoint
+        return
+    with open_checkpoint(checkpoint) as own:
+        yield own
 
 
 def checkpoint_messages(
