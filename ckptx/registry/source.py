@@ -32,9 +32,12 @@ class Source:
         Raises:
             CkptxError: it cannot be read.
         """
+        from ckptx.protocol.context import Context
         from ckptx.registry.open import find_loader, open_checkpoint
 
         loader = find_loader(self.path, self.format, self.modules.get("megatron_path"))
-        options = {"dtype": None, "fill_from_base": (), "hf_base": self.hf_base}
-        options |= {**self.modules, **self.options}
-        return open_checkpoint(self.path, loader, options=options, spool=self.spool)
+        told = {name: self.modules[name] for name in ("checking", "model_type") if self.modules}
+        context = Context(hf_base=self.hf_base, **told)
+        return open_checkpoint(
+            self.path, loader, options=self.options, spool=self.spool, context=context
+        )
