@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ckptx.hf_models.directory import hf_messages as hf_messages
     from ckptx.hf_models.directory import sidecars as sidecars
     from ckptx.hf_models.weights import fill_from_base as fill_from_base
-    from ckptx.model.layout import Family as Family
+    from ckptx.model.family import Family as Family
     from ckptx.model.layout import Layout as Layout
     from ckptx.model.spec import ModelSpec as ModelSpec
     from ckptx.protocol.context import ADAPTERS as ADAPTERS
@@ -79,7 +79,8 @@ _HOMES = {
     "registry.families": "config_of family_named family_of hf_tensors parts_from_config",
     "hf_models.directory": "base_sidecars hf_messages sidecars",
     "hf_models.weights": "fill_from_base",
-    "model.layout": "Family Layout",
+    "model.family": "Family",
+    "model.layout": "Layout",
     "model.spec": "ModelSpec",
     "storage.file_plan": "FilePlan Region literal_files",
     "storage.source_file": "SourceFile read_json",

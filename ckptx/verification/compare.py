@@ -20,6 +20,7 @@ from ckptx.protocol.progress import Progress, Silent
 from ckptx.registry.open import Checkpoint, open_checkpoint
 from ckptx.storage.blocks import BlockReader
 from ckptx.tensors.lazy import LazyTensor
+from ckptx.text.shown import Shown
 from ckptx.text.wrapping import labelled, page
 from ckptx.verification.diagnosis import Finding, diagnose
 from ckptx.verification.difference import Deviation, Tolerance, measure
@@ -66,7 +67,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(Shown):
     """What two checkpoints have in common and what not."""
 
     left: str
@@ -86,6 +87,14 @@ class Comparison:
         """Whether every tensor is the same: byte for byte, or within the tolerance."""
         return not self.differences and self.compared > 0
 
+    def __bool__(self) -> bool:
+        """Refuse: a comparison that was made is no answer.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("a Comparison is neither true nor false; ask for its .equal")
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
         return {
@@ -104,7 +113,7 @@ class Comparison:
             "notes": list(self.notes),
         }
 
-    def render(self, width: int, limit: int = _LIMIT) -> str:
+    def render(self, width: int = 80, limit: int = _LIMIT) -> str:
         """Return the comparison as text for a terminal of ``width`` columns."""
         lines = list(_table(self.differences[:limit], width))
         if len(self.differences) > limit:
