@@ -30,9 +30,10 @@ def tile(shape: Sequence[int], tiles: Sequence[tuple[Sequence[int], LazyTensor]]
             raise PlanError(
                 f"tile {list(part.shape)} at {list(origin)} has not as many axes as {list(shape)}"
             )
+    tiled = tile_unchecked(shape, tiles)
     if problem := fault(shape, [(tuple(origin), part.shape) for origin, part in tiles], "tile"):
         raise PlanError(problem)
-    return tile_unchecked(shape, tiles)
+    return tiled
 
 
 def concat(parts: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
