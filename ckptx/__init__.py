@@ -1,3 +1,3 @@
 """Convert checkpoints of large language models, proved before a byte moves."""
 
-__version__ = "0.1.0"
+from ckptx.version import __version__ as __version__

@@ -30,7 +30,7 @@ from ckptx.protocol import contracts as plugin
 from ckptx.protocol import hookspecs
 from ckptx.protocol import messages as protocol
 from ckptx.registry import registry
-from ckptx.verification.diagnosis.hypotheses import WORDS
+from ckptx.verification.diagnosis.search import KNOWN
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -312,7 +312,7 @@ def diagnoses() -> str:
     """Return the mistakes that ``verify`` knows, and what to do about each."""
     return table(
         ("name", "what has happened", "what to do"),
-        ((f"`{name}`", words.title, words.advice) for name, words in WORDS.items()),
+        ((f"`{name}`", words.title, words.advice) for name, words in KNOWN.items()),
     )
 
 

@@ -13,41 +13,25 @@ from typing import Any, Literal
 
 import click
 
-from ckptx.cli.options import (
-    engine_options,
-    long_options,
-    megatron_options,
-    short_options,
-    show_result,
-)
+from ckptx.cli.options import long_options, output_options, short_options, show_result
 from ckptx.conversion import megatron_modules
+from ckptx.conversion.options import engine_options, megatron_options
 from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import CkptxError, PluginError
 from ckptx.registry import registry
-
-_ENGINE = (
-    "dtype",
-    "hf_base",
-    "fill_from_base",
-    "overwrite",
-    "max_memory",
-    "threads",
-    "digest",
-    "check_replicas",
-    "resume",
-    "journal_every",
-    "max_queue_size",
-    "model_type",
-    "checking",
-    "megatron_path",
-)
 
 
 class Chosen:
     """The plugins of one command line, and their options."""
 
-    def __init__(self, loader: str | None, saver: str | None, megatron_path: str | None) -> None:
-        self.loader = registry.loader(loader, megatron_path) if loader else None
+    def __init__(
+        self,
+        loader: str | None,
+        saver: str | None,
+        megatron_path: str | None,
+        source: Path | None = None,
+    ) -> None:
+        self.loader = registry.loader(loader, megatron_path, source) if loader else None
         self.saver = registry.saver(saver, megatron_path) if saver else None
         plugins: tuple[object, ...] = (self.loader, self.saver)
         self.modules = [plugin for plugin in plugins if isinstance(plugin, megatron_modules.Module)]
@@ -97,7 +81,7 @@ class ConversionCommand(click.Command):
         self.style = style
         self.base = (short_options if style == "short" else long_options)()
         self.megatron = megatron_options()
-        self.engine = engine_options()
+        self.engine = [*engine_options(), *output_options()]
         params = [*self.base, *self.engine, *self.megatron]
         super().__init__(name, params=params, help=summary, short_help=summary)
 
@@ -135,6 +119,7 @@ class ConversionCommand(click.Command):
         chosen: Chosen = ctx.meta["chosen"]
         if chosen.loader is None or chosen.saver is None:
             raise click.UsageError(f"say the format of {ctx.params['load_dir']} with --from", ctx)
+        engine = (*engine_options(), *megatron_options())
         both = {}
         if chosen.modules:
             names = {"loader": chosen.loader.name, "saver": chosen.saver.name}
@@ -146,7 +131,7 @@ class ConversionCommand(click.Command):
             target=ctx.params["save_dir"],
             loader_options={**chosen.values("loader", ctx.params), **both},
             saver_options={**chosen.values("saver", ctx.params), **both},
-            **{name: ctx.params[name] for name in _ENGINE},
+            **{str(one.name): ctx.params[str(one.name)] for one in engine},
         )
         self.run(job, ctx.params)
 
@@ -179,6 +164,7 @@ class ConversionCommand(click.Command):
         """Return the plugins that ``args`` name, after as light a look as possible."""
         params, places = scanned(self.params, args)
         loader, saver, path = (params.get(k) for k in ("loader", "saver", "megatron_path"))
+        source = params.get("load_dir") or next((p for p in places if p.exists()), None)
         if loader is None and saver is not None:
             options = registry.saver(saver, path).options()  # a wrong name is the better error
             _, places = scanned([*self.params, *options], args)
@@ -191,7 +177,7 @@ class ConversionCommand(click.Command):
                 raise click.UsageError("a path is empty; is a variable of the shell not set?")
             elif places and not wants_help:
                 loader = registry.detect(places[0])
-        return Chosen(loader, saver, path)
+        return Chosen(loader, saver, path, source)
 
 
 def scanned(
@@ -232,9 +218,9 @@ def _convert(job: ConversionRequest, params: dict[str, Any]) -> None:
 
 
 def _plan(job: ConversionRequest, params: dict[str, Any]) -> None:
-    from ckptx.conversion import supervisor
+    from ckptx.conversion import engine
 
-    forecast = supervisor.forecast(job, tensors=params["as_json"])
+    forecast = engine.forecast(job, tensors=params["as_json"])
     show_result(forecast, params["as_json"], params["quiet"])
 
 

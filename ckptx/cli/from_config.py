@@ -28,7 +28,7 @@ from typing import Any
 import click
 
 from ckptx.cli import equivalent
-from ckptx.cli.options import DTYPES
+from ckptx.conversion.options import DTYPES
 from ckptx.errors import FormatError, listing
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.storage.source_file import read_json, read_small

@@ -14,12 +14,13 @@ from functools import partial
 
 import click
 
-from ckptx import __version__
 from ckptx.cli import conversion, examples, from_config, from_script, modify, running, show, source
 from ckptx.cli.options import printable
+from ckptx.conversion import megatron_modules
 from ckptx.errors import CkptxError
 from ckptx.processes import torchrun
 from ckptx.processes.interrupts import Interrupted
+from ckptx.version import __version__
 
 
 def command() -> click.Group:
@@ -83,6 +84,7 @@ def _code(command: click.Command, args: list[str], name: str) -> int:
     logging.basicConfig(level=level, stream=sys.stderr)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_Printable("%(message)s"))
+    megatron_modules.install()
     try:
         code = command.main(args, name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

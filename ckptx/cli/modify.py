@@ -8,11 +8,10 @@ from typing import Any
 import click
 
 from ckptx.cli.conversion import Chosen, ConversionCommand, scanned
-from ckptx.cli.options import Dtype, Place, engine_options, output_options, show_result
+from ckptx.cli.options import Place, output_options, show_result
+from ckptx.conversion.options import MODIFY, Dtype, engine_options
 from ckptx.conversion.request import ConversionRequest
 from ckptx.registry import registry
-
-_ENGINE = ("overwrite", "max_memory", "threads", "digest", "check_replicas")
 
 
 class ModifyCommand(ConversionCommand):
@@ -23,7 +22,6 @@ class ModifyCommand(ConversionCommand):
             "modify", "Remove, cast or rename tensors of a checkpoint.", "short", _modify
         )
         path = Place(path_type=Path)
-        kept = {*_ENGINE, *(param.name for param in output_options())}
         self.base = [
             click.Argument(["load_dir"], metavar="SRC", type=path, help="Checkpoint to read."),
             click.Argument(["save_dir"], metavar="DST", type=path, help="Where to write."),
@@ -47,7 +45,8 @@ class ModifyCommand(ConversionCommand):
             ),
             click.Option(["--dry-run"], is_flag=True, help="Show what would be; write nothing."),
         ]
-        self.engine = [param for param in engine_options() if param.name in kept]
+        self.engine = [param for param in engine_options() if param.name in MODIFY]
+        self.engine += output_options()
         self.megatron = []
         self.params = [*self.base, *self.engine]
 
@@ -69,7 +68,7 @@ class ModifyCommand(ConversionCommand):
             loader_options=chosen.values("loader", params),
             saver_options=chosen.values("saver", params),
             edits=edits,
-            **{name: params[name] for name in _ENGINE},
+            **{name: params[name] for name in MODIFY},
         )
         self.run(job, params)
 
@@ -85,7 +84,8 @@ class ModifyCommand(ConversionCommand):
             return Chosen(None, None, None)
         from ckptx.conversion.edits import saver_for
 
-        return Chosen(loader, saver_for(registry.canonical(loader)), None)
+        plugin = registry.loader(loader, source=source)
+        return Chosen(plugin.name, saver_for(plugin.name), None)
 
 
 def modify_command() -> click.Command:
@@ -95,11 +95,11 @@ def modify_command() -> click.Command:
 
 def _modify(job: ConversionRequest, params: dict[str, Any]) -> None:
     from ckptx.cli import progress
-    from ckptx.conversion import supervisor
+    from ckptx.conversion import engine, supervisor
 
     result: Any
     if params["dry_run"]:
-        result = supervisor.forecast(job, tensors=params["as_json"])
+        result = engine.forecast(job, tensors=params["as_json"])
     else:
         shown = progress.choose(params["quiet"] or params["as_json"])
         result = supervisor.convert(job, shown)

@@ -1,41 +1,14 @@
-"""The options of the engine, which every conversion has."""
+"""What options of several commands share: paths, output, source and target."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-
-DTYPES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "half": "float16",
-    "fp32": "float32",
-    "float": "float32",
-    **{name: name for name in ("bfloat16", "float16", "float32")},
-}
-
-
-class Size(click.ParamType[Any]):
-    """A number of bytes: ``512M``, ``2GiB``, ``1.5g``."""
-
-    name = "size"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | None:
-        """Return the number of bytes."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", value, re.IGNORECASE)
-        if match is None:
-            self.fail(f"{value!r} is no size; write 512M or 2G", param, ctx)
-        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 class Place(click.Path):
@@ -64,20 +37,6 @@ class Checkpoint(Place):
 
             self.fail(f"{value}: {why_absent(Path(value))}", param, ctx)
         return super().convert(value, param, ctx)
-
-
-class Dtype(click.ParamType[Any]):
-    """A dtype by its torch name or a short one."""
-
-    name = "dtype"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | None:
-        """Return the torch name."""
-        if value not in DTYPES:
-            self.fail(f"{value!r} is not one of {', '.join(DTYPES)}", param, ctx)
-        return DTYPES[value]
 
 
 def show_result(
@@ -116,95 +75,6 @@ def output_options() -> list[click.Parameter]:
         click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
         click.Option(["--quiet", "-q"], is_flag=True, help="Print errors only."),
         click.Option(["--verbose", "-v"], is_flag=True, help="Show details, and tracebacks."),
-    ]
-
-
-def engine_options() -> list[click.Parameter]:
-    """Return the options of a conversion that belong to no plugin."""
-    folder = click.Path(exists=True, file_okay=False, path_type=Path)
-    return [
-        click.Option(["--dtype"], type=Dtype(), help="Convert weights to this dtype.  [as stored]"),
-        click.Option(["--overwrite"], is_flag=True, help="Replace an existing target."),
-        click.Option(
-            ["--hf-base"], type=folder, help="Hugging Face model to take config and tokenizer from."
-        ),
-        click.Option(
-            ["--fill-from-base"],
-            multiple=True,
-            metavar="GLOB",
-            help="Take tensors of this name from --hf-base if the source lacks them. Repeatable.",
-        ),
-        click.Option(
-            ["--max-memory"],
-            type=Size(),
-            default="512M",
-            show_default=True,
-            help="Memory of the whole conversion.",
-        ),
-        click.Option(
-            ["--threads"],
-            type=click.IntRange(0, 1024),
-            default=0,
-            help="Threads that move bytes.  [as many as help]",
-        ),
-        click.Option(
-            ["--digest"],
-            type=click.Choice(["xxh3_128", "sha256"]),
-            default="xxh3_128",
-            show_default=True,
-            help="Digest of the manifest's tensors.",
-        ),
-        click.Option(
-            ["--check-replicas"],
-            type=click.Choice(["all", "sample", "none"]),
-            default="sample",
-            show_default=True,
-            help="How much of a tensor's further copies is compared.",
-        ),
-        click.Option(
-            ["--resume/--no-resume"],
-            default=True,
-            help="Continue an interrupted run of the same conversion; or start over, and leave "
-            "nothing if interrupted.  [default: resume]",
-        ),
-        click.Option(
-            ["--journal-every"],
-            type=Size(),
-            default="256M",
-            show_default=True,
-            help="How much an interrupted run may have to write again.",
-        ),
-        click.Option(
-            ["--max-queue-size"],
-            type=click.IntRange(1),
-            default=50,
-            show_default=True,
-            help="Messages that may wait between the two processes.",
-        ),
-        *output_options(),
-    ]
-
-
-def megatron_options() -> list[click.Parameter]:
-    """Return the options that concern Megatron-style modules only."""
-    return [
-        click.Option(
-            ["--model-type"],
-            type=click.Choice(["GPT", "BERT"]),
-            default="GPT",
-            show_default=True,
-            help="Type of the model.",
-        ),
-        click.Option(
-            ["--no-checking", "checking"],
-            is_flag=True,
-            flag_value=False,
-            default=True,
-            help="Let modules send messages in any order.",
-        ),
-        click.Option(
-            ["--megatron-path"], metavar="DIR", help="Megatron-LM checkout that modules import."
-        ),
     ]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ckptx.cli.options import Checkpoint, Dtype, output_options, show_result
+from ckptx.cli.options import Checkpoint, output_options, show_result
+from ckptx.conversion.options import Dtype
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

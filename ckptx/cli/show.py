@@ -53,6 +53,7 @@ def verify_command() -> click.Command:
         else:
             from ckptx.cli.progress import Bar
             from ckptx.protocol.progress import Silent
+            from ckptx.registry.open import open_checkpoint
             from ckptx.verification.compare import compare
             from ckptx.verification.difference import Tolerance
 
@@ -60,7 +61,8 @@ def verify_command() -> click.Command:
             tolerance = Tolerance(rtol, atol, ignore_dtype)
             shown = sys.stderr.isatty() and not (quiet or as_json)
             bar = Bar() if shown else Silent()
-            result = compare(a, b, loader_a, loader_b, tolerance, diagnosis=diagnosis, progress=bar)
+            with open_checkpoint(a, loader_a) as left, open_checkpoint(b, loader_b) as right:
+                result = compare(left, right, tolerance, diagnosis=diagnosis, progress=bar)
         show_result(result, as_json, quiet)
         if not result.equal:
             raise click.exceptions.Exit(1)
@@ -138,6 +140,7 @@ def _row(entry: registry.Entry, capabilities: Any, error: str) -> dict[str, Any]
         "distribution": entry.distribution,
         "version": entry.version,
         "module": entry.point.value,
+        "summary": entry.declared.summary if entry.declared else "",
         "capabilities": dict(capabilities),
         "error": error,
     }
@@ -156,7 +159,8 @@ def _said(row: Mapping[str, Any]) -> str:
     if row["error"]:
         said = f"error: {row['error']}"
     else:
-        said = "; ".join(filter(None, map(_capability, row["capabilities"].items())))
+        told = (row["summary"], *map(_capability, row["capabilities"].items()))
+        said = "; ".join(filter(None, told))
     if row["distribution"] == "ckptx" and not row["error"]:
         return said or "-"
     return f"{said}{' ' * bool(said)}({row['distribution']} {row['version']})"

@@ -88,7 +88,7 @@ class SourceCommand(click.Command):
                 loader = registry.detect(source)
             except CkptxError:
                 loader = None  # `invoke` raises it again, where --json is known
-        return Chosen(loader, None, None)
+        return Chosen(loader, None, None, source)
 
 
 def inspect_command() -> click.Command:

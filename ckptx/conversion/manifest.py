@@ -22,7 +22,8 @@ from ckptx.protocol.messages import Begin
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor, Stored
 from ckptx.tensors.pieces import leaves
-from ckptx.writing.writer import DIGESTS, LEAF, tensor_digest, writing
+from ckptx.writing.leaves import DIGESTS, LEAF, tensor_digest
+from ckptx.writing.writer import writing
 
 VERSION = 1
 Range: TypeAlias = tuple[int, int]
@@ -47,7 +48,7 @@ def build(
         versions: distribution to version, of ckptx and the plugins.
         directory: where the files are; what is no tensor of theirs is read again.
         spool: the path of the spool, which has no name of its own.
-        kind: the digest of what is no tensor, a key of `ckptx.writing.writer.DIGESTS`.
+        kind: the digest of what is no tensor, a key of `ckptx.writing.leaves.DIGESTS`.
 
     Raises:
         CutShortError: a file that was written cannot be read.

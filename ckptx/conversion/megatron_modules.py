@@ -24,9 +24,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckptx.errors import ConversionError, PluginError
+from ckptx.registry import registry
+from ckptx.registry.registry import Role
 
 if TYPE_CHECKING:
     import click
@@ -36,37 +38,42 @@ if TYPE_CHECKING:
     from ckptx.protocol.contracts import SavePlan
     from ckptx.protocol.messages import Message
 
-Role = Literal["loader", "saver"]
 _FUNCTIONS = {"loader": "load_checkpoint", "saver": "save_checkpoint"}
 
 
-def find(role: Role, name: str, megatron_path: str | None, *, plain: bool) -> str | None:
-    """Return the module that plays ``role`` under ``name``; imports nothing.
+def install() -> None:
+    """Let the registry find Megatron-style modules where no plugin has the name."""
+    if _plugin_of_module not in registry.fallbacks:
+        registry.fallbacks.append(_plugin_of_module)
 
-    Args:
-        role: ``"loader"`` or ``"saver"``.
-        name: what the user asked for.
-        megatron_path: a Megatron-LM checkout, searched as well, with its ``tools/checkpoint``.
-        plain: whether a module called just ``name`` counts too.
+
+def _plugin_of_module(role: Role, name: str, megatron_path: str | None) -> Module | None:
+    """Return the Megatron-style module that plays ``role`` under ``name``, None if there is none.
+
+    Raises:
+        PluginError: it cannot be imported, or lacks the two functions.
+    """
+    # A module called just ``name`` counts, too, unless that is a format of which we know.
+    plain = [] if registry.canonical(name) in registry.RECOGNISED else [name]
+    found = _find([f"{role}_{name}", *plain], megatron_path)
+    if found is None:
+        return None
+    return (ModuleLoader if role == "loader" else ModuleSaver)(name, found, megatron_path)
+
+
+def _find(names: Sequence[str], megatron_path: str | None) -> str | None:
+    """Return the first name that is a module; imports nothing.
+
+    ``megatron_path`` is a Megatron-LM checkout, searched as well, with its ``tools/checkpoint``.
     """
     with _megatron(megatron_path):
-        for module in (f"{role}_{name}", *([name] if plain else [])):
+        for module in names:
             # A package is no plugin of Megatron's converter, and "json" is not one either.
             if module.isidentifier() and module not in sys.stdlib_module_names:
                 spec = importlib.util.find_spec(module)
                 if spec is not None and spec.origin and spec.submodule_search_locations is None:
                     return module
     return None
-
-
-def adapt(role: Role, name: str, module: str, megatron_path: str | None) -> Any:
-    """Return a Megatron-style module as a loader or a saver.
-
-    Raises:
-        PluginError: it cannot be imported, or lacks the two functions.
-    """
-    adapter = ModuleLoader if role == "loader" else ModuleSaver
-    return adapter(name, module, megatron_path)
 
 
 class Module:

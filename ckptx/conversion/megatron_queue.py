@@ -20,6 +20,7 @@ from ckptx.conversion.report import Facts
 from ckptx.errors import ConversionError, PlanError, PluginError, listing
 from ckptx.model.spec import ModelSpec
 from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, SourceTensor, Tensors
+from ckptx.protocol.model import check_state
 from ckptx.storage.spool import Spool
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor, Shape, Stored
@@ -176,12 +177,13 @@ class SendQueue:
                 return metadata_of(message, self._model_type)
             if isinstance(message, End):
                 self._end = message
-            elif message.name == PASSTHROUGH:
+                continue
+            check_state(message)
+            if message.name == PASSTHROUGH:
                 raise PlanError(
                     f"saver {self._name!r} cannot take tensors by name: {listing(message.tensors)}"
                 )
-            elif message.state == "weight":
-                return {"name": message.name, **self._materialised(message.tensors)}
+            return {"name": message.name, **self._materialised(message.tensors)}
         return "done"
 
     get_nowait = get

@@ -50,12 +50,17 @@ class ConversionRequest:
         for name in ("source", "target"):
             object.__setattr__(self, name, Path(os.path.abspath(getattr(self, name))))  # noqa: PTH100 - keeps symlinks
 
+    @property
+    def inputs(self) -> list[Path]:
+        """The places that are read, of which the target replaces nothing."""
+        adapters = map(Path, self.loader_options.get("adapter") or ())
+        return [self.source, *([self.hf_base] if self.hf_base else []), *adapters]
+
     def options(self, own: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         """Return the options that a plugin sees: the engine's and its own."""
         engine = {
             "dtype": self.dtype,
             "hf_base": self.hf_base,
-            "saver": self.saver,
             "fill_from_base": self.fill_from_base,
             "target": self.target,
             "max_queue_size": self.max_queue_size,

@@ -14,6 +14,7 @@ from ckptx.hf_models.lora import merge as adapter_merge
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.export import exported
 from ckptx.model.layout import Family
+from ckptx.protocol.contracts import ADAPTERS
 from ckptx.protocol.from_names import (
     named_messages,
     names_held,
@@ -116,7 +117,7 @@ def hf_messages(
     """
     options = options or {}
     held = extract.extract_adapters(begin, tensors, options)
-    if options.get("saver") == extract.LAYOUT:
+    if options.get("wants") == ADAPTERS:
         yield from _adapter_messages(held, notes, dropped)
         return
     begin, tensors = held.begin, held.tensors

@@ -8,24 +8,19 @@ neither the order of blocks nor their number loses digits. Everything is compute
 from __future__ import annotations
 
 import math
-import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptx.storage.gather import Gather, numpy_dtype
+from ckptx.storage.blocks import BlockReader
 from ckptx.storage.open_files import Files
-from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor
 
-_BLOCK = 1 << 20  # elements; 8 MiB of float64
-_THREADS = 4  # more do not help: the disk or the memory is the limit
+_BLOCK = 2 << 20  # bytes; of bfloat16 8 MiB of float64
 
 
 @dataclass(slots=True)
@@ -98,53 +93,29 @@ def statistics_of(
     Raises:
         ConversionError: a file cannot be read.
     """
-    found = {name: Statistics() for name in tensors}
+    sums = [Statistics() for _ in tensors]
+    blocks: list[dict[int, Statistics]] = [{} for _ in tensors]  # by their first elements
+    groups = [(tensor,) for tensor in tensors.values()]
+    lock = threading.Lock()
+
+    def visit(number: int, start: int, arrays: Sequence[NDArray[Any]]) -> bool:
+        values = arrays[0]
+        block = measured(values)
+        with lock:
+            blocks[number][start] = block
+            if sum(done.elements for done in blocks[number].values()) == groups[number][0].numel:
+                for _, done in sorted(blocks[number].items()):
+                    sums[number].add(done)  # in order: their number does not depend on threads
+                blocks[number].clear()
+        advance(values.nbytes)
+        return True
+
     source = Files(files)
-    workers = _Workers(source)
-    pending: deque[tuple[str, int, Future[Statistics]]] = deque()
-    threads = min(_THREADS, os.cpu_count() or 1)
-
-    def settle() -> None:
-        name, nbytes, future = pending.popleft()
-        found[name].add(future.result())
-        advance(nbytes)
-
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            for name, tensor, start, stop in _blocks(tensors):
-                if len(pending) >= 2 * threads:
-                    settle()
-                future = pool.submit(workers.measure, tensor, start, stop)
-                pending.append((name, (stop - start) * ITEMSIZE[tensor.dtype], future))
-            while pending:
-                settle()
+        BlockReader(source, block=_BLOCK).each(groups, visit)
     finally:
         source.close()
-    return found
-
-
-def _blocks(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, LazyTensor, int, int]]:
-    for name, tensor in tensors.items():
-        for start in range(0, tensor.numel, _BLOCK):
-            yield name, tensor, start, min(tensor.numel, start + _BLOCK)
-
-
-class _Workers:
-    """Reads and measures blocks; every thread has buffers of its own."""
-
-    def __init__(self, files: Files) -> None:
-        self._files = files
-        self._own = threading.local()
-
-    def measure(self, tensor: LazyTensor, start: int, stop: int) -> Statistics:
-        """Return the statistics of elements ``start`` to ``stop``, in row-major order."""
-        gather = getattr(self._own, "gather", None)
-        if gather is None:
-            gather = self._own.gather = Gather(self._files)
-        buffer = np.empty((stop - start) * ITEMSIZE[tensor.dtype], np.uint8)
-        gather.add_range(tensor, start, stop, buffer)
-        gather.run()
-        return measured(buffer.view(numpy_dtype(tensor.dtype)))
+    return dict(zip(tensors, sums, strict=True))
 
 
 def measured(values: NDArray[Any]) -> Statistics:

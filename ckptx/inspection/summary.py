@@ -15,7 +15,7 @@ from ckptx.model.pipeline_parallel import Pipeline, describe
 from ckptx.protocol.messages import TRAINING_STATE, Begin
 from ckptx.protocol.model import Model
 from ckptx.protocol.progress import Progress, Silent
-from ckptx.registry.open import Problem, opened, tensors_by_name
+from ckptx.registry.open import Problem, open_checkpoint
 from ckptx.storage.partial import PARTIAL
 from ckptx.tensors.lazy import Filled, LazyTensor
 from ckptx.tensors.placement import describe_partition, placement_of, stored_dtypes
@@ -226,19 +226,22 @@ def inspect(
         CkptxError: it cannot be read, or holds no tensor that was asked for.
     """
     wanted = wanted or Wanted()
-    model, problems = opened(path, loader, options)
-    named, whole = tensors_by_name(model)
-    weights = dict.fromkeys(tensor for tensor in whole.values() if not isinstance(tensor, Filled))
-    parameters = sum(tensor.numel for tensor in weights)
-    if wanted.names == "stored":
-        named, whole = tensors_by_name(model, "stored")
-    tensors = _chosen(path, whole, wanted)
-    statistics: dict[str, Statistics] = {}
-    if wanted.stats:
-        progress = progress or Silent()
-        progress.begin(sum(tensor.nbytes for tensor in tensors.values()), "reading")
-        statistics = statistics_of(tensors, model.begin.files, progress.advance)
-        problems += _values(statistics)
+    with open_checkpoint(path, loader, options=options) as checkpoint:
+        model, problems = checkpoint.model, checkpoint.problems
+        named, whole = checkpoint.tensors()
+        weights = dict.fromkeys(
+            tensor for tensor in whole.values() if not isinstance(tensor, Filled)
+        )
+        parameters = sum(tensor.numel for tensor in weights)
+        if wanted.names == "stored":
+            named, whole = checkpoint.tensors("stored")
+        tensors = _chosen(path, whole, wanted)
+        statistics: dict[str, Statistics] = {}
+        if wanted.stats:
+            progress = progress or Silent()
+            progress.begin(sum(tensor.nbytes for tensor in tensors.values()), "reading")
+            statistics = statistics_of(tensors, model.begin.files, progress.advance)
+            problems += _values(statistics)
     if path.name.endswith(PARTIAL):
         problems += (Problem("unfinished", f"{path}: what a killed conversion left behind"),)
     return Inspection(

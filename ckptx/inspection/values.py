@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptx.errors import PlanError, listing
-from ckptx.registry.open import opened, tensors_by_name
+from ckptx.registry.open import open_checkpoint
 from ckptx.storage.gather import numpy_dtype, read
 from ckptx.storage.open_files import Files
 from ckptx.tensors.lazy import LazyTensor, Shape
@@ -92,24 +93,21 @@ def look_up(
         CkptxError: the checkpoint cannot be read, no tensor or several are so named, or the slice
             does not fit.
     """
-    model, _ = opened(path, loader, options)
-    known = dict(tensors_by_name(model, "stored")[1])
-    known |= tensors_by_name(model)[1]  # whole tensors win where a name is both
-    name = resolve(name, known)
-    tensor = known[name]
-    index = parse_slice(part or "", tensor.shape)
-    found = tuple(len(range(*_bounds(one))) for one in index if isinstance(one, slice))
-    count = math.prod(found)
-    whole = full or count <= _SHORT
-    if whole and count > _MOST:
-        raise PlanError(
-            f"{name}: {count:,} values are too many to show at once; take a part with --slice"
-        )
-    files = Files(model.begin.files)
-    try:
-        values = _read(tensor, index if whole else _outer(index), files)
-    finally:
-        files.close()
+    with open_checkpoint(path, loader, options=options) as checkpoint:
+        known = dict(checkpoint.tensors("stored")[1])
+        known |= checkpoint.tensors()[1]  # whole tensors win where a name is both
+        name = resolve(name, known)
+        tensor = known[name]
+        index = parse_slice(part or "", tensor.shape)
+        found = tuple(len(range(*_bounds(one))) for one in index if isinstance(one, slice))
+        count = math.prod(found)
+        whole = full or count <= _SHORT
+        if whole and count > _MOST:
+            raise PlanError(
+                f"{name}: {count:,} values are too many to show at once; take a part with --slice"
+            )
+        with closing(checkpoint.files()) as files:
+            values = _read(tensor, index if whole else _outer(index), files)
     return Values(name, tensor.dtype, tensor.shape, part or "", found, _exact(values), whole)
 
 

@@ -10,8 +10,8 @@ names, and those of the engine:
     dtype           dtype to convert to, or None; the engine casts what travels between the two
     hf_base         directory of a Hugging Face model: config and tokenizer source, or None
     fill_from_base  patterns of tensor names that may be filled from ``hf_base``
-    saver           the name of the saver; one that wants adapters only is given nothing else
     target          the path the user named, or None; for the names of single files
+    wants           loaders only: `Wants`, what of the checkpoint is to be loaded
     spool           loaders only: a `ckptx.storage.spool.Spool` for tensors in memory
 """
 
@@ -31,14 +31,30 @@ if TYPE_CHECKING:
     from ckptx.protocol.messages import Message
 
 
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """What of a checkpoint is to be loaded; a loader is told this, and never by whom."""
+
+    weights: bool = True
+    """Whole weights: adapters are merged into those that they were trained on."""
+    adapters: bool = False
+    """Adapters alone. With ``weights`` these are what is left where the weights are not given."""
+    states: tuple[str, ...] = ("weight",)
+    """What of each parameter: its weight."""
+
+
+WEIGHTS, ADAPTERS = Wants(), Wants(weights=False, adapters=True)
+ANYTHING = Wants(adapters=True)
+"""What is only looked at."""
+
+
 @runtime_checkable
 class Loader(Protocol):
     """Reads one format."""
 
     name: str
     """What follows ``--loader``: ``"hf"``."""
-    capabilities: Mapping[str, Any]
-    """Plain data for ``ckptx plugins``: ``{"formats": [...], "lossless": True, ...}``."""
+    # One that no `Format` declares has `capabilities`, plain data for ``ckptx plugins``.
 
     def options(self) -> list[click.Option]:
         """Return the options that the loader adds to the command line."""
@@ -57,10 +73,9 @@ class Loader(Protocol):
 class Saver(Protocol):
     """Writes one format."""
 
+    # A saver of adapters alone has `wants` set to `ADAPTERS`; others are given weights.
     name: str
     """What follows ``--saver``: ``"core"``."""
-    capabilities: Mapping[str, Any]
-    """Plain data for ``ckptx plugins``."""
 
     def options(self) -> list[click.Option]:
         """Return the options that the saver adds to the command line."""

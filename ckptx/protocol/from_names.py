@@ -19,10 +19,9 @@ from ckptx.protocol.messages import (
     SourceTensor,
     Tensors,
 )
+from ckptx.storage.blocks import equal
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor, replicated
-
-_BLOCK = 16 << 20  # bytes
 
 
 def inventory(tensors: Mapping[str, LazyTensor], label: str = "") -> tuple[SourceTensor, ...]:
@@ -71,33 +70,6 @@ def drop_ignored(layout: Layout, tensors: MutableMapping[str, LazyTensor]) -> tu
         reason = "no weights: the model makes it anew"
         dropped.append(Dropped(name, reason, tensor.nbytes, (tensor,)))
     return tuple(dropped)
-
-
-def equal(first: LazyTensor, second: LazyTensor, files: Sequence[str]) -> bool:
-    """Return whether two tensors have the same bytes; reads both unless they are one extent."""
-    if (first.shape, first.dtype) != (second.shape, second.dtype):
-        return False
-    if first == second:
-        return True
-    import numpy as np
-
-    from ckptx.storage.gather import read
-    from ckptx.storage.open_files import Files
-
-    rows = max(1, _BLOCK // max(1, first.nbytes // max(1, first.shape[0])))
-    source = Files(files)
-    try:
-        for start in range(0, first.shape[0], rows):
-            stop = min(first.shape[0], start + rows)
-            parts = [
-                np.ascontiguousarray(read(tensor.narrow(0, start, stop), source))
-                for tensor in (first, second)
-            ]
-            if parts[0].tobytes() != parts[1].tobytes():
-                return False
-    finally:
-        source.close()
-    return True
 
 
 def resolve_tie(

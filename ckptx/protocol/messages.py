@@ -21,6 +21,9 @@ VERSION = 1
 PASSTHROUGH = "passthrough"
 """The message that carries tensors under the names of their source layout."""
 
+WEIGHT = "weight"
+"""The state that every saver writes; no saver of this version writes another."""
+
 TRAINING_STATE = "only weights are converted"
 """Why loaders drop the state of a training; inspection tells it from the rest by it."""
 
@@ -89,8 +92,8 @@ class Tensors:
     tensors: Mapping[str, LazyTensor]
     part: str = "language"
     """The key in `Begin.parts` of the part that it is of; names are unique over all parts."""
-    state: str = "weight"
-    """Which state of the parameters: later ``"exp_avg"``, ``"exp_avg_sq"``, ``"master"``."""
+    state: str = WEIGHT
+    """Which state of the parameters these are; `ckptx.protocol.model.collect` refuses others."""
 
 
 @dataclass(frozen=True, slots=True)

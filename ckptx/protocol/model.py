@@ -9,7 +9,16 @@ from ckptx.errors import PlanError, SchemaError, listing
 from ckptx.model.layout import Family, Layout, Parts
 from ckptx.model.sharding import check_message, shard_tensors
 from ckptx.model.spec import ModelSpec
-from ckptx.protocol.messages import PASSTHROUGH, VERSION, Begin, Dropped, End, Message, Tensors
+from ckptx.protocol.messages import (
+    PASSTHROUGH,
+    VERSION,
+    WEIGHT,
+    Begin,
+    Dropped,
+    End,
+    Message,
+    Tensors,
+)
 from ckptx.tensors.joins import concat
 from ckptx.tensors.lazy import Filled, LazyTensor, Replicated, Stored, replicated
 
@@ -57,7 +66,7 @@ def collect(messages: Iterator[Message]) -> Model:
     """Return the model that the messages describe.
 
     Raises:
-        PlanError: the messages are not in protocol order.
+        PlanError: the messages are not in protocol order, or hold more than weights.
     """
     begin = next(messages, None)
     if not isinstance(begin, Begin):
@@ -67,9 +76,11 @@ def collect(messages: Iterator[Message]) -> Model:
     model = Model(begin, End())
     for message in messages:
         match message:
-            case Tensors(name=name, tensors=tensors) if name == PASSTHROUGH:
-                model.passthrough = {**(model.passthrough or {}), **tensors}
             case Tensors(name=name, tensors=tensors):
+                check_state(message)
+                if name == PASSTHROUGH:
+                    model.passthrough = {**(model.passthrough or {}), **tensors}
+                    continue
                 if name in model.messages:
                     raise PlanError(f"the loader sent {name!r} twice")
                 model.messages[name] = tensors
@@ -79,6 +90,19 @@ def collect(messages: Iterator[Message]) -> Model:
             case _:
                 raise PlanError("the loader sent Begin twice")
     raise PlanError("the loader stopped before its End message")
+
+
+def check_state(message: Tensors) -> None:
+    """Raise unless a message holds weights, the one state that savers write.
+
+    Raises:
+        PlanError: it holds another state.
+    """
+    if message.state != WEIGHT:
+        raise PlanError(
+            f"the loader sent the state {message.state!r} of {message.name!r}; savers write "
+            f"{WEIGHT!r} alone, so a loader declares any other state as dropped"
+        )
 
 
 def check_messages(model: Model, layout: Layout) -> None:

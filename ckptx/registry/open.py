@@ -1,23 +1,27 @@
-"""A checkpoint of any format, opened to be looked at: what it holds, by which names.
+"""Open a checkpoint of any format: the only place that calls a loader.
 
-Tensors are whole and have the names that Hugging Face has for them where a schema knows the model,
-whatever the ranks hold of each.
+`checkpoint_messages` is the stream that a conversion sends on as it comes; `open_checkpoint`
+collects it into a `Checkpoint`, whose tensors are whole and have the names that Hugging Face has
+for them where a schema knows the model, whatever the ranks hold of each.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from ckptx.errors import CkptxError
-from ckptx.protocol.messages import Begin, End, Message
+from ckptx.errors import CkptxError, PluginError
+from ckptx.protocol.contracts import ANYTHING, WEIGHTS, Loader, Wants
+from ckptx.protocol.messages import Begin, End, Message, Tensors
 from ckptx.protocol.model import Model, collect
 from ckptx.registry import registry
 from ckptx.registry.families import hf_tensors
+from ckptx.storage.open_files import Files
+from ckptx.storage.spool import Spool, TemporarySpool
 from ckptx.tensors.lazy import LazyTensor
 
 _log = logging.getLogger(__name__)
@@ -36,23 +40,163 @@ class Problem:
     tensor: str = ""
 
 
-def opened(
-    path: Path, loader: str | None, options: Mapping[str, Any] | None
-) -> tuple[Model, tuple[Problem, ...]]:
-    """Return a checkpoint, and what is wrong with it if its tensors can still be listed.
+@dataclass(slots=True)
+class Checkpoint:
+    """A checkpoint that is open, until it is closed or its ``with`` ends.
+
+    A checkpoint whose tensors do not fit its own config or args is open, too: its ``model`` has no
+    messages then, `misfit` says why, and `tensors` are named as they are stored.
+    """
+
+    path: Path
+    format: str
+    """The name of the loader."""
+    model: Model
+    misfit: CkptxError | None = None
+    """Why the tensors are not those of the model that config or args describe."""
+    _spool: Spool | None = field(default=None, repr=False)
+    """Where tensors are decoded to; None if it belongs to somebody else."""
+
+    @property
+    def begin(self) -> Begin:
+        """What the loader says of the whole: files, parts, how it is split."""
+        return self.model.begin
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What is wrong with the checkpoint, as far as its metadata tell."""
+        return (Problem("incomplete", str(self.misfit)),) if self.misfit else ()
+
+    def tensors(self, names: str = "model") -> tuple[str, Mapping[str, LazyTensor]]:
+        """Return how the tensors are named, and the tensors; see `tensors_by_name`."""
+        return tensors_by_name(self.model, names)
+
+    def files(self) -> Files:
+        """Return the open files that the tensors are read from; close them after use."""
+        return Files(self.begin.files)
+
+    def close(self) -> None:
+        """Remove what was decoded; nothing can be read after that."""
+        if self._spool is not None:
+            self._spool.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(
+    location: Path,
+    format: str | Loader | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    wants: Wants = ANYTHING,
+    spool: Spool | Path | None = None,
+) -> Checkpoint:
+    """Return a checkpoint; only its metadata are read.
+
+    Args:
+        location: a file or a directory.
+        format: the name of the loader, or the loader; detected unless given.
+        options: the loader's own by their click names, and the engine's that concern reading.
+        wants: what of it is to be loaded.
+        spool: where tensors are decoded to that lie compressed; given a directory or nothing (the
+            directory for temporary files), the checkpoint makes a spool of its own if need be.
 
     Raises:
-        CkptxError: it cannot be read.
+        CkptxError: it cannot be read at all.
     """
-    plugin = registry.loader(loader or registry.detect(path))
-    messages: Iterator[Message] = iter(plugin.load(path, options or {}))
-    begin = next(messages, None)
-    if not isinstance(begin, Begin):
-        return collect(iter([begin] if begin else [])), ()
+    own = spool if isinstance(spool, Spool) else TemporarySpool(spool)
+    begun: list[Begin] = []
+
+    def watched(messages: Iterator[Message]) -> Iterator[Message]:
+        for message in messages:
+            if isinstance(message, Begin):
+                begun.append(message)
+            yield message
+
+    loader = find_loader(location, format)
+    misfit: CkptxError | None = None
     try:
-        return collect(chain([begin], messages)), ()
-    except CkptxError as error:
-        return Model(begin, End()), (Problem("incomplete", str(error)),)
+        try:
+            messages = checkpoint_messages(
+                location, loader, options=options, wants=wants, spool=own
+            )
+            model = collect(watched(messages))
+        except PluginError:
+            raise
+        except CkptxError as error:
+            if not begun:
+                raise
+            model, misfit = Model(begun[0], End()), error
+    except BaseException:
+        if own is not spool:
+            own.close()
+        raise
+    return Checkpoint(location, loader.name, model, misfit, None if own is spool else own)
+
+
+def checkpoint_messages(
+    location: Path,
+    format: str | Loader | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    wants: Wants = WEIGHTS,
+    spool: Spool | None = None,
+    megatron_path: str | None = None,
+) -> Iterator[Message]:
+    """Return the messages of a checkpoint as its loader sends them; see `open_checkpoint`.
+
+    Raises:
+        PluginError: no loader is so named or recognises it; while they come, too: they are not
+            one `Begin`, `Tensors`, and one `End`.
+    """
+    loader = find_loader(location, format, megatron_path)
+    given = {**(options or {}), "wants": wants, "spool": spool}
+    return in_order(loader.load(location, given), loader.name)
+
+
+def find_loader(
+    location: Path, format: str | Loader | None, megatron_path: str | None = None
+) -> Loader:
+    """Return the loader of a checkpoint, detected unless it is given.
+
+    Raises:
+        PluginError: there is none, or not exactly one recognises the checkpoint.
+    """
+    if format is None or isinstance(format, str):
+        return registry.loader(format or registry.detect(location), megatron_path, location)
+    return format
+
+
+def in_order(messages: Iterator[Message], name: str) -> Iterator[Message]:
+    """Yield the messages of loader ``name`` if they are one `Begin`, `Tensors`, and one `End`."""
+    last: Message | None = None
+    for message in messages:
+        first = last is None
+        known = isinstance(message, Begin if first else (Tensors, End))
+        if not known or isinstance(last, End):
+            expected = (
+                "nothing" if isinstance(last, End) else "Begin" if first else "Tensors or End"
+            )
+            raise PluginError(f"loader {name!r} sent {title(message)}, expected {expected}")
+        last = message
+        yield message
+    if not isinstance(last, End):
+        raise PluginError(f"loader {name!r} ended without sending End")
+
+
+def title(message: object) -> str:
+    """Return what a message is, for errors."""
+    name = getattr(message, "name", "")
+    return f"{type(message).__name__} {name!r}" if name else type(message).__name__
 
 
 def tensors_by_name(model: Model, names: str = "model") -> tuple[str, Mapping[str, LazyTensor]]:

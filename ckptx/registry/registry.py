@@ -1,48 +1,42 @@
 """Find plugins by name; import only those that are asked for.
 
-Plugins are the entry points of the group ``ckptx``. Listing reads the metadata of the installed
-distributions and imports nothing. In a checkout the entry points of ckptx itself come from its
-``pyproject.toml``, installed or not, so that they are never those of another copy.
+Plugins are the entry points of the group ``ckptx``. A ``formats_X`` leads to declarations
+(`ckptx.protocol.declarations`), which say what there is and where, so that listing and detecting
+import no loader that has nothing to do with a source. A ``loader_X`` or ``saver_X`` that nobody
+declares is imported to be asked, after the declared ones. In a checkout the entry points of ckptx
+itself come from its ``pyproject.toml``, installed or not, so that they are never those of another
+copy.
 
-``CKPTX_PLUGINS`` pins the exact set: a comma-separated list of entry names (``loader_hf``) or
-distribution names (``ckptx-npz``); nothing else is visible. An empty value leaves no plugin at all.
+``CKPTX_PLUGINS`` pins the exact set: a comma-separated list of entry names (``loader_hf``,
+``formats_megatron``) or distribution names (``ckptx-npz``); nothing else is visible. An empty value
+leaves no plugin at all.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from ckptx.errors import PluginError, listing
-from ckptx.registry.alternatives import Alternatives
+from ckptx.errors import FormatError, PluginError, listing
+from ckptx.version import __version__
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
     from ckptx.model.layout import Family
     from ckptx.protocol.contracts import Loader, Saver, SideFile
+    from ckptx.protocol.declarations import Format
 
 GROUP = "ckptx"
 PIN = "CKPTX_PLUGINS"
-ALIASES: Mapping[str, tuple[str, ...]] = {
-    "mcore": ("core",),
-    "megatron": ("legacy",),
-    "zero": ("deepspeed",),
-    "universal": ("deepspeed",),
-    "lora": ("peft",),
-    "fsdp": ("dcp", "verl"),
-}
-"""Other names of formats; the first two are those that Megatron's converter accepts.
-
-Of several formats behind one name a loader's source says which it is; the first is written."""
-
 RECOGNISED = {
     "fsdp_dtensor": "Megatron FSDP checkpoints",
     "nemo": "NeMo checkpoints",
@@ -50,7 +44,10 @@ RECOGNISED = {
 }
 """Formats that ckptx knows of and has no plugin for yet."""
 
-Kind: TypeAlias = Literal["loader", "saver", "schema"]
+Kind: TypeAlias = Literal["loader", "saver", "schema", "formats"]
+Role: TypeAlias = Literal["loader", "saver"]
+fallbacks: list[Callable[[Role, str, str | None], Any]] = []
+"""Asked in order for a loader or a saver (role, name, Megatron's path) that no plugin declares."""
 _log = logging.getLogger(__name__)
 
 
@@ -65,6 +62,10 @@ class Entry:
     point: EntryPoint = field(repr=False)
     rivals: tuple[str, ...] = ()
     """Other distributions that declare the same name."""
+    declared: Format | None = field(default=None, repr=False, compare=False)
+    """What the plugin's folder says of the format; its class is where ``point`` leads."""
+    error: str = ""
+    """Why the declarations cannot be read: ``kind`` is ``"formats"`` then."""
 
     @property
     def entry_name(self) -> str:
@@ -91,25 +92,50 @@ class Status:
 
 @cache
 def entries() -> Mapping[str, Entry]:
-    """Return every visible plugin by its entry name, sorted; imports none of them."""
+    """Return every visible plugin by its entry name, sorted; imports declarations alone."""
     pinned = _pinned()
     found: dict[str, list[Entry]] = {}
+    visible: set[str] = set()
     for distribution, version, point in _entry_points():
         kind, _, name = point.name.partition("_")
-        if kind not in ("loader", "saver", "schema") or not name:
+        if kind not in ("loader", "saver", "schema", "formats") or not name:
             _log.warning(
-                "%s: entry point %r ignored: not a loader_, saver_ or schema_ name",
+                "%s: entry point %r ignored: not a formats_, loader_, saver_ or schema_ name",
                 distribution,
                 point.name,
             )
-        elif pinned is None or point.name in pinned or _normal(distribution) in pinned:
-            entry = Entry(kind, name, distribution, version, point)  # type: ignore[arg-type]  # checked above
-            found.setdefault(point.name, []).append(entry)
-    if pinned is not None:
-        visible = {_normal(e.distribution) for group in found.values() for e in group} | set(found)
-        if missing := sorted(pinned - visible):
-            raise PluginError(f"{PIN} names {listing(missing)}, which no distribution provides")
+            continue
+        whole = pinned is None or point.name in pinned or _normal(distribution) in pinned
+        entry = Entry(kind, name, distribution, version, point)  # type: ignore[arg-type]  # checked above
+        for one in _declared_by(entry) if kind == "formats" else (entry,):
+            if whole or (pinned is not None and one.entry_name in pinned):
+                found.setdefault(one.entry_name, []).append(one)
+                visible |= {point.name, one.entry_name, _normal(distribution)}
+    if missing := sorted((pinned or set()) - visible):
+        raise PluginError(f"{PIN} names {listing(missing)}, which no distribution provides")
     return {name: _merged(found[name]) for name in sorted(found)}
+
+
+def _declared_by(entry: Entry) -> Iterator[Entry]:
+    """Yield the loaders and savers that an entry's declarations speak of, or what is wrong."""
+    from importlib.metadata import EntryPoint
+
+    from ckptx.protocol.declarations import Format
+
+    try:
+        with _blamed(entry):
+            formats = entry.point.load()
+            if not all(isinstance(one, Format) for one in formats):
+                raise TypeError(f"{entry.point.value} is not a tuple of Format")
+    except PluginError as error:
+        yield replace(entry, error=str(error))
+        return
+    for declared in formats:
+        places: dict[Kind, str] = {"loader": declared.loader, "saver": declared.saver}
+        for kind, place in places.items():
+            if place:
+                point = EntryPoint(f"{kind}_{declared.name}", place, GROUP)
+                yield replace(entry, kind=kind, name=declared.name, point=point, declared=declared)
 
 
 def names(kind: Kind) -> list[str]:
@@ -119,17 +145,46 @@ def names(kind: Kind) -> list[str]:
 
 def canonical(name: str) -> str:
     """Return the first name behind an alias; other names come back as they are."""
-    return ALIASES.get(name, (name,))[0]
+    return _behind(name)[0]
 
 
-def loader(name: str, megatron_path: str | None = None) -> Loader:
+def _behind(alias: str) -> tuple[str, ...]:
+    """Return the formats that a name stands for, by name: itself, where it is no alias."""
+    found: dict[str, None] = {}
+    for entry in entries().values():
+        if entry.declared is not None and alias in entry.declared.aliases:
+            found[entry.name] = None
+    return tuple(found) or (alias,)
+
+
+def loader(name: str, megatron_path: str | None = None, source: Path | None = None) -> Loader:
     """Return the loader called ``name``, or the Megatron-style module ``loader_<name>``.
+
+    Of several formats that ``name`` is an alias of, ``source`` says which is meant; without it the
+    first is.
 
     Raises:
         PluginError: there is none, several distributions declare it, or it fails to import.
+        FormatError: ``source`` is of none of the formats, or of several.
     """
-    found: Loader = _plugin("loader", name, megatron_path)
-    return found
+    behind = [one for one in _behind(name) if f"loader_{one}" in entries()]
+    if len(behind) > 1 and source is not None:
+        found = [one for one in _recognising(source) if one in behind]
+        if len(found) != 1:
+            are = f"is {' and '.join(found)}" if found else f"is neither {' nor '.join(behind)}"
+            raise FormatError(f"{source}: {are}, what {name!r} stands for; name the loader")
+        name = found[0]
+    plugin: Loader = _plugin("loader", name, megatron_path)
+    return plugin
+
+
+def capabilities(kind: Role, plugin: Loader | Saver) -> Mapping[str, Any]:
+    """Return what a plugin says that it can do, in its declaration or its class."""
+    own: Mapping[str, Any] | None = getattr(plugin, "capabilities", None)
+    entry = entries().get(f"{kind}_{plugin.name}")
+    if own is None and entry is not None and entry.declared is not None:
+        return entry.declared.capabilities(kind)
+    return own or {}
 
 
 def saver(name: str, megatron_path: str | None = None) -> Saver:
@@ -198,9 +253,6 @@ def _usable(entry: Entry) -> bool:
     return True
 
 
-"""Directories looked into where the source itself is no checkpoint."""
-
-
 def detect(source: Path) -> str:
     """Return the name of the one loader that recognises ``source``.
 
@@ -230,31 +282,62 @@ def detect(source: Path) -> str:
 
 
 def _recognising(source: Path) -> list[str]:
-    """Return the loaders that recognise ``source``; a plugin that is broken is logged."""
+    """Return the loaders that recognise ``source``; a plugin that is broken is logged.
+
+    Those are asked whose declared files are there; then those that nobody declares.
+    """
     found = []
-    for name in names("loader"):
-        try:
-            if loader(name).detect(source):
-                found.append(name)
-        except PluginError as error:
-            _log.warning("%s", error)
-        except OSError as error:
-            raise PluginError(f"{source}: cannot be read: {error.strerror}") from error
+    loaders = [entry for entry in entries().values() if entry.kind == "loader"]
+    try:
+        held = [path.name for path in source.iterdir()] if source.is_dir() else [source.name]
+        for entry in sorted(loaders, key=lambda entry: entry.declared is None):
+            if entry.declared is not None and not _holds(source, held, entry.declared.files):
+                continue
+            try:
+                if loader(entry.name).detect(source):
+                    found.append(entry.name)
+            except PluginError as error:
+                _log.warning("%s", error)
+    except OSError as error:
+        raise PluginError(f"{source}: cannot be read: {error.strerror}") from error
     return found
 
 
+def _holds(source: Path, names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Return whether a pattern is that of a name, or of a file in a folder of ``source``."""
+    return any(
+        next(source.glob(pattern), None) if "/" in pattern else fnmatch.filter(names, pattern)
+        for pattern in patterns
+    )
+
+
 def statuses() -> Iterator[Status]:
-    """Import every plugin, one by one, and yield how it went; an error breaks no other plugin."""
+    """Yield how each plugin is; one that nobody declares is imported. No error breaks another."""
     for entry in entries().values():
         try:
             entry.refuse_rivals()
-            registered = _registered(entry)
             if entry.kind == "schema":
+                registered = _registered(entry)
                 yield Status(entry, {"families": sorted(family.name for family in registered)})
+            elif entry.kind == "formats":
+                yield Status(entry, {}, entry.error)
+            elif entry.declared is not None:
+                _check_place(entry)
+                yield Status(entry, entry.declared.capabilities(entry.kind))
             else:
-                yield Status(entry, dict(_named(entry, registered).capabilities))
+                plugin = _named(entry, _registered(entry))
+                yield Status(entry, dict(capabilities(entry.kind, plugin)))
         except PluginError as error:
             yield Status(entry, {}, str(error))
+
+
+def _check_place(entry: Entry) -> None:
+    """Raise where there is no module of the name that a declaration gives."""
+    from importlib.util import find_spec
+
+    with _blamed(entry):
+        if find_spec(entry.point.module) is None:
+            raise ModuleNotFoundError(f"no module named {entry.point.module!r}")
 
 
 def versions(*chosen: tuple[Kind, str]) -> dict[str, str]:
@@ -273,8 +356,6 @@ def _entry_points() -> Iterator[tuple[str, str, EntryPoint]]:
     checkout = Path(__file__).resolve().parents[2] / "pyproject.toml"
     own = _declared(checkout) if checkout.is_file() else {}
     if own:
-        from ckptx import __version__
-
         for name, value in own.items():
             yield "ckptx", __version__, EntryPoint(name, value, GROUP)
     for point in entry_points(group=GROUP):
@@ -297,35 +378,28 @@ def _pinned() -> set[str] | None:
     if value is None:
         return None
     items = {item.strip() for item in value.split(",") if item.strip()}
-    return {i if re.match(r"(loader|saver|schema)_", i) else _normal(i) for i in items}
+    return {i if re.match(r"(formats|loader|saver|schema)_", i) else _normal(i) for i in items}
 
 
 def _normal(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()  # the normalised form of PEP 503
 
 
-def _merged(declared: list[Entry]) -> Entry:
-    first, *others = declared
-    if not others:
-        return first
-    rivals = tuple(entry.distribution for entry in others)
-    return Entry(first.kind, first.name, first.distribution, first.version, first.point, rivals)
+def _merged(found: list[Entry]) -> Entry:
+    """Return one entry of a name; a distribution's declaration stands for its older entry."""
+    first, *others = sorted(found, key=lambda entry: entry.declared is None)
+    rivals = (entry.distribution for entry in others if entry.distribution != first.distribution)
+    return replace(first, rivals=tuple(rivals))
 
 
-def _plugin(kind: Literal["loader", "saver"], name: str, megatron_path: str | None) -> Any:
-    found = _entries(kind, (name,)) or _entries(kind, ALIASES.get(name, ()))
-    plugins = [_named(entry, _registered(entry)) for entry in found]
-    if len(plugins) > 1 and kind == "loader":
-        return Alternatives(name, plugins)
-    if plugins:
-        return plugins[0]
-    from ckptx.conversion import megatron_modules
-
-    module = megatron_modules.find(
-        kind, name, megatron_path, plain=canonical(name) not in RECOGNISED
-    )
-    if module is not None:
-        return megatron_modules.adapt(kind, name, module, megatron_path)
+def _plugin(kind: Role, name: str, megatron_path: str | None) -> Any:
+    for known in (name, *_behind(name)):
+        if (entry := entries().get(f"{kind}_{known}")) is not None:
+            entry.refuse_rivals()
+            return _named(entry, _registered(entry))
+    for fallback in fallbacks:
+        if (plugin := fallback(kind, name, megatron_path)) is not None:
+            return plugin
     known = ", ".join(names(kind)) or "none"
     if (what := RECOGNISED.get(canonical(name))) is not None:
         raise PluginError(
@@ -345,13 +419,6 @@ def _meant(kind: Kind, name: str) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _entries(kind: Kind, names: tuple[str, ...]) -> list[Entry]:
-    found = [entry for name in names if (entry := entries().get(f"{kind}_{name}"))]
-    for entry in found:
-        entry.refuse_rivals()
-    return found
-
-
 def _named(entry: Entry, registered: list[Any]) -> Any:
     for plugin in registered:
         if plugin.name == entry.name:
@@ -364,7 +431,9 @@ def _named(entry: Entry, registered: list[Any]) -> Any:
 
 @cache
 def _registered(entry: Entry) -> list[Any]:
-    """Import a plugin and return what it registers for its kind."""
+    """Import a plugin and return what it registers for its kind, or the one that it declares."""
+    if entry.declared is not None:
+        return [_made(entry)]
     found: list[Any] = []
     hook = {
         "loader": "register_loaders",
@@ -374,6 +443,11 @@ def _registered(entry: Entry) -> list[Any]:
     with _blamed(entry):
         getattr(_hooks(entry), hook[entry.kind])(register=found.append)
     return found
+
+
+def _made(entry: Entry) -> Any:
+    with _blamed(entry):
+        return entry.point.load()()
 
 
 @cache

@@ -33,7 +33,6 @@ from ckptx.tensors.lazy import (
     Shape,
     Sliced,
     Stored,
-    contiguous_strides,
 )
 from ckptx.tensors.operations import OPERATIONS, needs
 from ckptx.tensors.pieces import cut, flat_boxes, pieces
@@ -83,11 +82,17 @@ class Gather:
         self._after: list[Callable[[], None]] = []
 
     def add_range(
-        self, tensor: LazyTensor, start: int, stop: int, buffer: NDArray[np.uint8]
-    ) -> None:
-        """Ask for elements ``start`` to ``stop`` of the row-major order, into a byte buffer."""
+        self, tensor: LazyTensor, start: int, stop: int, buffer: NDArray[np.uint8] | None = None
+    ) -> NDArray[Any]:
+        """Ask for elements ``start`` to ``stop`` of the row-major order, into a byte buffer.
+
+        Return the elements, which are there once `run` has read them.
+        """
+        size = (stop - start) * ITEMSIZE[tensor.dtype]
+        buffer = np.empty(size, np.uint8) if buffer is None else buffer[:size]
         for box, place in flat_boxes(tensor.shape, start, stop):
             self.add_box(tensor, box, buffer, place)
+        return buffer.view(numpy_dtype(tensor.dtype))
 
     def add_box(
         self, tensor: LazyTensor, box: Box, buffer: NDArray[np.uint8], place: int = 0
@@ -288,8 +293,3 @@ def _view(
     buffer: NDArray[np.uint8], shape: Shape, strides: Shape, offset: int, dtype: np.dtype[Any]
 ) -> NDArray[Any]:
     return np.ndarray(shape, dtype, buffer, offset, strides)
-
-
-def row_major(tensor: Stored) -> bool:
-    """Return whether a stored tensor is contiguous and row-major."""
-    return tensor.strides == contiguous_strides(tensor.shape)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from ckptx.conversion import engine
 from ckptx.conversion.proof import Proof, prove
 from ckptx.protocol.contracts import Loader, SavePlan, Saver
 from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, Tensors
+from ckptx.registry.open import checkpoint_messages
 from ckptx.storage.file_plan import FilePlan, Region
 from ckptx.storage.gather import read
 from ckptx.storage.open_files import Files
@@ -23,14 +25,14 @@ def save(
     saver: Saver, messages: Iterable[Message], target: Path, options: Mapping[str, Any]
 ) -> Path:
     """Plan, prove and write a model; return the path that a loader reads it from."""
-    sent = list(messages)
-    plan = saver.plan(iter(sent), {"target": target, **options})
-    checked(plan, sent)
+    planned = engine.make_plan(saver, messages, {"target": target, **options})
+    planned.prove()
+    plan = planned.plan
     target = target.parent if plan.single_file else target
     place = target / plan.directory
     place.mkdir(parents=True, exist_ok=True)
     with mock.patch.object(os, "fsync", return_value=None):  # no test outlives a power cut
-        execute(plan, begin_of(sent).files, place, WriteOptions(threads=1))
+        execute(plan, planned.begin.files, place, WriteOptions(threads=1))
     for name, data in plan.pointers.items():
         (target / name).write_bytes(data)
     return target / plan.files[0].path if plan.single_file else target
@@ -51,7 +53,8 @@ def convert(
     loader_options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Convert ``source``; return the path that a loader reads the result from."""
-    return save(saver, loader.load(source, loader_options or {}), target, saver_options or {})
+    messages = checkpoint_messages(source, loader, options=loader_options)
+    return save(saver, messages, target, saver_options or {})
 
 
 def begin_of(messages: Iterable[Message]) -> Begin:
@@ -87,7 +90,7 @@ def values(messages: Iterable[Message]) -> Canonical:
 
 def loaded(loader: Loader, source: Path, options: Mapping[str, Any] | None = None) -> Canonical:
     """Load a checkpoint and read every tensor of it."""
-    return values(loader.load(source, options or {}))
+    return values(checkpoint_messages(source, loader, options=options))
 
 
 def loaded_by_name(loader: Loader, source: Path) -> Arrays:

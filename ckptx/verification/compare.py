@@ -10,17 +10,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckptx.model.canonical_names import keys_of
 from ckptx.protocol.progress import Progress, Silent
-from ckptx.storage.open_files import Files
+from ckptx.registry.open import Checkpoint, open_checkpoint
+from ckptx.storage.blocks import BlockReader
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.verification.diagnosis import Finding, diagnose
 from ckptx.verification.diagnosis.finding import wrapped
-from ckptx.verification.difference import BlockReader, Deviation, Tolerance, measure
+from ckptx.verification.difference import Deviation, Tolerance, measure
 from ckptx.verification.pairing import Name, Paired, label, pair
 
 EXACT = Tolerance()
@@ -132,16 +134,14 @@ class Comparison:
 
 
 def compare(
-    left: Path,
-    right: Path,
-    loader_a: str | None = None,
-    loader_b: str | None = None,
+    left: Checkpoint | Path,
+    right: Checkpoint | Path,
     tolerance: Tolerance = EXACT,
     *,
     diagnosis: bool = True,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Compare two checkpoints; loaders are detected unless named.
+    """Compare two checkpoints, opened or by their paths.
 
     With ``diagnosis`` known mistakes are tried on what differs. ``progress`` is told of the bytes
     of A that are compared.
@@ -149,16 +149,16 @@ def compare(
     Raises:
         CkptxError: one of them cannot be read, or they have no names in common.
     """
-    paired = pair(left, right, loader_a, loader_b)
-    files = (Files(paired.left.files), Files(paired.right.files))
-    try:
-        stream = BlockReader(files)
-        found = _differences(paired, stream, tolerance, progress or Silent())
+    with ExitStack() as stack:
+        sides = [
+            one if isinstance(one, Checkpoint) else stack.enter_context(open_checkpoint(one))
+            for one in (left, right)
+        ]
+        paired = pair(*sides)
+        reader = BlockReader(*(stack.enter_context(closing(side.files())) for side in sides))
+        found = _differences(paired, reader, tolerance, progress or Silent())
         differing = [name for name, one, _ in found if one is not None]
-        findings = diagnose(paired, differing, stream) if diagnosis and differing else ()
-    finally:
-        for opened in files:
-            opened.close()
+        findings = diagnose(paired, differing, reader) if diagnosis and differing else ()
     common = paired.left.tensors.keys() & paired.right.tensors.keys()
     close = [measured for _, one, measured in found if one is None and measured.differing]
     notes = list(paired.notes)
@@ -166,8 +166,8 @@ def compare(
         most = max(one.max_abs for one in close)
         notes.append(f"{len(close)} tensors differ within the tolerance, at most by {most:.3g}")
     return Comparison(
-        str(left),
-        str(right),
+        str(sides[0].path),
+        str(sides[1].path),
         len(common),
         sum(paired.left.tensors[name].nbytes for name in common),
         tuple(sorted((one for _, one, _ in found if one is not None), key=_rank)),
@@ -179,7 +179,7 @@ def compare(
 
 
 def _differences(
-    paired: Paired, stream: BlockReader, tolerance: Tolerance, progress: Progress
+    paired: Paired, reader: BlockReader, tolerance: Tolerance, progress: Progress
 ) -> list[tuple[Name, Difference | None, Deviation]]:
     """Return every tensor, its difference if it counts, and how far both are apart."""
     left, right = paired.left.tensors, paired.right.tensors
@@ -187,7 +187,7 @@ def _differences(
     pairs = [(left[name], right[name]) for name in comparable]
     try:
         progress.begin(sum(first.nbytes for first, _ in pairs))
-        apart = measure(stream, pairs, tolerance, progress.advance)
+        apart = measure(reader, pairs, tolerance, progress.advance)
     finally:
         progress.close()
     measured = dict(zip(comparable, apart, strict=True))

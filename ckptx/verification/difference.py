@@ -1,104 +1,28 @@
-"""Compare lazy tensors of two checkpoints block by block, on a few threads, in constant memory.
+"""Compare lazy tensors of two checkpoints block by block.
 
-A block of both sides is read into reused buffers and handed to a visitor. Equal blocks cost one
-comparison of bytes; only elements that differ are ever converted to numbers.
+Equal blocks cost one comparison of bytes; only elements that differ are ever converted to numbers.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptx.storage.gather import Gather, numpy_dtype
-from ckptx.storage.open_files import Files
-from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.storage.blocks import BlockReader
+from ckptx.storage.gather import numpy_dtype
 from ckptx.tensors.lazy import LazyTensor
 
-_BLOCK = 4 << 20
-"""Bytes of the wider side that are compared at a time; each thread holds two such blocks."""
-_THREADS = 4
 _STEP = 32 << 10  # elements whose differences are computed at a time, in the processor's cache
 _BFLOAT16 = numpy_dtype("bfloat16")
-_ALONE = 1 << 20
-"""Bytes up to which all pairs together are not worth a second thread."""
 
 Pair: TypeAlias = tuple[LazyTensor, LazyTensor]
 """Two tensors of one shape: one of A, one of B."""
-Visit: TypeAlias = Callable[[int, NDArray[Any], NDArray[Any]], bool]
-"""Given the number of a pair and a block of both sides, say whether to go on with the pair."""
-
-
-class BlockReader:
-    """Reads aligned blocks of tensors of two checkpoints.
-
-    ``files`` are the open files of A and of B.
-    """
-
-    def __init__(self, files: tuple[Files, Files], threads: int = 0) -> None:
-        self.files = files
-        self.threads = threads or min(_THREADS, os.cpu_count() or 1)
-        self._local = threading.local()
-
-    def each(self, pairs: Sequence[Pair], visit: Visit, sides: tuple[int, int] = (0, 1)) -> None:
-        """Call ``visit`` with every block, from any thread, until it says False for the pair.
-
-        ``sides`` are the checkpoints that first and second tensor of the pairs are of.
-        """
-        stopped = [False] * len(pairs)
-        blocks = _blocks(pairs)
-        lock = threading.Lock()
-
-        def work() -> None:
-            while True:
-                with lock:
-                    block = next(blocks, None)
-                if block is None:
-                    return
-                number, start, stop = block
-                if stopped[number]:
-                    continue
-                arrays = [
-                    self._read(place, side, tensor, start, stop)
-                    for place, (side, tensor) in enumerate(zip(sides, pairs[number], strict=True))
-                ]
-                if not visit(number, arrays[0], arrays[1]):
-                    stopped[number] = True
-
-        if sum(first.nbytes for first, _ in pairs) <= _ALONE:
-            work()  # faster than to wake a thread
-            return
-        with ThreadPoolExecutor(self.threads) as pool:
-            for future in [pool.submit(work) for _ in range(self.threads)]:
-                future.result()
-
-    def _read(
-        self, place: int, side: int, tensor: LazyTensor, start: int, stop: int
-    ) -> NDArray[Any]:
-        if not hasattr(self._local, "buffers"):
-            self._local.gathers = [Gather(files) for files in self.files]
-            self._local.buffers = [np.empty(_BLOCK, np.uint8) for _ in range(2)]
-        buffer = self._local.buffers[place][: (stop - start) * ITEMSIZE[tensor.dtype]]
-        gather = self._local.gathers[side]
-        gather.add_range(tensor, start, stop, buffer)
-        gather.run()
-        array: NDArray[Any] = buffer.view(numpy_dtype(tensor.dtype))
-        return array
-
-
-def _blocks(pairs: Sequence[Pair]) -> Iterator[tuple[int, int, int]]:
-    """Yield the number of a pair and a range of its elements, in order."""
-    for number, (first, second) in enumerate(pairs):
-        step = _BLOCK // max(ITEMSIZE[first.dtype], ITEMSIZE[second.dtype])
-        for start in range(0, first.numel, step):
-            yield number, start, min(first.numel, start + step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +72,7 @@ class Deviation:
 
 
 def measure(
-    stream: BlockReader,
+    reader: BlockReader,
     pairs: Sequence[Pair],
     tolerance: Tolerance,
     advance: Callable[[int], None] = lambda count: None,
@@ -160,7 +84,8 @@ def measure(
     found = [Deviation() for _ in pairs]
     lock = threading.Lock()
 
-    def visit(number: int, first: NDArray[Any], second: NDArray[Any]) -> bool:
+    def visit(number: int, _start: int, blocks: Sequence[NDArray[Any]]) -> bool:
+        first, second = blocks
         advance(first.nbytes)
         if first.dtype == second.dtype and _equal_bytes(first, second):
             return True
@@ -171,7 +96,7 @@ def measure(
                 found[number].add(apart)
         return True
 
-    stream.each(pairs, visit)
+    reader.each(pairs, visit, (0, 1))
     return found
 
 

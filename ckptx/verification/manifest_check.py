@@ -20,7 +20,7 @@ from ckptx.conversion.manifest import VERSION, Range, gaps, range_digest
 from ckptx.errors import FormatError
 from ckptx.storage.partial import MANIFEST
 from ckptx.tensors.dtypes import ITEMSIZE
-from ckptx.writing.writer import DIGESTS
+from ckptx.writing.leaves import DIGESTS
 
 _THREADS = 4
 

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeAlias
 
 from ckptx.errors import PlanError, SchemaError, listing
 from ckptx.model.layout import Parts, Rule, RuleGroup
 from ckptx.model.sharding import Gatherer, shard_tensors
-from ckptx.protocol.messages import Begin, End, Message
-from ckptx.protocol.model import VOCAB_TENSORS, Model, collect, leave_unused, named_tensors
-from ckptx.registry import registry
+from ckptx.protocol.messages import Begin, End
+from ckptx.protocol.model import VOCAB_TENSORS, Model, leave_unused, named_tensors
 from ckptx.registry.families import family_named
+from ckptx.registry.open import Checkpoint
 from ckptx.tensors.lazy import LazyTensor
 
 _SETTINGS = (
@@ -84,13 +83,13 @@ def label(name: Name) -> str:
     return f"{message}: {key}" if message else key
 
 
-def pair(left: Path, right: Path, loader_a: str | None, loader_b: str | None) -> Paired:
-    """Load two checkpoints; loaders are detected unless named.
+def pair(left: Checkpoint, right: Checkpoint) -> Paired:
+    """Return two checkpoints under common names.
 
     Raises:
-        CkptxError: one of them cannot be read, or they have no names in common.
+        CkptxError: one of them fits neither its config nor any names, or they have none in common.
     """
-    loaded = (_load(left, loader_a), _load(right, loader_b))
+    loaded = (_loaded(left), _loaded(right))
     misfits = tuple(
         f"{side} does not fit its own config, so the rest of it is compared as stored: {one.misfit}"
         for side, one in zip("AB", loaded, strict=True)
@@ -120,25 +119,15 @@ def _side(model: Model, tensors: dict[Name, LazyTensor]) -> Side:
     return Side(model.begin.files, tensors, model.begin.parts)
 
 
-def _load(path: Path, loader: str | None) -> _Loaded:
-    plugin = registry.loader(loader or registry.detect(path))
-    begun: list[Begin] = []
-
-    def watched() -> Iterator[Message]:
-        for message in plugin.load(path, {}):
-            if isinstance(message, Begin):
-                begun.append(message)
-            yield message
-
-    try:
-        return _Loaded(collect(watched()))
-    except SchemaError as error:
-        if not begun:
-            raise
-        found = _misfit(begun[0], str(error))
-        if found is None:
-            raise
-        return found
+def _loaded(checkpoint: Checkpoint) -> _Loaded:
+    if checkpoint.misfit is None:
+        return _Loaded(checkpoint.model)
+    fitting = None
+    if isinstance(checkpoint.misfit, SchemaError):
+        fitting = _misfit(checkpoint.begin, str(checkpoint.misfit))
+    if fitting is None:
+        raise checkpoint.misfit
+    return fitting
 
 
 def _misfit(begin: Begin, reason: str) -> _Loaded | None:

@@ -11,7 +11,7 @@ ends the journal and cannot be read as something else:
     further payloads  all bytes durable so far (8 bytes), bytes of a digest (1 byte), then for each
                       leaf its number in the plan (8 bytes) and its digest
 
-Numbers are little-endian. Leaves are those of `ckptx.writing.writer`, counted in the order of the
+Numbers are little-endian. Leaves are those of `ckptx.writing.leaves`, counted in the order of the
 plan.
 """
 
@@ -42,6 +42,7 @@ import xxhash
 from ckptx.errors import ConversionError
 from ckptx.protocol.contracts import SavePlan
 from ckptx.storage.file_plan import Crc32
+from ckptx.storage.open_files import write_all
 from ckptx.tensors.lazy import (
     Cast,
     Computed,
@@ -318,10 +319,8 @@ class Journal:
         self._seal = seal
 
     def _append(self, content: bytes) -> None:
-        view = memoryview(content)
-        while view:
-            count = os.pwrite(self._descriptor, view, self._end)
-            view, self._end = view[count:], self._end + count
+        write_all(self._descriptor, self._end, content)
+        self._end += len(content)
 
     def _lock(self) -> None:
         """Wait for the writer of a killed run: its last system call may still be on its way."""

@@ -8,13 +8,15 @@ mixed in one directory are a common accident.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptx.errors import ConversionError, PlanError
 from ckptx.protocol.contracts import SavePlan
-from ckptx.storage.gather import Gather
+from ckptx.storage.blocks import BlockReader, Range
 from ckptx.storage.open_files import Files
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import (
@@ -51,11 +53,24 @@ def check_replicas(plan: SavePlan, files: Files, mode: str = "sample") -> int:
             if isinstance(region.content, LazyTensor):
                 for node in _replicated(region.content):
                     found.setdefault(node, region.name)
-    gather = Gather(files)
-    for node, name in found.items():
-        for start, stop in _ranges(node, mode):
-            _compare(node, name, start, stop, gather)
-    return sum(len(node.copies) - 1 for node in found)
+    nodes = list(found)
+
+    def compare(number: int, start: int, copies: Sequence[NDArray[Any]]) -> bool:
+        first, *others = [copy.view(np.uint8) for copy in copies]
+        for place, other in enumerate(others, 1):
+            if not np.array_equal(first, other):
+                element = start + int(np.flatnonzero(first != other)[0]) // copies[0].itemsize
+                raise ConversionError(
+                    f"{found[nodes[number]]!r}: copy {place} of {len(copies)} differs from copy 0 "
+                    f"at element {element}; the rank files are not of one checkpoint. Find the "
+                    "right files, or pass --check-replicas none to take copy 0"
+                )
+        return True
+
+    ranges = _samples if mode == "sample" else None
+    reader = BlockReader(files, threads=1, block=_BLOCK)  # so that the first difference is told
+    reader.each([node.copies for node in nodes], compare, ranges=ranges)
+    return sum(len(node.copies) - 1 for node in nodes)
 
 
 def _replicated(tensor: LazyTensor) -> Iterator[Replicated]:
@@ -74,29 +89,13 @@ def _replicated(tensor: LazyTensor) -> Iterator[Replicated]:
                 yield from _replicated(source)
 
 
-def _ranges(node: Replicated, mode: str) -> Iterator[tuple[int, int]]:
-    """Yield the element ranges of a tensor to compare."""
-    block = _BLOCK // ITEMSIZE[node.dtype]
-    if mode == "all" or node.nbytes <= _SAMPLES * _BLOCK:
-        yield from ((at, min(at + block, node.numel)) for at in range(0, node.numel, block))
+def _samples(tensor: LazyTensor) -> Iterator[Range]:
+    """Yield the elements of a tensor to compare."""
+    block = _BLOCK // ITEMSIZE[tensor.dtype]
+    if tensor.nbytes <= _SAMPLES * _BLOCK:
+        yield 0, tensor.numel
         return
-    seed = hashlib.sha256(repr((node.dtype, node.shape)).encode()).digest()
-    spread = np.random.default_rng(list(seed)).integers(0, node.numel - block, _SAMPLES - 2)
-    for at in sorted({0, node.numel - block, *(int(value) for value in spread)}):
+    seed = hashlib.sha256(repr((tensor.dtype, tensor.shape)).encode()).digest()
+    spread = np.random.default_rng(list(seed)).integers(0, tensor.numel - block, _SAMPLES - 2)
+    for at in sorted({0, tensor.numel - block, *map(int, spread)}):
         yield at, at + block
-
-
-def _compare(node: Replicated, name: str, start: int, stop: int, gather: Gather) -> None:
-    size = (stop - start) * ITEMSIZE[node.dtype]
-    buffers = [np.empty(size, np.uint8) for _ in node.copies]
-    for copy, buffer in zip(node.copies, buffers, strict=True):
-        gather.add_range(copy, start, stop, buffer)
-    gather.run()
-    for number, buffer in enumerate(buffers[1:], 1):
-        if not np.array_equal(buffers[0], buffer):
-            first = int(np.flatnonzero(buffers[0] != buffer)[0]) // ITEMSIZE[node.dtype]
-            raise ConversionError(
-                f"{name!r}: copy {number} of {len(node.copies)} differs from copy 0 at element "
-                f"{start + first}; the rank files are not of one checkpoint. Find the right files, "
-                "or pass --check-replicas none to take copy 0"
-            )

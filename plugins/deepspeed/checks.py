@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptx.errors import FormatError
 from ckptx.plugins.deepspeed.directory import Checkpoint
-from ckptx.protocol.from_names import equal
+from ckptx.storage.blocks import equal
 from ckptx.tensors.lazy import LazyTensor, Stored
 
 SAMPLE = 4096
@@ -54,26 +52,11 @@ def same_ends(master: LazyTensor, own: LazyTensor, files: Sequence[str], places:
     """
     if master.shape != own.shape:
         return False
-    master, own = _row(master), _row(own)
-    return all(equal(*pair, files) for pair in _samples(master.cast(own.dtype), own, places))
-
-
-def _samples(
-    first: LazyTensor, second: LazyTensor, places: int
-) -> Iterator[tuple[LazyTensor, LazyTensor]]:
-    """Yield rows of two tensors of one shape: the first, the last, and some between."""
-    size = first.shape[0]
-    rows = min(size, max(1, SAMPLE // max(1, math.prod(first.shape[1:]))))
+    size = min(master.numel, SAMPLE)
     steps = max(1, places - 1)
-    for start in sorted({(size - rows) * step // steps for step in range(steps + 1)}):
-        yield first.narrow(0, start, start + rows), second.narrow(0, start, start + rows)
-
-
-def _row(tensor: LazyTensor) -> LazyTensor:
-    """Return a scalar as a row of one element, other tensors as they are."""
-    if isinstance(tensor, Stored) and not tensor.shape:
-        return replace(tensor, shape=(1,), strides=(1,))
-    return tensor
+    starts = sorted({(master.numel - size) * step // steps for step in range(steps + 1)})
+    ranges = [(start, start + size) for start in starts]
+    return equal(master.cast(own.dtype), own, files, lambda tensor: ranges)
 
 
 def check_steps(checkpoint: Checkpoint) -> None:
@@ -102,7 +85,7 @@ def _steps(state: Any) -> list[Any]:
     found = []
     for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
         if key == "step":
-            found.append(_row(value) if isinstance(value, Stored) else value)
+            found.append(value)
         elif isinstance(value, Mapping | list):
             found += _steps(value)
     return found

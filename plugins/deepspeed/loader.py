@@ -10,7 +10,7 @@ Source: deepspeedai/DeepSpeed deepspeed/runtime/engine.py @ v0.19.8.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ from ckptx.plugins.pytorch.module_names import (
     shapes_of_config,
     trained_messages,
 )
-from ckptx.protocol.contracts import Loader
-from ckptx.protocol.hookspecs import hookimpl
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Message
 from ckptx.tensors.lazy import LazyTensor, Shape, Stored
 
@@ -56,12 +54,6 @@ class DeepspeedLoader:
     """Reads the pieces where they lie; nothing is gathered, no process group, no model."""
 
     name = "deepspeed"
-    capabilities: Mapping[str, Any] = {
-        "formats": ["DeepSpeed ZeRO 0 to 3", "AutoTP", "PipelineModule", "DeepSpeed universal"],
-        "layouts": ["hf"],
-        "passthrough": True,
-        "lossless": True,
-    }
 
     def options(self) -> list[click.Option]:
         """Return the options for the tag, for which weights are taken, and for adapters."""
@@ -218,9 +210,3 @@ def _parallel_sizes(saved: directory.Saved) -> dict[str, Any]:
     stage = next((one for one in values if type(one) is int), first.stage)
     sizes = {"zero_stage": stage, "world_size": first.model.get("dp_world_size")}
     return {**sizes, "mp": len(saved.ranks)} if len(saved.ranks) > 1 else sizes
-
-
-@hookimpl
-def register_loaders(register: Callable[[Loader], None]) -> None:
-    """Register the loader."""
-    register(DeepspeedLoader())

@@ -24,7 +24,7 @@ from typing import Any
 from ckptx.errors import FormatError, listing
 from ckptx.plugins.deepspeed.directory import Checkpoint, Saved
 from ckptx.plugins.deepspeed.weights import has_masters, together
-from ckptx.protocol.from_names import equal
+from ckptx.storage.blocks import equal
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import LazyTensor, Shape, Stored
 

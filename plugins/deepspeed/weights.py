@@ -28,8 +28,8 @@ from typing import Any, TypeGuard
 from ckptx.errors import FormatError, PlanError, listing
 from ckptx.plugins.deepspeed.checks import check_against_module, check_steps, same_ends
 from ckptx.plugins.deepspeed.directory import Checkpoint
-from ckptx.protocol.from_names import equal
 from ckptx.protocol.messages import Dropped, SourceTensor
+from ckptx.storage.blocks import equal
 from ckptx.tensors.dtypes import is_widening
 from ckptx.tensors.joins import concat
 from ckptx.tensors.lazy import Filled, LazyTensor, Shape, Stored, replicated
@@ -311,8 +311,7 @@ def _identified(
         own = [
             name
             for tensor, name in module.items()
-            if same_ends(master, tensor, files)
-            and (not tensor.shape or equal(master.cast(tensor.dtype), tensor, files))
+            if same_ends(master, tensor, files) and equal(master.cast(tensor.dtype), tensor, files)
         ]
         if len(own) != 1:
             return None

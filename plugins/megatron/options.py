@@ -11,25 +11,6 @@ import click
 
 from ckptx.errors import FormatError, PlanError
 
-CAPABILITIES: Mapping[str, Any] = {
-    "formats": ["torch_dist", "torch"],
-    "layouts": ["mcore"],
-    "tp": True,
-    "pp": True,
-    "vpp": True,
-    "ep": True,
-    "optimizer": False,
-    "lossless": True,
-}
-"""What both the loader and the saver of Megatron Core's checkpoints can do."""
-
-LEGACY_CAPABILITIES: Mapping[str, Any] = {
-    **CAPABILITIES,
-    "formats": ["torch"],
-    "layouts": ["legacy"],
-}
-"""What the plugins for legacy models can do."""
-
 
 def vocabulary_options() -> list[click.Option]:
     """Return the options that give the true vocabulary; loader and saver declare them alike."""

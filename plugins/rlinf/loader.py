@@ -16,7 +16,7 @@ from docs/source-en/rst_source/guides/resume.rst.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,6 @@ from ckptx.plugins.pytorch.module_names import (
     trained_messages,
 )
 from ckptx.plugins.rlinf import local_shards
-from ckptx.protocol.contracts import Loader
-from ckptx.protocol.hookspecs import hookimpl
 from ckptx.protocol.messages import Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import read_config
 from ckptx.registry import registry
@@ -57,12 +55,6 @@ class RlinfLoader:
     """Finds the weights in a step's folder, and leaves them to the loader of their format."""
 
     name = "rlinf"
-    capabilities: Mapping[str, Any] = {
-        "formats": ["RLinf"],
-        "layouts": ["hf"],
-        "passthrough": True,
-        "lossless": True,
-    }
 
     def options(self) -> list[click.Option]:
         """Return the options for the model of a step, and for its names."""
@@ -213,9 +205,3 @@ def _left(place: Path, source: Path) -> Iterator[Dropped]:
         for path in sorted(source.iterdir()):
             if path != folder:
                 yield Dropped(path.name, f"only {folder.name} is converted", size_of(path))
-
-
-@hookimpl
-def register_loaders(register: Callable[[Loader], None]) -> None:
-    """Register the loader."""
-    register(RlinfLoader())

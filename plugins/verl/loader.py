@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,6 @@ from ckptx.plugins.pytorch.module_names import (
     trained_messages,
 )
 from ckptx.plugins.verl import extra_state, megatron
-from ckptx.protocol.contracts import Loader
-from ckptx.protocol.hookspecs import hookimpl
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Message, SourceTensor
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import LazyTensor
@@ -64,12 +62,6 @@ class VerlLoader:
     """Reads the files of all ranks where they lie; no process group, no model."""
 
     name = "verl"
-    capabilities: Mapping[str, Any] = {
-        "formats": ["verl (FSDP)", "verl (Megatron)"],
-        "layouts": ["hf"],
-        "passthrough": True,
-        "lossless": True,
-    }
 
     def options(self) -> list[click.Option]:
         """Return the options for the model of a step, in the spelling of verl's merger."""
@@ -340,9 +332,3 @@ def _left(
             Dropped(p.name, f"only {directory.name} is converted", size_of(p)) for p in others
         )
     return tuple(dropped)
-
-
-@hookimpl
-def register_loaders(register: Callable[[Loader], None]) -> None:
-    """Register the loader."""
-    register(VerlLoader())

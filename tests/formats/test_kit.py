@@ -29,7 +29,6 @@ class Mistaken:
     """The Hugging Face loader with a mistake in its messages."""
 
     name = "hf"
-    capabilities = HF.capabilities
 
     def __init__(self, mistake: Callable[[list[Message]], Iterable[Message]]) -> None:
         self.mistake = mistake
@@ -126,7 +125,6 @@ class Forgetful:
     """The Hugging Face saver, except that it leaves out what it does not know."""
 
     name = "hf"
-    capabilities = registry.saver("hf").capabilities
 
     def plan(self, messages, options):
         known = _each(lambda name, keys: {k: t for k, t in keys.items() if "mystery" not in k})

@@ -98,14 +98,14 @@ def test_json_of_a_conversion(file, name, llama, user):
 )
 def test_values_of_a_config(field, llama, user):
     from ckptx.errors import CkptxError
-    from ckptx.registry.open import opened
+    from ckptx.registry.open import open_checkpoint
 
     config = json.loads((llama / "config.json").read_text())
     stumbled = []
     for name, value in VALUES.items():
         (llama / "config.json").write_text(json.dumps(config | {field: value}))
         try:
-            opened(user.source, "hf", {})
+            open_checkpoint(user.source, "hf")
         except CkptxError as error:
             stumbled += [f"{name}: long"] * (len(str(error)) > 5000)
         except Exception as error:

@@ -282,7 +282,7 @@ def test_plugins_stand_in_columns(width, plugins, run, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     lines = run("plugins")[1].splitlines()
     assert max(map(len, lines)) <= width
-    column = next(line for line in lines if line.startswith("  llama_mistral")).index("formats")
+    column = next(line for line in lines if line.startswith("  llama_mistral")).index("meta or hf")
     for line in lines:
         if line.startswith(" "):
             assert line[column - 2 : column] == "  ", line

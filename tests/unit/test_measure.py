@@ -8,10 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ckptx.storage.blocks import BlockReader
 from ckptx.storage.open_files import Files
 from ckptx.tensors.lazy import stored
 from ckptx.verification import difference
-from ckptx.verification.difference import BlockReader, Tolerance
+from ckptx.verification.difference import Tolerance
 
 EXACT = Tolerance()
 
@@ -26,7 +27,7 @@ def apart(tmp_path):
             (tmp_path / name).write_bytes(array.tobytes())
             tensors.append(stored(0, 0, array.dtype.name, array.shape))
             files.append(Files([str(tmp_path / name)]))
-        stream = BlockReader((files[0], files[1]), threads)
+        stream = BlockReader(*files, threads=threads)
         (found,) = difference.measure(stream, [(tensors[0], tensors[1])], tolerance)
         for one in files:
             one.close()

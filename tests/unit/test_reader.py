@@ -13,7 +13,7 @@ import pytest
 from ckptx.errors import ConversionError
 from ckptx.storage import gather as reader
 from ckptx.storage import open_files as opening
-from ckptx.storage.gather import Gather, read, row_major
+from ckptx.storage.gather import Gather, read
 from ckptx.storage.open_files import Files
 from ckptx.tensors.joins import concat
 from ckptx.tensors.lazy import Filled, Stored, stored
@@ -179,11 +179,3 @@ def test_few_files_stay_open_and_none_is_closed_while_it_is_read(tmp_path, monke
     assert open_files() <= before + 6
     files.close()
     assert open_files() == before
-
-
-def test_row_major():
-    tensor = stored(0, 0, "uint8", (3, 1, 4))
-    assert row_major(tensor)
-    assert row_major(tensor.narrow(0, 1, 3))
-    assert not row_major(tensor.narrow(2, 0, 2))
-    assert not row_major(stored(0, 0, "uint8", (3, 4)).permute((1, 0)))

@@ -24,10 +24,11 @@ from ckptx.protocol.contracts import SavePlan
 from ckptx.storage.file_plan import Crc32, FilePlan, Region
 from ckptx.tensors.joins import concat, interleave
 from ckptx.tensors.lazy import Filled, LazyTensor, replicated, stored
-from ckptx.writing import writer
+from ckptx.writing import output_files, writer
 from ckptx.writing.journal import Identity, Journal
 from ckptx.writing.journal import read as read_journal
-from ckptx.writing.writer import LEAF, WriteOptions, execute
+from ckptx.writing.leaves import LEAF
+from ckptx.writing.writer import WriteOptions, execute
 
 RNG = np.random.default_rng(3)
 
@@ -153,7 +154,7 @@ def test_empty_tensors_and_files(tmp_path):
 @pytest.mark.parametrize(("allowed", "kept"), [(200, 20), (128, 0)])
 def test_more_files_than_are_kept_open(tmp_path, monkeypatch, allowed, kept):
     if kept:
-        monkeypatch.setattr(writer, "_MAX_OPEN", kept)
+        monkeypatch.setattr(output_files, "_MAX_OPEN", kept)
         monkeypatch.setattr("ckptx.storage.open_files._MAX_OPEN", kept)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     data = RNG.integers(0, 256, (600, 3), np.uint8)
@@ -211,14 +212,14 @@ def test_a_source_that_is_not_there(tmp_path):
 )
 def test_a_source_that_changes_meanwhile(tmp_path, monkeypatch, change, message):
     plan, paths = big(tmp_path)
-    create, done = writer._create, []
+    create, done = writer.create, []
 
     def creating(*args):
         if not done:
             done.append(change(Path(paths[9])))
         return create(*args)
 
-    monkeypatch.setattr(writer, "_create", creating)
+    monkeypatch.setattr(writer, "create", creating)
     with pytest.raises(ConversionError, match=message):
         run(plan, paths, tmp_path / "out", threads=1)
 

@@ -13,7 +13,7 @@ from ckptx.errors import FormatError, PlanError
 from ckptx.protocol.messages import Begin
 from ckptx.protocol.sidecars import CONFIG
 from ckptx.registry import registry
-from ckptx.registry.open import opened
+from ckptx.registry.open import open_checkpoint
 from ckptx.verification.frameworks import child
 
 _HF = ("hf", "hf_llava")
@@ -78,10 +78,10 @@ def prepare(
 
 def _begin(path: Path, loader: str, hf_base: Path | None) -> Begin:
     """Return the metadata of a checkpoint; its pickles have been read without executing them."""
-    model, problems = opened(path, loader, {"hf_base": hf_base})
-    if problems:
-        raise FormatError(problems[0].message)
-    return model.begin
+    with open_checkpoint(path, loader, options={"hf_base": hf_base}) as checkpoint:
+        if checkpoint.misfit is not None:
+            raise FormatError(str(checkpoint.misfit))
+        return checkpoint.begin
 
 
 def _deepspeed(path: Path, hf_base: Path | None, scratch: Path, letter: str) -> Backend:

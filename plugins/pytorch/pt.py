@@ -1,11 +1,11 @@
-"""Load one ``.pt`` file that holds the state dict of a whole model.
+"""One ``.pt`` file that holds the state dict of a whole model.
 
 RLinf's containers: RLinf/RLinf rlinf/hybrid_engines/fsdp/strategy/checkpoint.py @ 85104b9.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,30 @@ from typing import Any
 import click
 
 from ckptx.containers import torch_zip
+from ckptx.containers.pickle_values import Namespace
 from ckptx.containers.sharded import is_sharded
-from ckptx.errors import FormatError, listing
+from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.hf_models.directory import base_sidecars, sidecars
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import Weights, fill_from_base
 from ckptx.model.layout import Parts
+from ckptx.model.pipeline_parallel import Pipeline
 from ckptx.plugins.megatron.source import args_of
 from ckptx.plugins.pytorch.module_names import file_names, strip_option, trained_messages
-from ckptx.plugins.pytorch.state_dict import (
-    DIRECTORY_FILE,
-    layout_of,
-    layout_option,
-    layout_option_value,
-)
-from ckptx.protocol.contracts import Loader
-from ckptx.protocol.from_names import inventory, named_messages, passthrough
-from ckptx.protocol.hookspecs import hookimpl
+from ckptx.protocol.contracts import SavePlan
+from ckptx.protocol.from_names import inventory, main_dtype, named_messages, passthrough
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Message
+from ckptx.protocol.model import Model, collect, named_tensors
 from ckptx.protocol.sidecars import read_config
-from ckptx.registry.families import family_named, family_of, parts_from_config
+from ckptx.registry.families import family_named, family_of, hf_tensors, parts_from_config
 from ckptx.schemas.conventions import legacy
-from ckptx.schemas.megatron_settings.args import spec_from_args
+from ckptx.schemas.megatron_settings.args import args_from_spec, spec_from_args
+from ckptx.storage.file_plan import literal_files
 from ckptx.tensors.lazy import LazyTensor, Stored
+
+DIRECTORY_FILE = "model.pt"
+"""The file of a target that is a directory."""
+LAYOUTS = ("auto", "hf", "core", "legacy")
 
 _SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 _CONTAINERS = ("fsdp_checkpoint", "model", "state_dict", "model_state_dict", "module")
@@ -46,16 +47,37 @@ _LOCAL_SHARDS = "local_shard_checkpoint"
 _CONVENTIONS = {"hf": "hf", "core": "mcore", "legacy": "legacy"}
 
 
+def layout_option() -> click.Option:
+    """Return ``--layout``: how the tensors of a ``.pt`` file are named."""
+    return click.Option(
+        ["--layout"],
+        type=click.Choice(LAYOUTS),
+        default="auto",
+        show_default=True,
+        help="Names in the .pt file; auto detects them, and writes Hugging Face's.",
+    )
+
+
+def layout_option_value(options: Mapping[str, Any]) -> str | None:
+    """Return the layout that was asked for, None for ``auto``."""
+    layout: str | None = options.get("layout")
+    return None if layout in (None, "auto") else layout
+
+
+def layout_of(names: Iterable[str]) -> str:
+    """Return the layout that names follow, by the first name that only one has."""
+    for name in names:
+        if name.startswith(("decoder.layers.", "embedding.word_embeddings")):
+            return "core"
+        if legacy.names_legacy(name):
+            return "legacy"
+    return "hf"
+
+
 class PytorchLoader:
     """Reads the extents of the tensors from the file's own pickle; nothing of it is executed."""
 
     name = "pytorch"
-    capabilities: Mapping[str, Any] = {
-        "formats": ["torch.save"],
-        "layouts": ["hf", "mcore", "legacy"],
-        "passthrough": True,
-        "lossless": True,
-    }
 
     def options(self) -> list[click.Option]:
         """Return ``--layout``, ``--strip-prefix`` and the options for adapters."""
@@ -210,7 +232,90 @@ def _beside(source: Path) -> dict[str, bytes]:
     return sidecars(source.parent) if (source.parent / "config.json").is_file() else {}
 
 
-@hookimpl
-def register_loaders(register: Callable[[Loader], None]) -> None:
-    """Register the loader."""
-    register(PytorchLoader())
+class PytorchSaver:
+    """Writes a ``.pt`` file, or a directory with ``model.pt`` and the model's small files."""
+
+    name = "pytorch"
+
+    def options(self) -> list[click.Option]:
+        """Return ``--layout`` and ``--target-layout``."""
+        return [
+            layout_option(),
+            click.Option(
+                ["--target-layout"],
+                type=click.Choice(["hf", "core", "legacy"]),
+                help="Names in the target, where --layout is about the source.",
+            ),
+        ]
+
+    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+        """Return the plan of one file; a target without a file's suffix becomes a directory."""
+        model = collect(messages)
+        value, tensors, dropped = _state(model, options)
+        target = options.get("target")
+        single = target is not None and Path(target).suffix in _SUFFIXES
+        name = Path(target).name if single and target is not None else DIRECTORY_FILE
+        files = [torch_zip.plan_file(name, value)]
+        notes: tuple[str, ...] = ()
+        if single:
+            left = sorted(model.begin.sidecars)
+            if left:
+                notes = (f"one file cannot hold {', '.join(left)}; name a directory to keep them",)
+        else:
+            files += literal_files(model.begin.sidecars)
+        place = "{target}" if single else f"{{target}}/{DIRECTORY_FILE}"
+        return SavePlan(
+            files,
+            single_file=single,
+            dropped=dropped,
+            notes=notes,
+            load_hint=f'torch.load("{place}", weights_only=True)',
+            details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
+        )
+
+
+def _state(
+    model: Model, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], Mapping[str, LazyTensor], tuple[Dropped, ...]]:
+    """Return what the file holds, its tensors, and what was dropped."""
+    layout = options.get("target_layout") or layout_option_value(options)
+    if model.passthrough is not None:
+        if layout is not None and not model.begin.layout.startswith(layout):
+            raise SchemaError(
+                f"tensors are named as {model.begin.layout} and no schema knows their model, so "
+                f"they cannot be written as {layout}; give --hf-base with a config"
+            )
+        return dict(model.passthrough), model.passthrough, ()
+    spec = model.spec
+    family = family_named(model.family)
+    if layout in ("core", "legacy") and family.composition is not None:
+        raise SchemaError(
+            f"a {family.name} under Megatron's names is no single state dict; use --to llava "
+            "--ckpt-format torch"
+        )
+    if layout not in ("core", "legacy"):
+        tensors, dropped = hf_tensors(model)
+        return dict(tensors), tensors, dropped
+    old = layout == "legacy"
+    named = family.layout("legacy" if old else "mcore")
+    if old:
+        legacy.check(spec)
+    tensors, dropped = named_tensors(model, named)
+    rows = model.messages["embeddings"]["word embeddings"].shape[0]
+    args = args_from_spec(
+        spec,
+        tp=1,
+        pipeline=Pipeline(),
+        padded_vocab_size=rows,
+        true_vocab_size=spec.vocab_size,
+        make_vocab_size_divisible_by=1,
+        iteration=0,
+        transformer_impl="local" if old else "transformer_engine",
+        ckpt_format="torch",
+        source_args=model.begin.training.get("args"),
+    )
+    if old:
+        args |= legacy.to_args(spec)
+    state = {"args": Namespace(**args), "checkpoint_version": legacy.VERSION, "iteration": 0}
+    held = legacy.nested(tensors) if old else dict(tensors)
+    return {**state, "model": held}, tensors, dropped

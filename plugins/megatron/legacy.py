@@ -1,20 +1,22 @@
-"""Save a checkpoint of a legacy Megatron model, one from before Megatron Core."""
+"""Checkpoints of legacy Megatron models, those from before Megatron Core."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
-from ckptx.errors import PlanError
+from ckptx.errors import FormatError, PlanError, SchemaError
+from ckptx.model.layout import Layout
 from ckptx.model.pipeline_parallel import Pipeline, describe
 from ckptx.model.spec import ModelSpec
-from ckptx.plugins.megatron import per_rank
+from ckptx.plugins.megatron import directory, per_rank
+from ckptx.plugins.megatron.core import CoreLoader, found_form
 from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.forms import LEGACY
 from ckptx.plugins.megatron.options import (
-    LEGACY_CAPABILITIES,
     iteration_option,
     parallel_options,
     tokenizer_model_option,
@@ -22,6 +24,7 @@ from ckptx.plugins.megatron.options import (
     vocabulary_multiple_option,
     vocabulary_options,
 )
+from ckptx.plugins.megatron.source import Source
 from ckptx.plugins.megatron.target_parallelism import (
     check_tensor_parallel,
     choose_parallelism,
@@ -29,8 +32,7 @@ from ckptx.plugins.megatron.target_parallelism import (
     repad,
 )
 from ckptx.plugins.megatron.torch_dist import Target
-from ckptx.protocol.contracts import SavePlan, Saver
-from ckptx.protocol.hookspecs import hookimpl
+from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.messages import Message
 from ckptx.protocol.model import check_messages, collect
 from ckptx.registry.families import family_named
@@ -40,11 +42,56 @@ from ckptx.schemas.megatron_settings.args import launch_flags
 from ckptx.storage.file_plan import literal_files
 
 
+class LegacyLoader(CoreLoader):
+    """Reads per-rank files of any ``checkpoint_version``, in old spellings and new."""
+
+    name = "legacy"
+
+    def options(self) -> list[click.Option]:
+        """Return those of the core loader, and one that Megatron has and ckptx does not need."""
+        return [
+            *super().options(),
+            click.Option(
+                ["--position-embedding-type"],
+                type=click.Choice(["learned_absolute", "rope"]),
+                help="Accepted for Megatron's sake: the checkpoint's args say it.",
+            ),
+        ]
+
+    def detect(self, source: Path) -> bool:
+        """Return whether the files of ranks hold a legacy model."""
+        return directory.looks_like(source) and found_form(source) is LEGACY
+
+    def read(self, place: directory.IterationDirectory) -> Source:
+        """Read the pickles of every rank.
+
+        Raises:
+            FormatError: the checkpoint is none of ranks, or its files do not belong together.
+        """
+        if place.format != "torch":
+            raise FormatError(
+                f"{place.path}: legacy Megatron models lie in mp_rank_* directories; this is "
+                f"{place.format}: use --loader core (--from core)"
+            )
+        return per_rank.read(place, LEGACY, legacy.completed)
+
+    def layout(self, checkpoint: Source, spec: ModelSpec) -> Layout:
+        """Return how a model is named and ordered in files of this version."""
+        layout = family_named(spec.family).layout("legacy")
+        try:
+            return legacy.ordered(layout, checkpoint.version, spec)
+        except SchemaError as error:
+            raise SchemaError(f"{checkpoint.files[0]}: {error}") from error
+
+    def notes(self, spec: ModelSpec) -> list[str]:
+        """Return what legacy models compute otherwise than the args say."""
+        return [*legacy.notes(spec), *bert.head_notes(spec)]
+
+
 class LegacySaver:
     """Writes what Megatron loads with ``--use-legacy-models``, in ``checkpoint_version`` 3."""
 
     name = "legacy"
-    capabilities: Mapping[str, Any] = LEGACY_CAPABILITIES
 
     def options(self) -> list[click.Option]:
         """Return the options for parallel layout and vocabulary."""
@@ -137,9 +184,3 @@ def _check_parallel(spec: ModelSpec, tp: int, pipeline: Pipeline) -> None:
         raise PlanError(
             f"{pipeline}: legacy models spread their layers evenly; give --pp (and --vpp) alone"
         )
-
-
-@hookimpl
-def register_savers(register: Callable[[Saver], None]) -> None:
-    """Register the saver."""
-    register(LegacySaver())

@@ -1,35 +1,31 @@
-"""Load a LLaVA whose tensors Megatron's converter has named for Hugging Face."""
+"""A LLaVA under the names that Megatron's converter has for Hugging Face files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ckptx.errors import SchemaError
 from ckptx.hf_models.directory import base_sidecars, sidecars
 from ckptx.hf_models.weights import fill_from_base, read_weights
-from ckptx.plugins.huggingface.loader import HfLoader
+from ckptx.plugins.huggingface.hf import HfLoader, HfSaver, weight_files
 from ckptx.plugins.megatron.llava import FAMILY
-from ckptx.protocol.contracts import Loader
-from ckptx.protocol.from_names import inventory, named_messages
-from ckptx.protocol.hookspecs import hookimpl
+from ckptx.protocol.contracts import SavePlan
+from ckptx.protocol.from_names import inventory, main_dtype, named_messages
 from ckptx.protocol.messages import Begin, Message
-from ckptx.protocol.sidecars import CONFIG, read_config
+from ckptx.protocol.model import collect, leave_unused, named_tensors
+from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import family_named
-from ckptx.schemas.conventions.hf_llava import parts_from
+from ckptx.schemas.conventions.hf_llava import check, config_from_parts, constants, parts_from
 from ckptx.schemas.families.llava import CONVERTER
+from ckptx.storage.file_plan import literal_files
 
 
 class HfLlavaLoader(HfLoader):
     """Reads ``pytorch_model*.bin`` as Megatron's saver writes it, and safetensors."""
 
     name = "hf_llava"
-    capabilities: Mapping[str, Any] = {
-        "formats": ["safetensors", "pytorch_model.bin"],
-        "layouts": [],
-        "lossless": True,
-    }
 
     def detect(self, source: Path) -> bool:
         """Return False: by its files it is a Hugging Face model like any other."""
@@ -61,7 +57,24 @@ class HfLlavaLoader(HfLoader):
         yield from named_messages(begin, weights.tensors, parts, layout, filled)
 
 
-@hookimpl
-def register_loaders(register: Callable[[Loader], None]) -> None:
-    """Register the loader."""
-    register(HfLlavaLoader())
+class HfLlavaSaver(HfSaver):
+    """Writes safetensors, or as Megatron's saver ``pytorch_model*.bin``."""
+
+    name = "hf_llava"
+
+    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+        """Return the plan of a directory with weights, and a config that ckptx reads."""
+        model = collect(messages)
+        if "vision" not in model.begin.parts:
+            raise SchemaError("the source has no vision tower, so it is no LLaVA; use --saver hf")
+        check(model.parts)
+        family = family_named(FAMILY)
+        unused = leave_unused(model, family)
+        tensors, dropped = named_tensors(model, family.layout(CONVERTER))
+        tensors |= constants(model.parts)
+        files = {**model.begin.sidecars, CONFIG: dump_config(config_from_parts(model.parts))}
+        return SavePlan(
+            [*literal_files(files), *weight_files(tensors, options)],
+            dropped=(*unused, *dropped),
+            details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
+        )

@@ -1,25 +1,28 @@
-"""Save a Hugging Face model: safetensors shards, index, config and the files that came along."""
+"""Hugging Face model directories: safetensors or ``pytorch_model*.bin``, sharded or not."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ckptx.containers import safetensors, torch_zip
+from ckptx.containers import dcp_safetensors, safetensors, torch_zip
 from ckptx.errors import PlanError, SchemaError
 from ckptx.hf_models import float8
+from ckptx.hf_models.directory import base_sidecars, hf_messages, sidecars, training_state
 from ckptx.hf_models.extra_files import split_off
+from ckptx.hf_models.lora.config import ADAPTER_CONFIG
+from ckptx.hf_models.lora.extract import adapter_options
+from ckptx.hf_models.weights import INDEXES, SINGLES, fill_from_base, read_weights
 from ckptx.model.layout import in_module_order
-from ckptx.protocol.contracts import SavePlan, Saver
-from ckptx.protocol.from_names import main_dtype
-from ckptx.protocol.hookspecs import hookimpl
-from ckptx.protocol.messages import Message
+from ckptx.protocol.contracts import SavePlan
+from ckptx.protocol.from_names import inventory, main_dtype
+from ckptx.protocol.messages import Begin, Message
 from ckptx.protocol.model import Model, collect, fill_unused
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import (
@@ -30,6 +33,7 @@ from ckptx.registry.families import (
     hf_tensors,
 )
 from ckptx.schemas.config.translate import differences, merge_config
+from ckptx.schemas.conventions import transformers_memory
 from ckptx.storage.file_plan import FilePlan, literal_files
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor
@@ -37,16 +41,59 @@ from ckptx.tensors.lazy import LazyTensor
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+class HfLoader:
+    """Reads a model directory as transformers writes it, or one safetensors file."""
+
+    name = "hf"
+
+    def options(self) -> list[click.Option]:
+        """Return the options for adapters; all else is read from the directory."""
+        return adapter_options()
+
+    def detect(self, source: Path) -> bool:
+        """Return whether there are weights under Hugging Face's file names."""
+        if source.is_file():
+            return source.suffix == ".safetensors"
+        if any((source / name).exists() for name in (*INDEXES, *SINGLES)):
+            return True
+        if (source / ADAPTER_CONFIG).exists():
+            return False  # its weights are an adapter's
+        if dcp_safetensors.shards(source):
+            return False
+        # Mistral's own file may lie beside a config, too; it has other names.
+        others = (p for p in source.glob("*.safetensors") if not p.name.startswith("consolidated"))
+        return (source / "config.json").exists() and any(others)
+
+    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+        """Yield the model; tensors of an unknown architecture pass through by name."""
+        directory = source if source.is_dir() else source.parent
+        weights = read_weights(source)
+        filled = fill_from_base(weights, options)
+        begin = Begin(
+            format="hf",
+            layout="hf",
+            parts={},
+            files=tuple(map(str, weights.paths)),
+            sources=inventory(weights.tensors),
+            root=str(directory),
+            sidecars={**sidecars(directory), **base_sidecars(options)},
+            training={"iteration": "release"},
+        )
+        yield from hf_messages(
+            begin,
+            weights.tensors,
+            filled,
+            options.get("dtype"),
+            training_state(directory) if source.is_dir() else (),
+            options,
+            transformers_memory.renamer,
+        )
+
+
 class HfSaver:
     """Writes a model directory that transformers loads."""
 
     name = "hf"
-    capabilities: Mapping[str, Any] = {
-        "formats": ["safetensors", "pytorch_model.bin"],
-        "layouts": ["hf"],
-        "passthrough": True,
-        "lossless": True,
-    }
 
     def options(self) -> list[click.Option]:
         """Return the options for the weight files."""
@@ -261,9 +308,3 @@ def in_library_order(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]
     """
     order = sorted(tensors, key=lambda name: (-ITEMSIZE[tensors[name].dtype], name))
     return {name: tensors[name] for name in order}
-
-
-@hookimpl
-def register_savers(register: Callable[[Saver], None]) -> None:
-    """Register the saver."""
-    register(HfSaver())

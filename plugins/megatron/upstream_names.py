@@ -1,14 +1,14 @@
-"""Load a Llama, Mistral, Yi or Qwen 2.5 with the options of Megatron's loader ``llama_mistral``.
+"""Formats under the names, and with the options, that Megatron's converter gives them.
 
-The weights are read by the loaders ``meta`` and ``hf``; what is here is Megatron's command line.
+``hf``, ``meta`` and ``core`` read and write the weights; what is here is Megatron's command line.
 
-Source: NVIDIA/Megatron-LM tools/checkpoint/loader_llama_mistral.py @ core_v0.12.3; the names with a
-size that it lacks are those of core_v0.8.0.
+Source: NVIDIA/Megatron-LM tools/checkpoint/loader_{llama_mistral,mixtral_hf,llava}.py @
+core_v0.12.3; the names with a size that it lacks are those of core_v0.8.0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,8 @@ import click
 from ckptx.conversion.casting import cast_messages
 from ckptx.errors import FormatError, PlanError, SchemaError
 from ckptx.model.spec import ModelSpec
-from ckptx.plugins.huggingface.loader import HfLoader
+from ckptx.plugins.huggingface.hf import HfLoader
+from ckptx.plugins.megatron.core import CoreLoader, CoreSaver
 from ckptx.plugins.megatron.options import (
     tokenizer_model_option,
     transformer_impl_option,
@@ -27,11 +28,13 @@ from ckptx.plugins.megatron.options import (
     vocabulary_multiple_option,
     vocabulary_options,
 )
-from ckptx.plugins.meta.loader import PARAMS, MetaLoader
-from ckptx.protocol.contracts import Loader
-from ckptx.protocol.hookspecs import hookimpl
+from ckptx.plugins.meta.consolidated import PARAMS, MetaLoader
+from ckptx.protocol.contracts import Loader, SavePlan
 from ckptx.protocol.messages import Begin, Message
 from ckptx.protocol.sidecars import CONFIG
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+FAMILY = "mixtral"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +70,12 @@ SIZES: Mapping[str, Size] = {
 """By Megatron's name; with an ``f`` behind the size it is the chat model."""
 
 CHOICES = [name for base in SIZES for name in ((base, f"{base}f") if "B" in base else (base,))]
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 class LlamaMistralLoader:
     """Chooses a loader by ``--checkpoint-type`` and checks ``--model-size``."""
 
     name = "llama_mistral"
-    capabilities: Mapping[str, Any] = {
-        "formats": ["as loaders meta and hf"],
-        "layouts": [],
-        "lossless": True,
-    }
 
     def options(self) -> list[click.Option]:
         """Return Megatron's options."""
@@ -183,7 +180,70 @@ def _tokenizer(options: Mapping[str, Any]) -> dict[str, bytes]:
         raise FormatError(f"--tokenizer-model {given}: cannot be read: {error.strerror}") from error
 
 
-@hookimpl
-def register_loaders(register: Callable[[Loader], None]) -> None:
-    """Register the loader."""
-    register(LlamaMistralLoader())
+class MixtralHfLoader:
+    """Reads what the loader ``hf`` reads, and nothing but Mixtral."""
+
+    name = "mixtral_hf"
+
+    def options(self) -> list[click.Option]:
+        """Return Megatron's options."""
+        return [*vocabulary_options(), tokenizer_model_option()]
+
+    def detect(self, source: Path) -> bool:
+        """Return False: what it reads is detected as ``hf``."""
+        return False
+
+    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+        """Yield the model, after checking that it is a Mixtral."""
+        messages = HfLoader().load(source, options)
+        begin = next(messages)
+        spec = begin.parts.get("language") if isinstance(begin, Begin) else None
+        if not isinstance(begin, Begin) or spec is None or spec.family != FAMILY:
+            found = spec.architecture if spec else "of an unknown architecture"
+            raise SchemaError(f"{source}: the model is {found}, not a Mixtral; use --loader hf")
+        yield with_vocabulary(begin, options)
+        yield from messages
+
+
+class LlavaLoader(CoreLoader):
+    """Reads what loader ``core`` reads, and nothing without a vision tower."""
+
+    name = "llava"
+
+    def options(self) -> list[click.Option]:
+        """Return the options of loader ``core`` and Megatron's own."""
+        return [
+            *super().options(),
+            click.Option(
+                ["--vit-dummy-head-count"],
+                type=click.IntRange(0),
+                default=0,
+                help="Heads of InternViT that count for nothing; found without it, and checked.",
+            ),
+        ]
+
+    def detect(self, source: Path) -> bool:
+        """Return False: what it reads is detected as ``core``."""
+        return False
+
+    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+        """Yield the model."""
+        for message in super().load(source, options):
+            if isinstance(message, Begin) and "vision" not in message.parts:
+                raise FormatError(
+                    f"{message.root}: holds no vision_model, so it is no LLaVA; use --loader core"
+                )
+            yield message
+
+
+class LlavaSaver(CoreSaver):
+    """Writes what saver ``core`` writes, and nothing without a vision tower."""
+
+    name = "llava"
+
+    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+        """Return the plan of one iteration directory below the target root."""
+        first = next(messages, None)
+        if isinstance(first, Begin) and "vision" not in first.parts:
+            raise SchemaError("the source has no vision tower, so it is no LLaVA; use --saver core")
+        return super().plan(messages if first is None else chain([first], messages), options)

@@ -1,4 +1,4 @@
-"""Load a LoRA adapter, as peft saves it, merged into the model of ``--hf-base``.
+"""LoRA adapters as peft saves them, merged into the model of ``--hf-base`` or alone.
 
     adapter_model.safetensors (or .bin)    adapter_config.json    [tokenizer files]
 
@@ -7,23 +7,26 @@ Source: huggingface/peft src/peft/peft_model.py, save_pretrained @ v0.21.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ckptx.errors import FormatError
+from ckptx.containers import safetensors
+from ckptx.errors import FormatError, SchemaError
 from ckptx.hf_models.directory import base_sidecars, hf_messages, sidecars, training_state
 from ckptx.hf_models.lora import config as adapter_config
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.extract import FILES, LAYOUT, adapter_options
 from ckptx.hf_models.weights import SINGLES, Weights, read_weights
-from ckptx.protocol.contracts import Loader
-from ckptx.protocol.from_names import inventory
-from ckptx.protocol.hookspecs import hookimpl
+from ckptx.plugins.huggingface.hf import in_library_order
+from ckptx.protocol.contracts import ADAPTERS, ANYTHING, WEIGHTS, SavePlan
+from ckptx.protocol.from_names import inventory, main_dtype
 from ckptx.protocol.messages import Begin, Message
+from ckptx.protocol.model import collect
 from ckptx.schemas.conventions import transformers_memory
+from ckptx.storage.file_plan import literal_files
 
 _NOT_CARRIED = (ADAPTER_CONFIG, "config.json", "generation_config.json")
 
@@ -32,12 +35,6 @@ class PeftLoader:
     """Reads the base and the adapter where they lie; peft is not needed."""
 
     name = "peft"
-    capabilities: Mapping[str, Any] = {
-        "formats": ["PEFT LoRA"],
-        "layouts": ["hf"],
-        "passthrough": True,
-        "lossless": False,
-    }
 
     def options(self) -> list[click.Option]:
         """Return the options for adapters; further ones are merged after the source."""
@@ -53,8 +50,8 @@ class PeftLoader:
 
     def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
         """Yield the merged model, or the adapter alone for a target that holds adapters."""
-        alone = options.get("saver", LAYOUT) == LAYOUT  # without a target it is only looked at
-        base = options.get("hf_base")
+        wants, base = options.get("wants", ANYTHING), options.get("hf_base")
+        alone = wants.adapters and not (wants.weights and base is not None)
         weights = Weights([], {}, {})
         if not alone:
             if base is None:
@@ -80,7 +77,7 @@ class PeftLoader:
         )
         every = {
             **options,
-            **({"saver": LAYOUT} if alone else {}),
+            "wants": ADAPTERS if alone else WEIGHTS,
             "adapter": (source, *(options.get("adapter") or ())),
         }
         dtype, beside = options.get("dtype"), training_state(source)
@@ -89,7 +86,29 @@ class PeftLoader:
         )
 
 
-@hookimpl
-def register_loaders(register: Callable[[Loader], None]) -> None:
-    """Register the loader."""
-    register(PeftLoader())
+class PeftSaver:
+    """Writes a directory that `peft.PeftModel.from_pretrained` loads."""
+
+    name = "peft"
+    wants = ADAPTERS
+
+    def options(self) -> list[click.Option]:
+        """Return no options."""
+        return []
+
+    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+        """Return the plan of an adapter's directory."""
+        model = collect(messages)
+        if model.begin.layout != LAYOUT or model.passthrough is None:
+            raise SchemaError(
+                f"the source is a model ({model.begin.layout}) and not an adapter, or its loader "
+                "knows none: --to peft saves the LoRA matrices of checkpoints under Hugging Face's "
+                "names"
+            )
+        tensors = in_library_order(model.passthrough)
+        files = [safetensors.plan_file(FILES[0], tensors)]
+        return SavePlan(
+            [*literal_files(model.begin.sidecars), *files],
+            load_hint='peft.PeftModel.from_pretrained(model, "{target}")',
+            details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
+        )

@@ -1,0 +1,144 @@
+"""The options of a conversion: the engine's, and how keywords of Python become options.
+
+The command line and the API take the same options, declared once, as click's.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    **{name: name for name in ("bfloat16", "float16", "float32")},
+}
+
+
+MODIFY = ("overwrite", "max_memory", "threads", "digest", "check_replicas")
+"""The engine's options that a change of single tensors takes."""
+
+
+class Size(click.ParamType[Any]):
+    """A number of bytes: ``512M``, ``2GiB``, ``1.5g``."""
+
+    name = "size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        """Return the number of bytes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", value, re.IGNORECASE)
+        if match is None:
+            self.fail(f"{value!r} is no size; write 512M or 2G", param, ctx)
+        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+class Dtype(click.ParamType[Any]):
+    """A dtype by its torch name or a short one."""
+
+    name = "dtype"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | None:
+        """Return the torch name."""
+        if value not in DTYPES:
+            self.fail(f"{value!r} is not one of {', '.join(DTYPES)}", param, ctx)
+        return DTYPES[value]
+
+
+def engine_options() -> list[click.Option]:
+    """Return the options of a conversion that belong to no plugin."""
+    folder = click.Path(exists=True, file_okay=False, path_type=Path)
+    return [
+        click.Option(["--dtype"], type=Dtype(), help="Convert weights to this dtype.  [as stored]"),
+        click.Option(["--overwrite"], is_flag=True, help="Replace an existing target."),
+        click.Option(
+            ["--hf-base"], type=folder, help="Hugging Face model to take config and tokenizer from."
+        ),
+        click.Option(
+            ["--fill-from-base"],
+            multiple=True,
+            metavar="GLOB",
+            help="Take tensors of this name from --hf-base if the source lacks them. Repeatable.",
+        ),
+        click.Option(
+            ["--max-memory"],
+            type=Size(),
+            default="512M",
+            show_default=True,
+            help="Memory of the whole conversion.",
+        ),
+        click.Option(
+            ["--threads"],
+            type=click.IntRange(0, 1024),
+            default=0,
+            help="Threads that move bytes.  [as many as help]",
+        ),
+        click.Option(
+            ["--digest"],
+            type=click.Choice(["xxh3_128", "sha256"]),
+            default="xxh3_128",
+            show_default=True,
+            help="Digest of the manifest's tensors.",
+        ),
+        click.Option(
+            ["--check-replicas"],
+            type=click.Choice(["all", "sample", "none"]),
+            default="sample",
+            show_default=True,
+            help="How much of a tensor's further copies is compared.",
+        ),
+        click.Option(
+            ["--resume/--no-resume"],
+            default=True,
+            help="Continue an interrupted run of the same conversion; or start over, and leave "
+            "nothing if interrupted.  [default: resume]",
+        ),
+        click.Option(
+            ["--journal-every"],
+            type=Size(),
+            default="256M",
+            show_default=True,
+            help="How much an interrupted run may have to write again.",
+        ),
+        click.Option(
+            ["--max-queue-size"],
+            type=click.IntRange(1),
+            default=50,
+            show_default=True,
+            help="Messages that may wait between the two processes.",
+        ),
+    ]
+
+
+def megatron_options() -> list[click.Option]:
+    """Return the options that concern Megatron-style modules only."""
+    return [
+        click.Option(
+            ["--model-type"],
+            type=click.Choice(["GPT", "BERT"]),
+            default="GPT",
+            show_default=True,
+            help="Type of the model.",
+        ),
+        click.Option(
+            ["--no-checking", "checking"],
+            is_flag=True,
+            flag_value=False,
+            default=True,
+            help="Let modules send messages in any order.",
+        ),
+        click.Option(
+            ["--megatron-path"], metavar="DIR", help="Megatron-LM checkout that modules import."
+        ),
+    ]
