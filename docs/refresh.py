@@ -25,7 +25,7 @@ from ckptx.cli import conversion
 from ckptx.cli import main as cli
 from ckptx.errors import CkptxError, PluginError
 from ckptx.model import canonical_names as vocabulary
-from ckptx.model.layout import Family
+from ckptx.model.family import Family
 from ckptx.protocol import contracts as plugin
 from ckptx.protocol import hookspecs
 from ckptx.protocol import messages as protocol

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from ckptx.text.shown import printable
+
 
 class Place(click.Path):
     """A path; not the empty one that a shell makes of a variable that is not set.
@@ -51,22 +53,6 @@ def show_result(
     elif not quiet:
         width = shutil.get_terminal_size().columns
         click.echo(printable(render(result, width) if render else result.render(width)))
-
-
-def printable(text: str) -> str:
-    r"""Return a text that does nothing to a terminal: names of tensors come from strangers.
-
-    Examples:
-        >>> print(printable("a\x1b[31m\nb"))
-        a\x1b[31m
-        b
-    """
-    return "\n".join(
-        line
-        if line.isprintable()
-        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-        for line in text.split("\n")
-    )
 
 
 def output_options() -> list[click.Parameter]:

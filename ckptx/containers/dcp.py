@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ckptx.containers import tiling, torch_zip
+from ckptx.containers import torch_zip
 from ckptx.containers.dcp_metadata import (
     METADATA_NAME,
     Chunk,
@@ -38,6 +38,7 @@ from ckptx.storage.file_plan import FilePlan, Region
 from ckptx.storage.open_files import PackedFile
 from ckptx.storage.source_file import SourceFile
 from ckptx.storage.spool import Spool
+from ckptx.tensors import tiling
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.joins import tile
 from ckptx.tensors.lazy import Filled, LazyTensor, Shape, Stored, stored

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ckptx.containers.pickle_values import collector_paused
 from ckptx.conversion.megatron_modules import ModuleSaver
-from ckptx.conversion.report import Facts, Forecast, Report
+from ckptx.conversion.report import Facts, Plan, Report
 from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import CkptxError, CutShortError, PlanError, PluginError, listing
 from ckptx.processes.interrupts import Interrupted
 from ckptx.processes.supervision import Failure
-from ckptx.protocol.contracts import WEIGHTS, Wants
+from ckptx.protocol.context import UNTOLD, WEIGHTS, Context, Wants
 from ckptx.protocol.messages import Begin, End, Message
 from ckptx.protocol.progress import Progress, Silent
 from ckptx.registry import registry
@@ -116,7 +116,8 @@ def load(request: ConversionRequest, spool: Spool | None) -> Iterator[Message]:
         messages = checkpoint_messages(
             request.source,
             request.loader,
-            options=request.options(request.loader_options),
+            options=request.loader_options,
+            context=request.context(),
             wants=_wanted_by(request.saver),
             spool=spool,
             megatron_path=request.megatron_path,
@@ -142,15 +143,18 @@ def _wanted_by(saver: str) -> Wants:
 
 
 def make_plan(
-    saver: Saver, messages: Iterable[Message], options: Mapping[str, Any], dtype: str | None = None
+    saver: Saver,
+    messages: Iterable[Message],
+    options: Mapping[str, Any],
+    context: Context = UNTOLD,
 ) -> Planned:
-    """Return what a saver makes of messages, cast to ``dtype`` before it sees them.
+    """Return what a saver makes of messages, cast to the context's dtype before it sees them.
 
     Raises:
         PluginError: the saver has not read all messages.
     """
     stream = WatchedMessages(iter(messages))
-    made = saver.plan(cast(stream, dtype), options)
+    made = saver.plan(cast(stream, context.dtype), options, context)
     return Planned(*stream.finish(saver.name), made)
 
 
@@ -247,7 +251,7 @@ def convert(
 
 
 @collector_paused()
-def forecast(request: ConversionRequest, *, tensors: bool = True) -> Forecast:
+def forecast(request: ConversionRequest, *, tensors: bool = True) -> Plan:
     """Return what `convert` would do, without writing; every tensor by name only if asked for.
 
     Raises:
@@ -284,7 +288,7 @@ def forecast(request: ConversionRequest, *, tensors: bool = True) -> Forecast:
         }
         for file in made.files
     ]
-    return Forecast(
+    return Plan(
         request.loader,
         request.saver,
         str(request.target / made.directory),
@@ -313,9 +317,8 @@ def plan_conversion(request: ConversionRequest, spool: Spool | None = None) -> P
 
 
 def _plan(saver: Saver, messages: Iterator[Message], request: ConversionRequest) -> Planned:
-    options = request.options(request.saver_options)
     with blamed_on(f"saver {request.saver!r}"):
-        return make_plan(saver, messages, options, request.dtype)
+        return make_plan(saver, messages, request.saver_options, request.context())
 
 
 def _refusal(request: ConversionRequest, planned: Planned) -> str:
@@ -371,8 +374,7 @@ def _save_by_module(
 
     stream = WatchedMessages(messages)
     staging = Path(owner.prepare(saver.outline(request), None)[0])
-    options = request.options(request.saver_options, staging=staging)
-    facts = saver.write_directly(cast(stream, request.dtype), options, owner.advance)
+    facts = saver.write_directly(cast(stream, request.dtype), request, staging, owner.advance)
     stream.finish(request.saver)
     owner.flush()
     sync_tree(staging)

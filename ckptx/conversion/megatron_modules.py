@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckptx.errors import ConversionError, PluginError
+from ckptx.protocol.context import UNTOLD, Context
 from ckptx.registry import registry
 from ckptx.registry.registry import Role
 
@@ -47,27 +48,35 @@ def install() -> None:
         registry.fallbacks.append(_plugin_of_module)
 
 
+def is_module(role: Role, name: str, megatron_path: str | None) -> bool:
+    """Return whether a Megatron-style module, and no plugin, plays ``role`` under ``name``."""
+    plugins = registry.names(role)
+    if name in plugins or registry.canonical(name) in plugins:
+        return False
+    return _module_named(role, name, megatron_path) is not None
+
+
 def _plugin_of_module(role: Role, name: str, megatron_path: str | None) -> Module | None:
     """Return the Megatron-style module that plays ``role`` under ``name``, None if there is none.
 
     Raises:
         PluginError: it cannot be imported, or lacks the two functions.
     """
-    # A module called just ``name`` counts, too, unless that is a format of which we know.
-    plain = [] if registry.canonical(name) in registry.RECOGNISED else [name]
-    found = _find([f"{role}_{name}", *plain], megatron_path)
+    found = _module_named(role, name, megatron_path)
     if found is None:
         return None
     return (ModuleLoader if role == "loader" else ModuleSaver)(name, found, megatron_path)
 
 
-def _find(names: Sequence[str], megatron_path: str | None) -> str | None:
-    """Return the first name that is a module; imports nothing.
+def _module_named(role: Role, name: str, megatron_path: str | None) -> str | None:
+    """Return the module of a name, which is not imported.
 
     ``megatron_path`` is a Megatron-LM checkout, searched as well, with its ``tools/checkpoint``.
     """
+    # A module called just ``name`` counts, too, unless that is a format of which we know.
+    plain = [] if registry.canonical(name) in registry.RECOGNISED else [name]
     with _megatron(megatron_path):
-        for module in names:
+        for module in (f"{role}_{name}", *plain):
             # A package is no plugin of Megatron's converter, and "json" is not one either.
             if module.isidentifier() and module not in sys.stdlib_module_names:
                 spec = importlib.util.find_spec(module)
@@ -120,11 +129,14 @@ class ModuleLoader(Module):
         """Return False: such a module is only used when it is named."""
         return False
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Run the module to its end, its tensors going to the spool; then yield the messages."""
         from ckptx.conversion.megatron_queue import ReceiveQueue
 
-        queue = ReceiveQueue(self.name, options["spool"], options["checking"])
+        assert context.spool is not None  # every conversion has one
+        queue = ReceiveQueue(self.name, context.spool, context.checking)
         self.run(queue, namespace(options, load_dir=str(source)))
         yield from queue.messages(str(source))
 
@@ -134,7 +146,9 @@ class ModuleSaver(Module):
 
     role = "saver"
 
-    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+    def plan(
+        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> SavePlan:
         """Refuse: nothing is known before the module has run."""
         raise PluginError(
             f"saver {self.name!r} is a Megatron-style module, which cannot be planned"
@@ -152,15 +166,16 @@ class ModuleSaver(Module):
     def write_directly(
         self,
         messages: Iterator[Message],
-        options: Mapping[str, Any],
+        job: ConversionRequest,
+        staging: Path,
         advance: Callable[[int], None],
     ) -> Facts:
-        """Run the module on the messages; what it writes lands in ``options["staging"]``."""
+        """Run the module on the messages; what it writes lands in ``staging``."""
         from ckptx.conversion.megatron_queue import SendQueue
 
-        queue = SendQueue(self.name, messages, options["model_type"], advance)
-        self.run(queue, namespace(options, save_dir=options["staging"]))
-        return queue.facts(Path(options["staging"]))
+        queue = SendQueue(self.name, messages, job.model_type, advance)
+        self.run(queue, namespace(job.saver_options, save_dir=str(staging)))
+        return queue.facts(staging)
 
 
 def namespace(options: Mapping[str, Any], **more: Any) -> argparse.Namespace:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptx.conversion.edits import Edits
+from ckptx.protocol.context import Context
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +57,13 @@ class ConversionRequest:
         adapters = map(Path, self.loader_options.get("adapter") or ())
         return [self.source, *([self.hf_base] if self.hf_base else []), *adapters]
 
-    def options(self, own: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-        """Return the options that a plugin sees: the engine's and its own."""
-        engine = {
-            "dtype": self.dtype,
-            "hf_base": self.hf_base,
-            "fill_from_base": self.fill_from_base,
-            "target": self.target,
-            "max_queue_size": self.max_queue_size,
-            "model_type": self.model_type,
-            "checking": self.checking,
-            "megatron_path": self.megatron_path,
-        }
-        return {**engine, **own, **more}
+    def context(self) -> Context:
+        """Return what the loader and the saver are told of the conversion."""
+        return Context(
+            dtype=self.dtype,
+            hf_base=self.hf_base,
+            fill_from_base=self.fill_from_base,
+            target=self.target,
+            model_type=self.model_type,
+            checking=self.checking,
+        )

@@ -13,8 +13,8 @@ from ckptx.hf_models.lora import extract
 from ckptx.hf_models.lora import merge as adapter_merge
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.export import exported
-from ckptx.model.layout import Family
-from ckptx.protocol.contracts import ADAPTERS
+from ckptx.model.family import Family
+from ckptx.protocol.context import ADAPTERS, UNTOLD, Context
 from ckptx.protocol.from_names import (
     named_messages,
     names_held,
@@ -80,12 +80,11 @@ def sidecars(directory: Path) -> dict[str, bytes]:
     return found
 
 
-def base_sidecars(options: Mapping[str, Any]) -> dict[str, bytes]:
+def base_sidecars(context: Context) -> dict[str, bytes]:
     """Return the sidecars of the model that ``--hf-base`` names, none without it."""
-    base = options.get("hf_base")
-    if base is None:
+    directory = context.hf_base
+    if directory is None:
         return {}
-    directory = Path(base)
     if not directory.is_dir():
         raise FormatError(f"--hf-base {directory}: no such directory")
     files = sidecars(directory)
@@ -98,26 +97,26 @@ def hf_messages(
     begin: Begin,
     tensors: Mapping[str, LazyTensor],
     notes: tuple[str, ...] = (),
-    dtype: str | None = None,
     dropped: tuple[Dropped, ...] = (),
     options: Mapping[str, Any] | None = None,
+    context: Context = UNTOLD,
     renamer: Renamer | None = None,
 ) -> Iterator[Message]:
     """Yield the messages of a model whose tensors have Hugging Face's names.
 
     The config among the sidecars of ``begin`` says which model it is, and completes ``begin``.
     Without one, or of an unknown architecture, tensors pass through. ``notes`` and ``dropped`` go
-    before others. Quantised weights are dequantised to ``dtype``, by default to the one that the
-    config names. LoRA adapters among the tensors, and those that the loader's ``options`` name, are
-    merged; for a saver of adapters they are what is left. Adapters name modules as they are called
-    in memory: ``renamer`` returns, for a config, what gives the name that files have for one.
+    before others. Quantised weights are dequantised to the context's dtype, by default to the one
+    that the config names. LoRA adapters among the tensors, and those that the loader's ``options``
+    name, are merged; for a saver of adapters they are what is left. Adapters name modules as they
+    are called in memory: ``renamer`` returns, for a config, what gives the name that files have.
 
     Raises:
         SchemaError: tensors are missing, left over, or not of the shapes that the config says.
     """
-    options = options or {}
-    held = extract.extract_adapters(begin, tensors, options)
-    if options.get("wants") == ADAPTERS:
+    held = extract.extract_adapters(begin, tensors, options or {})
+    dtype = context.dtype
+    if context.wants == ADAPTERS:
         yield from _adapter_messages(held, notes, dropped)
         return
     begin, tensors = held.begin, held.tensors

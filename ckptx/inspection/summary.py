@@ -19,6 +19,7 @@ from ckptx.registry.open import Problem, open_checkpoint
 from ckptx.storage.partial import PARTIAL
 from ckptx.tensors.lazy import Filled, LazyTensor
 from ckptx.tensors.placement import describe_partition, placement_of, stored_dtypes
+from ckptx.text.shown import Shown
 
 SCHEMA = "ckptx-inspect/1"
 """What the JSON of an inspection is; the number rises when a key changes its meaning."""
@@ -45,7 +46,7 @@ class Unreadable:
 
 
 @dataclass(frozen=True, slots=True)
-class Inspection:
+class Inspection(Shown):
     """What a checkpoint holds. Sizes are in bytes."""
 
     path: str
@@ -74,6 +75,12 @@ class Inspection:
         """The step of the training; ``"release"`` where there is none, or none is told."""
         steps = self.begin.training.get("global_steps")
         return self.begin.training.get("iteration") if steps is None else steps
+
+    def render(self, width: int = 80) -> str:
+        """Return the inspection as text of at most ``width`` columns."""
+        from ckptx.inspection.text import render
+
+        return render(self, width)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values; every key is always there."""

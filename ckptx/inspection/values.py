@@ -107,7 +107,7 @@ def look_up(
                 f"{name}: {count:,} values are too many to show at once; take a part with --slice"
             )
         with closing(checkpoint.files()) as files:
-            values = _read(tensor, index if whole else _outer(index), files)
+            values = read_index(tensor, index if whole else _outer(index), files)
     return Values(name, tensor.dtype, tensor.shape, part or "", found, _exact(values), whole)
 
 
@@ -209,7 +209,7 @@ def _outer(index: Index) -> tuple[int | tuple[int, ...], ...]:
     return tuple(found)
 
 
-def _read(
+def read_index(
     tensor: LazyTensor, index: Sequence[int | slice | tuple[int, ...]], files: Files
 ) -> NDArray[Any]:
     """Return the elements at the crossings of numbers along the axes; few others are read."""

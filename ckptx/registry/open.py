@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any
 
 from ckptx.errors import CkptxError, PluginError
-from ckptx.protocol.contracts import ANYTHING, WEIGHTS, Loader, Wants
+from ckptx.protocol.context import ANYTHING, WEIGHTS, Context, Wants, split_options
+from ckptx.protocol.contracts import Loader
 from ckptx.protocol.messages import Begin, End, Message, Tensors
 from ckptx.protocol.model import Model, collect
 from ckptx.registry import registry
@@ -150,17 +151,21 @@ def checkpoint_messages(
     options: Mapping[str, Any] | None = None,
     wants: Wants = WEIGHTS,
     spool: Spool | None = None,
+    context: Context | None = None,
     megatron_path: str | None = None,
 ) -> Iterator[Message]:
     """Return the messages of a checkpoint as its loader sends them; see `open_checkpoint`.
+
+    With a ``context``, ``options`` are the loader's own alone.
 
     Raises:
         PluginError: no loader is so named or recognises it; while they come, too: they are not
             one `Begin`, `Tensors`, and one `End`.
     """
     loader = find_loader(location, format, megatron_path)
-    given = {**(options or {}), "wants": wants, "spool": spool}
-    return in_order(loader.load(location, given), loader.name)
+    own, told = (options or {}, {}) if context else split_options(options)
+    context = replace(context or Context(**told), wants=wants, spool=spool)
+    return in_order(loader.load(location, own, context), loader.name)
 
 
 def find_loader(

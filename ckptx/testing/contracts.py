@@ -34,11 +34,13 @@ from numpy.typing import NDArray
 from ckptx.conversion.engine import make_plan
 from ckptx.errors import CkptxError
 from ckptx.model.canonical_names import check_shapes, dimensions, keys_of
-from ckptx.model.layout import Family, Layout, Rule
+from ckptx.model.family import Family
+from ckptx.model.layout import Layout, Rule
 from ckptx.model.pipeline_parallel import stage_ranks
 from ckptx.model.sharding import Gatherer, Shards, check_message, shard_tensors
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import IDENTITY
+from ckptx.protocol.context import Context
 from ckptx.protocol.contracts import Loader, Saver
 from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, Tensors
 from ckptx.registry import registry
@@ -82,10 +84,11 @@ _PARALLEL = {
 _NO_TORCH = """
 import base64, importlib, pickle, sys
 from pathlib import Path
+from ckptx.registry.open import checkpoint_messages
 module, name, source, options = pickle.loads(base64.b64decode(sys.argv[1]))
 loader = getattr(importlib.import_module(module), name)()
 assert loader.detect(Path(source))
-list(loader.load(Path(source), options))
+list(checkpoint_messages(Path(source), loader, options=options))
 heavy = {"torch", "transformers", "megatron", "deepspeed"} & set(sys.modules)
 sys.exit(f"imported {', '.join(sorted(heavy))}" if heavy else 0)
 """
@@ -266,7 +269,7 @@ class SaverTests(_Parametrized):
         model, options = case
         sent = messages(model, tmp_path / "source")
         faults.drop(tmp_path / "source" / "tiny.bin")
-        planned = make_plan(self.saver, sent, {"target": tmp_path / "target", **options})
+        planned = make_plan(self.saver, sent, options, Context(target=tmp_path / "target"))
         assert planned.prove().tensors
 
     def test_refuses(
@@ -275,7 +278,7 @@ class SaverTests(_Parametrized):
         """What the format cannot hold, and what it needs and does not get, is one line of error."""
         sent = change(messages(_first(self.models), tmp_path / "source"))
         with pytest.raises(CkptxError) as error:
-            make_plan(self.saver, sent, {"target": tmp_path / "target"}).prove()
+            make_plan(self.saver, sent, {}, Context(target=tmp_path / "target")).prove()
         assert_one_line(error.value)
 
     def test_keeps_unknown_models(self, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from unittest import mock
 
 from ckptx.conversion import engine
 from ckptx.conversion.proof import Proof, prove
+from ckptx.protocol.context import Context
 from ckptx.protocol.contracts import Loader, SavePlan, Saver
 from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, Tensors
 from ckptx.registry.open import checkpoint_messages
@@ -25,7 +26,7 @@ def save(
     saver: Saver, messages: Iterable[Message], target: Path, options: Mapping[str, Any]
 ) -> Path:
     """Plan, prove and write a model; return the path that a loader reads it from."""
-    planned = engine.make_plan(saver, messages, {"target": target, **options})
+    planned = engine.make_plan(saver, messages, options, Context(target=target))
     planned.prove()
     plan = planned.plan
     target = target.parent if plan.single_file else target

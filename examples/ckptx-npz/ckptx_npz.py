@@ -10,6 +10,7 @@ import numpy as np
 from ckptx.containers.zip_archive import ArchiveWriter, NewMember, read_members
 from ckptx.errors import FormatError
 from ckptx.hf_models.directory import hf_messages, sidecars
+from ckptx.protocol.context import UNTOLD, Context
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory
 from ckptx.protocol.hookspecs import hookimpl
@@ -34,12 +35,16 @@ class Npz:
     def detect(self, source: Path) -> bool:
         return (source / WEIGHTS).is_file()
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         tensors = read_archive(path := str((source / WEIGHTS).resolve()))
         begin = Begin("npz", "hf", {}, (path,), inventory(tensors), str(source), sidecars(source))
         yield from hf_messages(begin, tensors)
 
-    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+    def plan(
+        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> SavePlan:
         model = collect(messages)
         tensors, dropped = hf_tensors(model)
         archive = ArchiveWriter(root="")

@@ -28,6 +28,7 @@ from ckptx.plugins.pytorch.module_names import (
     shapes_of_config,
     trained_messages,
 )
+from ckptx.protocol.context import UNTOLD, Context
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Message
 from ckptx.tensors.lazy import LazyTensor, Shape, Stored
 
@@ -87,12 +88,14 @@ class DeepspeedLoader:
         """Return whether there are DeepSpeed's model states, here or in a tag below."""
         return source.is_dir() and (directory.is_tag(source) or bool(directory.tags(source)))
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Yield the model; names that no schema knows pass through."""
         masters = (options.get("weights") or "master") == "master"
         saved = directory.read(directory.find(source, options.get("tag")), masters)
         # What is converted to another dtype anyway need not have one dtype before.
-        widen = options.get("dtype") is None
+        widen = context.dtype is None
         prefix = options.get("prefix") or ""
         trained = bool(options.get("exclude_frozen_parameters"))
         if trained and not masters:
@@ -100,9 +103,9 @@ class DeepspeedLoader:
                 "--exclude-frozen-parameters tells what was trained by its fp32 masters; leave "
                 "--weights module out"
             )
-        small = {**nearest_config(saved.directory), **base_sidecars(options)}
+        small = {**nearest_config(saved.directory), **base_sidecars(context)}
         try:
-            shapes = _shapes(saved, small, prefix, options)
+            shapes = _shapes(saved, small, prefix, context)
             layer_map = options.get("layer_map")
             found = ranks.gathered(saved, masters, widen, shapes, layer_map, not trained)
             left = _left(saved)
@@ -110,7 +113,7 @@ class DeepspeedLoader:
             raise FormatError(f"{source}: its objects are nested too deeply") from error
         found.tensors, renamed = file_names(_without(prefix, found.tensors, source), {}, source)
         files = list(saved.files)
-        filled, remarks = base_tensors(files, found.tensors, options)
+        filled, remarks = base_tensors(files, found.tensors, context)
         found.declare("base", filled)
         found.tensors |= weights.widened(filled) if masters and widen else filled
         if trained and found.frozen and not filled:
@@ -132,17 +135,17 @@ class DeepspeedLoader:
         )
         notes = (*found.notes, *renamed, *remarks)
         dropped = (*found.dropped, *left, *_beside_tag(saved.directory))
-        yield from trained_messages(begin, found.tensors, notes, dropped, options)
+        yield from trained_messages(begin, found.tensors, notes, dropped, options, context)
 
 
 def _shapes(
-    saved: directory.Saved, small: Mapping[str, bytes], prefix: str, options: Mapping[str, Any]
+    saved: directory.Saved, small: Mapping[str, bytes], prefix: str, context: Context
 ) -> dict[str, Shape]:
     """Return the shapes of the whole model, where ranks hold parts that may not say what of."""
     if len(saved.ranks) == 1 and not saved.layers:
         return {}
     shapes = shapes_of_config(small, saved.directory)
-    place = Path(options.get("hf_base") or saved.directory)
+    place = context.hf_base or saved.directory
     if not shapes and any((place / name).is_file() for name in (*INDEXES, *SINGLES)):
         base = read_weights(place)
         shapes = {name: tensor.shape for name, tensor in base.tensors.items()}

@@ -20,6 +20,7 @@ from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import INDEXES, SINGLES, fill_from_base, read_weights
 from ckptx.model.layout import in_module_order
+from ckptx.protocol.context import UNTOLD, Context
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype
 from ckptx.protocol.messages import Begin, Message
@@ -32,7 +33,6 @@ from ckptx.registry.families import (
     family_of,
     hf_tensors,
 )
-from ckptx.schemas.config.translate import differences, merge_config
 from ckptx.schemas.conventions import transformers_memory
 from ckptx.storage.file_plan import FilePlan, literal_files
 from ckptx.tensors.dtypes import ITEMSIZE
@@ -64,11 +64,13 @@ class HfLoader:
         others = (p for p in source.glob("*.safetensors") if not p.name.startswith("consolidated"))
         return (source / "config.json").exists() and any(others)
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Yield the model; tensors of an unknown architecture pass through by name."""
         directory = source if source.is_dir() else source.parent
         weights = read_weights(source)
-        filled = fill_from_base(weights, options)
+        filled = fill_from_base(weights, context)
         begin = Begin(
             format="hf",
             layout="hf",
@@ -76,16 +78,16 @@ class HfLoader:
             files=tuple(map(str, weights.paths)),
             sources=inventory(weights.tensors),
             root=str(directory),
-            sidecars={**sidecars(directory), **base_sidecars(options)},
+            sidecars={**sidecars(directory), **base_sidecars(context)},
             training={"iteration": "release"},
         )
         yield from hf_messages(
             begin,
             weights.tensors,
             filled,
-            options.get("dtype"),
             training_state(directory) if source.is_dir() else (),
             options,
+            context,
             transformers_memory.renamer,
         )
 
@@ -113,7 +115,9 @@ class HfSaver:
             ),
         ]
 
-    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+    def plan(
+        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> SavePlan:
         """Return the plan of a model directory."""
         model = collect(messages)
         known = model.passthrough is None and bool(model.begin.parts)
@@ -216,11 +220,11 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
     if composed is not None:
         differing = composed.differences(config, model.parts)
     else:
-        differing = differences(config, replace(spec, dtype=named))
+        differing = family.config.differences(config, replace(spec, dtype=named))
     if differing and composed is not None:
         config = composed.merge_config(config, model.parts)
     elif differing:
-        config = merge_config(config, spec)
+        config = family.config.merge_config(config, spec)
     if differing:
         notes += [f"{CONFIG}, the source wins: {line}" for line in differing]
     changed = _set_dtype(config, dtype)

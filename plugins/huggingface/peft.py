@@ -8,6 +8,7 @@ Source: huggingface/peft src/peft/peft_model.py, save_pretrained @ v0.21.2.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.extract import FILES, LAYOUT, adapter_options
 from ckptx.hf_models.weights import SINGLES, Weights, read_weights
 from ckptx.plugins.huggingface.hf import in_library_order
-from ckptx.protocol.contracts import ADAPTERS, ANYTHING, WEIGHTS, SavePlan
+from ckptx.protocol.context import ADAPTERS, UNTOLD, WEIGHTS, Context
+from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype
 from ckptx.protocol.messages import Begin, Message
 from ckptx.protocol.model import collect
@@ -48,9 +50,11 @@ class PeftLoader:
             and not any((source / name).is_file() for name in SINGLES)
         )
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Yield the merged model, or the adapter alone for a target that holds adapters."""
-        wants, base = options.get("wants", ANYTHING), options.get("hf_base")
+        wants, base = context.wants, context.hf_base
         alone = wants.adapters and not (wants.weights and base is not None)
         weights = Weights([], {}, {})
         if not alone:
@@ -61,7 +65,7 @@ class PeftLoader:
                     f"{source}: an adapter without the model that it belongs to"
                     f"{f' ({name})' if name else ''}; give its directory with --hf-base"
                 )
-            weights = read_weights(Path(base))
+            weights = read_weights(base)
         own = {name: data for name, data in sidecars(source).items() if name not in _NOT_CARRIED}
         own = {name: data for name, data in own.items() if not name.startswith("training_args")}
         notes = (f"{', '.join(sorted(own))} came with the adapter",) if own else ()
@@ -72,17 +76,14 @@ class PeftLoader:
             files=tuple(map(str, weights.paths)),
             sources=inventory(weights.tensors),
             root=str(base if base is not None else source),
-            sidecars={**base_sidecars(options), **own},
+            sidecars={**base_sidecars(context), **own},
             training={"iteration": "release"},
         )
-        every = {
-            **options,
-            "wants": ADAPTERS if alone else WEIGHTS,
-            "adapter": (source, *(options.get("adapter") or ())),
-        }
-        dtype, beside = options.get("dtype"), training_state(source)
+        every = {**options, "adapter": (source, *(options.get("adapter") or ()))}
+        context = replace(context, wants=ADAPTERS if alone else WEIGHTS)
+        beside = training_state(source)
         yield from hf_messages(
-            *(begin, weights.tensors, notes, dtype, beside, every), transformers_memory.renamer
+            *(begin, weights.tensors, notes, beside, every, context), transformers_memory.renamer
         )
 
 
@@ -96,7 +97,9 @@ class PeftSaver:
         """Return no options."""
         return []
 
-    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+    def plan(
+        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> SavePlan:
         """Return the plan of an adapter's directory."""
         model = collect(messages)
         if model.begin.layout != LAYOUT or model.passthrough is None:

@@ -35,14 +35,19 @@ from ckptx.plugins.megatron.target_parallelism import (
     parallel_sizes,
     repad,
 )
+from ckptx.protocol.context import UNTOLD, Context
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.messages import Begin, End, Message
 from ckptx.protocol.model import Model, check_messages, collect
 from ckptx.protocol.sidecars import CONFIG, read_config
-from ckptx.registry.families import family_named, family_of, parts_from_config
-from ckptx.schemas.conventions.mcore import ExtraState, Style
-from ckptx.schemas.families import bert
-from ckptx.schemas.families.llava import states as llava_states
+from ckptx.registry.families import (
+    family_named,
+    family_of,
+    family_of_names,
+    note_of,
+    parts_from_config,
+)
+from ckptx.schemas.conventions.mcore import Style
 from ckptx.schemas.megatron_settings.args import (
     NOTE,
     launch_flags,
@@ -67,9 +72,11 @@ class CoreLoader:
         """Return whether there is a tracker file or an iteration directory, of no legacy model."""
         return directory.looks_like(source) and found_form(source) is not LEGACY
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Yield the model."""
-        if options.get("fill_from_base"):
+        if context.fill_from_base:
             raise FormatError(
                 "--fill-from-base fills tensors by their Hugging Face names, which a Megatron "
                 "source has not; convert it to hf first, then fill"
@@ -77,7 +84,7 @@ class CoreLoader:
         place = directory.find(source)
         checkpoint = self.read(place)
         beside = place.path / directory.SIDECARS
-        files = {**(sidecars(beside) if beside.is_dir() else {}), **base_sidecars(options)}
+        files = {**(sidecars(beside) if beside.is_dir() else {}), **base_sidecars(context)}
         config = read_config(files, beside)
         family = family_of(config) if config else None
         said = parts_from_config(family, config) if config and family else None
@@ -122,7 +129,8 @@ class CoreLoader:
         for message in messages:
             check_shapes(message.name, message.tensors, parts[message.part])
             yield message
-        yield End(tuple(dropped), (*directory.unfinished(source), *self.notes(parts["language"])))
+        notes = (*directory.unfinished(source), *checkpoint.notes, *self.notes(parts["language"]))
+        yield End(tuple(dropped), notes)
 
     def read(self, place: directory.IterationDirectory) -> Source:
         """Read the metadata of a checkpoint."""
@@ -136,7 +144,7 @@ class CoreLoader:
 
     def notes(self, spec: ModelSpec) -> list[str]:
         """Return remarks on a model that was found."""
-        return bert.head_notes(spec)
+        return family_named(spec.family).megatron.head_notes(spec)
 
 
 def found_form(source: Path) -> Generation | None:
@@ -169,8 +177,8 @@ def _spec(checkpoint: Source, said: Parts | None, options: Mapping[str, Any]) ->
             )
         spec = named
     else:
-        if named is None and bert.looks_like(checkpoint.names):
-            args = {**args, NOTE: {"family": bert.NAME, **(args.get(NOTE) or {})}}
+        if named is None and (recognised := family_of_names(checkpoint.names)):
+            args = {**args, NOTE: {**note_of(recognised), **(args.get(NOTE) or {})}}
         spec = spec_from_args(args, named.family if named else None)
         if named is not None:
             # What args cannot say comes from the config; where both speak, args were trained with.
@@ -186,7 +194,7 @@ def _spec(checkpoint: Source, said: Parts | None, options: Mapping[str, Any]) ->
                     f"{checkpoint.place}: the config at hand is not of this model: "
                     f"{'; '.join(problems)}"
                 )
-    spec = bert.with_types(spec, checkpoint.weights)
+    spec = family_named(spec.family).megatron.from_weights(spec, checkpoint.weights)
     vocab_size = true_vocab_size(options, spec.vocab_size)
     return replace(spec, vocab_size=vocab_size, dtype=checkpoint.dtype)
 
@@ -228,7 +236,9 @@ class CoreSaver:
             ),
         ]
 
-    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+    def plan(
+        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> SavePlan:
         """Return the plan of one iteration directory below the target root."""
         model = collect(messages)
         spec = model.spec
@@ -236,6 +246,7 @@ class CoreSaver:
         ckpt_format = options.get("ckpt_format") or "torch_dist"
         # torch_dist has one spelling, but a family may refuse the local spec altogether.
         layout = family_named(model.family).layout(style.convention)
+        megatron = family_named(spec.family).megatron
         tp, pipeline = parallel_sizes(model, options)
         seeing = model.family == llava.FAMILY
         unused, remarked = llava.prepare(model, tp, pipeline) if seeing else ((), ())
@@ -259,9 +270,7 @@ class CoreSaver:
         args |= _grouping(spec, style, options)
         if seeing:
             args = llava.args_of_parts(model.parts, args, model.begin.training.get("args"))
-        target = torch_dist.Target(
-            layout, tuple(_states(spec, style, seeing)), stage, chunks, args, chosen.number
-        )
+        target = torch_dist.Target(layout, layout.extra_states, stage, chunks, args, chosen.number)
         files = (
             torch_dist.plan(model, target)
             if ckpt_format == "torch_dist"
@@ -277,13 +286,13 @@ class CoreSaver:
             stages=llava.describe(chunks) if seeing else describe(chunks),
             load_hint=" ".join(
                 [
-                    llava.SCRIPT if seeing else bert.script(spec),
+                    llava.SCRIPT if seeing else megatron.script,
                     "--load {target} --use-checkpoint-args",
                     f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
                     *pipeline.flags(),
                     *_expert_flags(spec, chosen),
                     *launch_flags(spec),
-                    *bert.launch_flags(spec, style.local),
+                    *megatron.launch_flags(spec, style.local),
                     *(llava.launch_flags(args) if seeing else ()),
                 ]
             )
@@ -291,14 +300,6 @@ class CoreSaver:
             else 'megatron.core.dist_checkpointing.load(sharded_state_dict, "{target}")',
             details={"ckpt_format": ckpt_format, **chosen.details()},
         )
-
-
-def _states(spec: ModelSpec, style: Style, seeing: bool) -> Iterator[ExtraState]:
-    """Return the modules that keep an extra state."""
-    if seeing:
-        return llava_states(style)
-    # Megatron itself maps the modules of the local spec to those of torch_dist.
-    return bert.states_of(spec, Style(distributed=True) if style.distributed else style)
 
 
 def _widen_biases(model: Model) -> None:

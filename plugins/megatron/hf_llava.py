@@ -11,14 +11,20 @@ from ckptx.hf_models.directory import base_sidecars, sidecars
 from ckptx.hf_models.weights import fill_from_base, read_weights
 from ckptx.plugins.huggingface.hf import HfLoader, HfSaver, weight_files
 from ckptx.plugins.megatron.llava import FAMILY
+from ckptx.protocol.context import UNTOLD, Context
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype, named_messages
 from ckptx.protocol.messages import Begin, Message
 from ckptx.protocol.model import collect, leave_unused, named_tensors
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import family_named
-from ckptx.schemas.conventions.hf_llava import check, config_from_parts, constants, parts_from
-from ckptx.schemas.families.llava import CONVERTER
+from ckptx.schemas.families.multimodal.hf_llava import (
+    check,
+    config_from_parts,
+    constants,
+    parts_from,
+)
+from ckptx.schemas.families.multimodal.llava import CONVERTER
 from ckptx.storage.file_plan import literal_files
 
 
@@ -31,11 +37,13 @@ class HfLlavaLoader(HfLoader):
         """Return False: by its files it is a Hugging Face model like any other."""
         return False
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Yield the model."""
         weights = read_weights(source)
-        filled = fill_from_base(weights, options)
-        files = {**(sidecars(source) if source.is_dir() else {}), **base_sidecars(options)}
+        filled = fill_from_base(weights, context)
+        files = {**(sidecars(source) if source.is_dir() else {}), **base_sidecars(context)}
         config = read_config(files, source)
         files.pop(CONFIG, None)  # it is ours, or of the language model alone
         begin = Begin(
@@ -62,7 +70,9 @@ class HfLlavaSaver(HfSaver):
 
     name = "hf_llava"
 
-    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+    def plan(
+        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> SavePlan:
         """Return the plan of a directory with weights, and a config that ckptx reads."""
         model = collect(messages)
         if "vision" not in model.begin.parts:

@@ -29,6 +29,7 @@ from ckptx.plugins.megatron.options import (
     vocabulary_options,
 )
 from ckptx.plugins.meta.consolidated import PARAMS, MetaLoader
+from ckptx.protocol.context import UNTOLD, Context
 from ckptx.protocol.contracts import Loader, SavePlan
 from ckptx.protocol.messages import Begin, Message
 from ckptx.protocol.sidecars import CONFIG
@@ -104,12 +105,14 @@ class LlamaMistralLoader:
         """Return False: what it reads is detected as ``meta`` or ``hf``."""
         return False
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Yield the model, after checking that it is the one that was named."""
         name, kind = options.get("model_size"), options.get("checkpoint_type")
         if name not in CHOICES or kind not in ("meta", "hf"):
             raise PlanError("loader 'llama_mistral' needs --model-size and --checkpoint-type")
-        dtype = _dtype(options)
+        dtype = _dtype(options, context)
         size = SIZES[name if name in SIZES else name.removesuffix("f")]
         if kind == "meta" and (size.family == "qwen2" or name.startswith("yi")):
             raise PlanError(f"--model-size {name} has no Meta files; use --checkpoint-type hf")
@@ -117,7 +120,7 @@ class LlamaMistralLoader:
         if kind == "meta" and not (source / PARAMS).is_file() and (source / name).is_dir():
             place = source / name  # as Megatron does: one folder per size
         loader: Loader = MetaLoader() if kind == "meta" else HfLoader()
-        messages = loader.load(place, {**options, "context": size.context})
+        messages = loader.load(place, {**options, "max_position": size.context}, context)
         begin = next(messages)
         if not isinstance(begin, Begin) or "language" not in begin.parts:
             raise SchemaError(f"{source}: not a model of family {size.family}, as {name} is")
@@ -136,12 +139,12 @@ def with_vocabulary(begin: Begin, options: Mapping[str, Any]) -> Begin:
     )
 
 
-def _dtype(options: Mapping[str, Any]) -> str | None:
+def _dtype(options: Mapping[str, Any], context: Context) -> str | None:
     chosen = [flag for flag in DTYPES if options.get(flag)]
     if len(chosen) > 1:
         raise PlanError("--bf16 and --fp16 exclude each other")
     dtype = DTYPES[chosen[0]] if chosen else None
-    other = options.get("dtype")
+    other = context.dtype
     if dtype is not None and other not in (None, dtype):
         raise PlanError(f"--{chosen[0]} and --dtype {other} contradict each other")
     return dtype
@@ -193,9 +196,11 @@ class MixtralHfLoader:
         """Return False: what it reads is detected as ``hf``."""
         return False
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Yield the model, after checking that it is a Mixtral."""
-        messages = HfLoader().load(source, options)
+        messages = HfLoader().load(source, options, context)
         begin = next(messages)
         spec = begin.parts.get("language") if isinstance(begin, Begin) else None
         if not isinstance(begin, Begin) or spec is None or spec.family != FAMILY:
@@ -226,9 +231,11 @@ class LlavaLoader(CoreLoader):
         """Return False: what it reads is detected as ``core``."""
         return False
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Yield the model."""
-        for message in super().load(source, options):
+        for message in super().load(source, options, context):
             if isinstance(message, Begin) and "vision" not in message.parts:
                 raise FormatError(
                     f"{message.root}: holds no vision_model, so it is no LLaVA; use --loader core"
@@ -241,9 +248,12 @@ class LlavaSaver(CoreSaver):
 
     name = "llava"
 
-    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+    def plan(
+        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> SavePlan:
         """Return the plan of one iteration directory below the target root."""
         first = next(messages, None)
         if isinstance(first, Begin) and "vision" not in first.parts:
             raise SchemaError("the source has no vision tower, so it is no LLaVA; use --saver core")
-        return super().plan(messages if first is None else chain([first], messages), options)
+        whole = messages if first is None else chain([first], messages)
+        return super().plan(whole, options, context)

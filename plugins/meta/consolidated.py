@@ -18,6 +18,7 @@ from ckptx.model.canonical_names import check_shapes
 from ckptx.model.layout import Layout
 from ckptx.model.sharding import Gatherer, Rank, shard_tensors
 from ckptx.model.spec import ModelSpec
+from ckptx.protocol.context import UNTOLD, Context
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype
 from ckptx.protocol.messages import Begin, Dropped, End, Message, SourceTensor, Tensors
@@ -64,16 +65,18 @@ class MetaLoader:
             return False
         return any(next(source.glob(pattern), None) for pattern in (_PTH, _SAFETENSORS))
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
-        """Yield the model; ``context`` among the options is its longest context, if known."""
-        if options.get("fill_from_base"):
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
+        """Yield the model; ``max_position`` among the options is its longest context, if known."""
+        if context.fill_from_base:
             raise FormatError(
                 "--fill-from-base fills tensors by their Hugging Face names, which a Meta source "
                 "has not; convert it to hf first, then fill"
             )
         params = read_params(source)
         weights, shards = read_shards(source)
-        beside = {**sidecars(source), **base_sidecars(options)}
+        beside = {**sidecars(source), **base_sidecars(context)}
         beside.pop(PARAMS, None)
         said = params.get("model", params)
         _check_count(said, shards, source)
@@ -200,8 +203,8 @@ def _completed(
             rotary_scaling=scaling or spec.rotary_scaling,
             extra={**named.extra, **spec.extra},
         ), ()
-    if options.get("context"):
-        return replace(spec, max_position_embeddings=options["context"]), ()
+    if options.get("max_position"):
+        return replace(spec, max_position_embeddings=options["max_position"]), ()
     if said.get("max_seq_len"):
         return spec, ()
     note = (
@@ -311,7 +314,9 @@ class MetaSaver:
             ),
         ]
 
-    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+    def plan(
+        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> SavePlan:
         """Return the plan of a directory."""
         model = collect(messages)
         spec = model.spec

@@ -35,6 +35,7 @@ from ckptx.plugins.pytorch.module_names import (
     strip_option,
     trained_messages,
 )
+from ckptx.protocol.context import UNTOLD, Context
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype, named_messages, tied_names
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Message
@@ -93,10 +94,12 @@ class DcpLoader:
         known = (directory / METADATA_NAME).is_file() or _is_unfinished(directory)
         return known and not (directory / "metadata.json").exists()
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Yield the model; names that no schema knows pass through."""
         if paths := dcp_safetensors.shards(source):
-            yield from _of_safetensors(paths, source, options)
+            yield from _of_safetensors(paths, source, options, context)
             return
         given, source = source, _find(source)
         if _is_unfinished(source):
@@ -108,7 +111,7 @@ class DcpLoader:
         _refuse_megatron(metadata, source)
         container, names = _model(metadata, options.get("container"), source)
         files: list[str] = []
-        stored = dcp.tensors(metadata, files, names, options.get("spool"))
+        stored = dcp.tensors(metadata, files, names, context.spool)
         named = {names[key]: tensor for key, tensor in stored.items()}
         weights, remarks = file_names(named, options, source)
         begin = Begin(
@@ -118,16 +121,16 @@ class DcpLoader:
             files=tuple(files),
             sources=inventory(stored),
             root=str(source),
-            sidecars={**nearest_config(source), **base_sidecars(options)},
+            sidecars={**nearest_config(source), **base_sidecars(context)},
             training={"iteration": "release", "container": container},
         )
         dropped = (*_left(metadata, names), *_around(source, given))
         notes = (f"the weights are those of {container!r}",) if container else ()
-        yield from _messages(begin, weights, (*notes, *remarks), options, dropped)
+        yield from _messages(begin, weights, (*notes, *remarks), options, context, dropped)
 
 
 def _of_safetensors(
-    paths: list[Path], source: Path, options: Mapping[str, Any]
+    paths: list[Path], source: Path, options: Mapping[str, Any], context: Context
 ) -> Iterator[Message]:
     """Yield the model that lies in shards of safetensors."""
     tensors, stored = dcp_safetensors.tensors(paths)
@@ -138,12 +141,12 @@ def _of_safetensors(
         files=tuple(str(path.absolute()) for path in paths),
         sources=inventory(stored),
         root=str(source),
-        sidecars={**nearest_config(source), **base_sidecars(options)},
+        sidecars={**nearest_config(source), **base_sidecars(context)},
         training={"iteration": "release"},
     )
     weights, remarks = file_names(tensors, options, source)
     found = f"{len(paths)} shards were found; nothing in them says how many there are"
-    yield from _messages(begin, weights, (found, *remarks), options)
+    yield from _messages(begin, weights, (found, *remarks), options, context)
 
 
 def _messages(
@@ -151,11 +154,12 @@ def _messages(
     tensors: Mapping[str, LazyTensor],
     notes: tuple[str, ...],
     options: Mapping[str, Any],
+    context: Context,
     dropped: tuple[Dropped, ...] = (),
 ) -> Iterator[Message]:
     if torchtitan.EMBEDDING in tensors:
         return _torchtitan(begin, tensors, notes, dropped)
-    return trained_messages(begin, tensors, notes, dropped, options)
+    return trained_messages(begin, tensors, notes, dropped, options, context)
 
 
 def _torchtitan(
@@ -302,7 +306,9 @@ class DcpSaver:
             ),
         ]
 
-    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+    def plan(
+        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> SavePlan:
         """Return the plan of a directory."""
         model = collect(messages)
         names = options.get("target_names") or "memory"

@@ -17,6 +17,7 @@ from ckptx.errors import FormatError, listing
 from ckptx.hf_models.directory import hf_messages, sidecars
 from ckptx.model.canonical_names import dimensions, keys_of
 from ckptx.model.sharding import shard_tensors
+from ckptx.protocol.context import Context
 from ckptx.protocol.messages import Begin, Dropped, Message
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry.families import family_of, parts_from_config
@@ -53,13 +54,13 @@ def trained_messages(
     notes: tuple[str, ...],
     dropped: tuple[Dropped, ...],
     options: Mapping[str, Any],
+    context: Context,
 ) -> Iterator[Message]:
     """Yield the messages of a model whose tensors have the names of memory, as `hf_messages`."""
     tensors, remarks = named_as_in_files(tensors, begin.sidecars, begin.root)
     notes = (*notes, *remarks)
     yield from hf_messages(
-        *(begin, tensors, notes, options.get("dtype"), dropped, options),
-        transformers_memory.renamer,
+        *(begin, tensors, notes, dropped, options, context), transformers_memory.renamer
     )
 
 

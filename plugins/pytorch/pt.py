@@ -23,6 +23,7 @@ from ckptx.model.layout import Parts
 from ckptx.model.pipeline_parallel import Pipeline
 from ckptx.plugins.megatron.source import args_of
 from ckptx.plugins.pytorch.module_names import file_names, strip_option, trained_messages
+from ckptx.protocol.context import UNTOLD, Context
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype, named_messages, passthrough
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Message
@@ -91,7 +92,9 @@ class PytorchLoader:
         with file.open("rb") as stream:
             return stream.read(4) == b"PK\3\4"
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Yield the model; names that no schema knows pass through."""
         source = _file_of(source)
         if not source.is_file():
@@ -110,8 +113,8 @@ class PytorchLoader:
         elif options.get("strip_prefix"):
             raise FormatError(f"{source}: --strip-prefix is for Hugging Face's names")
         weights = Weights([source], tensors, dict.fromkeys(tensors, source.name))
-        filled = fill_from_base(weights, options)
-        files = {**_beside(source), **base_sidecars(options)}
+        filled = fill_from_base(weights, context)
+        files = {**_beside(source), **base_sidecars(context)}
         begin = Begin(
             format="pytorch",
             layout=layout_option_value(options) or layout_of(tensors),
@@ -124,7 +127,9 @@ class PytorchLoader:
         )
         version = value.get("checkpoint_version", 0)
         args = args_of(value, source)
-        for message in _messages(begin, dict(weights.tensors), args, version, others, options):
+        for message in _messages(
+            begin, dict(weights.tensors), args, version, others, options, context
+        ):
             if isinstance(message, End):
                 message = replace(message, notes=(*remarks, *filled, *message.notes))
             yield message
@@ -193,10 +198,11 @@ def _messages(
     version: Any,
     others: tuple[Dropped, ...],
     options: Mapping[str, Any],
+    context: Context,
 ) -> Iterator[Message]:
     convention = _CONVENTIONS[begin.layout]
     if convention == "hf":
-        yield from trained_messages(begin, tensors, (), others, options)
+        yield from trained_messages(begin, tensors, (), others, options, context)
         return
     config = read_config(begin.sidecars, begin.root)
     family = family_of(config) if config else None
@@ -248,13 +254,15 @@ class PytorchSaver:
             ),
         ]
 
-    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+    def plan(
+        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> SavePlan:
         """Return the plan of one file; a target without a file's suffix becomes a directory."""
         model = collect(messages)
         value, tensors, dropped = _state(model, options)
-        target = options.get("target")
-        single = target is not None and Path(target).suffix in _SUFFIXES
-        name = Path(target).name if single and target is not None else DIRECTORY_FILE
+        target = context.target
+        single = target is not None and target.suffix in _SUFFIXES
+        name = target.name if single and target is not None else DIRECTORY_FILE
         files = [torch_zip.plan_file(name, value)]
         notes: tuple[str, ...] = ()
         if single:

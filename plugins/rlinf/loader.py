@@ -38,6 +38,7 @@ from ckptx.plugins.pytorch.module_names import (
     trained_messages,
 )
 from ckptx.plugins.rlinf import local_shards
+from ckptx.protocol.context import UNTOLD, Context
 from ckptx.protocol.messages import Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import read_config
 from ckptx.registry import registry
@@ -78,17 +79,19 @@ class RlinfLoader:
         # Megatron's own directories are the core loader's, from their root on.
         return place != source or local_shards.holds_shards(source)
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Yield the model; names that no schema knows pass through."""
         place, format = _find(source, options.get("actor_dir") or "actor")
         if format == self.name:
-            yield from _from_shards(place, source, options)
+            yield from _from_shards(place, source, options, context)
             return
         if format == "core" and options.get("strip_prefix"):
             raise FormatError(f"{place}: --strip-prefix is not for Megatron's names")
         iteration = _iteration(place)
         left = tuple(_left(place, source))
-        for message in registry.loader(format).load(place, options):
+        for message in registry.loader(format).load(place, options, context):
             if isinstance(message, Begin) and message.training.get("iteration") == "release":
                 training = {**message.training, "iteration": iteration}
                 message = replace(message, training=training)
@@ -123,9 +126,11 @@ def _find(source: Path, actor: str) -> tuple[Path, str]:
     )
 
 
-def _from_shards(directory: Path, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+def _from_shards(
+    directory: Path, source: Path, options: Mapping[str, Any], context: Context
+) -> Iterator[Message]:
     stored, sources, files, dropped = local_shards.read(directory)
-    sidecars = {**nearest_config(directory), **base_sidecars(options)}
+    sidecars = {**nearest_config(directory), **base_sidecars(context)}
     config = read_config(sidecars, directory)
     if len(files) > 1 and (config is None or family_of(config) is None):
         raise SchemaError(
@@ -156,7 +161,7 @@ def _from_shards(directory: Path, source: Path, options: Mapping[str, Any]) -> I
     try:
         if confirmed:
             _check_sizes(tensors, sidecars, directory)
-        yield from trained_messages(begin, tensors, notes, left, options)
+        yield from trained_messages(begin, tensors, notes, left, options, context)
     except SchemaError as error:
         raise SchemaError(
             f"{directory}: the shares of {len(files)} ranks do not make the config's model: a rank "

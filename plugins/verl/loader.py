@@ -40,6 +40,7 @@ from ckptx.plugins.pytorch.module_names import (
     trained_messages,
 )
 from ckptx.plugins.verl import extra_state, megatron
+from ckptx.protocol.context import UNTOLD, Context
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Message, SourceTensor
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import LazyTensor
@@ -101,7 +102,9 @@ class VerlLoader:
             return (source / _TRACKER).is_file() and any(source.glob("global_step_*"))
         return _holds_model(directory)
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(
+        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
+    ) -> Iterator[Message]:
         """Yield the model; names that no schema knows pass through."""
         directory, notes = _find(source, options.get("actor_dir") or ACTOR)
         small = {name: data for name, data in nearest_config(directory).items() if name not in _OWN}
@@ -112,7 +115,7 @@ class VerlLoader:
             files=(),
             sources=(),
             root=str(directory),
-            sidecars={**small, **base_sidecars(options)},
+            sidecars={**small, **base_sidecars(context)},
             training={"iteration": _iteration(directory)},
         )
         wishes = megatron.Wishes(
@@ -148,7 +151,7 @@ class VerlLoader:
         )
         dropped = (*found.dropped, *left)
         tensors, remarks = file_names(found.tensors, options, directory)
-        yield from trained_messages(begin, tensors, (*notes, *remarks), dropped, options)
+        yield from trained_messages(begin, tensors, (*notes, *remarks), dropped, options, context)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ from typing import Any
 
 from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.model.canonical_names import check_shapes
-from ckptx.model.layout import Family, Parts
+from ckptx.model.family import Family
+from ckptx.model.layout import Parts
 from ckptx.plugins.megatron import per_rank, torch_dist
 from ckptx.plugins.megatron.directory import IterationDirectory
 from ckptx.plugins.megatron.source import Excluded, Source
@@ -102,7 +103,7 @@ def messages(
         )
     if head or wishes.tied:
         spec = replace(spec, tied=True)  # to layouts: without an output layer of its own
-    dropped = (*dropped, *source.dropped)
+    dropped, notes = (*dropped, *source.dropped), (*notes, *source.notes)
     parts = {**parts, "language": spec}
     found = []
     for message in source.messages(layout, parts):

@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import save_file
 
 from ckptx.errors import CkptxError, FormatError, PlanError, SchemaError
+from ckptx.protocol.context import Context
 from ckptx.protocol.messages import Begin
 from ckptx.registry import registry
 from ckptx.testing import faults
@@ -214,7 +215,7 @@ def test_a_directory_with_both_kinds_of_weights_is_hugging_faces(tmp_path):
 def test_a_config_says_what_params_cannot(tmp_path):
     directory = write_meta(tmp_path / "meta", LLAMAS[0])
     base = write_hf(tmp_path / "base", llama(max_position_embeddings=777))
-    sent = list(LOADER.load(directory, {"hf_base": base}))
+    sent = list(LOADER.load(directory, {}, Context(hf_base=base)))
     assert begin_of(sent).parts["language"].max_position_embeddings == 777
     assert end_of(sent).notes == ()
     assert "4096 is assumed" in end_of(list(LOADER.load(directory, {}))).notes[0]

@@ -33,7 +33,7 @@ class Loader:
     def options(self):
         return [option("--shared", type=int, help="As the loader says."), option("--one-only")]
     def detect(self, source): return source.suffix == ".one"
-    def load(self, source, options): yield
+    def load(self, source, options, context): yield
 
 class Saver:
     name = "two"
@@ -41,7 +41,7 @@ class Saver:
     def options(self):
         return [option("--shared", type=int, help="As the saver says."),
                 option("--two-size", "--two", type=int, default=1)]
-    def plan(self, messages, options): ...
+    def plan(self, messages, options, context): ...
 
 class Clash(Saver):
     name = "clash"

@@ -21,7 +21,7 @@ class Loader:
     capabilities = {{"formats": [{name!r}]}}
     def options(self): return []
     def detect(self, source): return source.name == {name!r}
-    def load(self, source, options): yield
+    def load(self, source, options, context): yield
 
 @hookimpl
 def register_loaders(register):

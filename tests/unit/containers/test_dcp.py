@@ -18,10 +18,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ckptx.containers import dcp, tiling
+from ckptx.containers import dcp
 from ckptx.containers.dcp import ObjectItem, TensorItem
 from ckptx.containers.dcp_metadata import Chunk
 from ckptx.errors import FormatError, PlanError
+from ckptx.tensors import tiling
 from ckptx.tensors.lazy import Filled, Stored
 
 # torch itself warns about single-process saving and its own deprecations.
