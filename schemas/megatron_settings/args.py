@@ -32,6 +32,7 @@ from ckptx.schemas.megatron_settings.activations import (
 )
 from ckptx.schemas.megatron_settings.row_blocks import SIZES
 from ckptx.schemas.megatron_settings.settings import changing
+from ckptx.tensors.dtypes import dtype_name
 
 FIELDS = (
     ("num_layers", "num_layers"),
@@ -65,7 +66,7 @@ ESSENTIAL = (
 EPSILON = ("layernorm_epsilon", "norm_epsilon")
 ZERO_CENTERED = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
 
-DTYPE_FLAGS = {"bfloat16": "bf16", "float16": "fp16"}
+DTYPE_FLAGS = {dtype_name(flag): flag for flag in ("bf16", "fp16")}
 
 NOTE = "ckptx"
 """The entry of ``args`` with what Megatron has no argument for."""
