@@ -9,16 +9,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from ckptx.cli.options import long_options, output_options, short_options, show_result
-from ckptx.conversion import megatron_modules
 from ckptx.conversion.options import engine_options, megatron_options
 from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import CkptxError, PluginError
 from ckptx.registry import registry
+
+if TYPE_CHECKING:
+    from ckptx.conversion.megatron_modules import Module
+
+_ADAPTER = "ckptx.conversion.megatron_modules"
 
 
 class Chosen:
@@ -34,7 +38,7 @@ class Chosen:
         self.loader = registry.loader(loader, megatron_path, source) if loader else None
         self.saver = registry.saver(saver, megatron_path) if saver else None
         plugins: tuple[object, ...] = (self.loader, self.saver)
-        self.modules = [plugin for plugin in plugins if isinstance(plugin, megatron_modules.Module)]
+        self.modules = _megatron_style(plugins)
         self.owners: dict[str, list[click.Option]] = {}
         for role, plugin in (("loader", self.loader), ("saver", self.saver)):
             if plugin is not None:
@@ -67,6 +71,15 @@ class Chosen:
         return {str(option.name): parameters[str(option.name)] for option in options}
 
 
+def _megatron_style(plugins: Sequence[object]) -> list[Module]:
+    """Return the Megatron-style modules; without one their adapter is not even imported."""
+    if not any(type(plugin).__module__ == _ADAPTER for plugin in plugins):
+        return []
+    from ckptx.conversion.megatron_modules import Module
+
+    return [plugin for plugin in plugins if isinstance(plugin, Module)]
+
+
 class ConversionCommand(click.Command):
     """A command that grows the options of the plugins it is given."""
 
@@ -94,6 +107,8 @@ class ConversionCommand(click.Command):
         arguments = args
         if chosen.modules and not wants_help:
             spellings = frozenset(s for p in (*self.params, *own) for s in _spellings(p))
+            from ckptx.conversion import megatron_modules
+
             ctx.meta["arguments"], arguments = megatron_modules.parse(
                 chosen.modules, args, spellings
             )
@@ -146,6 +161,8 @@ class ConversionCommand(click.Command):
             shown += new
             _section(ctx, formatter, f"Options of {owner}", new)
         if chosen.modules:
+            from ckptx.conversion import megatron_modules
+
             with formatter.section("Options of Megatron-style modules"):
                 formatter.write(megatron_modules.option_help(chosen.modules) + "\n")
         help_option = self.get_help_option(ctx)
@@ -197,7 +214,7 @@ def scanned(
     return ctx.params, [Path(arg) for arg in ctx.args if arg and not arg.startswith("-")]
 
 
-def convert_command(style: Literal["short", "long"]) -> click.Command:
+def convert_command(style: Literal["short", "long"] = "short") -> click.Command:
     """Return the command that converts, with short or Megatron's own option names."""
     return ConversionCommand("convert", "Convert a checkpoint.", style, _convert)
 

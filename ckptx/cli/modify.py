@@ -10,7 +10,7 @@ import click
 from ckptx.cli.conversion import Chosen, ConversionCommand, scanned
 from ckptx.cli.options import Place, output_options, show_result
 from ckptx.conversion.options import MODIFY, Dtype, engine_options
-from ckptx.conversion.request import ConversionRequest
+from ckptx.conversion.request import ConversionRequest, Edits
 from ckptx.registry import registry
 
 
@@ -52,7 +52,7 @@ class ModifyCommand(ConversionCommand):
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the conversion."""
-        from ckptx.conversion.edits import Edits, saver_for
+        from ckptx.conversion.edits import saver_for
 
         chosen: Chosen = ctx.meta["chosen"]
         params = ctx.params
