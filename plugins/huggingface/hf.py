@@ -33,7 +33,6 @@ from ckptx.registry.families import (
     family_of,
     hf_tensors,
 )
-from ckptx.schemas.config.translate import differences, merge_config
 from ckptx.schemas.conventions import transformers_memory
 from ckptx.storage.file_plan import FilePlan, literal_files
 from ckptx.tensors.dtypes import ITEMSIZE
@@ -221,11 +220,11 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
     if composed is not None:
         differing = composed.differences(config, model.parts)
     else:
-        differing = differences(config, replace(spec, dtype=named))
+        differing = family.config.differences(config, replace(spec, dtype=named))
     if differing and composed is not None:
         config = composed.merge_config(config, model.parts)
     elif differing:
-        config = merge_config(config, spec)
+        config = family.config.merge_config(config, spec)
     if differing:
         notes += [f"{CONFIG}, the source wins: {line}" for line in differing]
     changed = _set_dtype(config, dtype)

@@ -15,9 +15,9 @@ from typing import Any
 from ckptx.errors import SchemaError
 from ckptx.model.layout import Parts
 from ckptx.model.spec import ModelSpec
-from ckptx.schemas.config.translate import FAMILIES, config_from_spec, spec_from_config
+from ckptx.registry.families import family_named
 from ckptx.schemas.conventions.vision import TOWERS, projection_spec, tower_spec
-from ckptx.schemas.families.llava import LANGUAGES
+from ckptx.schemas.families.multimodal.llava import LANGUAGES
 from ckptx.tensors.joins import concat
 from ckptx.tensors.lazy import Filled, LazyTensor
 
@@ -61,7 +61,7 @@ def config_from_parts(parts: Parts) -> dict[str, Any]:
     return {
         "architectures": ["LLaVAModel"],
         "model_type": MODEL_TYPE,
-        "text_config": config_from_spec(parts["language"]),
+        "text_config": family_named(parts["language"].family).to_config(parts["language"]),
         "vision_config": _plain(parts["vision"]),
         "projection_config": _plain(parts["projection"]),
     }
@@ -90,7 +90,8 @@ def parts_from(
             "nothing says the sizes of the language model: give --hf-base with a config of "
             f"{', '.join(LANGUAGES)} (found model_type {family!r})"
         )
-    language = spec_from_config({**text, "architectures": [FAMILIES[family].architecture]}, family)
+    named = family_named(family)
+    language = named.from_config({**text, "architectures": list(named.architectures)})
     if config is not None and config.get("model_type") == MODEL_TYPE:
         noted = {part: _noted(config, f"{part}_config") for part in ("vision", "projection")}
         return {**noted, "language": language}

@@ -14,26 +14,20 @@ tools/checkpoint/{saver_hf_llava,schema_hf}.py @ core_v0.16.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ckptx.errors import SchemaError
-from ckptx.model.layout import Composition, Family, Layout, Parts, Section
+from ckptx.model.family import Composition, Family
+from ckptx.model.layout import ExtraState, Layout, Parts, Section
 from ckptx.model.spec import ModelSpec
-from ckptx.protocol.hookspecs import hookimpl
-from ckptx.schemas.config.translate import (
-    FAMILIES,
-    config_from_spec,
-    differences,
-    merge_config,
-    spec_from_config,
-)
+from ckptx.registry.families import family_named
+from ckptx.schemas.config.translate import NoConfig
 from ckptx.schemas.conventions.blocks import hf_decoder
 from ckptx.schemas.conventions.mcore import (
     LAYER,
     STYLES,
-    ExtraState,
     Style,
     extra_states,
     mcore_gpt,
@@ -174,10 +168,11 @@ def megatron_layout(style: Style) -> Layout:
         style.name.replace("gpt", "llava"),
         (*megatron_sections(own), *language),
         ignored=("_extra_state",),
+        extra_states=tuple(_states(style)),
     )
 
 
-def states(style: Style) -> Iterator[ExtraState]:
+def _states(style: Style) -> Iterator[ExtraState]:
     """Yield the modules of Megatron's LLaVAModel that keep an extra state.
 
     Its towers need Transformer Engine, and where that is, norms of a language model with local
@@ -283,11 +278,12 @@ def _language_from_config(config: Mapping[str, Any]) -> ModelSpec:
             f"text_config: model_type {family!r} is no language model that a LLaVA can have here; "
             f"known are {', '.join(LANGUAGES)}"
         )
-    text["architectures"] = [FAMILIES[family].architecture]
+    named = family_named(family)
+    text["architectures"] = list(named.architectures)
     if config.get("tie_word_embeddings"):
         text["tie_word_embeddings"] = True
     try:
-        return spec_from_config(text, family)
+        return named.from_config(text)
     except SchemaError as error:
         raise SchemaError(f"text_config: {error}") from error
 
@@ -346,7 +342,7 @@ def config_from_parts(parts: Parts) -> dict[str, Any]:
     """
     check(parts)
     language = parts["language"]
-    text = config_from_spec(language)
+    text = family_named(language.family).to_config(language)
     del text["architectures"]
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -443,7 +439,8 @@ def differences_of(config: Mapping[str, Any], parts: Parts) -> list[str]:
     """Return one line per key in which a config contradicts the parts of a checkpoint."""
     theirs = parts_from_config(config)
     text = _text_config(config, parts)
-    lines = [f"text_config: {line}" for line in differences(text, parts["language"])]
+    own = family_named(parts["language"].family).config
+    lines = [f"text_config: {line}" for line in own.differences(text, parts["language"])]
     for place, key, found, wanted in _contradictions(theirs, parts):
         lines.append(f"{place}{key}: config {found}, source {wanted}")
     return lines
@@ -455,8 +452,9 @@ def merged_config(config: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
     theirs = parts_from_config(config)
     merged = dict(config)
     said = _text_config(config, parts)
-    if differences(said, parts["language"]):
-        text = merge_config(said, parts["language"])
+    own = family_named(parts["language"].family).config
+    if own.differences(said, parts["language"]):
+        text = own.merge_config(said, parts["language"])
         merged["text_config"] = {k: value for k, value in text.items() if k != "architectures"}
     merged["vision_config"] = dict(config.get("vision_config") or _VISION_OF_LLAVA)
     for place, key, _, wanted in _contradictions(theirs, parts):
@@ -469,7 +467,7 @@ def merged_config(config: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
 def _text_config(config: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
     """Return the language model's config; its dtype is that of the whole."""
     text = {"model_type": "llama", **(config.get("text_config") or {})}
-    text["architectures"] = [FAMILIES[str(text["model_type"])].architecture]
+    text["architectures"] = list(family_named(str(text["model_type"])).architectures)
     if config.get("tie_word_embeddings"):
         text["tie_word_embeddings"] = True
     text.pop("torch_dtype", None)
@@ -492,11 +490,19 @@ def _contradictions(theirs: Parts, ours: Parts) -> Iterator[tuple[str, str, Any,
                 yield place, key, found[key], wanted[key]
 
 
-def _language_only(config: Mapping[str, Any]) -> ModelSpec:
-    return parts_from_config(config)["language"]
+class _LanguageConfig(NoConfig):
+    """The config of the language part, which is that of its own family."""
+
+    def from_config(self, config: Mapping[str, Any]) -> ModelSpec:
+        """Return the dimensions of the language part."""
+        return parts_from_config(config)["language"]
+
+    def to_config(self, spec: ModelSpec) -> dict[str, Any]:
+        """Return the config of the language part."""
+        return family_named(spec.family).to_config(spec)
 
 
-LLAVA = Family(
+FAMILY = Family(
     name="llava",
     architectures=("LlavaForConditionalGeneration",),
     model_types=("llava",),
@@ -505,8 +511,7 @@ LLAVA = Family(
         **{style.convention: megatron_layout(style) for style in STYLES},
         CONVERTER: _converter_layout(),
     },
-    from_config=_language_only,
-    to_config=config_from_spec,
+    config=_LanguageConfig("a config of a LLaVA says more than its language part"),
     composition=Composition(
         from_config=parts_from_config,
         to_config=config_from_parts,
@@ -521,9 +526,3 @@ LLAVA = Family(
         "layouts only",
     ),
 )
-
-
-@hookimpl
-def register_families(register: Callable[[Family], None]) -> None:
-    """Register the family of this module."""
-    register(LLAVA)

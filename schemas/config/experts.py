@@ -1,11 +1,14 @@
-"""How configs spell a mixture of experts: in the words of Mixtral and Qwen, or in DeepSeek's.
+"""Mixtures of experts in ``config.json``, in the words of Mixtral and Qwen.
+
+The rest of the config is in `ckptx.schemas.config.translate`, which calls this.
 
 Routing is the same where ``norm_topk_prob`` is true and Megatron takes the softmax after the top-k
 (``moe_router_pre_softmax`` false): a softmax over the chosen logits is a softmax over all of them,
 divided by the sum of the chosen.
 
 Source: huggingface/transformers src/transformers/models/{mixtral,qwen2_moe,qwen3_moe,olmoe,
-deepseek_v2,deepseek_v3}/configuration_*.py and modeling_*.py @ v5.23.0.
+deepseek_v2,deepseek_v3}/configuration_*.py and modeling_*.py @ v5.23.0; deepseek-ai/DeepSeek-V2,
+DeepSeek-V3 config.json @ main.
 """
 
 from __future__ import annotations
@@ -38,6 +41,43 @@ class Mixture:
     only: Mapping[str, Any] = field(default_factory=dict)
     """Keys of which one value alone is known, with that value."""
 
+    def prepared(self, values: Mapping[str, Any], family: str) -> dict[str, Any]:
+        """Return a config of a family with the keys of its mixture completed.
+
+        Raises:
+            SchemaError: a key has a value that the family is not known with.
+        """
+        found = {**self.defaults, **values}
+        said = [key for key in (self.count, *self.spellings) if key in values]
+        if len({values[key] for key in said}) > 1:
+            raise SchemaError(f"{' and '.join(said)} contradict each other in the config")
+        if said:
+            found[self.count] = values[said[0]]
+        for key, known in self.only.items():
+            if found.get(key, known) != known:
+                raise SchemaError(
+                    f"{key} is {found[key]!r}, family {family} is known with {known!r}"
+                )
+        return found
+
+    def compared(self, spec: ModelSpec) -> dict[str, Any]:
+        """Return what of the experts of two specs can be compared, by the keys of the config."""
+        said = self.settings(spec)
+        return {key: said[key] for key in said if key not in {*self.spellings, *self.only}}
+
+    def respelled(self, keys: set[str], spec: ModelSpec) -> dict[str, Any]:
+        """Return the entries of a config that must change where some `compared` keys do."""
+        if self.count in keys:
+            keys = {*keys, *self.spellings}
+        if "mlp_only_layers" in keys:
+            keys = {*keys, "decoder_sparse_step"}
+        own = self.settings(spec)
+        return {key: own[key] for key in own if key in keys}
+
+    def unsupported(self, spec: ModelSpec) -> list[str]:
+        """Return what a spec says of experts that the config cannot say."""
+        return self.unheld(spec) if spec.num_experts else ["no experts"]
+
     @property
     def sparse(self) -> bool:
         """Whether the config can say that some layers are dense."""
@@ -50,7 +90,7 @@ class Mixture:
             size = values["shared_expert_intermediate_size"]
             shared = {"moe_shared_expert_intermediate_size": size, "moe_shared_expert_gate": True}
         return {
-            **_counted(values, self.count),
+            **counted(values, self.count),
             "moe_ffn_hidden_size": values[self.ffn],
             "moe_router_pre_softmax": not (self.normalized or bool(values["norm_topk_prob"])),
             "moe_layers": _spread(values) if self.sparse else (),
@@ -92,76 +132,8 @@ class Mixture:
         return [reason for fits, reason in held if not fits]
 
 
-@dataclass(frozen=True, slots=True)
-class DeepSeekMixture(Mixture):
-    """DeepSeek's words: the first layers are dense, shared experts have no gate.
-
-    With ``biased`` routing is that of V3 (sigmoid scores, a bias for every expert); else that of V2
-    (softmax over all experts). Either may choose within the best groups of experts only.
-    """
-
-    biased: bool = False
-
-    def attributes(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the attributes of a spec that a complete config says of experts."""
-        ffn, dense = values[self.ffn], values["first_k_dense_replace"] or 0
-        layers = tuple(layer >= dense for layer in range(values["num_hidden_layers"]))
-        factor = float(values["routed_scaling_factor"] or 1.0)
-        groups: dict[str, Any] = {}
-        if values["topk_method"] in _GROUPED and (values["n_group"] or 1) > 1:
-            chosen = {"moe_router_num_groups": "n_group", "moe_router_group_topk": "topk_group"}
-            groups = {attribute: values[key] for attribute, key in chosen.items()}
-        return {
-            **_counted(values, self.count),
-            "moe_ffn_hidden_size": ffn,
-            "moe_shared_expert_intermediate_size": (values["n_shared_experts"] or 0) * ffn or None,
-            "moe_layers": () if all(layers) else layers,
-            "moe_router_pre_softmax": not self.biased,
-            "moe_router_score_function": "sigmoid" if self.biased else "softmax",
-            "moe_router_enable_expert_bias": self.biased,
-            "moe_router_topk_scaling_factor": None if factor == 1.0 else factor,
-            **groups,
-        }
-
-    def settings(self, spec: ModelSpec) -> dict[str, Any]:
-        """Return the keys that the config has for the experts of a spec."""
-        ffn, shared = spec.moe_ffn_hidden_size or 1, spec.moe_shared_expert_intermediate_size or 0
-        grouped = bool(spec.moe_router_group_topk)
-        method = "noaux_tc" if self.biased else _GROUPED[0] if grouped else "greedy"
-        return {
-            **self.only,
-            self.count: spec.num_experts,
-            "num_experts_per_tok": spec.moe_router_topk,
-            self.ffn: ffn,
-            "n_shared_experts": shared // ffn,
-            "first_k_dense_replace": sum(not moe for moe in spec.moe_layers),
-            "routed_scaling_factor": spec.moe_router_topk_scaling_factor or 1.0,
-            "topk_method": method,
-            "n_group": spec.moe_router_num_groups or 1,
-            "topk_group": spec.moe_router_group_topk or 1,
-        }
-
-    def unheld(self, spec: ModelSpec) -> list[str]:
-        """Return what a spec says of its experts that the config cannot say."""
-        shared = spec.moe_shared_expert_intermediate_size or 0
-        score = spec.moe_router_score_function
-        held = (
-            (sorted(spec.moe_layers) == list(spec.moe_layers), "dense layers between mixtures"),
-            (not shared % (spec.moe_ffn_hidden_size or 1), "part of a shared expert"),
-            (not spec.moe_shared_expert_gate, "a gate of the shared expert"),
-            (score == ("sigmoid" if self.biased else "softmax"), f"{score} scores"),
-            (spec.moe_router_enable_expert_bias == self.biased, "expert biases, or their lack"),
-            (self.biased or spec.moe_router_pre_softmax, "probabilities that add up to one"),
-            (not spec.extra.get(BALANCING), f"{spec.extra.get(BALANCING)} routing"),
-        )
-        return [reason for fits, reason in held if not fits]
-
-
-_GROUPED = ("group_limited_greedy", "noaux_tc")
-"""The values of ``topk_method`` that choose within groups of experts."""
-
-
-def _counted(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+def counted(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return how many experts there are by a key, and how many of them each token goes to."""
     count, per_token = values[key], values["num_experts_per_tok"]
     if not isinstance(count, int) or not isinstance(per_token, int) or not 0 < per_token <= count:
         raise SchemaError(f"num_experts_per_tok {per_token!r} of {key} {count!r}: not a mixture")

@@ -17,14 +17,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptx.protocol.contracts import SideFile
-from ckptx.protocol.hookspecs import hookimpl
 
 _MODULES = ("action_head", "noisy_action_projector", "proprio_projector")
 _VISION = "vision_backbone"
 _FILM = (".scale.weight", ".shift.weight")
 
 
-@hookimpl
 def side_files(
     config: Mapping[str, Any], names: Sequence[str], iteration: int | str
 ) -> Sequence[SideFile]:

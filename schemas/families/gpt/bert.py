@@ -12,22 +12,23 @@ huggingface/transformers src/transformers/models/megatron_bert/*.py @ v5.23.0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from ckptx.errors import SchemaError
-from ckptx.model.layout import Family, Layout, Rule, Section, Spelling, rule
+from ckptx.model.family import Family, MegatronModel
+from ckptx.model.layout import ExtraState, Layout, Rule, Section, Spelling, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import QKV
-from ckptx.protocol.hookspecs import hookimpl
-from ckptx.schemas.config.translate import config_from_spec, spec_from_config
+from ckptx.schemas.config.traits import NEW_GELU, NO_HEAD_KEYS, Biases, ConfigTable
+from ckptx.schemas.config.translate import NoConfig, TableConfig
 from ckptx.schemas.conventions import legacy
 from ckptx.schemas.conventions.blocks import norm, untied
-from ckptx.schemas.conventions.mcore import STYLES, ExtraState, Style, extra_states, mcore_gpt
+from ckptx.schemas.conventions.mcore import STYLES, Style, extra_states, mcore_gpt
 from ckptx.tensors.lazy import LazyTensor, Shape, replicated
 
-NAME = legacy.BERT
+NAME = "megatron-bert"
 """The family."""
 PRETRAINING, MASKED_LM = "MegatronBertForPreTraining", "MegatronBertForMaskedLM"
 """With the binary head, and without it."""
@@ -37,12 +38,7 @@ TYPES = "type_vocab_size"
 _SCRIPT = "pretrain_bert.py"
 
 
-def is_bert(spec: ModelSpec) -> bool:
-    """Return whether a model is a BERT."""
-    return spec.family == NAME
-
-
-def looks_like(names: Iterable[str]) -> bool:
+def _recognised(names: Iterable[str]) -> bool:
     """Return whether Megatron's names are those of a BERT, which alone has a head to predict."""
     heads = ("lm_head.dense.weight", "embedding.tokentype_embeddings.weight")
     return any(name.endswith(heads) for name in names)
@@ -58,15 +54,7 @@ def binary_head(spec: ModelSpec) -> bool:
     return spec.architecture != MASKED_LM
 
 
-def script(spec: ModelSpec) -> str:
-    """Return the script of Megatron that trains a model."""
-    return _SCRIPT if is_bert(spec) else "pretrain_gpt.py"
-
-
-def launch_flags(spec: ModelSpec, local: bool = False) -> list[str]:
-    """Return the options of a launch that only a BERT needs."""
-    if not is_bert(spec):
-        return []
+def _launch_flags(spec: ModelSpec, local: bool) -> list[str]:
     return ["--spec local"] * local + ["--bert-no-binary-head"] * (not binary_head(spec))
 
 
@@ -103,6 +91,14 @@ def _encoder(section: Section) -> Section:
     return replace(section, rules=rules)
 
 
+def _states(style: Style) -> Iterator[ExtraState]:
+    """Yield the modules that keep an extra state; ``torch_dist`` has the last, too."""
+    for state in extra_states(style):
+        if state.message != "output layer" and not state.message.startswith("mtp"):
+            yield replace(state, module=state.module.replace("decoder.", "encoder.", 1))
+    yield ExtraState("output layer", "output_layer", False)
+
+
 def mcore_bert(style: Style) -> Layout:
     """Return the layout of a BERT in one of Megatron Core's spellings."""
     gpt = {section.message: section for section in mcore_gpt(style).sections}
@@ -126,6 +122,7 @@ def mcore_bert(style: Style) -> Layout:
             Section("binary head", _when_binary(_linear("", "binary_head"))),
         ),
         ignored=("_extra_state",),
+        extra_states=tuple(_states(style.as_stored)),
     )
 
 
@@ -217,50 +214,22 @@ HF = Layout(
 )
 
 
-def states(style: Style) -> Iterator[ExtraState]:
-    """Yield the modules of a BERT that keep an extra state; ``torch_dist`` has the last, too."""
-    for state in extra_states(style):
-        if state.message != "output layer" and not state.message.startswith("mtp"):
-            yield replace(state, module=state.module.replace("decoder.", "encoder.", 1))
-    yield ExtraState("output layer", "output_layer", False)
-
-
-def states_of(spec: ModelSpec, style: Style) -> Iterator[ExtraState]:
-    """Yield the modules of a language model that keep an extra state."""
-    return states(style) if is_bert(spec) else extra_states(style)
-
-
-def from_args(spec: ModelSpec, args: Mapping[str, Any]) -> ModelSpec:
-    """Return the spec with what args say of a BERT; any other model's as it is."""
-    if not is_bert(spec):
-        return spec
+def _from_args(spec: ModelSpec, args: Mapping[str, Any]) -> ModelSpec:
     binary = args.get("bert_binary_head", True)
-    # Megatron makes both or neither; `with_types` finds a model that has the types alone.
+    # Megatron makes both or neither; `_with_types` finds a model that has the types alone.
     extra = {TYPES: 2 if binary else 0, **spec.extra}
     return replace(spec, architecture=PRETRAINING if binary else MASKED_LM, extra=extra)
 
 
-def with_types(spec: ModelSpec, weights: Mapping[str, LazyTensor]) -> ModelSpec:
-    """Return the spec with as many token types as the weights of a BERT have."""
-    if not is_bert(spec):
-        return spec
+def _with_types(spec: ModelSpec, weights: Mapping[str, LazyTensor]) -> ModelSpec:
+    """Return the spec with as many token types as the weights have."""
     tables = [t for name, t in weights.items() if name.endswith("tokentype_embeddings.weight")]
     return replace(spec, extra={**spec.extra, TYPES: tables[0].shape[0] if tables else 0})
 
 
-def to_args(spec: ModelSpec) -> dict[str, Any]:
-    """Return the arguments that only a BERT has."""
-    return {"bert_binary_head": binary_head(spec)} if is_bert(spec) else {}
-
-
-def notes(spec: ModelSpec) -> list[str]:
-    """Return what Megatron must be told by hand of a BERT, or computes otherwise."""
-    return [*head_notes(spec), *type_notes(spec)]
-
-
-def head_notes(spec: ModelSpec) -> list[str]:
+def _head_notes(spec: ModelSpec) -> list[str]:
     """Return what the head for masked tokens computes otherwise in transformers."""
-    if not is_bert(spec) or spec.activation != "gelu_tanh":
+    if spec.activation != "gelu_tanh":
         return []
     return [
         "tanh form of gelu: BERT's head for masked tokens computes the exact form in Megatron "
@@ -269,9 +238,9 @@ def head_notes(spec: ModelSpec) -> list[str]:
     ]
 
 
-def type_notes(spec: ModelSpec) -> list[str]:
+def _type_notes(spec: ModelSpec) -> list[str]:
     """Return how to build a number of token types that Megatron's script does not build."""
-    if not is_bert(spec) or spec.extra[TYPES] == (2 if binary_head(spec) else 0):
+    if spec.extra[TYPES] == (2 if binary_head(spec) else 0):
         return []
     return [
         f"{spec.extra[TYPES]} token types {'with' if binary_head(spec) else 'without'} a binary "
@@ -280,41 +249,75 @@ def type_notes(spec: ModelSpec) -> list[str]:
     ]
 
 
-def _from_config(config: Mapping[str, Any]) -> ModelSpec:
-    for key in ("is_decoder", "add_cross_attention"):
-        if config.get(key):
-            raise SchemaError(f"{key} is true in the config: Megatron's BERT is an encoder alone")
-    spec = spec_from_config(config, NAME)
-    return replace(spec, extra={**spec.extra, TYPES: config.get(TYPES, 2)})
+class _Config(TableConfig):
+    def from_config(self, config: Mapping[str, Any]) -> ModelSpec:
+        """Return the dimensions that a config says, token types among them."""
+        for key in ("is_decoder", "add_cross_attention"):
+            if config.get(key):
+                raise SchemaError(
+                    f"{key} is true in the config: Megatron's BERT is an encoder alone"
+                )
+        spec = super().from_config(config)
+        return replace(spec, extra={**spec.extra, TYPES: config.get(TYPES, 2)})
+
+    def to_config(self, spec: ModelSpec) -> dict[str, Any]:
+        """Return a complete config, token types among it."""
+        if not token_types(spec):
+            raise SchemaError(
+                "the model has no token types: transformers' MegatronBert always adds their "
+                "embedding"
+            )
+        return {**super().to_config(spec), TYPES: spec.extra[TYPES], "pad_token_id": 0}
 
 
-def _to_config(spec: ModelSpec) -> dict[str, Any]:
-    if not token_types(spec):
-        raise SchemaError(
-            "the model has no token types: transformers' MegatronBert always adds their embedding"
-        )
-    return {**config_from_spec(spec), TYPES: spec.extra[TYPES], "pad_token_id": 0}
-
-
+_DEFAULTS = {
+    "vocab_size": 29056,
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-12,
+    "tie_word_embeddings": True,
+}
 MEGATRON_BERT = Family(
     name=NAME,
     architectures=(PRETRAINING, MASKED_LM),
     model_types=(NAME,),
     layouts={"hf": HF, **MCORE, "legacy": LEGACY},
-    from_config=_from_config,
-    to_config=_to_config,
+    config=_Config(
+        NAME,
+        ConfigTable(
+            PRETRAINING,
+            _DEFAULTS,
+            fixed_biases=Biases(True, True, True),
+            names={**NO_HEAD_KEYS, "rms_norm_eps": "layer_norm_eps"},
+            normalization="LayerNorm",
+            activations=NEW_GELU,
+            position_embedding_type="learned_absolute",
+            dropouts=("attention_probs_dropout_prob", "hidden_dropout_prob"),
+        ),
+    ),
+    megatron=MegatronModel(
+        script=_SCRIPT,
+        decoder=False,
+        recognised=_recognised,
+        from_args=_from_args,
+        from_weights=_with_types,
+        to_args=lambda spec: {"bert_binary_head": binary_head(spec)},
+        # Kernels of bias and gelu compute the tanh form, too, but its head has none of them.
+        legacy_args=lambda spec: {"openai_gelu": spec.activation == "gelu_tanh"},
+        launch_flags=_launch_flags,
+        head_notes=_head_notes,
+        model_notes=_type_notes,
+    ),
 )
 
 _POST_NORM = (
     "normalises after attention and MLP; Megatron's BERT does before, and is transformers' "
     "MegatronBert"
 )
-
-
-def _no_config(_: Mapping[str, Any] | ModelSpec) -> NoReturn:
-    raise SchemaError(f"Bert {_POST_NORM}")
-
-
 BERT = Family(
     name="bert",
     architectures=tuple(
@@ -333,14 +336,7 @@ BERT = Family(
     ),
     model_types=("bert",),
     layouts={},
-    from_config=_no_config,
-    to_config=_no_config,
+    config=NoConfig(f"Bert {_POST_NORM}"),
     refused=dict.fromkeys(("hf", *MCORE, "legacy"), _POST_NORM),
 )
-
-
-@hookimpl
-def register_families(register: Callable[[Family], None]) -> None:
-    """Register the families of this module."""
-    register(MEGATRON_BERT)
-    register(BERT)
+FAMILIES = (MEGATRON_BERT, BERT)
