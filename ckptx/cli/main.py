@@ -15,11 +15,11 @@ from functools import partial
 import click
 
 from ckptx.cli import conversion, examples, from_config, from_script, modify, running, show, source
-from ckptx.cli.options import printable
 from ckptx.conversion import megatron_modules
 from ckptx.errors import CkptxError
 from ckptx.processes import torchrun
 from ckptx.processes.interrupts import Interrupted
+from ckptx.text.shown import printable
 from ckptx.version import __version__
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from ckptx.text.shown import printable
+
 
 class Place(click.Path):
     """A path; not the empty one that a shell makes of a variable that is not set.
@@ -53,22 +55,6 @@ def show_result(
         click.echo(printable(render(result, width) if render else result.render(width)))
 
 
-def printable(text: str) -> str:
-    r"""Return a text that does nothing to a terminal: names of tensors come from strangers.
-
-    Examples:
-        >>> print(printable("a\x1b[31m\nb"))
-        a\x1b[31m
-        b
-    """
-    return "\n".join(
-        line
-        if line.isprintable()
-        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-        for line in text.split("\n")
-    )
-
-
 def output_options() -> list[click.Parameter]:
     """Return the options of every command."""
     return [
@@ -78,12 +64,20 @@ def output_options() -> list[click.Parameter]:
     ]
 
 
+def argument(name: str, help: str, **settings: Any) -> click.Argument:
+    """Return a positional argument; click shows the help of one since 8.5."""
+    try:
+        return click.Argument([name], help=help, **settings)
+    except TypeError:
+        return click.Argument([name], **settings)
+
+
 def short_options() -> list[click.Parameter]:
     """Return source, target and plugins as ``ckptx convert`` spells them."""
     path = Place(path_type=Path)
     return [
-        click.Argument(["load_dir"], metavar="SRC", type=path, help="Checkpoint to read."),
-        click.Argument(["save_dir"], metavar="DST", type=path, help="Where to write."),
+        argument("load_dir", metavar="SRC", type=path, help="Checkpoint to read."),
+        argument("save_dir", metavar="DST", type=path, help="Where to write."),
         click.Option(["--from", "--loader", "loader"], help="Format of SRC.  [detected]"),
         click.Option(["--to", "--saver", "saver"], required=True, help="Format of DST."),
     ]

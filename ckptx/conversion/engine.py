@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ckptx.containers.pickle_values import collector_paused
 from ckptx.conversion.megatron_modules import ModuleSaver
-from ckptx.conversion.report import Facts, Forecast, Report
+from ckptx.conversion.report import Facts, Plan, Report
 from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import CkptxError, CutShortError, PlanError, PluginError, listing
 from ckptx.processes.interrupts import Interrupted
@@ -251,7 +251,7 @@ def convert(
 
 
 @collector_paused()
-def forecast(request: ConversionRequest, *, tensors: bool = True) -> Forecast:
+def forecast(request: ConversionRequest, *, tensors: bool = True) -> Plan:
     """Return what `convert` would do, without writing; every tensor by name only if asked for.
 
     Raises:
@@ -288,7 +288,7 @@ def forecast(request: ConversionRequest, *, tensors: bool = True) -> Forecast:
         }
         for file in made.files
     ]
-    return Forecast(
+    return Plan(
         request.loader,
         request.saver,
         str(request.target / made.directory),

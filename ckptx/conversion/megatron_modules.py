@@ -48,27 +48,35 @@ def install() -> None:
         registry.fallbacks.append(_plugin_of_module)
 
 
+def is_module(role: Role, name: str, megatron_path: str | None) -> bool:
+    """Return whether a Megatron-style module, and no plugin, plays ``role`` under ``name``."""
+    plugins = registry.names(role)
+    if name in plugins or registry.canonical(name) in plugins:
+        return False
+    return _module_named(role, name, megatron_path) is not None
+
+
 def _plugin_of_module(role: Role, name: str, megatron_path: str | None) -> Module | None:
     """Return the Megatron-style module that plays ``role`` under ``name``, None if there is none.
 
     Raises:
         PluginError: it cannot be imported, or lacks the two functions.
     """
-    # A module called just ``name`` counts, too, unless that is a format of which we know.
-    plain = [] if registry.canonical(name) in registry.RECOGNISED else [name]
-    found = _find([f"{role}_{name}", *plain], megatron_path)
+    found = _module_named(role, name, megatron_path)
     if found is None:
         return None
     return (ModuleLoader if role == "loader" else ModuleSaver)(name, found, megatron_path)
 
 
-def _find(names: Sequence[str], megatron_path: str | None) -> str | None:
-    """Return the first name that is a module; imports nothing.
+def _module_named(role: Role, name: str, megatron_path: str | None) -> str | None:
+    """Return the module of a name, which is not imported.
 
     ``megatron_path`` is a Megatron-LM checkout, searched as well, with its ``tools/checkpoint``.
     """
+    # A module called just ``name`` counts, too, unless that is a format of which we know.
+    plain = [] if registry.canonical(name) in registry.RECOGNISED else [name]
     with _megatron(megatron_path):
-        for module in names:
+        for module in (f"{role}_{name}", *plain):
             # A package is no plugin of Megatron's converter, and "json" is not one either.
             if module.isidentifier() and module not in sys.stdlib_module_names:
                 spec = importlib.util.find_spec(module)

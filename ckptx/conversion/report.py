@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptx.text.shown import Shown
 from ckptx.text.sizes import size_text
 from ckptx.text.wrapping import labelled
 
@@ -91,8 +92,30 @@ class Facts:
         return replace(self, load_hint=self.load_hint.replace("{target}", place))
 
 
+class _OfFacts(Shown):
+    """What is told of a conversion that was, or would be, done."""
+
+    __slots__ = ()
+    facts: Facts
+
+    @property
+    def inexact(self) -> Mapping[str, Sequence[str]]:
+        """Step (``"float32 -> bfloat16"``) to the tensors it changes."""
+        return self.facts.inexact
+
+    @property
+    def dropped(self) -> Sequence[Mapping[str, Any]]:
+        """What is not converted: ``name``, ``reason``, ``bytes``."""
+        return self.facts.dropped
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Remarks of loader and saver."""
+        return self.facts.notes
+
+
 @dataclass(frozen=True, slots=True)
-class Report:
+class Report(_OfFacts):
     """A finished conversion."""
 
     loader: str
@@ -142,7 +165,7 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
+class Plan(_OfFacts):
     """A conversion that was planned and proved, and not executed. Sizes are in bytes."""
 
     loader: str
@@ -164,12 +187,17 @@ class Forecast:
     """Each output tensor: ``file``, ``name``, ``dtype``, ``shape``, ``operations``."""
 
     @property
+    def files(self) -> Sequence[Mapping[str, Any]]:
+        """The output files: ``path``, ``bytes``, ``tensors``."""
+        return self.outputs
+
+    @property
     def disk(self) -> int:
         """Disk needed, the spool included."""
         return self.facts.bytes_out + self.spool
 
     def to_json(self) -> dict[str, Any]:
-        """Return the whole forecast; every key is always there."""
+        """Return the whole plan; every key is always there."""
         return {
             "loader": self.loader,
             "saver": self.saver,
@@ -185,7 +213,7 @@ class Forecast:
         }
 
     def render(self, width: int = 80) -> str:
-        """Return the forecast as text of at most ``width`` columns; of many files, the first."""
+        """Return the plan as text of at most ``width`` columns; of many files, the first."""
         needed = f"{size_text(self.disk)} of disk, at most {size_text(self.peak_memory)} of memory"
         pairs = [
             ("plan", f"{self.loader} -> {self.saver}, nothing is written"),

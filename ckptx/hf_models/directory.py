@@ -13,7 +13,7 @@ from ckptx.hf_models.lora import extract
 from ckptx.hf_models.lora import merge as adapter_merge
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.export import exported
-from ckptx.model.layout import Family
+from ckptx.model.family import Family
 from ckptx.protocol.context import ADAPTERS, UNTOLD, Context
 from ckptx.protocol.from_names import named_messages, names_held, passthrough, tied_names
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Message

@@ -31,7 +31,7 @@ from ckptx.version import __version__
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-    from ckptx.model.layout import Family
+    from ckptx.model.family import Family
     from ckptx.protocol.contracts import Loader, Saver, SideFile
     from ckptx.protocol.declarations import Format
 
@@ -71,6 +71,11 @@ class Entry:
     def entry_name(self) -> str:
         """The name in the entry-point group: ``"loader_hf"``."""
         return f"{self.kind}_{self.name}"
+
+    @property
+    def own(self) -> bool:
+        """Whether ckptx itself brings the plugin."""
+        return _normal(self.distribution) == "ckptx"
 
     def refuse_rivals(self) -> None:
         """Raise a `PluginError` that names the distributions if several declare this name."""
@@ -204,8 +209,17 @@ def families() -> Mapping[str, Family]:
     Raises:
         PluginError: two plugins declare one family or one entry name.
     """
-    found: dict[str, Family] = {}
-    owners: dict[str, str] = {}
+    return {name: family for name, (family, _) in _owned_families().items()}
+
+
+def family_owner(name: str) -> Entry:
+    """Return the plugin that registers a family."""
+    return _owned_families()[name][1]
+
+
+@cache
+def _owned_families() -> Mapping[str, tuple[Family, Entry]]:
+    found: dict[str, tuple[Family, Entry]] = {}
     for entry in entries().values():
         if entry.kind != "schema":
             continue
@@ -217,12 +231,12 @@ def families() -> Mapping[str, Family]:
             continue
         for family in registered:
             if family.name in found:
+                owner = found[family.name][1]
                 raise PluginError(
-                    f"family {family.name!r} is registered by {owners[family.name]} and by "
-                    f"{entry.entry_name} of {entry.distribution}"
+                    f"family {family.name!r} is registered by {owner.entry_name} of "
+                    f"{owner.distribution} and by {entry.entry_name} of {entry.distribution}"
                 )
-            found[family.name] = family
-            owners[family.name] = f"{entry.entry_name} of {entry.distribution}"
+            found[family.name] = (family, entry)
     return found
 
 
@@ -460,9 +474,26 @@ def _hooks(entry: Entry) -> Any:
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     with _blamed(entry):
-        manager.register(entry.point.load(), entry.entry_name)
+        manager.register(_module(entry.point.load()), entry.entry_name)
         manager.check_pending()
     return manager.hook
+
+
+def _module(loaded: Any) -> Any:
+    """Return what has hooks: an entry point may also name one `Family` by itself."""
+    from types import SimpleNamespace
+
+    from ckptx.model.family import Family
+    from ckptx.protocol.hookspecs import hookimpl
+
+    if not isinstance(loaded, Family):
+        return loaded
+
+    @hookimpl
+    def register_families(register: Callable[[Family], None]) -> None:
+        register(loaded)
+
+    return SimpleNamespace(register_families=register_families)
 
 
 @contextmanager

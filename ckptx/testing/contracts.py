@@ -34,7 +34,8 @@ from numpy.typing import NDArray
 from ckptx.conversion.engine import make_plan
 from ckptx.errors import CkptxError
 from ckptx.model.canonical_names import check_shapes, dimensions, keys_of
-from ckptx.model.layout import Family, Layout, Rule
+from ckptx.model.family import Family
+from ckptx.model.layout import Layout, Rule
 from ckptx.model.pipeline_parallel import stage_ranks
 from ckptx.model.sharding import Gatherer, Shards, check_message, shard_tensors
 from ckptx.model.spec import ModelSpec

@@ -40,10 +40,14 @@ from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.messages import Begin, End, Message
 from ckptx.protocol.model import Model, check_messages, collect
 from ckptx.protocol.sidecars import CONFIG, read_config
-from ckptx.registry.families import family_named, family_of, parts_from_config
-from ckptx.schemas.conventions.mcore import ExtraState, Style
-from ckptx.schemas.families import bert
-from ckptx.schemas.families.llava import states as llava_states
+from ckptx.registry.families import (
+    family_named,
+    family_of,
+    family_of_names,
+    note_of,
+    parts_from_config,
+)
+from ckptx.schemas.conventions.mcore import Style
 from ckptx.schemas.megatron_settings.args import (
     NOTE,
     launch_flags,
@@ -140,7 +144,7 @@ class CoreLoader:
 
     def notes(self, spec: ModelSpec) -> list[str]:
         """Return remarks on a model that was found."""
-        return bert.head_notes(spec)
+        return family_named(spec.family).megatron.head_notes(spec)
 
 
 def found_form(source: Path) -> Generation | None:
@@ -173,8 +177,8 @@ def _spec(checkpoint: Source, said: Parts | None, options: Mapping[str, Any]) ->
             )
         spec = named
     else:
-        if named is None and bert.looks_like(checkpoint.names):
-            args = {**args, NOTE: {"family": bert.NAME, **(args.get(NOTE) or {})}}
+        if named is None and (recognised := family_of_names(checkpoint.names)):
+            args = {**args, NOTE: {**note_of(recognised), **(args.get(NOTE) or {})}}
         spec = spec_from_args(args, named.family if named else None)
         if named is not None:
             # What args cannot say comes from the config; where both speak, args were trained with.
@@ -190,7 +194,7 @@ def _spec(checkpoint: Source, said: Parts | None, options: Mapping[str, Any]) ->
                     f"{checkpoint.place}: the config at hand is not of this model: "
                     f"{'; '.join(problems)}"
                 )
-    spec = bert.with_types(spec, checkpoint.weights)
+    spec = family_named(spec.family).megatron.from_weights(spec, checkpoint.weights)
     vocab_size = true_vocab_size(options, spec.vocab_size)
     return replace(spec, vocab_size=vocab_size, dtype=checkpoint.dtype)
 
@@ -242,6 +246,7 @@ class CoreSaver:
         ckpt_format = options.get("ckpt_format") or "torch_dist"
         # torch_dist has one spelling, but a family may refuse the local spec altogether.
         layout = family_named(model.family).layout(style.convention)
+        megatron = family_named(spec.family).megatron
         tp, pipeline = parallel_sizes(model, options)
         seeing = model.family == llava.FAMILY
         unused, remarked = llava.prepare(model, tp, pipeline) if seeing else ((), ())
@@ -265,9 +270,7 @@ class CoreSaver:
         args |= _grouping(spec, style, options)
         if seeing:
             args = llava.args_of_parts(model.parts, args, model.begin.training.get("args"))
-        target = torch_dist.Target(
-            layout, tuple(_states(spec, style, seeing)), stage, chunks, args, chosen.number
-        )
+        target = torch_dist.Target(layout, layout.extra_states, stage, chunks, args, chosen.number)
         files = (
             torch_dist.plan(model, target)
             if ckpt_format == "torch_dist"
@@ -283,13 +286,13 @@ class CoreSaver:
             stages=llava.describe(chunks) if seeing else describe(chunks),
             load_hint=" ".join(
                 [
-                    llava.SCRIPT if seeing else bert.script(spec),
+                    llava.SCRIPT if seeing else megatron.script,
                     "--load {target} --use-checkpoint-args",
                     f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
                     *pipeline.flags(),
                     *_expert_flags(spec, chosen),
                     *launch_flags(spec),
-                    *bert.launch_flags(spec, style.local),
+                    *megatron.launch_flags(spec, style.local),
                     *(llava.launch_flags(args) if seeing else ()),
                 ]
             )
@@ -297,14 +300,6 @@ class CoreSaver:
             else 'megatron.core.dist_checkpointing.load(sharded_state_dict, "{target}")',
             details={"ckpt_format": ckpt_format, **chosen.details()},
         )
-
-
-def _states(spec: ModelSpec, style: Style, seeing: bool) -> Iterator[ExtraState]:
-    """Return the modules that keep an extra state."""
-    if seeing:
-        return llava_states(style)
-    # Megatron itself maps the modules of the local spec to those of torch_dist.
-    return bert.states_of(spec, Style(distributed=True) if style.distributed else style)
 
 
 def _widen_biases(model: Model) -> None:

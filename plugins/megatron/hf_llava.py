@@ -18,8 +18,13 @@ from ckptx.protocol.messages import Begin, Message
 from ckptx.protocol.model import collect, leave_unused, named_tensors
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import family_named
-from ckptx.schemas.conventions.hf_llava import check, config_from_parts, constants, parts_from
-from ckptx.schemas.families.llava import CONVERTER
+from ckptx.schemas.families.multimodal.hf_llava import (
+    check,
+    config_from_parts,
+    constants,
+    parts_from,
+)
+from ckptx.schemas.families.multimodal.llava import CONVERTER
 from ckptx.storage.file_plan import literal_files
 
 

@@ -26,7 +26,8 @@ from typing import Any
 
 from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.model.canonical_names import check_shapes
-from ckptx.model.layout import Family, Parts
+from ckptx.model.family import Family
+from ckptx.model.layout import Parts
 from ckptx.plugins.megatron import per_rank, torch_dist
 from ckptx.plugins.megatron.directory import IterationDirectory
 from ckptx.plugins.megatron.source import Excluded, Source

@@ -1,7 +1,7 @@
 """Mixtures of experts in Megatron's ``args``, in both directions.
 
 `ARGS` pairs Megatron's arguments with the spec's attributes. The rest of the args is in `args`,
-which calls this; how configs spell mixtures is in `ckptx.schemas.config.mixtures`.
+which calls this; how configs spell mixtures is in `ckptx.schemas.config.experts`.
 
 Source: NVIDIA/Megatron-LM megatron/core/transformer/moe/moe_utils.py,
 megatron/training/{arguments,checkpointing}.py @ core_v0.16.1.
@@ -15,7 +15,7 @@ from typing import Any
 
 from ckptx.errors import SchemaError
 from ckptx.model.spec import ModelSpec
-from ckptx.schemas.config.routing import BALANCING
+from ckptx.schemas.config.experts import BALANCING
 
 ARGS = (
     ("num_experts", "num_experts"),

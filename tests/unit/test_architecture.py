@@ -118,6 +118,7 @@ def test_schemas_import_no_plugin(path):
 def test_frameworks_are_imported_where_they_are_run_alone(path):
     found = {name.partition(".")[0] for name in imports(path)} & set(FOREIGN)
     allowed = path.parent.name == "conversion" and path.name.startswith("megatron_")
+    allowed |= path == ROOT / "ckptx/inspection/checkpoint.py"  # LazyTensor.torch()
     running = any(path.is_relative_to(ROOT / "ckptx" / name) for name in RUN_ALONE)
     assert not found or allowed or running, found
 
