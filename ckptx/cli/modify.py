@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckptx.cli.conversion import ConversionCommand
-from ckptx.cli.options import Place, output_options, show_result
+from ckptx.cli.options import Place, argument, output_options, show_result
 from ckptx.cli.plugin_options import Chosen, scanned
 from ckptx.conversion.options import MODIFY, Dtype, engine_options
 from ckptx.conversion.request import ConversionRequest, Edits
@@ -24,8 +24,8 @@ class ModifyCommand(ConversionCommand):
         )
         path = Place(path_type=Path)
         self.base = [
-            click.Argument(["load_dir"], metavar="SRC", type=path, help="Checkpoint to read."),
-            click.Argument(["save_dir"], metavar="DST", type=path, help="Where to write."),
+            argument("load_dir", metavar="SRC", type=path, help="Checkpoint to read."),
+            argument("save_dir", metavar="DST", type=path, help="Where to write."),
             click.Option(["--from", "--loader", "loader"], help="Format of SRC.  [detected]"),
             click.Option(
                 ["--remove"], multiple=True, metavar="GLOB", help="Leave out tensors. Repeatable."

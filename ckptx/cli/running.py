@@ -19,7 +19,7 @@ _PROMPT = "The capital of France is"
 _ABOUT_IMAGE = "What is in the image?"
 
 
-class Tokens(click.ParamType[Any]):
+class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
     """Token ids, separated by blanks or commas."""
 
     name = "tokens"
@@ -58,25 +58,7 @@ def generate_command() -> click.Command:
                 metavar="IDS",
                 help='Tokens to continue, as "1 2 3"; needs no tokenizer. Repeatable.',
             ),
-            click.Option(
-                ["--max-new-tokens"],
-                type=click.IntRange(1),
-                default=32,
-                show_default=True,
-                help="Generate so many tokens at most.",
-            ),
-            click.Option(
-                ["--temperature"], type=click.FloatRange(0), help="Sample; 0 is greedy.  [greedy]"
-            ),
-            click.Option(
-                ["--top-p"],
-                type=click.FloatRange(0, 1, min_open=True),
-                help="Sample from the likeliest tokens of this much probability.",
-            ),
-            click.Option(
-                ["--top-k"], type=click.IntRange(1), help="Sample from so many likeliest tokens."
-            ),
-            click.Option(["--seed"], type=click.IntRange(0), help="Sample with this seed.  [0]"),
+            *_sampling_options(),
             click.Option(["--dtype"], type=Dtype(), help="Compute in this dtype.  [as stored]"),
             click.Option(
                 ["--device"],
@@ -112,6 +94,31 @@ def generate_command() -> click.Command:
             *output_options(),
         ],
     )
+
+
+def _sampling_options() -> list[click.Parameter]:
+    """Return the options that say how tokens are chosen."""
+    return [
+        click.Option(
+            ["--max-new-tokens"],
+            type=click.IntRange(1),
+            default=32,
+            show_default=True,
+            help="Generate so many tokens at most.",
+        ),
+        click.Option(
+            ["--temperature"], type=click.FloatRange(0), help="Sample; 0 is greedy.  [greedy]"
+        ),
+        click.Option(
+            ["--top-p"],
+            type=click.FloatRange(0, 1, min_open=True),
+            help="Sample from the likeliest tokens of this much probability.",
+        ),
+        click.Option(
+            ["--top-k"], type=click.IntRange(1), help="Sample from so many likeliest tokens."
+        ),
+        click.Option(["--seed"], type=click.IntRange(0), help="Sample with this seed.  [0]"),
+    ]
 
 
 def _generate(

@@ -33,8 +33,8 @@ from ckptx.protocol.context import UNTOLD, Context
 from ckptx.protocol.contracts import Loader, SavePlan
 from ckptx.protocol.messages import Begin, Message
 from ckptx.protocol.sidecars import CONFIG
+from ckptx.tensors.dtypes import dtype_name
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 FAMILY = "mixtral"
 
 
@@ -140,10 +140,10 @@ def with_vocabulary(begin: Begin, options: Mapping[str, Any]) -> Begin:
 
 
 def _dtype(options: Mapping[str, Any], context: Context) -> str | None:
-    chosen = [flag for flag in DTYPES if options.get(flag)]
+    chosen = [flag for flag in ("bf16", "fp16") if options.get(flag)]
     if len(chosen) > 1:
         raise PlanError("--bf16 and --fp16 exclude each other")
-    dtype = DTYPES[chosen[0]] if chosen else None
+    dtype = dtype_name(chosen[0]) if chosen else None
     other = context.dtype
     if dtype is not None and other not in (None, dtype):
         raise PlanError(f"--{chosen[0]} and --dtype {other} contradict each other")
