@@ -58,25 +58,7 @@ def generate_command() -> click.Command:
                 metavar="IDS",
                 help='Tokens to continue, as "1 2 3"; needs no tokenizer. Repeatable.',
             ),
-            click.Option(
-                ["--max-new-tokens"],
-                type=click.IntRange(1),
-                default=32,
-                show_default=True,
-                help="Generate so many tokens at most.",
-            ),
-            click.Option(
-                ["--temperature"], type=click.FloatRange(0), help="Sample; 0 is greedy.  [greedy]"
-            ),
-            click.Option(
-                ["--top-p"],
-                type=click.FloatRange(0, 1, min_open=True),
-                help="Sample from the likeliest tokens of this much probability.",
-            ),
-            click.Option(
-                ["--top-k"], type=click.IntRange(1), help="Sample from so many likeliest tokens."
-            ),
-            click.Option(["--seed"], type=click.IntRange(0), help="Sample with this seed.  [0]"),
+            *_sampling_options(),
             click.Option(["--dtype"], type=Dtype(), help="Compute in this dtype.  [as stored]"),
             click.Option(
                 ["--device"],
@@ -112,6 +94,31 @@ def generate_command() -> click.Command:
             *output_options(),
         ],
     )
+
+
+def _sampling_options() -> list[click.Parameter]:
+    """Return the options that say how tokens are chosen."""
+    return [
+        click.Option(
+            ["--max-new-tokens"],
+            type=click.IntRange(1),
+            default=32,
+            show_default=True,
+            help="Generate so many tokens at most.",
+        ),
+        click.Option(
+            ["--temperature"], type=click.FloatRange(0), help="Sample; 0 is greedy.  [greedy]"
+        ),
+        click.Option(
+            ["--top-p"],
+            type=click.FloatRange(0, 1, min_open=True),
+            help="Sample from the likeliest tokens of this much probability.",
+        ),
+        click.Option(
+            ["--top-k"], type=click.IntRange(1), help="Sample from so many likeliest tokens."
+        ),
+        click.Option(["--seed"], type=click.IntRange(0), help="Sample with this seed.  [0]"),
+    ]
 
 
 def _generate(

@@ -84,6 +84,20 @@ def engine_options() -> list[click.Option]:
             show_default=True,
             help="How much of a tensor's further copies is compared.",
         ),
+        *_resume_options(),
+        click.Option(
+            ["--max-queue-size"],
+            type=click.IntRange(1),
+            default=50,
+            show_default=True,
+            help="Messages that may wait between the two processes.",
+        ),
+    ]
+
+
+def _resume_options() -> list[click.Option]:
+    """Return the options of interrupted runs."""
+    return [
         click.Option(
             ["--resume/--no-resume"],
             default=True,
@@ -96,13 +110,6 @@ def engine_options() -> list[click.Option]:
             default="256MiB",
             show_default=True,
             help="How much an interrupted run may have to write again.",
-        ),
-        click.Option(
-            ["--max-queue-size"],
-            type=click.IntRange(1),
-            default=50,
-            show_default=True,
-            help="Messages that may wait between the two processes.",
         ),
     ]
 
