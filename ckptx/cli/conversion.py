@@ -12,7 +12,6 @@ import click
 
 from ckptx.cli.options import long_options, output_options, short_options, show_result
 from ckptx.cli.plugin_options import Chosen, PluginCommand, equal_options, scanned
-from ckptx.conversion import megatron_modules
 from ckptx.conversion.options import engine_options, megatron_options
 from ckptx.conversion.request import ConversionRequest
 from ckptx.registry import registry
@@ -79,6 +78,8 @@ class ConversionCommand(PluginCommand):
             shown += new
             _section(ctx, formatter, f"Options of {owner}", new)
         if chosen.modules:
+            from ckptx.conversion import megatron_modules
+
             with formatter.section("Options of Megatron-style modules"):
                 formatter.write(megatron_modules.option_help(chosen.modules) + "\n")
         help_option = self.get_help_option(ctx)
@@ -116,7 +117,7 @@ class ConversionCommand(PluginCommand):
         )
 
 
-def convert_command(style: Literal["short", "long"]) -> click.Command:
+def convert_command(style: Literal["short", "long"] = "short") -> click.Command:
     """Return the command that converts, with short or Megatron's own option names."""
     return ConversionCommand("convert", "Convert a checkpoint.", style, _convert)
 
