@@ -10,7 +10,7 @@ Source: deepspeedai/DeepSpeed deepspeed/runtime/engine.py @ v0.19.8.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from ckptx.plugins.pytorch.module_names import (
     shapes_of_config,
     trained_messages,
 )
-from ckptx.protocol.context import UNTOLD, Context
-from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Message
+from ckptx.protocol.context import UNTOLD, Context, Options
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Messages
 from ckptx.tensors.lazy import LazyTensor, Shape, Stored
 
 _CONSUMED = frozenset(
@@ -88,9 +88,7 @@ class DeepspeedLoader:
         """Return whether there are DeepSpeed's model states, here or in a tag below."""
         return source.is_dir() and (directory.is_tag(source) or bool(directory.tags(source)))
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         masters = (options.get("weights") or "master") == "master"
         saved = directory.read(directory.find(source, options.get("tag")), masters)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,9 @@ from ckptx.plugins.megatron.target_parallelism import (
     parallel_sizes,
     repad,
 )
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
-from ckptx.protocol.messages import Begin, End, Message
+from ckptx.protocol.messages import Begin, End, Messages
 from ckptx.protocol.model import Model, check_messages, collect
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry.families import (
@@ -72,9 +71,7 @@ class CoreLoader:
         """Return whether there is a tracker file or an iteration directory, of no legacy model."""
         return directory.looks_like(source) and found_form(source) is not LEGACY
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model."""
         if context.fill_from_base:
             raise FormatError(
@@ -156,7 +153,7 @@ def found_form(source: Path) -> Generation | None:
         return None  # the loader will say what is wrong
 
 
-def _check_dummies(options: Mapping[str, Any], dummies: int, checkpoint: Source) -> None:
+def _check_dummies(options: Options, dummies: int, checkpoint: Source) -> None:
     said = options.get("vit_dummy_head_count")
     if said and said != dummies:
         raise SchemaError(
@@ -165,7 +162,7 @@ def _check_dummies(options: Mapping[str, Any], dummies: int, checkpoint: Source)
         )
 
 
-def _spec(checkpoint: Source, said: Parts | None, options: Mapping[str, Any]) -> ModelSpec:
+def _spec(checkpoint: Source, said: Parts | None, options: Options) -> ModelSpec:
     """Return the language model's dimensions: args say what was trained, a config the rest."""
     named = said["language"] if said else None
     args = language_args(checkpoint.args)
@@ -236,9 +233,7 @@ class CoreSaver:
             ),
         ]
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of one iteration directory below the target root."""
         model = collect(messages)
         spec = model.spec
@@ -310,7 +305,7 @@ def _widen_biases(model: Model) -> None:
             model.messages[name] = {**tensors, key: tensors[key].cast("float32")}
 
 
-def _style(model: Model, options: Mapping[str, Any]) -> Style:
+def _style(model: Model, options: Options) -> Style:
     """Return the spelling to write; the source's own grouping of experts unless it is chosen."""
     local = options.get("saver_transformer_impl") == "local"
     if (options.get("ckpt_format") or "torch_dist") == "torch_dist":
@@ -322,7 +317,7 @@ def _style(model: Model, options: Mapping[str, Any]) -> Style:
     return Style(local, bool(grouped))
 
 
-def _grouping(spec: ModelSpec, style: Style, options: Mapping[str, Any]) -> dict[str, Any]:
+def _grouping(spec: ModelSpec, style: Style, options: Options) -> dict[str, Any]:
     """Return the entry of ``args`` for grouped experts, where there is a choice."""
     chosen = options.get("moe_grouped_gemm") if style.distributed else style.grouped
     return {"moe_grouped_gemm": chosen} if spec.num_experts and chosen is not None else {}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -32,9 +30,9 @@ from ckptx.plugins.megatron.target_parallelism import (
     repad,
 )
 from ckptx.plugins.megatron.torch_dist import Target
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
-from ckptx.protocol.messages import Message
+from ckptx.protocol.messages import Messages
 from ckptx.protocol.model import check_messages, collect
 from ckptx.registry.families import family_named
 from ckptx.schemas.conventions import legacy
@@ -104,9 +102,7 @@ class LegacySaver:
             iteration_option(),
         ]
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of one iteration directory below the target root.
 
         Raises:
@@ -155,7 +151,7 @@ class LegacySaver:
         )
 
 
-def _check_implementation(options: Mapping[str, Any]) -> None:
+def _check_implementation(options: Options) -> None:
     if options.get("saver_transformer_impl") == "transformer_engine":
         raise PlanError(
             "--saver-transformer-impl transformer_engine: the layers of a legacy model are then "

@@ -8,11 +8,10 @@ core_v0.12.3; the names with a size that it lacks are those of core_v0.8.0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -29,9 +28,9 @@ from ckptx.plugins.megatron.options import (
     vocabulary_options,
 )
 from ckptx.plugins.meta.consolidated import PARAMS, MetaLoader
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import Loader, SavePlan
-from ckptx.protocol.messages import Begin, Message
+from ckptx.protocol.messages import Begin, Messages
 from ckptx.protocol.sidecars import CONFIG
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -105,9 +104,7 @@ class LlamaMistralLoader:
         """Return False: what it reads is detected as ``meta`` or ``hf``."""
         return False
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model, after checking that it is the one that was named."""
         name, kind = options.get("model_size"), options.get("checkpoint_type")
         if name not in CHOICES or kind not in ("meta", "hf"):
@@ -128,7 +125,7 @@ class LlamaMistralLoader:
         yield from cast_messages(chain([with_vocabulary(begin, options)], messages), dtype)
 
 
-def with_vocabulary(begin: Begin, options: Mapping[str, Any]) -> Begin:
+def with_vocabulary(begin: Begin, options: Options) -> Begin:
     """Return the first message with what Megatron's options say of vocabulary and tokenizer."""
     spec = begin.parts["language"]
     rows = true_vocab_size(options, spec.vocab_size)
@@ -139,7 +136,7 @@ def with_vocabulary(begin: Begin, options: Mapping[str, Any]) -> Begin:
     )
 
 
-def _dtype(options: Mapping[str, Any], context: Context) -> str | None:
+def _dtype(options: Options, context: Context) -> str | None:
     chosen = [flag for flag in DTYPES if options.get(flag)]
     if len(chosen) > 1:
         raise PlanError("--bf16 and --fp16 exclude each other")
@@ -172,7 +169,7 @@ def _check(name: str, size: Size, spec: ModelSpec, begin: Begin) -> None:
         )
 
 
-def _tokenizer(options: Mapping[str, Any]) -> dict[str, bytes]:
+def _tokenizer(options: Options) -> dict[str, bytes]:
     """Return the file of ``--tokenizer-model``, which may also be a name or a directory."""
     given = options.get("tokenizer_model")
     if given is None or not Path(given).is_file():
@@ -196,9 +193,7 @@ class MixtralHfLoader:
         """Return False: what it reads is detected as ``hf``."""
         return False
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model, after checking that it is a Mixtral."""
         messages = HfLoader().load(source, options, context)
         begin = next(messages)
@@ -231,9 +226,7 @@ class LlavaLoader(CoreLoader):
         """Return False: what it reads is detected as ``core``."""
         return False
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model."""
         for message in super().load(source, options, context):
             if isinstance(message, Begin) and "vision" not in message.parts:
@@ -248,9 +241,7 @@ class LlavaSaver(CoreSaver):
 
     name = "llava"
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of one iteration directory below the target root."""
         first = next(messages, None)
         if isinstance(first, Begin) and "vision" not in first.parts:

@@ -18,10 +18,10 @@ from ckptx.model.canonical_names import check_shapes
 from ckptx.model.layout import Layout
 from ckptx.model.sharding import Gatherer, Rank, shard_tensors
 from ckptx.model.spec import ModelSpec
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype
-from ckptx.protocol.messages import Begin, Dropped, End, Message, SourceTensor, Tensors
+from ckptx.protocol.messages import Begin, Dropped, End, Messages, SourceTensor, Tensors
 from ckptx.protocol.model import Model, check_messages, collect, resize_vocabulary
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import family_named, family_of
@@ -65,9 +65,7 @@ class MetaLoader:
             return False
         return any(next(source.glob(pattern), None) for pattern in (_PTH, _SAFETENSORS))
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; ``max_position`` among the options is its longest context, if known."""
         if context.fill_from_base:
             raise FormatError(
@@ -189,7 +187,7 @@ def _completed(
     spec: ModelSpec,
     said: Mapping[str, Any],
     config: Mapping[str, Any] | None,
-    options: Mapping[str, Any],
+    options: Options,
 ) -> tuple[ModelSpec, tuple[str, ...]]:
     """Return the spec with what only a config says, and remarks on what nothing says."""
     family = family_of(config) if config else None
@@ -314,9 +312,7 @@ class MetaSaver:
             ),
         ]
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of a directory."""
         model = collect(messages)
         spec = model.spec
@@ -348,13 +344,13 @@ class MetaSaver:
         )
 
 
-def _shards(model: Model, options: Mapping[str, Any]) -> int:
+def _shards(model: Model, options: Options) -> int:
     begin = model.begin
     own = begin.parallel.get("tp") if begin.format == "meta" else None
     return int(options.get("target_shards") or own or 1)
 
 
-def _by_width(model: Model, options: Mapping[str, Any]) -> bool:
+def _by_width(model: Model, options: Options) -> bool:
     chosen = options.get("embedding_split")
     if chosen is not None:
         return bool(chosen == "width")
@@ -398,7 +394,7 @@ def _named(
 
 
 def _weight_files(
-    spec: ModelSpec, ranks: list[dict[str, LazyTensor]], options: Mapping[str, Any]
+    spec: ModelSpec, ranks: list[dict[str, LazyTensor]], options: Options
 ) -> Iterator[FilePlan]:
     usual = "safetensors" if spec.family == "mistral" and len(ranks) == 1 else "pth"
     if (options.get("consolidated") or usual) == "safetensors":

@@ -14,10 +14,9 @@ rlinf/hybrid_engines/fsdp/ @ main write them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -35,10 +34,10 @@ from ckptx.plugins.pytorch.module_names import (
     strip_option,
     trained_messages,
 )
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype, named_messages, tied_names
-from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Message
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Messages
 from ckptx.protocol.model import Model, collect, named_tensors
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry.families import (
@@ -94,9 +93,7 @@ class DcpLoader:
         known = (directory / METADATA_NAME).is_file() or _is_unfinished(directory)
         return known and not (directory / "metadata.json").exists()
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         if paths := dcp_safetensors.shards(source):
             yield from _of_safetensors(paths, source, options, context)
@@ -130,8 +127,8 @@ class DcpLoader:
 
 
 def _of_safetensors(
-    paths: list[Path], source: Path, options: Mapping[str, Any], context: Context
-) -> Iterator[Message]:
+    paths: list[Path], source: Path, options: Options, context: Context
+) -> Messages:
     """Yield the model that lies in shards of safetensors."""
     tensors, stored = dcp_safetensors.tensors(paths)
     begin = Begin(
@@ -153,10 +150,10 @@ def _messages(
     begin: Begin,
     tensors: Mapping[str, LazyTensor],
     notes: tuple[str, ...],
-    options: Mapping[str, Any],
+    options: Options,
     context: Context,
     dropped: tuple[Dropped, ...] = (),
-) -> Iterator[Message]:
+) -> Messages:
     if torchtitan.EMBEDDING in tensors:
         return _torchtitan(begin, tensors, notes, dropped)
     return trained_messages(begin, tensors, notes, dropped, options, context)
@@ -167,7 +164,7 @@ def _torchtitan(
     tensors: Mapping[str, LazyTensor],
     notes: tuple[str, ...],
     dropped: tuple[Dropped, ...],
-) -> Iterator[Message]:
+) -> Messages:
     """Yield the messages of a model that has torchtitan's names.
 
     Raises:
@@ -306,9 +303,7 @@ class DcpSaver:
             ),
         ]
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of a directory."""
         model = collect(messages)
         names = options.get("target_names") or "memory"

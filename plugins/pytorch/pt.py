@@ -5,7 +5,7 @@ RLinf's containers: RLinf/RLinf rlinf/hybrid_engines/fsdp/strategy/checkpoint.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from ckptx.model.layout import Parts
 from ckptx.model.pipeline_parallel import Pipeline
 from ckptx.plugins.megatron.source import args_of
 from ckptx.plugins.pytorch.module_names import file_names, strip_option, trained_messages
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype, named_messages, passthrough
-from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Message
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Messages
 from ckptx.protocol.model import Model, collect, named_tensors
 from ckptx.protocol.sidecars import read_config
 from ckptx.registry.families import family_named, family_of, hf_tensors, parts_from_config
@@ -59,7 +59,7 @@ def layout_option() -> click.Option:
     )
 
 
-def layout_option_value(options: Mapping[str, Any]) -> str | None:
+def layout_option_value(options: Options) -> str | None:
     """Return the layout that was asked for, None for ``auto``."""
     layout: str | None = options.get("layout")
     return None if layout in (None, "auto") else layout
@@ -92,9 +92,7 @@ class PytorchLoader:
         with file.open("rb") as stream:
             return stream.read(4) == b"PK\3\4"
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         source = _file_of(source)
         if not source.is_file():
@@ -197,9 +195,9 @@ def _messages(
     args: Mapping[str, Any],
     version: Any,
     others: tuple[Dropped, ...],
-    options: Mapping[str, Any],
+    options: Options,
     context: Context,
-) -> Iterator[Message]:
+) -> Messages:
     convention = _CONVENTIONS[begin.layout]
     if convention == "hf":
         yield from trained_messages(begin, tensors, (), others, options, context)
@@ -254,9 +252,7 @@ class PytorchSaver:
             ),
         ]
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of one file; a target without a file's suffix becomes a directory."""
         model = collect(messages)
         value, tensors, dropped = _state(model, options)
@@ -283,7 +279,7 @@ class PytorchSaver:
 
 
 def _state(
-    model: Model, options: Mapping[str, Any]
+    model: Model, options: Options
 ) -> tuple[dict[str, Any], Mapping[str, LazyTensor], tuple[Dropped, ...]]:
     """Return what the file holds, its tensors, and what was dropped."""
     layout = options.get("target_layout") or layout_option_value(options)

@@ -19,7 +19,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -38,8 +37,8 @@ from ckptx.plugins.pytorch.module_names import (
     trained_messages,
 )
 from ckptx.plugins.rlinf import local_shards
-from ckptx.protocol.context import UNTOLD, Context
-from ckptx.protocol.messages import Begin, Dropped, End, Message
+from ckptx.protocol.context import UNTOLD, Context, Options
+from ckptx.protocol.messages import Begin, Dropped, End, Messages
 from ckptx.protocol.sidecars import read_config
 from ckptx.registry import registry
 from ckptx.registry.families import family_of
@@ -79,9 +78,7 @@ class RlinfLoader:
         # Megatron's own directories are the core loader's, from their root on.
         return place != source or local_shards.holds_shards(source)
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         place, format = _find(source, options.get("actor_dir") or "actor")
         if format == self.name:
@@ -126,9 +123,7 @@ def _find(source: Path, actor: str) -> tuple[Path, str]:
     )
 
 
-def _from_shards(
-    directory: Path, source: Path, options: Mapping[str, Any], context: Context
-) -> Iterator[Message]:
+def _from_shards(directory: Path, source: Path, options: Options, context: Context) -> Messages:
     stored, sources, files, dropped = local_shards.read(directory)
     sidecars = {**nearest_config(directory), **base_sidecars(context)}
     config = read_config(sidecars, directory)

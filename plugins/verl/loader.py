@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ from ckptx.plugins.pytorch.module_names import (
     trained_messages,
 )
 from ckptx.plugins.verl import extra_state, megatron
-from ckptx.protocol.context import UNTOLD, Context
-from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Message, SourceTensor
+from ckptx.protocol.context import UNTOLD, Context, Options
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Messages, SourceTensor
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import LazyTensor
 
@@ -102,9 +102,7 @@ class VerlLoader:
             return (source / _TRACKER).is_file() and any(source.glob("global_step_*"))
         return _holds_model(directory)
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         directory, notes = _find(source, options.get("actor_dir") or ACTOR)
         small = {name: data for name, data in nearest_config(directory).items() if name not in _OWN}

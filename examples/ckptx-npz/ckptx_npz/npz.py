@@ -1,6 +1,5 @@
 """Load and save ``weights.npz``, the model's small files beside it."""
 
-from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from ckptx.plugin_api import (
     FilePlan,
     FormatError,
     LazyTensor,
-    Message,
+    Messages,
     NewMember,
+    Options,
     SavePlan,
     SourceFile,
     collect,
@@ -42,16 +42,12 @@ class Npz:
     def detect(self, source: Path) -> bool:
         return (source / WEIGHTS).is_file()
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         tensors = read_archive(path := str((source / WEIGHTS).resolve()))
         begin = Begin("npz", "hf", {}, (path,), inventory(tensors), str(source), sidecars(source))
         yield from hf_messages(begin, tensors)
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         model = collect(messages)
         tensors, dropped = hf_tensors(model)
         archive = ArchiveWriter(root="")
