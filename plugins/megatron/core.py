@@ -247,11 +247,7 @@ class CoreSaver:
         unused, remarked = llava.prepare(model, tp, pipeline) if seeing else ((), ())
         check_messages(model, layout)
         _widen_biases(model)
-        notes = [
-            *check_tensor_parallel(spec, tp),
-            *_check_expressible(spec, style.local),
-            *remarked,
-        ]
+        notes = [*check_tensor_parallel(spec, tp), *_check_expressible(spec, style.local)]
         chosen = choose_parallelism(model, options)
         dropped = (*unused, *repad(model, chosen))
         chunks = chosen.chunks(spec)
@@ -271,26 +267,24 @@ class CoreSaver:
             if ckpt_format == "torch_dist"
             else per_rank.plan(model, target, pipeline.pp)
         )
+        launch = [
+            llava.SCRIPT if seeing else megatron.script,
+            "--load {target} --use-checkpoint-args",
+            f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
+            *pipeline.flags(),
+            *_expert_flags(spec, chosen),
+            *launch_flags(spec),
+            *megatron.launch_flags(spec, style.local),
+        ]
         rooted = options.get("iteration_directory", True)
         return SavePlan(
             [*files, *literal_files(model.begin.sidecars, SIDECARS)],
             directory=chosen.directory if rooted else "",
             pointers=chosen.pointers if rooted else {},
             dropped=dropped,
-            notes=tuple(notes),
+            notes=(*notes, *remarked),
             stages=llava.describe(chunks) if seeing else describe(chunks),
-            load_hint=" ".join(
-                [
-                    llava.SCRIPT if seeing else megatron.script,
-                    "--load {target} --use-checkpoint-args",
-                    f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
-                    *pipeline.flags(),
-                    *_expert_flags(spec, chosen),
-                    *launch_flags(spec),
-                    *megatron.launch_flags(spec, style.local),
-                    *(llava.launch_flags(args) if seeing else ()),
-                ]
-            )
+            load_hint=" ".join([*launch, *(llava.launch_flags(args) if seeing else ())])
             if rooted
             else 'megatron.core.dist_checkpointing.load(sharded_state_dict, "{target}")',
             details={"ckpt_format": ckpt_format, **chosen.details()},

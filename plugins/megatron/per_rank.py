@@ -151,10 +151,7 @@ def read(
         for index, model in enumerate(rank.models)
         for name, tensor in model.items()
     }
-    others: dict[str, list[LazyTensor]] = {}
-    for model in (model for rank in grid for model in rank.models):
-        for name in [name for name, tensor in model.items() if apart(name, tensor)]:
-            others.setdefault(name, []).append(model.pop(name))
+    others = _taken_out(grid, apart)
 
     def messages(layout: Layout, parts: Parts) -> Iterator[Tensors]:
         pipeline = _pipeline(args, grid, len(ranks), parts["language"])
@@ -174,6 +171,15 @@ def read(
         others,
         notes,
     )
+
+
+def _taken_out(grid: list[RankFile], apart: Excluded) -> dict[str, list[LazyTensor]]:
+    """Take out of the ranks' models what is no part of the layout, and return it by name."""
+    others: dict[str, list[LazyTensor]] = {}
+    for model in (model for rank in grid for model in rank.models):
+        for name in [name for name, tensor in model.items() if apart(name, tensor)]:
+            others.setdefault(name, []).append(model.pop(name))
+    return others
 
 
 def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
