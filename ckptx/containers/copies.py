@@ -13,7 +13,6 @@ from pathlib import Path
 
 from ckptx.containers.zip_archive import read_members
 from ckptx.errors import FormatError
-from ckptx.storage.gather import read
 from ckptx.storage.source_file import SourceFile
 from ckptx.tensors.lazy import LazyTensor
 
@@ -70,6 +69,8 @@ def rows_differ(paths: Sequence[Path], weights: Iterable[LazyTensor]) -> bool:
     The first two of at least four rows are compared: those are of one part of a fused weight.
     Where they differ, no honest rank with other rows of the weight holds the same file.
     """
+    from ckptx.storage.gather import read
+
     files = [str(path) for path in paths]
     for weight in weights:
         if len(weight.shape) == 2 and weight.shape[0] >= 4:

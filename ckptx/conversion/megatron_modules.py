@@ -44,8 +44,8 @@ _FUNCTIONS = {"loader": "load_checkpoint", "saver": "save_checkpoint"}
 
 def install() -> None:
     """Let the registry find Megatron-style modules where no plugin has the name."""
-    if _plugin_of_module not in registry.fallbacks:
-        registry.fallbacks.append(_plugin_of_module)
+    if module_named not in registry.fallbacks:
+        registry.fallbacks.append(module_named)
 
 
 def is_module(role: Role, name: str, megatron_path: str | None) -> bool:
@@ -53,22 +53,22 @@ def is_module(role: Role, name: str, megatron_path: str | None) -> bool:
     plugins = registry.names(role)
     if name in plugins or registry.canonical(name) in plugins:
         return False
-    return _module_named(role, name, megatron_path) is not None
+    return _module_name(role, name, megatron_path) is not None
 
 
-def _plugin_of_module(role: Role, name: str, megatron_path: str | None) -> Module | None:
+def module_named(role: Role, name: str, megatron_path: str | None) -> Module | None:
     """Return the Megatron-style module that plays ``role`` under ``name``, None if there is none.
 
     Raises:
         PluginError: it cannot be imported, or lacks the two functions.
     """
-    found = _module_named(role, name, megatron_path)
+    found = _module_name(role, name, megatron_path)
     if found is None:
         return None
     return (ModuleLoader if role == "loader" else ModuleSaver)(name, found, megatron_path)
 
 
-def _module_named(role: Role, name: str, megatron_path: str | None) -> str | None:
+def _module_name(role: Role, name: str, megatron_path: str | None) -> str | None:
     """Return the module of a name, which is not imported.
 
     ``megatron_path`` is a Megatron-LM checkout, searched as well, with its ``tools/checkpoint``.

@@ -8,8 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckptx.conversion.edits import Edits
 from ckptx.protocol.context import Context
+
+
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """What is to be changed. Every pattern speaks of names in the source.
+
+    Edits are applied in this order: remove, cast, rename.
+    """
+
+    remove: tuple[str, ...] = ()
+    """Globs."""
+    cast: tuple[tuple[str, str], ...] = ()
+    """Globs with dtypes; the last that matches a name counts. Globs leave integers as they are."""
+    rename: tuple[tuple[str, str], ...] = ()
+    """Names with ``*`` for any text, which a ``*`` of the new name stands for, in order."""
+
+    def __bool__(self) -> bool:
+        """Return whether there is anything to do."""
+        return bool(self.remove or self.cast or self.rename)
 
 
 @dataclass(frozen=True, slots=True)

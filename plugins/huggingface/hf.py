@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +36,7 @@ from ckptx.schemas.conventions import transformers_memory
 from ckptx.storage.file_plan import FilePlan, literal_files
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+from ckptx.text.sizes import parse_size
 
 
 class HfLoader:
@@ -102,7 +100,8 @@ class HfSaver:
                 ["--max-shard-size"],
                 default="5GB",
                 show_default=True,
-                help="Largest weight file, as 5GB or 500MB; one tensor is never divided.",
+                help="Largest weight file, e.g. 5GB (10^9 bytes) or 5GiB (2^30); one tensor is "
+                "never divided.",
             ),
             click.Option(
                 ["--weight-files"],
@@ -160,17 +159,15 @@ def _auto_class(model: Model) -> str:
     )
 
 
-def parse_size(text: str) -> int:
-    """Return a size in bytes; ``GB`` is 10^9, ``GiB`` is 2^30.
-
-    Examples:
-        >>> parse_size("5GB"), parse_size("1.5 MiB")
-        (5000000000, 1572864)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or not float(match[1]):
-        raise PlanError(f"{text!r} is not a size; write 5GB, 500MB or 2GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+def _shard_size(text: str) -> int:
+    """Return the largest size of a weight file, in bytes."""
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise PlanError(f"--max-shard-size: {error}") from error
+    if not size:
+        raise PlanError(f"--max-shard-size {text}: a file of no bytes holds nothing")
+    return size
 
 
 def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
@@ -247,7 +244,7 @@ def weight_files(tensors: Mapping[str, LazyTensor], options: Options) -> Iterato
     Source of the names: huggingface/transformers src/transformers/utils/__init__.py (WEIGHTS_NAME,
     SAFE_WEIGHTS_NAME) @ v4.57.1.
     """
-    shards = list(_shards(tensors, parse_size(options.get("max_shard_size") or "5GB")))
+    shards = list(_shards(tensors, _shard_size(options.get("max_shard_size") or "5GB")))
     as_bin = options.get("weight_files") == "bin"
     stem, suffix = ("pytorch_model", ".bin") if as_bin else ("model", ".safetensors")
     paths = _shard_names(stem, suffix, len(shards))

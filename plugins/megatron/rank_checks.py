@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from ckptx.containers.copies import alike, copy_of, rows_differ
 from ckptx.errors import FormatError, listing
 from ckptx.model.sharding import Rank
-from ckptx.storage.gather import read
 from ckptx.tensors.lazy import LazyTensor
 
 _SAME = (
@@ -159,6 +158,8 @@ def _experts_differ(paths: Sequence[Path], file: RankFile) -> bool:
 
     The stacked ``weight1`` is [hidden, experts * ffn], and is not looked into.
     """
+    from ckptx.storage.gather import read
+
     files = [str(path) for path in paths]
     rows: dict[str, set[bytes]] = {}
     for index, model in enumerate(file.models):
@@ -178,6 +179,8 @@ def _routed_apart(
     Every rank holds the whole router, [experts, hidden]. A model whose experts are copies of
     others (granular upcycling) routes tokens to them alike.
     """
+    from ckptx.storage.gather import read
+
     files = [str(path) for path in paths]
     for model in file.models:
         for name, router in model.items():

@@ -32,8 +32,8 @@ from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import Loader, SavePlan
 from ckptx.protocol.messages import Begin, Messages
 from ckptx.protocol.sidecars import CONFIG
+from ckptx.tensors.dtypes import dtype_name
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 FAMILY = "mixtral"
 
 
@@ -137,10 +137,10 @@ def with_vocabulary(begin: Begin, options: Options) -> Begin:
 
 
 def _dtype(options: Options, context: Context) -> str | None:
-    chosen = [flag for flag in DTYPES if options.get(flag)]
+    chosen = [flag for flag in ("bf16", "fp16") if options.get(flag)]
     if len(chosen) > 1:
         raise PlanError("--bf16 and --fp16 exclude each other")
-    dtype = DTYPES[chosen[0]] if chosen else None
+    dtype = dtype_name(chosen[0]) if chosen else None
     other = context.dtype
     if dtype is not None and other not in (None, dtype):
         raise PlanError(f"--{chosen[0]} and --dtype {other} contradict each other")

@@ -30,6 +30,7 @@ from ckptx.schemas.megatron_settings.activations import (
     activation_notes,
     activation_to_args,
 )
+from ckptx.tensors.dtypes import dtype_name
 
 FIELDS = (
     ("num_layers", "num_layers"),
@@ -63,7 +64,7 @@ ESSENTIAL = (
 EPSILON = ("layernorm_epsilon", "norm_epsilon")
 ZERO_CENTERED = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
 
-DTYPE_FLAGS = {"bfloat16": "bf16", "float16": "fp16"}
+DTYPE_FLAGS = {dtype_name(flag): flag for flag in ("bf16", "fp16")}
 
 NOTE = "ckptx"
 """The entry of ``args`` with what Megatron has no argument for."""
