@@ -85,6 +85,13 @@ def _module_name(role: Role, name: str, megatron_path: str | None) -> str | None
     return None
 
 
+def _has_torch() -> bool:
+    try:
+        return importlib.util.find_spec("torch") is not None
+    except ValueError:  # a name that stands for nothing
+        return False
+
+
 class Module:
     """A module of Megatron's converter."""
 
@@ -94,6 +101,11 @@ class Module:
         self.name = name
         self.megatron_path = megatron_path
         self.capabilities: Mapping[str, Any] = {"module": module, "style": "megatron"}
+        if not _has_torch():
+            raise PluginError(
+                f"{self.role} {name!r} is a module of Megatron's converter, which passes "
+                "tensors of torch; it is not installed: pip install 'ckptx[run]'"
+            )
         with _foreign(f"{self.role} module {module}", megatron_path):
             self.module: ModuleType = importlib.import_module(module)
         for function in ("add_arguments", _FUNCTIONS[self.role]):

@@ -80,6 +80,8 @@ class Begin:
     """How the source is split: ``tp``, ``pp``, ``vpp``, ``ep`` and the layer placement."""
     family: str = ""
     """The family of the whole where there are several parts (``"llava"``); else its part's own."""
+    accepted: tuple[str, ...] = ()
+    """Settings and keys of the source that the user told to ignore, whatever they change."""
     version: int = VERSION
 
 

@@ -18,6 +18,7 @@ from ckptx.plugins.megatron import directory, llava, per_rank, torch_dist
 from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.forms import LEGACY, Generation
 from ckptx.plugins.megatron.options import (
+    accept_arg_option,
     iteration_option,
     parallel_options,
     tokenizer_model_option,
@@ -47,6 +48,7 @@ from ckptx.registry.families import (
     parts_from_config,
 )
 from ckptx.schemas.conventions.mcore import Style
+from ckptx.schemas.megatron_settings import row_blocks, settings
 from ckptx.schemas.megatron_settings.args import (
     NOTE,
     launch_flags,
@@ -64,8 +66,8 @@ class CoreLoader:
     name = "core"
 
     def options(self) -> list[click.Option]:
-        """Return the options for the vocabulary."""
-        return [*vocabulary_options(), transformer_impl_option("loader")]
+        """Return the options for the vocabulary and for args that stand in the way."""
+        return [*vocabulary_options(), transformer_impl_option("loader"), accept_arg_option()]
 
     def detect(self, source: Path) -> bool:
         """Return whether there is a tracker file or an iteration directory, of no legacy model."""
@@ -86,7 +88,9 @@ class CoreLoader:
         family = family_of(config) if config else None
         said = parts_from_config(family, config) if config and family else None
         dropped = list(checkpoint.dropped)
-        parts: Parts = {"language": _spec(checkpoint, said, options)}
+        accepted = tuple(options.get("accept_arg") or ())
+        heeded = settings.without(checkpoint.args, accepted)
+        parts: Parts = {"language": _spec(replace(checkpoint, args=heeded), said, options)}
         seeing = is_llava(checkpoint.weights)
         if seeing:
             known = said if said and "vision" in said else None
@@ -99,12 +103,16 @@ class CoreLoader:
             messages = list(llava.without_dummies(stored, parts["vision"], dummies, dropped))
         else:
             layout = self.layout(checkpoint, parts["language"])
-            messages = list(checkpoint.messages(layout, parts))
+            messages = [
+                replace(message, tensors=row_blocks.in_halves(message.tensors, heeded))
+                for message in checkpoint.messages(layout, parts)
+            ]
         yield Begin(
             format=self.name,
             layout=layout.name,
             parts=parts,
             family=llava.FAMILY if seeing else "",
+            accepted=accepted,
             files=checkpoint.files,
             sources=checkpoint.sources,
             root=str(place.path),
@@ -126,7 +134,13 @@ class CoreLoader:
         for message in messages:
             check_shapes(message.name, message.tensors, parts[message.part])
             yield message
-        notes = (*directory.unfinished(source), *checkpoint.notes, *self.notes(parts["language"]))
+        notes = (
+            *directory.unfinished(source),
+            *checkpoint.notes,
+            *settings.notes(checkpoint.args, accepted),
+            *row_blocks.notes(heeded),
+            *self.notes(parts["language"]),
+        )
         yield End(tuple(dropped), notes)
 
     def read(self, place: directory.IterationDirectory) -> Source:

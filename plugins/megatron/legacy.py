@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ckptx.errors import FormatError, PlanError, SchemaError
+from ckptx.model.family import FUNCTION_SETTINGS, function_settings
 from ckptx.model.layout import Layout
 from ckptx.model.pipeline_parallel import Pipeline, describe
 from ckptx.model.spec import ModelSpec
@@ -75,6 +76,11 @@ class LegacyLoader(CoreLoader):
 
     def layout(self, checkpoint: Source, spec: ModelSpec) -> Layout:
         """Return how a model is named and ordered in files of this version."""
+        if spec.extra.get(FUNCTION_SETTINGS):
+            raise SchemaError(
+                f"{checkpoint.files[0]}: args say {function_settings(spec)}, which changes what "
+                "the model computes and which no other model has"
+            )
         layout = family_named(spec.family).layout("legacy")
         try:
             return legacy.ordered(layout, checkpoint.version, spec)

@@ -56,6 +56,16 @@ def _given(options: Options) -> int | None:
     return length
 
 
+def accept_arg_option() -> click.Option:
+    """Return ``--accept-arg``, with which loaders read args that they would refuse."""
+    return click.Option(
+        ["--accept-arg"],
+        multiple=True,
+        metavar="NAME",
+        help="Read the checkpoint as if its args did not have this entry; repeatable.",
+    )
+
+
 def transformer_impl_option(role: str, default: str = "transformer_engine") -> click.Option:
     """Return ``--loader-transformer-impl`` or its saver counterpart."""
     meaning = {
