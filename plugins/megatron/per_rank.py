@@ -35,7 +35,6 @@ from ckptx.plugins.megatron.source import (
     ENGINE_STATE,
     Excluded,
     Source,
-    args_of,
     exclude_nothing,
     stored_bytes,
 )
@@ -43,6 +42,7 @@ from ckptx.plugins.megatron.torch_dist import Target, applies, holds
 from ckptx.protocol.from_names import main_dtype
 from ckptx.protocol.messages import TRAINING_STATE, Dropped, SourceTensor, Tensors
 from ckptx.protocol.model import Model
+from ckptx.schemas.megatron_settings.args import args_of
 from ckptx.storage.file_plan import FilePlan
 from ckptx.storage.location import Location
 from ckptx.tensors.lazy import Filled, LazyTensor, Stored, replicated

@@ -18,7 +18,6 @@ import click
 from ckptx.conversion.casting import cast_messages
 from ckptx.errors import FormatError, PlanError, SchemaError
 from ckptx.model.spec import ModelSpec
-from ckptx.plugins.huggingface.hf import HfLoader
 from ckptx.plugins.megatron.core import CoreLoader, CoreSaver
 from ckptx.plugins.megatron.options import (
     tokenizer_model_option,
@@ -27,15 +26,17 @@ from ckptx.plugins.megatron.options import (
     vocabulary_multiple_option,
     vocabulary_options,
 )
-from ckptx.plugins.meta.consolidated import PARAMS, MetaLoader
 from ckptx.protocol.context import UNTOLD, Context, Options
-from ckptx.protocol.contracts import Loader, SavePlan
+from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.messages import Begin, Messages
 from ckptx.protocol.sidecars import CONFIG
+from ckptx.registry import registry
 from ckptx.storage.location import Location
 from ckptx.tensors.dtypes import dtype_name
 
 FAMILY = "mixtral"
+PARAMS = "params.json"
+"""Where Meta says the dimensions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ class LlamaMistralLoader:
         place = source
         if kind == "meta" and not (source / PARAMS).is_file() and (source / name).is_dir():
             place = source / name  # as Megatron does: one folder per size
-        loader: Loader = MetaLoader() if kind == "meta" else HfLoader()
+        loader = registry.loader(kind)
         messages = loader.load(place, {**options, "max_position": size.context}, context)
         begin = next(messages)
         if not isinstance(begin, Begin) or "language" not in begin.parts:
@@ -196,7 +197,7 @@ class MixtralHfLoader:
 
     def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model, after checking that it is a Mixtral."""
-        messages = HfLoader().load(source, options, context)
+        messages = registry.loader("hf").load(source, options, context)
         begin = next(messages)
         spec = begin.parts.get("language") if isinstance(begin, Begin) else None
         if not isinstance(begin, Begin) or spec is None or spec.family != FAMILY:
