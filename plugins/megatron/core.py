@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -58,6 +57,7 @@ from ckptx.schemas.megatron_settings.args import (
 from ckptx.schemas.megatron_settings.args import notes as remarks
 from ckptx.schemas.megatron_settings.llava import is_llava, language_args
 from ckptx.storage.file_plan import literal_files
+from ckptx.storage.location import Location
 
 
 class CoreLoader:
@@ -69,11 +69,11 @@ class CoreLoader:
         """Return the options for the vocabulary and for args that stand in the way."""
         return [*vocabulary_options(), transformer_impl_option("loader"), accept_arg_option()]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether there is a tracker file or an iteration directory, of no legacy model."""
         return directory.looks_like(source) and found_form(source) is not LEGACY
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model."""
         if context.fill_from_base:
             raise FormatError(
@@ -158,7 +158,7 @@ class CoreLoader:
         return family_named(spec.family).megatron.head_notes(spec)
 
 
-def found_form(source: Path) -> Generation | None:
+def found_form(source: Location) -> Generation | None:
     """Return which kind of model a per-rank checkpoint holds, None where that cannot be told."""
     try:
         place = directory.find(source)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from ckptx.errors import FormatError, PlanError, SchemaError
@@ -39,6 +37,7 @@ from ckptx.registry.families import family_named
 from ckptx.schemas.conventions import legacy
 from ckptx.schemas.megatron_settings.args import launch_flags
 from ckptx.storage.file_plan import literal_files
+from ckptx.storage.location import Location
 
 
 class LegacyLoader(CoreLoader):
@@ -57,7 +56,7 @@ class LegacyLoader(CoreLoader):
             ),
         ]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether the files of ranks hold a legacy model."""
         return directory.looks_like(source) and found_form(source) is LEGACY
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from ckptx.errors import FormatError
 from ckptx.model.layout import Layout, Parts
 from ckptx.protocol.messages import Dropped, SourceTensor, Tensors
+from ckptx.storage.location import Location
 from ckptx.tensors.lazy import LazyTensor, Stored
 
 Excluded: TypeAlias = Callable[[str, LazyTensor], bool]
@@ -22,7 +22,7 @@ ENGINE_STATE = "quantisation state of Transformer Engine; holds no weights"
 class Source:
     """A checkpoint that was read as far as its metadata goes."""
 
-    place: Path
+    place: Location
     args: Mapping[str, Any]
     files: tuple[str, ...]
     sources: tuple[SourceTensor, ...]
@@ -46,7 +46,7 @@ class Source:
         return [source.name for source in self.sources]
 
 
-def args_of(state: Any, file: Path) -> dict[str, Any]:
+def args_of(state: Any, file: Location) -> dict[str, Any]:
     """Return the ``args`` of a checkpoint's common state as a dictionary; empty if it has none.
 
     Raises:

@@ -32,6 +32,7 @@ from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import Loader, SavePlan
 from ckptx.protocol.messages import Begin, Messages
 from ckptx.protocol.sidecars import CONFIG
+from ckptx.storage.location import Location
 from ckptx.tensors.dtypes import dtype_name
 
 FAMILY = "mixtral"
@@ -100,11 +101,11 @@ class LlamaMistralLoader:
             transformer_impl_option("loader"),
         ]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return False: what it reads is detected as ``meta`` or ``hf``."""
         return False
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model, after checking that it is the one that was named."""
         name, kind = options.get("model_size"), options.get("checkpoint_type")
         if name not in CHOICES or kind not in ("meta", "hf"):
@@ -189,11 +190,11 @@ class MixtralHfLoader:
         """Return Megatron's options."""
         return [*vocabulary_options(), tokenizer_model_option()]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return False: what it reads is detected as ``hf``."""
         return False
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model, after checking that it is a Mixtral."""
         messages = HfLoader().load(source, options, context)
         begin = next(messages)
@@ -222,11 +223,11 @@ class LlavaLoader(CoreLoader):
             ),
         ]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return False: what it reads is detected as ``core``."""
         return False
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model."""
         for message in super().load(source, options, context):
             if isinstance(message, Begin) and "vision" not in message.parts:
