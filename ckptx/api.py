@@ -213,18 +213,23 @@ def inspect(
     Raises:
         CkptxError: it cannot be read, or holds no tensor that was asked for.
     """
+    from ckptx.inspection.checkpoint import Checkpoint
     from ckptx.inspection.layers import parse_layers
     from ckptx.inspection.summary import Wanted
     from ckptx.inspection.summary import inspect as inspect_checkpoint
+    from ckptx.registry.open import open_checkpoint
 
-    place, format, bound = _opened(path, from_, options)
     wanted = Wanted(
         names=names,
         pattern=filter,
         layers=parse_layers(layers) if layers else None,
         stats=stats,
     )
-    return inspect_checkpoint(place, format, bound, wanted)
+    if isinstance(path, Checkpoint):
+        return inspect_checkpoint(path.opened, wanted)
+    place, format, bound = _opened(path, from_, options)
+    with open_checkpoint(place, format, options=bound) as checkpoint:
+        return inspect_checkpoint(checkpoint, wanted)
 
 
 def formats() -> tuple[Format, ...]:

@@ -26,8 +26,8 @@ from ckptx.cli import main as cli
 from ckptx.errors import CkptxError, PluginError
 from ckptx.model import canonical_names as vocabulary
 from ckptx.model.family import Family
+from ckptx.protocol import context, declarations, hookspecs
 from ckptx.protocol import contracts as plugin
-from ckptx.protocol import hookspecs
 from ckptx.protocol import messages as protocol
 from ckptx.registry import registry
 from ckptx.verification.diagnosis.search import KNOWN
@@ -259,9 +259,8 @@ def contracts() -> str:
 
 
 def engine_values() -> str:
-    """Return the options of the engine that every plugin is given."""
-    rows = re.findall(r"^ {4}(\w+) {2,}(.+(?:\n {8,}.+)*)$", str(plugin.__doc__), re.MULTILINE)
-    return table(("key", "value"), [(f"`{name}`", _prose(text)) for name, text in rows])
+    """Return what the engine tells every plugin, and what a plugin declares."""
+    return "\n\n".join((_class(context, "Context"), _class(declarations, "Format")))
 
 
 def messages() -> str:

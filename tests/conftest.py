@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if chosen := getattr(test, "_hypothesis_internal_use_settings", None):
             more = settings(chosen, max_examples=EXAMPLES * chosen.max_examples)
             getattr(test, "__func__", test)._hypothesis_internal_use_settings = more
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Every test draws the same numbers, whatever ran before it in its process."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(name="write_llama", scope="session")

@@ -1,74 +1,26 @@
 """``convert`` and ``plan``: commands whose options depend on the plugins that are chosen.
 
-The command line is read twice. The first look finds the loader and the saver (the format of the
-source is detected if no loader is named); the second has exactly their options and the engine's.
+Beside these there are the engine's.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import click
 
 from ckptx.cli.options import long_options, output_options, short_options, show_result
-from ckptx.conversion import megatron_modules
+from ckptx.cli.plugin_options import Chosen, PluginCommand, equal_options, scanned
 from ckptx.conversion.options import engine_options, megatron_options
 from ckptx.conversion.request import ConversionRequest
-from ckptx.errors import CkptxError, PluginError
 from ckptx.registry import registry
 
-
-class Chosen:
-    """The plugins of one command line, and their options."""
-
-    def __init__(
-        self,
-        loader: str | None,
-        saver: str | None,
-        megatron_path: str | None,
-        source: Path | None = None,
-    ) -> None:
-        self.loader = registry.loader(loader, megatron_path, source) if loader else None
-        self.saver = registry.saver(saver, megatron_path) if saver else None
-        plugins: tuple[object, ...] = (self.loader, self.saver)
-        self.modules = [plugin for plugin in plugins if isinstance(plugin, megatron_modules.Module)]
-        self.owners: dict[str, list[click.Option]] = {}
-        for role, plugin in (("loader", self.loader), ("saver", self.saver)):
-            if plugin is not None:
-                self.owners[f"{role} {plugin.name}"] = plugin.options()
-
-    def parameters(self, engine: Sequence[click.Parameter]) -> list[click.Option]:
-        """Return the plugins' options, equal ones once.
-
-        Raises:
-            PluginError: one name is declared in different ways.
-        """
-        spellings = {spelling: ("ckptx", p) for p in engine for spelling in _spellings(p)}
-        found: list[click.Option] = []
-        for owner, options in self.owners.items():
-            for option in options:
-                for spelling in _spellings(option):
-                    other, known = spellings.setdefault(spelling, (owner, option))
-                    if known is not option and not _equal(known, option):
-                        raise PluginError(
-                            f"{option.opts[0]} is declared differently by {other} and by {owner}; "
-                            "one of them must be renamed"
-                        )
-                if not any(_equal(option, known) for known in found):
-                    found.append(option)
-        return found
-
-    def values(self, role: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        """Return the parameters that belong to the plugin in ``role``."""
-        options = next((o for owner, o in self.owners.items() if owner.startswith(role)), [])
-        return {str(option.name): parameters[str(option.name)] for option in options}
+_WORKERS = "ckptx.workers"
 
 
-class ConversionCommand(click.Command):
-    """A command that grows the options of the plugins it is given."""
+class ConversionCommand(PluginCommand):
+    """A command with the options of a loader and a saver."""
 
     def __init__(
         self,
@@ -87,22 +39,22 @@ class ConversionCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Choose the plugins, then parse with their options."""
-        wants_help = any(arg in ctx.help_option_names for arg in args)
-        ctx.meta["chosen"] = chosen = self._choose(args, wants_help)
-        own = chosen.parameters(self.params)
-        ctx.meta["own"] = own
-        arguments = args
-        if chosen.modules and not wants_help:
-            spellings = frozenset(s for p in (*self.params, *own) for s in _spellings(p))
-            ctx.meta["arguments"], arguments = megatron_modules.parse(
-                chosen.modules, args, spellings
-            )
-        original = self.params
-        self.params = [*original, *own]
+        started = None
+        if ctx.obj and self.writes(args) and not any(arg in ctx.help_option_names for arg in args):
+            from ckptx.conversion.supervisor import Workers
+
+            ctx.meta[_WORKERS] = started = Workers()
+            ctx.call_on_close(started.stop)
         try:
-            return super().parse_args(ctx, list(arguments))
-        except click.NoSuchOption as error:
-            raise _owned_elsewhere(error, chosen) from error
+            return self._parsed(ctx, args)
+        except BaseException:
+            if started is not None:
+                started.stop()  # click closes no context whose arguments are wrong
+            raise
+
+    def _parsed(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
         except click.MissingParameter as error:
             if error.param is None or error.param.name != "saver":
                 raise
@@ -111,22 +63,22 @@ class ConversionCommand(click.Command):
             raise click.UsageError(
                 f"say the format to write with {spelling}: {known}", ctx
             ) from None
-        finally:
-            self.params = original
+
+    def writes(self, args: Sequence[str]) -> bool:
+        """Return whether the command writes a target, so that its processes may start."""
+        return self.run is _convert and len(args) > 1
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the conversion that the options describe."""
         chosen: Chosen = ctx.meta["chosen"]
-        if chosen.loader is None or chosen.saver is None:
+        loader, saver = chosen.name("loader"), chosen.name("saver")
+        if loader is None or saver is None:
             raise click.UsageError(f"say the format of {ctx.params['load_dir']} with --from", ctx)
         engine = (*engine_options(), *megatron_options())
-        both = {}
-        if chosen.modules:
-            names = {"loader": chosen.loader.name, "saver": chosen.saver.name}
-            both["arguments"] = {**ctx.params, **names, **ctx.meta.get("arguments", {})}
+        both = self.module_arguments(ctx, loader=loader, saver=saver)
         job = ConversionRequest(
-            loader=chosen.loader.name,
-            saver=chosen.saver.name,
+            loader=loader,
+            saver=saver,
             source=ctx.params["load_dir"],
             target=ctx.params["save_dir"],
             loader_options={**chosen.values("loader", ctx.params), **both},
@@ -137,15 +89,17 @@ class ConversionCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in groups: conversion, each plugin, engine, modules."""
-        chosen: Chosen = ctx.meta.get("chosen") or Chosen(None, None, None)
+        chosen: Chosen = ctx.meta.get("chosen") or Chosen()
         named = [param for param in self.base if isinstance(param, click.Option)]
         _section(ctx, formatter, "Conversion", named)  # click itself lists SRC and DST
         shown: list[click.Option] = []
         for owner, options in chosen.owners.items():
-            new = [o for o in options if not any(_equal(o, other) for other in shown)]
+            new = [o for o in options if not any(equal_options(o, other) for other in shown)]
             shown += new
             _section(ctx, formatter, f"Options of {owner}", new)
         if chosen.modules:
+            from ckptx.conversion import megatron_modules
+
             with formatter.section("Options of Megatron-style modules"):
                 formatter.write(megatron_modules.option_help(chosen.modules) + "\n")
         help_option = self.get_help_option(ctx)
@@ -160,7 +114,7 @@ class ConversionCommand(click.Command):
                     f"Known loaders: {loaders}; savers: {savers}."
                 )
 
-    def _choose(self, args: list[str], wants_help: bool) -> Chosen:
+    def choose(self, args: list[str], wants_help: bool) -> Chosen:
         """Return the plugins that ``args`` name, after as light a look as possible."""
         params, places = scanned(self.params, args)
         loader, saver, path = (params.get(k) for k in ("loader", "saver", "megatron_path"))
@@ -177,27 +131,13 @@ class ConversionCommand(click.Command):
                 raise click.UsageError("a path is empty; is a variable of the shell not set?")
             elif places and not wants_help:
                 loader = registry.detect(places[0])
-        return Chosen(loader, saver, path, source)
+        return Chosen(
+            ("loader", registry.loader(loader, path, source) if loader else None),
+            ("saver", registry.saver(saver, path) if saver else None),
+        )
 
 
-def scanned(
-    params: Sequence[click.Parameter], args: Sequence[str]
-) -> tuple[dict[str, Any], list[Path]]:
-    """Return the known options of a command line, and what may be paths among the rest.
-
-    Values of options that are not known yet stand there, too: take what exists.
-    """
-    scan = click.Command(
-        "scan",
-        params=[param for param in params if isinstance(param, click.Option)],
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-        add_help_option=False,
-    )
-    ctx = scan.make_context("scan", list(args), resilient_parsing=True)
-    return ctx.params, [Path(arg) for arg in ctx.args if arg and not arg.startswith("-")]
-
-
-def convert_command(style: Literal["short", "long"]) -> click.Command:
+def convert_command(style: Literal["short", "long"] = "short") -> click.Command:
     """Return the command that converts, with short or Megatron's own option names."""
     return ConversionCommand("convert", "Convert a checkpoint.", style, _convert)
 
@@ -213,7 +153,10 @@ def _convert(job: ConversionRequest, params: dict[str, Any]) -> None:
     from ckptx.cli import progress
     from ckptx.conversion import supervisor
 
-    report = supervisor.convert(job, progress.choose(params["quiet"] or params["as_json"]))
+    workers = click.get_current_context().meta.get(_WORKERS)
+    shown = progress.choose(params["quiet"] or params["as_json"])
+    convert = supervisor.convert
+    report = convert(job, shown, workers) if workers else convert(job, shown)
     show_result(report, params["as_json"], params["quiet"])
 
 
@@ -234,34 +177,3 @@ def _section(
     if rows:
         with formatter.section(title):
             formatter.write_dl(rows)
-
-
-def _spellings(param: click.Parameter) -> Iterator[str]:
-    """Yield all that must be unique on one command line: the options, and the parameter's name."""
-    if isinstance(param, click.Option):
-        yield from (*param.opts, *param.secondary_opts)
-    yield f"({param.name})"
-
-
-def _equal(one: click.Parameter, other: click.Parameter) -> bool:
-    """Return whether two declarations mean the same; the words of their help may differ."""
-    first, second = one.to_info_dict(), other.to_info_dict()
-    return all(first.get(key) == second.get(key) for key in {*first, *second} - {"help"})
-
-
-def _owned_elsewhere(error: click.NoSuchOption, chosen: Chosen) -> click.UsageError:
-    owners = []
-    for entry in registry.entries().values():
-        if entry.kind == "schema" or f"{entry.kind} {entry.name}" in chosen.owners:
-            continue
-        with contextlib.suppress(CkptxError):
-            plugin = getattr(registry, entry.kind)(entry.name)
-            if any(error.option_name in _spellings(option) for option in plugin.options()):
-                owners.append(f"{entry.kind} {entry.name!r}")
-    if not owners:
-        return error
-    return click.UsageError(
-        f"{error.option_name} belongs to {' and '.join(owners)}, which is not chosen here "
-        f"(chosen: {', '.join(chosen.owners) or 'nothing'})",
-        error.ctx,
-    )

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from ckptx.cli.conversion import Chosen, ConversionCommand, scanned
-from ckptx.cli.options import Place, output_options, show_result
+from ckptx.cli.conversion import ConversionCommand
+from ckptx.cli.options import Place, argument, output_options, show_result
+from ckptx.cli.plugin_options import Chosen, scanned
 from ckptx.conversion.options import MODIFY, Dtype, engine_options
-from ckptx.conversion.request import ConversionRequest
+from ckptx.conversion.request import ConversionRequest, Edits
 from ckptx.registry import registry
 
 
@@ -23,8 +24,8 @@ class ModifyCommand(ConversionCommand):
         )
         path = Place(path_type=Path)
         self.base = [
-            click.Argument(["load_dir"], metavar="SRC", type=path, help="Checkpoint to read."),
-            click.Argument(["save_dir"], metavar="DST", type=path, help="Where to write."),
+            argument("load_dir", metavar="SRC", type=path, help="Checkpoint to read."),
+            argument("save_dir", metavar="DST", type=path, help="Where to write."),
             click.Option(["--from", "--loader", "loader"], help="Format of SRC.  [detected]"),
             click.Option(
                 ["--remove"], multiple=True, metavar="GLOB", help="Leave out tensors. Repeatable."
@@ -52,14 +53,14 @@ class ModifyCommand(ConversionCommand):
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the conversion."""
-        from ckptx.conversion.edits import Edits, saver_for
+        from ckptx.conversion.edits import saver_for
 
         chosen: Chosen = ctx.meta["chosen"]
         params = ctx.params
         edits = Edits(params["remove"], params["cast"], params["rename"])
         if not edits:
             raise click.UsageError("say what to change: --remove, --cast or --rename", ctx)
-        loader = chosen.loader.name if chosen.loader else registry.detect(params["load_dir"])
+        loader = chosen.name("loader") or registry.detect(params["load_dir"])
         job = ConversionRequest(
             loader=loader,
             saver=saver_for(loader),
@@ -72,7 +73,8 @@ class ModifyCommand(ConversionCommand):
         )
         self.run(job, params)
 
-    def _choose(self, args: list[str], wants_help: bool) -> Chosen:
+    def choose(self, args: list[str], wants_help: bool) -> Chosen:
+        """Return the loader of the source and the saver of its format."""
         params, places = scanned(self.params, args)
         loader = params.get("loader")
         source = next((path for path in places if path.exists()), None)
@@ -81,11 +83,11 @@ class ModifyCommand(ConversionCommand):
         elif loader is None and places and not wants_help:
             loader = registry.detect(places[0])  # says that there is none
         if loader is None:
-            return Chosen(None, None, None)
+            return Chosen()
         from ckptx.conversion.edits import saver_for
 
         plugin = registry.loader(loader, source=source)
-        return Chosen(plugin.name, saver_for(plugin.name), None)
+        return Chosen(("loader", plugin), ("saver", registry.saver(saver_for(plugin.name))))
 
 
 def modify_command() -> click.Command:

@@ -64,12 +64,20 @@ def output_options() -> list[click.Parameter]:
     ]
 
 
+def argument(name: str, help: str, **settings: Any) -> click.Argument:
+    """Return a positional argument; click shows the help of one since 8.5."""
+    try:
+        return click.Argument([name], help=help, **settings)
+    except TypeError:
+        return click.Argument([name], **settings)
+
+
 def short_options() -> list[click.Parameter]:
     """Return source, target and plugins as ``ckptx convert`` spells them."""
     path = Place(path_type=Path)
     return [
-        click.Argument(["load_dir"], metavar="SRC", type=path, help="Checkpoint to read."),
-        click.Argument(["save_dir"], metavar="DST", type=path, help="Where to write."),
+        argument("load_dir", metavar="SRC", type=path, help="Checkpoint to read."),
+        argument("save_dir", metavar="DST", type=path, help="Where to write."),
         click.Option(["--from", "--loader", "loader"], help="Format of SRC.  [detected]"),
         click.Option(["--to", "--saver", "saver"], required=True, help="Format of DST."),
     ]

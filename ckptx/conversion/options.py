@@ -5,55 +5,41 @@ The command line and the API take the same options, declared once, as click's.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 
-DTYPES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "half": "float16",
-    "fp32": "float32",
-    "float": "float32",
-    **{name: name for name in ("bfloat16", "float16", "float32")},
-}
-
+from ckptx.tensors.dtypes import SPELLINGS
+from ckptx.text.sizes import parse_size
 
 MODIFY = ("overwrite", "max_memory", "threads", "digest", "check_replicas")
 """The engine's options that a change of single tensors takes."""
 
 
-class Size(click.ParamType[Any]):
-    """A number of bytes: ``512M``, ``2GiB``, ``1.5g``."""
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
+    """A number of bytes: ``512MiB``, ``2GB``, ``1.5g``."""
 
     name = "size"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | None:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the number of bytes."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", value, re.IGNORECASE)
-        if match is None:
-            self.fail(f"{value!r} is no size; write 512M or 2G", param, ctx)
-        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
-class Dtype(click.ParamType[Any]):
+class Dtype(click.ParamType):  # type: ignore[type-arg]
     """A dtype by its torch name or a short one."""
 
     name = "dtype"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | None:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the torch name."""
-        if value not in DTYPES:
-            self.fail(f"{value!r} is not one of {', '.join(DTYPES)}", param, ctx)
-        return DTYPES[value]
+        if value not in SPELLINGS:
+            self.fail(f"{value!r} is not one of {', '.join(SPELLINGS)}", param, ctx)
+        return SPELLINGS[value]
 
 
 def engine_options() -> list[click.Option]:
@@ -74,9 +60,9 @@ def engine_options() -> list[click.Option]:
         click.Option(
             ["--max-memory"],
             type=Size(),
-            default="512M",
+            default="512MiB",
             show_default=True,
-            help="Memory of the whole conversion.",
+            help="Memory of the whole conversion: GB is 10^9 bytes, GiB and G are 2^30.",
         ),
         click.Option(
             ["--threads"],
@@ -98,6 +84,20 @@ def engine_options() -> list[click.Option]:
             show_default=True,
             help="How much of a tensor's further copies is compared.",
         ),
+        *_resume_options(),
+        click.Option(
+            ["--max-queue-size"],
+            type=click.IntRange(1),
+            default=50,
+            show_default=True,
+            help="Messages that may wait between the two processes.",
+        ),
+    ]
+
+
+def _resume_options() -> list[click.Option]:
+    """Return the options of interrupted runs."""
+    return [
         click.Option(
             ["--resume/--no-resume"],
             default=True,
@@ -107,16 +107,9 @@ def engine_options() -> list[click.Option]:
         click.Option(
             ["--journal-every"],
             type=Size(),
-            default="256M",
+            default="256MiB",
             show_default=True,
             help="How much an interrupted run may have to write again.",
-        ),
-        click.Option(
-            ["--max-queue-size"],
-            type=click.IntRange(1),
-            default=50,
-            show_default=True,
-            help="Messages that may wait between the two processes.",
         ),
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ckptx.errors import FormatError
@@ -15,15 +15,11 @@ from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.export import exported
 from ckptx.model.family import Family
 from ckptx.protocol.context import ADAPTERS, UNTOLD, Context
-from ckptx.protocol.from_names import (
-    named_messages,
-    names_held,
-    passthrough,
-    tied_names,
-)
+from ckptx.protocol.from_names import named_messages, names_held, passthrough, tied_names
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import _architectures, family_of, parts_from_config, why_unknown
+from ckptx.storage.location import Location
 from ckptx.storage.partial import MANIFEST
 from ckptx.storage.source_file import read_small
 from ckptx.tensors.lazy import LazyTensor
@@ -51,13 +47,13 @@ copies its scripts into every checkpoint.
 """
 
 
-def training_state(directory: Path) -> tuple[Dropped, ...]:
+def training_state(directory: Location) -> tuple[Dropped, ...]:
     """Return the files of a training that lie beside the weights and do not go with them."""
     files = {p for pattern in _TRAINING for p in directory.glob(pattern) if p.is_file()}
     return tuple(Dropped(p.name, TRAINING_STATE, p.stat().st_size) for p in sorted(files))
 
 
-def sidecars(directory: Path) -> dict[str, bytes]:
+def sidecars(directory: Location) -> dict[str, bytes]:
     """Return the small files of a model by name: config, tokenizer, chat template, code.
 
     Code files are carried as bytes and never imported. Weights and their indexes are not sidecars.
@@ -69,7 +65,7 @@ def sidecars(directory: Path) -> dict[str, bytes]:
         weights = weights or path.name.startswith("ckptx-")
         if not wanted or weights or not path.is_file():
             continue
-        if any(path.match(pattern) for pattern in _TRAINING):
+        if any(fnmatchcase(path.name, pattern) for pattern in _TRAINING):
             continue
         if path.stat().st_size > _MAX_SIDECAR:
             raise FormatError(
@@ -126,14 +122,11 @@ def hf_messages(
         begin, tensors, _, more, gone = _merged(
             held, begin, tensors, config or {}, None, dtype, renamer
         )
-        notes, dropped = (*notes, *more), (*dropped, *gone)
         named = ", ".join((config or {}).get("architectures") or ())
-        why = (
-            f"{named}: {why_unknown(config or {})}" if named else "no config names an architecture"
-        )
-        yield begin
-        yield passthrough(tensors)
-        yield End(dropped, (*notes, f"{why}; tensors pass through by name"))
+        why = why_unknown(config or {}) if named else "no config names an architecture"
+        why = f"{named}: {why}" if named else why
+        notes = (*notes, *more, f"{why}; tensors pass through by name")
+        yield from _by_name(begin, tensors, (*dropped, *gone), notes)
         return
     before, tensors = tensors, float8.dequantise(tensors, config, dtype)
     if len(tensors) < len(before):
@@ -150,9 +143,8 @@ def hf_messages(
     tensors, around = task_heads.without_module(tensors, known)
     notes = (*notes, *around)
     if own := task_heads.heads_of(tensors, known):
-        yield begin
-        yield passthrough(tensors)
-        yield End(dropped, (*notes, task_heads.remark(own, ", ".join(_architectures(config)))))
+        remark = task_heads.remark(own, ", ".join(_architectures(config)))
+        yield from _by_name(begin, tensors, dropped, (*notes, remark))
         return
     yield from named_messages(
         replace(begin, family=composed), tensors, parts, family.layout("hf"), notes, dropped
@@ -165,9 +157,20 @@ def _adapter_messages(
     model = read_config(held.begin.sidecars, held.begin.root) or {}
     tensors, config, rest, more = exported(held, model)
     files = {ADAPTER_CONFIG: dump_config(config)}
-    yield replace(held.begin, layout=extract.LAYOUT, sidecars=files)
+    begin = replace(held.begin, layout=extract.LAYOUT, sidecars=files)
+    yield from _by_name(begin, tensors, (*dropped, *rest), (*notes, *more))
+
+
+def _by_name(
+    begin: Begin,
+    tensors: Mapping[str, LazyTensor],
+    dropped: tuple[Dropped, ...],
+    notes: tuple[str, ...],
+) -> Iterator[Message]:
+    """Yield the messages of tensors that pass through under their own names."""
+    yield begin
     yield passthrough(tensors)
-    yield End((*dropped, *rest), (*notes, *more))
+    yield End(dropped, notes)
 
 
 def _merged(

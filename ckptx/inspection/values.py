@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptx.errors import PlanError, listing
-from ckptx.registry.open import open_checkpoint
+from ckptx.registry.open import Checkpoint, opened
 from ckptx.storage.gather import numpy_dtype, read
 from ckptx.storage.open_files import Files
 from ckptx.tensors.lazy import LazyTensor, Shape
@@ -80,20 +80,20 @@ class Values:
 
 
 def look_up(
-    path: Path,
-    loader: str | None,
-    options: Mapping[str, Any],
+    source: Checkpoint | Path,
     name: str,
     part: str | None = None,
     full: bool = False,
 ) -> Values:
     """Return the values of the one tensor that ``name`` means: a name, or a glob of one.
 
+    ``source`` is an open checkpoint, or the path of one.
+
     Raises:
         CkptxError: the checkpoint cannot be read, no tensor or several are so named, or the slice
             does not fit.
     """
-    with open_checkpoint(path, loader, options=options) as checkpoint:
+    with opened(source) as checkpoint:
         known = dict(checkpoint.tensors("stored")[1])
         known |= checkpoint.tensors()[1]  # whole tensors win where a name is both
         name = resolve(name, known)

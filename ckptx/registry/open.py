@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -100,6 +101,7 @@ def open_checkpoint(
     options: Mapping[str, Any] | None = None,
     wants: Wants = ANYTHING,
     spool: Spool | Path | None = None,
+    context: Context | None = None,
 ) -> Checkpoint:
     """Return a checkpoint; only its metadata are read.
 
@@ -110,6 +112,7 @@ def open_checkpoint(
         wants: what of it is to be loaded.
         spool: where tensors are decoded to that lie compressed; given a directory or nothing (the
             directory for temporary files), the checkpoint makes a spool of its own if need be.
+        context: what else the loader is told; ``options`` are its own alone then.
 
     Raises:
         CkptxError: it cannot be read at all.
@@ -128,7 +131,7 @@ def open_checkpoint(
     try:
         try:
             messages = checkpoint_messages(
-                location, loader, options=options, wants=wants, spool=own
+                location, loader, options=options, wants=wants, spool=own, context=context
             )
             model = collect(watched(messages))
         except PluginError:
@@ -142,6 +145,16 @@ def open_checkpoint(
             own.close()
         raise
     return Checkpoint(location, loader.name, model, misfit, None if own is spool else own)
+
+
+@contextmanager
+def opened(checkpoint: Checkpoint | Path) -> Iterator[Checkpoint]:
+    """Return a checkpoint that is open already, or open it by its path for the while."""
+    if isinstance(checkpoint, Checkpoint):
+        yield checkpoint
+        return
+    with open_checkpoint(checkpoint) as own:
+        yield own
 
 
 def checkpoint_messages(

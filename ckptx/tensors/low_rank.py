@@ -26,6 +26,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ckptx.errors import SchemaError
+from ckptx.tensors.dtypes import DTYPES
 from ckptx.tensors.lazy import Box, Computed, Filled, LazyTensor
 
 if TYPE_CHECKING:  # planning computes nothing, and needs no numpy
@@ -35,8 +36,6 @@ if TYPE_CHECKING:  # planning computes nothing, and needs no numpy
 BLOCK = 256
 """Ranks that one chain of multiply-adds runs over; sums of further ones are added to it."""
 _TILE = 64  # rows and columns of the squares that the matrix kernel is asked for
-FLOATS = ("float32", "bfloat16", "float16")
-"""The dtypes that a weight and its update may have."""
 
 
 class LowRank:
@@ -122,9 +121,9 @@ def updated(
     """
     inputs = [weight, left, right]
     inputs += [] if magnitude is None else [magnitude]
-    other = next((one.dtype for one in inputs if one.dtype not in FLOATS), None)
+    other = next((one.dtype for one in inputs if one.dtype not in DTYPES), None)
     if other is not None:
-        raise SchemaError(f"expected {', '.join(FLOATS)}, found {other}")
+        raise SchemaError(f"expected {', '.join(DTYPES)}, found {other}")
     check_ranks(left, right)
     wanted = (left.shape[0], right.shape[1])
     if weight.shape != wanted:

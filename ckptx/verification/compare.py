@@ -17,7 +17,7 @@ from typing import Any
 
 from ckptx.model.canonical_names import keys_of
 from ckptx.protocol.progress import Progress, Silent
-from ckptx.registry.open import Checkpoint, open_checkpoint
+from ckptx.registry.open import Checkpoint, opened
 from ckptx.storage.blocks import BlockReader
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.text.shown import Shown
@@ -158,10 +158,7 @@ def compare(
         CkptxError: one of them cannot be read, or they have no names in common.
     """
     with ExitStack() as stack:
-        sides = [
-            one if isinstance(one, Checkpoint) else stack.enter_context(open_checkpoint(one))
-            for one in (left, right)
-        ]
+        sides = [stack.enter_context(opened(one)) for one in (left, right)]
         paired = pair(*sides)
         reader = BlockReader(*(stack.enter_context(closing(side.files())) for side in sides))
         found = _differences(paired, reader, tolerance, progress or Silent())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,10 @@ from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import INDEXES, SINGLES, fill_from_base, read_weights
 from ckptx.model.layout import in_module_order
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype
-from ckptx.protocol.messages import Begin, Message
+from ckptx.protocol.messages import Begin, Messages
 from ckptx.protocol.model import Model, collect, fill_unused
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import (
@@ -35,10 +34,10 @@ from ckptx.registry.families import (
 )
 from ckptx.schemas.conventions import transformers_memory
 from ckptx.storage.file_plan import FilePlan, literal_files
+from ckptx.storage.location import Location
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+from ckptx.text.sizes import parse_size
 
 
 class HfLoader:
@@ -50,7 +49,7 @@ class HfLoader:
         """Return the options for adapters; all else is read from the directory."""
         return adapter_options()
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether there are weights under Hugging Face's file names."""
         if source.is_file():
             return source.suffix == ".safetensors"
@@ -64,9 +63,7 @@ class HfLoader:
         others = (p for p in source.glob("*.safetensors") if not p.name.startswith("consolidated"))
         return (source / "config.json").exists() and any(others)
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; tensors of an unknown architecture pass through by name."""
         directory = source if source.is_dir() else source.parent
         weights = read_weights(source)
@@ -104,7 +101,8 @@ class HfSaver:
                 ["--max-shard-size"],
                 default="5GB",
                 show_default=True,
-                help="Largest weight file, as 5GB or 500MB; one tensor is never divided.",
+                help="Largest weight file, e.g. 5GB (10^9 bytes) or 5GiB (2^30); one tensor is "
+                "never divided.",
             ),
             click.Option(
                 ["--weight-files"],
@@ -115,9 +113,7 @@ class HfSaver:
             ),
         ]
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of a model directory."""
         model = collect(messages)
         known = model.passthrough is None and bool(model.begin.parts)
@@ -164,17 +160,15 @@ def _auto_class(model: Model) -> str:
     )
 
 
-def parse_size(text: str) -> int:
-    """Return a size in bytes; ``GB`` is 10^9, ``GiB`` is 2^30.
-
-    Examples:
-        >>> parse_size("5GB"), parse_size("1.5 MiB")
-        (5000000000, 1572864)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or not float(match[1]):
-        raise PlanError(f"{text!r} is not a size; write 5GB, 500MB or 2GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+def _shard_size(text: str) -> int:
+    """Return the largest size of a weight file, in bytes."""
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise PlanError(f"--max-shard-size: {error}") from error
+    if not size:
+        raise PlanError(f"--max-shard-size {text}: a file of no bytes holds nothing")
+    return size
 
 
 def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
@@ -245,15 +239,13 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     return True
 
 
-def weight_files(
-    tensors: Mapping[str, LazyTensor], options: Mapping[str, Any]
-) -> Iterator[FilePlan]:
+def weight_files(tensors: Mapping[str, LazyTensor], options: Options) -> Iterator[FilePlan]:
     """Yield the weight files of a model, as the options of the saver want them, and their index.
 
     Source of the names: huggingface/transformers src/transformers/utils/__init__.py (WEIGHTS_NAME,
     SAFE_WEIGHTS_NAME) @ v4.57.1.
     """
-    shards = list(_shards(tensors, parse_size(options.get("max_shard_size") or "5GB")))
+    shards = list(_shards(tensors, _shard_size(options.get("max_shard_size") or "5GB")))
     as_bin = options.get("weight_files") == "bin"
     stem, suffix = ("pytorch_model", ".bin") if as_bin else ("model", ".safetensors")
     paths = _shard_names(stem, suffix, len(shards))

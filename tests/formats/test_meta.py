@@ -302,8 +302,9 @@ def test_what_metas_model_cannot_hold_is_one_line(model, options, said, tmp_path
     assert_one_line(error.value)
 
 
-def megatron(source: Path, **options: Any) -> list[Any]:
-    return list(MEGATRON.load(source, {"checkpoint_type": "meta", **options}))
+def megatron(source: Path, dtype: str | None = None, **options: Any) -> list[Any]:
+    own = {"checkpoint_type": "meta", **options}
+    return list(MEGATRON.load(source, own, Context(dtype=dtype)))
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,7 @@ def test_compressed_items_are_decoded_when_they_are_read(source_of, tmp_path, de
             assert len(decodings) == 1
     with pytest.raises(ConversionError, match="the checkpoint is closed"):
         read(tensors["lm_head.weight"], checkpoint.begin.files)
-    assert inspect(tmp_path / "dcp", "dcp").healthy
+    assert inspect(tmp_path / "dcp").healthy
     assert len(decodings) == 1
     assert compare(source.directory, tmp_path / "dcp").equal
     assert len(decodings) == 1 + len(weights)
@@ -388,9 +388,9 @@ def test_a_damaged_compressed_item_hides_no_other(source_of, tmp_path):
     source = source_of("llama")
     compressed(source, tmp_path / "dcp")
     damage(tmp_path / "dcp")
-    assert inspect(tmp_path / "dcp", "dcp", {"hf_base": source.directory}).healthy
+    assert inspect(tmp_path / "dcp").healthy
     with pytest.raises(CkptxError, match="is no whole zstd stream"):
-        look_up(tmp_path / "dcp", "dcp", {}, "model.norm.weight")
+        look_up(tmp_path / "dcp", "model.norm.weight")
 
 
 def damage(directory):

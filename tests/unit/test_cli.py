@@ -201,7 +201,7 @@ def test_option_of_a_plugin_not_chosen_names_the_plugin(plugins, run, tmp_path):
             "unknown saver 'hff' (did you mean 'hf'?); known savers:",
         ),
         (["convert", "a", "b", "--from=hf", "--to=gguf"], 1, "has no saver for it yet"),
-        (["convert", "a", "b", "--from=hf", "--to=hf", "--max-memory=much"], 2, "is no size"),
+        (["convert", "a", "b", "--from=hf", "--to=hf", "--max-memory=much"], 2, "is not a size"),
         (["convert", "a", "b", "--from=hf", "--to=hf", "--dtype=int4"], 2, "is not one of bf16"),
         (["inspect", "nowhere"], 2, "no such file or directory"),
         (["nonsense"], 2, "No such command"),

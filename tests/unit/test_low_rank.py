@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from ckptx.errors import SchemaError
 from ckptx.storage.gather import read
 from ckptx.tensors import low_rank
 from ckptx.tensors.lazy import stored
 from ckptx.tensors.low_rank import product, updated
+
+pytest.importorskip("torch")
+
+import torch
 
 
 def nearest(value: Fraction) -> np.float32:

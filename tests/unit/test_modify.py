@@ -8,11 +8,6 @@ import re
 import warnings
 
 import pytest
-import torch
-import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import Metadata
-from transformers import AutoModelForCausalLM
 
 from ckptx.conversion.edits import Edits, edited
 from ckptx.conversion.proof import prove
@@ -20,6 +15,16 @@ from ckptx.errors import PlanError, SchemaError
 from ckptx.protocol.context import Context
 from ckptx.registry import registry
 from ckptx.testing.conversion import begin_of, checked, convert, end_of, save
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import Metadata
+from transformers import AutoModelForCausalLM
+
 from tests.oracles import hf
 
 EDITS = Edits(

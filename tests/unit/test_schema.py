@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from ckptx.errors import PlanError, SchemaError
 from ckptx.model.family import Family
@@ -29,6 +28,10 @@ from ckptx.model.transforms import (
 )
 from ckptx.storage.gather import read
 from ckptx.tensors.lazy import LazyTensor, Replicated, stored
+
+pytest.importorskip("torch")
+
+import torch
 
 HEADS, GROUPS, HEAD_DIM, HIDDEN, FFN = 8, 4, 2, 6, 10
 SPEC = ModelSpec("t", "T", 2, HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM, 32, 64, 1e-5)

@@ -1,50 +1,53 @@
-"""A plugin for ckptx: load and save ``weights.npz``, the model's small files beside it."""
+"""Load and save ``weights.npz``, the model's small files beside it."""
 
-from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ckptx.containers.zip_archive import ArchiveWriter, NewMember, read_members
-from ckptx.errors import FormatError
-from ckptx.hf_models.directory import hf_messages, sidecars
-from ckptx.protocol.context import UNTOLD, Context
-from ckptx.protocol.contracts import SavePlan
-from ckptx.protocol.from_names import inventory
-from ckptx.protocol.hookspecs import hookimpl
-from ckptx.protocol.messages import Begin, Message
-from ckptx.protocol.model import collect
-from ckptx.registry.families import config_of, hf_tensors
-from ckptx.storage.file_plan import FilePlan, literal_files
-from ckptx.storage.source_file import SourceFile
-from ckptx.tensors.dtypes import ITEMSIZE
-from ckptx.tensors.lazy import LazyTensor, stored
-
-WEIGHTS = "weights.npz"
+from ckptx.plugin_api import (
+    ITEMSIZE,
+    UNTOLD,
+    ArchiveWriter,
+    Begin,
+    Context,
+    FilePlan,
+    FormatError,
+    LazyTensor,
+    Location,
+    Messages,
+    NewMember,
+    Options,
+    SavePlan,
+    SourceFile,
+    collect,
+    config_of,
+    hf_messages,
+    hf_tensors,
+    inventory,
+    literal_files,
+    read_members,
+    sidecars,
+    stored,
+)
+from ckptx_npz import WEIGHTS
 
 
 class Npz:
     name = "npz"
-    capabilities: Mapping[str, Any] = {"formats": ["npz"], "layouts": ["hf"], "passthrough": True}
 
     def options(self) -> list[Any]:
         return []
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         return (source / WEIGHTS).is_file()
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
-        tensors = read_archive(path := str((source / WEIGHTS).resolve()))
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
+        tensors = read_archive(path := str((source / WEIGHTS).absolute()))
         begin = Begin("npz", "hf", {}, (path,), inventory(tensors), str(source), sidecars(source))
         yield from hf_messages(begin, tensors)
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         model = collect(messages)
         tensors, dropped = hf_tensors(model)
         archive = ArchiveWriter(root="")
@@ -77,11 +80,3 @@ def read_archive(path: str) -> dict[str, LazyTensor]:
                 raise FormatError(f"{path}: {member!r}: cannot use {dtype} {shape} as it is stored")
             tensors[name] = stored(0, place.offset + head.tell(), known, shape)
     return tensors
-
-
-@hookimpl
-def register_loaders(register: Callable[[Npz], None]) -> None:
-    register(Npz())
-
-
-register_savers = register_loaders  # Npz is both
