@@ -45,7 +45,7 @@ from ckptx.storage.file_plan import literal_files
 class LegacyLoader(CoreLoader):
     """Reads per-rank files of any ``checkpoint_version``, in old spellings and new."""
 
-    name = "legacy"
+    name = names = "legacy"
 
     def options(self) -> list[click.Option]:
         """Return those of the core loader, and one that Megatron has and ckptx does not need."""
