@@ -11,7 +11,7 @@ from ckptx.cli.conversion import ConversionCommand
 from ckptx.cli.options import Place, argument, output_options, show_result
 from ckptx.cli.plugin_options import Chosen, scanned
 from ckptx.conversion.options import MODIFY, Dtype, engine_options
-from ckptx.conversion.request import ConversionRequest
+from ckptx.conversion.request import ConversionRequest, Edits
 from ckptx.registry import registry
 
 
@@ -53,7 +53,7 @@ class ModifyCommand(ConversionCommand):
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the conversion."""
-        from ckptx.conversion.edits import Edits, saver_for
+        from ckptx.conversion.edits import saver_for
 
         chosen: Chosen = ctx.meta["chosen"]
         params = ctx.params

@@ -10,17 +10,19 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import click
 from click.core import ParameterSource
 
 from ckptx.cli.options import Checkpoint, output_options
-from ckptx.conversion import megatron_modules
 from ckptx.conversion.options import megatron_options
 from ckptx.errors import CkptxError, PluginError
 from ckptx.registry import registry
 from ckptx.registry.source import Source
+
+if TYPE_CHECKING:
+    from ckptx.conversion.megatron_modules import Module
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -50,10 +52,10 @@ class Chosen:
             for (role, plugin), side in zip(plugins, sides, strict=False)
             if plugin is not None
         ]
-        self.modules: list[megatron_modules.Module] = []
-        for use in self.uses:
-            if isinstance(use.plugin, megatron_modules.Module):
-                self.modules.append(use.plugin)
+        # What no plugin declares is a Megatron-style module.
+        self.modules: list[Module] = [
+            use.plugin for use in self.uses if use.plugin.name not in registry.names(use.role)
+        ]
 
     def name(self, role: str, side: str = "") -> str | None:
         """Return the name of the plugin in a role."""
@@ -117,6 +119,8 @@ class PluginCommand(click.Command):
         arguments = args
         if chosen.modules and not wants_help:
             spellings = frozenset(s for p in (*self.params, *own) for s in _spellings(p))
+            from ckptx.conversion import megatron_modules
+
             ctx.meta["arguments"], arguments = megatron_modules.parse(
                 chosen.modules, args, spellings
             )

@@ -11,9 +11,10 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ckptx.conversion.casting import cast_float
+from ckptx.conversion.request import Edits
 from ckptx.errors import PlanError, SchemaError, listing
 from ckptx.hf_models.config_check import _config_notes
 from ckptx.protocol.from_names import passthrough
@@ -21,8 +22,8 @@ from ckptx.protocol.messages import Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.tensors.lazy import LazyTensor
 
-SAVERS = {"hf": "hf", "pytorch": "pytorch", "dcp": "dcp"}
-"""Formats that are modified, and the savers that write them."""
+_MODIFIED = ("hf", "pytorch", "dcp")
+"""Formats that are modified; the savers that write them have the same names."""
 
 
 def saver_for(loader: str) -> str:
@@ -31,12 +32,13 @@ def saver_for(loader: str) -> str:
     Raises:
         PlanError: a format's tensors cannot be changed one by one.
     """
-    if loader not in SAVERS:
+    if loader not in _MODIFIED:
         raise PlanError(
-            f"modify changes {', '.join(SAVERS)}, not {loader!r}, whose files are those of a model "
-            "with fixed tensors on fixed ranks; convert it --to hf, modify that, and convert back"
+            f"modify changes {', '.join(_MODIFIED)}, not {loader!r}, whose files are those of a "
+            "model with fixed tensors on fixed ranks; convert it --to hf, modify that, and "
+            "convert back"
         )
-    return SAVERS[loader]
+    return loader
 
 
 def edited(messages: Iterator[Message], edits: Edits, loader: str) -> Iterator[Message]:
@@ -165,22 +167,3 @@ def _left_behind(messages: Iterator[Message]) -> tuple[Dropped, ...]:
             f"{error}; to modify the tensors whatever they are, move {CONFIG} away meanwhile"
         ) from error
     return tuple(drop for end in ends for drop in end.dropped if not drop.tensors)
-
-
-@dataclass(frozen=True, slots=True)
-class Edits:
-    """What is to be changed. Every pattern speaks of names in the source.
-
-    Edits are applied in this order: remove, cast, rename.
-    """
-
-    remove: tuple[str, ...] = ()
-    """Globs."""
-    cast: tuple[tuple[str, str], ...] = ()
-    """Globs with dtypes; the last that matches a name counts. Globs leave integers as they are."""
-    rename: tuple[tuple[str, str], ...] = ()
-    """Names with ``*`` for any text, which a ``*`` of the new name stands for, in order."""
-
-    def __bool__(self) -> bool:
-        """Return whether there is anything to do."""
-        return bool(self.remove or self.cast or self.rename)

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import click
 
 from ckptx.conversion import megatron_modules
-from ckptx.conversion.edits import Edits, saver_for
+from ckptx.conversion.edits import saver_for
 from ckptx.conversion.options import MODIFY, Dtype, engine_options, megatron_options
-from ckptx.conversion.request import ConversionRequest
+from ckptx.conversion.request import ConversionRequest, Edits
 from ckptx.errors import PlanError, PluginError
 from ckptx.registry import registry
 from ckptx.registry.registry import Role

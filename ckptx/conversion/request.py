@@ -8,8 +8,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckptx.conversion.edits import Edits
 from ckptx.protocol.context import Context
+
+QUEUE_SIZE = 50
+"""Messages that may wait between the two processes unless another number is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """What is to be changed. Every pattern speaks of names in the source.
+
+    Edits are applied in this order: remove, cast, rename.
+    """
+
+    remove: tuple[str, ...] = ()
+    """Globs."""
+    cast: tuple[tuple[str, str], ...] = ()
+    """Globs with dtypes; the last that matches a name counts. Globs leave integers as they are."""
+    rename: tuple[tuple[str, str], ...] = ()
+    """Names with ``*`` for any text, which a ``*`` of the new name stands for, in order."""
+
+    def __bool__(self) -> bool:
+        """Return whether there is anything to do."""
+        return bool(self.remove or self.cast or self.rename)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +58,7 @@ class ConversionRequest:
     """Whether to continue what an interrupted run has left, and to leave it if interrupted."""
     journal_every: int = 256 << 20
     """Bytes of output between two points from which an interrupted run is continued."""
-    max_queue_size: int = 50
+    max_queue_size: int = QUEUE_SIZE
     """Messages that may wait between the two processes."""
     model_type: str = "GPT"
     checking: bool = True

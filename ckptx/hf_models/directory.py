@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ckptx.errors import FormatError
@@ -25,6 +25,7 @@ from ckptx.protocol.from_names import (
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import _architectures, family_of, parts_from_config, why_unknown
+from ckptx.storage.location import Location
 from ckptx.storage.partial import MANIFEST
 from ckptx.storage.source_file import read_small
 from ckptx.tensors.lazy import LazyTensor
@@ -52,13 +53,13 @@ copies its scripts into every checkpoint.
 """
 
 
-def training_state(directory: Path) -> tuple[Dropped, ...]:
+def training_state(directory: Location) -> tuple[Dropped, ...]:
     """Return the files of a training that lie beside the weights and do not go with them."""
     files = {p for pattern in _TRAINING for p in directory.glob(pattern) if p.is_file()}
     return tuple(Dropped(p.name, TRAINING_STATE, p.stat().st_size) for p in sorted(files))
 
 
-def sidecars(directory: Path) -> dict[str, bytes]:
+def sidecars(directory: Location) -> dict[str, bytes]:
     """Return the small files of a model by name: config, tokenizer, chat template, code.
 
     Code files are carried as bytes and never imported. Weights and their indexes are not sidecars.
@@ -70,7 +71,7 @@ def sidecars(directory: Path) -> dict[str, bytes]:
         weights = weights or path.name.startswith("ckptx-")
         if not wanted or weights or not path.is_file():
             continue
-        if any(path.match(pattern) for pattern in _TRAINING):
+        if any(fnmatchcase(path.name, pattern) for pattern in _TRAINING):
             continue
         if path.stat().st_size > _MAX_SIDECAR:
             raise FormatError(

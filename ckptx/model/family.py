@@ -25,8 +25,18 @@ MEGATRON_SWITCHES = (
 )
 """Megatron's switches that change what weights mean; a family has each always, or never."""
 
+FUNCTION_SETTINGS = "megatron_settings"
+"""The entry of a spec's ``extra`` with the args that change what Megatron computes, by name."""
+
 LAST = sys.maxsize
 """The `Family.recognition` of the family that is whatever no other is."""
+
+
+def function_settings(spec: ModelSpec) -> str:
+    """Return the args of a checkpoint that change what Megatron computes, for an error."""
+    found = spec.extra.get(FUNCTION_SETTINGS, {})
+    said = " and ".join(f"{name} {value!r}" for name, value in found.items())
+    return f"{said} (ignored with {' '.join(f'--accept-arg {name}' for name in found)})"
 
 
 class FamilyConfig(Protocol):

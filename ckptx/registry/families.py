@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ckptx.errors import CkptxError, SchemaError
-from ckptx.model.family import LAST, Family
+from ckptx.model.family import FUNCTION_SETTINGS, LAST, Family, function_settings
 from ckptx.model.layout import Parts
 from ckptx.model.spec import ModelSpec
 from ckptx.protocol.messages import Dropped
@@ -200,6 +200,11 @@ def hf_tensors(model: Model) -> tuple[dict[str, LazyTensor], tuple[Dropped, ...]
     """
     if model.passthrough is None:
         family = family_named(model.family)
+        if model.spec.extra.get(FUNCTION_SETTINGS):
+            raise SchemaError(
+                f"args say {function_settings(model.spec)}, which changes what the model computes "
+                "and which no Hugging Face model has"
+            )
         fill_unused(model, family)
         return named_tensors(model, family.layout("hf"))
     if not model.begin.layout.startswith("hf"):

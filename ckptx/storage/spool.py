@@ -18,10 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from ckptx.errors import ConversionError, PluginError
-from ckptx.storage.gather import Gather
 from ckptx.storage.open_files import Files, write_all
 from ckptx.storage.source_file import SourceFile
 from ckptx.tensors.dtypes import ITEMSIZE
@@ -123,6 +120,10 @@ class Spool:
         for block in packed.blocks():
             self._write(memoryview(block), end)
             end += len(block)
+        import numpy as np
+
+        from ckptx.storage.gather import Gather
+
         with SourceFile(self.path) as file:  # opened anew: a file knows the size it was opened with
             tensor = packed.tensor(file, start, end - start)
         files = Files([self.path])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +17,7 @@ from ckptx.plugins.megatron import directory, llava, per_rank, torch_dist
 from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.forms import LEGACY, Generation
 from ckptx.plugins.megatron.options import (
+    accept_arg_option,
     iteration_option,
     parallel_options,
     tokenizer_model_option,
@@ -35,10 +34,10 @@ from ckptx.plugins.megatron.target_parallelism import (
     parallel_sizes,
     repad,
 )
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import begin_anyway
-from ckptx.protocol.messages import Begin, End, Message
+from ckptx.protocol.messages import Begin, End, Messages
 from ckptx.protocol.model import Model, check_messages, collect
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry.families import (
@@ -49,6 +48,7 @@ from ckptx.registry.families import (
     parts_from_config,
 )
 from ckptx.schemas.conventions.mcore import Style
+from ckptx.schemas.megatron_settings import row_blocks, settings
 from ckptx.schemas.megatron_settings.args import (
     NOTE,
     launch_flags,
@@ -58,6 +58,7 @@ from ckptx.schemas.megatron_settings.args import (
 from ckptx.schemas.megatron_settings.args import notes as remarks
 from ckptx.schemas.megatron_settings.llava import is_llava, language_args
 from ckptx.storage.file_plan import literal_files
+from ckptx.storage.location import Location
 
 
 class CoreLoader:
@@ -68,16 +69,14 @@ class CoreLoader:
     """How a model is named whose family is not known."""
 
     def options(self) -> list[click.Option]:
-        """Return the options for the vocabulary."""
-        return [*vocabulary_options(), transformer_impl_option("loader")]
+        """Return the options for the vocabulary and for args that stand in the way."""
+        return [*vocabulary_options(), transformer_impl_option("loader"), accept_arg_option()]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether there is a tracker file or an iteration directory, of no legacy model."""
         return directory.looks_like(source) and found_form(source) is not LEGACY
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model."""
         if context.fill_from_base:
             raise FormatError(
@@ -118,16 +117,18 @@ class CoreLoader:
         self,
         begin: Begin,
         checkpoint: Source,
-        options: Mapping[str, Any],
+        options: Options,
         notes: tuple[str, ...],
-    ) -> Iterator[Message]:
+    ) -> Messages:
         """Yield the model that args, or the config among the sidecars of ``begin``, describe."""
         files = dict(begin.sidecars)
         config = read_config(files, checkpoint.place / directory.SIDECARS)
         family = family_of(config) if config else None
         said = parts_from_config(family, config) if config and family else None
         dropped = list(checkpoint.dropped)
-        parts: Parts = {"language": _spec(checkpoint, said, options)}
+        accepted = tuple(options.get("accept_arg") or ())
+        heeded = settings.without(checkpoint.args, accepted)
+        parts: Parts = {"language": _spec(replace(checkpoint, args=heeded), said, options)}
         seeing = is_llava(checkpoint.weights)
         if seeing:
             known = said if said and "vision" in said else None
@@ -140,19 +141,30 @@ class CoreLoader:
             messages = list(llava.without_dummies(stored, parts["vision"], dummies, dropped))
         else:
             layout = self.layout(checkpoint, parts["language"])
-            messages = list(checkpoint.messages(layout, parts))
+            messages = [
+                replace(message, tensors=row_blocks.in_halves(message.tensors, heeded))
+                for message in checkpoint.messages(layout, parts)
+            ]
         yield replace(
             begin,
             layout=layout.name,
             parts=parts,
             family=llava.FAMILY if seeing else "",
+            accepted=accepted,
             sidecars=files,
             parallel={**begin.parallel, "pipeline": Pipeline.from_args(checkpoint.args)},
         )
         for message in messages:
             check_shapes(message.name, message.tensors, parts[message.part])
             yield message
-        yield End(tuple(dropped), (*notes, *checkpoint.notes, *self.notes(parts["language"])))
+        notes = (
+            *notes,
+            *checkpoint.notes,
+            *settings.notes(checkpoint.args, accepted),
+            *row_blocks.notes(heeded),
+            *self.notes(parts["language"]),
+        )
+        yield End(tuple(dropped), notes)
 
     def read(self, place: directory.IterationDirectory) -> Source:
         """Read the metadata of a checkpoint."""
@@ -169,7 +181,7 @@ class CoreLoader:
         return family_named(spec.family).megatron.head_notes(spec)
 
 
-def found_form(source: Path) -> Generation | None:
+def found_form(source: Location) -> Generation | None:
     """Return which kind of model a per-rank checkpoint holds, None where that cannot be told."""
     try:
         place = directory.find(source)
@@ -178,7 +190,7 @@ def found_form(source: Path) -> Generation | None:
         return None  # the loader will say what is wrong
 
 
-def _check_dummies(options: Mapping[str, Any], dummies: int, checkpoint: Source) -> None:
+def _check_dummies(options: Options, dummies: int, checkpoint: Source) -> None:
     said = options.get("vit_dummy_head_count")
     if said and said != dummies:
         raise SchemaError(
@@ -187,7 +199,7 @@ def _check_dummies(options: Mapping[str, Any], dummies: int, checkpoint: Source)
         )
 
 
-def _spec(checkpoint: Source, said: Parts | None, options: Mapping[str, Any]) -> ModelSpec:
+def _spec(checkpoint: Source, said: Parts | None, options: Options) -> ModelSpec:
     """Return the language model's dimensions: args say what was trained, a config the rest."""
     named = said["language"] if said else None
     args = language_args(checkpoint.args)
@@ -258,9 +270,7 @@ class CoreSaver:
             ),
         ]
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of one iteration directory below the target root."""
         model = collect(messages)
         spec = model.spec
@@ -274,11 +284,7 @@ class CoreSaver:
         unused, remarked = llava.prepare(model, tp, pipeline) if seeing else ((), ())
         check_messages(model, layout)
         _widen_biases(model)
-        notes = [
-            *check_tensor_parallel(spec, tp),
-            *_check_expressible(spec, style.local),
-            *remarked,
-        ]
+        notes = [*check_tensor_parallel(spec, tp), *_check_expressible(spec, style.local)]
         chosen = choose_parallelism(model, options)
         dropped = (*unused, *repad(model, chosen))
         chunks = chosen.chunks(spec)
@@ -298,26 +304,24 @@ class CoreSaver:
             if ckpt_format == "torch_dist"
             else per_rank.plan(model, target, pipeline.pp)
         )
+        launch = [
+            llava.SCRIPT if seeing else megatron.script,
+            "--load {target} --use-checkpoint-args",
+            f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
+            *pipeline.flags(),
+            *_expert_flags(spec, chosen),
+            *launch_flags(spec),
+            *megatron.launch_flags(spec, style.local),
+        ]
         rooted = options.get("iteration_directory", True)
         return SavePlan(
             [*files, *literal_files(model.begin.sidecars, SIDECARS)],
             directory=chosen.directory if rooted else "",
             pointers=chosen.pointers if rooted else {},
             dropped=dropped,
-            notes=tuple(notes),
+            notes=(*notes, *remarked),
             stages=llava.describe(chunks) if seeing else describe(chunks),
-            load_hint=" ".join(
-                [
-                    llava.SCRIPT if seeing else megatron.script,
-                    "--load {target} --use-checkpoint-args",
-                    f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
-                    *pipeline.flags(),
-                    *_expert_flags(spec, chosen),
-                    *launch_flags(spec),
-                    *megatron.launch_flags(spec, style.local),
-                    *(llava.launch_flags(args) if seeing else ()),
-                ]
-            )
+            load_hint=" ".join([*launch, *(llava.launch_flags(args) if seeing else ())])
             if rooted
             else 'megatron.core.dist_checkpointing.load(sharded_state_dict, "{target}")',
             details={"ckpt_format": ckpt_format, **chosen.details()},
@@ -332,7 +336,7 @@ def _widen_biases(model: Model) -> None:
             model.messages[name] = {**tensors, key: tensors[key].cast("float32")}
 
 
-def _style(model: Model, options: Mapping[str, Any]) -> Style:
+def _style(model: Model, options: Options) -> Style:
     """Return the spelling to write; the source's own grouping of experts unless it is chosen."""
     local = options.get("saver_transformer_impl") == "local"
     if (options.get("ckpt_format") or "torch_dist") == "torch_dist":
@@ -344,7 +348,7 @@ def _style(model: Model, options: Mapping[str, Any]) -> Style:
     return Style(local, bool(grouped))
 
 
-def _grouping(spec: ModelSpec, style: Style, options: Mapping[str, Any]) -> dict[str, Any]:
+def _grouping(spec: ModelSpec, style: Style, options: Options) -> dict[str, Any]:
     """Return the entry of ``args`` for grouped experts, where there is a choice."""
     chosen = options.get("moe_grouped_gemm") if style.distributed else style.grouped
     return {"moe_grouped_gemm": chosen} if spec.num_experts and chosen is not None else {}

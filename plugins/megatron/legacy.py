@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
-
 import click
 
 from ckptx.errors import FormatError, PlanError, SchemaError
+from ckptx.model.family import FUNCTION_SETTINGS, function_settings
 from ckptx.model.layout import Layout
 from ckptx.model.pipeline_parallel import Pipeline, describe
 from ckptx.model.spec import ModelSpec
@@ -32,14 +29,15 @@ from ckptx.plugins.megatron.target_parallelism import (
     repad,
 )
 from ckptx.plugins.megatron.torch_dist import Target
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
-from ckptx.protocol.messages import Message
+from ckptx.protocol.messages import Messages
 from ckptx.protocol.model import check_messages, collect
 from ckptx.registry.families import family_named
 from ckptx.schemas.conventions import legacy
 from ckptx.schemas.megatron_settings.args import launch_flags
 from ckptx.storage.file_plan import literal_files
+from ckptx.storage.location import Location
 
 
 class LegacyLoader(CoreLoader):
@@ -58,7 +56,7 @@ class LegacyLoader(CoreLoader):
             ),
         ]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether the files of ranks hold a legacy model."""
         return directory.looks_like(source) and found_form(source) is LEGACY
 
@@ -77,6 +75,11 @@ class LegacyLoader(CoreLoader):
 
     def layout(self, checkpoint: Source, spec: ModelSpec) -> Layout:
         """Return how a model is named and ordered in files of this version."""
+        if spec.extra.get(FUNCTION_SETTINGS):
+            raise SchemaError(
+                f"{checkpoint.files[0]}: args say {function_settings(spec)}, which changes what "
+                "the model computes and which no other model has"
+            )
         layout = family_named(spec.family).layout("legacy")
         try:
             return legacy.ordered(layout, checkpoint.version, spec)
@@ -104,9 +107,7 @@ class LegacySaver:
             iteration_option(),
         ]
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of one iteration directory below the target root.
 
         Raises:
@@ -155,7 +156,7 @@ class LegacySaver:
         )
 
 
-def _check_implementation(options: Mapping[str, Any]) -> None:
+def _check_implementation(options: Options) -> None:
     if options.get("saver_transformer_impl") == "transformer_engine":
         raise PlanError(
             "--saver-transformer-impl transformer_engine: the layers of a legacy model are then "

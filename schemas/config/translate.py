@@ -16,7 +16,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptx.errors import SchemaError
-from ckptx.model.family import MEGATRON_SWITCHES, FamilyConfig
+from ckptx.model.family import (
+    FUNCTION_SETTINGS,
+    MEGATRON_SWITCHES,
+    FamilyConfig,
+    function_settings,
+)
 from ckptx.model.spec import ModelSpec
 from ckptx.registry import registry
 from ckptx.schemas.config.rotary import rotary_from_config, rotary_to_config
@@ -216,6 +221,7 @@ class TableConfig:
                 for name in MEGATRON_SWITCHES
             ),
             (table.experts or not spec.num_experts, "experts"),
+            (not spec.extra.get(FUNCTION_SETTINGS), function_settings(spec)),
         )
         reasons = [reason for fits, reason in held if not fits]
         return reasons + (table.experts.unsupported(spec) if table.experts else [])

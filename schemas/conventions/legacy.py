@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckptx.errors import SchemaError
+from ckptx.model.family import FUNCTION_SETTINGS
 from ckptx.model.layout import Layout, Rule, Section, Spelling, always, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import FUSED_QKV, GLU, IDENTITY, Transform, per_expert
@@ -338,6 +339,9 @@ def launch_flags(spec: ModelSpec) -> list[str]:
     return flags + ["--openai-gelu"] * bool(to_args(spec)["openai_gelu"])
 
 
+_CORE_ONLY = ("qk_l2_norm", "no_rope_freq", "attention_output_gate")
+
+
 def unsupported_by_legacy(spec: ModelSpec) -> list[str]:
     """Return what a spec says and legacy models do not have."""
     router = (spec.moe_router_topk, spec.moe_router_score_function)
@@ -359,7 +363,12 @@ def unsupported_by_legacy(spec: ModelSpec) -> list[str]:
         (spec.moe_shared_expert_intermediate_size, "shared experts"),
         (spec.moe_router_enable_expert_bias, "routers with a bias per expert"),
     )
-    return [what for holds, what in refused if holds]
+    own = (name for name in _CORE_ONLY if spec.extra.get(name))
+    return [
+        *(what for holds, what in refused if holds),
+        *spec.extra.get(FUNCTION_SETTINGS, ()),
+        *own,
+    ]
 
 
 def check(spec: ModelSpec) -> None:

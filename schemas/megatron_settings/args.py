@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckptx.containers.pickle_values import TorchDtype
-from ckptx.errors import SchemaError
-from ckptx.model.family import MEGATRON_SWITCHES
+from ckptx.errors import FormatError, SchemaError
+from ckptx.model.family import FUNCTION_SETTINGS, MEGATRON_SWITCHES, function_settings
 from ckptx.model.pipeline_parallel import Pipeline
 from ckptx.model.spec import ModelSpec
 from ckptx.registry.families import family_named, family_noted, note_of, recognised_family
@@ -30,6 +30,9 @@ from ckptx.schemas.megatron_settings.activations import (
     activation_notes,
     activation_to_args,
 )
+from ckptx.schemas.megatron_settings.row_blocks import SIZES
+from ckptx.schemas.megatron_settings.settings import changing
+from ckptx.storage.location import Location
 from ckptx.tensors.dtypes import dtype_name
 
 FIELDS = (
@@ -125,15 +128,6 @@ WEIGHTS_ONLY: Mapping[str, Any] = {
     "use_distributed_optimizer": False,
 }
 
-NOT_YET = {
-    "moe_latent_size": "experts in a latent space",
-    "heterogeneous_layers_config_path": "heterogeneous layers",
-    "heterogeneous_layers_config_encoded_json": "heterogeneous layers",
-    "is_hybrid_model": "hybrid models",
-    "hybrid_override_pattern": "hybrid models",
-    "experimental_attention_variant": "experimental attention",
-}
-
 
 def args_from_spec(
     spec: ModelSpec,
@@ -165,6 +159,7 @@ def args_from_spec(
         **DEFAULTS,
         "seq_length": spec.max_position_embeddings,
         **source,
+        **dict.fromkeys(source.keys() & SIZES.keys()),  # what is written has halves, no blocks
         **_model(spec),
         **_parallel(tp, pipeline, spec.num_layers),
         **WEIGHTS_ONLY,
@@ -193,6 +188,7 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
             contradict ``family``.
     """
     _check_complete(args)
+    changed = changing(args)
     values = _with_defaults(args)
     note = args.get(NOTE) or {}
     extra = {
@@ -203,6 +199,8 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
     }
     if any(args.get(name) for name in ZERO_CENTERED):
         extra[ZERO_CENTERED[0]] = True
+    if changed:
+        extra[FUNCTION_SETTINGS] = changed
     spec = ModelSpec(
         family="",
         architecture="",
@@ -224,6 +222,10 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
         _check_config_at_hand(spec, family)
     else:
         found = family_noted(note) or recognised_family(spec)
+        if changed and found.model_types:
+            found = recognised_family(spec)  # with these settings it is not what it was noted as
+    if changed and found.model_types:
+        raise SchemaError(f"args say {function_settings(spec)}, which no {found.name} has")
     return found.megatron.from_args(found.config.of_family(spec), args)
 
 
@@ -329,7 +331,7 @@ def _parallel(tp: int, pipeline: Pipeline, num_layers: int) -> dict[str, Any]:
 
 def _note(spec: ModelSpec) -> dict[str, Any]:
     """Return plain values for what ``args`` cannot say."""
-    said_otherwise = {"sliding_window", "layer_types", *MEGATRON_SWITCHES}
+    said_otherwise = {"sliding_window", "layer_types", FUNCTION_SETTINGS, *MEGATRON_SWITCHES}
     extra = {key: value for key, value in spec.extra.items() if key not in said_otherwise}
     _check_plain(spec.extra)
     note: dict[str, Any] = note_of(family_named(spec.family))
@@ -360,9 +362,6 @@ def _check_complete(args: Mapping[str, Any]) -> None:
             f"the checkpoint's args do not say {', '.join(missing)}; give the model's config with "
             "--hf-base"
         )
-    for name, kind in NOT_YET.items():
-        if args.get(name):
-            raise SchemaError(f"{kind} ({name} is {args[name]!r} in args) cannot be converted yet")
 
 
 def _with_defaults(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -427,3 +426,19 @@ def _check_plain(value: Any, place: str = "extra") -> None:
             f"{place} of the model is a {type(value).__name__}, which a checkpoint cannot bring "
             "back; its family must keep plain values there"
         )
+
+
+def args_of(state: Any, file: Location) -> dict[str, Any]:
+    """Return the ``args`` of a checkpoint's common state as a dictionary; empty if it has none.
+
+    Raises:
+        FormatError: the state is no dictionary, or its args are no namespace.
+    """
+    if not isinstance(state, Mapping):
+        raise FormatError(f"{file}: expected a dictionary, found {type(state).__name__}")
+    args = state.get("args")
+    if args is None:
+        return {}
+    if not isinstance(args, Mapping) and not hasattr(args, "__dict__"):
+        raise FormatError(f"{file}: args are of type {type(args).__name__}, expected a namespace")
+    return dict(args if isinstance(args, Mapping) else vars(args))

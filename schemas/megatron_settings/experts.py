@@ -32,6 +32,8 @@ ARGS = (
 )
 """Pairs of an argument and the spec's attribute."""
 
+_LOSSES = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
+"""Ways to balance experts that act in training alone; others choose experts otherwise."""
 _MAX_LAYERS = 1 << 16
 
 
@@ -61,7 +63,8 @@ def from_args(args: Mapping[str, Any]) -> dict[str, Any]:
 def megatron_only(args: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of ``extra`` for routing that no config can say."""
     kind = args.get(BALANCING)
-    return {BALANCING: kind} if args.get("num_experts") and kind == "sinkhorn" else {}
+    kinds = set(kind) if isinstance(kind, list | tuple) else {kind or "none"}
+    return {BALANCING: kind} if args.get("num_experts") and not kinds <= _LOSSES else {}
 
 
 def layer_pattern(frequency: Any, num_layers: int) -> tuple[bool, ...]:

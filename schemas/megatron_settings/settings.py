@@ -18,11 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ckptx.errors import SchemaError
+from ckptx.errors import PlanError, SchemaError, listing
 
 TABLE = Path(__file__).with_name("settings.tsv")
-FUNCTION = "megatron_settings"
-"""The entry of a spec's ``extra`` that holds the settings of class ``function``, by name."""
+_OURS = {"ckptx"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,31 @@ def known() -> Mapping[str, Setting]:
     }
 
 
-def changing(args: Mapping[str, Any], accepted: Collection[str] = ()) -> dict[str, Any]:
+def without(args: Mapping[str, Any], accepted: Collection[str]) -> dict[str, Any]:
+    """Return the args without those that the user accepts, whatever they are.
+
+    Raises:
+        PlanError: args have no such entry.
+    """
+    if missing := [name for name in accepted if name not in args]:
+        raise PlanError(f"--accept-arg: the checkpoint's args have no {' and no '.join(missing)}")
+    return {name: value for name, value in args.items() if name not in accepted}
+
+
+def notes(args: Mapping[str, Any], accepted: Collection[str]) -> list[str]:
+    """Return what was accepted, and which names of ``args`` nothing is known of."""
+    found = [
+        f"{name} is {args[name]!r} in args and was ignored (--accept-arg)" for name in accepted
+    ]
+    if names := [name for name in unknown(args) if name not in accepted]:
+        found.append(
+            f"args hold {listing(names)}, which no release of Megatron has: whether the weights "
+            "compute the same without is not known"
+        )
+    return found
+
+
+def changing(args: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that change what a model of an expressible structure computes.
 
     Raises:
@@ -60,7 +83,7 @@ def changing(args: Mapping[str, Any], accepted: Collection[str] = ()) -> dict[st
     found = {}
     for name, value in args.items():
         setting = known().get(name)
-        if setting is None or name in accepted or value is None or value in setting.plain:
+        if setting is None or value is None or value in setting.plain:
             continue
         if setting.kind == "structure" and value:
             raise SchemaError(
@@ -73,4 +96,6 @@ def changing(args: Mapping[str, Any], accepted: Collection[str] = ()) -> dict[st
 
 def unknown(args: Mapping[str, Any]) -> list[str]:
     """Return the names that say something and that no release of Megatron has."""
-    return sorted(name for name, value in args.items() if value and name not in known())
+    return sorted(
+        name for name, value in args.items() if value and name not in _OURS | known().keys()
+    )
