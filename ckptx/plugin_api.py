@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ckptx.protocol.context import ADAPTERS as ADAPTERS
     from ckptx.protocol.context import UNTOLD as UNTOLD
     from ckptx.protocol.context import Context as Context
+    from ckptx.protocol.context import Options as Options
     from ckptx.protocol.contracts import Loader as Loader
     from ckptx.protocol.contracts import SavePlan as SavePlan
     from ckptx.protocol.contracts import Saver as Saver
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from ckptx.protocol.messages import Dropped as Dropped
     from ckptx.protocol.messages import End as End
     from ckptx.protocol.messages import Message as Message
+    from ckptx.protocol.messages import Messages as Messages
     from ckptx.protocol.messages import SourceTensor as SourceTensor
     from ckptx.protocol.messages import Tensors as Tensors
     from ckptx.protocol.model import Model as Model
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from ckptx.storage.file_plan import FilePlan as FilePlan
     from ckptx.storage.file_plan import Region as Region
     from ckptx.storage.file_plan import literal_files as literal_files
+    from ckptx.storage.location import Location as Location
     from ckptx.storage.source_file import SourceFile as SourceFile
     from ckptx.storage.source_file import read_json as read_json
     from ckptx.tensors.dtypes import ITEMSIZE as ITEMSIZE
@@ -71,8 +74,8 @@ _HOMES = {
     "protocol.declarations": "Format",
     "protocol.hookspecs": "hookimpl",
     "protocol.contracts": "Loader SavePlan Saver",
-    "protocol.context": "ADAPTERS UNTOLD Context",
-    "protocol.messages": "TRAINING_STATE Begin Dropped End Message SourceTensor Tensors",
+    "protocol.context": "ADAPTERS UNTOLD Context Options",
+    "protocol.messages": "TRAINING_STATE Begin Dropped End Message Messages SourceTensor Tensors",
     "protocol.model": "Model collect named_tensors",
     "protocol.from_names": "inventory main_dtype named_messages passthrough",
     "protocol.sidecars": "dump_config read_config",
@@ -82,6 +85,7 @@ _HOMES = {
     "model.family": "Family",
     "model.layout": "Layout",
     "model.spec": "ModelSpec",
+    "storage.location": "Location",
     "storage.file_plan": "FilePlan Region literal_files",
     "storage.source_file": "SourceFile read_json",
     "containers.zip_archive": "ArchiveWriter NewMember read_members",

@@ -27,9 +27,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckptx.errors import ConversionError, PluginError
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.registry import registry
 from ckptx.registry.registry import Role
+from ckptx.storage.location import Location
 
 if TYPE_CHECKING:
     import click
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from ckptx.conversion.report import Facts
     from ckptx.conversion.request import ConversionRequest
     from ckptx.protocol.contracts import SavePlan
-    from ckptx.protocol.messages import Message
+    from ckptx.protocol.messages import Messages
 
 _FUNCTIONS = {"loader": "load_checkpoint", "saver": "save_checkpoint"}
 
@@ -85,6 +86,13 @@ def _module_name(role: Role, name: str, megatron_path: str | None) -> str | None
     return None
 
 
+def _has_torch() -> bool:
+    try:
+        return importlib.util.find_spec("torch") is not None
+    except ValueError:  # a name that stands for nothing
+        return False
+
+
 class Module:
     """A module of Megatron's converter."""
 
@@ -94,6 +102,11 @@ class Module:
         self.name = name
         self.megatron_path = megatron_path
         self.capabilities: Mapping[str, Any] = {"module": module, "style": "megatron"}
+        if not _has_torch():
+            raise PluginError(
+                f"{self.role} {name!r} is a module of Megatron's converter, which passes "
+                "tensors of torch; it is not installed: pip install 'ckptx[run]'"
+            )
         with _foreign(f"{self.role} module {module}", megatron_path):
             self.module: ModuleType = importlib.import_module(module)
         for function in ("add_arguments", _FUNCTIONS[self.role]):
@@ -125,13 +138,11 @@ class ModuleLoader(Module):
 
     role = "loader"
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return False: such a module is only used when it is named."""
         return False
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Run the module to its end, its tensors going to the spool; then yield the messages."""
         from ckptx.conversion.megatron_queue import ReceiveQueue
 
@@ -146,9 +157,7 @@ class ModuleSaver(Module):
 
     role = "saver"
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Refuse: nothing is known before the module has run."""
         raise PluginError(
             f"saver {self.name!r} is a Megatron-style module, which cannot be planned"
@@ -165,7 +174,7 @@ class ModuleSaver(Module):
 
     def write_directly(
         self,
-        messages: Iterator[Message],
+        messages: Messages,
         job: ConversionRequest,
         staging: Path,
         advance: Callable[[int], None],
@@ -178,7 +187,7 @@ class ModuleSaver(Module):
         return queue.facts(staging)
 
 
-def namespace(options: Mapping[str, Any], **more: Any) -> argparse.Namespace:
+def namespace(options: Options, **more: Any) -> argparse.Namespace:
     """Return the ``args`` of a Megatron-style module, from a plugin's options."""
     values = dict(options.get("arguments") or {})
     values.update({key: value for key, value in more.items() if value is not None})

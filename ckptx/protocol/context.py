@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from ckptx.storage.spool import Spool
+
+
+Options: TypeAlias = Mapping[str, Any]
+"""A plugin's own options by their click names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ UNTOLD = Context()
 _READING = ("dtype", "hf_base", "fill_from_base")
 
 
-def split_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(options: Options | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the loader's own among keywords, and those of the engine that concern reading."""
     own = dict(options or {})
     engine = {name: own.pop(name) for name in _READING if name in own}

@@ -9,19 +9,17 @@ them and answers with a plan. So both are testable in one process:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from ckptx.protocol.context import UNTOLD, Context
-from ckptx.protocol.messages import Dropped
+from ckptx.protocol.context import UNTOLD, Context, Options
+from ckptx.protocol.messages import Dropped, Messages
 from ckptx.storage.file_plan import FilePlan
+from ckptx.storage.location import Location
 
 if TYPE_CHECKING:
     import click
-
-    from ckptx.protocol.messages import Message
 
 
 @runtime_checkable
@@ -36,13 +34,11 @@ class Loader(Protocol):
         """Return the options that the loader adds to the command line."""
         ...
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether ``source`` is this format; reads a few bytes, imports nothing heavy."""
         ...
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield one `Begin`, the `Tensors` in protocol order, and one `End`."""
         ...
 
@@ -59,9 +55,7 @@ class Saver(Protocol):
         """Return the options that the saver adds to the command line."""
         ...
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return what the target will hold; reads the messages up to and including `End`."""
         ...
 

@@ -8,7 +8,7 @@ lists them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -107,3 +107,4 @@ class End:
 
 
 Message: TypeAlias = Begin | Tensors | End
+Messages: TypeAlias = Iterator[Message]

@@ -19,10 +19,10 @@ from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import INDEXES, SINGLES, fill_from_base, read_weights
 from ckptx.model.layout import in_module_order
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype
-from ckptx.protocol.messages import Begin, Message
+from ckptx.protocol.messages import Begin, Messages
 from ckptx.protocol.model import Model, collect, fill_unused
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import (
@@ -34,6 +34,7 @@ from ckptx.registry.families import (
 )
 from ckptx.schemas.conventions import transformers_memory
 from ckptx.storage.file_plan import FilePlan, literal_files
+from ckptx.storage.location import Location
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.text.sizes import parse_size
@@ -48,7 +49,7 @@ class HfLoader:
         """Return the options for adapters; all else is read from the directory."""
         return adapter_options()
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether there are weights under Hugging Face's file names."""
         if source.is_file():
             return source.suffix == ".safetensors"
@@ -62,9 +63,7 @@ class HfLoader:
         others = (p for p in source.glob("*.safetensors") if not p.name.startswith("consolidated"))
         return (source / "config.json").exists() and any(others)
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; tensors of an unknown architecture pass through by name."""
         directory = source if source.is_dir() else source.parent
         weights = read_weights(source)
@@ -114,9 +113,7 @@ class HfSaver:
             ),
         ]
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of a model directory."""
         model = collect(messages)
         known = model.passthrough is None and bool(model.begin.parts)
@@ -241,9 +238,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     return said != [dtype] * len(keys)
 
 
-def weight_files(
-    tensors: Mapping[str, LazyTensor], options: Mapping[str, Any]
-) -> Iterator[FilePlan]:
+def weight_files(tensors: Mapping[str, LazyTensor], options: Options) -> Iterator[FilePlan]:
     """Yield the weight files of a model, as the options of the saver want them, and their index.
 
     Source of the names: huggingface/transformers src/transformers/utils/__init__.py (WEIGHTS_NAME,

@@ -7,10 +7,7 @@ Source: huggingface/peft src/peft/peft_model.py, save_pretrained @ v0.21.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import click
 
@@ -22,13 +19,14 @@ from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.extract import FILES, LAYOUT, adapter_options
 from ckptx.hf_models.weights import SINGLES, Weights, read_weights
 from ckptx.plugins.huggingface.hf import in_library_order
-from ckptx.protocol.context import ADAPTERS, UNTOLD, WEIGHTS, Context
+from ckptx.protocol.context import ADAPTERS, UNTOLD, WEIGHTS, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype
-from ckptx.protocol.messages import Begin, Message
+from ckptx.protocol.messages import Begin, Messages
 from ckptx.protocol.model import collect
 from ckptx.schemas.conventions import transformers_memory
 from ckptx.storage.file_plan import literal_files
+from ckptx.storage.location import Location
 
 _NOT_CARRIED = (ADAPTER_CONFIG, "config.json", "generation_config.json")
 
@@ -42,7 +40,7 @@ class PeftLoader:
         """Return the options for adapters; further ones are merged after the source."""
         return adapter_options()
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether an adapter is there, and no whole model beside it."""
         return (
             (source / ADAPTER_CONFIG).is_file()
@@ -50,9 +48,7 @@ class PeftLoader:
             and not any((source / name).is_file() for name in SINGLES)
         )
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the merged model, or the adapter alone for a target that holds adapters."""
         wants, base = context.wants, context.hf_base
         alone = wants.adapters and not (wants.weights and base is not None)
@@ -97,9 +93,7 @@ class PeftSaver:
         """Return no options."""
         return []
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of an adapter's directory."""
         model = collect(messages)
         if model.begin.layout != LAYOUT or model.passthrough is None:

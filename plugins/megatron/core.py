@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -36,9 +34,10 @@ from ckptx.plugins.megatron.target_parallelism import (
     parallel_sizes,
     repad,
 )
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
-from ckptx.protocol.messages import Begin, End, Message
+from ckptx.protocol.from_names import begin_anyway
+from ckptx.protocol.messages import Begin, End, Messages
 from ckptx.protocol.model import Model, check_messages, collect
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry.families import (
@@ -59,24 +58,25 @@ from ckptx.schemas.megatron_settings.args import (
 from ckptx.schemas.megatron_settings.args import notes as remarks
 from ckptx.schemas.megatron_settings.llava import is_llava, language_args
 from ckptx.storage.file_plan import literal_files
+from ckptx.storage.location import Location
 
 
 class CoreLoader:
     """Reads what Megatron Core writes, at any tensor and pipeline parallel size."""
 
     name = "core"
+    names = "mcore"
+    """How a model is named whose family is not known."""
 
     def options(self) -> list[click.Option]:
         """Return the options for the vocabulary and for args that stand in the way."""
         return [*vocabulary_options(), transformer_impl_option("loader"), accept_arg_option()]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether there is a tracker file or an iteration directory, of no legacy model."""
         return directory.looks_like(source) and found_form(source) is not LEGACY
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model."""
         if context.fill_from_base:
             raise FormatError(
@@ -87,7 +87,42 @@ class CoreLoader:
         checkpoint = self.read(place)
         beside = place.path / directory.SIDECARS
         files = {**(sidecars(beside) if beside.is_dir() else {}), **base_sidecars(context)}
-        config = read_config(files, beside)
+        args = checkpoint.args
+        begin = Begin(
+            format=self.name,
+            layout=self.names,
+            parts={},
+            files=checkpoint.files,
+            sources=checkpoint.sources,
+            root=str(place.path),
+            sidecars=files,
+            training={
+                "iteration": place.iteration,
+                "args": args,
+                "consumed_train_samples": args.get("consumed_train_samples"),
+                "consumed_valid_samples": args.get("consumed_valid_samples"),
+            },
+            parallel={
+                "tp": args.get("tensor_model_parallel_size") or 1,
+                "ep": args.get("expert_model_parallel_size") or 1,
+                "etp": args.get("expert_tensor_parallel_size"),
+                "ckpt_format": place.format,
+            },
+        )
+        unfinished = directory.unfinished(source)
+        model = self._model(begin, checkpoint, options, unfinished)
+        yield from begin_anyway(begin, model, context)
+
+    def _model(
+        self,
+        begin: Begin,
+        checkpoint: Source,
+        options: Options,
+        notes: tuple[str, ...],
+    ) -> Messages:
+        """Yield the model that args, or the config among the sidecars of ``begin``, describe."""
+        files = dict(begin.sidecars)
+        config = read_config(files, checkpoint.place / directory.SIDECARS)
         family = family_of(config) if config else None
         said = parts_from_config(family, config) if config and family else None
         dropped = list(checkpoint.dropped)
@@ -110,35 +145,20 @@ class CoreLoader:
                 replace(message, tensors=row_blocks.in_halves(message.tensors, heeded))
                 for message in checkpoint.messages(layout, parts)
             ]
-        yield Begin(
-            format=self.name,
+        yield replace(
+            begin,
             layout=layout.name,
             parts=parts,
             family=llava.FAMILY if seeing else "",
             accepted=accepted,
-            files=checkpoint.files,
-            sources=checkpoint.sources,
-            root=str(place.path),
             sidecars=files,
-            training={
-                "iteration": place.iteration,
-                "args": checkpoint.args,
-                "consumed_train_samples": checkpoint.args.get("consumed_train_samples"),
-                "consumed_valid_samples": checkpoint.args.get("consumed_valid_samples"),
-            },
-            parallel={
-                "tp": checkpoint.args.get("tensor_model_parallel_size") or 1,
-                "ep": checkpoint.args.get("expert_model_parallel_size") or 1,
-                "etp": checkpoint.args.get("expert_tensor_parallel_size"),
-                "pipeline": Pipeline.from_args(checkpoint.args),
-                "ckpt_format": place.format,
-            },
+            parallel={**begin.parallel, "pipeline": Pipeline.from_args(checkpoint.args)},
         )
         for message in messages:
             check_shapes(message.name, message.tensors, parts[message.part])
             yield message
         notes = (
-            *directory.unfinished(source),
+            *notes,
             *checkpoint.notes,
             *settings.notes(checkpoint.args, accepted),
             *row_blocks.notes(heeded),
@@ -161,7 +181,7 @@ class CoreLoader:
         return family_named(spec.family).megatron.head_notes(spec)
 
 
-def found_form(source: Path) -> Generation | None:
+def found_form(source: Location) -> Generation | None:
     """Return which kind of model a per-rank checkpoint holds, None where that cannot be told."""
     try:
         place = directory.find(source)
@@ -170,7 +190,7 @@ def found_form(source: Path) -> Generation | None:
         return None  # the loader will say what is wrong
 
 
-def _check_dummies(options: Mapping[str, Any], dummies: int, checkpoint: Source) -> None:
+def _check_dummies(options: Options, dummies: int, checkpoint: Source) -> None:
     said = options.get("vit_dummy_head_count")
     if said and said != dummies:
         raise SchemaError(
@@ -179,7 +199,7 @@ def _check_dummies(options: Mapping[str, Any], dummies: int, checkpoint: Source)
         )
 
 
-def _spec(checkpoint: Source, said: Parts | None, options: Mapping[str, Any]) -> ModelSpec:
+def _spec(checkpoint: Source, said: Parts | None, options: Options) -> ModelSpec:
     """Return the language model's dimensions: args say what was trained, a config the rest."""
     named = said["language"] if said else None
     args = language_args(checkpoint.args)
@@ -250,9 +270,7 @@ class CoreSaver:
             ),
         ]
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of one iteration directory below the target root."""
         model = collect(messages)
         spec = model.spec
@@ -266,11 +284,7 @@ class CoreSaver:
         unused, remarked = llava.prepare(model, tp, pipeline) if seeing else ((), ())
         check_messages(model, layout)
         _widen_biases(model)
-        notes = [
-            *check_tensor_parallel(spec, tp),
-            *_check_expressible(spec, style.local),
-            *remarked,
-        ]
+        notes = [*check_tensor_parallel(spec, tp), *_check_expressible(spec, style.local)]
         chosen = choose_parallelism(model, options)
         dropped = (*unused, *repad(model, chosen))
         chunks = chosen.chunks(spec)
@@ -290,26 +304,24 @@ class CoreSaver:
             if ckpt_format == "torch_dist"
             else per_rank.plan(model, target, pipeline.pp)
         )
+        launch = [
+            llava.SCRIPT if seeing else megatron.script,
+            "--load {target} --use-checkpoint-args",
+            f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
+            *pipeline.flags(),
+            *_expert_flags(spec, chosen),
+            *launch_flags(spec),
+            *megatron.launch_flags(spec, style.local),
+        ]
         rooted = options.get("iteration_directory", True)
         return SavePlan(
             [*files, *literal_files(model.begin.sidecars, SIDECARS)],
             directory=chosen.directory if rooted else "",
             pointers=chosen.pointers if rooted else {},
             dropped=dropped,
-            notes=tuple(notes),
+            notes=(*notes, *remarked),
             stages=llava.describe(chunks) if seeing else describe(chunks),
-            load_hint=" ".join(
-                [
-                    llava.SCRIPT if seeing else megatron.script,
-                    "--load {target} --use-checkpoint-args",
-                    f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
-                    *pipeline.flags(),
-                    *_expert_flags(spec, chosen),
-                    *launch_flags(spec),
-                    *megatron.launch_flags(spec, style.local),
-                    *(llava.launch_flags(args) if seeing else ()),
-                ]
-            )
+            load_hint=" ".join([*launch, *(llava.launch_flags(args) if seeing else ())])
             if rooted
             else 'megatron.core.dist_checkpointing.load(sharded_state_dict, "{target}")',
             details={"ckpt_format": ckpt_format, **chosen.details()},
@@ -324,7 +336,7 @@ def _widen_biases(model: Model) -> None:
             model.messages[name] = {**tensors, key: tensors[key].cast("float32")}
 
 
-def _style(model: Model, options: Mapping[str, Any]) -> Style:
+def _style(model: Model, options: Options) -> Style:
     """Return the spelling to write; the source's own grouping of experts unless it is chosen."""
     local = options.get("saver_transformer_impl") == "local"
     if (options.get("ckpt_format") or "torch_dist") == "torch_dist":
@@ -336,7 +348,7 @@ def _style(model: Model, options: Mapping[str, Any]) -> Style:
     return Style(local, bool(grouped))
 
 
-def _grouping(spec: ModelSpec, style: Style, options: Mapping[str, Any]) -> dict[str, Any]:
+def _grouping(spec: ModelSpec, style: Style, options: Options) -> dict[str, Any]:
     """Return the entry of ``args`` for grouped experts, where there is a choice."""
     chosen = options.get("moe_grouped_gemm") if style.distributed else style.grouped
     return {"moe_grouped_gemm": chosen} if spec.num_experts and chosen is not None else {}

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
-
 import click
 
 from ckptx.errors import FormatError, PlanError, SchemaError
@@ -33,20 +29,21 @@ from ckptx.plugins.megatron.target_parallelism import (
     repad,
 )
 from ckptx.plugins.megatron.torch_dist import Target
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
-from ckptx.protocol.messages import Message
+from ckptx.protocol.messages import Messages
 from ckptx.protocol.model import check_messages, collect
 from ckptx.registry.families import family_named
 from ckptx.schemas.conventions import legacy
 from ckptx.schemas.megatron_settings.args import launch_flags
 from ckptx.storage.file_plan import literal_files
+from ckptx.storage.location import Location
 
 
 class LegacyLoader(CoreLoader):
     """Reads per-rank files of any ``checkpoint_version``, in old spellings and new."""
 
-    name = "legacy"
+    name = names = "legacy"
 
     def options(self) -> list[click.Option]:
         """Return those of the core loader, and one that Megatron has and ckptx does not need."""
@@ -59,7 +56,7 @@ class LegacyLoader(CoreLoader):
             ),
         ]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether the files of ranks hold a legacy model."""
         return directory.looks_like(source) and found_form(source) is LEGACY
 
@@ -110,9 +107,7 @@ class LegacySaver:
             iteration_option(),
         ]
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of one iteration directory below the target root.
 
         Raises:
@@ -161,7 +156,7 @@ class LegacySaver:
         )
 
 
-def _check_implementation(options: Mapping[str, Any]) -> None:
+def _check_implementation(options: Options) -> None:
     if options.get("saver_transformer_impl") == "transformer_engine":
         raise PlanError(
             "--saver-transformer-impl transformer_engine: the layers of a legacy model are then "

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
 from ckptx.errors import FormatError, PlanError
+from ckptx.protocol.context import Options
 
 
 def vocabulary_options() -> list[click.Option]:
@@ -28,7 +27,7 @@ def vocabulary_options() -> list[click.Option]:
     ]
 
 
-def true_vocab_size(options: Mapping[str, Any], known: int | None) -> int | None:
+def true_vocab_size(options: Options, known: int | None) -> int | None:
     """Return the vocabulary that the options give, else the one that is ``known``.
 
     Raises:
@@ -43,7 +42,7 @@ def true_vocab_size(options: Mapping[str, Any], known: int | None) -> int | None
     return given or known
 
 
-def _given(options: Mapping[str, Any]) -> int | None:
+def _given(options: Options) -> int | None:
     given: int | None = options.get("true_vocab_size")
     path = options.get("vocab_file")
     if path is None:

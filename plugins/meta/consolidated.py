@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -18,10 +17,10 @@ from ckptx.model.canonical_names import check_shapes
 from ckptx.model.layout import Layout
 from ckptx.model.sharding import Gatherer, Rank, shard_tensors
 from ckptx.model.spec import ModelSpec
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype
-from ckptx.protocol.messages import Begin, Dropped, End, Message, SourceTensor, Tensors
+from ckptx.protocol.messages import Begin, Dropped, End, Messages, SourceTensor, Tensors
 from ckptx.protocol.model import Model, check_messages, collect, resize_vocabulary
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import family_named, family_of
@@ -36,6 +35,7 @@ from ckptx.schemas.conventions.meta import (
 )
 from ckptx.storage.blocks import equal
 from ckptx.storage.file_plan import FilePlan, literal_files
+from ckptx.storage.location import Location
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import LazyTensor, Stored
 
@@ -57,7 +57,7 @@ class MetaLoader:
         """Return no options: everything is read from the directory."""
         return []
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether there are consolidated weights, and none of Hugging Face's beside them."""
         if not (source / PARAMS).is_file():
             return False
@@ -65,9 +65,7 @@ class MetaLoader:
             return False
         return any(next(source.glob(pattern), None) for pattern in (_PTH, _SAFETENSORS))
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; ``max_position`` among the options is its longest context, if known."""
         if context.fill_from_base:
             raise FormatError(
@@ -118,7 +116,7 @@ class MetaLoader:
         yield End(tuple(dropped), notes)
 
 
-def read_params(source: Path) -> dict[str, Any]:
+def read_params(source: Location) -> dict[str, Any]:
     """Return the content of ``params.json``.
 
     Raises:
@@ -133,7 +131,7 @@ def read_params(source: Path) -> dict[str, Any]:
     return params
 
 
-def read_shards(source: Path) -> tuple[Weights, list[Shard]]:
+def read_shards(source: Location) -> tuple[Weights, list[Shard]]:
     """Return the files of a model and the tensors of every shard.
 
     Safetensors files divide a model by tensors, not tensors by ranks: together they are one shard.
@@ -173,12 +171,12 @@ def read_shards(source: Path) -> tuple[Weights, list[Shard]]:
     return weights, [_read_shard(path, number) for number, path in enumerate(pickled)]
 
 
-def _number(path: Path) -> int:
+def _number(path: Location) -> int:
     middle = path.name.removeprefix("consolidated.").removesuffix(".pth")
     return int(middle) if middle.isdecimal() else -1
 
 
-def _read_shard(path: Path, file: int) -> Shard:
+def _read_shard(path: Location, file: int) -> Shard:
     value = torch_zip.read(path, file).value
     if not isinstance(value, dict) or not all(isinstance(v, Stored) for v in value.values()):
         raise FormatError(f"{path}: expected a plain state dict of tensors")
@@ -189,7 +187,7 @@ def _completed(
     spec: ModelSpec,
     said: Mapping[str, Any],
     config: Mapping[str, Any] | None,
-    options: Mapping[str, Any],
+    options: Options,
 ) -> tuple[ModelSpec, tuple[str, ...]]:
     """Return the spec with what only a config says, and remarks on what nothing says."""
     family = family_of(config) if config else None
@@ -214,7 +212,7 @@ def _completed(
     return spec, (note,)
 
 
-def _check_count(said: Mapping[str, Any], shards: Sequence[Shard], source: Path) -> None:
+def _check_count(said: Mapping[str, Any], shards: Sequence[Shard], source: Location) -> None:
     """Raise unless there are as many shards as the shapes need."""
     heads, dim = said.get("n_heads"), said.get("dim")
     if type(heads) is not int or type(dim) is not int or heads < 1:
@@ -280,7 +278,7 @@ def _take(
     return found
 
 
-def _is_tied(found: Mapping[str, Mapping[str, LazyTensor]], paths: Sequence[Path]) -> bool:
+def _is_tied(found: Mapping[str, Mapping[str, LazyTensor]], paths: Sequence[Location]) -> bool:
     """Return whether the output is the embedding: Meta stores both, and says nowhere."""
     embedding, output = found["embeddings"]["word embeddings"], found["output layer"]["weight"]
     return equal(embedding, output, [str(path) for path in paths])
@@ -314,9 +312,7 @@ class MetaSaver:
             ),
         ]
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of a directory."""
         model = collect(messages)
         spec = model.spec
@@ -348,13 +344,13 @@ class MetaSaver:
         )
 
 
-def _shards(model: Model, options: Mapping[str, Any]) -> int:
+def _shards(model: Model, options: Options) -> int:
     begin = model.begin
     own = begin.parallel.get("tp") if begin.format == "meta" else None
     return int(options.get("target_shards") or own or 1)
 
 
-def _by_width(model: Model, options: Mapping[str, Any]) -> bool:
+def _by_width(model: Model, options: Options) -> bool:
     chosen = options.get("embedding_split")
     if chosen is not None:
         return bool(chosen == "width")
@@ -398,7 +394,7 @@ def _named(
 
 
 def _weight_files(
-    spec: ModelSpec, ranks: list[dict[str, LazyTensor]], options: Mapping[str, Any]
+    spec: ModelSpec, ranks: list[dict[str, LazyTensor]], options: Options
 ) -> Iterator[FilePlan]:
     usual = "safetensors" if spec.family == "mistral" and len(ranks) == 1 else "pth"
     if (options.get("consolidated") or usual) == "safetensors":

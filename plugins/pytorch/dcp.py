@@ -14,10 +14,9 @@ rlinf/hybrid_engines/fsdp/ @ main write them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -35,10 +34,10 @@ from ckptx.plugins.pytorch.module_names import (
     strip_option,
     trained_messages,
 )
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype, named_messages, tied_names
-from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Message
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Messages
 from ckptx.protocol.model import Model, collect, named_tensors
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry.families import (
@@ -50,6 +49,7 @@ from ckptx.registry.families import (
 )
 from ckptx.schemas.conventions import torchtitan, transformers_memory
 from ckptx.storage.file_plan import literal_files
+from ckptx.storage.location import Location
 from ckptx.tensors.lazy import LazyTensor
 
 TRAINING = (
@@ -86,7 +86,7 @@ class DcpLoader:
             *adapter_options(),
         ]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether there is metadata, not Megatron's, or was about to be, or shards."""
         if dcp_safetensors.shards(source):
             return True
@@ -94,9 +94,7 @@ class DcpLoader:
         known = (directory / METADATA_NAME).is_file() or _is_unfinished(directory)
         return known and not (directory / "metadata.json").exists()
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         if paths := dcp_safetensors.shards(source):
             yield from _of_safetensors(paths, source, options, context)
@@ -130,8 +128,8 @@ class DcpLoader:
 
 
 def _of_safetensors(
-    paths: list[Path], source: Path, options: Mapping[str, Any], context: Context
-) -> Iterator[Message]:
+    paths: list[Location], source: Location, options: Options, context: Context
+) -> Messages:
     """Yield the model that lies in shards of safetensors."""
     tensors, stored = dcp_safetensors.tensors(paths)
     begin = Begin(
@@ -153,10 +151,10 @@ def _messages(
     begin: Begin,
     tensors: Mapping[str, LazyTensor],
     notes: tuple[str, ...],
-    options: Mapping[str, Any],
+    options: Options,
     context: Context,
     dropped: tuple[Dropped, ...] = (),
-) -> Iterator[Message]:
+) -> Messages:
     if torchtitan.EMBEDDING in tensors:
         return _torchtitan(begin, tensors, notes, dropped)
     return trained_messages(begin, tensors, notes, dropped, options, context)
@@ -167,7 +165,7 @@ def _torchtitan(
     tensors: Mapping[str, LazyTensor],
     notes: tuple[str, ...],
     dropped: tuple[Dropped, ...],
-) -> Iterator[Message]:
+) -> Messages:
     """Yield the messages of a model that has torchtitan's names.
 
     Raises:
@@ -189,14 +187,14 @@ def _torchtitan(
     yield from named_messages(begin, tensors, parts, layout, notes, dropped)
 
 
-def _find(source: Path) -> Path:
+def _find(source: Location) -> Location:
     """Return the directory itself, or the one of a model below it, as frameworks name it."""
     below = source / _BELOW
     found = not (source / METADATA_NAME).is_file() and (below / METADATA_NAME).is_file()
     return below if found else source
 
 
-def _around(directory: Path, given: Path) -> tuple[Dropped, ...]:
+def _around(directory: Location, given: Location) -> tuple[Dropped, ...]:
     """Return what lies beside the model's directory where one above was given."""
     if directory == given:
         return ()
@@ -207,12 +205,12 @@ def _around(directory: Path, given: Path) -> tuple[Dropped, ...]:
     )
 
 
-def _is_unfinished(source: Path) -> bool:
+def _is_unfinished(source: Location) -> bool:
     """Return whether ranks have written their files, and nobody the metadata, which comes last."""
     return not (source / METADATA_NAME).exists() and any(source.glob("*.distcp"))
 
 
-def _refuse_megatron(metadata: dcp.DcpMetadata, source: Path) -> None:
+def _refuse_megatron(metadata: dcp.DcpMetadata, source: Location) -> None:
     """Raise where the tensors are Megatron's, which have other names and ways to lie."""
     if any(key.startswith(_MEGATRON_FSDP) for key in metadata.tensors):
         raise FormatError(f"{source}: a Megatron-FSDP checkpoint, which is not loaded yet")
@@ -224,7 +222,7 @@ def _refuse_megatron(metadata: dcp.DcpMetadata, source: Path) -> None:
 
 
 def _model(
-    metadata: dcp.DcpMetadata, chosen: str | None, source: Path
+    metadata: dcp.DcpMetadata, chosen: str | None, source: Location
 ) -> tuple[str, dict[str, str]]:
     """Return the container of the weights, and its keys with the names that they have in it.
 
@@ -306,9 +304,7 @@ class DcpSaver:
             ),
         ]
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of a directory."""
         model = collect(messages)
         names = options.get("target_names") or "memory"

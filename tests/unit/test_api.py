@@ -15,11 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import load_file as load_torch
 
 import ckptx
+
+pytest.importorskip("torch")
+
+import torch
+from safetensors.torch import load_file as load_torch
 
 ROOT = Path(ckptx.__file__).resolve().parents[1]
 FUNCTIONS = ("open", "convert", "plan", "verify", "inspect", "modify", "formats", "families")

@@ -1,8 +1,6 @@
 """Load and save ``weights.npz``, the model's small files beside it."""
 
-from collections.abc import Iterator, Mapping
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,10 @@ from ckptx.plugin_api import (
     FilePlan,
     FormatError,
     LazyTensor,
-    Message,
+    Location,
+    Messages,
     NewMember,
+    Options,
     SavePlan,
     SourceFile,
     collect,
@@ -39,19 +39,15 @@ class Npz:
     def options(self) -> list[Any]:
         return []
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         return (source / WEIGHTS).is_file()
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
-        tensors = read_archive(path := str((source / WEIGHTS).resolve()))
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
+        tensors = read_archive(path := str((source / WEIGHTS).absolute()))
         begin = Begin("npz", "hf", {}, (path,), inventory(tensors), str(source), sidecars(source))
         yield from hf_messages(begin, tensors)
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         model = collect(messages)
         tensors, dropped = hf_tensors(model)
         archive = ArchiveWriter(root="")

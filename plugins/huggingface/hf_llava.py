@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
-
 from ckptx.errors import SchemaError
 from ckptx.hf_models.directory import base_sidecars, sidecars
 from ckptx.hf_models.weights import fill_from_base, read_weights
 from ckptx.plugins.huggingface.hf import HfLoader, HfSaver, weight_files
-from ckptx.plugins.megatron.llava import FAMILY
-from ckptx.protocol.context import UNTOLD, Context
+from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype, named_messages
-from ckptx.protocol.messages import Begin, Message
+from ckptx.protocol.messages import Begin, Messages
 from ckptx.protocol.model import collect, leave_unused, named_tensors
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import family_named
@@ -26,6 +21,9 @@ from ckptx.schemas.families.multimodal.hf_llava import (
 )
 from ckptx.schemas.families.multimodal.llava import CONVERTER
 from ckptx.storage.file_plan import literal_files
+from ckptx.storage.location import Location
+
+FAMILY = "llava"
 
 
 class HfLlavaLoader(HfLoader):
@@ -33,13 +31,11 @@ class HfLlavaLoader(HfLoader):
 
     name = "hf_llava"
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return False: by its files it is a Hugging Face model like any other."""
         return False
 
-    def load(
-        self, source: Path, options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> Iterator[Message]:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model."""
         weights = read_weights(source)
         filled = fill_from_base(weights, context)
@@ -70,9 +66,7 @@ class HfLlavaSaver(HfSaver):
 
     name = "hf_llava"
 
-    def plan(
-        self, messages: Iterator[Message], options: Mapping[str, Any], context: Context = UNTOLD
-    ) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of a directory with weights, and a config that ckptx reads."""
         model = collect(messages)
         if "vision" not in model.begin.parts:
