@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ckptx.containers.pickle_values import Record
 from ckptx.errors import FormatError
 from ckptx.model.layout import Layout, Parts
 from ckptx.protocol.messages import Dropped, SourceTensor, Tensors
@@ -56,6 +57,8 @@ def args_of(state: Any, file: Path) -> dict[str, Any]:
     args = state.get("args")
     if args is None:
         return {}
+    if isinstance(args, Record):  # of a class that a trainer made of its own
+        args = args.state
     if not isinstance(args, Mapping) and not hasattr(args, "__dict__"):
         raise FormatError(f"{file}: args are of type {type(args).__name__}, expected a namespace")
     return dict(args if isinstance(args, Mapping) else vars(args))
