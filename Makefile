@@ -5,16 +5,27 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-full lint types bench docs clean
+.PHONY: demo test test-full nightly lint types bench docs clean
 
 demo: $(READY) ## Convert a small Llama to Megatron Core, reshard it, return it, compare every byte
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/demo.py
 
-test: $(READY) ## The everyday suite
+test: $(READY) ## The everyday suite, the same cases every time
 	$(BIN)/python -m pytest -n 2 -m "not full"
 
-test-full: $(READY) ## The whole grid
-	$(BIN)/python -m pytest -n 2
+# SEED repeats a run; what has failed before is kept in .hypothesis and comes first.
+SEED := $(or $(SEED),$(shell od -An -N3 -tu4 /dev/urandom | tr -d ' '))
+DRAWN = --hypothesis-profile=drawn --hypothesis-seed=$(SEED)
+
+test-full: $(READY) ## The whole grid, and other cases each time
+	@echo "SEED=$(SEED)"
+	$(BIN)/python -m pytest -n 2 $(DRAWN)
+
+nightly: $(READY) ## Cases drawn by chance, many more of them, and faults at random places
+	@echo "SEED=$(SEED)"
+	CKPTX_FAULTS=4 CKPTX_FAULTS_FIRST_SEED=$(SEED) CKPTX_EXAMPLES=20 $(BIN)/python -m pytest -n 2 \
+		$(DRAWN) tests/property tests/formats tests/faults tests/fuzz tests/hostile/test_tuples.py \
+		tests/unit
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,23 @@
-"""``python -m ckptx``: the same as the ``ckptx`` command."""
+"""The ``ckptx`` and ``ckptx-convert`` commands, also as ``python -m ckptx``.
 
-from ckptx.cli.main import main
+A process that a conversion starts imports the script that started the command, and with it this
+module: it imports the command line only where it runs.
+"""
+
+
+def main() -> None:
+    """Run ``ckptx``."""
+    from ckptx.cli.main import main as run
+
+    run()
+
+
+def convert() -> None:
+    """Run a conversion with the options of Megatron's ``convert.py``."""
+    from ckptx.cli.main import convert as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

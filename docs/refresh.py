@@ -25,12 +25,12 @@ from ckptx.cli import conversion
 from ckptx.cli import main as cli
 from ckptx.errors import CkptxError, PluginError
 from ckptx.model import canonical_names as vocabulary
-from ckptx.model.layout import Family
+from ckptx.model.family import Family
+from ckptx.protocol import context, declarations, hookspecs
 from ckptx.protocol import contracts as plugin
-from ckptx.protocol import hookspecs
 from ckptx.protocol import messages as protocol
 from ckptx.registry import registry
-from ckptx.verification.diagnosis.hypotheses import WORDS
+from ckptx.verification.diagnosis.search import KNOWN
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -259,9 +259,8 @@ def contracts() -> str:
 
 
 def engine_values() -> str:
-    """Return the options of the engine that every plugin is given."""
-    rows = re.findall(r"^ {4}(\w+) {2,}(.+(?:\n {8,}.+)*)$", str(plugin.__doc__), re.MULTILINE)
-    return table(("key", "value"), [(f"`{name}`", _prose(text)) for name, text in rows])
+    """Return what the engine tells every plugin, and what a plugin declares."""
+    return "\n\n".join((_class(context, "Context"), _class(declarations, "Format")))
 
 
 def messages() -> str:
@@ -312,7 +311,7 @@ def diagnoses() -> str:
     """Return the mistakes that ``verify`` knows, and what to do about each."""
     return table(
         ("name", "what has happened", "what to do"),
-        ((f"`{name}`", words.title, words.advice) for name, words in WORDS.items()),
+        ((f"`{name}`", words.title, words.advice) for name, words in KNOWN.items()),
     )
 
 

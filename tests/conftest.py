@@ -1,14 +1,30 @@
-"""What several suites share: a small model on disk, made without transformers."""
+"""What several suites share: how cases are drawn, and a small model on disk.
+
+`make test` draws nothing by chance: Hypothesis takes the same examples every time. With
+``--hypothesis-profile=drawn`` (`make test-full`, `make nightly`) it draws others, from the seed of
+``--hypothesis-seed``, after those that have failed before.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from safetensors.numpy import save_file
+
+NO_CLOCK = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("fixed", derandomize=True, database=None, **NO_CLOCK)
+settings.register_profile("drawn", print_blob=True, **NO_CLOCK)
+EXAMPLES = int(os.environ.get("CKPTX_EXAMPLES", "1"))
+"""How many times as many examples as usual Hypothesis draws."""
+settings.load_profile("fixed")
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -69,6 +85,24 @@ def write_llama(directory: Path, shards: int = 1, **changes: Any) -> Path:
     index = {"metadata": {"total_size": size}, "weight_map": homes}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every property so many more examples."""
+    for item in items if EXAMPLES > 1 else ():
+        test = getattr(item, "obj", None)
+        if chosen := getattr(test, "_hypothesis_internal_use_settings", None):
+            more = settings(chosen, max_examples=EXAMPLES * chosen.max_examples)
+            getattr(test, "__func__", test)._hypothesis_internal_use_settings = more
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Every test draws the same numbers, whatever ran before it in its process."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(name="write_llama", scope="session")

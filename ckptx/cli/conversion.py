@@ -1,90 +1,24 @@
 """``convert`` and ``plan``: commands whose options depend on the plugins that are chosen.
 
-The command line is read twice. The first look finds the loader and the saver (the format of the
-source is detected if no loader is named); the second has exactly their options and the engine's.
+Beside these there are the engine's.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import click
 
-from ckptx.cli.options import (
-    engine_options,
-    long_options,
-    megatron_options,
-    short_options,
-    show_result,
-)
-from ckptx.conversion import megatron_modules
+from ckptx.cli.options import long_options, output_options, short_options, show_result
+from ckptx.cli.plugin_options import Chosen, PluginCommand, equal_options, scanned
+from ckptx.conversion.options import engine_options, megatron_options
 from ckptx.conversion.request import ConversionRequest
-from ckptx.errors import CkptxError, PluginError
 from ckptx.registry import registry
 
-_ENGINE = (
-    "dtype",
-    "hf_base",
-    "fill_from_base",
-    "overwrite",
-    "max_memory",
-    "threads",
-    "digest",
-    "check_replicas",
-    "resume",
-    "journal_every",
-    "max_queue_size",
-    "model_type",
-    "checking",
-    "megatron_path",
-)
 
-
-class Chosen:
-    """The plugins of one command line, and their options."""
-
-    def __init__(self, loader: str | None, saver: str | None, megatron_path: str | None) -> None:
-        self.loader = registry.loader(loader, megatron_path) if loader else None
-        self.saver = registry.saver(saver, megatron_path) if saver else None
-        plugins: tuple[object, ...] = (self.loader, self.saver)
-        self.modules = [plugin for plugin in plugins if isinstance(plugin, megatron_modules.Module)]
-        self.owners: dict[str, list[click.Option]] = {}
-        for role, plugin in (("loader", self.loader), ("saver", self.saver)):
-            if plugin is not None:
-                self.owners[f"{role} {plugin.name}"] = plugin.options()
-
-    def parameters(self, engine: Sequence[click.Parameter]) -> list[click.Option]:
-        """Return the plugins' options, equal ones once.
-
-        Raises:
-            PluginError: one name is declared in different ways.
-        """
-        spellings = {spelling: ("ckptx", p) for p in engine for spelling in _spellings(p)}
-        found: list[click.Option] = []
-        for owner, options in self.owners.items():
-            for option in options:
-                for spelling in _spellings(option):
-                    other, known = spellings.setdefault(spelling, (owner, option))
-                    if known is not option and not _equal(known, option):
-                        raise PluginError(
-                            f"{option.opts[0]} is declared differently by {other} and by {owner}; "
-                            "one of them must be renamed"
-                        )
-                if not any(_equal(option, known) for known in found):
-                    found.append(option)
-        return found
-
-    def values(self, role: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        """Return the parameters that belong to the plugin in ``role``."""
-        options = next((o for owner, o in self.owners.items() if owner.startswith(role)), [])
-        return {str(option.name): parameters[str(option.name)] for option in options}
-
-
-class ConversionCommand(click.Command):
-    """A command that grows the options of the plugins it is given."""
+class ConversionCommand(PluginCommand):
+    """A command with the options of a loader and a saver."""
 
     def __init__(
         self,
@@ -97,28 +31,14 @@ class ConversionCommand(click.Command):
         self.style = style
         self.base = (short_options if style == "short" else long_options)()
         self.megatron = megatron_options()
-        self.engine = engine_options()
+        self.engine = [*engine_options(), *output_options()]
         params = [*self.base, *self.engine, *self.megatron]
         super().__init__(name, params=params, help=summary, short_help=summary)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Choose the plugins, then parse with their options."""
-        wants_help = any(arg in ctx.help_option_names for arg in args)
-        ctx.meta["chosen"] = chosen = self._choose(args, wants_help)
-        own = chosen.parameters(self.params)
-        ctx.meta["own"] = own
-        arguments = args
-        if chosen.modules and not wants_help:
-            spellings = frozenset(s for p in (*self.params, *own) for s in _spellings(p))
-            ctx.meta["arguments"], arguments = megatron_modules.parse(
-                chosen.modules, args, spellings
-            )
-        original = self.params
-        self.params = [*original, *own]
         try:
-            return super().parse_args(ctx, list(arguments))
-        except click.NoSuchOption as error:
-            raise _owned_elsewhere(error, chosen) from error
+            return super().parse_args(ctx, args)
         except click.MissingParameter as error:
             if error.param is None or error.param.name != "saver":
                 raise
@@ -127,40 +47,39 @@ class ConversionCommand(click.Command):
             raise click.UsageError(
                 f"say the format to write with {spelling}: {known}", ctx
             ) from None
-        finally:
-            self.params = original
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the conversion that the options describe."""
         chosen: Chosen = ctx.meta["chosen"]
-        if chosen.loader is None or chosen.saver is None:
+        loader, saver = chosen.name("loader"), chosen.name("saver")
+        if loader is None or saver is None:
             raise click.UsageError(f"say the format of {ctx.params['load_dir']} with --from", ctx)
-        both = {}
-        if chosen.modules:
-            names = {"loader": chosen.loader.name, "saver": chosen.saver.name}
-            both["arguments"] = {**ctx.params, **names, **ctx.meta.get("arguments", {})}
+        engine = (*engine_options(), *megatron_options())
+        both = self.module_arguments(ctx, loader=loader, saver=saver)
         job = ConversionRequest(
-            loader=chosen.loader.name,
-            saver=chosen.saver.name,
+            loader=loader,
+            saver=saver,
             source=ctx.params["load_dir"],
             target=ctx.params["save_dir"],
             loader_options={**chosen.values("loader", ctx.params), **both},
             saver_options={**chosen.values("saver", ctx.params), **both},
-            **{name: ctx.params[name] for name in _ENGINE},
+            **{str(one.name): ctx.params[str(one.name)] for one in engine},
         )
         self.run(job, ctx.params)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in groups: conversion, each plugin, engine, modules."""
-        chosen: Chosen = ctx.meta.get("chosen") or Chosen(None, None, None)
+        chosen: Chosen = ctx.meta.get("chosen") or Chosen()
         named = [param for param in self.base if isinstance(param, click.Option)]
         _section(ctx, formatter, "Conversion", named)  # click itself lists SRC and DST
         shown: list[click.Option] = []
         for owner, options in chosen.owners.items():
-            new = [o for o in options if not any(_equal(o, other) for other in shown)]
+            new = [o for o in options if not any(equal_options(o, other) for other in shown)]
             shown += new
             _section(ctx, formatter, f"Options of {owner}", new)
         if chosen.modules:
+            from ckptx.conversion import megatron_modules
+
             with formatter.section("Options of Megatron-style modules"):
                 formatter.write(megatron_modules.option_help(chosen.modules) + "\n")
         help_option = self.get_help_option(ctx)
@@ -175,10 +94,11 @@ class ConversionCommand(click.Command):
                     f"Known loaders: {loaders}; savers: {savers}."
                 )
 
-    def _choose(self, args: list[str], wants_help: bool) -> Chosen:
+    def choose(self, args: list[str], wants_help: bool) -> Chosen:
         """Return the plugins that ``args`` name, after as light a look as possible."""
         params, places = scanned(self.params, args)
         loader, saver, path = (params.get(k) for k in ("loader", "saver", "megatron_path"))
+        source = params.get("load_dir") or next((p for p in places if p.exists()), None)
         if loader is None and saver is not None:
             options = registry.saver(saver, path).options()  # a wrong name is the better error
             _, places = scanned([*self.params, *options], args)
@@ -191,27 +111,13 @@ class ConversionCommand(click.Command):
                 raise click.UsageError("a path is empty; is a variable of the shell not set?")
             elif places and not wants_help:
                 loader = registry.detect(places[0])
-        return Chosen(loader, saver, path)
+        return Chosen(
+            ("loader", registry.loader(loader, path, source) if loader else None),
+            ("saver", registry.saver(saver, path) if saver else None),
+        )
 
 
-def scanned(
-    params: Sequence[click.Parameter], args: Sequence[str]
-) -> tuple[dict[str, Any], list[Path]]:
-    """Return the known options of a command line, and what may be paths among the rest.
-
-    Values of options that are not known yet stand there, too: take what exists.
-    """
-    scan = click.Command(
-        "scan",
-        params=[param for param in params if isinstance(param, click.Option)],
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-        add_help_option=False,
-    )
-    ctx = scan.make_context("scan", list(args), resilient_parsing=True)
-    return ctx.params, [Path(arg) for arg in ctx.args if arg and not arg.startswith("-")]
-
-
-def convert_command(style: Literal["short", "long"]) -> click.Command:
+def convert_command(style: Literal["short", "long"] = "short") -> click.Command:
     """Return the command that converts, with short or Megatron's own option names."""
     return ConversionCommand("convert", "Convert a checkpoint.", style, _convert)
 
@@ -232,9 +138,9 @@ def _convert(job: ConversionRequest, params: dict[str, Any]) -> None:
 
 
 def _plan(job: ConversionRequest, params: dict[str, Any]) -> None:
-    from ckptx.conversion import supervisor
+    from ckptx.conversion import engine
 
-    forecast = supervisor.forecast(job, tensors=params["as_json"])
+    forecast = engine.forecast(job, tensors=params["as_json"])
     show_result(forecast, params["as_json"], params["quiet"])
 
 
@@ -248,34 +154,3 @@ def _section(
     if rows:
         with formatter.section(title):
             formatter.write_dl(rows)
-
-
-def _spellings(param: click.Parameter) -> Iterator[str]:
-    """Yield all that must be unique on one command line: the options, and the parameter's name."""
-    if isinstance(param, click.Option):
-        yield from (*param.opts, *param.secondary_opts)
-    yield f"({param.name})"
-
-
-def _equal(one: click.Parameter, other: click.Parameter) -> bool:
-    """Return whether two declarations mean the same; the words of their help may differ."""
-    first, second = one.to_info_dict(), other.to_info_dict()
-    return all(first.get(key) == second.get(key) for key in {*first, *second} - {"help"})
-
-
-def _owned_elsewhere(error: click.NoSuchOption, chosen: Chosen) -> click.UsageError:
-    owners = []
-    for entry in registry.entries().values():
-        if entry.kind == "schema" or f"{entry.kind} {entry.name}" in chosen.owners:
-            continue
-        with contextlib.suppress(CkptxError):
-            plugin = getattr(registry, entry.kind)(entry.name)
-            if any(error.option_name in _spellings(option) for option in plugin.options()):
-                owners.append(f"{entry.kind} {entry.name!r}")
-    if not owners:
-        return error
-    return click.UsageError(
-        f"{error.option_name} belongs to {' and '.join(owners)}, which is not chosen here "
-        f"(chosen: {', '.join(chosen.owners) or 'nothing'})",
-        error.ctx,
-    )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import click
 
-from ckptx.cli.options import printable
+from ckptx.text.shown import printable
 
 
 def remark(remarks: Iterable[str]) -> None:

@@ -28,10 +28,10 @@ from typing import Any
 import click
 
 from ckptx.cli import equivalent
-from ckptx.cli.options import DTYPES
 from ckptx.errors import FormatError, listing
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.storage.source_file import read_json, read_small
+from ckptx.tensors.dtypes import SPELLINGS
 
 _MERGE = ("merge_lora_weighs", "merge_lora_weights")
 """RLinf's spelling, and what a user would take for it."""
@@ -239,9 +239,10 @@ def _near(source: Path) -> Path | None:
 def _dtype(value: Any, file: Path) -> list[str]:
     if value is None or str(value).lower() in ("null", "none", ""):
         return []
-    if str(value).lower() not in DTYPES:
+    if str(value).lower() not in SPELLINGS:
         raise FormatError(
-            f"{file}: convertor.torch_dtype is {value!r:.40}, expected one of {', '.join(DTYPES)}"
+            f"{file}: convertor.torch_dtype is {value!r:.40}, expected one of "
+            f"{', '.join(SPELLINGS)}"
         )
     return ["--dtype", str(value).lower()]
 

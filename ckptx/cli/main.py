@@ -9,38 +9,73 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from functools import partial
+from importlib import import_module
+from typing import Any
 
 import click
 
-from ckptx import __version__
-from ckptx.cli import conversion, examples, from_config, from_script, modify, running, show, source
-from ckptx.cli.options import printable
 from ckptx.errors import CkptxError
 from ckptx.processes import torchrun
 from ckptx.processes.interrupts import Interrupted
+from ckptx.registry import registry
+from ckptx.text.shown import printable
+from ckptx.version import __version__
+
+_COMMANDS = {
+    "convert": "ckptx.cli.conversion",
+    "plan": "ckptx.cli.conversion",
+    "from-config": "ckptx.cli.from_config",
+    "from-script": "ckptx.cli.from_script",
+    "inspect": "ckptx.cli.source",
+    "print-tensor": "ckptx.cli.source",
+    "verify": "ckptx.cli.show",
+    "generate": "ckptx.cli.running",
+    "modify": "ckptx.cli.modify",
+    "plugins": "ckptx.cli.show",
+}
+"""The module of every command, where ``<command>_command()`` returns it."""
+
+
+class _Commands(MutableMapping[str, click.Command]):
+    """Commands by name; the module of one is imported when it is asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, click.Command] = {}
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in self._made:
+            module: Any = import_module(_COMMANDS[name])
+            made = getattr(module, f"{name.replace('-', '_')}_command")()
+            self._made[name] = _with_examples(made, name)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COMMANDS)
+
+    def __len__(self) -> int:
+        return len(_COMMANDS)
+
+    def __setitem__(self, name: str, value: click.Command) -> None:
+        self._made[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{name}: commands stay")
+
+
+def _with_examples(made: click.Command, name: str) -> click.Command:
+    from ckptx.cli import examples
+
+    made.epilog = examples.epilog(name)
+    return made
 
 
 def command() -> click.Group:
     """Return the ``ckptx`` command with its subcommands."""
-    commands = [
-        conversion.convert_command("short"),
-        conversion.plan_command(),
-        from_config.from_config_command(),
-        from_script.from_script_command(),
-        source.inspect_command(),
-        source.print_tensor_command(),
-        show.verify_command(),
-        running.generate_command(),
-        modify.modify_command(),
-        show.plugins_command(),
-    ]
-    for one in commands:
-        one.epilog = examples.epilog(str(one.name))
     group = click.Group(
         "ckptx",
-        commands={str(c.name): c for c in commands},
+        commands=_Commands(),
         help="Convert large-language-model checkpoints from any layout to any other.",
         context_settings=_SETTINGS,
     )
@@ -54,10 +89,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def convert(args: Sequence[str] | None = None) -> None:
     """Run a conversion with the options of Megatron's ``convert.py``."""
-    long = conversion.convert_command("long")
+    from ckptx.cli.conversion import convert_command
+
+    long = convert_command("long")
     long.context_settings = _SETTINGS
-    long.epilog = examples.epilog("convert.py")
-    _run(long, args, "convert.py")
+    _run(_with_examples(long, "convert.py"), args, "convert.py")
 
 
 _LONGEST = 3000  # characters of an error
@@ -83,6 +119,7 @@ def _code(command: click.Command, args: list[str], name: str) -> int:
     logging.basicConfig(level=level, stream=sys.stderr)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_Printable("%(message)s"))
+    registry.fallbacks[:] = [_module]
     try:
         code = command.main(args, name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -102,6 +139,13 @@ def _code(command: click.Command, args: list[str], name: str) -> int:
         text = f"internal error: {type(error).__name__}: {error}"
         code = _error(text if verbose else f"{text} (--verbose shows where)", 1, verbose)
     return code if isinstance(code, int) else 0
+
+
+def _module(role: registry.Role, name: str, megatron_path: str | None) -> Any:
+    """Return a Megatron-style module as a plugin, None if there is none of this name."""
+    from ckptx.conversion.megatron_modules import module_named
+
+    return module_named(role, name, megatron_path)
 
 
 def _error(message: str, code: int, verbose: bool) -> int:

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from ckptx.cli.conversion import Chosen, ConversionCommand, scanned
-from ckptx.cli.options import Dtype, Place, engine_options, output_options, show_result
-from ckptx.conversion.request import ConversionRequest
+from ckptx.cli.conversion import ConversionCommand
+from ckptx.cli.options import Place, argument, output_options, show_result
+from ckptx.cli.plugin_options import Chosen, scanned
+from ckptx.conversion.options import MODIFY, Dtype, engine_options
+from ckptx.conversion.request import ConversionRequest, Edits
 from ckptx.registry import registry
-
-_ENGINE = ("overwrite", "max_memory", "threads", "digest", "check_replicas")
 
 
 class ModifyCommand(ConversionCommand):
@@ -23,10 +23,9 @@ class ModifyCommand(ConversionCommand):
             "modify", "Remove, cast or rename tensors of a checkpoint.", "short", _modify
         )
         path = Place(path_type=Path)
-        kept = {*_ENGINE, *(param.name for param in output_options())}
         self.base = [
-            click.Argument(["load_dir"], metavar="SRC", type=path, help="Checkpoint to read."),
-            click.Argument(["save_dir"], metavar="DST", type=path, help="Where to write."),
+            argument("load_dir", metavar="SRC", type=path, help="Checkpoint to read."),
+            argument("save_dir", metavar="DST", type=path, help="Where to write."),
             click.Option(["--from", "--loader", "loader"], help="Format of SRC.  [detected]"),
             click.Option(
                 ["--remove"], multiple=True, metavar="GLOB", help="Leave out tensors. Repeatable."
@@ -47,20 +46,21 @@ class ModifyCommand(ConversionCommand):
             ),
             click.Option(["--dry-run"], is_flag=True, help="Show what would be; write nothing."),
         ]
-        self.engine = [param for param in engine_options() if param.name in kept]
+        self.engine = [param for param in engine_options() if param.name in MODIFY]
+        self.engine += output_options()
         self.megatron = []
         self.params = [*self.base, *self.engine]
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the conversion."""
-        from ckptx.conversion.edits import Edits, saver_for
+        from ckptx.conversion.edits import saver_for
 
         chosen: Chosen = ctx.meta["chosen"]
         params = ctx.params
         edits = Edits(params["remove"], params["cast"], params["rename"])
         if not edits:
             raise click.UsageError("say what to change: --remove, --cast or --rename", ctx)
-        loader = chosen.loader.name if chosen.loader else registry.detect(params["load_dir"])
+        loader = chosen.name("loader") or registry.detect(params["load_dir"])
         job = ConversionRequest(
             loader=loader,
             saver=saver_for(loader),
@@ -69,11 +69,12 @@ class ModifyCommand(ConversionCommand):
             loader_options=chosen.values("loader", params),
             saver_options=chosen.values("saver", params),
             edits=edits,
-            **{name: params[name] for name in _ENGINE},
+            **{name: params[name] for name in MODIFY},
         )
         self.run(job, params)
 
-    def _choose(self, args: list[str], wants_help: bool) -> Chosen:
+    def choose(self, args: list[str], wants_help: bool) -> Chosen:
+        """Return the loader of the source and the saver of its format."""
         params, places = scanned(self.params, args)
         loader = params.get("loader")
         source = next((path for path in places if path.exists()), None)
@@ -82,10 +83,11 @@ class ModifyCommand(ConversionCommand):
         elif loader is None and places and not wants_help:
             loader = registry.detect(places[0])  # says that there is none
         if loader is None:
-            return Chosen(None, None, None)
+            return Chosen()
         from ckptx.conversion.edits import saver_for
 
-        return Chosen(loader, saver_for(registry.canonical(loader)), None)
+        plugin = registry.loader(loader, source=source)
+        return Chosen(("loader", plugin), ("saver", registry.saver(saver_for(plugin.name))))
 
 
 def modify_command() -> click.Command:
@@ -95,11 +97,11 @@ def modify_command() -> click.Command:
 
 def _modify(job: ConversionRequest, params: dict[str, Any]) -> None:
     from ckptx.cli import progress
-    from ckptx.conversion import supervisor
+    from ckptx.conversion import engine, supervisor
 
     result: Any
     if params["dry_run"]:
-        result = supervisor.forecast(job, tensors=params["as_json"])
+        result = engine.forecast(job, tensors=params["as_json"])
     else:
         shown = progress.choose(params["quiet"] or params["as_json"])
         result = supervisor.convert(job, shown)

@@ -1,9 +1,8 @@
-"""The options of the engine, which every conversion has."""
+"""What options of several commands share: paths, output, source and target."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,31 +10,7 @@ from typing import Any
 
 import click
 
-DTYPES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "half": "float16",
-    "fp32": "float32",
-    "float": "float32",
-    **{name: name for name in ("bfloat16", "float16", "float32")},
-}
-
-
-class Size(click.ParamType[Any]):
-    """A number of bytes: ``512M``, ``2GiB``, ``1.5g``."""
-
-    name = "size"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | None:
-        """Return the number of bytes."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", value, re.IGNORECASE)
-        if match is None:
-            self.fail(f"{value!r} is no size; write 512M or 2G", param, ctx)
-        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+from ckptx.text.shown import printable
 
 
 class Place(click.Path):
@@ -66,20 +41,6 @@ class Checkpoint(Place):
         return super().convert(value, param, ctx)
 
 
-class Dtype(click.ParamType[Any]):
-    """A dtype by its torch name or a short one."""
-
-    name = "dtype"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | None:
-        """Return the torch name."""
-        if value not in DTYPES:
-            self.fail(f"{value!r} is not one of {', '.join(DTYPES)}", param, ctx)
-        return DTYPES[value]
-
-
 def show_result(
     result: Any,
     as_json: bool,
@@ -94,22 +55,6 @@ def show_result(
         click.echo(printable(render(result, width) if render else result.render(width)))
 
 
-def printable(text: str) -> str:
-    r"""Return a text that does nothing to a terminal: names of tensors come from strangers.
-
-    Examples:
-        >>> print(printable("a\x1b[31m\nb"))
-        a\x1b[31m
-        b
-    """
-    return "\n".join(
-        line
-        if line.isprintable()
-        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-        for line in text.split("\n")
-    )
-
-
 def output_options() -> list[click.Parameter]:
     """Return the options of every command."""
     return [
@@ -119,101 +64,20 @@ def output_options() -> list[click.Parameter]:
     ]
 
 
-def engine_options() -> list[click.Parameter]:
-    """Return the options of a conversion that belong to no plugin."""
-    folder = click.Path(exists=True, file_okay=False, path_type=Path)
-    return [
-        click.Option(["--dtype"], type=Dtype(), help="Convert weights to this dtype.  [as stored]"),
-        click.Option(["--overwrite"], is_flag=True, help="Replace an existing target."),
-        click.Option(
-            ["--hf-base"], type=folder, help="Hugging Face model to take config and tokenizer from."
-        ),
-        click.Option(
-            ["--fill-from-base"],
-            multiple=True,
-            metavar="GLOB",
-            help="Take tensors of this name from --hf-base if the source lacks them. Repeatable.",
-        ),
-        click.Option(
-            ["--max-memory"],
-            type=Size(),
-            default="512M",
-            show_default=True,
-            help="Memory of the whole conversion.",
-        ),
-        click.Option(
-            ["--threads"],
-            type=click.IntRange(0, 1024),
-            default=0,
-            help="Threads that move bytes.  [as many as help]",
-        ),
-        click.Option(
-            ["--digest"],
-            type=click.Choice(["xxh3_128", "sha256"]),
-            default="xxh3_128",
-            show_default=True,
-            help="Digest of the manifest's tensors.",
-        ),
-        click.Option(
-            ["--check-replicas"],
-            type=click.Choice(["all", "sample", "none"]),
-            default="sample",
-            show_default=True,
-            help="How much of a tensor's further copies is compared.",
-        ),
-        click.Option(
-            ["--resume/--no-resume"],
-            default=True,
-            help="Continue an interrupted run of the same conversion; or start over, and leave "
-            "nothing if interrupted.  [default: resume]",
-        ),
-        click.Option(
-            ["--journal-every"],
-            type=Size(),
-            default="256M",
-            show_default=True,
-            help="How much an interrupted run may have to write again.",
-        ),
-        click.Option(
-            ["--max-queue-size"],
-            type=click.IntRange(1),
-            default=50,
-            show_default=True,
-            help="Messages that may wait between the two processes.",
-        ),
-        *output_options(),
-    ]
-
-
-def megatron_options() -> list[click.Parameter]:
-    """Return the options that concern Megatron-style modules only."""
-    return [
-        click.Option(
-            ["--model-type"],
-            type=click.Choice(["GPT", "BERT"]),
-            default="GPT",
-            show_default=True,
-            help="Type of the model.",
-        ),
-        click.Option(
-            ["--no-checking", "checking"],
-            is_flag=True,
-            flag_value=False,
-            default=True,
-            help="Let modules send messages in any order.",
-        ),
-        click.Option(
-            ["--megatron-path"], metavar="DIR", help="Megatron-LM checkout that modules import."
-        ),
-    ]
+def argument(name: str, help: str, **settings: Any) -> click.Argument:
+    """Return a positional argument; click shows the help of one since 8.5."""
+    try:
+        return click.Argument([name], help=help, **settings)
+    except TypeError:
+        return click.Argument([name], **settings)
 
 
 def short_options() -> list[click.Parameter]:
     """Return source, target and plugins as ``ckptx convert`` spells them."""
     path = Place(path_type=Path)
     return [
-        click.Argument(["load_dir"], metavar="SRC", type=path, help="Checkpoint to read."),
-        click.Argument(["save_dir"], metavar="DST", type=path, help="Where to write."),
+        argument("load_dir", metavar="SRC", type=path, help="Checkpoint to read."),
+        argument("save_dir", metavar="DST", type=path, help="Where to write."),
         click.Option(["--from", "--loader", "loader"], help="Format of SRC.  [detected]"),
         click.Option(["--to", "--saver", "saver"], required=True, help="Format of DST."),
     ]

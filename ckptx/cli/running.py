@@ -9,7 +9,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ckptx.cli.options import Checkpoint, Dtype, output_options, show_result
+from ckptx.cli.options import Checkpoint, output_options, show_result
+from ckptx.conversion.options import Dtype
+from ckptx.registry.source import Source
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -17,7 +19,7 @@ _PROMPT = "The capital of France is"
 _ABOUT_IMAGE = "What is in the image?"
 
 
-class Tokens(click.ParamType[Any]):
+class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
     """Token ids, separated by blanks or commas."""
 
     name = "tokens"
@@ -56,25 +58,7 @@ def generate_command() -> click.Command:
                 metavar="IDS",
                 help='Tokens to continue, as "1 2 3"; needs no tokenizer. Repeatable.',
             ),
-            click.Option(
-                ["--max-new-tokens"],
-                type=click.IntRange(1),
-                default=32,
-                show_default=True,
-                help="Generate so many tokens at most.",
-            ),
-            click.Option(
-                ["--temperature"], type=click.FloatRange(0), help="Sample; 0 is greedy.  [greedy]"
-            ),
-            click.Option(
-                ["--top-p"],
-                type=click.FloatRange(0, 1, min_open=True),
-                help="Sample from the likeliest tokens of this much probability.",
-            ),
-            click.Option(
-                ["--top-k"], type=click.IntRange(1), help="Sample from so many likeliest tokens."
-            ),
-            click.Option(["--seed"], type=click.IntRange(0), help="Sample with this seed.  [0]"),
+            *_sampling_options(),
             click.Option(["--dtype"], type=Dtype(), help="Compute in this dtype.  [as stored]"),
             click.Option(
                 ["--device"],
@@ -112,6 +96,31 @@ def generate_command() -> click.Command:
     )
 
 
+def _sampling_options() -> list[click.Parameter]:
+    """Return the options that say how tokens are chosen."""
+    return [
+        click.Option(
+            ["--max-new-tokens"],
+            type=click.IntRange(1),
+            default=32,
+            show_default=True,
+            help="Generate so many tokens at most.",
+        ),
+        click.Option(
+            ["--temperature"], type=click.FloatRange(0), help="Sample; 0 is greedy.  [greedy]"
+        ),
+        click.Option(
+            ["--top-p"],
+            type=click.FloatRange(0, 1, min_open=True),
+            help="Sample from the likeliest tokens of this much probability.",
+        ),
+        click.Option(
+            ["--top-k"], type=click.IntRange(1), help="Sample from so many likeliest tokens."
+        ),
+        click.Option(["--seed"], type=click.IntRange(0), help="Sample with this seed.  [0]"),
+    ]
+
+
 def _generate(
     model: Path, output_file: Path | None, as_json: bool, quiet: bool, verbose: bool, **given: Any
 ) -> None:
@@ -144,7 +153,7 @@ def _job(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_LOGITS = ("logits_atol", "tokens", "seed", "prompt", "hf_base")
+_LOGITS = ("logits_atol", "tokens", "seed", "prompt")
 
 
 def logits_options() -> list[click.Parameter]:
@@ -177,11 +186,6 @@ def logits_options() -> list[click.Parameter]:
             help="With --logits: seed of the random tokens.",
         ),
         click.Option(["--prompt"], help="With --logits: a text instead of random tokens."),
-        click.Option(
-            ["--hf-base"],
-            type=_FOLDER,
-            help="With --logits: Hugging Face model with the config of a side that has none.",
-        ),
     ]
 
 
@@ -205,19 +209,13 @@ def check_inputs(logits: bool) -> None:
         raise click.UsageError(f"{options[wrong[0]]} {word} --logits")
 
 
-def compared_logits(
-    a: Path,
-    b: Path,
-    loader_a: str | None,
-    loader_b: str | None,
-    given: dict[str, Any],
-    quiet: bool,
-) -> Any:
+def compared_logits(a: Source, b: Source, given: dict[str, Any]) -> Any:
     """Return the comparison of what two models compute."""
     from ckptx.cli.progress import Bar
     from ckptx.protocol.progress import Silent
     from ckptx.verification.frameworks.logits import Inputs, compare_logits
 
-    inputs = Inputs(given["tokens"], given["seed"], given["prompt"], given["hf_base"])
-    bar = Bar() if sys.stderr.isatty() and not quiet else Silent()
-    return compare_logits(a, b, loader_a, loader_b, inputs, given["logits_atol"], bar)
+    inputs = Inputs(given["tokens"], given["seed"], given["prompt"])
+    still = given["quiet"] or given["as_json"] or given["verbose"]
+    bar = Bar() if sys.stderr.isatty() and not still else Silent()
+    return compare_logits(a, b, inputs, given["logits_atol"], bar)

@@ -13,55 +13,40 @@ from typing import Any
 import click
 
 from ckptx.cli import running
-from ckptx.cli.options import Checkpoint, output_options, show_result
+from ckptx.cli.options import output_options, show_result
+from ckptx.cli.plugin_options import CheckpointCommand
 from ckptx.registry import registry
+from ckptx.registry.source import Source
 from ckptx.text.wrapping import wrapped
-
-_PATH = Checkpoint()
 
 
 def verify_command() -> click.Command:
     """Return the command that compares two checkpoints, or one with its manifest."""
 
-    def run(
-        a: Path,
-        b: Path | None,
-        loader_a: str | None,
-        loader_b: str | None,
-        rtol: float,
-        atol: float,
-        ignore_dtype: bool,
-        diagnosis: bool,
-        against_manifest: Path | None,
-        logits: bool,
-        as_json: bool,
-        quiet: bool,
-        verbose: bool,
-        **inputs: Any,
-    ) -> None:
-        if (b is None) == (against_manifest is None):
+    def run(sources: Sequence[Source], params: dict[str, Any]) -> None:
+        manifest: Path | None = params["against_manifest"]
+        if (len(sources) == 1) == (manifest is None):
             raise click.UsageError("give two checkpoints, or one and --against-manifest FILE")
+        quiet, as_json = params["quiet"], params["as_json"]
+        running.check_inputs(params["logits"] and manifest is None)
         result: Any
-        running.check_inputs(logits and b is not None)
-        if logits and b is not None:
-            still = quiet or as_json or verbose
-            result = running.compared_logits(a, b, loader_a, loader_b, inputs, still)
-        elif against_manifest is not None:
+        if manifest is not None:
             from ckptx.verification.manifest_check import check
 
-            result = check(a, against_manifest)
+            result = check(sources[0].path, manifest)
+        elif params["logits"]:
+            result = running.compared_logits(sources[0], sources[1], params)
         else:
             from ckptx.cli.progress import Bar
             from ckptx.protocol.progress import Silent
-            from ckptx.registry.open import open_checkpoint
             from ckptx.verification.compare import compare
             from ckptx.verification.difference import Tolerance
 
-            assert b is not None  # one of the two is given
-            tolerance = Tolerance(rtol, atol, ignore_dtype)
-            shown = sys.stderr.isatty() and not (quiet or as_json)
-            bar = Bar() if shown else Silent()
-            with open_checkpoint(a, loader_a) as left, open_checkpoint(b, loader_b) as right:
+            tolerance = Tolerance(params["rtol"], params["atol"], params["ignore_dtype"])
+            bar = Bar() if sys.stderr.isatty() and not (quiet or as_json) else Silent()
+            a, b = sources
+            with a.open() as left, b.open() as right:
+                diagnosis = params["diagnosis"]
                 result = compare(left, right, tolerance, diagnosis=diagnosis, progress=bar)
         show_result(result, as_json, quiet)
         if not result.equal:
@@ -69,17 +54,12 @@ def verify_command() -> click.Command:
 
     number = click.FloatRange(0)
     manifest = click.Path(exists=True, dir_okay=False, path_type=Path)
-    return click.Command(
+    return CheckpointCommand(
         "verify",
-        callback=run,
-        help="Compare two checkpoints, whatever their formats; exit 0 only if they are equal. "
-        "Where they differ, say which known mistake explains it.",
-        short_help="Compare two checkpoints; say which mistake explains a difference.",
-        params=[
-            click.Argument(["a"], type=_PATH),
-            click.Argument(["b"], type=_PATH, required=False),
-            click.Option(["--from-a", "loader_a"], help="Format of A.  [detected]"),
-            click.Option(["--from-b", "loader_b"], help="Format of B.  [detected]"),
+        "Compare two checkpoints, whatever their formats; exit 0 only if they are equal. "
+        "Where they differ, say which known mistake explains it. Options of a loader concern both "
+        "checkpoints, or one: --a.hf-base DIR, --b.hf-base DIR.",
+        [
             click.Option(
                 ["--rtol"], type=number, default=0.0, help="Let values differ by so much of A's."
             ),
@@ -104,8 +84,10 @@ def verify_command() -> click.Command:
                 help="Compare A with the digests in a ckptx-manifest.json, instead of with B.",
             ),
             *running.logits_options(),
-            *output_options(),
         ],
+        run,
+        short="Compare two checkpoints; say which mistake explains a difference.",
+        two=True,
     )
 
 
@@ -140,6 +122,7 @@ def _row(entry: registry.Entry, capabilities: Any, error: str) -> dict[str, Any]
         "distribution": entry.distribution,
         "version": entry.version,
         "module": entry.point.value,
+        "summary": entry.declared.summary if entry.declared else "",
         "capabilities": dict(capabilities),
         "error": error,
     }
@@ -158,7 +141,8 @@ def _said(row: Mapping[str, Any]) -> str:
     if row["error"]:
         said = f"error: {row['error']}"
     else:
-        said = "; ".join(filter(None, map(_capability, row["capabilities"].items())))
+        told = (row["summary"], *map(_capability, row["capabilities"].items()))
+        said = "; ".join(filter(None, told))
     if row["distribution"] == "ckptx" and not row["error"]:
         return said or "-"
     return f"{said}{' ' * bool(said)}({row['distribution']} {row['version']})"

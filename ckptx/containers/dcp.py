@@ -12,13 +12,13 @@ Source: torch:torch/distributed/checkpoint/filesystem.py@v2.13.0.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ckptx.containers import tiling, torch_zip
+from ckptx.containers import torch_zip
 from ckptx.containers.dcp_metadata import (
     METADATA_NAME,
     Chunk,
@@ -35,11 +35,13 @@ from ckptx.containers.zip_archive import ENDS_SIZE
 from ckptx.containers.zstd import decoded, is_zstd
 from ckptx.errors import FormatError, PlanError
 from ckptx.storage.file_plan import FilePlan, Region
+from ckptx.storage.open_files import PackedFile
 from ckptx.storage.source_file import SourceFile
 from ckptx.storage.spool import Spool
+from ckptx.tensors import tiling
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.joins import tile
-from ckptx.tensors.lazy import Filled, LazyTensor, Shape, Stored
+from ckptx.tensors.lazy import Filled, LazyTensor, Shape, Stored, stored
 
 _AROUND = 1 << 20
 """Bytes that an item may have around its tensor: a zip archive of a few short members."""
@@ -67,7 +69,8 @@ def tensors(
         metadata: from `read_metadata`.
         files: the file table of the conversion; files that are new to it are appended.
         keys: which tensors; all unless given.
-        spool: where items that are compressed with zstd are decoded to; refused without.
+        spool: where items that are compressed with zstd are decoded to when they are read;
+            refused without.
 
     Raises:
         FormatError: a chunk is missing, overlaps another, is damaged, is encoded in an unknown
@@ -132,23 +135,17 @@ class _Items:
         self._numbers = {path: number for number, path in enumerate(files)}
         self._open: dict[str, tuple[SourceFile, int]] = {}
         self._layouts: dict[tuple[str, Shape], _Layout] = {}
+        self._packed: dict[str, int] = {}
         self._stack = ExitStack()
-        self._last = ExitStack()
 
     def __enter__(self) -> _Items:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        self._last.close()
 
-    def open(
-        self, key: str, offsets: Shape | None, nbytes: int = 0
-    ) -> tuple[SourceFile, int, Location]:
-        """Return the file of an item, its number, and the place of the item in it.
-
-        A compressed item is decoded; it may hold ``nbytes`` of a tensor and what is around them.
-        """
+    def open(self, key: str, offsets: Shape | None) -> tuple[SourceFile, int, Location]:
+        """Return the file of an item, its number, and the place of the item in it."""
         location = self._metadata.items.get((key, offsets))
         where = f"{self._metadata.directory / METADATA_NAME}: {key!r}"
         if location is None:
@@ -167,24 +164,7 @@ class _Items:
                 f"{file.path}: {key!r}: expected {location.length} bytes at {location.offset}, "
                 f"the file has {file.size}; it is truncated, copy it again"
             )
-        if packed and self._spool is not None:
-            return self._decode(self._spool, file, location, nbytes)
         return file, number, location
-
-    def _decode(
-        self, spool: Spool, file: SourceFile, location: Location, nbytes: int
-    ) -> tuple[SourceFile, int, Location]:
-        blocks = decoded(file, location.offset, location.length, nbytes + _AROUND)
-        place = Location(spool.path, *spool.append(blocks))
-        number = self._numbers.setdefault(spool.path, len(self._files))
-        if number == len(self._files):
-            self._files.append(spool.path)
-        # Opened anew: a file knows the size that it had when it was opened.
-        with ExitStack() as last:
-            opened = last.enter_context(SourceFile(spool.path))
-            self._last.close()
-            self._last = last.pop_all()
-        return opened, number, place
 
     def _open_file(self, where: str, relative: str) -> tuple[SourceFile, int]:
         pure = PurePosixPath(relative)
@@ -203,14 +183,50 @@ class _Items:
 
     def chunk(self, key: str, dtype: str, chunk: Chunk) -> Stored:
         """Return the extent of a chunk."""
-        nbytes = math.prod(chunk.sizes) * ITEMSIZE[dtype]
-        file, number, location = self.open(key, chunk.offsets, nbytes)
+        file, number, location = self.open(key, chunk.offsets)
+        if location.transforms and self._spool is not None:
+            item = _PackedItem(file.path, location, key, dtype, chunk.sizes)
+            offset = self._spool.reserve(item, item.nbytes)
+            return stored(self._packed_number(self._spool, file), offset, dtype, chunk.sizes)
         kind = dtype, chunk.sizes
         layout = self._layouts.get(kind)
         if layout is None or not _fits(layout, file, location):
             layout = _parse(file, location, key, dtype, chunk.sizes)
             self._layouts[kind] = layout
         return Stored(dtype, chunk.sizes, number, location.offset + layout.start, layout.strides)
+
+    def _packed_number(self, spool: Spool, file: SourceFile) -> int:
+        """Return the number of a file whose items are decoded when they are read."""
+        name = str(file.path.absolute())
+        number = self._packed.setdefault(name, len(self._files))
+        if number == len(self._files):
+            self._files.append(PackedFile.of(name, spool.decoded))
+        return number
+
+
+@dataclass(frozen=True, slots=True)
+class _PackedItem:
+    """A tensor's item, compressed with zstd."""
+
+    path: Path
+    location: Location
+    key: str
+    dtype: str
+    sizes: Shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.sizes) * ITEMSIZE[self.dtype]
+
+    def blocks(self) -> Iterator[bytes]:
+        with SourceFile(self.path) as file:
+            limit = self.nbytes + _AROUND
+            yield from decoded(file, self.location.offset, self.location.length, limit)
+
+    def tensor(self, file: SourceFile, offset: int, size: int) -> Stored:
+        place = Location(str(file.path), offset, size)
+        layout = _parse(file, place, self.key, self.dtype, self.sizes)
+        return Stored(self.dtype, self.sizes, 0, offset + layout.start, layout.strides)
 
 
 def _fits(layout: _Layout, file: SourceFile, location: Location) -> bool:

@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ckptx.containers import safetensors, tiling
+from ckptx.containers import safetensors
 from ckptx.errors import FormatError
+from ckptx.tensors import tiling
 from ckptx.tensors.joins import tile
 from ckptx.tensors.lazy import Filled, LazyTensor, Shape, Stored
 

@@ -1,15 +1,9 @@
 """Read pickles without running them: no import, no foreign call, no unbounded allocation.
 
-`loads` first walks the opcodes (`_scan`), then lets the C unpickler build plain values, with every
-global resolved by a table to a stand-in of `ckptx.containers.pickle_values`. The scan refuses what
-no pickler of protocol 2 to 5 writes and what lets a few bytes cost gigabytes: text opcodes,
-extension codes, memo indices far beyond the pickle's size.
-
-Tuples need more. As keys they are hashed in C, without a memory of what has been hashed: a chain of
-tuples that hold the one before twice costs 2**links, one that is 100,000 deep overruns the C stack.
-So the unpickler is made to show each tuple to `_Weights` when it is built, before anything can hash
-it: `_scan` puts a BINPERSID behind those opcodes that build one, except where the tuple is seen to
-be small. The unpickler then calls `persistent_load` with the tuple and goes on with what it gets.
+`loads` first walks the opcodes (`ckptx.containers.pickle_scan`), then lets the C unpickler build
+plain values, with every global resolved by a table to a stand-in of
+`ckptx.containers.pickle_values`. Each tuple that is not small is shown to `_Weights` when it is
+built, before anything can hash it.
 
 What is left: a pickle of N bytes builds at most some 500 N bytes of objects, and keys that are made
 to collide cost time that grows with the square of their number.
@@ -19,13 +13,12 @@ from __future__ import annotations
 
 import pickle
 import re
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
+from ckptx.containers.pickle_scan import SMALL, WEIGH, scan
 from ckptx.containers.pickle_values import (
     STORAGE_CLASSES,
     TORCH_DTYPES,
@@ -129,7 +122,7 @@ def loads(data: bytes, *, file: str, limit: int = MAX_PICKLE) -> Any:
             f"{file}: expected a pickle of at most {limit} bytes, found {len(data)}; "
             f"tensors belong outside of it"
         )
-    stream, calls = _scan(data, file)
+    stream, calls = scan(data, file)
     try:
         with collector_paused():
             return _Unpickler(stream, calls, file).load()
@@ -148,7 +141,7 @@ class _Whole:
     """A file that is read by one look at all of it.
 
     The unpickler would call `read` for every opcode that is in no frame (all of protocol 2), and
-    lose what lies across the end of one that `_scan` has made longer than it says.
+    lose what lies across the end of one that `scan` has made longer than it says.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -169,7 +162,7 @@ class _Whole:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds values from a stream that `_scan` has prepared."""
+    """Builds values from a stream that `scan` has prepared."""
 
     def __init__(self, data: bytes, calls: bytearray, file: str) -> None:
         super().__init__(_Whole(data), encoding="utf-8")  # as torch.load reads Python 2
@@ -214,9 +207,9 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         """Return the storage of torch's ``("storage", class, key, device, numel)``.
 
-        Or, where `_scan` wants that: the tuple or frozen set that was just built.
+        Or, where `scan` wants that: the tuple or frozen set that was just built.
         """
-        if next(self._calls) == _WEIGH:
+        if next(self._calls) == WEIGH:
             return self._checked(pid)
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
             raise FormatError(
@@ -245,7 +238,7 @@ class _Weights:
             FormatError: it is nested too deeply.
         """
         size, depth = self._weigh(value)
-        if size <= _SMALL:
+        if size <= SMALL:
             return value
         if depth > MAX_TUPLE_DEPTH:
             raise FormatError(
@@ -266,7 +259,7 @@ class _Weights:
                 inner, below = self._weigh(item) if known is None else known[1:]
                 size += inner
                 depth = max(depth, below + 1)
-        if size > _SMALL:  # so one that is not known takes a few steps
+        if size > SMALL:  # so one that is not known takes a few steps
             self._known[id(value)] = value, size, depth
         return size, depth
 
@@ -448,104 +441,3 @@ _TABLE: dict[str, Any] = {
     "torch.UntypedStorage": _StorageClass(None),
     **{f"torch.{name}": _StorageClass(dtype) for dtype, name in STORAGE_CLASSES.items()},
 }
-
-
-# Opcodes by their argument, protocols 2 to 5. `_scan` steps over strings, and over what it marks.
-# A small tuple is of numbers alone: as many as the opcode takes, or up to a mark. There may be one
-# tuple around it, as in the arguments of a torch.Size.
-_PLAIN = rb"(?:K.|M..|J....|[N\x88\x89]|G........)"  # numbers, None and booleans
-_AROUND = rb"(?:(?:\x94|q.|r%(memo)s)?+\x85)?+"
-_FIXED = (
-    rb"(?:[)01Rabesu}\]\x81\x8f\x90\x92-\x94]++"  # no argument
-    rb"|[hq\x80]."
-    rb"|j....|r%(memo)s"  # LONG_BINPUT: the unpickler allocates up to its index
-    rb"|\((?:" + _PLAIN + rb"{0,%(small)d}+t" + _AROUND + rb")?+"
-    rb"|" + _PLAIN + rb"(?:\x85" + _AROUND + rb""
-    rb"|" + _PLAIN + rb"(?:[\x85\x86]" + _AROUND + rb""
-    rb"|" + _PLAIN + rb"++(?:[\x85-\x87]" + _AROUND + rb")?+)?+)?+"
-    rb"|[t\x85-\x87](?=[Rb\x81])"  # not in the memo, and consumed by REDUCE, BUILD or NEWOBJ
-    rb"|t(?=(?:\x94|q.|r....)?+Q)"  # `persistent_load` looks at it
-    rb"|\x95........"
-    rb"|c[^\n]{1,1000}\n[^\n]{1,1000}\n)*+"
-)
-_FIXED_SIMPLY = (
-    rb"(?:[)(01NRabesu}\]\x81\x88\x89\x8f\x90\x92-\x94]++"
-    rb"|[Khq\x80]."
-    rb"|M..|[Jj]....|[G\x95]........)*+"
-)
-"""The same where no alternative fails late; so all tuples are weighed, which takes longer."""
-_OTHERS = rb"c[^\n]{1,1000}\n[^\n]{1,1000}\n|r%(memo)s"
-_SMALL = 64
-"""Values in a tuple that is small."""
-_RE_IS_SOUND = sys.version_info >= (3, 11, 5)
-"""Before, possessive quantifiers lose their place in what they repeat (python/cpython#106052)."""
-_STOP = ord(".")
-_BINPERSID = ord("Q")
-_BUILDING = b"t\x85\x86\x87\x91"
-"""TUPLE, TUPLE1 to TUPLE3 and FROZENSET."""
-_LENGTHS = {
-    **dict.fromkeys(b"U\x8cC\x8a", 1),
-    **dict.fromkeys(b"XTB\x8b", 4),
-    **dict.fromkeys(b"\x8d\x8e\x96", 8),
-}
-"""Bytes of the length that follows these opcodes, before the data."""
-_STORAGE, _WEIGH = 0, 1
-"""What a BINPERSID is for: it was in the pickle, or `_scan` has put it there."""
-
-
-def _memo_index(size: int) -> bytes:
-    """Return a pattern for little-endian u32 below about twice ``size`` bytes of pickle."""
-    digits = []
-    for shift in (0, 8, 16, 24):
-        highest = min(255, size >> shift)
-        digits.append(rb"." if highest == 255 else rb"[\x00-\x%02x]" % highest)
-    return b"".join(digits)
-
-
-def _scan(data: bytes, file: str) -> tuple[bytes, bytearray]:
-    """Step over the opcodes, at some 100 MB/s, and refuse those that are unsafe to execute.
-
-    Returns:
-        The pickle with a BINPERSID behind every opcode that builds a tuple or a frozen set, unless
-        that is small, or out of reach of everything but a call; and what every BINPERSID is for, in
-        their order. (Frames become longer than they say: they only tell what to read ahead.)
-    """
-    values = {b"memo": _memo_index(len(data)), b"small": _SMALL}
-    others = re.compile(_OTHERS % values, re.DOTALL)
-    fixed = re.compile((_FIXED if _RE_IS_SOUND else _FIXED_SIMPLY) % values, re.DOTALL)
-    cuts = [0]
-    calls = bytearray()
-    position = 0
-    while True:
-        match = fixed.match(data, position)
-        position = match.end() if match else position
-        if position >= len(data):
-            raise FormatError(f"{file}: the pickle has no end; the file is truncated")
-        opcode = data[position]
-        width = _LENGTHS.get(opcode)
-        if width is not None:
-            start = position + 1 + width
-            position = start + int.from_bytes(data[position + 1 : start], "little")
-            if position > len(data):
-                raise FormatError(
-                    f"{file}: a string runs beyond the end of the pickle; it is truncated"
-                )
-        elif opcode in _BUILDING:
-            position += 1
-            cuts.append(position)
-            calls.append(_WEIGH)
-        elif opcode == _BINPERSID:
-            position += 1
-            calls.append(_STORAGE)
-        elif match := others.match(data, position):
-            position = match.end()
-        elif opcode == _STOP:
-            if len(cuts) == 1:
-                return data, calls
-            parts = [data[start:stop] for start, stop in pairwise([*cuts, position + 1])]
-            return b"Q".join(parts), calls
-        else:
-            raise FormatError(
-                f"{file}: expected a pickle opcode of protocol 2 to 5 at byte {position}, found "
-                f"{data[position : position + 1]!r}; the file is damaged or no checkpoint"
-            )

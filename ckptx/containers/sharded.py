@@ -22,9 +22,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ckptx.containers import tiling
 from ckptx.containers.pickle_values import Record, TorchDtype
 from ckptx.errors import FormatError
+from ckptx.tensors import tiling
 from ckptx.tensors.joins import tile
 from ckptx.tensors.lazy import Filled, LazyTensor, Shape, Stored, replicated
 

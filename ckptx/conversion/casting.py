@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ckptx.model.canonical_names import keys_of
 from ckptx.protocol.messages import Begin, Message, Tensors
-from ckptx.tensors.dtypes import _FLOATS, dtype_name
+from ckptx.tensors.dtypes import FLOATS, dtype_name
 from ckptx.tensors.lazy import LazyTensor
 
 
@@ -40,4 +40,4 @@ def cast_messages(messages: Iterable[Message], dtype: str | None) -> Iterator[Me
 
 def cast_float(tensor: LazyTensor, dtype: str) -> LazyTensor:
     """Return a floating-point tensor in ``dtype``, any other as it is."""
-    return tensor.cast(dtype) if tensor.dtype in _FLOATS else tensor
+    return tensor.cast(dtype) if tensor.dtype in FLOATS else tensor

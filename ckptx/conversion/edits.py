@@ -11,9 +11,10 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ckptx.conversion.casting import cast_float
+from ckptx.conversion.request import Edits
 from ckptx.errors import PlanError, SchemaError, listing
 from ckptx.hf_models.config_check import _config_notes
 from ckptx.protocol.from_names import passthrough
@@ -165,22 +166,3 @@ def _left_behind(messages: Iterator[Message]) -> tuple[Dropped, ...]:
             f"{error}; to modify the tensors whatever they are, move {CONFIG} away meanwhile"
         ) from error
     return tuple(drop for end in ends for drop in end.dropped if not drop.tensors)
-
-
-@dataclass(frozen=True, slots=True)
-class Edits:
-    """What is to be changed. Every pattern speaks of names in the source.
-
-    Edits are applied in this order: remove, cast, rename.
-    """
-
-    remove: tuple[str, ...] = ()
-    """Globs."""
-    cast: tuple[tuple[str, str], ...] = ()
-    """Globs with dtypes; the last that matches a name counts. Globs leave integers as they are."""
-    rename: tuple[tuple[str, str], ...] = ()
-    """Names with ``*`` for any text, which a ``*`` of the new name stands for, in order."""
-
-    def __bool__(self) -> bool:
-        """Return whether there is anything to do."""
-        return bool(self.remove or self.cast or self.rename)

@@ -81,7 +81,11 @@ def build(
     content = {
         "version": VERSION,
         "written_by": dict(sorted(versions.items())),
-        "source": {"format": begin.format, "layout": begin.layout},
+        "source": {
+            "format": begin.format,
+            "layout": begin.layout,
+            **({"accepted": list(begin.accepted)} if begin.accepted else {}),
+        },
         "digest": digest,
         "files": files,
     }

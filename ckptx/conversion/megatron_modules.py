@@ -24,9 +24,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckptx.errors import ConversionError, PluginError
+from ckptx.protocol.context import UNTOLD, Context, Options
+from ckptx.registry import registry
+from ckptx.registry.registry import Role
 
 if TYPE_CHECKING:
     import click
@@ -34,23 +37,46 @@ if TYPE_CHECKING:
     from ckptx.conversion.report import Facts
     from ckptx.conversion.request import ConversionRequest
     from ckptx.protocol.contracts import SavePlan
-    from ckptx.protocol.messages import Message
+    from ckptx.protocol.messages import Messages
 
-Role = Literal["loader", "saver"]
 _FUNCTIONS = {"loader": "load_checkpoint", "saver": "save_checkpoint"}
 
 
-def find(role: Role, name: str, megatron_path: str | None, *, plain: bool) -> str | None:
-    """Return the module that plays ``role`` under ``name``; imports nothing.
+def install() -> None:
+    """Let the registry find Megatron-style modules where no plugin has the name."""
+    if module_named not in registry.fallbacks:
+        registry.fallbacks.append(module_named)
 
-    Args:
-        role: ``"loader"`` or ``"saver"``.
-        name: what the user asked for.
-        megatron_path: a Megatron-LM checkout, searched as well, with its ``tools/checkpoint``.
-        plain: whether a module called just ``name`` counts too.
+
+def is_module(role: Role, name: str, megatron_path: str | None) -> bool:
+    """Return whether a Megatron-style module, and no plugin, plays ``role`` under ``name``."""
+    plugins = registry.names(role)
+    if name in plugins or registry.canonical(name) in plugins:
+        return False
+    return _module_name(role, name, megatron_path) is not None
+
+
+def module_named(role: Role, name: str, megatron_path: str | None) -> Module | None:
+    """Return the Megatron-style module that plays ``role`` under ``name``, None if there is none.
+
+    Raises:
+        PluginError: it cannot be imported, or lacks the two functions.
     """
+    found = _module_name(role, name, megatron_path)
+    if found is None:
+        return None
+    return (ModuleLoader if role == "loader" else ModuleSaver)(name, found, megatron_path)
+
+
+def _module_name(role: Role, name: str, megatron_path: str | None) -> str | None:
+    """Return the module of a name, which is not imported.
+
+    ``megatron_path`` is a Megatron-LM checkout, searched as well, with its ``tools/checkpoint``.
+    """
+    # A module called just ``name`` counts, too, unless that is a format of which we know.
+    plain = [] if registry.canonical(name) in registry.RECOGNISED else [name]
     with _megatron(megatron_path):
-        for module in (f"{role}_{name}", *([name] if plain else [])):
+        for module in (f"{role}_{name}", *plain):
             # A package is no plugin of Megatron's converter, and "json" is not one either.
             if module.isidentifier() and module not in sys.stdlib_module_names:
                 spec = importlib.util.find_spec(module)
@@ -59,14 +85,11 @@ def find(role: Role, name: str, megatron_path: str | None, *, plain: bool) -> st
     return None
 
 
-def adapt(role: Role, name: str, module: str, megatron_path: str | None) -> Any:
-    """Return a Megatron-style module as a loader or a saver.
-
-    Raises:
-        PluginError: it cannot be imported, or lacks the two functions.
-    """
-    adapter = ModuleLoader if role == "loader" else ModuleSaver
-    return adapter(name, module, megatron_path)
+def _has_torch() -> bool:
+    try:
+        return importlib.util.find_spec("torch") is not None
+    except ValueError:  # a name that stands for nothing
+        return False
 
 
 class Module:
@@ -78,6 +101,11 @@ class Module:
         self.name = name
         self.megatron_path = megatron_path
         self.capabilities: Mapping[str, Any] = {"module": module, "style": "megatron"}
+        if not _has_torch():
+            raise PluginError(
+                f"{self.role} {name!r} is a module of Megatron's converter, which passes "
+                "tensors of torch; it is not installed: pip install 'ckptx[run]'"
+            )
         with _foreign(f"{self.role} module {module}", megatron_path):
             self.module: ModuleType = importlib.import_module(module)
         for function in ("add_arguments", _FUNCTIONS[self.role]):
@@ -113,11 +141,12 @@ class ModuleLoader(Module):
         """Return False: such a module is only used when it is named."""
         return False
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         """Run the module to its end, its tensors going to the spool; then yield the messages."""
         from ckptx.conversion.megatron_queue import ReceiveQueue
 
-        queue = ReceiveQueue(self.name, options["spool"], options["checking"])
+        assert context.spool is not None  # every conversion has one
+        queue = ReceiveQueue(self.name, context.spool, context.checking)
         self.run(queue, namespace(options, load_dir=str(source)))
         yield from queue.messages(str(source))
 
@@ -127,7 +156,7 @@ class ModuleSaver(Module):
 
     role = "saver"
 
-    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Refuse: nothing is known before the module has run."""
         raise PluginError(
             f"saver {self.name!r} is a Megatron-style module, which cannot be planned"
@@ -144,19 +173,20 @@ class ModuleSaver(Module):
 
     def write_directly(
         self,
-        messages: Iterator[Message],
-        options: Mapping[str, Any],
+        messages: Messages,
+        job: ConversionRequest,
+        staging: Path,
         advance: Callable[[int], None],
     ) -> Facts:
-        """Run the module on the messages; what it writes lands in ``options["staging"]``."""
+        """Run the module on the messages; what it writes lands in ``staging``."""
         from ckptx.conversion.megatron_queue import SendQueue
 
-        queue = SendQueue(self.name, messages, options["model_type"], advance)
-        self.run(queue, namespace(options, save_dir=options["staging"]))
-        return queue.facts(Path(options["staging"]))
+        queue = SendQueue(self.name, messages, job.model_type, advance)
+        self.run(queue, namespace(job.saver_options, save_dir=str(staging)))
+        return queue.facts(staging)
 
 
-def namespace(options: Mapping[str, Any], **more: Any) -> argparse.Namespace:
+def namespace(options: Options, **more: Any) -> argparse.Namespace:
     """Return the ``args`` of a Megatron-style module, from a plugin's options."""
     values = dict(options.get("arguments") or {})
     values.update({key: value for key, value in more.items() if value is not None})

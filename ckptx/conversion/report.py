@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptx.text.shown import Shown
 from ckptx.text.sizes import size_text
-from ckptx.text.wrapping import wrapped
+from ckptx.text.wrapping import labelled
 
 if TYPE_CHECKING:
     from ckptx.conversion.proof import Proof
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 _SHOWN = 5  # entries of a list in the text form
 _FILES = 100  # output files of a plan in the text form
-_LABEL = 10  # columns
 _DIGEST = 23  # characters of the digest in the text form; JSON and manifest have it all
 
 
@@ -92,8 +92,30 @@ class Facts:
         return replace(self, load_hint=self.load_hint.replace("{target}", place))
 
 
+class _OfFacts(Shown):
+    """What is told of a conversion that was, or would be, done."""
+
+    __slots__ = ()
+    facts: Facts
+
+    @property
+    def inexact(self) -> Mapping[str, Sequence[str]]:
+        """Step (``"float32 -> bfloat16"``) to the tensors it changes."""
+        return self.facts.inexact
+
+    @property
+    def dropped(self) -> Sequence[Mapping[str, Any]]:
+        """What is not converted: ``name``, ``reason``, ``bytes``."""
+        return self.facts.dropped
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Remarks of loader and saver."""
+        return self.facts.notes
+
+
 @dataclass(frozen=True, slots=True)
-class Report:
+class Report(_OfFacts):
     """A finished conversion."""
 
     loader: str
@@ -131,20 +153,19 @@ class Report:
     def render(self, width: int = 80) -> str:
         """Return the report as text of at most ``width`` columns."""
         head = f"{self.loader} -> {self.saver} in {self.seconds:.1f} s{self._speed()}"
-        lines = [*_wrapped("converted", head, width), *_wrapped("target", self.target, width)]
-        lines += _facts_lines(self.facts, width)
+        pairs = [("converted", head), ("target", self.target), *_facts_lines(self.facts)]
         if self.resumed:
             text = f"{size_text(self.resumed)} were on disk from a run before, and are whole"
-            lines += _wrapped("resumed", text, width)
+            pairs.append(("resumed", text))
         if self.digest:
-            lines += _wrapped("digest", self.digest[:_DIGEST], width)
+            pairs.append(("digest", self.digest[:_DIGEST]))
         if self.facts.load_hint:
-            lines += _wrapped("load with", self.facts.load_hint, width)
-        return "\n".join(lines)
+            pairs.append(("load with", self.facts.load_hint))
+        return "\n".join(labelled(pairs, width))
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
+class Plan(_OfFacts):
     """A conversion that was planned and proved, and not executed. Sizes are in bytes."""
 
     loader: str
@@ -166,12 +187,17 @@ class Forecast:
     """Each output tensor: ``file``, ``name``, ``dtype``, ``shape``, ``operations``."""
 
     @property
+    def files(self) -> Sequence[Mapping[str, Any]]:
+        """The output files: ``path``, ``bytes``, ``tensors``."""
+        return self.outputs
+
+    @property
     def disk(self) -> int:
         """Disk needed, the spool included."""
         return self.facts.bytes_out + self.spool
 
     def to_json(self) -> dict[str, Any]:
-        """Return the whole forecast; every key is always there."""
+        """Return the whole plan; every key is always there."""
         return {
             "loader": self.loader,
             "saver": self.saver,
@@ -187,63 +213,57 @@ class Forecast:
         }
 
     def render(self, width: int = 80) -> str:
-        """Return the forecast as text of at most ``width`` columns; of many files, the first."""
-        lines = _wrapped("plan", f"{self.loader} -> {self.saver}, nothing is written", width)
-        lines += _wrapped("target", self.target, width)
-        lines += _facts_lines(self.facts, width)
+        """Return the plan as text of at most ``width`` columns; of many files, the first."""
         needed = f"{size_text(self.disk)} of disk, at most {size_text(self.peak_memory)} of memory"
-        lines += _wrapped("needs", needed, width)
+        pairs = [
+            ("plan", f"{self.loader} -> {self.saver}, nothing is written"),
+            ("target", self.target),
+            *_facts_lines(self.facts),
+            ("needs", needed),
+        ]
         if self.refused:
-            lines += _wrapped("refused", f"convert would stop here: {self.refused}", width)
-        lines += [line for stage in self.facts.stages for line in _wrapped("stage", stage, width)]
+            pairs.append(("refused", f"convert would stop here: {self.refused}"))
+        pairs += [("stage", stage) for stage in self.facts.stages]
         for output in self.outputs[:_FILES]:
             text = f"{output['path']}  {size_text(output['bytes'])}, {output['tensors']} tensors"
-            lines += _wrapped("file", text, width)
+            pairs.append(("file", text))
         if len(self.outputs) > _FILES:
             rest = f"and {len(self.outputs) - _FILES:,} more, which --json lists"
-            lines += _wrapped("file", rest, width)
-        lines += [line for name in self.pointers for line in _wrapped("file", name, width)]
-        return "\n".join(lines)
+            pairs.append(("file", rest))
+        pairs += [("file", name) for name in self.pointers]
+        return "\n".join(labelled(pairs, width))
 
 
-def _facts_lines(facts: Facts, width: int) -> Iterator[str]:
+def _facts_lines(facts: Facts) -> Iterator[tuple[str, str]]:
+    """Yield labels and texts."""
     family = ", ".join(sorted(set(facts.families.values()) - {""})) or "no known family, by name"
     source = f"{facts.source_format}, layout {facts.source_layout}: {family}"
-    yield from _wrapped("source", source, width)
+    yield "source", source
     count = f"{facts.tensors} in {facts.files} file{'s' * (facts.files != 1)}"
-    yield from _wrapped("tensors", f"{count}, from {facts.source_tensors}", width)
-    yield from _wrapped(
-        "bytes", f"{size_text(facts.bytes_in)} in, {size_text(facts.bytes_out)} out", width
-    )
+    yield "tensors", f"{count}, from {facts.source_tensors}"
+    yield "bytes", f"{size_text(facts.bytes_in)} in, {size_text(facts.bytes_out)} out"
     for step, names in facts.inexact.items():
-        yield from _wrapped("inexact", f"{step}: {_some(names)}", width)
+        yield "inexact", f"{step}: {_some(names)}"
     if not facts.inexact:
         besides = " but what is filled" if facts.filled else ""
-        yield from _wrapped("inexact", f"none: every value{besides} is the source's", width)
+        yield "inexact", f"none: every value{besides} is the source's"
     for step, names in facts.widened.items():
-        yield from _wrapped("widened", f"{step} (exact): {_some(names)}", width)
+        yield "widened", f"{step} (exact): {_some(names)}"
     if facts.filled:
         elements = [f"{name} ({count:,} elements)" for name, count in facts.filled.items()]
-        yield from _wrapped("filled", _some(elements), width)
+        yield "filled", _some(elements)
     if facts.replicas:
-        yield from _wrapped(
-            "replicas", f"{facts.replicas} copies compared with the one read", width
-        )
+        yield "replicas", f"{facts.replicas} copies compared with the one read"
     reasons: dict[str, list[Mapping[str, Any]]] = {}
     for drop in facts.dropped:
         reasons.setdefault(drop["reason"], []).append(drop)
     for reason, drops in reasons.items():
         size = size_text(sum(drop["bytes"] for drop in drops))
         names = _some([drop["name"] for drop in drops])
-        yield from _wrapped("dropped", f"{names} ({size}): {reason}", width)
-    for note in facts.notes:
-        yield from _wrapped("note", note, width)
+        yield "dropped", f"{names} ({size}): {reason}"
+    yield from (("note", note) for note in facts.notes)
 
 
 def _some(names: Sequence[str]) -> str:
     rest = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _wrapped(label: str, text: str, width: int) -> list[str]:
-    return wrapped(label, text, width, _LABEL)

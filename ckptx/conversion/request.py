@@ -8,7 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckptx.conversion.edits import Edits
+from ckptx.protocol.context import Context
+
+
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """What is to be changed. Every pattern speaks of names in the source.
+
+    Edits are applied in this order: remove, cast, rename.
+    """
+
+    remove: tuple[str, ...] = ()
+    """Globs."""
+    cast: tuple[tuple[str, str], ...] = ()
+    """Globs with dtypes; the last that matches a name counts. Globs leave integers as they are."""
+    rename: tuple[tuple[str, str], ...] = ()
+    """Names with ``*`` for any text, which a ``*`` of the new name stands for, in order."""
+
+    def __bool__(self) -> bool:
+        """Return whether there is anything to do."""
+        return bool(self.remove or self.cast or self.rename)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +69,19 @@ class ConversionRequest:
         for name in ("source", "target"):
             object.__setattr__(self, name, Path(os.path.abspath(getattr(self, name))))  # noqa: PTH100 - keeps symlinks
 
-    def options(self, own: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-        """Return the options that a plugin sees: the engine's and its own."""
-        engine = {
-            "dtype": self.dtype,
-            "hf_base": self.hf_base,
-            "fill_from_base": self.fill_from_base,
-            "target": self.target,
-            "max_queue_size": self.max_queue_size,
-            "model_type": self.model_type,
-            "checking": self.checking,
-            "megatron_path": self.megatron_path,
-        }
-        return {**engine, **own, **more}
+    @property
+    def inputs(self) -> list[Path]:
+        """The places that are read, of which the target replaces nothing."""
+        adapters = map(Path, self.loader_options.get("adapter") or ())
+        return [self.source, *([self.hf_base] if self.hf_base else []), *adapters]
+
+    def context(self) -> Context:
+        """Return what the loader and the saver are told of the conversion."""
+        return Context(
+            dtype=self.dtype,
+            hf_base=self.hf_base,
+            fill_from_base=self.fill_from_base,
+            target=self.target,
+            model_type=self.model_type,
+            checking=self.checking,
+        )

@@ -13,14 +13,9 @@ from ckptx.hf_models.lora import extract
 from ckptx.hf_models.lora import merge as adapter_merge
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.export import exported
-from ckptx.model.layout import Family
-from ckptx.protocol.contracts import ADAPTERS
-from ckptx.protocol.from_names import (
-    named_messages,
-    names_held,
-    passthrough,
-    tied_names,
-)
+from ckptx.model.family import Family
+from ckptx.protocol.context import ADAPTERS, UNTOLD, Context
+from ckptx.protocol.from_names import named_messages, names_held, passthrough, tied_names
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import _architectures, family_of, parts_from_config, why_unknown
@@ -80,12 +75,11 @@ def sidecars(directory: Path) -> dict[str, bytes]:
     return found
 
 
-def base_sidecars(options: Mapping[str, Any]) -> dict[str, bytes]:
+def base_sidecars(context: Context) -> dict[str, bytes]:
     """Return the sidecars of the model that ``--hf-base`` names, none without it."""
-    base = options.get("hf_base")
-    if base is None:
+    directory = context.hf_base
+    if directory is None:
         return {}
-    directory = Path(base)
     if not directory.is_dir():
         raise FormatError(f"--hf-base {directory}: no such directory")
     files = sidecars(directory)
@@ -98,26 +92,26 @@ def hf_messages(
     begin: Begin,
     tensors: Mapping[str, LazyTensor],
     notes: tuple[str, ...] = (),
-    dtype: str | None = None,
     dropped: tuple[Dropped, ...] = (),
     options: Mapping[str, Any] | None = None,
+    context: Context = UNTOLD,
     renamer: Renamer | None = None,
 ) -> Iterator[Message]:
     """Yield the messages of a model whose tensors have Hugging Face's names.
 
     The config among the sidecars of ``begin`` says which model it is, and completes ``begin``.
     Without one, or of an unknown architecture, tensors pass through. ``notes`` and ``dropped`` go
-    before others. Quantised weights are dequantised to ``dtype``, by default to the one that the
-    config names. LoRA adapters among the tensors, and those that the loader's ``options`` name, are
-    merged; for a saver of adapters they are what is left. Adapters name modules as they are called
-    in memory: ``renamer`` returns, for a config, what gives the name that files have for one.
+    before others. Quantised weights are dequantised to the context's dtype, by default to the one
+    that the config names. LoRA adapters among the tensors, and those that the loader's ``options``
+    name, are merged; for a saver of adapters they are what is left. Adapters name modules as they
+    are called in memory: ``renamer`` returns, for a config, what gives the name that files have.
 
     Raises:
         SchemaError: tensors are missing, left over, or not of the shapes that the config says.
     """
-    options = options or {}
-    held = extract.extract_adapters(begin, tensors, options)
-    if options.get("wants") == ADAPTERS:
+    held = extract.extract_adapters(begin, tensors, options or {})
+    dtype = context.dtype
+    if context.wants == ADAPTERS:
         yield from _adapter_messages(held, notes, dropped)
         return
     begin, tensors = held.begin, held.tensors
@@ -127,14 +121,11 @@ def hf_messages(
         begin, tensors, _, more, gone = _merged(
             held, begin, tensors, config or {}, None, dtype, renamer
         )
-        notes, dropped = (*notes, *more), (*dropped, *gone)
         named = ", ".join((config or {}).get("architectures") or ())
-        why = (
-            f"{named}: {why_unknown(config or {})}" if named else "no config names an architecture"
-        )
-        yield begin
-        yield passthrough(tensors)
-        yield End(dropped, (*notes, f"{why}; tensors pass through by name"))
+        why = why_unknown(config or {}) if named else "no config names an architecture"
+        why = f"{named}: {why}" if named else why
+        notes = (*notes, *more, f"{why}; tensors pass through by name")
+        yield from _by_name(begin, tensors, (*dropped, *gone), notes)
         return
     before, tensors = tensors, float8.dequantise(tensors, config, dtype)
     if len(tensors) < len(before):
@@ -151,9 +142,8 @@ def hf_messages(
     tensors, around = task_heads.without_module(tensors, known)
     notes = (*notes, *around)
     if own := task_heads.heads_of(tensors, known):
-        yield begin
-        yield passthrough(tensors)
-        yield End(dropped, (*notes, task_heads.remark(own, ", ".join(_architectures(config)))))
+        remark = task_heads.remark(own, ", ".join(_architectures(config)))
+        yield from _by_name(begin, tensors, dropped, (*notes, remark))
         return
     yield from named_messages(
         replace(begin, family=composed), tensors, parts, family.layout("hf"), notes, dropped
@@ -166,9 +156,20 @@ def _adapter_messages(
     model = read_config(held.begin.sidecars, held.begin.root) or {}
     tensors, config, rest, more = exported(held, model)
     files = {ADAPTER_CONFIG: dump_config(config)}
-    yield replace(held.begin, layout=extract.LAYOUT, sidecars=files)
+    begin = replace(held.begin, layout=extract.LAYOUT, sidecars=files)
+    yield from _by_name(begin, tensors, (*dropped, *rest), (*notes, *more))
+
+
+def _by_name(
+    begin: Begin,
+    tensors: Mapping[str, LazyTensor],
+    dropped: tuple[Dropped, ...],
+    notes: tuple[str, ...],
+) -> Iterator[Message]:
+    """Yield the messages of tensors that pass through under their own names."""
+    yield begin
     yield passthrough(tensors)
-    yield End((*dropped, *rest), (*notes, *more))
+    yield End(dropped, notes)
 
 
 def _merged(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptx.errors import SchemaError, listing
-from ckptx.tensors.dtypes import DTYPES, dtype_name
+from ckptx.tensors.dtypes import DTYPES, FLOAT8, dtype_name
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.tensors.operations import dequantised
 
@@ -20,7 +20,6 @@ KEY = "quantization_config"
 """The entry of ``config.json``."""
 SCALE = "_scale_inv"
 """What is added to the name of a quantised tensor for that of its scale."""
-_QUANTISED = ("float8_e4m3fn", "float8_e5m2")
 _SCALES = ("float32", "bfloat16", "float16")
 
 
@@ -35,7 +34,7 @@ def dequantise(
     """
     scales = {name for name in tensors if name.endswith(SCALE)}
     said = config.get(KEY)
-    quantised = [name for name, tensor in tensors.items() if tensor.dtype in _QUANTISED]
+    quantised = [name for name, tensor in tensors.items() if tensor.dtype in FLOAT8]
     if not (said or scales or quantised):
         return dict(tensors)
     block = _block(said, [*quantised, *scales])
@@ -45,7 +44,7 @@ def dequantise(
         scale = tensors.get(name + SCALE)
         if name in scales:
             _check_scale(name, tensor, tensors.get(name.removesuffix(SCALE)))
-        elif tensor.dtype not in _QUANTISED:
+        elif tensor.dtype not in FLOAT8:
             found[name] = tensor
         elif scale is None:
             raise SchemaError(
@@ -64,7 +63,7 @@ def _check_scale(name: str, scale: LazyTensor, weight: LazyTensor | None) -> Non
     owner = name.removesuffix(SCALE)
     if weight is None:
         raise SchemaError(f"{name!r} is a scale without {owner!r}; copy the shard that holds it")
-    if weight.dtype not in _QUANTISED:
+    if weight.dtype not in FLOAT8:
         raise SchemaError(
             f"{owner!r} is {weight.dtype}, which is not quantised, and has a scale {name!r}: they "
             "are not of one model"

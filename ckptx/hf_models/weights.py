@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ckptx.containers import safetensors, torch_zip
 from ckptx.containers.safetensors import unique_keys
 from ckptx.errors import FormatError, listing
+from ckptx.protocol.context import Context
 from ckptx.storage.source_file import read_small
 from ckptx.tensors.lazy import Stored
 
@@ -174,7 +174,7 @@ def _read_file(path: Path, number: int) -> dict[str, Stored]:
     return value
 
 
-def fill_from_base(weights: Weights, options: Mapping[str, Any]) -> tuple[str, ...]:
+def fill_from_base(weights: Weights, context: Context) -> tuple[str, ...]:
     """Add tensors of ``--hf-base`` that the source lacks and ``--fill-from-base`` names.
 
     Returns:
@@ -183,29 +183,28 @@ def fill_from_base(weights: Weights, options: Mapping[str, Any]) -> tuple[str, .
     Raises:
         FormatError: patterns without a base, or a pattern that adds nothing.
     """
-    filled, notes = base_tensors(weights.paths, weights.tensors, options)
+    filled, notes = base_tensors(weights.paths, weights.tensors, context)
     weights.tensors |= filled
     weights.homes |= {name: weights.paths[tensor.file].name for name, tensor in filled.items()}
     return notes
 
 
 def base_tensors(
-    paths: list[Path], present: Container[str], options: Mapping[str, Any]
+    paths: list[Path], present: Container[str], context: Context
 ) -> tuple[dict[str, Stored], tuple[str, ...]]:
     """Return tensors of ``--hf-base`` that are not present and ``--fill-from-base`` names.
 
     Their files are added to ``paths``, the file table. With them come the remarks and the errors of
     `fill_from_base`.
     """
-    patterns = tuple(options.get("fill_from_base") or ())
-    if not patterns:
+    if not context.fill_from_base:
         return {}, ()
-    if options.get("hf_base") is None:
+    if context.hf_base is None:
         raise FormatError("--fill-from-base needs --hf-base, the model to fill from")
-    base = read_weights(Path(options["hf_base"]))
+    base = read_weights(context.hf_base)
     filled: dict[str, Stored] = {}
     notes = []
-    for pattern in patterns:
+    for pattern in context.fill_from_base:
         names = [
             name
             for name in fnmatch.filter(base.tensors, pattern)

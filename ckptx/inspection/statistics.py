@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,11 +111,8 @@ def statistics_of(
         advance(values.nbytes)
         return True
 
-    source = Files(files)
-    try:
+    with closing(Files(files)) as source:
         BlockReader(source, block=_BLOCK).each(groups, visit)
-    finally:
-        source.close()
     return dict(zip(tensors, sums, strict=True))
 
 

@@ -15,10 +15,11 @@ from ckptx.model.pipeline_parallel import Pipeline, describe
 from ckptx.protocol.messages import TRAINING_STATE, Begin
 from ckptx.protocol.model import Model
 from ckptx.protocol.progress import Progress, Silent
-from ckptx.registry.open import Problem, open_checkpoint
+from ckptx.registry.open import Checkpoint, Problem, opened
 from ckptx.storage.partial import PARTIAL
 from ckptx.tensors.lazy import Filled, LazyTensor
 from ckptx.tensors.placement import describe_partition, placement_of, stored_dtypes
+from ckptx.text.shown import Shown
 
 SCHEMA = "ckptx-inspect/1"
 """What the JSON of an inspection is; the number rises when a key changes its meaning."""
@@ -45,7 +46,7 @@ class Unreadable:
 
 
 @dataclass(frozen=True, slots=True)
-class Inspection:
+class Inspection(Shown):
     """What a checkpoint holds. Sizes are in bytes."""
 
     path: str
@@ -74,6 +75,12 @@ class Inspection:
         """The step of the training; ``"release"`` where there is none, or none is told."""
         steps = self.begin.training.get("global_steps")
         return self.begin.training.get("iteration") if steps is None else steps
+
+    def render(self, width: int = 80) -> str:
+        """Return the inspection as text of at most ``width`` columns."""
+        from ckptx.inspection.text import render
+
+        return render(self, width)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values; every key is always there."""
@@ -212,21 +219,20 @@ class Wanted:
 
 
 def inspect(
-    path: Path,
-    loader: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    source: Checkpoint | Path,
     wanted: Wanted | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
-    """Return what the checkpoint at ``path`` holds; the loader is detected unless named.
+    """Return what a checkpoint holds, an open one or the one at a path.
 
-    ``options`` are the loader's; ``progress`` is told what is read for statistics.
+    ``progress`` is told what is read for statistics.
 
     Raises:
         CkptxError: it cannot be read, or holds no tensor that was asked for.
     """
     wanted = wanted or Wanted()
-    with open_checkpoint(path, loader, options=options) as checkpoint:
+    with opened(source) as checkpoint:
+        path = checkpoint.path
         model, problems = checkpoint.model, checkpoint.problems
         named, whole = checkpoint.tensors()
         weights = dict.fromkeys(

@@ -11,7 +11,7 @@ from ckptx.model.spec import ModelSpec
 from ckptx.tensors.placement import Shard, describe_partition, placement_of, stored_dtypes
 from ckptx.text.sizes import size_text
 from ckptx.text.tree import Row, tree
-from ckptx.text.wrapping import wrapped
+from ckptx.text.wrapping import labelled
 
 _LABEL = 12  # columns
 _FILES = 3  # files of a tensor
@@ -34,7 +34,7 @@ _PARALLEL = {
 
 def render(found: Inspection, width: int) -> str:
     """Return the summary, and what was asked for of the tensors, for ``width`` columns."""
-    lines = [line for pair in _summary(found) for line in wrapped(*pair, width, _LABEL)]
+    lines = labelled(_summary(found), width, _LABEL)
     if found.listed and found.tensors:
         lines += ["", *tree(list(_rows(found)), width, fold=found.fold)]
     if found.statistics:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptx.errors import PlanError, listing
-from ckptx.registry.open import open_checkpoint
+from ckptx.registry.open import Checkpoint, opened
 from ckptx.storage.gather import numpy_dtype, read
 from ckptx.storage.open_files import Files
 from ckptx.tensors.lazy import LazyTensor, Shape
@@ -80,20 +80,20 @@ class Values:
 
 
 def look_up(
-    path: Path,
-    loader: str | None,
-    options: Mapping[str, Any],
+    source: Checkpoint | Path,
     name: str,
     part: str | None = None,
     full: bool = False,
 ) -> Values:
     """Return the values of the one tensor that ``name`` means: a name, or a glob of one.
 
+    ``source`` is an open checkpoint, or the path of one.
+
     Raises:
         CkptxError: the checkpoint cannot be read, no tensor or several are so named, or the slice
             does not fit.
     """
-    with open_checkpoint(path, loader, options=options) as checkpoint:
+    with opened(source) as checkpoint:
         known = dict(checkpoint.tensors("stored")[1])
         known |= checkpoint.tensors()[1]  # whole tensors win where a name is both
         name = resolve(name, known)
@@ -107,7 +107,7 @@ def look_up(
                 f"{name}: {count:,} values are too many to show at once; take a part with --slice"
             )
         with closing(checkpoint.files()) as files:
-            values = _read(tensor, index if whole else _outer(index), files)
+            values = read_index(tensor, index if whole else _outer(index), files)
     return Values(name, tensor.dtype, tensor.shape, part or "", found, _exact(values), whole)
 
 
@@ -209,7 +209,7 @@ def _outer(index: Index) -> tuple[int | tuple[int, ...], ...]:
     return tuple(found)
 
 
-def _read(
+def read_index(
     tensor: LazyTensor, index: Sequence[int | slice | tuple[int, ...]], files: Files
 ) -> NDArray[Any]:
     """Return the elements at the crossings of numbers along the axes; few others are read."""

@@ -11,14 +11,12 @@ dimensions, never matched, so what is missing and what is left over are set diff
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from ckptx.errors import SchemaError
 from ckptx.model.canonical_names import MTP_LAYER
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import IDENTITY, Transform
-from ckptx.tensors.lazy import Shape
 
 Predicate: TypeAlias = Callable[[ModelSpec], bool]
 LayerPredicate: TypeAlias = Callable[[ModelSpec, int], bool]
@@ -157,6 +155,25 @@ class RuleGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class ExtraState:
+    """A module that keeps an ``_extra_state``: quantisation state, empty without fp8.
+
+    Transformer Engine's modules hold an empty byte tensor, Megatron's own hold None. Loading at
+    Megatron's default strictness misses every state that its model has and a checkpoint has not.
+    """
+
+    message: str
+    module: str
+    """``{expert}`` in it stands for one module per expert."""
+    engine: bool
+    """Whether it is Transformer Engine's, so that its value is a tensor."""
+    when: Predicate = always
+    layers: LayerPredicate | None = None
+    sharded_by_expert: bool = False
+    """Whether ``torch_dist`` holds one state per expert under one name."""
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """How one convention names the tensors of a model; sections in the model's own order."""
 
@@ -170,6 +187,8 @@ class Layout:
 
     repeated: tuple[tuple[str, str, str], ...] = ()
     """Further names that some files have for a tensor, in the same way; compared, not written."""
+    extra_states: tuple[ExtraState, ...] = ()
+    """The modules that keep an extra state in Megatron."""
 
     def expand(self, spec: ModelSpec) -> Iterator[tuple[str, int | None, tuple[Rule, ...]]]:
         """Yield ``(message, layer, rules)`` for every message of a model, in model order.
@@ -247,62 +266,6 @@ def _leaves(tree: Mapping[str, Any]) -> Iterator[str]:
             yield entry
         else:
             yield from _leaves(entry)
-
-
-@dataclass(frozen=True, slots=True)
-class Composition:
-    """How the parts of a model of several parts are described together."""
-
-    from_config: Callable[[Mapping[str, Any]], Parts]
-    to_config: Callable[[Parts], dict[str, Any]]
-    differences: Callable[[Mapping[str, Any], Parts], list[str]]
-    """One line per key in which a config contradicts the parts."""
-    merge_config: Callable[[Mapping[str, Any], Parts], dict[str, Any]]
-    """Return a config in which the parts win where both speak."""
-    used: Callable[[Parts], Parts]
-    """Return the parts without what takes no part in the model's output."""
-    completed: Callable[[Parts], tuple[Parts, Mapping[tuple[str, str], tuple[Shape, float]]]]
-    """Return the parts with what a Hugging Face model must have and does not use.
-
-    Where the parts lack it, there is a shape and a value by message and key to fill it with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A model architecture: the layouts it has, and how its Hugging Face config reads.
-
-    ``to_config`` returns a complete ``config.json`` for models whose own is not at hand.
-    """
-
-    name: str
-    architectures: tuple[str, ...]
-    model_types: tuple[str, ...]
-    layouts: Mapping[str, Layout]
-    """By convention: ``"hf"``, ``"mcore"``, ``"meta"``."""
-    from_config: Callable[[Mapping[str, Any]], ModelSpec]
-    to_config: Callable[[ModelSpec], dict[str, Any]]
-    proof: Mapping[str, str] = field(default_factory=dict)
-    """For the support matrix: what proves each layout."""
-    refused: Mapping[str, str] = field(default_factory=dict)
-    """By convention: why the family cannot have that layout."""
-    composition: Composition | None = None
-    """For a model of several parts; `from_config` and `to_config` are then of its language part."""
-    limits: tuple[str, ...] = ()
-    """For the support matrix: which models of the family cannot be converted, or need a hand."""
-
-    def layout(self, convention: str) -> Layout:
-        """Return the layout of a convention (``"hf"``, ``"mcore"``).
-
-        Raises:
-            SchemaError: the family has none.
-        """
-        if convention not in self.layouts:
-            reason = self.refused.get(convention, "its tensors cannot be named that way")
-            raise SchemaError(
-                f"family {self.name} has no {convention} layout, only "
-                f"{', '.join(sorted(self.layouts))}: {reason}"
-            )
-        return self.layouts[convention]
 
 
 def _tuple(names: str | Sequence[str]) -> tuple[str, ...]:

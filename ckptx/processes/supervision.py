@@ -50,12 +50,16 @@ class Failure:
             message = f"{who} failed: {type(error).__name__}: {message}".rstrip(": ")
         return cls(kind, message, "".join(traceback.format_exception(error)), time.monotonic())
 
-    def exception(self) -> CkptxError:
-        """Return it as an exception of the parent; the child's traceback is a note."""
+    def error(self) -> CkptxError:
+        """Return it as an exception of ckptx."""
         if self.kind:
             error: CkptxError = getattr(errors, self.kind)(self.message)
-        else:
-            error = ConversionError(f"{self.message}; nothing was written")
+            return error
+        return ConversionError(f"{self.message}; nothing was written")
+
+    def exception(self) -> CkptxError:
+        """Return it as an exception of the parent; the child's traceback is a note."""
+        error = self.error()
         error.add_note(f"\nIn the child process:\n{self.trace}")
         return error
 

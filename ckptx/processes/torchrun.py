@@ -17,17 +17,19 @@ and WORLD_SIZE for whole machines, and no LOCAL_RANK: commands typed there are n
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import signal
-import socket
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    import socket
 
 PATIENCE = 60.0
 """Seconds in which all must have been started: interpreters start slowly on clusters."""
@@ -89,6 +91,8 @@ def once(words: Sequence[str], work: Callable[[], int]) -> int:
 
 def _address(words: Sequence[str]) -> str:
     """Return the name of the meeting: the same in all ranks of one run of one command."""
+    import hashlib
+
     said = [os.environ.get(name, "") for name in _RUN]
     identity = "\0".join([str(os.getuid()), str(Path.cwd()), *said, *words])
     digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()
@@ -96,6 +100,8 @@ def _address(words: Sequence[str]) -> str:
 
 
 def _lead(here: RankPlace, address: str, work: Callable[[], int]) -> int:
+    import socket
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
         try:
             line.bind(address)
@@ -145,6 +151,8 @@ def _tell(line: socket.socket, count: int, code: int, deadline: float) -> None:
 
 
 def _follow(here: RankPlace, address: str) -> int:
+    import socket
+
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
             if not _connected(line, address):
@@ -178,6 +186,8 @@ def _connected(line: socket.socket, address: str) -> bool:
 
 def _is_ours(line: socket.socket) -> bool:
     """Return whether the process at the other end is this user's: any user may take the name."""
+    import socket
+
     size = struct.calcsize("3i")
     _, user, _ = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return bool(user == os.getuid())

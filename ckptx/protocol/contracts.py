@@ -4,48 +4,22 @@ A loader and a saver know neither queues nor processes. A loader yields messages
 them and answers with a plan. So both are testable in one process:
 ``saver.plan(loader.load(path, {}), {})``.
 
-The ``options`` of `Loader.load` and `Saver.plan` hold the plugin's own options by their click
-names, and those of the engine:
-
-    dtype           dtype to convert to, or None; the engine casts what travels between the two
-    hf_base         directory of a Hugging Face model: config and tokenizer source, or None
-    fill_from_base  patterns of tensor names that may be filled from ``hf_base``
-    target          the path the user named, or None; for the names of single files
-    wants           loaders only: `Wants`, what of the checkpoint is to be loaded
-    spool           loaders only: a `ckptx.storage.spool.Spool` for tensors in memory
+``options`` are the plugin's own by their click names; what the engine says is in the `Context`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from ckptx.protocol.messages import Dropped
+from ckptx.protocol.context import UNTOLD, Context, Options
+from ckptx.protocol.messages import Dropped, Messages
 from ckptx.storage.file_plan import FilePlan
 
 if TYPE_CHECKING:
     import click
-
-    from ckptx.protocol.messages import Message
-
-
-@dataclass(frozen=True, slots=True)
-class Wants:
-    """What of a checkpoint is to be loaded; a loader is told this, and never by whom."""
-
-    weights: bool = True
-    """Whole weights: adapters are merged into those that they were trained on."""
-    adapters: bool = False
-    """Adapters alone. With ``weights`` these are what is left where the weights are not given."""
-    states: tuple[str, ...] = ("weight",)
-    """What of each parameter: its weight."""
-
-
-WEIGHTS, ADAPTERS = Wants(), Wants(weights=False, adapters=True)
-ANYTHING = Wants(adapters=True)
-"""What is only looked at."""
 
 
 @runtime_checkable
@@ -54,8 +28,7 @@ class Loader(Protocol):
 
     name: str
     """What follows ``--loader``: ``"hf"``."""
-    capabilities: Mapping[str, Any]
-    """Plain data for ``ckptx plugins``: ``{"formats": [...], "lossless": True, ...}``."""
+    # One that no `Format` declares has `capabilities`, plain data for ``ckptx plugins``.
 
     def options(self) -> list[click.Option]:
         """Return the options that the loader adds to the command line."""
@@ -65,7 +38,7 @@ class Loader(Protocol):
         """Return whether ``source`` is this format; reads a few bytes, imports nothing heavy."""
         ...
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield one `Begin`, the `Tensors` in protocol order, and one `End`."""
         ...
 
@@ -77,14 +50,12 @@ class Saver(Protocol):
     # A saver of adapters alone has `wants` set to `ADAPTERS`; others are given weights.
     name: str
     """What follows ``--saver``: ``"core"``."""
-    capabilities: Mapping[str, Any]
-    """Plain data for ``ckptx plugins``."""
 
     def options(self) -> list[click.Option]:
         """Return the options that the saver adds to the command line."""
         ...
 
-    def plan(self, messages: Iterator[Message], options: Mapping[str, Any]) -> SavePlan:
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return what the target will hold; reads the messages up to and including `End`."""
         ...
 

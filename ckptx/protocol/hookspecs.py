@@ -20,7 +20,7 @@ import pluggy
 from ckptx.protocol.contracts import Loader, Saver, SideFile
 
 if TYPE_CHECKING:
-    from ckptx.model.layout import Family
+    from ckptx.model.family import Family
 
 PROJECT = "ckptx"
 

@@ -8,7 +8,7 @@ lists them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -80,6 +80,8 @@ class Begin:
     """How the source is split: ``tp``, ``pp``, ``vpp``, ``ep`` and the layer placement."""
     family: str = ""
     """The family of the whole where there are several parts (``"llava"``); else its part's own."""
+    accepted: tuple[str, ...] = ()
+    """Settings and keys of the source that the user told to ignore, whatever they change."""
     version: int = VERSION
 
 
@@ -105,3 +107,4 @@ class End:
 
 
 Message: TypeAlias = Begin | Tensors | End
+Messages: TypeAlias = Iterator[Message]

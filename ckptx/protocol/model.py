@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ckptx.errors import PlanError, SchemaError, listing
-from ckptx.model.layout import Family, Layout, Parts
+from ckptx.model.family import Family
+from ckptx.model.layout import Layout, Parts
 from ckptx.model.sharding import check_message, shard_tensors
 from ckptx.model.spec import ModelSpec
 from ckptx.protocol.messages import (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ckptx.errors import CkptxError, SchemaError
-from ckptx.model.layout import Family, Parts
+from ckptx.model.family import FUNCTION_SETTINGS, LAST, Family, function_settings
+from ckptx.model.layout import Parts
+from ckptx.model.spec import ModelSpec
 from ckptx.protocol.messages import Dropped
 from ckptx.protocol.model import Model, fill_unused, named_tensors
 from ckptx.protocol.sidecars import CONFIG, dump_config
@@ -70,6 +72,83 @@ def family_named(name: str) -> Family:
     return families[name]
 
 
+def note_of(family: Family) -> dict[str, Any]:
+    """Return what names a family in a checkpoint: its name, and which package brings it.
+
+    ckptx's own need no package, and a model of no named family has no name to come back by.
+    """
+    if not family.model_types:
+        return {}
+    note: dict[str, Any] = {"family": family.name}
+    owner = registry.family_owner(family.name)
+    if owner.own:
+        return note
+    return {**note, "distribution": owner.distribution, "version": owner.version}
+
+
+def family_noted(note: Mapping[str, Any]) -> Family | None:
+    """Return the family that a checkpoint names, None where it names none.
+
+    Raises:
+        SchemaError: no installed plugin has it; the message says what to install.
+    """
+    name = note.get("family")
+    if name is None:
+        return None
+    if (family := registry.families().get(name)) is not None:
+        return family
+    package = note.get("distribution")
+    if package is None:
+        raise SchemaError(
+            f"the checkpoint is of family {name!r}, which ckptx wrote and does not have here; "
+            "upgrade ckptx, or install the package that has it"
+        )
+    version = note.get("version") or "of no known version"
+    raise SchemaError(
+        f"the checkpoint is of family {name!r}, which {package} {version} reads; it is not "
+        f"installed: pip install {package}"
+    )
+
+
+def recognised_family(spec: ModelSpec) -> Family:
+    """Return the family that has what Megatron's settings say, where nothing names one.
+
+    ckptx's own are asked first, then those of other packages, each by its `Family.recognition`;
+    what none of them is, is Megatron's GPT model in general.
+
+    Raises:
+        SchemaError: two families of the same rank fit.
+    """
+
+    def rank(family: Family) -> tuple[bool, bool, int]:
+        order = family.recognition or 0
+        return order == LAST, not registry.family_owner(family.name).own, order
+
+    asked = [family for family in registry.families().values() if family.recognition is not None]
+    fitting = [family for family in asked if not family.config.unsupported(spec)]
+    if not fitting:
+        raise SchemaError("no installed plugin has a family that is what the args say")
+    first, *others = sorted(fitting, key=rank)
+    if tied := [family for family in others if rank(family) == rank(first)]:
+        names = (
+            f"{family.name} of {registry.family_owner(family.name).distribution}"
+            for family in (first, *tied)
+        )
+        raise SchemaError(
+            f"the args may be those of {' or of '.join(names)}; say which with a config (--hf-base)"
+        )
+    return first
+
+
+def family_of_names(names: Collection[str]) -> Family | None:
+    """Return the family that alone has tensors of these names in Megatron, None if any has."""
+    for family in registry.families().values():
+        recognised = family.megatron.recognised
+        if recognised is not None and recognised(names):
+            return family
+    return None
+
+
 def parts_from_config(family: Family, config: Mapping[str, Any]) -> Parts:
     """Return the dimensions of every part that a config of a family says.
 
@@ -121,6 +200,11 @@ def hf_tensors(model: Model) -> tuple[dict[str, LazyTensor], tuple[Dropped, ...]
     """
     if model.passthrough is None:
         family = family_named(model.family)
+        if model.spec.extra.get(FUNCTION_SETTINGS):
+            raise SchemaError(
+                f"args say {function_settings(model.spec)}, which changes what the model computes "
+                "and which no Hugging Face model has"
+            )
         fill_unused(model, family)
         return named_tensors(model, family.layout("hf"))
     if not model.begin.layout.startswith("hf"):

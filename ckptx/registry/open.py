@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ckptx.errors import CkptxError, PluginError
-from ckptx.protocol.contracts import ANYTHING, WEIGHTS, Loader, Wants
+from ckptx.protocol.context import ANYTHING, WEIGHTS, Context, Wants, split_options
+from ckptx.protocol.contracts import Loader
 from ckptx.protocol.messages import Begin, End, Message, Tensors
 from ckptx.protocol.model import Model, collect
 from ckptx.registry import registry
@@ -99,6 +101,7 @@ def open_checkpoint(
     options: Mapping[str, Any] | None = None,
     wants: Wants = ANYTHING,
     spool: Spool | Path | None = None,
+    context: Context | None = None,
 ) -> Checkpoint:
     """Return a checkpoint; only its metadata are read.
 
@@ -109,6 +112,7 @@ def open_checkpoint(
         wants: what of it is to be loaded.
         spool: where tensors are decoded to that lie compressed; given a directory or nothing (the
             directory for temporary files), the checkpoint makes a spool of its own if need be.
+        context: what else the loader is told; ``options`` are its own alone then.
 
     Raises:
         CkptxError: it cannot be read at all.
@@ -127,7 +131,7 @@ def open_checkpoint(
     try:
         try:
             messages = checkpoint_messages(
-                location, loader, options=options, wants=wants, spool=own
+                location, loader, options=options, wants=wants, spool=own, context=context
             )
             model = collect(watched(messages))
         except PluginError:
@@ -143,6 +147,16 @@ def open_checkpoint(
     return Checkpoint(location, loader.name, model, misfit, None if own is spool else own)
 
 
+@contextmanager
+def opened(checkpoint: Checkpoint | Path) -> Iterator[Checkpoint]:
+    """Return a checkpoint that is open already, or open it by its path for the while."""
+    if isinstance(checkpoint, Checkpoint):
+        yield checkpoint
+        return
+    with open_checkpoint(checkpoint) as own:
+        yield own
+
+
 def checkpoint_messages(
     location: Path,
     format: str | Loader | None = None,
@@ -150,17 +164,21 @@ def checkpoint_messages(
     options: Mapping[str, Any] | None = None,
     wants: Wants = WEIGHTS,
     spool: Spool | None = None,
+    context: Context | None = None,
     megatron_path: str | None = None,
 ) -> Iterator[Message]:
     """Return the messages of a checkpoint as its loader sends them; see `open_checkpoint`.
+
+    With a ``context``, ``options`` are the loader's own alone.
 
     Raises:
         PluginError: no loader is so named or recognises it; while they come, too: they are not
             one `Begin`, `Tensors`, and one `End`.
     """
     loader = find_loader(location, format, megatron_path)
-    given = {**(options or {}), "wants": wants, "spool": spool}
-    return in_order(loader.load(location, given), loader.name)
+    own, told = (options or {}, {}) if context else split_options(options)
+    context = replace(context or Context(**told), wants=wants, spool=spool)
+    return in_order(loader.load(location, own, context), loader.name)
 
 
 def find_loader(
@@ -172,7 +190,7 @@ def find_loader(
         PluginError: there is none, or not exactly one recognises the checkpoint.
     """
     if format is None or isinstance(format, str):
-        return registry.loader(format or registry.detect(location), megatron_path)
+        return registry.loader(format or registry.detect(location), megatron_path, location)
     return format
 
 

@@ -1,47 +1,30 @@
 """Find plugins by name; import only those that are asked for.
 
-Plugins are the entry points of the group ``ckptx``. Listing reads the metadata of the installed
-distributions and imports nothing. In a checkout the entry points of ckptx itself come from its
-``pyproject.toml``, installed or not, so that they are never those of another copy.
-
-``CKPTX_PLUGINS`` pins the exact set: a comma-separated list of entry names (``loader_hf``) or
-distribution names (``ckptx-npz``); nothing else is visible. An empty value leaves no plugin at all.
+A format that is declared (`ckptx.registry.entries`) is listed and detected without its loader. A
+``loader_X`` or ``saver_X`` that nobody declares is imported to be asked, after the declared ones.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import logging
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from ckptx.errors import PluginError, listing
-from ckptx.registry.alternatives import Alternatives
+from ckptx.errors import FormatError, PluginError, listing
+from ckptx.registry.entries import PIN as PIN
+from ckptx.registry.entries import Entry as Entry
+from ckptx.registry.entries import Kind as Kind
+from ckptx.registry.entries import Role as Role
+from ckptx.registry.entries import blamed
+from ckptx.registry.entries import entries as entries
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
-
-    from ckptx.model.layout import Family
+    from ckptx.model.family import Family
     from ckptx.protocol.contracts import Loader, Saver, SideFile
-
-GROUP = "ckptx"
-PIN = "CKPTX_PLUGINS"
-ALIASES: Mapping[str, tuple[str, ...]] = {
-    "mcore": ("core",),
-    "megatron": ("legacy",),
-    "zero": ("deepspeed",),
-    "universal": ("deepspeed",),
-    "lora": ("peft",),
-    "fsdp": ("dcp", "verl"),
-}
-"""Other names of formats; the first two are those that Megatron's converter accepts.
-
-Of several formats behind one name a loader's source says which it is; the first is written."""
 
 RECOGNISED = {
     "fsdp_dtensor": "Megatron FSDP checkpoints",
@@ -50,34 +33,9 @@ RECOGNISED = {
 }
 """Formats that ckptx knows of and has no plugin for yet."""
 
-Kind: TypeAlias = Literal["loader", "saver", "schema"]
+fallbacks: list[Callable[[Role, str, str | None], Any]] = []
+"""Asked in order for a loader or a saver (role, name, Megatron's path) that no plugin declares."""
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One declared plugin; nothing of it has been imported."""
-
-    kind: Kind
-    name: str
-    distribution: str
-    version: str
-    point: EntryPoint = field(repr=False)
-    rivals: tuple[str, ...] = ()
-    """Other distributions that declare the same name."""
-
-    @property
-    def entry_name(self) -> str:
-        """The name in the entry-point group: ``"loader_hf"``."""
-        return f"{self.kind}_{self.name}"
-
-    def refuse_rivals(self) -> None:
-        """Raise a `PluginError` that names the distributions if several declare this name."""
-        if self.rivals:
-            raise PluginError(
-                f"{self.entry_name} is declared by several distributions: {self.distribution} and "
-                f"{', '.join(self.rivals)}; uninstall all but one, or set {PIN} to choose"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,29 +47,6 @@ class Status:
     error: str = ""
 
 
-@cache
-def entries() -> Mapping[str, Entry]:
-    """Return every visible plugin by its entry name, sorted; imports none of them."""
-    pinned = _pinned()
-    found: dict[str, list[Entry]] = {}
-    for distribution, version, point in _entry_points():
-        kind, _, name = point.name.partition("_")
-        if kind not in ("loader", "saver", "schema") or not name:
-            _log.warning(
-                "%s: entry point %r ignored: not a loader_, saver_ or schema_ name",
-                distribution,
-                point.name,
-            )
-        elif pinned is None or point.name in pinned or _normal(distribution) in pinned:
-            entry = Entry(kind, name, distribution, version, point)  # type: ignore[arg-type]  # checked above
-            found.setdefault(point.name, []).append(entry)
-    if pinned is not None:
-        visible = {_normal(e.distribution) for group in found.values() for e in group} | set(found)
-        if missing := sorted(pinned - visible):
-            raise PluginError(f"{PIN} names {listing(missing)}, which no distribution provides")
-    return {name: _merged(found[name]) for name in sorted(found)}
-
-
 def names(kind: Kind) -> list[str]:
     """Return the names of all plugins of a kind."""
     return [entry.name for entry in entries().values() if entry.kind == kind]
@@ -119,17 +54,46 @@ def names(kind: Kind) -> list[str]:
 
 def canonical(name: str) -> str:
     """Return the first name behind an alias; other names come back as they are."""
-    return ALIASES.get(name, (name,))[0]
+    return _behind(name)[0]
 
 
-def loader(name: str, megatron_path: str | None = None) -> Loader:
+def _behind(alias: str) -> tuple[str, ...]:
+    """Return the formats that a name stands for, by name: itself, where it is no alias."""
+    found: dict[str, None] = {}
+    for entry in entries().values():
+        if entry.declared is not None and alias in entry.declared.aliases:
+            found[entry.name] = None
+    return tuple(found) or (alias,)
+
+
+def loader(name: str, megatron_path: str | None = None, source: Path | None = None) -> Loader:
     """Return the loader called ``name``, or the Megatron-style module ``loader_<name>``.
+
+    Of several formats that ``name`` is an alias of, ``source`` says which is meant; without it the
+    first is.
 
     Raises:
         PluginError: there is none, several distributions declare it, or it fails to import.
+        FormatError: ``source`` is of none of the formats, or of several.
     """
-    found: Loader = _plugin("loader", name, megatron_path)
-    return found
+    behind = [one for one in _behind(name) if f"loader_{one}" in entries()]
+    if len(behind) > 1 and source is not None:
+        found = [one for one in _recognising(source) if one in behind]
+        if len(found) != 1:
+            are = f"is {' and '.join(found)}" if found else f"is neither {' nor '.join(behind)}"
+            raise FormatError(f"{source}: {are}, what {name!r} stands for; name the loader")
+        name = found[0]
+    plugin: Loader = _plugin("loader", name, megatron_path)
+    return plugin
+
+
+def capabilities(kind: Role, plugin: Loader | Saver) -> Mapping[str, Any]:
+    """Return what a plugin says that it can do, in its declaration or its class."""
+    own: Mapping[str, Any] | None = getattr(plugin, "capabilities", None)
+    entry = entries().get(f"{kind}_{plugin.name}")
+    if own is None and entry is not None and entry.declared is not None:
+        return entry.declared.capabilities(kind)
+    return own or {}
 
 
 def saver(name: str, megatron_path: str | None = None) -> Saver:
@@ -149,8 +113,17 @@ def families() -> Mapping[str, Family]:
     Raises:
         PluginError: two plugins declare one family or one entry name.
     """
-    found: dict[str, Family] = {}
-    owners: dict[str, str] = {}
+    return {name: family for name, (family, _) in _owned_families().items()}
+
+
+def family_owner(name: str) -> Entry:
+    """Return the plugin that registers a family."""
+    return _owned_families()[name][1]
+
+
+@cache
+def _owned_families() -> Mapping[str, tuple[Family, Entry]]:
+    found: dict[str, tuple[Family, Entry]] = {}
     for entry in entries().values():
         if entry.kind != "schema":
             continue
@@ -162,12 +135,12 @@ def families() -> Mapping[str, Family]:
             continue
         for family in registered:
             if family.name in found:
+                owner = found[family.name][1]
                 raise PluginError(
-                    f"family {family.name!r} is registered by {owners[family.name]} and by "
-                    f"{entry.entry_name} of {entry.distribution}"
+                    f"family {family.name!r} is registered by {owner.entry_name} of "
+                    f"{owner.distribution} and by {entry.entry_name} of {entry.distribution}"
                 )
-            found[family.name] = family
-            owners[family.name] = f"{entry.entry_name} of {entry.distribution}"
+            found[family.name] = (family, entry)
     return found
 
 
@@ -184,7 +157,7 @@ def side_files(
     for entry in entries().values():
         if entry.kind != "schema" or not _usable(entry):
             continue
-        with _blamed(entry):
+        with blamed(entry):
             for files in _hooks(entry).side_files(config=config, names=names, iteration=iteration):
                 found += files
     return found
@@ -196,9 +169,6 @@ def _usable(entry: Entry) -> bool:
     except PluginError:
         return False
     return True
-
-
-"""Directories looked into where the source itself is no checkpoint."""
 
 
 def detect(source: Path) -> str:
@@ -230,31 +200,62 @@ def detect(source: Path) -> str:
 
 
 def _recognising(source: Path) -> list[str]:
-    """Return the loaders that recognise ``source``; a plugin that is broken is logged."""
+    """Return the loaders that recognise ``source``; a plugin that is broken is logged.
+
+    Those are asked whose declared files are there; then those that nobody declares.
+    """
     found = []
-    for name in names("loader"):
-        try:
-            if loader(name).detect(source):
-                found.append(name)
-        except PluginError as error:
-            _log.warning("%s", error)
-        except OSError as error:
-            raise PluginError(f"{source}: cannot be read: {error.strerror}") from error
+    loaders = [entry for entry in entries().values() if entry.kind == "loader"]
+    try:
+        held = [path.name for path in source.iterdir()] if source.is_dir() else [source.name]
+        for entry in sorted(loaders, key=lambda entry: entry.declared is None):
+            if entry.declared is not None and not _holds(source, held, entry.declared.files):
+                continue
+            try:
+                if loader(entry.name).detect(source):
+                    found.append(entry.name)
+            except PluginError as error:
+                _log.warning("%s", error)
+    except OSError as error:
+        raise PluginError(f"{source}: cannot be read: {error.strerror}") from error
     return found
 
 
+def _holds(source: Path, names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Return whether a pattern is that of a name, or of a file in a folder of ``source``."""
+    return any(
+        next(source.glob(pattern), None) if "/" in pattern else fnmatch.filter(names, pattern)
+        for pattern in patterns
+    )
+
+
 def statuses() -> Iterator[Status]:
-    """Import every plugin, one by one, and yield how it went; an error breaks no other plugin."""
+    """Yield how each plugin is; one that nobody declares is imported. No error breaks another."""
     for entry in entries().values():
         try:
             entry.refuse_rivals()
-            registered = _registered(entry)
             if entry.kind == "schema":
+                registered = _registered(entry)
                 yield Status(entry, {"families": sorted(family.name for family in registered)})
+            elif entry.kind == "formats":
+                yield Status(entry, {}, entry.error)
+            elif entry.declared is not None:
+                _check_place(entry)
+                yield Status(entry, entry.declared.capabilities(entry.kind))
             else:
-                yield Status(entry, dict(_named(entry, registered).capabilities))
+                plugin = _named(entry, _registered(entry))
+                yield Status(entry, dict(capabilities(entry.kind, plugin)))
         except PluginError as error:
             yield Status(entry, {}, str(error))
+
+
+def _check_place(entry: Entry) -> None:
+    """Raise where there is no module of the name that a declaration gives."""
+    from importlib.util import find_spec
+
+    with blamed(entry):
+        if find_spec(entry.point.module) is None:
+            raise ModuleNotFoundError(f"no module named {entry.point.module!r}")
 
 
 def versions(*chosen: tuple[Kind, str]) -> dict[str, str]:
@@ -267,65 +268,14 @@ def versions(*chosen: tuple[Kind, str]) -> dict[str, str]:
     return found
 
 
-def _entry_points() -> Iterator[tuple[str, str, EntryPoint]]:
-    from importlib.metadata import EntryPoint, entry_points
-
-    checkout = Path(__file__).resolve().parents[2] / "pyproject.toml"
-    own = _declared(checkout) if checkout.is_file() else {}
-    if own:
-        from ckptx import __version__
-
-        for name, value in own.items():
-            yield "ckptx", __version__, EntryPoint(name, value, GROUP)
-    for point in entry_points(group=GROUP):
-        distribution = point.dist.name if point.dist else "an unnamed distribution"
-        if own and _normal(distribution) == "ckptx":
-            continue
-        yield distribution, point.dist.version if point.dist else "", point
-
-
-def _declared(pyproject: Path) -> dict[str, str]:
-    import tomllib
-
-    project = tomllib.loads(pyproject.read_text()).get("project", {})
-    points = project.get("entry-points", {}).get(GROUP, {})
-    return dict(points) if project.get("name") == "ckptx" else {}
-
-
-def _pinned() -> set[str] | None:
-    value = os.environ.get(PIN)
-    if value is None:
-        return None
-    items = {item.strip() for item in value.split(",") if item.strip()}
-    return {i if re.match(r"(loader|saver|schema)_", i) else _normal(i) for i in items}
-
-
-def _normal(distribution: str) -> str:
-    return re.sub(r"[-_.]+", "-", distribution).lower()  # the normalised form of PEP 503
-
-
-def _merged(declared: list[Entry]) -> Entry:
-    first, *others = declared
-    if not others:
-        return first
-    rivals = tuple(entry.distribution for entry in others)
-    return Entry(first.kind, first.name, first.distribution, first.version, first.point, rivals)
-
-
-def _plugin(kind: Literal["loader", "saver"], name: str, megatron_path: str | None) -> Any:
-    found = _entries(kind, (name,)) or _entries(kind, ALIASES.get(name, ()))
-    plugins = [_named(entry, _registered(entry)) for entry in found]
-    if len(plugins) > 1 and kind == "loader":
-        return Alternatives(name, plugins)
-    if plugins:
-        return plugins[0]
-    from ckptx.conversion import megatron_modules
-
-    module = megatron_modules.find(
-        kind, name, megatron_path, plain=canonical(name) not in RECOGNISED
-    )
-    if module is not None:
-        return megatron_modules.adapt(kind, name, module, megatron_path)
+def _plugin(kind: Role, name: str, megatron_path: str | None) -> Any:
+    for known in (name, *_behind(name)):
+        if (entry := entries().get(f"{kind}_{known}")) is not None:
+            entry.refuse_rivals()
+            return _named(entry, _registered(entry))
+    for fallback in fallbacks:
+        if (plugin := fallback(kind, name, megatron_path)) is not None:
+            return plugin
     known = ", ".join(names(kind)) or "none"
     if (what := RECOGNISED.get(canonical(name))) is not None:
         raise PluginError(
@@ -345,13 +295,6 @@ def _meant(kind: Kind, name: str) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _entries(kind: Kind, names: tuple[str, ...]) -> list[Entry]:
-    found = [entry for name in names if (entry := entries().get(f"{kind}_{name}"))]
-    for entry in found:
-        entry.refuse_rivals()
-    return found
-
-
 def _named(entry: Entry, registered: list[Any]) -> Any:
     for plugin in registered:
         if plugin.name == entry.name:
@@ -364,16 +307,23 @@ def _named(entry: Entry, registered: list[Any]) -> Any:
 
 @cache
 def _registered(entry: Entry) -> list[Any]:
-    """Import a plugin and return what it registers for its kind."""
+    """Import a plugin and return what it registers for its kind, or the one that it declares."""
+    if entry.declared is not None:
+        return [_made(entry)]
     found: list[Any] = []
     hook = {
         "loader": "register_loaders",
         "saver": "register_savers",
         "schema": "register_families",
     }
-    with _blamed(entry):
+    with blamed(entry):
         getattr(_hooks(entry), hook[entry.kind])(register=found.append)
     return found
+
+
+def _made(entry: Entry) -> Any:
+    with blamed(entry):
+        return entry.point.load()()
 
 
 @cache
@@ -385,21 +335,24 @@ def _hooks(entry: Entry) -> Any:
 
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    with _blamed(entry):
-        manager.register(entry.point.load(), entry.entry_name)
+    with blamed(entry):
+        manager.register(_module(entry.point.load()), entry.entry_name)
         manager.check_pending()
     return manager.hook
 
 
-@contextmanager
-def _blamed(entry: Entry) -> Iterator[None]:
-    """Report whatever a plugin raises as a fault of that plugin: it is foreign code."""
-    try:
-        yield
-    except PluginError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise PluginError(
-            f"{entry.entry_name} of {entry.distribution} {entry.version} cannot be used: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+def _module(loaded: Any) -> Any:
+    """Return what has hooks: an entry point may also name one `Family` by itself."""
+    from types import SimpleNamespace
+
+    from ckptx.model.family import Family
+    from ckptx.protocol.hookspecs import hookimpl
+
+    if not isinstance(loaded, Family):
+        return loaded
+
+    @hookimpl
+    def register_families(register: Callable[[Family], None]) -> None:
+        register(loaded)
+
+    return SimpleNamespace(register_families=register_families)

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ckptx.storage.open_files import Files
@@ -134,9 +135,6 @@ def equal(
         return same
 
     if first != second:
-        source = Files(files)
-        try:
+        with closing(Files(files)) as source:
             BlockReader(source, threads=1).each([(first, second)], visit, ranges=ranges)
-        finally:
-            source.close()
     return same

@@ -6,7 +6,7 @@ import os
 import resource
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ckptx.errors import ConversionError, CutShortError
@@ -61,6 +61,27 @@ class OpenFiles:
                     os.close(self._open.pop(each))
 
 
+class PackedFile(str):
+    """The path of a source file whose tensors lie compressed: they are decoded when they are read.
+
+    Offsets are those in the decoded file, which `decoded` names once the bytes that are asked for
+    lie in it. Another process is sent that file, with all of it decoded.
+    """
+
+    decoded: Callable[[int, int | None], str]
+    """Decode ``size`` bytes from ``offset`` on, None for all; return the path of where they are."""
+
+    @classmethod
+    def of(cls, path: str, decoded: Callable[[int, int | None], str]) -> PackedFile:
+        """Return the path of a file, with what decodes it."""
+        packed = cls(path)
+        packed.decoded = decoded
+        return packed
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (self.decoded(0, None),)
+
+
 class Files:
     """Source files by their number."""
 
@@ -75,10 +96,12 @@ class Files:
         Raises:
             ConversionError: the file cannot be opened, or ends too early.
             CutShortError: it cannot be read: a disk or a network may be well again later.
+            FormatError: it is compressed, and cannot be decoded.
         """
         path, problem = self.paths[file], "opened"
+        place = path.decoded(offset, len(buffer)) if isinstance(path, PackedFile) else path
         try:
-            with self._open.descriptor(path) as descriptor:
+            with self._open.descriptor(place) as descriptor:
                 problem = "read"
                 count = read_all(descriptor, offset, buffer)
         except OSError as error:

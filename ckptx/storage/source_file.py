@@ -6,7 +6,6 @@ import json
 import os
 import stat
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ckptx.errors import FormatError
@@ -118,10 +117,5 @@ class SourceFile:
     def __enter__(self) -> SourceFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -7,11 +7,18 @@ from ckptx.errors import PlanError
 DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes that a model can be cast to."""
 
+SPELLINGS = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    **{name: name for name in ("bfloat16", "float16", "float32")},
+}
+"""Those dtypes by every name that options take."""
 
-_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-
-
-_FLOATS = {"float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"}
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
+FLOATS = {"float64", *DTYPES, *FLOAT8}
 
 
 def dtype_name(name: str) -> str:
@@ -20,9 +27,8 @@ def dtype_name(name: str) -> str:
     Raises:
         PlanError: it is none that a model can be cast to.
     """
-    known = name.removeprefix("torch.")
-    known = _ALIASES.get(known, known)
-    if known not in DTYPES:
+    known = SPELLINGS.get(name.removeprefix("torch."))
+    if known is None:
         raise PlanError(f"cannot convert to dtype {name!r}; known: {', '.join(DTYPES)}")
     return known
 

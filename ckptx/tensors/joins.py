@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from ckptx.errors import PlanError
 from ckptx.tensors.lazy import (
-    Box,
     Cast,
     LazyTensor,
     Replicated,
@@ -17,6 +15,7 @@ from ckptx.tensors.lazy import (
     replicated,
     tile_unchecked,
 )
+from ckptx.tensors.tiling import fault
 
 
 def tile(shape: Sequence[int], tiles: Sequence[tuple[Sequence[int], LazyTensor]]) -> LazyTensor:
@@ -31,36 +30,10 @@ def tile(shape: Sequence[int], tiles: Sequence[tuple[Sequence[int], LazyTensor]]
             raise PlanError(
                 f"tile {list(part.shape)} at {list(origin)} has not as many axes as {list(shape)}"
             )
-        inside = all(
-            o >= 0 and o + n <= s for o, n, s in zip(origin, part.shape, shape, strict=True)
-        )
-        if not inside:
-            raise PlanError(f"tile {list(part.shape)} at {list(origin)} lies outside {list(shape)}")
     tiled = tile_unchecked(shape, tiles)
-    found = sum(part.numel for _, part in tiles)
-    if found != math.prod(shape):
-        raise PlanError(f"tiles hold {found} elements, {list(shape)} needs {math.prod(shape)}")
-    boxes = [
-        tuple((low, low + size) for low, size in zip(origin, part.shape, strict=True))
-        for origin, part in tiles
-        if part.numel
-    ]
-    if boxes and not _disjoint(boxes):
-        raise PlanError(f"tiles of {list(shape)} overlap, and leave as many elements uncovered")
+    if problem := fault(shape, [(tuple(origin), part.shape) for origin, part in tiles], "tile"):
+        raise PlanError(problem)
     return tiled
-
-
-def _disjoint(boxes: Sequence[Box]) -> bool:
-    """Return whether no two boxes share an element: slab by slab along each axis in turn."""
-    if len(boxes) == 1 or not boxes[0]:
-        return len(boxes) == 1
-    bounds = sorted({bound for box in boxes for bound in box[0]})
-    number = {bound: index for index, bound in enumerate(bounds)}
-    slabs: list[list[Box]] = [[] for _ in bounds]
-    for (start, stop), *rest in boxes:
-        for index in range(number[start], number[stop]):
-            slabs[index].append(tuple(rest))
-    return all(_disjoint(slab) for slab in slabs if slab)
 
 
 def concat(parts: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:

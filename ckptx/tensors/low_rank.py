@@ -7,10 +7,9 @@ Everything is float32 and rounded once, to the dtype of the result.
 
 A sum has to have an order, and an element must not depend on the box that is asked for, on the
 number of threads or on the processor. So the order is part of the format here: one fused
-multiply-add after another, from the first rank to the last. That is what matrix kernels do with an
-inner dimension this short, so the sum is torch's bit for bit; what makes kernels take another order
-is a matrix of one row or one column, or a rank beyond `BLOCK`, where they add sums of blocks, in
-sizes that differ from library to library.
+multiply-add after another, from the first rank to the last; beyond `BLOCK` ranks the sums of blocks
+are added. Matrix kernels promise no order. Most take this one with an inner dimension this short,
+so a result is often torch's bit for bit, and always within what rounding in another order allows.
 
 NumPy's own kernel is asked for squares of a fixed size, after a trial has shown that it takes this
 order on this machine; where it does not, the order is spelled out.
@@ -27,6 +26,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ckptx.errors import SchemaError
+from ckptx.tensors.dtypes import DTYPES
 from ckptx.tensors.lazy import Box, Computed, Filled, LazyTensor
 
 if TYPE_CHECKING:  # planning computes nothing, and needs no numpy
@@ -36,8 +36,6 @@ if TYPE_CHECKING:  # planning computes nothing, and needs no numpy
 BLOCK = 256
 """Ranks that one chain of multiply-adds runs over; sums of further ones are added to it."""
 _TILE = 64  # rows and columns of the squares that the matrix kernel is asked for
-FLOATS = ("float32", "bfloat16", "float16")
-"""The dtypes that a weight and its update may have."""
 
 
 class LowRank:
@@ -123,9 +121,9 @@ def updated(
     """
     inputs = [weight, left, right]
     inputs += [] if magnitude is None else [magnitude]
-    other = next((one.dtype for one in inputs if one.dtype not in FLOATS), None)
+    other = next((one.dtype for one in inputs if one.dtype not in DTYPES), None)
     if other is not None:
-        raise SchemaError(f"expected {', '.join(FLOATS)}, found {other}")
+        raise SchemaError(f"expected {', '.join(DTYPES)}, found {other}")
     check_ranks(left, right)
     wanted = (left.shape[0], right.shape[1])
     if weight.shape != wanted:
@@ -164,21 +162,29 @@ def product(left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float32]:
         parts = left[:, start : start + BLOCK], right[start : start + BLOCK]
         chain = _in_squares if _kernel_is_chain(parts[1].shape[0]) else _spelled_out
         total = chain(*parts) if total is None else total + chain(*parts)
-    return np.zeros((left.shape[0], right.shape[1]), np.float32) if total is None else total
+    if total is None:
+        return np.zeros((left.shape[0], right.shape[1]), np.float32)
+    total[np.isnan(total)] = np.nan  # processors make NaNs of different bits
+    return total
 
 
 @cache
 def _kernel_is_chain(ranks: int) -> bool:
-    """Return whether the matrix kernel takes the order of the chain on this machine.
+    """Return whether the matrix kernel takes the order of the chain on this machine, to the bit.
 
-    It is chosen by the sizes of its operands, never by their values, and they are all alike.
+    It is chosen by the sizes of its operands, never by their values, and they are all alike. The
+    trial has sums of terms of one size, of sizes far apart down to the smallest, and of zeros.
     """
     import numpy as np
 
     random = np.random.default_rng(ranks)
     left = random.standard_normal((_TILE, ranks)).astype(np.float32)
     right = random.standard_normal((ranks, 2 * _TILE)).astype(np.float32)
-    return np.array_equal(_in_squares(left, right), _spelled_out(left, right))
+    left[_TILE // 2 :] *= np.exp2(random.integers(-70, 20, (_TILE // 2, ranks)))
+    right[:, _TILE:] *= np.exp2(random.integers(-70, 20, (ranks, _TILE)))
+    left[-1], right[:, -1] = -0.0, -0.0
+    fast, chain = _in_squares(left, right), _spelled_out(left, right)
+    return np.array_equal(fast.view(np.uint32), chain.view(np.uint32))
 
 
 def _in_squares(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -31,15 +31,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ckptx.conversion.engine import make_plan
 from ckptx.errors import CkptxError
 from ckptx.model.canonical_names import check_shapes, dimensions, keys_of
-from ckptx.model.layout import Family, Layout, Rule
+from ckptx.model.family import Family
+from ckptx.model.layout import Layout, Rule
 from ckptx.model.pipeline_parallel import stage_ranks
 from ckptx.model.sharding import Gatherer, Shards, check_message, shard_tensors
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import IDENTITY
+from ckptx.protocol.context import Context
 from ckptx.protocol.contracts import Loader, Saver
 from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, Tensors
+from ckptx.registry import registry
 from ckptx.registry.open import checkpoint_messages
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor, Shape, Stored, stored
@@ -80,10 +84,11 @@ _PARALLEL = {
 _NO_TORCH = """
 import base64, importlib, pickle, sys
 from pathlib import Path
+from ckptx.registry.open import checkpoint_messages
 module, name, source, options = pickle.loads(base64.b64decode(sys.argv[1]))
 loader = getattr(importlib.import_module(module), name)()
 assert loader.detect(Path(source))
-list(loader.load(Path(source), options))
+list(checkpoint_messages(Path(source), loader, options=options))
 heavy = {"torch", "transformers", "megatron", "deepspeed"} & set(sys.modules)
 sys.exit(f"imported {', '.join(sorted(heavy))}" if heavy else 0)
 """
@@ -192,7 +197,7 @@ class LoaderTests(_Parametrized):
 
     def test_imports_nothing_heavy(self, tmp_path: Path) -> None:
         """Detecting and loading import no torch, unless ``capabilities["torch"]`` says so."""
-        if self.loader.capabilities.get("torch"):
+        if registry.capabilities("loader", self.loader).get("torch"):
             pytest.skip("the loader says that it needs torch")
         checkpoint = self.write(tmp_path, _first(self.models))
         kind = type(self.loader)
@@ -233,7 +238,7 @@ class SaverTests(_Parametrized):
 
     def option_sets(self) -> Sequence[Options]:
         """Return the options to save with; by default a grid of what the capabilities say."""
-        return parallel_grid(self.saver.capabilities)
+        return parallel_grid(registry.capabilities("saver", self.saver))
 
     def cases(self) -> Iterable[Any]:
         """Return (model, options) pairs; by default a sample in which each of both occurs."""
@@ -264,22 +269,21 @@ class SaverTests(_Parametrized):
         model, options = case
         sent = messages(model, tmp_path / "source")
         faults.drop(tmp_path / "source" / "tiny.bin")
-        plan = self.saver.plan(iter(sent), {"target": tmp_path / "target", **options})
-        assert checked(plan, sent).tensors
+        planned = make_plan(self.saver, sent, options, Context(target=tmp_path / "target"))
+        assert planned.prove().tensors
 
     def test_refuses(
         self, change: Callable[[list[Message]], list[Message]], tmp_path: Path
     ) -> None:
         """What the format cannot hold, and what it needs and does not get, is one line of error."""
         sent = change(messages(_first(self.models), tmp_path / "source"))
-        with pytest.raises(CkptxError) as error:  # noqa: PT012 - planning or proving may refuse
-            plan = self.saver.plan(iter(sent), {"target": tmp_path / "target"})
-            checked(plan, sent)
+        with pytest.raises(CkptxError) as error:
+            make_plan(self.saver, sent, {}, Context(target=tmp_path / "target")).prove()
         assert_one_line(error.value)
 
     def test_keeps_unknown_models(self, tmp_path: Path) -> None:
         """Tensors of an unknown family keep their names and bytes, where the format takes them."""
-        if not self.saver.capabilities.get("passthrough"):
+        if not registry.capabilities("saver", self.saver).get("passthrough"):
             pytest.skip("the saver needs a known family")
         names = ("tower.weight", "tower.10.weight", "tower.2.weight", "scale", "nothing")
         dtypes, sizes = ("float32", "bfloat16", "bfloat16", "float64", "float32"), ((3, 3),) * 3

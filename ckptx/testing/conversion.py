@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from ckptx.conversion import engine
 from ckptx.conversion.proof import Proof, prove
+from ckptx.protocol.context import Context
 from ckptx.protocol.contracts import Loader, SavePlan, Saver
 from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, Tensors
 from ckptx.registry.open import checkpoint_messages
@@ -24,14 +26,14 @@ def save(
     saver: Saver, messages: Iterable[Message], target: Path, options: Mapping[str, Any]
 ) -> Path:
     """Plan, prove and write a model; return the path that a loader reads it from."""
-    sent = list(messages)
-    plan = saver.plan(iter(sent), {"target": target, **options})
-    checked(plan, sent)
+    planned = engine.make_plan(saver, messages, options, Context(target=target))
+    planned.prove()
+    plan = planned.plan
     target = target.parent if plan.single_file else target
     place = target / plan.directory
     place.mkdir(parents=True, exist_ok=True)
     with mock.patch.object(os, "fsync", return_value=None):  # no test outlives a power cut
-        execute(plan, begin_of(sent).files, place, WriteOptions(threads=1))
+        execute(plan, planned.begin.files, place, WriteOptions(threads=1))
     for name, data in plan.pointers.items():
         (target / name).write_bytes(data)
     return target / plan.files[0].path if plan.single_file else target

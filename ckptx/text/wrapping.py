@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
-if TYPE_CHECKING:
-    pass
+PAGE = 120  # columns; prose is not wider
 
 
 def wrapped(label: str, text: str, width: int, column: int) -> list[str]:
@@ -19,3 +18,13 @@ def wrapped(label: str, text: str, width: int, column: int) -> list[str]:
         break_on_hyphens=False,
         break_long_words=False,  # a path that is cut cannot be copied
     )
+
+
+def labelled(pairs: Iterable[tuple[str, str]], width: int, column: int = 10) -> list[str]:
+    """Return the lines of texts beside their labels, one pair after another."""
+    return [line for label, text in pairs for line in wrapped(label, text, width, column)]
+
+
+def page(width: int) -> int:
+    """Return the columns of prose on a terminal of ``width`` columns."""
+    return min(max(width, 40), PAGE)

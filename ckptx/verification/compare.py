@@ -17,11 +17,12 @@ from typing import Any
 
 from ckptx.model.canonical_names import keys_of
 from ckptx.protocol.progress import Progress, Silent
-from ckptx.registry.open import Checkpoint, open_checkpoint
+from ckptx.registry.open import Checkpoint, opened
 from ckptx.storage.blocks import BlockReader
 from ckptx.tensors.lazy import LazyTensor
+from ckptx.text.shown import Shown
+from ckptx.text.wrapping import labelled, page
 from ckptx.verification.diagnosis import Finding, diagnose
-from ckptx.verification.diagnosis.finding import wrapped
 from ckptx.verification.difference import Deviation, Tolerance, measure
 from ckptx.verification.pairing import Name, Paired, label, pair
 
@@ -66,7 +67,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(Shown):
     """What two checkpoints have in common and what not."""
 
     left: str
@@ -86,6 +87,14 @@ class Comparison:
         """Whether every tensor is the same: byte for byte, or within the tolerance."""
         return not self.differences and self.compared > 0
 
+    def __bool__(self) -> bool:
+        """Refuse: a comparison that was made is no answer.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("a Comparison is neither true nor false; ask for its .equal")
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
         return {
@@ -104,19 +113,18 @@ class Comparison:
             "notes": list(self.notes),
         }
 
-    def render(self, width: int, limit: int = _LIMIT) -> str:
+    def render(self, width: int = 80, limit: int = _LIMIT) -> str:
         """Return the comparison as text for a terminal of ``width`` columns."""
         lines = list(_table(self.differences[:limit], width))
         if len(self.differences) > limit:
             lines.append(f"... and {len(self.differences) - limit} more (--json lists all)")
         for finding in self.diagnoses:
-            lines += ["", *finding.render(width)]
+            lines += ["", *labelled(finding.lines(), page(width))]
         if self.diagnoses or len(lines) > 1:
             lines.append("")
         if legend := "; ".join(_meanings([one.name for one in self.differences[:limit]])):
-            lines += wrapped("names", legend, width)
-        for note in self.notes:
-            lines += wrapped("note", note, width)
+            lines += labelled([("names", legend)], page(width))
+        lines += labelled((("note", note) for note in self.notes), page(width))
         return "\n".join([*lines, self._summary()])
 
     def _summary(self) -> str:
@@ -150,10 +158,7 @@ def compare(
         CkptxError: one of them cannot be read, or they have no names in common.
     """
     with ExitStack() as stack:
-        sides = [
-            one if isinstance(one, Checkpoint) else stack.enter_context(open_checkpoint(one))
-            for one in (left, right)
-        ]
+        sides = [stack.enter_context(opened(one)) for one in (left, right)]
         paired = pair(*sides)
         reader = BlockReader(*(stack.enter_context(closing(side.files())) for side in sides))
         found = _differences(paired, reader, tolerance, progress or Silent())
@@ -277,9 +282,8 @@ def _table(entries: Sequence[Difference], width: int) -> Iterator[str]:
         yield f"{'':10}{types}"
         if entry.max_abs is not None:
             differ, share, most, relative = _cells(entry)
-            yield from wrapped(
-                "", f"{differ} differ ({share}), max abs {most}, max rel {relative}", width
-            )
+            detail = f"{differ} differ ({share}), max abs {most}, max rel {relative}"
+            yield from labelled([("", detail)], page(width))
 
 
 def _cells(entry: Difference) -> tuple[str, ...]:

@@ -34,7 +34,6 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import xxhash
@@ -296,12 +295,7 @@ class Journal:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
 
     def record(self, leaves: Mapping[int, bytes], durable: int) -> None:

@@ -29,7 +29,6 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ckptx.errors import ConversionError, CutShortError, PlanError
@@ -136,12 +135,7 @@ class Target:
     def __enter__(self) -> Target:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._lock >= 0:
             self.kept = self._worth_keeping() if self._keep else None
             if self.kept is None:

@@ -1,1 +1,16 @@
-"""What the loader of DeepSpeed's checkpoints is made of."""
+"""Checkpoints of DeepSpeed."""
+
+from ckptx.protocol.declarations import Format
+
+FORMATS = (
+    Format(
+        "deepspeed",
+        "ZeRO, AutoTP, PipelineModule and universal checkpoints",
+        loader="ckptx.plugins.deepspeed.loader:DeepspeedLoader",
+        aliases=("zero", "universal"),
+        files=("*_model_states.pt", "*/*_model_states.pt"),
+        containers=("DeepSpeed ZeRO 0 to 3", "AutoTP", "PipelineModule", "DeepSpeed universal"),
+        layouts=("hf",),
+        passthrough=True,
+    ),
+)

@@ -184,8 +184,9 @@ def read(directory: Path, masters: bool) -> Saved:
         _read_optimizers(saved, optimizers, world)
     else:
         saved.skipped += optimizers.values()
-    for shares in (single, optimizers if masters else {}):  # of ZeRO 3 model states may be alike
-        refuse_copies(shares.values())
+    # Model states without weights may be alike: those of ZeRO 3 and of a PipelineModule.
+    for shares in (single if first.model["module"] else {}, optimizers if masters else {}):
+        refuse_copies([*shares.values()])
     return saved
 
 

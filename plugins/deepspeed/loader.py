@@ -10,7 +10,7 @@ Source: deepspeedai/DeepSpeed deepspeed/runtime/engine.py @ v0.19.8.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,8 @@ from ckptx.plugins.pytorch.module_names import (
     shapes_of_config,
     trained_messages,
 )
-from ckptx.protocol.contracts import Loader
-from ckptx.protocol.hookspecs import hookimpl
-from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Message
+from ckptx.protocol.context import UNTOLD, Context, Options
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Messages
 from ckptx.tensors.lazy import LazyTensor, Shape, Stored
 
 _CONSUMED = frozenset(
@@ -56,12 +55,6 @@ class DeepspeedLoader:
     """Reads the pieces where they lie; nothing is gathered, no process group, no model."""
 
     name = "deepspeed"
-    capabilities: Mapping[str, Any] = {
-        "formats": ["DeepSpeed ZeRO 0 to 3", "AutoTP", "PipelineModule", "DeepSpeed universal"],
-        "layouts": ["hf"],
-        "passthrough": True,
-        "lossless": True,
-    }
 
     def options(self) -> list[click.Option]:
         """Return the options for the tag, for which weights are taken, and for adapters."""
@@ -95,12 +88,12 @@ class DeepspeedLoader:
         """Return whether there are DeepSpeed's model states, here or in a tag below."""
         return source.is_dir() and (directory.is_tag(source) or bool(directory.tags(source)))
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         masters = (options.get("weights") or "master") == "master"
         saved = directory.read(directory.find(source, options.get("tag")), masters)
         # What is converted to another dtype anyway need not have one dtype before.
-        widen = options.get("dtype") is None
+        widen = context.dtype is None
         prefix = options.get("prefix") or ""
         trained = bool(options.get("exclude_frozen_parameters"))
         if trained and not masters:
@@ -108,9 +101,9 @@ class DeepspeedLoader:
                 "--exclude-frozen-parameters tells what was trained by its fp32 masters; leave "
                 "--weights module out"
             )
-        small = {**nearest_config(saved.directory), **base_sidecars(options)}
+        small = {**nearest_config(saved.directory), **base_sidecars(context)}
         try:
-            shapes = _shapes(saved, small, prefix, options)
+            shapes = _shapes(saved, small, prefix, context)
             layer_map = options.get("layer_map")
             found = ranks.gathered(saved, masters, widen, shapes, layer_map, not trained)
             left = _left(saved)
@@ -118,7 +111,7 @@ class DeepspeedLoader:
             raise FormatError(f"{source}: its objects are nested too deeply") from error
         found.tensors, renamed = file_names(_without(prefix, found.tensors, source), {}, source)
         files = list(saved.files)
-        filled, remarks = base_tensors(files, found.tensors, options)
+        filled, remarks = base_tensors(files, found.tensors, context)
         found.declare("base", filled)
         found.tensors |= weights.widened(filled) if masters and widen else filled
         if trained and found.frozen and not filled:
@@ -140,17 +133,17 @@ class DeepspeedLoader:
         )
         notes = (*found.notes, *renamed, *remarks)
         dropped = (*found.dropped, *left, *_beside_tag(saved.directory))
-        yield from trained_messages(begin, found.tensors, notes, dropped, options)
+        yield from trained_messages(begin, found.tensors, notes, dropped, options, context)
 
 
 def _shapes(
-    saved: directory.Saved, small: Mapping[str, bytes], prefix: str, options: Mapping[str, Any]
+    saved: directory.Saved, small: Mapping[str, bytes], prefix: str, context: Context
 ) -> dict[str, Shape]:
     """Return the shapes of the whole model, where ranks hold parts that may not say what of."""
     if len(saved.ranks) == 1 and not saved.layers:
         return {}
     shapes = shapes_of_config(small, saved.directory)
-    place = Path(options.get("hf_base") or saved.directory)
+    place = context.hf_base or saved.directory
     if not shapes and any((place / name).is_file() for name in (*INDEXES, *SINGLES)):
         base = read_weights(place)
         shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
@@ -218,9 +211,3 @@ def _parallel_sizes(saved: directory.Saved) -> dict[str, Any]:
     stage = next((one for one in values if type(one) is int), first.stage)
     sizes = {"zero_stage": stage, "world_size": first.model.get("dp_world_size")}
     return {**sizes, "mp": len(saved.ranks)} if len(saved.ranks) > 1 else sizes
-
-
-@hookimpl
-def register_loaders(register: Callable[[Loader], None]) -> None:
-    """Register the loader."""
-    register(DeepspeedLoader())

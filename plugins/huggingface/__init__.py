@@ -1,1 +1,29 @@
 """Hugging Face model directories and PEFT adapters."""
+
+from ckptx.protocol.declarations import Format
+
+FORMATS = (
+    Format(
+        "hf",
+        "model directories of transformers",
+        loader="ckptx.plugins.huggingface.hf:HfLoader",
+        saver="ckptx.plugins.huggingface.hf:HfSaver",
+        files=("*.safetensors", "*.safetensors.index.json", "pytorch_model.bin*"),
+        containers=("safetensors", "pytorch_model.bin"),
+        layouts=("hf",),
+        passthrough=True,
+    ),
+    Format(
+        "peft",
+        "LoRA adapters as peft saves them",
+        loader="ckptx.plugins.huggingface.peft:PeftLoader",
+        saver="ckptx.plugins.huggingface.peft:PeftSaver",
+        aliases=("lora",),
+        files=("adapter_config.json",),
+        containers=("PEFT LoRA",),
+        layouts=("hf",),
+        passthrough=True,
+        lossless=False,  # it is merged into its base
+        saves={"layouts": ("peft",), "lossless": True},
+    ),
+)

@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
 from ckptx.errors import FormatError, PlanError
-
-CAPABILITIES: Mapping[str, Any] = {
-    "formats": ["torch_dist", "torch"],
-    "layouts": ["mcore"],
-    "tp": True,
-    "pp": True,
-    "vpp": True,
-    "ep": True,
-    "optimizer": False,
-    "lossless": True,
-}
-"""What both the loader and the saver of Megatron Core's checkpoints can do."""
-
-LEGACY_CAPABILITIES: Mapping[str, Any] = {
-    **CAPABILITIES,
-    "formats": ["torch"],
-    "layouts": ["legacy"],
-}
-"""What the plugins for legacy models can do."""
+from ckptx.protocol.context import Options
 
 
 def vocabulary_options() -> list[click.Option]:
@@ -47,7 +27,7 @@ def vocabulary_options() -> list[click.Option]:
     ]
 
 
-def true_vocab_size(options: Mapping[str, Any], known: int | None) -> int | None:
+def true_vocab_size(options: Options, known: int | None) -> int | None:
     """Return the vocabulary that the options give, else the one that is ``known``.
 
     Raises:
@@ -62,7 +42,7 @@ def true_vocab_size(options: Mapping[str, Any], known: int | None) -> int | None
     return given or known
 
 
-def _given(options: Mapping[str, Any]) -> int | None:
+def _given(options: Options) -> int | None:
     given: int | None = options.get("true_vocab_size")
     path = options.get("vocab_file")
     if path is None:
@@ -74,6 +54,16 @@ def _given(options: Mapping[str, Any]) -> int | None:
     if given is not None and given != length:
         raise PlanError(f"--true-vocab-size is {given}, {path} has {length} entries")
     return length
+
+
+def accept_arg_option() -> click.Option:
+    """Return ``--accept-arg``, with which loaders read args that they would refuse."""
+    return click.Option(
+        ["--accept-arg"],
+        multiple=True,
+        metavar="NAME",
+        help="Read the checkpoint as if its args did not have this entry; repeatable.",
+    )
 
 
 def transformer_impl_option(role: str, default: str = "transformer_engine") -> click.Option:

@@ -12,12 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ckptx.containers import torch_zip
-from ckptx.containers.copies import refuse_copies
 from ckptx.containers.pickle_values import Namespace
 from ckptx.errors import FormatError, PlanError, SchemaError, listing
 from ckptx.model.canonical_names import layer_of
@@ -27,6 +25,13 @@ from ckptx.model.sharding import Gatherer, Rank, Shards, shard_tensors
 from ckptx.model.spec import ModelSpec
 from ckptx.plugins.megatron.directory import RANK_FILES, IterationDirectory
 from ckptx.plugins.megatron.forms import CORE, Generation, form_of
+from ckptx.plugins.megatron.rank_checks import (
+    RankFile,
+    check_copies,
+    check_directories,
+    check_order,
+    check_same_run,
+)
 from ckptx.plugins.megatron.source import (
     ENGINE_STATE,
     Excluded,
@@ -41,17 +46,6 @@ from ckptx.protocol.messages import TRAINING_STATE, Dropped, SourceTensor, Tenso
 from ckptx.protocol.model import Model
 from ckptx.storage.file_plan import FilePlan
 from ckptx.tensors.lazy import Filled, LazyTensor, Stored, replicated
-
-_SAME = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "num_layers",
-    "hidden_size",
-    "num_experts",
-)
-
 
 _RANK_NAME = re.compile(r"mp_rank_\d{2,}(_\d{3,}){0,2}")
 _LAYER = re.compile(r"(?:language_model\.)?(?:decoder|encoder|transformer)\.layers\.(\d+)\.")
@@ -107,20 +101,6 @@ def stored_ranks(tp: int, ep: int, etp: int) -> list[Rank]:
     return list(named.values())
 
 
-@dataclass(slots=True)
-class _Rank:
-    """One rank's file: its weights per virtual stage, everything else by size."""
-
-    path: Path
-    args: dict[str, Any]
-    iteration: Any
-    version: Any
-    models: list[dict[str, LazyTensor]]
-    states: int
-    """Bytes of extra states."""
-    other: dict[str, int]
-
-
 def form_in(checkpoint: IterationDirectory) -> Generation:
     """Return which kind of model the first rank's file holds.
 
@@ -158,23 +138,20 @@ def read(
         etp = tp
     ranks = stored_ranks(tp, ep, etp)
     names = [directory_name(rank, pp_rank, pp) for pp_rank in range(pp) for rank in ranks]
-    _check_directories(directory, names, [path.name for path in found])
+    check_directories(directory, names, [path.name for path in found])
     paths = [_file(directory / name, kind) for name in names]
     grid = [_read_rank(path, number, form, kind) for number, path in enumerate(paths)]
     for rank in grid:
-        _check_same_run(first, rank)
-    _check_copies(grid, ranks)
-    _check_order(grid, ranks)
+        check_same_run(first, rank)
+    notes = check_copies(grid, ranks)
+    check_order(grid, ranks)
     weights = {
         f"{rank.path.parent.name}:{index}:{name}": tensor
         for rank in grid
         for index, model in enumerate(rank.models)
         for name, tensor in model.items()
     }
-    others: dict[str, list[LazyTensor]] = {}
-    for model in (model for rank in grid for model in rank.models):
-        for name in [name for name, tensor in model.items() if apart(name, tensor)]:
-            others.setdefault(name, []).append(model.pop(name))
+    others = _taken_out(grid, apart)
 
     def messages(layout: Layout, parts: Parts) -> Iterator[Tensors]:
         pipeline = _pipeline(args, grid, len(ranks), parts["language"])
@@ -192,7 +169,17 @@ def read(
         tp,
         first.version,
         others,
+        notes,
     )
+
+
+def _taken_out(grid: list[RankFile], apart: Excluded) -> dict[str, list[LazyTensor]]:
+    """Take out of the ranks' models what is no part of the layout, and return it by name."""
+    others: dict[str, list[LazyTensor]] = {}
+    for model in (model for rank in grid for model in rank.models):
+        for name in [name for name, tensor in model.items() if apart(name, tensor)]:
+            others.setdefault(name, []).append(model.pop(name))
+    return others
 
 
 def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
@@ -291,7 +278,7 @@ def _states(
 
 
 def _messages(
-    grid: list[_Rank],
+    grid: list[RankFile],
     ranks: list[Rank],
     pipeline: Pipeline,
     layout: Layout,
@@ -363,7 +350,7 @@ def _join_tied(
         embeddings["word embeddings"] = replicated(pair)
 
 
-def _read_rank(path: Path, number: int, form: Generation, kind: Files) -> _Rank:
+def _read_rank(path: Path, number: int, form: Generation, kind: Files) -> RankFile:
     state = kind.state(torch_zip.read(path, number).value, path)
     args = args_of(state, path)
     models: list[dict[str, LazyTensor]] = []
@@ -391,7 +378,7 @@ def _read_rank(path: Path, number: int, form: Generation, kind: Files) -> _Rank:
     known = {*held, "args", "checkpoint_version", "iteration"}
     rest = {key: stored_bytes(value) for key, value in state.items() if key not in known}
     version = state.get("checkpoint_version", 0)
-    return _Rank(path, args, state.get("iteration"), version, models, states, rest)
+    return RankFile(path, args, state.get("iteration"), version, models, states, rest)
 
 
 def _models(state: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -464,7 +451,9 @@ def _sizes_by_name(found: list[Path], kind: Files) -> tuple[int, int, int]:
     return tp, pp, ep
 
 
-def _pipeline(args: Mapping[str, Any], grid: list[_Rank], width: int, spec: ModelSpec) -> Pipeline:
+def _pipeline(
+    args: Mapping[str, Any], grid: list[RankFile], width: int, spec: ModelSpec
+) -> Pipeline:
     """Return what args say of the pipeline; the files themselves where there are none."""
     if args:
         return Pipeline.from_args({**args, "num_layers": spec.num_layers})
@@ -486,85 +475,7 @@ def _pipeline(args: Mapping[str, Any], grid: list[_Rank], width: int, spec: Mode
     return Pipeline(len(stages), layout=layout)
 
 
-def _check_directories(directory: Path, expected: list[str], found: list[str]) -> None:
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected]
-    if missing:
-        raise FormatError(
-            f"{directory}: {len(missing)} of {len(expected)} rank directories are missing: "
-            f"{listing(missing)}; copy them"
-        )
-    if extra:
-        raise FormatError(
-            f"{directory}: {listing(extra)} do not belong to the {len(expected)} ranks that the "
-            "args name; the directory mixes checkpoints"
-        )
-
-
-def _check_same_run(first: _Rank, rank: _Rank) -> None:
-    for name in _SAME:
-        here, there = first.args.get(name), rank.args.get(name)
-        if here != there:
-            raise FormatError(
-                f"{rank.path}: {name} is {there}, in {first.path.parent.name} it is {here}; the "
-                "rank files are of different runs"
-            )
-    if first.version != rank.version:
-        raise FormatError(
-            f"{rank.path}: checkpoint_version is {rank.version}, in {first.path.parent.name} it is "
-            f"{first.version}; the rank files are of different runs"
-        )
-    if first.iteration != rank.iteration:
-        raise FormatError(
-            f"{rank.path}: is of iteration {rank.iteration}, {first.path.parent.name} of "
-            f"{first.iteration}; the rank files are of different runs"
-        )
-
-
-def _check_copies(grid: Sequence[_Rank], ranks: Sequence[Rank]) -> None:
-    """Raise if one file is in the place of two.
-
-    Expert-parallel ranks hold the same in a stage whose layers are all dense.
-    """
-    alike: dict[int, list[Path]] = {}
-    for number, file in enumerate(grid):
-        ep_rank = ranks[number % len(ranks)].ep_rank
-        experts = any("experts." in name for model in file.models for name in model)
-        alike.setdefault(-1 if experts else ep_rank, []).append(file.path)
-    for paths in alike.values():
-        refuse_copies(paths)
-
-
-def _check_order(grid: list[_Rank], ranks: Sequence[Rank]) -> None:
-    """Raise if files are in each other's place, as far as their args tell.
-
-    Megatron saves the args of the process: its ``rank`` grows with the tensor-parallel rank, and
-    with the pipeline rank. Tools that convert have one rank in all files, or none.
-
-    Source: NVIDIA/Megatron-LM megatron/core/parallel_state.py (RankGenerator: "tp-cp-ep-dp-pp" and
-    "tp-cp-ep-pp-dp") @ core_v0.16.1.
-    """
-    if len({rank.args.get("rank") for rank in grid}) < 2:
-        return
-    held: dict[tuple[str, int], list[_Rank]] = {}
-    for number, file in enumerate(grid):
-        pp_rank, index = divmod(number, len(ranks))
-        rank = ranks[index]
-        if rank.ep_rank == 0:  # the files of other experts are of other data-parallel ranks
-            held.setdefault(("tensor", pp_rank), []).append(file)
-            held.setdefault(("pipeline", rank.tp_rank), []).append(file)
-    for (axis, *_), files in held.items():
-        for before, after in pairwise(files):
-            low, high = before.args.get("rank"), after.args.get("rank")
-            if type(low) is int and type(high) is int and low >= high:
-                raise FormatError(
-                    f"{after.path}: its args are of rank {high}, expected one above {low}, which "
-                    f"{before.path.parent.name} of the {axis}-parallel rank before is of; the "
-                    "files are in each other's place, copy them again"
-                )
-
-
-def _dropped(grid: list[_Rank]) -> Iterator[Dropped]:
+def _dropped(grid: list[RankFile]) -> Iterator[Dropped]:
     states = sum(rank.states for rank in grid)
     if states:
         yield Dropped("_extra_state tensors", ENGINE_STATE, states)

@@ -39,6 +39,7 @@ class Source:
     """The ``checkpoint_version`` of rank files."""
     apart: Mapping[str, Sequence[LazyTensor]] = field(default_factory=dict)
     """What `Excluded` has named, by name; of several ranks, what each of them holds."""
+    notes: Sequence[str] = ()
 
     @property
     def names(self) -> list[str]:

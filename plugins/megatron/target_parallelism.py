@@ -5,7 +5,7 @@ What the options do not say stays as the source has it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from ckptx.model.sharding import Rank
 from ckptx.model.spec import ModelSpec
 from ckptx.plugins.megatron.directory import TRACKER, Iteration, iteration_name, parse_iteration
 from ckptx.plugins.megatron.options import true_vocab_size
+from ckptx.protocol.context import Options
 from ckptx.protocol.messages import Dropped
 from ckptx.protocol.model import Model, resize_vocabulary
 from ckptx.schemas.megatron_settings.args import args_from_spec
@@ -65,7 +66,7 @@ class TargetParallelism:
     def args(
         self,
         model: Model,
-        options: Mapping[str, Any],
+        options: Options,
         stage: Sequence[Rank],
         *,
         transformer_impl: str,
@@ -111,7 +112,7 @@ class TargetParallelism:
         }
 
 
-def choose_parallelism(model: Model, options: Mapping[str, Any]) -> TargetParallelism:
+def choose_parallelism(model: Model, options: Options) -> TargetParallelism:
     """Return the choices for a model, whose messages have been checked.
 
     Raises:
@@ -128,7 +129,7 @@ def choose_parallelism(model: Model, options: Mapping[str, Any]) -> TargetParall
     )
 
 
-def parallel_sizes(model: Model, options: Mapping[str, Any]) -> tuple[int, Pipeline]:
+def parallel_sizes(model: Model, options: Options) -> tuple[int, Pipeline]:
     """Return the sizes asked for, else the source's, else 1."""
     before = model.begin.parallel.get("pipeline", Pipeline())
     tp = options.get("target_tensor_parallel_size") or model.begin.parallel.get("tp") or 1
@@ -141,7 +142,7 @@ def parallel_sizes(model: Model, options: Mapping[str, Any]) -> tuple[int, Pipel
     return tp, Pipeline(pp or before.pp, **given)
 
 
-def expert_sizes(model: Model, options: Mapping[str, Any], tp: int) -> tuple[int, int]:
+def expert_sizes(model: Model, options: Options, tp: int) -> tuple[int, int]:
     """Return the expert- and expert-tensor-parallel sizes: asked for, the source's, or the least.
 
     Raises:
@@ -199,7 +200,7 @@ def check_tensor_parallel(spec: ModelSpec, tp: int) -> list[str]:
     return []
 
 
-def _vocabulary_multiple(model: Model, options: Mapping[str, Any]) -> int:
+def _vocabulary_multiple(model: Model, options: Options) -> int:
     """Return what a padded vocabulary is a multiple of, per tensor-parallel rank."""
     args = model.begin.training.get("args") or {}
     chosen = options.get("make_vocab_size_divisible_by")
@@ -238,7 +239,7 @@ def repad(model: Model, chosen: TargetParallelism) -> tuple[Dropped, ...]:
     )
 
 
-def _chosen_iteration(model: Model, options: Mapping[str, Any]) -> Iteration:
+def _chosen_iteration(model: Model, options: Options) -> Iteration:
     """Return the iteration that was asked for, else the source's, else ``release``."""
     chosen = options.get("iteration")
     if chosen is not None:

@@ -20,7 +20,7 @@ from ckptx.containers import dcp, torch_zip
 from ckptx.containers.pickle_values import Namespace
 from ckptx.errors import FormatError
 from ckptx.model.canonical_names import MTP_LAYER, VISION, VISION_LAYER, layer_of, position_of
-from ckptx.model.layout import Layout, Parts
+from ckptx.model.layout import ExtraState, Layout, Parts
 from ckptx.model.pipeline_parallel import Chunk
 from ckptx.model.sharding import Placed, Rank, shard_chunks
 from ckptx.model.spec import ModelSpec
@@ -29,9 +29,8 @@ from ckptx.plugins.megatron.source import ENGINE_STATE, Excluded, Source, args_o
 from ckptx.protocol.from_names import inventory, main_dtype, messages_of
 from ckptx.protocol.messages import TRAINING_STATE, Dropped, Tensors
 from ckptx.protocol.model import Model
-from ckptx.schemas.conventions.mcore import ExtraState
 from ckptx.schemas.conventions.vision import VISION_MODEL
-from ckptx.schemas.families.llava import LANGUAGE
+from ckptx.schemas.families.multimodal.llava import LANGUAGE
 from ckptx.storage.file_plan import FilePlan, literal_files
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import Filled, LazyTensor

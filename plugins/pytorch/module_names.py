@@ -7,9 +7,9 @@ volcengine/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ 01ee5e0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import click
 
@@ -17,7 +17,8 @@ from ckptx.errors import FormatError, listing
 from ckptx.hf_models.directory import hf_messages, sidecars
 from ckptx.model.canonical_names import dimensions, keys_of
 from ckptx.model.sharding import shard_tensors
-from ckptx.protocol.messages import Begin, Dropped, Message
+from ckptx.protocol.context import Context, Options
+from ckptx.protocol.messages import Begin, Dropped, Messages
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry.families import family_of, parts_from_config
 from ckptx.schemas.conventions import transformers_memory
@@ -52,14 +53,14 @@ def trained_messages(
     tensors: Mapping[str, LazyTensor],
     notes: tuple[str, ...],
     dropped: tuple[Dropped, ...],
-    options: Mapping[str, Any],
-) -> Iterator[Message]:
+    options: Options,
+    context: Context,
+) -> Messages:
     """Yield the messages of a model whose tensors have the names of memory, as `hf_messages`."""
     tensors, remarks = named_as_in_files(tensors, begin.sidecars, begin.root)
     notes = (*notes, *remarks)
     yield from hf_messages(
-        *(begin, tensors, notes, options.get("dtype"), dropped, options),
-        transformers_memory.renamer,
+        *(begin, tensors, notes, dropped, options, context), transformers_memory.renamer
     )
 
 
@@ -96,7 +97,7 @@ def strip_option() -> click.Option:
 
 
 def file_names(
-    tensors: Mapping[str, T], options: Mapping[str, Any], source: Path
+    tensors: Mapping[str, T], options: Options, source: Path
 ) -> tuple[dict[str, T], tuple[str, ...]]:
     """Return the tensors without the prefixes of ``--strip-prefix`` and of wrappers, and remarks.
 

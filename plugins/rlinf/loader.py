@@ -16,10 +16,9 @@ from docs/source-en/rst_source/guides/resume.rst.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -38,9 +37,8 @@ from ckptx.plugins.pytorch.module_names import (
     trained_messages,
 )
 from ckptx.plugins.rlinf import local_shards
-from ckptx.protocol.contracts import Loader
-from ckptx.protocol.hookspecs import hookimpl
-from ckptx.protocol.messages import Begin, Dropped, End, Message
+from ckptx.protocol.context import UNTOLD, Context, Options
+from ckptx.protocol.messages import Begin, Dropped, End, Messages
 from ckptx.protocol.sidecars import read_config
 from ckptx.registry import registry
 from ckptx.registry.families import family_of
@@ -57,12 +55,6 @@ class RlinfLoader:
     """Finds the weights in a step's folder, and leaves them to the loader of their format."""
 
     name = "rlinf"
-    capabilities: Mapping[str, Any] = {
-        "formats": ["RLinf"],
-        "layouts": ["hf"],
-        "passthrough": True,
-        "lossless": True,
-    }
 
     def options(self) -> list[click.Option]:
         """Return the options for the model of a step, and for its names."""
@@ -86,17 +78,17 @@ class RlinfLoader:
         # Megatron's own directories are the core loader's, from their root on.
         return place != source or local_shards.holds_shards(source)
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         place, format = _find(source, options.get("actor_dir") or "actor")
         if format == self.name:
-            yield from _from_shards(place, source, options)
+            yield from _from_shards(place, source, options, context)
             return
         if format == "core" and options.get("strip_prefix"):
             raise FormatError(f"{place}: --strip-prefix is not for Megatron's names")
         iteration = _iteration(place)
         left = tuple(_left(place, source))
-        for message in registry.loader(format).load(place, options):
+        for message in registry.loader(format).load(place, options, context):
             if isinstance(message, Begin) and message.training.get("iteration") == "release":
                 training = {**message.training, "iteration": iteration}
                 message = replace(message, training=training)
@@ -131,9 +123,9 @@ def _find(source: Path, actor: str) -> tuple[Path, str]:
     )
 
 
-def _from_shards(directory: Path, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+def _from_shards(directory: Path, source: Path, options: Options, context: Context) -> Messages:
     stored, sources, files, dropped = local_shards.read(directory)
-    sidecars = {**nearest_config(directory), **base_sidecars(options)}
+    sidecars = {**nearest_config(directory), **base_sidecars(context)}
     config = read_config(sidecars, directory)
     if len(files) > 1 and (config is None or family_of(config) is None):
         raise SchemaError(
@@ -164,7 +156,7 @@ def _from_shards(directory: Path, source: Path, options: Mapping[str, Any]) -> I
     try:
         if confirmed:
             _check_sizes(tensors, sidecars, directory)
-        yield from trained_messages(begin, tensors, notes, left, options)
+        yield from trained_messages(begin, tensors, notes, left, options, context)
     except SchemaError as error:
         raise SchemaError(
             f"{directory}: the shares of {len(files)} ranks do not make the config's model: a rank "
@@ -213,9 +205,3 @@ def _left(place: Path, source: Path) -> Iterator[Dropped]:
         for path in sorted(source.iterdir()):
             if path != folder:
                 yield Dropped(path.name, f"only {folder.name} is converted", size_of(path))
-
-
-@hookimpl
-def register_loaders(register: Callable[[Loader], None]) -> None:
-    """Register the loader."""
-    register(RlinfLoader())

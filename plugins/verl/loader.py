@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,8 @@ from ckptx.plugins.pytorch.module_names import (
     trained_messages,
 )
 from ckptx.plugins.verl import extra_state, megatron
-from ckptx.protocol.contracts import Loader
-from ckptx.protocol.hookspecs import hookimpl
-from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Message, SourceTensor
+from ckptx.protocol.context import UNTOLD, Context, Options
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Messages, SourceTensor
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import LazyTensor
 
@@ -64,12 +63,6 @@ class VerlLoader:
     """Reads the files of all ranks where they lie; no process group, no model."""
 
     name = "verl"
-    capabilities: Mapping[str, Any] = {
-        "formats": ["verl (FSDP)", "verl (Megatron)"],
-        "layouts": ["hf"],
-        "passthrough": True,
-        "lossless": True,
-    }
 
     def options(self) -> list[click.Option]:
         """Return the options for the model of a step, in the spelling of verl's merger."""
@@ -109,7 +102,7 @@ class VerlLoader:
             return (source / _TRACKER).is_file() and any(source.glob("global_step_*"))
         return _holds_model(directory)
 
-    def load(self, source: Path, options: Mapping[str, Any]) -> Iterator[Message]:
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         directory, notes = _find(source, options.get("actor_dir") or ACTOR)
         small = {name: data for name, data in nearest_config(directory).items() if name not in _OWN}
@@ -120,7 +113,7 @@ class VerlLoader:
             files=(),
             sources=(),
             root=str(directory),
-            sidecars={**small, **base_sidecars(options)},
+            sidecars={**small, **base_sidecars(context)},
             training={"iteration": _iteration(directory)},
         )
         wishes = megatron.Wishes(
@@ -156,7 +149,7 @@ class VerlLoader:
         )
         dropped = (*found.dropped, *left)
         tensors, remarks = file_names(found.tensors, options, directory)
-        yield from trained_messages(begin, tensors, (*notes, *remarks), dropped, options)
+        yield from trained_messages(begin, tensors, (*notes, *remarks), dropped, options, context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,9 +333,3 @@ def _left(
             Dropped(p.name, f"only {directory.name} is converted", size_of(p)) for p in others
         )
     return tuple(dropped)
-
-
-@hookimpl
-def register_loaders(register: Callable[[Loader], None]) -> None:
-    """Register the loader."""
-    register(VerlLoader())

@@ -19,19 +19,20 @@ verl/models/llama/megatron/layers/parallel_linear.py @ c3b2057.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.model.canonical_names import check_shapes
-from ckptx.model.layout import Family, Parts
+from ckptx.model.family import Family
+from ckptx.model.layout import Parts
 from ckptx.plugins.megatron import per_rank, torch_dist
 from ckptx.plugins.megatron.directory import IterationDirectory
 from ckptx.plugins.megatron.source import Excluded, Source
 from ckptx.protocol.from_names import passthrough, resolve_tie, tied_names
-from ckptx.protocol.messages import Begin, Dropped, End, Message, Tensors
+from ckptx.protocol.messages import Begin, Dropped, End, Messages, Tensors
 from ckptx.protocol.model import collect, named_tensors
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import family_of, parts_from_config
@@ -69,7 +70,7 @@ def messages(
     wishes: Wishes,
     notes: tuple[str, ...],
     dropped: tuple[Dropped, ...],
-) -> Iterator[Message]:
+) -> Messages:
     """Yield the model; ``begin`` has its format, sidecars and iteration.
 
     A value model has no Megatron layout of its own: its tensors travel under Hugging Face's names.
@@ -102,7 +103,7 @@ def messages(
         )
     if head or wishes.tied:
         spec = replace(spec, tied=True)  # to layouts: without an output layer of its own
-    dropped = (*dropped, *source.dropped)
+    dropped, notes = (*dropped, *source.dropped), (*notes, *source.notes)
     parts = {**parts, "language": spec}
     found = []
     for message in source.messages(layout, parts):
@@ -229,7 +230,7 @@ def _value_model(
     head: Mapping[str, LazyTensor],
     notes: tuple[str, ...],
     dropped: tuple[Dropped, ...],
-) -> Iterator[Message]:
+) -> Messages:
     """Yield a value model as transformers' class for values of tokens: a body and ``score``."""
     model = collect(iter([replace(begin, parts=parts), *found, End()]))
     named, padding = named_tensors(model, family.layout("hf"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from ckptx.model.spec import ModelSpec
+from ckptx.schemas.config.experts import Mixture
 
 Windows: TypeAlias = Literal["none", "all layers", "some layers", "layer types"]
 """Who has a sliding window: ``some layers`` by Qwen's keys, ``layer types`` by Gemma 2's."""
@@ -37,12 +38,41 @@ SWITCHES: Mapping[str, Biases] = {
 """Keys of configs and the biases that they switch on."""
 
 
+# The same formula under several names; transformers src/transformers/activations.py ACT2FN.
+GELU = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+"""Ungated activations."""
+NEW_GELU = {name: GELU[name] for name in ("gelu_new", *GELU)}
+"""The same; ``gelu_new`` is written for the tanh form."""
+NO_HEAD_KEYS: Mapping[str, str | None] = {"num_key_value_heads": None, "head_dim": None}
+"""Names for a config in which heads are as many and as large as the hidden size says."""
+LLAMA_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+"""Of transformers' LlamaConfig; its relatives change some of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class ConfigTable:
     """What a family fixes, and the defaults of its config class."""
 
     architecture: str
-    defaults: Mapping[str, Any]
+    defaults: Mapping[str, Any] = field(default_factory=lambda: LLAMA_DEFAULTS)
     """In the spelling of the family."""
     bias_keys: tuple[str, ...] = ()
     """The switches that the config has; `SWITCHES` says for which projections."""
@@ -68,9 +98,12 @@ class ConfigTable:
     passthrough_keys: Mapping[str, Any] = field(default_factory=dict)
     """Keys that a spec's ``extra`` holds under their own names, with the value that is not held.
 
-    It is the value that asks nothing of Megatron.
+    It is the value that asks nothing of Megatron; a function of the spec where it depends on it.
     """
-
+    megatron_lacks: Mapping[str, str] = field(default_factory=dict)
+    """Why Megatron cannot compute another value of a key of `passthrough_keys`."""
+    experts: Mixture | None = None
+    """How the config spells a mixture of experts."""
     latent: bool = False
     """Whether attention goes through latent vectors."""
     fields: tuple[tuple[str, str], ...] = ()
@@ -79,6 +112,11 @@ class ConfigTable:
     def key(self, name: str) -> str | None:
         """Return the family's key for one of Llama's."""
         return self.names.get(name, name)
+
+    def neutral(self, key: str, spec: ModelSpec) -> Any:
+        """Return the value of one of `passthrough_keys` that asks nothing of Megatron."""
+        value = self.passthrough_keys[key]
+        return value(spec) if callable(value) else value
 
 
 def biases(spec: ModelSpec) -> Biases:

@@ -1,25 +1,31 @@
 """``config.json`` of decoders and `ModelSpec`, in both directions.
 
 `FIELDS` pairs the keys that mean the same under another name, in Llama's spelling; a family that
-spells them otherwise says so in its `ConfigTable`. Biases, rotary embedding and sliding window
-each have a pair of functions (`ckptx.schemas.config`), because their keys depend on each other.
-What a family fixes without saying so in its config is in `FAMILIES`.
+spells them otherwise says so in its `ConfigTable`, with what it fixes without saying so in its
+config. Biases, experts, rotary embedding and sliding window have functions of their own
+(`ckptx.schemas.config`), because their keys depend on each other.
 
 A key that is absent has the default of its class in transformers, not one of ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptx.errors import SchemaError
+from ckptx.model.family import (
+    FUNCTION_SETTINGS,
+    MEGATRON_SWITCHES,
+    FamilyConfig,
+    function_settings,
+)
 from ckptx.model.spec import ModelSpec
-from ckptx.schemas.config import mixtures
-from ckptx.schemas.config.families import FAMILIES, MEGATRON_ONLY
+from ckptx.registry import registry
 from ckptx.schemas.config.rotary import rotary_from_config, rotary_to_config
 from ckptx.schemas.config.traits import (
-    Biases,
     ConfigTable,
     biases,
     biases_from_config,
@@ -31,27 +37,9 @@ from ckptx.schemas.config.traits import (
 from ckptx.schemas.config.windows import (
     holds_windows,
     windowed_layers,
-    windows_extra,
     windows_from_config,
     windows_to_config,
 )
-
-__all__ = [
-    "FAMILIES",
-    "FIELDS",
-    "MEGATRON_ONLY",
-    "Biases",
-    "ConfigTable",
-    "biases",
-    "check",
-    "config_from_spec",
-    "differences",
-    "merge_config",
-    "spec_from_config",
-    "unsupported_by_config",
-    "windowed_layers",
-    "windows_extra",
-]
 
 FIELDS = (
     ("hidden_size", "hidden_size"),
@@ -73,206 +61,284 @@ _ALIASED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_posi
 _DEFAULT_DTYPE = "float32"
 
 
-def spec_from_config(config: Mapping[str, Any], family: str) -> ModelSpec:
-    """Return the dimensions that a ``config.json`` says, in any transformers version's spelling.
+@dataclass(frozen=True)
+class TableConfig:
+    """The config of a family whose keys a table says; a `FamilyConfig`."""
 
-    Raises:
-        SchemaError: the family is unknown, or the config asks for what it cannot be: another
-            activation, heads that do not divide, a rotary embedding per layer type.
-    """
-    traits = _traits(family)
-    values = mixtures.prepared({**traits.defaults, **_own_words(config, traits)}, family)
-    sizes = _sizes(values, traits)
-    activation_key = str(traits.key("hidden_act"))
-    activation = traits.activations.get(values[activation_key])
-    if activation is None:
-        raise SchemaError(
-            f"{activation_key} is {values[activation_key]!r}, family {family} is known with "
-            f"{' or '.join(map(repr, traits.activations))} only"
+    family: str
+    table: ConfigTable
+
+    def from_config(self, config: Mapping[str, Any]) -> ModelSpec:
+        """Return the dimensions that a ``config.json`` says, in any transformers version's words.
+
+        Raises:
+            SchemaError: it asks for what the family cannot be: another activation, heads that do
+                not divide, a rotary embedding per layer type.
+        """
+        table = self.table
+        values = {**table.defaults, **_own_words(config, table)}
+        if table.experts:
+            values = table.experts.prepared(values, self.family)
+        sizes = _sizes(values, table)
+        activation_key = str(table.key("hidden_act"))
+        activation = table.activations.get(values[activation_key])
+        if activation is None:
+            raise SchemaError(
+                f"{activation_key} is {values[activation_key]!r}, family {self.family} is known "
+                f"with {' or '.join(map(repr, table.activations))} only"
+            )
+        base, percent, scaling = rotary_from_config(values, table)
+        architectures = config.get("architectures") or [table.architecture]
+        switches, extra = from_biases(biases_from_config(values, table))
+        spec = ModelSpec(
+            family=self.family,
+            architecture=architectures[0],
+            **{attribute: sizes[key] for key, attribute in _fields(table)},
+            multi_latent_attention=table.latent,
+            **switches,
+            **(table.experts.attributes(values) if table.experts else {}),
+            normalization=table.normalization,
+            activation=activation,
+            position_embedding_type=table.position_embedding_type,
+            rotary_base=base,
+            rotary_percent=percent,
+            rotary_scaling=scaling,
+            qk_layernorm=table.qk_layernorm,
+            dtype=_dtype_from_config(values),
         )
-    base, percent, scaling = rotary_from_config(values, traits)
-    architectures = config.get("architectures") or [traits.architecture]
-    switches, extra = from_biases(biases_from_config(values, traits))
-    return ModelSpec(
-        family=family,
-        architecture=architectures[0],
-        **{attribute: sizes[key] for key, attribute in _fields(traits)},
-        multi_latent_attention=traits.latent,
-        **switches,
-        **mixtures.from_config(values, family),
-        normalization=traits.normalization,
-        activation=activation,
-        position_embedding_type=traits.position_embedding_type,
-        rotary_base=base,
-        rotary_percent=percent,
-        rotary_scaling=scaling,
-        qk_layernorm=traits.qk_layernorm,
-        dtype=_dtype_from_config(values),
-        extra={
-            **extra,
-            **windows_from_config(values, traits),
-            **traits.fixed,
-            **_kept_from_config(values, traits),
-        },
-    )
+        extra |= {**windows_from_config(values, table), **table.fixed}
+        return replace(spec, extra={**extra, **_kept_from_config(values, spec, table)})
 
+    def to_config(self, spec: ModelSpec) -> dict[str, Any]:
+        """Return a complete ``config.json`` for a model whose own is not at hand.
 
-def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
-    """Return a complete ``config.json`` for a model whose own is not at hand.
+        Both spellings of the rotary embedding and of the dtype are in it: transformers 5 reads
+        ``rope_parameters`` and ``dtype``, 4.x ``rope_theta``, ``rope_scaling`` and ``torch_dtype``,
+        and each accepts the other's. Token numbers are left to the generation config.
 
-    Both spellings of the rotary embedding and of the dtype are in it: transformers 5 reads
-    ``rope_parameters`` and ``dtype``, 4.x ``rope_theta``, ``rope_scaling`` and ``torch_dtype``, and
-    each accepts the other's. Token numbers are left to the generation config.
+        Raises:
+            SchemaError: the config cannot say what the spec says, or the vocabulary size is
+                unknown.
+        """
+        self.check(spec)
+        if spec.vocab_size is None:
+            raise SchemaError(
+                "the true vocabulary size is unknown; pass --true-vocab-size or --hf-base"
+            )
+        table = self.table
+        return {
+            "architectures": [spec.architecture],
+            "model_type": spec.family,
+            **_settings(spec, table),
+            **biases_to_config(biases(spec), table),
+            **(table.experts.settings(spec) if table.experts else {}),
+            **windows_to_config(spec, table),
+            **rotary_to_config(spec, table),
+            **_kept(spec, table),
+            **dict.fromkeys(table.dropouts, 0.0),
+            "use_cache": True,
+            # A config without them says 1 and 2 for Llama and Mistral, true or not.
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+            "dtype": spec.dtype,
+            "torch_dtype": spec.dtype,
+        }
 
-    Raises:
-        SchemaError: the family's config cannot say what the spec says, or the vocabulary size is
-            unknown.
-    """
-    check(spec)
-    if spec.vocab_size is None:
-        raise SchemaError(
-            "the true vocabulary size is unknown; pass --true-vocab-size or --hf-base"
-        )
-    traits = FAMILIES[spec.family]
-    return {
-        "architectures": [spec.architecture],
-        "model_type": spec.family,
-        **_settings(spec, traits),
-        **biases_to_config(biases(spec), traits),
-        **mixtures.to_config(spec),
-        **windows_to_config(spec, traits),
-        **rotary_to_config(spec, traits),
-        **_kept(spec, traits),
-        **dict.fromkeys(traits.dropouts, 0.0),
-        "use_cache": True,
-        # A config without them says 1 and 2 for Llama and Mistral, true or not.
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "dtype": spec.dtype,
-        "torch_dtype": spec.dtype,
-    }
+    def differences(self, config: Mapping[str, Any], spec: ModelSpec) -> list[str]:
+        """Return one line per key in which a config contradicts a spec of Megatron's args.
 
+        Compares meanings, not spellings: a config that leaves a key to its class's default, or
+        says it in an older transformers' words, does not differ.
 
-def differences(config: Mapping[str, Any], spec: ModelSpec) -> list[str]:
-    """Return one line per key in which a config contradicts a spec derived from Megatron's args.
+        Examples:
+            >>> config = TableConfig("llama", ConfigTable("LlamaForCausalLM"))
+            >>> spec = config.from_config({"rope_theta": 500000.0})
+            >>> config.differences({"rope_theta": 10000.0}, spec)
+            ['rope_theta: config 10000, source args 500000']
+        """
+        return [
+            f"{key}: config {_shown(found)}, source args {_shown(wanted)}"
+            for key, (found, wanted) in self._contradictions(config, spec).items()
+        ]
 
-    Compares meanings, not spellings: a config that leaves a key to its class's default, or says it
-    in an older transformers' words, does not differ.
+    def merge_config(self, config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
+        """Return a config in which the spec wins where both speak, and all else is left alone.
 
-    Examples:
-        >>> spec = spec_from_config({"rope_theta": 500000.0}, "llama")
-        >>> differences({"rope_theta": 10000.0, "model_type": "llama"}, spec)
-        ['rope_theta: config 10000, source args 500000']
-    """
-    theirs = spec_from_config(config, _family_of(config, spec))
-    return [
-        f"{key}: config {_shown(found)}, source args {_shown(wanted)}"
-        for key, (found, wanted) in _contradictions(theirs, spec).items()
-    ]
-
-
-def merge_config(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
-    """Return a config in which the spec wins where both speak, and all else is left alone.
-
-    Raises:
-        SchemaError: the family's config cannot say what the spec says.
-    """
-    check(spec)
-    merged = dict(config)
-    found = _contradictions(spec_from_config(config, _family_of(config, spec)), spec)
-    if not found:
+        Raises:
+            SchemaError: the config cannot say what the spec says.
+        """
+        self.check(spec)
+        merged = dict(config)
+        found = self._contradictions(config, spec)
+        if not found:
+            return merged
+        table = self.table
+        switches = biases_to_config(biases(spec), table)
+        source = _settings(spec, table) | switches | _kept(spec, table)
+        merged.update((key, source[key]) for key in found if key in source)
+        if table.experts:
+            merged |= table.experts.respelled(set(found), spec)
+        if "model_type" in found:
+            merged |= {"model_type": spec.family, "architectures": [spec.architecture]}
+            merged |= switches
+        theta, part = table.rotary_keys
+        if found.keys() & {theta, part, "rope_scaling"}:
+            rotary = rotary_to_config(spec, table)
+            merged |= _respelled(rotary, config, (theta, part), "rope_parameters")
+            if spec.rotary_scaling is None and merged.get("rope_scaling") is not None:
+                merged["rope_scaling"] = None
+        if found.keys() & {"sliding_window", "layer_types"}:
+            merged |= windows_to_config(spec, table)
+        if "dtype" in found:
+            both = {"dtype": spec.dtype, "torch_dtype": spec.dtype}
+            merged |= _respelled(both, config, ("torch_dtype",), "dtype")
         return merged
-    traits = FAMILIES[spec.family]
-    switches = biases_to_config(biases(spec), traits)
-    source = _settings(spec, traits) | switches | _kept(spec, traits)
-    merged.update((key, source[key]) for key in found if key in source)
-    merged |= mixtures.respelled(set(found), spec)
-    if "model_type" in found:
-        merged |= {"model_type": spec.family, "architectures": [spec.architecture]}
-        merged |= switches
-    theta, part = traits.rotary_keys
-    if found.keys() & {theta, part, "rope_scaling"}:
-        rotary = rotary_to_config(spec, traits)
-        merged |= _respelled(rotary, config, (theta, part), "rope_parameters")
-        if spec.rotary_scaling is None and merged.get("rope_scaling") is not None:
-            merged["rope_scaling"] = None
-    if found.keys() & {"sliding_window", "layer_types"}:
-        merged |= windows_to_config(spec, traits)
-    if "dtype" in found:
-        both = {"dtype": spec.dtype, "torch_dtype": spec.dtype}
-        merged |= _respelled(both, config, ("torch_dtype",), "dtype")
-    return merged
 
-
-def unsupported_by_config(spec: ModelSpec, family: str) -> list[str]:
-    """Return what a spec says that the config of a family cannot say, one reason each."""
-    traits = _traits(family)
-    wanted = biases(spec)
-    grouped = spec.num_query_groups != spec.num_attention_heads
-    odd_heads = spec.kv_channels * spec.num_attention_heads != spec.hidden_size
-    positions = f"{spec.position_embedding_type} positions"
-    percent = traits.rotary_percent is not None or spec.rotary_percent == 1.0
-    further = any(attribute == "mtp_num_layers" for _, attribute in traits.fields)
-    held = (
-        (spec.normalization == traits.normalization, f"normalization {spec.normalization}"),
-        (spec.activation in traits.activations.values(), f"activation {spec.activation}"),
-        (spec.position_embedding_type == traits.position_embedding_type, positions),
-        (percent, f"rotary_percent {spec.rotary_percent}"),
-        (spec.qk_layernorm == traits.qk_layernorm, f"qk_layernorm {spec.qk_layernorm}"),
-        (holds_biases(wanted, traits), f"biases on {named_biases(wanted)}"),
-        (holds_windows(spec, traits), "sliding windows in these layers"),
-        (spec.multi_latent_attention == traits.latent, _latent(spec)),
-        (not spec.mtp_num_layers or further, "multi-token prediction"),
-        (not grouped or traits.key("num_key_value_heads"), "query groups"),
-        (not odd_heads or traits.key("head_dim"), "heads of a size of their own"),
-        *(
-            (bool(spec.extra.get(name)) == (name in traits.fixed), _foreign(spec, name))
-            for name in MEGATRON_ONLY
-        ),
-    )
-    reasons = [reason for fits, reason in held if not fits]
-    return reasons + mixtures.unsupported_by_config(spec, family)
-
-
-def check(spec: ModelSpec) -> None:
-    """Raise a SchemaError unless the spec's family has a config that can say all of it."""
-    if spec.family not in FAMILIES:
-        reasons = unsupported_by_config(spec, "llama")
-        because = f" (Llama's relatives do not have: {', '.join(reasons)})" if reasons else ""
-        raise SchemaError(
-            f"no Hugging Face family is known for this {spec.architecture}{because}; families are "
-            f"{', '.join(FAMILIES)}"
+    def unsupported(self, spec: ModelSpec) -> list[str]:
+        """Return what a spec says that the config cannot say, one reason each."""
+        table = self.table
+        wanted = biases(spec)
+        grouped = spec.num_query_groups != spec.num_attention_heads
+        odd_heads = spec.kv_channels * spec.num_attention_heads != spec.hidden_size
+        positions = f"{spec.position_embedding_type} positions"
+        percent = table.rotary_percent is not None or spec.rotary_percent == 1.0
+        mtp = any(attribute == "mtp_num_layers" for _, attribute in table.fields)
+        held = (
+            (spec.normalization == table.normalization, f"normalization {spec.normalization}"),
+            (spec.activation in table.activations.values(), f"activation {spec.activation}"),
+            (spec.position_embedding_type == table.position_embedding_type, positions),
+            (percent, f"rotary_percent {spec.rotary_percent}"),
+            (spec.qk_layernorm == table.qk_layernorm, f"qk_layernorm {spec.qk_layernorm}"),
+            (holds_biases(wanted, table), f"biases on {named_biases(wanted)}"),
+            (holds_windows(spec, table), "sliding windows in these layers"),
+            (spec.multi_latent_attention == table.latent, _latent(spec)),
+            (not spec.mtp_num_layers or mtp, "multi-token prediction"),
+            (not grouped or table.key("num_key_value_heads"), "query groups"),
+            (not odd_heads or table.key("head_dim"), "heads of a size of their own"),
+            *(
+                (bool(spec.extra.get(name)) == (name in table.fixed), _foreign(spec, name))
+                for name in MEGATRON_SWITCHES
+            ),
+            (table.experts or not spec.num_experts, "experts"),
+            (not spec.extra.get(FUNCTION_SETTINGS), function_settings(spec)),
         )
-    if reasons := unsupported_by_config(spec, spec.family):
-        raise SchemaError(f"{spec.architecture} does not have: {', '.join(reasons)}")
+        reasons = [reason for fits, reason in held if not fits]
+        return reasons + (table.experts.unsupported(spec) if table.experts else [])
 
+    def unsupported_by_megatron(self, spec: ModelSpec) -> Iterator[str]:
+        """Yield what of the config's own keys Megatron cannot compute, one reason each."""
+        for key, reason in self.table.megatron_lacks.items():
+            neutral = self.table.neutral(key, spec)
+            value = spec.extra.get(key, neutral)
+            if value != neutral:
+                yield f"{spec.architecture} with {key}={json.dumps(value)}: {reason}"
 
-def _traits(family: str) -> ConfigTable:
-    if family not in FAMILIES:
-        raise SchemaError(f"no config table for family {family!r}; known are {', '.join(FAMILIES)}")
-    return FAMILIES[family]
+    def of_family(self, spec: ModelSpec) -> ModelSpec:
+        """Return a spec that Megatron's settings say as one of the family."""
+        table = self.table
+        own = {key: value for key, value in table.fixed.items() if key not in MEGATRON_SWITCHES}
+        extra = {**own, **spec.extra}
+        return replace(spec, family=self.family, architecture=table.architecture, extra=extra)
 
+    def check(self, spec: ModelSpec) -> None:
+        """Raise a SchemaError unless the config can say all of a spec."""
+        if reasons := self.unsupported(spec):
+            raise SchemaError(f"{spec.architecture} does not have: {', '.join(reasons)}")
 
-def _family_of(config: Mapping[str, Any], spec: ModelSpec) -> str:
-    """Return the family a config is of: the spec's where it does not say."""
-    said = config.get("model_type", spec.family)
-    if said not in FAMILIES:  # Kimi K2 is DeepSeek V3 under a name of its own
+    def _contradictions(
+        self, config: Mapping[str, Any], ours: ModelSpec
+    ) -> dict[str, tuple[Any, Any]]:
+        table = self.table
+        theirs = self._reader(config).from_config(config)
+        theta, part = table.rotary_keys
+
+        def compared(spec: ModelSpec) -> dict[str, Any]:
+            said = biases(spec)
+            switches = biases_to_config(said, table)
+            return {
+                "model_type": spec.family,
+                **_settings(spec, table),
+                **(table.experts.compared(spec) if table.experts else {}),
+                **(switches or {"attention_bias": said.qkv, "mlp_bias": said.mlp}),
+                theta: spec.rotary_base,
+                part: spec.rotary_percent,
+                "rope_scaling": spec.rotary_scaling,
+                "sliding_window": spec.extra.get("sliding_window"),
+                "layer_types": windowed_layers(spec),
+                "dtype": spec.dtype,
+                **_kept(spec, table),
+            }
+
+        found, wanted = compared(theirs), compared(ours)
+        if theirs.family != ours.family:  # each fixes its own
+            found.pop("attention_bias", None)
+        if ours.vocab_size is None:  # Megatron knows the padded size only
+            del found["vocab_size"], wanted["vocab_size"]
+        if found["sliding_window"] is None or wanted["sliding_window"] is None:
+            del found["layer_types"], wanted["layer_types"]  # said by sliding_window already
+        return {key: (found[key], wanted[key]) for key in found if found[key] != wanted[key]}
+
+    def _reader(self, config: Mapping[str, Any]) -> FamilyConfig:
+        """Return what reads a config: the own family where it does not say another."""
+        said = config.get("model_type", self.family)
+        if said == self.family:
+            return self
         classes = config.get("architectures") or []
-        said = next((name for name, t in FAMILIES.items() if t.architecture in classes), said)
-    if said not in FAMILIES:
+        families = [family for family in registry.families().values() if family.model_types]
+        for family in families:
+            if said in family.model_types:
+                return family.config
+        for family in families:
+            if any(name in classes for name in family.architectures):
+                return family.config
         raise SchemaError(
-            f"model_type {said!r} of the config is not one of {', '.join(FAMILIES)}, the source is "
-            f"{spec.family}; give the config of the same model"
+            f"model_type {said!r} of the config is not one of "
+            f"{', '.join(family.name for family in families)}, the source is {self.family}; give "
+            "the config of the same model"
         )
-    return str(said)
 
 
-def _fields(traits: ConfigTable) -> tuple[tuple[str, str], ...]:
-    return (*FIELDS, *traits.fields)
+@dataclass(frozen=True)
+class NoConfig:
+    """The config of a family that has none, or none that ckptx can translate."""
+
+    reason: str
+
+    def from_config(self, config: Mapping[str, Any]) -> Any:
+        """Raise a SchemaError."""
+        raise SchemaError(self.reason)
+
+    def to_config(self, spec: ModelSpec) -> Any:
+        """Raise a SchemaError."""
+        raise SchemaError(self.reason)
+
+    def differences(self, config: Mapping[str, Any], spec: ModelSpec) -> Any:
+        """Raise a SchemaError."""
+        raise SchemaError(self.reason)
+
+    def merge_config(self, config: Mapping[str, Any], spec: ModelSpec) -> Any:
+        """Raise a SchemaError."""
+        raise SchemaError(self.reason)
+
+    def unsupported(self, spec: ModelSpec) -> list[str]:
+        """Return nothing: there is no config that could lack something."""
+        return []
+
+    def unsupported_by_megatron(self, spec: ModelSpec) -> list[str]:
+        """Return nothing: there are no keys of a config."""
+        return []
+
+    def of_family(self, spec: ModelSpec) -> ModelSpec:
+        """Return the spec as it is."""
+        return spec
 
 
-def _own_words(config: Mapping[str, Any], traits: ConfigTable) -> dict[str, Any]:
+def _fields(table: ConfigTable) -> tuple[tuple[str, str], ...]:
+    return (*FIELDS, *table.fields)
+
+
+def _own_words(config: Mapping[str, Any], table: ConfigTable) -> dict[str, Any]:
     """Return a config in its family's words, where it has the usual ones.
 
     Raises:
@@ -283,7 +349,7 @@ def _own_words(config: Mapping[str, Any], traits: ConfigTable) -> dict[str, Any]
     """
     found = dict(config)
     for name in _ALIASED:
-        key = traits.key(name)
+        key = table.key(name)
         if key is None or key == name or name not in config:
             continue
         if config.get(key, config[name]) != config[name]:
@@ -295,11 +361,11 @@ def _own_words(config: Mapping[str, Any], traits: ConfigTable) -> dict[str, Any]
     return found
 
 
-def _sizes(values: Mapping[str, Any], traits: ConfigTable) -> dict[str, Any]:
+def _sizes(values: Mapping[str, Any], table: ConfigTable) -> dict[str, Any]:
     """Return the values of a family's fields, completed as the config classes do."""
     found: dict[str, Any] = {}
-    for name, _ in _fields(traits):
-        key = traits.key(name)
+    for name, _ in _fields(table):
+        key = table.key(name)
         found[name] = None if key is None else values[key]
     heads, hidden = found["num_attention_heads"], found["hidden_size"]
     if found["num_key_value_heads"] is None:
@@ -319,22 +385,25 @@ def _sizes(values: Mapping[str, Any], traits: ConfigTable) -> dict[str, Any]:
     return found
 
 
-def _settings(spec: ModelSpec, traits: ConfigTable) -> dict[str, Any]:
+def _settings(spec: ModelSpec, table: ConfigTable) -> dict[str, Any]:
     """Return what can be compared and has one key in a config."""
-    values = {key: getattr(spec, attribute) for key, attribute in _fields(traits)}
-    said = [word for word, meaning in traits.activations.items() if meaning == spec.activation]
+    values = {key: getattr(spec, attribute) for key, attribute in _fields(table)}
+    said = [word for word, meaning in table.activations.items() if meaning == spec.activation]
     values["hidden_act"] = said[0] if said else spec.activation
-    keys = {name: traits.key(name) for name in values}
+    keys = {name: table.key(name) for name in values}
     return {key: values[name] for name, key in keys.items() if key is not None}
 
 
-def _kept_from_config(values: Mapping[str, Any], traits: ConfigTable) -> dict[str, Any]:
-    said = {key: values.get(key, plain) for key, plain in traits.passthrough_keys.items()}
-    return {key: value for key, value in said.items() if value != traits.passthrough_keys[key]}
+def _kept_from_config(
+    values: Mapping[str, Any], spec: ModelSpec, table: ConfigTable
+) -> dict[str, Any]:
+    neutral = {key: table.neutral(key, spec) for key in table.passthrough_keys}
+    said = {key: values.get(key, value) for key, value in neutral.items()}
+    return {key: value for key, value in said.items() if value != neutral[key]}
 
 
-def _kept(spec: ModelSpec, traits: ConfigTable) -> dict[str, Any]:
-    return {key: spec.extra.get(key, plain) for key, plain in traits.passthrough_keys.items()}
+def _kept(spec: ModelSpec, table: ConfigTable) -> dict[str, Any]:
+    return {key: spec.extra.get(key, table.neutral(key, spec)) for key in table.passthrough_keys}
 
 
 def _latent(spec: ModelSpec) -> str:
@@ -343,37 +412,6 @@ def _latent(spec: ModelSpec) -> str:
 
 def _foreign(spec: ModelSpec, name: str) -> str:
     return name if spec.extra.get(name) else f"no {name}"
-
-
-def _contradictions(theirs: ModelSpec, ours: ModelSpec) -> dict[str, tuple[Any, Any]]:
-    traits = FAMILIES[ours.family]
-    theta, part = traits.rotary_keys
-
-    def compared(spec: ModelSpec) -> dict[str, Any]:
-        said = biases(spec)
-        switches = biases_to_config(said, traits)
-        return {
-            "model_type": spec.family,
-            **_settings(spec, traits),
-            **mixtures.compared(spec, ours.family),
-            **(switches or {"attention_bias": said.qkv, "mlp_bias": said.mlp}),
-            theta: spec.rotary_base,
-            part: spec.rotary_percent,
-            "rope_scaling": spec.rotary_scaling,
-            "sliding_window": spec.extra.get("sliding_window"),
-            "layer_types": windowed_layers(spec),
-            "dtype": spec.dtype,
-            **_kept(spec, traits),
-        }
-
-    found, wanted = compared(theirs), compared(ours)
-    if theirs.family != ours.family:  # each fixes its own
-        found.pop("attention_bias", None)
-    if ours.vocab_size is None:  # Megatron knows the padded size only
-        del found["vocab_size"], wanted["vocab_size"]
-    if found["sliding_window"] is None or wanted["sliding_window"] is None:
-        del found["layer_types"], wanted["layer_types"]  # said by sliding_window already
-    return {key: (found[key], wanted[key]) for key in found if found[key] != wanted[key]}
 
 
 def _shown(value: Any) -> str:

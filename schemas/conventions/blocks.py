@@ -66,6 +66,14 @@ def hf_attention(prefix: str) -> tuple[Rule, ...]:
     )
 
 
+def qk_projection_norms(prefix: str) -> tuple[Rule, ...]:
+    """Return the rules of norms of query and key as wholes, not head by head."""
+    return (
+        rule("q projection norm weight", f"{prefix}self_attn.q_norm.weight"),
+        rule("k projection norm weight", f"{prefix}self_attn.k_norm.weight"),
+    )
+
+
 def hf_gated_mlp(prefix: str) -> tuple[Rule, ...]:
     """Return the rules of a gated ``mlp`` as Llama's relatives name it."""
     return (

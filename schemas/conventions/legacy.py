@@ -17,10 +17,12 @@ from dataclasses import replace
 from typing import Any
 
 from ckptx.errors import SchemaError
+from ckptx.model.family import FUNCTION_SETTINGS
 from ckptx.model.layout import Layout, Rule, Section, Spelling, always, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import FUSED_QKV, GLU, IDENTITY, Transform, per_expert
-from ckptx.schemas.config.translate import windowed_layers
+from ckptx.registry.families import family_named
+from ckptx.schemas.config.windows import windowed_layers
 from ckptx.schemas.conventions.blocks import (
     dense_bias,
     gated,
@@ -38,8 +40,6 @@ VERSION = 3.0
 """The ``checkpoint_version`` that is written."""
 TIED_COPY = "word_embeddings_for_head.weight"
 """The copy of tied embeddings on the last of several pipeline stages."""
-BERT = "megatron-bert"
-"""The family of models with a head for masked tokens."""
 ROTARY_BASE = 10000.0
 """The only one: the model builds its rotary embedding without ``args.rotary_base``."""
 
@@ -324,13 +324,12 @@ def _standalone_embedding(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_args(spec: ModelSpec) -> dict[str, Any]:
     """Return the arguments that make Megatron build a legacy model of these dimensions."""
-    # Kernels of bias and gelu compute the tanh form, too, where there is a bias; in a BERT's head
-    # for masked tokens there is none of them.
-    unfused = not spec.add_bias_linear or spec.family == BERT
     return {
         "use_legacy_models": True,
-        "openai_gelu": spec.activation == "gelu_tanh" and unfused,
+        # Kernels of bias and gelu compute the tanh form, too, where there is a bias.
+        "openai_gelu": spec.activation == "gelu_tanh" and not spec.add_bias_linear,
         "transformer_impl": "local",
+        **family_named(spec.family).megatron.legacy_args(spec),
     }
 
 
@@ -338,6 +337,9 @@ def launch_flags(spec: ModelSpec) -> list[str]:
     """Return the options of a launch that only a legacy model needs."""
     flags = ["--use-legacy-models", "--transformer-impl", "local"]
     return flags + ["--openai-gelu"] * bool(to_args(spec)["openai_gelu"])
+
+
+_CORE_ONLY = ("qk_l2_norm", "no_rope_freq", "attention_output_gate")
 
 
 def unsupported_by_legacy(spec: ModelSpec) -> list[str]:
@@ -361,7 +363,12 @@ def unsupported_by_legacy(spec: ModelSpec) -> list[str]:
         (spec.moe_shared_expert_intermediate_size, "shared experts"),
         (spec.moe_router_enable_expert_bias, "routers with a bias per expert"),
     )
-    return [what for holds, what in refused if holds]
+    own = (name for name in _CORE_ONLY if spec.extra.get(name))
+    return [
+        *(what for holds, what in refused if holds),
+        *spec.extra.get(FUNCTION_SETTINGS, ()),
+        *own,
+    ]
 
 
 def check(spec: ModelSpec) -> None:

@@ -16,7 +16,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ckptx.model.layout import LayerPredicate, Layout, Predicate, Rule, Section, always, rule
+from ckptx.model.layout import (
+    ExtraState,
+    LayerPredicate,
+    Layout,
+    Predicate,
+    Rule,
+    Section,
+    always,
+    rule,
+)
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import (
     EXPERT_GLU,
@@ -73,6 +82,11 @@ class Style:
     def convention(self) -> str:
         """The key of the layout among those of a family: ``"mcore"`` for ``torch_dist``."""
         return self.name.replace("/gpt", "")
+
+    @property
+    def as_stored(self) -> Style:
+        """The style whose modules are stored: ``torch_dist`` has those of Transformer Engine."""
+        return Style(distributed=True) if self.distributed else self
 
 
 def learned_positions(spec: ModelSpec) -> bool:
@@ -347,48 +361,8 @@ def mcore_gpt(style: Style) -> Layout:
             Section("output layer", (rule("weight", "output_layer.weight", tp=0, when=untied),)),
         ),
         ignored=("_extra_state",),
+        extra_states=tuple(extra_states(style.as_stored)),
     )
-
-
-STYLES = (
-    Style(distributed=True),
-    Style(distributed=True, local=True),
-    Style(),
-    Style(grouped=True),
-    Style(local=True),
-    Style(local=True, grouped=True),
-)
-MCORE = {style.convention: mcore_gpt(style) for style in STYLES}
-"""Megatron's layouts by convention: ``"mcore"`` is that of ``torch_dist``."""
-MCORE_GPT = MCORE["mcore"]
-MCORE_LOCAL = tuple(style.convention for style in STYLES if style.local)
-"""The conventions of the spec without Transformer Engine, that of its ``torch_dist`` among them."""
-TIED_COPY = "output_layer.weight"
-"""The copy of tied embeddings on the last stage of a per-rank checkpoint with several stages."""
-
-
-def not_in_megatron(reason: str) -> Mapping[str, str]:
-    """Return the reason for which a family has no Megatron layout, by convention."""
-    return dict.fromkeys((*MCORE, "legacy"), f"Megatron Core 0.16 has no {reason}")
-
-
-@dataclass(frozen=True, slots=True)
-class ExtraState:
-    """A module that keeps an ``_extra_state``: quantisation state, empty without fp8.
-
-    Transformer Engine's modules hold an empty byte tensor, Megatron's own hold None. Loading at
-    Megatron's default strictness misses every state that its model has and a checkpoint has not.
-    """
-
-    message: str
-    module: str
-    """``{expert}`` in it stands for one module per expert."""
-    engine: bool
-    """Whether it is Transformer Engine's, so that its value is a tensor."""
-    when: Predicate = always
-    layers: LayerPredicate | None = None
-    sharded_by_expert: bool = False
-    """Whether ``torch_dist`` holds one state per expert under one name."""
 
 
 def extra_states(style: Style) -> Iterator[ExtraState]:
@@ -447,3 +421,25 @@ def _further_states(style: Style) -> Iterator[ExtraState]:
     if not style.local:
         for part in ("enorm", "hnorm", "final_layernorm"):
             yield ExtraState("", MTP + part, True)
+
+
+STYLES = (
+    Style(distributed=True),
+    Style(distributed=True, local=True),
+    Style(),
+    Style(grouped=True),
+    Style(local=True),
+    Style(local=True, grouped=True),
+)
+MCORE = {style.convention: mcore_gpt(style) for style in STYLES}
+"""Megatron's layouts by convention: ``"mcore"`` is that of ``torch_dist``."""
+MCORE_GPT = MCORE["mcore"]
+MCORE_LOCAL = tuple(style.convention for style in STYLES if style.local)
+"""The conventions of the spec without Transformer Engine, that of its ``torch_dist`` among them."""
+TIED_COPY = "output_layer.weight"
+"""The copy of tied embeddings on the last stage of a per-rank checkpoint with several stages."""
+
+
+def not_in_megatron(reason: str) -> Mapping[str, str]:
+    """Return the reason for which a family has no Megatron layout, by convention."""
+    return dict.fromkeys((*MCORE, "legacy"), f"Megatron Core 0.16 has no {reason}")

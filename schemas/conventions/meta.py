@@ -22,7 +22,8 @@ from ckptx.errors import SchemaError, listing
 from ckptx.model.layout import Layout, Section, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import QKV, ROTARY_PAIRS, compose
-from ckptx.schemas.config.translate import biases, windowed_layers, windows_extra
+from ckptx.schemas.config.traits import biases
+from ckptx.schemas.config.windows import windowed_layers, windows_extra
 from ckptx.schemas.conventions.blocks import untied
 
 EMBEDDING = "tok_embeddings.weight"

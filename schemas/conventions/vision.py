@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ckptx.model.layout import Predicate, Rule, Section, always, rule
+from ckptx.model.layout import ExtraState, Predicate, Rule, Section, always, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import FUSED_QKV, QKV, drop_unit_axes
 from ckptx.schemas.config.traits import Biases, from_biases
@@ -30,7 +30,6 @@ from ckptx.schemas.conventions.blocks import (
 )
 from ckptx.schemas.conventions.mcore import (
     LAYER,
-    ExtraState,
     Style,
     both,
     extra_states,

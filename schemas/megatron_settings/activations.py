@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ckptx.errors import SchemaError
 from ckptx.model.spec import ModelSpec
 
 SWITCHES = {
@@ -26,13 +27,18 @@ FUSION, GATED = "bias_gelu_fusion", "gated_linear_unit"
 def activation_from_args(args: Mapping[str, Any]) -> str:
     """Return the activation that args mean.
 
+    Raises:
+        SchemaError: they mean several.
+
     Examples:
         >>> activation_from_args({"swiglu": True}), activation_from_args({})
         ('swiglu', 'gelu_tanh')
     """
-    for switch, name in SWITCHES.items():
-        if args.get(switch):
-            return name
+    on = [switch for switch in SWITCHES if args.get(switch)]
+    if len(on) > 1:
+        raise SchemaError(f"{' and '.join(on)} are set in args; a model has one activation")
+    if on:
+        return SWITCHES[on[0]]
     fused = args.get(FUSION)
     if fused is None:
         fused = args.get("add_bias_linear", True) and not args.get("disable_bias_linear")

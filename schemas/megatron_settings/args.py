@@ -17,19 +17,12 @@ from typing import Any
 
 from ckptx.containers.pickle_values import TorchDtype
 from ckptx.errors import SchemaError
+from ckptx.model.family import FUNCTION_SETTINGS, MEGATRON_SWITCHES, function_settings
 from ckptx.model.pipeline_parallel import Pipeline
 from ckptx.model.spec import ModelSpec
-from ckptx.schemas.config.translate import (
-    FAMILIES,
-    MEGATRON_ONLY,
-    Biases,
-    biases,
-    check,
-    unsupported_by_config,
-    windowed_layers,
-    windows_extra,
-)
-from ckptx.schemas.families import bert
+from ckptx.registry.families import family_named, family_noted, note_of, recognised_family
+from ckptx.schemas.config.traits import Biases, biases
+from ckptx.schemas.config.windows import windows_extra
 from ckptx.schemas.megatron_settings import experts, latent_attention, rope_scaling, sliding_windows
 from ckptx.schemas.megatron_settings.activations import (
     activation_flags,
@@ -37,6 +30,9 @@ from ckptx.schemas.megatron_settings.activations import (
     activation_notes,
     activation_to_args,
 )
+from ckptx.schemas.megatron_settings.row_blocks import SIZES
+from ckptx.schemas.megatron_settings.settings import changing
+from ckptx.tensors.dtypes import dtype_name
 
 FIELDS = (
     ("num_layers", "num_layers"),
@@ -70,7 +66,7 @@ ESSENTIAL = (
 EPSILON = ("layernorm_epsilon", "norm_epsilon")
 ZERO_CENTERED = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
 
-DTYPE_FLAGS = {"bfloat16": "bf16", "float16": "fp16"}
+DTYPE_FLAGS = {dtype_name(flag): flag for flag in ("bf16", "fp16")}
 
 NOTE = "ckptx"
 """The entry of ``args`` with what Megatron has no argument for."""
@@ -131,15 +127,6 @@ WEIGHTS_ONLY: Mapping[str, Any] = {
     "use_distributed_optimizer": False,
 }
 
-NOT_YET = {
-    "moe_latent_size": "experts in a latent space",
-    "heterogeneous_layers_config_path": "heterogeneous layers",
-    "heterogeneous_layers_config_encoded_json": "heterogeneous layers",
-    "is_hybrid_model": "hybrid models",
-    "hybrid_override_pattern": "hybrid models",
-    "experimental_attention_variant": "experimental attention",
-}
-
 
 def args_from_spec(
     spec: ModelSpec,
@@ -171,6 +158,7 @@ def args_from_spec(
         **DEFAULTS,
         "seq_length": spec.max_position_embeddings,
         **source,
+        **dict.fromkeys(source.keys() & SIZES.keys()),  # what is written has halves, no blocks
         **_model(spec),
         **_parallel(tp, pipeline, spec.num_layers),
         **WEIGHTS_ONLY,
@@ -183,7 +171,7 @@ def args_from_spec(
         "ckpt_format": ckpt_format,
         "use_dist_ckpt": ckpt_format != "torch",
         "iteration": iteration,
-        **bert.to_args(spec),
+        **family_named(spec.family).megatron.to_args(spec),
     }
 
 
@@ -199,19 +187,22 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
             contradict ``family``.
     """
     _check_complete(args)
+    changed = changing(args)
     values = _with_defaults(args)
     note = args.get(NOTE) or {}
     extra = {
         **note.get("extra", {}),
         **windows_extra(*sliding_windows.from_args(args)),
-        **{name: args[name] for name in MEGATRON_ONLY if args.get(name)},
+        **{name: args[name] for name in MEGATRON_SWITCHES if args.get(name)},
         **experts.megatron_only(args),
     }
     if any(args.get(name) for name in ZERO_CENTERED):
         extra[ZERO_CENTERED[0]] = True
+    if changed:
+        extra[FUNCTION_SETTINGS] = changed
     spec = ModelSpec(
-        family="gpt",
-        architecture="GPTModel",
+        family="",
+        architecture="",
         **{
             **{attribute: values[name] for name, attribute in FIELDS},
             **experts.from_args(args),
@@ -225,15 +216,23 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
         dtype=_dtype_from_args(args),
         extra=extra,
     )
-    named = _of_family(spec, family or note.get("family") or _guess(spec), family is not None)
-    return bert.from_args(named, args)
+    if family is not None:
+        found = family_named(family)
+        _check_config_at_hand(spec, family)
+    else:
+        found = family_noted(note) or recognised_family(spec)
+        if changed and found.model_types:
+            found = recognised_family(spec)  # with these settings it is not what it was noted as
+    if changed and found.model_types:
+        raise SchemaError(f"args say {function_settings(spec)}, which no {found.name} has")
+    return found.megatron.from_args(found.config.of_family(spec), args)
 
 
 def unsupported_by_megatron(spec: ModelSpec) -> list[str]:
     """Return what Megatron Core has no parameter for: reasons to refuse the conversion."""
     return [
         *_biases_inexpressible(spec),
-        *_attention_inexpressible(spec),
+        *family_named(spec.family).config.unsupported_by_megatron(spec),
         *latent_attention.unsupported_by_megatron(spec),
         *experts.unsupported_by_megatron(spec),
     ]
@@ -251,20 +250,6 @@ def _biases_inexpressible(spec: ModelSpec) -> Iterator[str]:
     )
 
 
-def _attention_inexpressible(spec: ModelSpec) -> Iterator[str]:
-    if spec.extra.get("use_parallel_residual"):
-        yield (
-            f"{spec.architecture} with use_parallel_residual=true: Megatron's TransformerLayer (to "
-            "core 0.16) adds the attention's output before the MLP, and has no parallel form"
-        )
-    for name, plain in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-        if spec.extra.get(name, plain) != plain:
-            yield (
-                f"{spec.architecture} with {name}={str(not plain).lower()}: Megatron scales the "
-                "attention of every layer by the square root of the head size"
-            )
-
-
 def notes(spec: ModelSpec) -> list[str]:
     """Return what Megatron must be told by hand although all weights are there, one line each."""
     return [
@@ -272,8 +257,7 @@ def notes(spec: ModelSpec) -> list[str]:
         *([] if spec.multi_latent_attention else rope_scaling.notes(spec)),
         *latent_attention.notes(spec),
         *activation_notes(spec),
-        *_embedding_notes(spec),
-        *bert.notes(spec),
+        *family_named(spec.family).megatron.notes(spec),
     ]
 
 
@@ -281,8 +265,8 @@ def launch_flags(spec: ModelSpec) -> list[str]:
     """Return the options that a launch needs besides ``--use-checkpoint-args``.
 
     Examples:
-        >>> from ckptx.schemas.config.translate import spec_from_config
-        >>> launch_flags(spec_from_config({"torch_dtype": "bfloat16"}, "qwen3"))
+        >>> qwen = family_named("qwen3")
+        >>> launch_flags(qwen.from_config({"torch_dtype": "bfloat16"}))
         ['--norm-epsilon', '1e-06', '--qk-layernorm', '--bf16']
     """
     flags = ["--norm-epsilon", str(spec.norm_epsilon)]
@@ -346,9 +330,10 @@ def _parallel(tp: int, pipeline: Pipeline, num_layers: int) -> dict[str, Any]:
 
 def _note(spec: ModelSpec) -> dict[str, Any]:
     """Return plain values for what ``args`` cannot say."""
-    said_otherwise = {"sliding_window", "layer_types", *MEGATRON_ONLY}
+    said_otherwise = {"sliding_window", "layer_types", FUNCTION_SETTINGS, *MEGATRON_SWITCHES}
     extra = {key: value for key, value in spec.extra.items() if key not in said_otherwise}
-    note: dict[str, Any] = {"family": spec.family} if spec.family in FAMILIES else {}
+    _check_plain(spec.extra)
+    note: dict[str, Any] = note_of(family_named(spec.family))
     exact = latent_attention.is_exact if spec.multi_latent_attention else rope_scaling.is_exact
     if spec.rotary_scaling is not None and not exact(spec):
         note["rotary_scaling"] = dict(spec.rotary_scaling)
@@ -376,9 +361,6 @@ def _check_complete(args: Mapping[str, Any]) -> None:
             f"the checkpoint's args do not say {', '.join(missing)}; give the model's config with "
             "--hf-base"
         )
-    for name, kind in NOT_YET.items():
-        if args.get(name):
-            raise SchemaError(f"{kind} ({name} is {args[name]!r} in args) cannot be converted yet")
 
 
 def _with_defaults(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -419,48 +401,27 @@ def _scaling_from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
     return rope_scaling.from_args(args)
 
 
-def _guess(spec: ModelSpec) -> str:
-    """Return the family that has what the spec says, ``gpt`` where none has."""
-    if spec.num_experts:
-        order: tuple[str, ...] = (
-            "qwen3_moe",
-            "qwen2_moe",
-            "mixtral",
-            "deepseek_v3",
-            "deepseek_v2",
+def _check_config_at_hand(spec: ModelSpec, family: str) -> None:
+    """Raise a SchemaError unless what args say can be of the family of the config at hand."""
+    config = family_named(family).config
+    named = config.of_family(spec)
+    if reasons := config.unsupported(named):
+        raise SchemaError(
+            f"the config at hand is of family {family}, the args are not: {named.architecture} "
+            f"does not have: {', '.join(reasons)}; give the config of the same model"
         )
-        return next((family for family in order if not unsupported_by_config(spec, family)), "gpt")
-    windowed = any(windowed_layers(spec))
-    usual = ("qwen3", "qwen2", "mistral") if windowed else ("qwen3", "qwen2", "llama")
-    order = (*usual, "starcoder2", "gpt2", "gpt_neox", "glm", "phi3")
-    return next((family for family in order if not unsupported_by_config(spec, family)), "gpt")
 
 
-def _of_family(spec: ModelSpec, family: str, asked: bool) -> ModelSpec:
-    """Return the spec as one of a family, after checking that it can be where somebody said so."""
-    if family not in FAMILIES:
-        return spec
-    values = {name: getattr(spec, name) for name in ModelSpec.__slots__}
-    traits = FAMILIES[family]
-    own = {name: value for name, value in traits.fixed.items() if name not in MEGATRON_ONLY}
-    extra = {**own, **spec.extra}
-    values |= {"family": family, "architecture": traits.architecture, "extra": extra}
-    named = ModelSpec(**values)
-    if asked:
-        try:
-            check(named)
-        except SchemaError as error:
-            raise SchemaError(
-                f"the config at hand is of family {family}, the args are not: {error}; give the "
-                "config of the same model"
-            ) from error
-    return named
-
-
-def _embedding_notes(spec: ModelSpec) -> Iterator[str]:
-    if spec.extra.get("scale_embeddings"):
-        yield (
-            f"{spec.architecture} multiplies embeddings by the square root of hidden_size, "
-            f"{spec.hidden_size**0.5:g}: Megatron (to core 0.16) has no setting for it; multiply "
-            "the output of GPTModel.embedding in a forward hook, or logits are wrong"
+def _check_plain(value: Any, place: str = "extra") -> None:
+    """Raise a SchemaError for a setting that could not be read back from ``args``."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            _check_plain(entry, f"{place}.{key}")
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            _check_plain(entry, place)
+    elif type(value) not in (str, int, float, bool, type(None)):
+        raise SchemaError(
+            f"{place} of the model is a {type(value).__name__}, which a checkpoint cannot bring "
+            "back; its family must keep plain values there"
         )

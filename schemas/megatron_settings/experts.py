@@ -1,7 +1,7 @@
 """Mixtures of experts in Megatron's ``args``, in both directions.
 
 `ARGS` pairs Megatron's arguments with the spec's attributes. The rest of the args is in `args`,
-which calls this; how configs spell mixtures is in `ckptx.schemas.config.mixtures`.
+which calls this; how configs spell mixtures is in `ckptx.schemas.config.experts`.
 
 Source: NVIDIA/Megatron-LM megatron/core/transformer/moe/moe_utils.py,
 megatron/training/{arguments,checkpointing}.py @ core_v0.16.1.
@@ -15,7 +15,7 @@ from typing import Any
 
 from ckptx.errors import SchemaError
 from ckptx.model.spec import ModelSpec
-from ckptx.schemas.config.routing import BALANCING
+from ckptx.schemas.config.experts import BALANCING
 
 ARGS = (
     ("num_experts", "num_experts"),
@@ -32,6 +32,8 @@ ARGS = (
 )
 """Pairs of an argument and the spec's attribute."""
 
+_LOSSES = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
+"""Ways to balance experts that act in training alone; others choose experts otherwise."""
 _MAX_LAYERS = 1 << 16
 
 
@@ -61,7 +63,8 @@ def from_args(args: Mapping[str, Any]) -> dict[str, Any]:
 def megatron_only(args: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of ``extra`` for routing that no config can say."""
     kind = args.get(BALANCING)
-    return {BALANCING: kind} if args.get("num_experts") and kind == "sinkhorn" else {}
+    kinds = set(kind) if isinstance(kind, list | tuple) else {kind or "none"}
+    return {BALANCING: kind} if args.get("num_experts") and not kinds <= _LOSSES else {}
 
 
 def layer_pattern(frequency: Any, num_layers: int) -> tuple[bool, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckptx.model.spec import ModelSpec
-from ckptx.schemas.config.translate import windowed_layers
+from ckptx.schemas.config.windows import windowed_layers
 
 
 def to_args(spec: ModelSpec) -> dict[str, Any]:

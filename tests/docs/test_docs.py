@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -221,6 +222,25 @@ def test_shell_blocks_run(name, tmp_path):
             [sys.executable, *run], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
+
+
+def test_python_examples_run(tmp_path, monkeypatch):
+    """The page on Python, from top to bottom, beside a tiny model."""
+    make_llama(tmp_path / "llama")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", DOCS["docs/python.md"], re.DOTALL)
+    assert len(blocks) > 5
+    (tmp_path / "examples.py").write_text("\n".join(blocks))
+    done = subprocess.run(
+        [sys.executable, "examples.py"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'tpp' is no option here; did you mean 'tp'?" in done.stdout
+    assert "equal: " in done.stdout
 
 
 def test_site_builds(tmp_path):

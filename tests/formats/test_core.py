@@ -219,7 +219,9 @@ def test_hf_to_core_to_hf_is_the_same_file(model, ckpt_format, tmp_path):
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_any_regrid_keeps_every_byte(data, tmp_path_factory):

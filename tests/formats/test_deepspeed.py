@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ckptx.errors import FormatError, PluginError, SchemaError
+from ckptx.protocol.context import Context
 from ckptx.registry import registry
+from ckptx.registry.open import checkpoint_messages
 from ckptx.testing import faults
 from ckptx.testing.contracts import Checkpoint, LoaderTests, assert_one_line
 from ckptx.testing.conversion import (
@@ -95,7 +97,7 @@ def copied(case, directory):
 
 def refusal(source, **options):
     with pytest.raises(FormatError) as caught:
-        list(LOADER.load(source, options))
+        list(checkpoint_messages(source, LOADER, options=options))
     assert_one_line(caught.value)
     return str(caught.value)
 
@@ -135,7 +137,8 @@ class TestMasters:
         notes = end_of(LOADER.load(GOLDEN / "zero1_bf16_frozen", {})).notes
         note = "3 frozen weights have no fp32 master; they are widened to float32"
         assert note in notes
-        sent = list(LOADER.load(GOLDEN / "zero1_bf16_frozen", {"dtype": "bfloat16"}))
+        source = GOLDEN / "zero1_bf16_frozen"
+        sent = list(LOADER.load(source, {}, Context(dtype="bfloat16")))
         assert note not in end_of(sent).notes
         assert_state(values(sent)["passthrough"], gathered("zero1_bf16_frozen"))
 
@@ -169,8 +172,9 @@ class TestMasters:
         save_file({n: t.bfloat16() for n, t in expected.items()}, base / "model.safetensors")
         options = {"hf_base": base}
         with pytest.raises(SchemaError, match=r"model\.embed_tokens\.weight"):
-            list(LOADER.load(GOLDEN / case, options))
-        sent = list(LOADER.load(GOLDEN / case, {**options, "fill_from_base": FILLED}))
+            list(checkpoint_messages(GOLDEN / case, LOADER, options=options))
+        options["fill_from_base"] = FILLED
+        sent = list(checkpoint_messages(GOLDEN / case, LOADER, options=options))
         notes = end_of(sent).notes
         assert len([note for note in notes if "was filled from the base model" in note]) == 3
         assert "'model.norm.weight' was filled from the base model, model.safetensors" in notes
@@ -490,7 +494,7 @@ class TestNames:
         wrapped = {before + name: tensor for name, tensor in state.items()}
         zero_by_hand.write(tmp_path / "zero", wrapped, 3, 2)
         base = model_of(tmp_path / "base")
-        sent = list(LOADER.load(tmp_path / "zero", {"hf_base": base, **options}))
+        sent = list(LOADER.load(tmp_path / "zero", options, Context(hf_base=base)))
         save(HF_SAVER, sent, tmp_path / "hf", {})
         assert_state_of_torch(load_file(tmp_path / "hf" / "model.safetensors"), state)
         said = any("names of wrappers were taken out" in note for note in sent[-1].notes)

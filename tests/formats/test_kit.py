@@ -29,15 +29,14 @@ class Mistaken:
     """The Hugging Face loader with a mistake in its messages."""
 
     name = "hf"
-    capabilities = HF.capabilities
 
     def __init__(self, mistake: Callable[[list[Message]], Iterable[Message]]) -> None:
         self.mistake = mistake
         self.detect = HF.detect
         self.options = HF.options
 
-    def load(self, source, options):
-        yield from self.mistake(list(HF.load(source, options)))
+    def load(self, source, options, context):
+        yield from self.mistake(list(HF.load(source, options, context)))
 
 
 def _each(change):
@@ -126,11 +125,10 @@ class Forgetful:
     """The Hugging Face saver, except that it leaves out what it does not know."""
 
     name = "hf"
-    capabilities = registry.saver("hf").capabilities
 
-    def plan(self, messages, options):
+    def plan(self, messages, options, context):
         known = _each(lambda name, keys: {k: t for k, t in keys.items() if "mystery" not in k})
-        return registry.saver("hf").plan(iter(known(list(messages))), options)
+        return registry.saver("hf").plan(iter(known(list(messages))), options, context)
 
 
 def test_a_saver_that_drops_what_it_does_not_know_fails(tmp_path):
@@ -176,7 +174,9 @@ def test_a_flipped_bit_arrives_flipped(tmp_path):
 
 
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(arrays=strategies.state_dicts(), name=st.sampled_from(["hf", "pytorch"]))
 def test_any_tensors_pass_through(arrays, name, tmp_path_factory):

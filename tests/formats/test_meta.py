@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import save_file
 
 from ckptx.errors import CkptxError, FormatError, PlanError, SchemaError
+from ckptx.protocol.context import Context
 from ckptx.protocol.messages import Begin
 from ckptx.registry import registry
 from ckptx.testing import faults
@@ -214,7 +215,7 @@ def test_a_directory_with_both_kinds_of_weights_is_hugging_faces(tmp_path):
 def test_a_config_says_what_params_cannot(tmp_path):
     directory = write_meta(tmp_path / "meta", LLAMAS[0])
     base = write_hf(tmp_path / "base", llama(max_position_embeddings=777))
-    sent = list(LOADER.load(directory, {"hf_base": base}))
+    sent = list(LOADER.load(directory, {}, Context(hf_base=base)))
     assert begin_of(sent).parts["language"].max_position_embeddings == 777
     assert end_of(sent).notes == ()
     assert "4096 is assumed" in end_of(list(LOADER.load(directory, {}))).notes[0]
@@ -301,8 +302,9 @@ def test_what_metas_model_cannot_hold_is_one_line(model, options, said, tmp_path
     assert_one_line(error.value)
 
 
-def megatron(source: Path, **options: Any) -> list[Any]:
-    return list(MEGATRON.load(source, {"checkpoint_type": "meta", **options}))
+def megatron(source: Path, dtype: str | None = None, **options: Any) -> list[Any]:
+    own = {"checkpoint_type": "meta", **options}
+    return list(MEGATRON.load(source, own, Context(dtype=dtype)))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ckptx.containers import dcp, pickle_reader, torch_zip
+from ckptx.containers import dcp, pickle_reader, pickle_scan, torch_zip
 from ckptx.errors import FormatError
 
 from .conftest import ROOT
@@ -354,7 +354,7 @@ def test_an_encoding_that_is_no_name_is_refused(levels, tmp_path):
 @pytest.mark.parametrize("sound", [True, False])
 def test_either_way_to_scan_reads_the_same(sound, protocol, monkeypatch):
     """Python before 3.11.5 cannot run the pattern that knows small tuples."""
-    monkeypatch.setattr(pickle_reader, "_RE_IS_SOUND", sound and pickle_reader._RE_IS_SOUND)
+    monkeypatch.setattr(pickle_scan, "_RE_IS_SOUND", sound and pickle_scan._RE_IS_SOUND)
     value = [
         *((1, 2.5, None), ("a", (True, (2**40, b"b"))), (), {(1, 2): ("x",) * 70}),
         *({"k": [1, -1, 2**70, 70_000]}, frozenset("ab"), {i: (i,) for i in range(300)}),
@@ -367,6 +367,6 @@ def test_either_way_to_scan_reads_the_same(sound, protocol, monkeypatch):
     "opcode", [b"r\xff\xff\xff\xff", b"c" + b"x" * 2000, b"i", b"\x82\x01"], ids=repr
 )
 def test_either_way_to_scan_refuses_the_same(sound, opcode, monkeypatch):
-    monkeypatch.setattr(pickle_reader, "_RE_IS_SOUND", sound and pickle_reader._RE_IS_SOUND)
+    monkeypatch.setattr(pickle_scan, "_RE_IS_SOUND", sound and pickle_scan._RE_IS_SOUND)
     with pytest.raises(FormatError, match="opcode of protocol 2 to 5 at byte 4"):
         pickle_reader.loads(b"\x80\x02K\x01" + opcode + b"N." * 9, file="a.pt")

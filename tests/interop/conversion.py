@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ckptx.conversion import supervisor, worker
+from ckptx.conversion import engine
 from ckptx.conversion.report import Facts
 from ckptx.conversion.request import ConversionRequest
 from ckptx.registry import registry
@@ -83,12 +83,14 @@ def convert(
         dtype=dtype,
         hf_base=hf_base,
     )
-    begin, end, plan, proof = supervisor.plan_conversion(job)
+    planned = engine.plan_conversion(job)
+    plan, begin = planned.plan, planned.begin
+    facts = Facts.of(begin, planned.end, plan, planned.prove())
     with Target(job.target, [job.source]) as place:
         staging = place.prepare(plan)
-        writer.execute(plan, begin.files, staging, worker.write_options(job))
+        writer.execute(plan, begin.files, staging, engine.write_options(job))
         place.publish()
-    return Facts.of(begin, end, plan, proof)
+    return facts
 
 
 def sizes(layout: Layout) -> dict[str, Any]:

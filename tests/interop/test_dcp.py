@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +15,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ckptx.containers import zstd
-from ckptx.conversion import supervisor
+from ckptx.conversion import engine, supervisor
 from ckptx.conversion.request import ConversionRequest
-from ckptx.errors import CkptxError, FormatError
+from ckptx.errors import CkptxError, ConversionError, FormatError
+from ckptx.inspection.summary import inspect
+from ckptx.inspection.values import look_up
 from ckptx.registry import registry
+from ckptx.registry.open import open_checkpoint
+from ckptx.storage.gather import read
 from ckptx.storage.source_file import SourceFile
+from ckptx.verification.compare import compare
 from tests.oracles import fsdp, hf, verl
 
 from .conversion import contents, convert
@@ -309,12 +316,13 @@ def test_tensors_that_are_stored_transposed(source_of, tmp_path):
     assert contents(tmp_path / "hf") == contents(source.directory)
 
 
-def compressed(source, directory):
+def compressed(source, directory, weights=None):
     extension = pytest.importorskip("torch.distributed.checkpoint._extension")
     if not extension.ZStandard.is_available():
         pytest.skip("zstandard is not installed")
     writer = dcp.FileSystemWriter(str(directory), _extensions=[extension.ZStandard()])
-    dcp.save({"model": source_weights(source.directory), "step": 3}, storage_writer=writer)
+    weights = weights or source_weights(source.directory)
+    dcp.save({"model": weights, "step": 3}, storage_writer=writer)
     return directory
 
 
@@ -328,11 +336,73 @@ def test_items_that_are_compressed(source_of, tmp_path):
     assert contents(tmp_path / "hf") == contents(source.directory)
 
 
+@pytest.fixture
+def decodings(monkeypatch):
+    """The bytes at which items were decoded, in order."""
+    places, real = [], zstd.decoded
+
+    def counted(file, offset, length, limit):
+        places.append(offset)
+        return real(file, offset, length, limit)
+
+    monkeypatch.setattr("ckptx.containers.dcp.decoded", counted)
+    return places
+
+
+def test_compressed_items_are_decoded_when_they_are_read(source_of, tmp_path, decodings):
+    source = source_of("llama")
+    weights = source_weights(source.directory)
+    turned = {n: t.t().contiguous().t() if t.ndim == 2 else t for n, t in weights.items()}
+    compressed(source, tmp_path / "dcp", turned)
+    with open_checkpoint(tmp_path / "dcp", options={"hf_base": source.directory}) as checkpoint:
+        names, tensors = checkpoint.tensors()
+        assert names == "huggingface"
+        assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in weights.items()}
+        assert all(Path(file).parent == tmp_path / "dcp" for file in checkpoint.begin.files)
+        assert not decodings
+        name = "model.layers.0.self_attn.k_proj.weight"
+        for _ in range(2):
+            with closing(checkpoint.files()) as files:
+                assert read(tensors[name], files).tolist() == weights[name].float().tolist()
+            assert len(decodings) == 1
+    with pytest.raises(ConversionError, match="the checkpoint is closed"):
+        read(tensors["lm_head.weight"], checkpoint.begin.files)
+    assert inspect(tmp_path / "dcp").healthy
+    assert len(decodings) == 1
+    assert compare(source.directory, tmp_path / "dcp").equal
+    assert len(decodings) == 1 + len(weights)
+
+
+def test_a_plan_decodes_nothing_and_tells_the_room_it_takes(source_of, tmp_path, decodings):
+    source = source_of("llama")
+    compressed(source, tmp_path / "dcp")
+    plan = engine.forecast(
+        ConversionRequest("dcp", "hf", tmp_path / "dcp", tmp_path / "hf", hf_base=source.directory)
+    )
+    size = sum(tensor.nbytes for tensor in source_weights(source.directory).values())
+    assert size <= plan.spool <= size + 64 * len(plan.tensors)
+    assert not decodings
+
+
+def test_a_damaged_compressed_item_hides_no_other(source_of, tmp_path):
+    source = source_of("llama")
+    compressed(source, tmp_path / "dcp")
+    damage(tmp_path / "dcp")
+    assert inspect(tmp_path / "dcp").healthy
+    with pytest.raises(CkptxError, match="is no whole zstd stream"):
+        look_up(tmp_path / "dcp", "model.norm.weight")
+
+
+def damage(directory):
+    """Overwrite the first bytes of every stream of zstd."""
+    for file in directory.glob("*.distcp"):
+        file.write_bytes(file.read_bytes().replace(bytes.fromhex("28b52ffd"), bytes(4)))
+
+
 def test_a_compressed_item_that_is_damaged(source_of, tmp_path):
     source = source_of("llama")
     compressed(source, tmp_path / "dcp")
-    file = next((tmp_path / "dcp").glob("*.distcp"))
-    file.write_bytes(file.read_bytes().replace(bytes.fromhex("28b52ffd"), bytes(4)))
+    damage(tmp_path / "dcp")
     job = ConversionRequest(
         "dcp", "hf", tmp_path / "dcp", tmp_path / "hf", hf_base=source.directory
     )

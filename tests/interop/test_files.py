@@ -18,10 +18,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from transformers import AutoModelForCausalLM
 
-from ckptx.schemas.config.translate import spec_from_config
 from ckptx.schemas.conventions.mcore import MCORE
 from tests.oracles import hf, mcore
 from tests.oracles.mcore import Layout
+from tests.schemas.named import spec_from_config
 
 from .conversion import (
     CLOSE,

@@ -24,7 +24,11 @@ from .hf import weights
 
 
 def make(base: Path, target: Path | None = None, *, seed: int = 5, **config: Any) -> PeftModel:
-    """Return a model with an adapter whose every number is random; save the adapter."""
+    """Return a model with an adapter whose every number is random; save the adapter.
+
+    The matrices hold multiples of 2^-6: sums of their products are exact in float32, so that they
+    do not depend on the order in which a processor's kernel adds.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of targets that fan in, of tied layers
         torch.manual_seed(seed)
@@ -35,6 +39,8 @@ def make(base: Path, target: Path | None = None, *, seed: int = 5, **config: Any
                     parameter.mul_(0.5 + torch.rand_like(parameter))
                 elif parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * 0.2)
+                if "lora_" in name and "magnitude" not in name:
+                    parameter.copy_((parameter * 64).round() / 64)
         if target is not None:
             model.save_pretrained(target)
     return model.eval()

@@ -61,7 +61,7 @@ class Loader:
     def detect(self, source):
         return (source / "data.bin").exists()
 
-    def load(self, source, options):
+    def load(self, source, options, context):
         fault = options.get("loader_fault") or ""
         print("a plugin that prints")
         if fault.endswith("at start"):
@@ -93,9 +93,9 @@ class Saver:
     def options(self):
         return OPTIONS[1:]
 
-    def plan(self, messages, options):
+    def plan(self, messages, options, context):
         fault = options.get("saver_fault") or ""
-        source = options["target"]
+        source = context.target
         begin = next(messages)
         if fault.endswith("at start"):
             fail(fault.removesuffix(" at start"), source)

@@ -12,23 +12,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ckptx import __version__
 from ckptx.cli import main as cli
 from ckptx.cli.main import convert as megatron_command
 from ckptx.cli.main import main as short_command
-from ckptx.conversion import supervisor
-from ckptx.conversion.report import Report
-from ckptx.conversion.worker import run_loader, run_saver
+from ckptx.conversion import engine, supervisor
 from ckptx.registry import registry
-from ckptx.storage.spool import SpoolFile
 from ckptx.testing.models import MIXTURES, MODELS, OLMOE, PADDED, TinyModel
 from ckptx.testing.models import tiny as tiny_model
-from ckptx.writing.publish import Target
+from ckptx.version import __version__
 
 __all__ = ["MIXTURES", "MODELS", "OLMOE", "PADDED", "ROOT", "TinyModel", "tiny_model"]
 
@@ -83,59 +79,13 @@ def place() -> Iterator[Place]:
         shutil.rmtree(base, ignore_errors=True)
 
 
-class _Queue(list[bytes]):
-    """A queue between two that run one after the other in one process."""
-
-    put = list.append
-
-    def get(self) -> bytes:
-        return self.pop(0)
-
-    def close(self) -> None:
-        pass
-
-    join_thread = close
-
-
-class _Line:
-    """What the saver asks its parent, answered at once."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-
-    def ask(self, tag: str, content: Any) -> tuple[str, bool]:
-        assert tag == "planned"
-        return str(self.target.prepare(*content)), self.target.published
-
-    def advance(self, count: int) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-
-def convert_here(job: Any, progress: object = None) -> Report:
-    """Convert as ``pipeline.convert`` does, without its processes: thirty times as fast."""
-    inputs = [job.source, *([job.hf_base] if job.hf_base else [])]
-    inputs += map(Path, job.loader_options.get("adapter") or ())
-    target, queue = Target(job.target, inputs, job.overwrite), _Queue()
-    with target, SpoolFile(job.target) as spool:
-        line: Any = _Line(target)
-        messages: Any = queue
-        run_loader(job, messages, line, spool.path)
-        facts, digest, resumed = run_saver(job, messages, line, spool.path)
-        notes = target.publish()
-    facts = replace(facts.at(job.target), notes=(*facts.notes, *notes))
-    return Report(job.loader, job.saver, str(target.path), facts, 0.0, digest, resumed)
-
-
 def run(*words: str | Path, entry: Entry = short_command) -> Done:
     """Run a command in this process; what it converts, it converts here."""
     output, errors = io.StringIO(), io.StringIO()
     code: Any = 0
     logging.getLogger().handlers.clear()  # they hold the streams of the command before
     with (
-        mock.patch.object(supervisor, "convert", convert_here),
+        mock.patch.object(supervisor, "convert", engine.convert),
         mock.patch.object(os, "fsync"),
         mock.patch.object(os, "fdatasync"),
         mock.patch.dict(os.environ, {"COLUMNS": "80", "LINES": "24"}),

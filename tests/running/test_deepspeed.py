@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 from ckptx.errors import FormatError
+from ckptx.registry.source import Source
 from ckptx.verification.frameworks import child, deepspeed_side
 from ckptx.verification.frameworks.backends import prepare
 from ckptx.verification.frameworks.logits import Inputs, compare_logits
@@ -164,7 +165,7 @@ def test_without_deepspeed_the_note_says_so(tmp_path, monkeypatch):
     installed = child.installed
     monkeypatch.setattr(child, "installed", lambda name: name != "deepspeed" and installed(name))
     (tmp_path / "scratch").mkdir()
-    side = prepare(own, None, None, tmp_path / "scratch", "a")
+    side = prepare(Source(own), tmp_path / "scratch", "a")
     assert side.framework == "transformers"
     assert "(deepspeed is not installed: pip install 'ckptx[deepspeed]')" in side.notes[0]
     assert "this proves less" in side.notes[0]
@@ -175,7 +176,7 @@ def test_without_a_config_there_is_no_model(tmp_path):
     (own / "config.json").unlink()
     (tmp_path / "scratch").mkdir()
     with pytest.raises(FormatError, match=r"deepspeed: holds no config.json, .* give --hf-base"):
-        prepare(own, None, None, tmp_path / "scratch", "a")
+        prepare(Source(own), tmp_path / "scratch", "a")
 
 
 class _Canary:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckptx.processes.interrupts import Interrupted
+from ckptx.registry.source import Source
 from ckptx.verification.frameworks.logits import Inputs, compare_logits, measured
 from tests.interop.conversion import convert
 from tests.oracles import hf, mcore
@@ -160,8 +161,8 @@ def test_mixtures_of_either_implementation(options, dtype, sources, tmp_path):
 def test_what_must_be_converted_first_is_noted(saver, options, framework, sources, tmp_path):
     source, _ = sources["llama"]
     convert(source, tmp_path / "other", saver, **options)
-    inputs = Inputs(hf_base=source)
-    found = compare_logits(source, tmp_path / "other", atol=CLOSE, inputs=inputs)
+    other = Source(tmp_path / "other", hf_base=source)
+    found = compare_logits(source, other, atol=CLOSE)
     assert found.equal, found.render(80)
     assert found.frameworks[1] == framework
     assert "this proves less" in found.notes[0]

@@ -9,7 +9,6 @@ import pytest
 from ckptx.containers.pickle_values import TorchDtype
 from ckptx.errors import SchemaError
 from ckptx.model.pipeline_parallel import Pipeline
-from ckptx.schemas.config.translate import config_from_spec, spec_from_config
 from ckptx.schemas.megatron_settings.args import (
     args_from_spec,
     launch_flags,
@@ -17,6 +16,8 @@ from ckptx.schemas.megatron_settings.args import (
     spec_from_args,
     unsupported_by_megatron,
 )
+
+from .named import config_from_spec, spec_from_config
 
 SMALL = {
     "hidden_size": 64,

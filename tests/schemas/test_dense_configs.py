@@ -8,13 +8,6 @@ from dataclasses import replace
 import pytest
 
 from ckptx.errors import SchemaError
-from ckptx.schemas.config.translate import (
-    FAMILIES,
-    config_from_spec,
-    differences,
-    merge_config,
-    spec_from_config,
-)
 from ckptx.schemas.megatron_settings.args import (
     launch_flags,
     notes,
@@ -24,6 +17,7 @@ from ckptx.schemas.megatron_settings.args import (
 
 from .dense import CLASSES, CONFIGS
 from .megatron import args_of
+from .named import config_from_spec, differences, merge_config, spec_from_config, table
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -87,16 +81,16 @@ def test_an_empty_config_has_the_defaults_of_its_class(family, tmp_path):
 @pytest.mark.parametrize("family", CLASSES)
 def test_the_default_table_is_the_class_s(family):
     config = config_of(family, {})
-    ours = FAMILIES[family].defaults
+    ours = table(family).defaults
     assert {
         key: getattr(config, key, value)
         for key, value in ours.items()
         if value is not None and getattr(config, key, value) != value
     } == {}
     # Nothing is left to a default that the table does not have.
-    keys = {FAMILIES[family].key(name) for name in ("vocab_size", "hidden_act", "rms_norm_eps")}
-    keys |= {key for key in FAMILIES[family].bias_keys if getattr(config, key)}
-    assert keys | set(FAMILIES[family].passthrough_keys) <= set(ours) | {"model_type"}
+    keys = {table(family).key(name) for name in ("vocab_size", "hidden_act", "rms_norm_eps")}
+    keys |= {key for key in table(family).bias_keys if getattr(config, key)}
+    assert keys | set(table(family).passthrough_keys) <= set(ours) | {"model_type"}
 
 
 def test_gpt2_in_the_usual_words(tmp_path):

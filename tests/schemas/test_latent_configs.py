@@ -6,16 +6,11 @@ import pytest
 import transformers
 
 from ckptx.errors import SchemaError
-from ckptx.schemas.config.translate import (
-    config_from_spec,
-    differences,
-    merge_config,
-    spec_from_config,
-)
 from ckptx.schemas.megatron_settings.args import spec_from_args
 
 from .latent import CONFIGS
 from .megatron import args_of
+from .named import config_from_spec, differences, merge_config, spec_from_config
 
 CLASSES = {
     "deepseek_v2": transformers.DeepseekV2Config,

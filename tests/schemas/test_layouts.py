@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ckptx.registry import registry
-from ckptx.schemas.config.translate import spec_from_config
 from ckptx.testing.contracts import SchemaTests
 from ckptx.testing.models import MIXTURES, MODELS, OLMOE, TinyModel, tiny
 
 from .dense import CONFIGS
 from .latent import CONFIGS as LATENT
+from .named import spec_from_config
 
 
 class TestLayouts(SchemaTests):

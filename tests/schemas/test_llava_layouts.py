@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from ckptx.model.canonical_names import keys_of
-from ckptx.schemas.conventions.hf_llava import TOWERS_HELD
 from ckptx.schemas.conventions.vision import TOWERS, projection_spec, tower_spec
-from ckptx.schemas.families.llava import CONVERTER, LLAVA, parts_from_config, used
+from ckptx.schemas.families.multimodal.hf_llava import TOWERS_HELD
+from ckptx.schemas.families.multimodal.llava import CONVERTER, parts_from_config, used
+from ckptx.schemas.families.multimodal.llava import FAMILY as LLAVA
 
 
 def parts(tower, projection="mlp"):

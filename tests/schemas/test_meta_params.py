@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from ckptx.errors import SchemaError
-from ckptx.schemas.config.translate import spec_from_config
 from ckptx.schemas.conventions.meta import feed_forward_size, params_from_spec, spec_from_params
+
+from .named import spec_from_config
 
 SCALING = {
     "rope_type": "llama3",

@@ -33,7 +33,7 @@ class Loader:
     def options(self):
         return [option("--shared", type=int, help="As the loader says."), option("--one-only")]
     def detect(self, source): return source.suffix == ".one"
-    def load(self, source, options): yield
+    def load(self, source, options, context): yield
 
 class Saver:
     name = "two"
@@ -41,7 +41,7 @@ class Saver:
     def options(self):
         return [option("--shared", type=int, help="As the saver says."),
                 option("--two-size", "--two", type=int, default=1)]
-    def plan(self, messages, options): ...
+    def plan(self, messages, options, context): ...
 
 class Clash(Saver):
     name = "clash"
@@ -201,7 +201,7 @@ def test_option_of_a_plugin_not_chosen_names_the_plugin(plugins, run, tmp_path):
             "unknown saver 'hff' (did you mean 'hf'?); known savers:",
         ),
         (["convert", "a", "b", "--from=hf", "--to=gguf"], 1, "has no saver for it yet"),
-        (["convert", "a", "b", "--from=hf", "--to=hf", "--max-memory=much"], 2, "is no size"),
+        (["convert", "a", "b", "--from=hf", "--to=hf", "--max-memory=much"], 2, "is not a size"),
         (["convert", "a", "b", "--from=hf", "--to=hf", "--dtype=int4"], 2, "is not one of bf16"),
         (["inspect", "nowhere"], 2, "no such file or directory"),
         (["nonsense"], 2, "No such command"),
@@ -282,7 +282,7 @@ def test_plugins_stand_in_columns(width, plugins, run, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     lines = run("plugins")[1].splitlines()
     assert max(map(len, lines)) <= width
-    column = next(line for line in lines if line.startswith("  llama_mistral")).index("formats")
+    column = next(line for line in lines if line.startswith("  llama_mistral")).index("meta or hf")
     for line in lines:
         if line.startswith(" "):
             assert line[column - 2 : column] == "  ", line

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ckptx.containers.copies import refuse_copies
+from ckptx.containers import torch_zip
+from ckptx.containers.copies import refuse_copies, rows_differ
 from ckptx.errors import FormatError
 
 torch = pytest.importorskip("torch")
@@ -50,3 +51,19 @@ def test_what_differs_anywhere_that_is_looked_at_is_no_copy(tmp_path):
 def test_padding_alone_may_be_alike(value, dtype, tmp_path):
     padding = torch.full((4096,), value, dtype=dtype)
     refuse_copies(saved(tmp_path, padding, padding))
+
+
+@pytest.mark.parametrize(
+    ("rows", "differ"),
+    [
+        (torch.arange(32.0).sin().reshape(4, 8), True),
+        (torch.arange(8.0).sin().repeat(4, 1), False),  # padding: the last row again
+        (torch.arange(24.0).sin().reshape(3, 8), False),  # one row of query, key and value each
+        (torch.arange(8.0).sin().reshape(4, 2), False),  # so few bytes may come again by chance
+        (torch.arange(32.0).sin(), False),
+    ],
+)
+def test_rows_that_differ_tell_a_share(rows, differ, tmp_path):
+    (path,) = saved(tmp_path, rows)
+    weight = torch_zip.read(path, 0).value["weight"]
+    assert rows_differ([path], [weight]) is differ

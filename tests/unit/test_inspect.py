@@ -14,9 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
 
 from ckptx.errors import PlanError
 from ckptx.inspection import summary
@@ -30,6 +27,12 @@ from ckptx.tensors.placement import placement_of
 from ckptx.testing.conversion import convert, save
 from ckptx.testing.models import messages, tiny
 from ckptx.text.tree import Row, tree
+
+pytest.importorskip("torch")
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 
 DEEPSPEED = Path(__file__).resolve().parents[1] / "golden" / "deepspeed"
 Q = "model.layers.2.self_attn.q_proj.weight"

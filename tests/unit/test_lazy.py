@@ -82,7 +82,7 @@ def rows(start: int, stop: int, column: int = 0, last: int = 2) -> tuple[tuple[i
     [
         ([], "no tiles"),
         ([rows(0, 2)], r"hold 4 elements, \[4, 2\] needs 8"),
-        ([rows(0, 4), rows(0, 4)], "hold 16"),
+        ([rows(0, 4), rows(0, 4)], "overlap"),
         ([rows(0, 3), rows(2, 3)], "overlap"),
         ([rows(0, 2, 0, 1), rows(0, 2, 0, 1), rows(2, 4)], "overlap"),
         ([rows(0, 2), rows(0, 2)], "overlap"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
-from ckptx.errors import PluginError
+from ckptx.errors import FormatError, PluginError
 from ckptx.protocol.contracts import Loader, Saver
 from ckptx.registry import registry
 
@@ -21,7 +21,7 @@ class Loader:
     capabilities = {{"formats": [{name!r}]}}
     def options(self): return []
     def detect(self, source): return source.name == {name!r}
-    def load(self, source, options): yield
+    def load(self, source, options, context): yield
 
 @hookimpl
 def register_loaders(register):
@@ -82,8 +82,8 @@ def test_third_party_plugin_is_found_and_used(install):
 def test_listing_imports_no_plugin_and_nothing_heavy(tmp_path):
     code = (
         "import sys; from ckptx.registry import registry; assert registry.names('loader');"
-        "print([m for m in sys.modules if m.startswith(('ckptx.plugins', 'ckptx.schemas', 'torch',"
-        " 'numpy', 'rich', 'pluggy'))])"
+        "print([m for m in sys.modules if m.startswith(('ckptx.schemas', 'torch', 'numpy', 'rich',"
+        " 'pluggy', 'ckptx.tensors')) or m.startswith('ckptx.plugins.') and m.count('.') > 2])"
     )
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -182,6 +182,83 @@ def test_detection_needs_exactly_one_match(install, tmp_path):
         registry.detect(first)
     with pytest.raises(PluginError, match="no such file or directory"):
         registry.detect(tmp_path / "nothing")
+
+
+DECLARED = """
+from ckptx.protocol.declarations import Format
+
+FORMATS = (
+    Format("npz", "NumPy archives", loader="npz_plugin:Loader", saver="npz_plugin:Saver",
+           aliases=("numpy",), files=("*.npz",), containers=("npz",), layouts=("hf",)),
+)
+"""
+
+
+def test_a_declared_format_is_listed_by_what_it_declares(install):
+    module = PLUGIN.format(name="npz") + "class Saver(Loader):\n    pass\n"
+    points = {"formats_npz": "npz_formats:FORMATS", "loader_npz": "npz_plugin"}
+    install("ckptx-npz", points, npz_formats=DECLARED, npz_plugin=module)
+    (loader, saver) = [s for s in registry.statuses() if s.entry.name == "npz"]
+    assert (loader.entry.kind, saver.entry.kind) == ("loader", "saver")
+    assert saver.capabilities == {"formats": ["npz"], "layouts": ["hf"], "lossless": True}
+    assert loader.error == ""
+    assert "npz_plugin" not in sys.modules
+    assert registry.loader("numpy").name == registry.saver("npz").name == "npz"
+    assert registry.versions(("loader", "numpy")) == {"ckptx-npz": "1.2"}
+
+
+def test_a_loader_is_imported_where_its_files_are(install, tmp_path):
+    module = PLUGIN.format(name="npz").replace("source.name == 'npz'", "True")
+    points = {"formats_npz": "npz_formats:FORMATS"}
+    install("ckptx-npz", points, npz_formats=DECLARED, npz_plugin=module)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "weights.npy").touch()
+    with pytest.raises(PluginError, match="not a checkpoint"):
+        registry.detect(tmp_path / "other")
+    assert "npz_plugin" not in sys.modules
+    (tmp_path / "other" / "weights.npz").touch()
+    assert registry.detect(tmp_path / "other") == "npz"
+    assert registry.detect(tmp_path / "other" / "weights.npz") == "npz"
+
+
+def test_a_loader_that_nobody_declares_is_asked_last(install, tmp_path):
+    one = DECLARED.replace("npz", "zero_z").replace("*.zero_z", "here")
+    module = PLUGIN.format(name="zero_z").replace("source.name == 'zero_z'", "True")
+    install("one", {"formats_z": "one:FORMATS"}, one=one, zero_z_plugin=module)
+    other = PLUGIN.format(name="any").replace("source.name == 'any'", "True")
+    install("two", {"loader_any": "any_plugin"}, any_plugin=other)
+    (tmp_path / "here").touch()
+    with pytest.raises(PluginError, match="looks like zero_z and any; say which"):
+        registry.detect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import nothing_of_this_name", "ModuleNotFoundError"),
+        ("FORMATS = ('npz',)", "npz_formats:FORMATS is not a tuple of Format"),
+        (DECLARED, "no module named 'npz_plugin'"),
+    ],
+)
+def test_broken_declarations_are_reported_and_break_nothing_else(install, text, message):
+    install("ckptx-npz", {"formats_npz": "npz_formats:FORMATS"}, npz_formats=text)
+    errors = {s.entry.name: s.error for s in registry.statuses() if s.error}
+    assert message in errors["npz"]
+    assert registry.loader("hf").name == "hf"
+
+
+def test_loaders_of_a_folder_are_pinned_one_by_one(install, monkeypatch):
+    monkeypatch.setenv(registry.PIN, "loader_hf,formats_meta")
+    registry.entries.cache_clear()
+    assert list(registry.entries()) == ["loader_hf", "loader_meta", "saver_meta"]
+
+
+def test_of_several_formats_of_one_alias_the_source_says_which(install, tmp_path):
+    assert registry.canonical("fsdp") == registry.saver("fsdp").name == "dcp"
+    with pytest.raises(FormatError, match="is neither dcp nor verl, what 'fsdp' stands for"):
+        registry.loader("fsdp", source=tmp_path)
+    (tmp_path / "model_world_size_1_rank_0.pt").touch()
+    assert registry.loader("fsdp", source=tmp_path).name == "verl"
 
 
 def test_entries_with_a_strange_name_are_ignored(install, caplog):

@@ -8,17 +8,23 @@ import re
 import warnings
 
 import pytest
+
+from ckptx.conversion.edits import Edits, edited
+from ckptx.conversion.proof import prove
+from ckptx.errors import PlanError, SchemaError
+from ckptx.protocol.context import Context
+from ckptx.registry import registry
+from ckptx.testing.conversion import begin_of, checked, convert, end_of, save
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata
 from transformers import AutoModelForCausalLM
 
-from ckptx.conversion.edits import Edits, edited
-from ckptx.conversion.proof import prove
-from ckptx.errors import PlanError, SchemaError
-from ckptx.registry import registry
-from ckptx.testing.conversion import begin_of, checked, convert, end_of, save
 from tests.oracles import hf
 
 EDITS = Edits(
@@ -61,7 +67,7 @@ def modify(format_, source, target, edits, options=None):
     """Modify in this process; return the target, the proof and the End message."""
     loader, saver = registry.loader(format_), registry.saver(format_)
     sent = list(edited(loader.load(source, {}), edits, format_))
-    proof = checked(saver.plan(iter(sent), {"target": target, **(options or {})}), sent)
+    proof = checked(saver.plan(iter(sent), options or {}, Context(target=target)), sent)
     return save(saver, sent, target, options or {}), proof, end_of(sent)
 
 
@@ -251,7 +257,7 @@ def test_formats_that_are_not_modified_are_refused_by_name(llama, tmp_path, run)
 def test_an_edit_that_hides_a_tensor_would_not_be_proved(llama, tmp_path):
     loader, saver = registry.loader("hf"), registry.saver("hf")
     sent = list(edited(loader.load(llama, {}), Edits(remove=("lm_head.*",)), "hf"))
-    plan = saver.plan(iter(sent), {"target": tmp_path / "out"})
+    plan = saver.plan(iter(sent), {}, Context(target=tmp_path / "out"))
     begin, end = begin_of(sent), end_of(sent)
     with pytest.raises(PlanError, match="would be lost"):
         prove(plan, begin, type(end)())

@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from ckptx.conversion.proof import prove
-from ckptx.conversion.report import Facts, Forecast, Report
+from ckptx.conversion.report import Facts, Plan, Report
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.messages import Begin, Dropped, End, SourceTensor
 from ckptx.storage.file_plan import FilePlan, Region
@@ -53,7 +53,7 @@ def report(facts):
 def forecast(facts):
     outputs = [{"path": f"shard_{i}.bin", "bytes": 100, "tensors": 1} for i in range(12)]
     tensors = [{"file": "out.bin", "name": "embedding"}]
-    return Forecast(
+    return Plan(
         "hf", "core", "/out", facts, outputs, ("tracker",), 512 << 20, 1 << 20, "no room", tensors
     )
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from ckptx.errors import PlanError, SchemaError
-from ckptx.model.layout import Family, Layout, Section, in_module_order, rule
+from ckptx.model.family import Family
+from ckptx.model.layout import Layout, Section, in_module_order, rule
 from ckptx.model.pipeline_parallel import stage_ranks
 from ckptx.model.sharding import Gatherer, Rank, Shards, check_message, shard_chunks, shard_tensors
 from ckptx.model.spec import ModelSpec
@@ -28,6 +28,10 @@ from ckptx.model.transforms import (
 )
 from ckptx.storage.gather import read
 from ckptx.tensors.lazy import LazyTensor, Replicated, stored
+
+pytest.importorskip("torch")
+
+import torch
 
 HEADS, GROUPS, HEAD_DIM, HIDDEN, FFN = 8, 4, 2, 6, 10
 SPEC = ModelSpec("t", "T", 2, HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM, 32, 64, 1e-5)
@@ -305,7 +309,7 @@ def test_a_layout_names_a_tensor_in_every_spelling():
 
 
 def test_a_family_says_why_it_lacks_a_layout():
-    family = Family("t", (), (), {"hf": LAYOUT}, {}, {}, refused={"mcore": "it is round"})  # type: ignore[arg-type] # not called
+    family = Family("t", (), (), {"hf": LAYOUT}, {}, refused={"mcore": "it is round"})  # type: ignore[arg-type] # not called
     with pytest.raises(SchemaError, match="family t has no mcore layout, only hf: it is round"):
         family.layout("mcore")
     with pytest.raises(SchemaError, match="cannot be named that way"):

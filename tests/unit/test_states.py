@@ -33,6 +33,7 @@ def test_every_saver_refuses_another_state(saver, tmp_path):
 
 
 def test_megatron_style_savers_get_no_other_state(tmp_path):
+    pytest.importorskip("torch")
     begin, first, *rest = messages(tiny("llama"), tmp_path)
     queue = SendQueue("fake", iter([begin, replace(first, state="master"), *rest]), "GPT", print)
     queue.get()

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -21,6 +20,7 @@ from ckptx.hf_models.lora import config as adapter_config
 from ckptx.hf_models.lora import names as adapter_names
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG, AdapterConfig
 from ckptx.hf_models.weights import Weights
+from ckptx.protocol.context import Options
 from ckptx.protocol.from_names import inventory
 from ckptx.protocol.messages import Begin
 from ckptx.tensors.lazy import LazyTensor
@@ -71,7 +71,7 @@ class ExtractedAdapters:
 
 
 def extract_adapters(
-    begin: Begin, tensors: Mapping[str, LazyTensor], options: Mapping[str, Any]
+    begin: Begin, tensors: Mapping[str, LazyTensor], options: Options
 ) -> ExtractedAdapters:
     """Return the base and the adapters of a source and of ``--adapter``.
 

@@ -18,23 +18,12 @@ from itertools import permutations
 from ckptx.model.spec import ModelSpec
 from ckptx.tensors.joins import concat, deinterleave, interleave
 from ckptx.tensors.lazy import LazyTensor
-from ckptx.verification.diagnosis.mistakes import Hypothesis, Read, TensorPair, Variant, on_one
+from ckptx.verification.diagnosis.evidence import PARTS, TensorPair, fused_of, parts_of, rows_of
+from ckptx.verification.diagnosis.mistakes import Hypothesis, Variant, on_one
 from ckptx.verification.pairing import Name
 
-PARTS = ("query", "key", "value")
 FUSED = ("qkv weight", "qkv bias")
-
-
-def part_names(name: Name) -> list[Name]:
-    """Return names for query, key and value within a fused tensor."""
-    message, key = name
-    return [(message, f"{key}/{part}") for part in PARTS]
-
-
-def rows_of(spec: ModelSpec) -> list[int]:
-    """Return the rows of query, key and value."""
-    key = spec.num_query_groups * spec.kv_channels
-    return [spec.num_attention_heads * spec.kv_channels, key, key]
+_Change = Callable[[LazyTensor], LazyTensor]
 
 
 def fits(subject: TensorPair) -> bool:
@@ -49,28 +38,18 @@ def fits(subject: TensorPair) -> bool:
     )
 
 
-def parts_of(fused: LazyTensor, spec: ModelSpec) -> list[LazyTensor]:
-    """Return query, key and value of a fused tensor in canonical order."""
-    return deinterleave(fused, rows_of(spec), spec.num_query_groups)
-
-
-def fused_of(parts: Sequence[LazyTensor], spec: ModelSpec) -> LazyTensor:
-    """Return query, key and value as one tensor in canonical order."""
-    return interleave(parts, spec.num_query_groups)
-
-
 @dataclass(frozen=True, slots=True)
 class _Order:
     """An order of the rows of a fused tensor."""
 
-    said: str
+    words: str
     pack: Callable[[Sequence[LazyTensor]], LazyTensor]
     unpack: Callable[[LazyTensor], list[LazyTensor]]
 
 
-def _in_groups(said: str, groups: int, rows: list[int]) -> _Order:
+def _in_groups(words: str, groups: int, rows: list[int]) -> _Order:
     return _Order(
-        said,
+        words,
         lambda parts: interleave(parts, groups),
         lambda fused: deinterleave(fused, rows, groups),
     )
@@ -95,98 +74,87 @@ def _orders(spec: ModelSpec) -> list[_Order]:
     return found
 
 
-class QkvOrder:
-    """The rows of query, key and value lie in one order and were read as another."""
+def _misread(pair: TensorPair) -> Iterator[Variant]:
+    """Yield every pair of orders."""
+    spec = pair.spec
+    if spec is None or not fits(pair):
+        return
 
-    name = "qkv-order"
-    title = "the rows of query, key and value are in the wrong order"
-    advice = (
-        "One of the two was written, or read, with another order of the fused attention weight. "
-        "Convert it again from its original with the right format (Megatron's checkpoint_version, "
-        "the right number of query groups); do not use it as it is: attention mixes heads."
-    )
-
-    def forms(self, subject: TensorPair) -> Iterator[Variant]:
-        """Return every pair of orders."""
-        if not fits(subject) or (spec := subject.spec) is None:
-            return
-        orders = _orders(spec)
-        for lies in orders:
-            for read_as in orders:
-                if lies is not read_as:
-                    yield Variant(
-                        self.name,
-                        f"rows that lie {lies.said} were read as {read_as.said}",
-                        on_one(self._change(lies, read_as, spec)),
-                    )
-
-    def _change(
-        self, lies: _Order, read_as: _Order, spec: ModelSpec
-    ) -> Callable[[LazyTensor], LazyTensor]:
+    def change(lies: _Order, read_as: _Order) -> _Change:
         return lambda fused: fused_of(read_as.unpack(lies.pack(parts_of(fused, spec))), spec)
 
-
-class QkvExchanged:
-    """Query, key and value stand for one another."""
-
-    name = "qkv-exchanged"
-    title = "query, key and value are exchanged"
-    advice = (
-        "Look where the converter names query, key and value: two of them have each other's name. "
-        "Convert again."
-    )
-
-    def forms(self, subject: TensorPair) -> Iterator[Variant]:
-        """Return every exchange of parts of one size."""
-        if not fits(subject) or (spec := subject.spec) is None:
-            return
-        rows = rows_of(spec)
-        for order in permutations(range(3)):
-            if order != (0, 1, 2) and [rows[place] for place in order] == rows:
-                moved = ", ".join(
-                    f"the {PARTS[place]} of A is the {PARTS[number]} of B"
-                    for number, place in enumerate(order)
-                    if place != number
-                )
-                yield Variant(self.name, moved, on_one(self._change(order, spec)))
-
-    def _change(self, order: Sequence[int], spec: ModelSpec) -> Callable[[LazyTensor], LazyTensor]:
-        def change(fused: LazyTensor) -> LazyTensor:
-            parts = parts_of(fused, spec)
-            return fused_of([parts[place] for place in order], spec)
-
-        return change
+    for lies, read_as in permutations(_orders(spec), 2):
+        words = f"rows that lie {lies.words} were read as {read_as.words}"
+        yield Variant(words, on_one(change(lies, read_as)))
 
 
-class QueryGroups:
-    """Query heads are dealt to query groups in the wrong way."""
+QKV_ORDER = Hypothesis(
+    "qkv-order",
+    "the rows of query, key and value are in the wrong order",
+    "One of the two was written, or read, with another order of the fused attention weight. "
+    "Convert it again from its original with the right format (Megatron's checkpoint_version, "
+    "the right number of query groups); do not use it as it is: attention mixes heads.",
+    _misread,
+)
 
-    name = "query-groups"
-    title = "query heads are dealt to the query groups in the wrong order"
-    advice = (
-        "Query head h belongs to group h // (heads / groups). One side has dealt them out in turn, "
-        "or was read so. Convert it again from its original."
-    )
 
-    def forms(self, subject: TensorPair) -> Iterator[Variant]:
-        """Return heads dealt out in turn, and taken up in turn."""
-        if not fits(subject) or (spec := subject.spec) is None:
-            return
-        each = spec.num_attention_heads // spec.num_query_groups
-        if 1 in (each, spec.num_query_groups):
-            return
-        for said, inner in (
-            ("heads that were dealt out in turn were read as groups", each),
-            ("groups were read as heads dealt out in turn", spec.num_query_groups),
-        ):
-            yield Variant(self.name, said, on_one(self._change(inner, spec)))
+def _moved(pair: TensorPair) -> Iterator[Variant]:
+    """Yield every exchange of parts of one size."""
+    spec = pair.spec
+    if spec is None or not fits(pair):
+        return
 
-    def _change(self, inner: int, spec: ModelSpec) -> Callable[[LazyTensor], LazyTensor]:
-        def change(fused: LazyTensor) -> LazyTensor:
+    def change(order: Sequence[int]) -> _Change:
+        return lambda fused: fused_of([parts_of(fused, spec)[place] for place in order], spec)
+
+    rows = rows_of(spec)
+    for order in permutations(range(3)):
+        if order != (0, 1, 2) and [rows[place] for place in order] == rows:
+            moved = ", ".join(
+                f"the {PARTS[place]} of A is the {PARTS[number]} of B"
+                for number, place in enumerate(order)
+                if place != number
+            )
+            yield Variant(moved, on_one(change(order)))
+
+
+QKV_EXCHANGED = Hypothesis(
+    "qkv-exchanged",
+    "query, key and value are exchanged",
+    "Look where the converter names query, key and value: two of them have each other's name. "
+    "Convert again.",
+    _moved,
+)
+
+
+def _dealt(pair: TensorPair) -> Iterator[Variant]:
+    """Yield heads dealt out in turn, and taken up in turn."""
+    spec = pair.spec
+    if spec is None or not fits(pair):
+        return
+    heads = spec.num_attention_heads // spec.num_query_groups
+    if 1 in (heads, spec.num_query_groups):
+        return
+
+    def change(inner: int) -> _Change:
+        def deal(fused: LazyTensor) -> LazyTensor:
             query, key, value = parts_of(fused, spec)
             return fused_of([exchanged(query, spec.kv_channels, inner), key, value], spec)
 
-        return change
+        return deal
+
+    yield Variant("heads that were dealt out in turn were read as groups", on_one(change(heads)))
+    groups = on_one(change(spec.num_query_groups))
+    yield Variant("groups were read as heads dealt out in turn", groups)
+
+
+QUERY_GROUPS = Hypothesis(
+    "query-groups",
+    "query heads are dealt to the query groups in the wrong order",
+    "Query head h belongs to group h // (heads / groups). One side has dealt them out in turn, "
+    "or was read so. Convert it again from its original.",
+    _dealt,
+)
 
 
 def exchanged(tensor: LazyTensor, unit: int, inner: int) -> LazyTensor:
@@ -196,64 +164,48 @@ def exchanged(tensor: LazyTensor, unit: int, inner: int) -> LazyTensor:
     return blocks.permute((1, 0, *rest)).merge(0).merge(0)
 
 
-class RotaryOrder:
-    """The rows of heads that rotate: half by half, or pair by pair."""
+def _turned(pair: TensorPair) -> Iterator[Variant]:
+    """Yield both directions, of query and key together and each alone."""
+    spec = pair.spec
+    if spec is None or pair.a != pair.b:
+        return
+    for pairs in (True, False):
+        way = (
+            "halves of A are neighbouring rows of B"
+            if pairs
+            else "neighbouring rows of A are halves of B"
+        )
+        if fits(pair):
+            for which in ((0, 1), (0,), (1,)):
+                words = " and ".join(PARTS[number] for number in which)
+                yield Variant(f"{words}: {way}", on_one(_turn_in_fused(which, spec, pairs)))
+        elif (place := _rotating(pair.name, spec)) is not None:
+            yield Variant(way, on_one(_turn(*place, pairs)))
 
-    name = "rotary-order"
-    title = "rotary embedding: the two halves of every head lie interleaved on one side"
-    advice = (
-        "Hugging Face and Megatron rotate the first half of a head with the second, Meta's files "
-        "and GPT-J neighbouring rows. One side was not permuted, or permuted twice. Convert again "
-        "and name the format that the source really has (--from meta, --from hf)."
-    )
 
-    def forms(self, subject: TensorPair) -> Iterator[Variant]:
-        """Return both directions, of query and key together and each alone."""
-        spec = subject.spec
-        if spec is None or subject.a != subject.b:
-            return
-        for pairs in (True, False):
-            way = (
-                "halves of A are neighbouring rows of B"
-                if pairs
-                else "neighbouring rows of A are halves of B"
-            )
-            if fits(subject):
-                for which in ((0, 1), (0,), (1,)):
-                    said = " and ".join(PARTS[number] for number in which)
-                    change = self._in_fused(which, spec, pairs)
-                    yield Variant(self.name, f"{said}: {way}", on_one(change))
-            elif (place := _rotating(subject.name, spec)) is not None:
-                yield Variant(self.name, way, on_one(self._turned(*place, pairs)))
+def _turn_in_fused(which: Sequence[int], spec: ModelSpec, pairs: bool) -> _Change:
+    rotating = int(spec.kv_channels * spec.rotary_percent)
+    turn = _turn(spec.kv_channels, 0, rotating, pairs)
 
-    def _in_fused(
-        self, which: Sequence[int], spec: ModelSpec, pairs: bool
-    ) -> Callable[[LazyTensor], LazyTensor]:
-        rotating = int(spec.kv_channels * spec.rotary_percent)
-        turned = self._turned(spec.kv_channels, 0, rotating, pairs)
+    def change(fused: LazyTensor) -> LazyTensor:
+        parts = parts_of(fused, spec)
+        return fused_of([turn(part) if n in which else part for n, part in enumerate(parts)], spec)
 
-        def change(fused: LazyTensor) -> LazyTensor:
-            parts = parts_of(fused, spec)
-            return fused_of(
-                [turned(part) if n in which else part for n, part in enumerate(parts)], spec
-            )
+    return change
 
-        return change
 
-    def _turned(
-        self, head: int, start: int, stop: int, pairs: bool
-    ) -> Callable[[LazyTensor], LazyTensor]:
-        def change(part: LazyTensor) -> LazyTensor:
-            heads = part.split(0, head)
-            turning = heads.narrow(1, start, stop)
-            inner = (stop - start) // 2 if pairs else 2
-            split = turning.split(1, inner)
-            rest = range(3, len(split.shape))
-            turned = split.permute((0, 2, 1, *rest)).merge(1)
-            kept = [heads.narrow(1, 0, start), turned, heads.narrow(1, stop, head)]
-            return concat([one for one in kept if one.numel], 1).merge(0)
+def _turn(head: int, start: int, stop: int, pairs: bool) -> _Change:
+    def change(part: LazyTensor) -> LazyTensor:
+        heads = part.split(0, head)
+        turning = heads.narrow(1, start, stop)
+        inner = (stop - start) // 2 if pairs else 2
+        split = turning.split(1, inner)
+        rest = range(3, len(split.shape))
+        turned = split.permute((0, 2, 1, *rest)).merge(1)
+        rows = [heads.narrow(1, 0, start), turned, heads.narrow(1, stop, head)]
+        return concat([part for part in rows if part.numel], 1).merge(0)
 
-        return change
+    return change
 
 
 def _rotating(name: Name, spec: ModelSpec) -> tuple[int, int, int] | None:
@@ -272,23 +224,11 @@ def _rotating(name: Name, spec: ModelSpec) -> tuple[int, int, int] | None:
     return None
 
 
-def reader_of_parts(read: Read, spec: ModelSpec | None) -> Read:
-    """Return a reader that also knows query, key and value within fused tensors."""
-
-    def read_part(name: Name) -> LazyTensor | None:
-        message, key = name
-        whole, slash, part = key.partition("/")
-        if not slash or part not in PARTS or spec is None:
-            return read(name)
-        fused = read((message, whole))
-        return None if fused is None else parts_of(fused, spec)[PARTS.index(part)]
-
-    return read_part
-
-
-MISTAKES: Sequence[Hypothesis] = (
-    QkvExchanged(),
-    RotaryOrder(),
-    QkvOrder(),
-    QueryGroups(),
+ROTARY_ORDER = Hypothesis(
+    "rotary-order",
+    "rotary embedding: the two halves of every head lie interleaved on one side",
+    "Hugging Face and Megatron rotate the first half of a head with the second, Meta's files "
+    "and GPT-J neighbouring rows. One side was not permuted, or permuted twice. Convert again "
+    "and name the format that the source really has (--from meta, --from hf).",
+    _turned,
 )

@@ -1,17 +1,48 @@
-"""The two checkpoints as hypotheses see them: readers of tensors, samples, dimensions."""
+"""The two checkpoints as hypotheses see them: readers of tensors, samples, dimensions.
+
+Samples are a few elements of a tensor: enough to dismiss a hypothesis, never enough to believe one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ckptx.model.canonical_names import VISION
 from ckptx.model.spec import ModelSpec
 from ckptx.storage.blocks import BlockReader
-from ckptx.tensors.lazy import LazyTensor
-from ckptx.verification.diagnosis import attention
-from ckptx.verification.diagnosis.mistakes import Read, TensorPair
-from ckptx.verification.diagnosis.samples import Sampler, common_dtype
+from ckptx.storage.gather import Gather
+from ckptx.storage.open_files import Files
+from ckptx.tensors.dtypes import ITEMSIZE, is_widening
+from ckptx.tensors.joins import deinterleave, interleave
+from ckptx.tensors.lazy import LazyTensor, Shape
 from ckptx.verification.pairing import Name, Paired
+
+Found = TypeVar("Found")
+Read: TypeAlias = Callable[[Name], LazyTensor | None]
+"""Returns the tensor of a name, None if there is none."""
+PARTS = ("query", "key", "value")
+_RUN = 32  # elements that are read together
+_RUNS = 6
+_ROUNDED = ("float32", "float16", "bfloat16")  # dtypes that wider ones can be cast to
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPair:
+    """A tensor that differs, and what is known of it."""
+
+    name: Name
+    a: Shape
+    b: Shape
+    spec: ModelSpec | None
+    """The dimensions of the part of the model that it is of, None where they are unknown."""
+    evidence: Evidence
 
 
 class Evidence:
@@ -23,13 +54,21 @@ class Evidence:
         self.reader = reader
         self.sampler = Sampler(reader.files)
         self.reads = (self._reader(0), self._reader(1))
+        self._known: dict[object, Any] = {}
+
+    def once(self, look: Callable[[Evidence], Found]) -> Found:
+        """Return what ``look`` finds in the evidence; it looks once."""
+        if look not in self._known:
+            self._known[look] = look(self)
+        found: Found = self._known[look]
+        return found
 
     def subject(self, name: Name) -> TensorPair | None:
         """Return what is known of a tensor, None if a side has not got it."""
         a, b = (read(name) for read in self.reads)
         if a is None or b is None:
             return None
-        return TensorPair(name, a.shape, b.shape, self.spec(name))
+        return TensorPair(name, a.shape, b.shape, self.spec(name), self)
 
     def spec(self, name: Name) -> ModelSpec | None:
         """Return the dimensions of the part of the model that a tensor is of, if known."""
@@ -53,6 +92,101 @@ class Evidence:
         tensors = self.sides[side].tensors
 
         def read_part(name: Name) -> LazyTensor | None:
-            return attention.reader_of_parts(tensors.get, self.spec(name))(name)
+            return reader_of_parts(tensors.get, self.spec(name))(name)
 
         return read_part
+
+
+class Sampler:
+    """Reads samples of the tensors of two checkpoints, whose open files these are."""
+
+    def __init__(self, files: Sequence[Files]) -> None:
+        self._gathers = [Gather(one) for one in files]
+
+    def runs(self, side: int, tensor: LazyTensor) -> list[NDArray[Any]]:
+        """Return runs of elements: those at both ends, and some between, the same for a shape."""
+        return [self.run(side, tensor, start) for start in starts(tensor.numel)]
+
+    def run(self, side: int, tensor: LazyTensor, start: int) -> NDArray[Any]:
+        """Return the run of elements that starts at ``start`` in row-major order."""
+        stop = min(tensor.numel, start + _RUN)
+        values = self._gathers[side].add_range(tensor, start, stop)
+        self._gathers[side].run()
+        return values
+
+    def heads(self, side: int, tensors: Sequence[LazyTensor], dtype: str) -> list[bytes | None]:
+        """Return the first elements of several tensors; None of one that starts with one value."""
+        gather = self._gathers[side]
+        heads = [
+            gather.add_range(tensor.cast(dtype), 0, min(_RUN, tensor.numel)) for tensor in tensors
+        ]
+        gather.run()
+        elements = [head.view(np.uint8).reshape(-1, ITEMSIZE[dtype]) for head in heads]
+        return [None if (rows == rows[:1]).all() else rows.tobytes() for rows in elements]
+
+    def digest(self, side: int, tensor: LazyTensor, dtype: str) -> bytes | None:
+        """Return a digest of runs of a tensor in a dtype; None if they hold one value only."""
+        runs = self.runs(side, tensor.cast(dtype))
+        if not runs or all((run == runs[0][0]).all() for run in runs):
+            return None
+        return hashlib.blake2b(b"".join(run.tobytes() for run in runs), digest_size=16).digest()
+
+
+@lru_cache(maxsize=1024)
+def starts(numel: int) -> list[int]:
+    """Return where the runs of a tensor of so many elements start."""
+    if not numel:
+        return []
+    last = max(0, numel - _RUN)
+    spread = np.random.default_rng(numel).integers(0, last + 1, _RUNS - 2)
+    return list(dict.fromkeys([int(spread[0]), 0, last, *map(int, spread[1:])]))
+
+
+def common_dtype(first: str, second: str) -> str | None:
+    """Return the narrower of two dtypes, in which rounded copies are equal; None without one.
+
+    Examples:
+        >>> common_dtype("float32", "bfloat16"), common_dtype("float16", "bfloat16")
+        ('bfloat16', None)
+    """
+    if first == second:
+        return first
+    narrow = first if is_widening(first, second) else second
+    wide = second if narrow == first else first
+    return narrow if narrow in _ROUNDED and is_widening(narrow, wide) else None
+
+
+def part_names(name: Name) -> list[Name]:
+    """Return names for query, key and value within a fused tensor."""
+    message, key = name
+    return [(message, f"{key}/{part}") for part in PARTS]
+
+
+def rows_of(spec: ModelSpec) -> list[int]:
+    """Return the rows of query, key and value."""
+    key = spec.num_query_groups * spec.kv_channels
+    return [spec.num_attention_heads * spec.kv_channels, key, key]
+
+
+def parts_of(fused: LazyTensor, spec: ModelSpec) -> list[LazyTensor]:
+    """Return query, key and value of a fused tensor in canonical order."""
+    return deinterleave(fused, rows_of(spec), spec.num_query_groups)
+
+
+def fused_of(parts: Sequence[LazyTensor], spec: ModelSpec) -> LazyTensor:
+    """Return query, key and value as one tensor in canonical order."""
+    return interleave(parts, spec.num_query_groups)
+
+
+def reader_of_parts(read: Read, spec: ModelSpec | None) -> Read:
+    """Return a reader that also knows query, key and value within fused tensors."""
+
+    def read_part(name: Name) -> LazyTensor | None:
+        message, key = name
+        whole, slash, part = key.partition("/")
+        if not slash or part not in PARTS or spec is None:
+            return read(name)
+        fused = read((message, whole))
+        return None if fused is None else parts_of(fused, spec)[PARTS.index(part)]
+
+    return read_part

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from ckptx.tensors.joins import deinterleave, interleave
 from ckptx.tensors.lazy import LazyTensor
-from ckptx.verification.diagnosis.mistakes import Make, Read, TensorPair, Variant
+from ckptx.verification.diagnosis.evidence import Read, TensorPair
+from ckptx.verification.diagnosis.mistakes import Hypothesis, Make, Variant, of_partner
 from ckptx.verification.pairing import Name
 
 _RANKS = 64  # most tensor-parallel ranks that are tried
@@ -29,55 +30,40 @@ def partner(name: Name) -> Name | None:
     return None
 
 
-class GateUp:
-    """Gate and up projection have each other's place."""
-
-    name = "gate-up-exchanged"
-    title = "gate and up projection are exchanged"
-    advice = (
-        "One side was split, or named, the other way round. In Megatron's fused linear_fc1 the "
-        "gate comes first; Mixtral's w1 is the gate, w3 the up projection. Convert that side "
-        "again; the model computes nonsense as it is."
-    )
-
-    def forms(self, subject: TensorPair) -> Iterator[Variant]:
-        """Return the exchange."""
-        if partner(subject.name) is not None:
-            yield Variant(self.name, "the gate of A is the up projection of B", _other, partner)
+_other = of_partner(partner)
 
 
-class GateUpRanks:
-    """Gate and up projection of each tensor-parallel rank lie together, and were read as wholes."""
-
-    name = "gate-up-ranks"
-    title = "gate and up projection of tensor-parallel ranks were joined without taking them apart"
-    advice = (
-        "Each rank holds half gate, half up projection; joined as they stand they are [gate, up] "
-        "rank after rank. Split every rank's weight in two before joining the halves: convert "
-        "again from the ranks' files."
-    )
-
-    def forms(self, subject: TensorPair) -> Iterator[Variant]:
-        """Return every number of ranks, in both directions."""
-        named = not subject.name[0]
-        if named or partner(subject.name) is None or subject.a != subject.b:
-            return
-        axis = 1 if len(subject.a) == 3 else 0
-        for ranks in range(2, _RANKS + 1):
-            if subject.a[axis] % ranks:
-                continue
-            for lies, read_as in ((ranks, 1), (1, ranks)):
-                said = (
-                    f"{ranks} ranks, joined as they stand, were read as one"
-                    if read_as == 1
-                    else f"one whole was read as {ranks} ranks"
-                )
-                yield Variant(self.name, said, _regrouped(lies, read_as, axis), partner)
+def _exchanged(pair: TensorPair) -> Iterator[Variant]:
+    if partner(pair.name) is not None:
+        yield Variant("the gate of A is the up projection of B", _other, partner)
 
 
-def _other(read: Read, name: Name) -> LazyTensor | None:
-    other = partner(name)
-    return None if other is None else read(other)
+GATE_UP = Hypothesis(
+    "gate-up-exchanged",
+    "gate and up projection are exchanged",
+    "One side was split, or named, the other way round. In Megatron's fused linear_fc1 the "
+    "gate comes first; Mixtral's w1 is the gate, w3 the up projection. Convert that side "
+    "again; the model computes nonsense as it is.",
+    _exchanged,
+)
+
+
+def _joined(pair: TensorPair) -> Iterator[Variant]:
+    """Yield every number of ranks, in both directions."""
+    named = not pair.name[0]
+    if named or partner(pair.name) is None or pair.a != pair.b:
+        return
+    axis = 1 if len(pair.a) == 3 else 0
+    for ranks in range(2, _RANKS + 1):
+        if pair.a[axis] % ranks:
+            continue
+        for lies, read_as in ((ranks, 1), (1, ranks)):
+            words = (
+                f"{ranks} ranks, joined as they stand, were read as one"
+                if read_as == 1
+                else f"one whole was read as {ranks} ranks"
+            )
+            yield Variant(words, _regrouped(lies, read_as, axis), partner)
 
 
 def _regrouped(lies: int, read_as: int, axis: int) -> Make:
@@ -92,3 +78,13 @@ def _regrouped(lies: int, read_as: int, axis: int) -> Make:
         return deinterleave(fused, sizes, read_as, axis)[0 if is_gate else 1]
 
     return make
+
+
+GATE_UP_RANKS = Hypothesis(
+    "gate-up-ranks",
+    "gate and up projection of tensor-parallel ranks were joined without taking them apart",
+    "Each rank holds half gate, half up projection; joined as they stand they are [gate, up] "
+    "rank after rank. Split every rank's weight in two before joining the halves: convert "
+    "again from the ranks' files.",
+    _joined,
+)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 _SHOWN = 3  # tensors in the text form
-_LABEL, _PAGE = 10, 120  # columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,28 +38,15 @@ class Finding:
             "rounding": self.rounding,
         }
 
-    def render(self, width: int) -> Iterator[str]:
-        """Yield the finding as lines of at most ``width`` columns."""
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Yield labels and texts for people."""
         how = f"within the rounding to {self.rounding}" if self.rounding else "to the last bit"
         count = f"{len(self.tensors)} of {self.of} differing tensors, {how}"
-        yield from wrapped("diagnosis", self.title, width)
-        yield from wrapped("explains", f"{count}: {self._some()}", width)
-        for detail in self.details:
-            yield from wrapped("data", detail, width)
-        yield from wrapped("advice", self.advice, width)
+        yield "diagnosis", self.title
+        yield "explains", f"{count}: {self._some()}"
+        yield from (("data", detail) for detail in self.details)
+        yield "advice", self.advice
 
     def _some(self) -> str:
         rest = len(self.tensors) - _SHOWN
         return ", ".join(self.tensors[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def wrapped(label: str, text: str, width: int) -> list[str]:
-    """Return ``text`` beside its label, broken between words; prose is not wider than a page."""
-    return textwrap.wrap(
-        text,
-        min(max(width, 4 * _LABEL), _PAGE),
-        initial_indent=f"{label:<{_LABEL}}",
-        subsequent_indent=" " * _LABEL,
-        break_on_hyphens=False,
-        break_long_words=False,  # a path that is cut cannot be copied
-    )

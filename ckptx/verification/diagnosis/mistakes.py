@@ -1,52 +1,41 @@
 """What a mistake is: a way in which the tensors of B were made from those of A.
 
-A form of a mistake builds, from the lazy tensors of A, the tensor that B holds under a name if just
-this has happened. Forms are chained by reading through one another, so two mistakes at once need no
-code of their own. Which side is right, the data cannot tell: the inverse of a form is a form too.
+A variant of a mistake builds, from the lazy tensors of A, the tensor that B holds under a name if
+just this has happened. Variants are chained by reading through one another, so two mistakes at once
+need no code of their own. Which side is right, the data cannot tell: the inverse of a variant is a
+variant too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
-from ckptx.model.spec import ModelSpec
-from ckptx.tensors.lazy import LazyTensor, Shape
+from ckptx.tensors.lazy import LazyTensor
+from ckptx.verification.diagnosis.evidence import Read, TensorPair
 from ckptx.verification.pairing import Name
 
-Read: TypeAlias = Callable[[Name], LazyTensor | None]
-"""Returns the tensor of a name, None if there is none."""
 Make: TypeAlias = Callable[[Read, Name], LazyTensor | None]
 """Returns what B holds under a name, given how to read A; None if the mistake does not apply."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One form of a mistake: ``said`` is what happened, in words; ``make`` makes it happen.
+    """One form of a mistake: ``detail`` is what happened, in words; ``make`` makes it happen.
 
-    ``mistake`` and ``said`` together tell it from all others.
+    ``mistake``, the name of the hypothesis, and ``detail`` together tell it from all others.
     """
 
-    mistake: str
-    said: str
+    detail: str
     make: Make
     partner: Callable[[Name], Name | None] = lambda name: None
-    """The tensor that must have suffered the same for the form to be what happened."""
+    """The tensor that must have suffered the same for the variant to be what happened."""
+    mistake: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class TensorPair:
-    """A tensor that differs, and what is known of it."""
-
-    name: Name
-    a: Shape
-    b: Shape
-    spec: ModelSpec | None
-    """The dimensions of the part of the model that it is of, None where they are unknown."""
-
-
-class Hypothesis(Protocol):
+class Hypothesis:
     """A known mistake."""
 
     name: str
@@ -55,9 +44,13 @@ class Hypothesis(Protocol):
     """The mistake in a few words."""
     advice: str
     """What to do, for somebody who has not made converters."""
+    forms: Callable[[TensorPair], Iterable[Variant]] = lambda pair: ()
+    """Returns the forms that it can take in a tensor, the most common first."""
 
-    def forms(self, subject: TensorPair) -> Iterable[Variant]:
-        """Return the forms that it can take in a tensor, the most common first."""
+    def variants(self, pair: TensorPair) -> Iterator[Variant]:
+        """Yield the forms that it can take in a tensor, under its name."""
+        for variant in self.forms(pair):
+            yield replace(variant, mistake=self.name)
 
 
 def chained(first: Variant, second: Variant) -> Make:
@@ -75,5 +68,15 @@ def on_one(change: Callable[[LazyTensor], LazyTensor]) -> Make:
     def make(read: Read, name: Name) -> LazyTensor | None:
         tensor = read(name)
         return None if tensor is None else change(tensor)
+
+    return make
+
+
+def of_partner(partner: Callable[[Name], Name | None]) -> Make:
+    """Return how to make a tensor by taking its partner."""
+
+    def make(read: Read, name: Name) -> LazyTensor | None:
+        other = partner(name)
+        return None if other is None else read(other)
 
     return make

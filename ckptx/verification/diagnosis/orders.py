@@ -1,4 +1,4 @@
-"""Mistakes in the order of layers, experts and tensor-parallel ranks.
+"""Mistakes in the order of layers, experts and tensor-parallel ranks, and in whole names.
 
 Which layer of A a layer of B is, digests of samples tell; that it is, the comparison of all of it.
 """
@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from ckptx.model.canonical_names import keys_of
-from ckptx.tensors.joins import concat
-from ckptx.tensors.lazy import LazyTensor
-from ckptx.verification.diagnosis.mistakes import Read, TensorPair, Variant, on_one
-from ckptx.verification.diagnosis.samples import Sampler, common_dtype
-from ckptx.verification.pairing import Name
+from ckptx.tensors.joins import concat, unstacked
+from ckptx.tensors.lazy import LazyTensor, Shape
+from ckptx.verification.diagnosis.evidence import Evidence, Read, TensorPair, common_dtype
+from ckptx.verification.diagnosis.mistakes import Hypothesis, Make, Variant, on_one
+from ckptx.verification.pairing import Name, label
 
 Order: TypeAlias = dict[int, int]
 """For a number in B, the number in A of the same thing."""
@@ -139,137 +138,159 @@ def renumbered(template: Name, number: int) -> Name:
     return "", key.replace("{}", str(number))
 
 
-@dataclass(slots=True)
-class LayerOrder:
-    """Layers have other numbers."""
-
-    name = "layer-order"
-    title = "layers are numbered differently"
-    advice = (
-        "Stages of a pipeline, or files, were put together in the wrong order: often names sorted "
-        "as strings, or virtual pipeline chunks taken stage by stage. Convert again from the "
-        "original; the model computes nonsense as it is."
-    )
-
-    orders: dict[str, Order] = field(default_factory=dict)
-    """By the name of a message without its number."""
-    place: int = 0
-    what: str = "layer"
-
-    def forms(self, subject: TensorPair) -> Iterator[Variant]:
-        """Return the order that was found among the layers."""
-        found = numbered(subject.name, self.place)
-        order = self.orders.get(group(found[0])) if found else None
-        if order and any(i != j for i, j in order.items()):
-            yield Variant(self.name, order_named(order, self.what), self._make)
-
-    def _make(self, read: Read, name: Name) -> LazyTensor | None:
-        message, slash, part = name[1].partition("/")
-        found = numbered((name[0], message), self.place)
-        if found is None:
-            return None
-        template, number = found
-        other = self.orders.get(group(template), {}).get(number)
-        if other is None:
-            return None
-        message, key = renumbered(template, other)
-        return read((message, f"{key}{slash}{part}"))
-
-
-class NamedExpertOrder(LayerOrder):
-    """Experts that are tensors of their own have other numbers."""
-
-    name = "expert-order"
-    title = "experts are in another order"
-    advice = (
-        "Names or files were sorted as strings, or ranks' experts were numbered in turn. Convert "
-        "again from the original. If the rows of the router are in the same order, both models "
-        "compute the same."
-    )
-
-
 def group(template: Name) -> str:
     """Return what is numbered together: the layers of a tower, the experts of a layer."""
     message, key = template
     return message or key.partition("{}")[0]
 
 
-@dataclass(slots=True)
-class ExpertOrder:
-    """Experts, stacked along the first axis, are in another order."""
+def _numbers_exchanged(
+    evidence: Evidence, place: int, among: Sequence[Name] | None = None
+) -> dict[str, Order]:
+    """Return how numbers of layers, or of experts, seem to be exchanged."""
+    groups: dict[str, set[Name]] = {}
+    for name in evidence.differing if among is None else among:
+        found = numbered(name, place)
+        if found is not None:
+            groups.setdefault(group(found[0]), set()).add(found[0])
+    result = {}
+    for numbers, templates in groups.items():
+        digests: list[dict[str, dict[int, bytes | None]]] = [{}, {}]
+        for name in evidence.sides[0].tensors:
+            found = numbered(name, place)
+            if found is None or found[0] not in templates:
+                continue
+            for side, digest in enumerate(evidence.digests(name)):
+                digests[side].setdefault(label(found[0]), {})[found[1]] = digest
+        result[numbers] = find_order(*digests)
+    return result
 
-    name = "expert-order"
-    title = NamedExpertOrder.title
-    advice = NamedExpertOrder.advice
 
-    orders: dict[str, Order] = field(default_factory=dict)
-    """By message."""
-
-    def forms(self, subject: TensorPair) -> Iterator[Variant]:
-        """Return the order that was found among the experts of the layer."""
-        order = self.orders.get(subject.name[0], {})
-        size = subject.a[0] if subject.a else 0
-        whole = sorted(order) == sorted(order.values()) == list(range(size))
-        moved = any(i != j for i, j in order.items())
-        if whole and moved and holds_experts(subject):
-            listed = [order[number] for number in range(size)]
-            yield Variant(self.name, order_named(order, "expert"), on_one(_permuted(listed, 0)))
+def _layer_orders(evidence: Evidence) -> dict[str, Order]:
+    return _numbers_exchanged(evidence, 0)
 
 
-def holds_experts(subject: TensorPair) -> bool:
+def _named_expert_orders(evidence: Evidence) -> dict[str, Order]:
+    """Return the orders of experts that are tensors of their own."""
+    named = [name for name in evidence.differing if not name[0]]
+    return _numbers_exchanged(evidence, 1, named)
+
+
+def _expert_orders(evidence: Evidence) -> dict[str, Order]:
+    """Return how the experts of every layer seem to be exchanged."""
+    found: dict[str, list[dict[str, dict[int, bytes | None]]]] = {}
+    for name in evidence.differing:
+        pair = evidence.subject(name)
+        if pair is None or pair.a != pair.b or not holds_experts(pair):
+            continue
+        a, b = (side.tensors[name] for side in evidence.sides)
+        dtype = common_dtype(a.dtype, b.dtype)
+        if dtype is None:
+            continue
+        for side, tensor in enumerate((a, b)):
+            heads = evidence.sampler.heads(side, unstacked(tensor), dtype)
+            found.setdefault(name[0], [{}, {}])[side][name[1]] = dict(enumerate(heads))
+    return {message: find_order(*both) for message, both in found.items()}
+
+
+def _renumbered(
+    pair: TensorPair, orders: Mapping[str, Order], place: int, what: str
+) -> Iterator[Variant]:
+    """Yield the order that was found among what has numbers at a place of its name."""
+    found = numbered(pair.name, place)
+    order = orders.get(group(found[0])) if found else None
+    if order and any(i != j for i, j in order.items()):
+        yield Variant(order_named(order, what), _under_number(orders, place))
+
+
+def _under_number(orders: Mapping[str, Order], place: int) -> Make:
+    def make(read: Read, name: Name) -> LazyTensor | None:
+        message, slash, part = name[1].partition("/")
+        found = numbered((name[0], message), place)
+        if found is None:
+            return None
+        template, number = found
+        other = orders.get(group(template), {}).get(number)
+        if other is None:
+            return None
+        message, key = renumbered(template, other)
+        return read((message, f"{key}{slash}{part}"))
+
+    return make
+
+
+LAYER_ORDER = Hypothesis(
+    "layer-order",
+    "layers are numbered differently",
+    "Stages of a pipeline, or files, were put together in the wrong order: often names sorted "
+    "as strings, or virtual pipeline chunks taken stage by stage. Convert again from the "
+    "original; the model computes nonsense as it is.",
+    lambda pair: _renumbered(pair, pair.evidence.once(_layer_orders), 0, "layer"),
+)
+
+
+def _experts(pair: TensorPair) -> Iterator[Variant]:
+    """Yield the order found among the experts of a layer, stacked or tensors of their own."""
+    order = pair.evidence.once(_expert_orders).get(pair.name[0], {})
+    size = pair.a[0] if pair.a else 0
+    whole = sorted(order) == sorted(order.values()) == list(range(size))
+    moved = any(i != j for i, j in order.items())
+    if whole and moved and holds_experts(pair):
+        listed = [order[number] for number in range(size)]
+        yield Variant(order_named(order, "expert"), on_one(_permuted(listed, 0)))
+    yield from _renumbered(pair, pair.evidence.once(_named_expert_orders), 1, "expert")
+
+
+def holds_experts(pair: TensorPair) -> bool:
     """Return whether the first axis of a canonical tensor is that of the experts."""
-    message, name = subject.name
-    key = keys_of(message, subject.spec).get(name) if message and subject.spec else None
+    message, name = pair.name
+    key = keys_of(message, pair.spec).get(name) if message and pair.spec else None
     return key is not None and key.shape[0] == "experts"
 
 
-@dataclass(slots=True)
-class RankOrder:
-    """Tensor-parallel shards were joined in another order."""
-
-    name = "rank-order"
-    title = "tensor-parallel ranks were joined in the wrong order"
-    advice = (
-        "Files of ranks were sorted as strings (0, 1, 10, 2), or given in another order. Join them "
-        "by number: convert again from the ranks' files."
-    )
-
-    sampler: Sampler
-    read: tuple[Read, Read]
-
-    def forms(self, subject: TensorPair) -> Iterator[Variant]:
-        """Return the order that samples of equal parts tell."""
-        if subject.a != subject.b or not subject.a:
-            return
-        tensors = [read(subject.name) for read in self.read]
-        a, b = tensors
-        if a is None or b is None or (dtype := common_dtype(a.dtype, b.dtype)) is None:
-            return
-        for axis in _axes(subject):
-            for ranks in _finest(subject.a[axis]):
-                heads = [
-                    self.sampler.heads(
-                        side, [tensor.chunk(axis, ranks, n) for n in range(ranks)], dtype
-                    )
-                    for side, tensor in enumerate((a, b))
-                ]
-                order = find_order(*({"": dict(enumerate(one))} for one in heads))
-                if sorted(order) != sorted(order.values()) or len(order) < ranks:
-                    continue
-                listed = _believed([order[n] for n in range(ranks)])
-                if not listed or listed == list(range(len(listed))):
-                    continue
-                said = order_named(dict(enumerate(listed)), "rank")
-                words = f"of {len(listed)} ranks, cut along axis {axis}: {said}"
-                yield Variant(self.name, words, on_one(_permuted(listed, axis)))
-                break
+EXPERT_ORDER = Hypothesis(
+    "expert-order",
+    "experts are in another order",
+    "Names or files were sorted as strings, or ranks' experts were numbered in turn. Convert "
+    "again from the original. If the rows of the router are in the same order, both models "
+    "compute the same.",
+    _experts,
+)
 
 
-def _axes(subject: TensorPair) -> Sequence[int]:
-    message, name = subject.name
-    key = keys_of(message, subject.spec).get(name) if message and subject.spec else None
+def _ranks(pair: TensorPair) -> Iterator[Variant]:
+    """Yield the order that samples of equal parts tell."""
+    if pair.a != pair.b or not pair.a:
+        return
+    tensors = [read(pair.name) for read in pair.evidence.reads]
+    a, b = tensors
+    if a is None or b is None or (dtype := common_dtype(a.dtype, b.dtype)) is None:
+        return
+    for axis in _axes(pair):
+        for ranks in _finest(pair.a[axis]):
+            heads = [
+                pair.evidence.sampler.heads(
+                    side, [tensor.chunk(axis, ranks, n) for n in range(ranks)], dtype
+                )
+                for side, tensor in enumerate((a, b))
+            ]
+            order = find_order(*({"": dict(enumerate(digests))} for digests in heads))
+            if sorted(order) != sorted(order.values()) or len(order) < ranks:
+                continue
+            listed = _believed([order[n] for n in range(ranks)])
+            if not listed or listed == list(range(len(listed))):
+                continue
+            numbers = order_named(dict(enumerate(listed)), "rank")
+            words = f"of {len(listed)} ranks, cut along axis {axis}: {numbers}"
+            yield Variant(words, on_one(_permuted(listed, axis)))
+            break
+
+
+def _axes(pair: TensorPair) -> Sequence[int]:
+    message, name = pair.name
+    key = keys_of(message, pair.spec).get(name) if message and pair.spec else None
     if key is None:
-        return range(min(2, len(subject.a)))
+        return range(min(2, len(pair.a)))
     return () if key.tp is None else (key.tp,)
 
 
@@ -303,3 +324,51 @@ def _permuted(listed: Sequence[int], axis: int) -> Callable[[LazyTensor], LazyTe
         return concat([tensor.chunk(axis, len(listed), number) for number in listed], axis)
 
     return change
+
+
+RANK_ORDER = Hypothesis(
+    "rank-order",
+    "tensor-parallel ranks were joined in the wrong order",
+    "Files of ranks were sorted as strings (0, 1, 10, 2), or given in another order. Join them "
+    "by number: convert again from the ranks' files.",
+    _ranks,
+)
+
+_Misplaced: TypeAlias = tuple[Mapping[tuple[Shape, bytes], Name], Mapping[Name, bytes | None]]
+
+
+def _misplaced(evidence: Evidence) -> _Misplaced:
+    """Return the tensors of A by shape and digest, and the digests of those of B that differ."""
+    differing = frozenset(evidence.differing)
+    known: dict[tuple[Shape, bytes], Name] = {}
+    wanted: dict[Name, bytes | None] = {}
+    shapes = {t.shape for name in evidence.differing if (t := evidence.sides[1].tensors.get(name))}
+    for name, tensor in evidence.sides[0].tensors.items():
+        a, b = evidence.digests(name)
+        if a is not None and tensor.shape in shapes:
+            known.setdefault((tensor.shape, a), name)
+        if name in differing:
+            wanted[name] = b
+    return known, wanted
+
+
+def _elsewhere(pair: TensorPair) -> Iterator[Variant]:
+    """Yield the name that the tensor has in A, if there is one."""
+    known, wanted = pair.evidence.once(_misplaced)
+    digest = wanted.get(pair.name)
+    other = known.get((pair.b, digest)) if digest is not None else None
+    if other is not None and other != pair.name:
+
+        def make(read: Read, name: Name) -> LazyTensor | None:
+            return read(other) if name == pair.name else None
+
+        yield Variant(f"{label(pair.name)} of B is {label(other)} of A", make)
+
+
+MISPLACED = Hypothesis(
+    "another-tensor",
+    "tensors hold what the other side has under another name",
+    "Names were mixed up, or one tensor was written over another. Look at the names below in "
+    "the converter that wrote one of the sides, and convert again.",
+    _elsewhere,
+)

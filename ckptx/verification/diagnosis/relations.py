@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ckptx.storage.gather import numpy_dtype
 from ckptx.tensors.dtypes import is_widening
+from ckptx.verification.diagnosis.mistakes import Hypothesis
 from ckptx.verification.difference import same_bits
 
 Array: TypeAlias = NDArray[Any]
@@ -27,16 +28,57 @@ _SMALLEST = {"bfloat16": 2.0**-134, "float16": 2.0**-25, "float32": 2.0**-150}
 """The absolute one below the normal range: half of the least subnormal number."""
 
 
+VALUES = (
+    Hypothesis(
+        "dtype",
+        "the same values in another dtype",
+        "Nothing is wrong with the weights; --ignore-dtype accepts them.",
+    ),
+    Hypothesis(
+        "rounding",
+        "values are rounded to another dtype",
+        "Expected if one side was saved in a narrower dtype. If it should be exact, convert from "
+        "the wider one again; --rtol 0.01 accepts what bfloat16 rounds.",
+    ),
+    Hypothesis(
+        "norm-off-by-one",
+        "norm weights are off by one",
+        "One side holds zero-centred weights, which the model adds 1 to (Gemma, Megatron's "
+        "--apply-layernorm-1p), the other holds plain ones. Convert again with the architecture "
+        "or the flag that the model really has.",
+    ),
+    Hypothesis(
+        "zeros",
+        "weights that were never filled: zeros",
+        "A part was not loaded, as of a rank or an expert whose file was not read. Look which "
+        "tensors these are, and write that side again.",
+    ),
+    Hypothesis(
+        "constant",
+        "weights that were never filled: one value throughout",
+        "The side with one value has what a model is initialised with, or less. Look whether the "
+        "names of these tensors were found when it was loaded, and write it again.",
+    ),
+    Hypothesis(
+        "not-a-number",
+        "NaN or infinite values",
+        "The training diverged, memory was saved uninitialised, or a cast overflowed (float16 "
+        "ends at 65504). Take an earlier checkpoint, or cast to bfloat16 instead.",
+    ),
+)
+"""Mistakes that change values where they lie, by the names that relations have."""
+
+
 @dataclass(frozen=True, slots=True)
 class Relation:
     """A way in which values of B follow from those of A.
 
     ``mistake`` is the stable name of what has happened to the values, empty if nothing has;
-    ``said`` completes "the values ...", ``rounding`` a remark "within ...".
+    ``detail`` completes "the values ...", ``rounding`` a remark "within ...".
     """
 
     mistake: str
-    said: str
+    detail: str
     holds: Holds
     rounding: str = ""
 
@@ -95,8 +137,8 @@ def shifted_by_one() -> Iterator[Relation]:
     """Yield what zero-centred norms do: one side holds the weight less one."""
     step = "the dtype, as that step rounds"
     for less, more in ("BA", "AB"):
-        said = f"of {less} are those of {more} less one"
-        yield Relation("norm-off-by-one", said, _minus_one(b_is_less=less == "B"), step)
+        detail = f"of {less} are those of {more} less one"
+        yield Relation("norm-off-by-one", detail, _minus_one(b_is_less=less == "B"), step)
 
 
 def constant(value: float, *, b: bool) -> Relation:
@@ -139,8 +181,8 @@ def _truncated(*, a_is_wide: bool) -> Relation:
         return bool(((big.view(np.uint32) >> 16) == small.view(np.uint16)).all())
 
     side, other = ("B", "A") if a_is_wide else ("A", "B")
-    said = f"of {side} are those of {other} cut off to bfloat16, not rounded to nearest"
-    return Relation("rounding", said, holds, "bfloat16")
+    detail = f"of {side} are those of {other} cut off to bfloat16, not rounded to nearest"
+    return Relation("rounding", detail, holds, "bfloat16")
 
 
 def _through(narrow: str, *, b: bool) -> Relation:

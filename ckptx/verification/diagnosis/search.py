@@ -14,14 +14,38 @@ from ckptx.errors import PlanError
 from ckptx.protocol.model import VOCAB_TENSORS
 from ckptx.storage.blocks import BlockReader, equal
 from ckptx.tensors.lazy import LazyTensor
-from ckptx.verification.diagnosis import attention, relations, vocabulary
-from ckptx.verification.diagnosis.evidence import Evidence
+from ckptx.verification.diagnosis import (
+    attention,
+    feed_forward,
+    matrices,
+    orders,
+    relations,
+    vocabulary,
+)
+from ckptx.verification.diagnosis.evidence import Evidence, TensorPair, part_names, starts
 from ckptx.verification.diagnosis.finding import Finding
-from ckptx.verification.diagnosis.hypotheses import WORDS, Hypotheses
-from ckptx.verification.diagnosis.mistakes import Make, TensorPair, Variant, chained
+from ckptx.verification.diagnosis.mistakes import Hypothesis, Make, Variant, chained
 from ckptx.verification.diagnosis.relations import SAME, Relation
-from ckptx.verification.diagnosis.samples import starts
 from ckptx.verification.pairing import Name, Paired, label
+
+TRIED: Sequence[Hypothesis] = (
+    feed_forward.GATE_UP,
+    vocabulary.TIED_HEAD,
+    attention.QKV_EXCHANGED,
+    attention.ROTARY_ORDER,
+    attention.QKV_ORDER,
+    attention.QUERY_GROUPS,
+    matrices.TRANSPOSED,
+    matrices.WRONG_AXIS,
+    orders.LAYER_ORDER,
+    orders.EXPERT_ORDER,
+    feed_forward.GATE_UP_RANKS,
+    orders.RANK_ORDER,
+)
+"""The mistakes that are tried on a tensor, the likely ones first."""
+_TOLD = (*TRIED, orders.MISPLACED, vocabulary.HEAD_TIED, vocabulary.PADDING, *relations.VALUES)
+KNOWN: Mapping[str, Hypothesis] = {hypothesis.name: hypothesis for hypothesis in _TOLD}
+"""Every mistake by its stable name."""
 
 _PATIENCE = 2  # tensors of a kind for which pairs of mistakes are tried
 _FAILURES = 6  # tensors of a kind without an explanation, after which only known ones are tried
@@ -41,7 +65,7 @@ class _Explanation:
 
     @property
     def key(self) -> tuple[_Key, ...]:
-        return tuple((form.mistake, form.said) for form in self.forms)
+        return tuple((form.mistake, form.detail) for form in self.forms)
 
 
 @dataclass(slots=True)
@@ -68,7 +92,6 @@ def diagnose(paired: Paired, differing: Sequence[Name], reader: BlockReader) -> 
 class _Search:
     def __init__(self, evidence: Evidence) -> None:
         self.evidence = evidence
-        self.hypotheses = Hypotheses(evidence)
         self.hits: dict[tuple[tuple[_Key, ...], str], int] = {}
         self.failures: dict[str, int] = {}
 
@@ -103,13 +126,11 @@ class _Search:
             if found is None and pairs and patient:
                 found = self._among(subject, _pairs(forms))
         if found is None:
-            found = self._among(
-                subject, ((form,) for form in self.hypotheses.elsewhere.forms(subject))
-            )
+            found = self._among(subject, ((form,) for form in orders.MISPLACED.variants(subject)))
         if found is None:
             self.failures[kind] = self.failures.get(kind, 0) + 1
         if found is not None:
-            hit = (found.key, found.relation.said)
+            hit = (found.key, found.relation.detail)
             self.hits[hit] = self.hits.get(hit, 0) + 1
         return found
 
@@ -119,7 +140,7 @@ class _Search:
         if subject is None or not attention.fits(subject):
             return ()
         found = []
-        for part in attention.part_names(name):
+        for part in part_names(name):
             a, b = (read(part) for read in self.evidence.reads)
             if a is None or b is None:
                 return ()
@@ -133,9 +154,9 @@ class _Search:
 
     def _forms(self, subject: TensorPair, *, samples: bool) -> Iterator[Variant]:
         """Yield all forms of all mistakes, those that need samples of the tensor on demand."""
-        for mistake in self.hypotheses.mistakes:
-            if samples or mistake is not self.hypotheses.ranks:
-                yield from mistake.forms(subject)
+        for hypothesis in TRIED:
+            if samples or hypothesis is not orders.RANK_ORDER:
+                yield from hypothesis.variants(subject)
 
     def _known(self, subject: TensorPair) -> Iterator[tuple[Variant, ...]]:
         """Yield what has explained other tensors, the most frequent first."""
@@ -146,9 +167,10 @@ class _Search:
                 yield tuple(form for form in forms if form is not None)
 
     def _form(self, subject: TensorPair, key: _Key) -> Variant | None:
-        among = (one for one in self.hypotheses.mistakes if one.name == key[0])
-        forms = (form for one in among for form in one.forms(subject))
-        return next((form for form in forms if form.said == key[1]), None)
+        if key[0] not in {hypothesis.name for hypothesis in TRIED}:
+            return None
+        variants = KNOWN[key[0]].variants(subject)
+        return next((variant for variant in variants if variant.detail == key[1]), None)
 
     def _among(
         self, subject: TensorPair, choices: Iterable[tuple[Variant, ...]]
@@ -164,7 +186,7 @@ class _Search:
         self, subject: TensorPair, forms: tuple[Variant, ...]
     ) -> Iterator[tuple[_Candidate, str]]:
         """Yield what B would be, and where a mistake loses data, what A would be."""
-        lossy = any(form.mistake == vocabulary.TiedHead.name for form in forms)
+        lossy = any(form.mistake == vocabulary.TIED_HEAD.name for form in forms)
         for side in (0, 1) if lossy else (0,):
             make: Make = lambda read, name: read(name)  # noqa: E731 - replaced where there are forms
             if forms:
@@ -234,7 +256,7 @@ class _Search:
         for name in halves:
             del explained[name]
             subject = self.evidence.subject(name)
-            forms = self.hypotheses.elsewhere.forms(subject) if subject else ()
+            forms = orders.MISPLACED.variants(subject) if subject else ()
             other = self._among(subject, ((form,) for form in forms)) if subject else None
             if other is not None:
                 explained[name] = (other,)
@@ -244,7 +266,7 @@ class _Search:
         for name, found in explained.items():
             groups.setdefault(_names(found), []).append((name, found))
         for mistakes, members in groups.items():
-            words = [WORDS[mistake] for mistake in mistakes]
+            hypotheses = [KNOWN[mistake] for mistake in mistakes]
             said = [detail for _, found in members for one in found for detail in _details(one)]
             details = list(dict.fromkeys(said))
             if len(details) > _SHOWN_DETAILS:
@@ -252,9 +274,9 @@ class _Search:
                 details = [*details[:_SHOWN_DETAILS], f"and {more} more of the kind"]
             yield Finding(
                 mistakes=mistakes,
-                title="; and ".join(one.title for one in words),
+                title="; and ".join(one.title for one in hypotheses),
                 details=tuple(details),
-                advice=" ".join(one.advice for one in words),
+                advice=" ".join(one.advice for one in hypotheses),
                 tensors=tuple(label(name) for name, _ in members),
                 of=len(self.evidence.differing),
                 rounding=next(
@@ -286,11 +308,11 @@ class _Search:
             advice = (
                 "Nothing is lost: tie_word_embeddings may be true on both sides."
                 if copies
-                else vocabulary.HeadTied.advice
+                else vocabulary.HEAD_TIED.advice
             )
             yield Finding(
-                (vocabulary.HeadTied.name,),
-                vocabulary.HeadTied.title,
+                (vocabulary.HEAD_TIED.name,),
+                vocabulary.HEAD_TIED.title,
                 (said,),
                 advice,
                 (label(output),),
@@ -350,7 +372,7 @@ def _names(found: Sequence[_Explanation]) -> tuple[str, ...]:
     for one in found:
         names.update(dict.fromkeys(form.mistake for form in one.forms))
         if one.padding:
-            names[vocabulary.Padding.name] = None
+            names[vocabulary.PADDING.name] = None
         if one.relation.mistake:
             names[one.relation.mistake] = None
     return tuple(sorted(names))
@@ -359,11 +381,11 @@ def _names(found: Sequence[_Explanation]) -> tuple[str, ...]:
 def _details(one: _Explanation) -> Iterator[str]:
     swap = str.maketrans("AB", "BA")
     for form in one.forms:
-        words = form.said.split(" ")
+        words = form.detail.split(" ")
         if one.backwards:
             words = [word.translate(swap) if word in ("A", "B") else word for word in words]
         yield " ".join(words)
     if one.padding:
         yield one.padding
-    if one.relation.said:
-        yield f"the values {one.relation.said}"
+    if one.relation.detail:
+        yield f"the values {one.relation.detail}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ckptx.tensors.lazy import LazyTensor
-from ckptx.verification.diagnosis.mistakes import Read, TensorPair, Variant
+from ckptx.verification.diagnosis.evidence import TensorPair
+from ckptx.verification.diagnosis.mistakes import Hypothesis, Variant, of_partner
 from ckptx.verification.pairing import Name
 
 EMBEDDING: Name = ("embeddings", "word embeddings")
@@ -25,46 +25,31 @@ def partner(name: Name) -> Name | None:
     return None
 
 
-class TiedHead:
-    """The output layer of one side is the embedding of the other."""
-
-    name = "head-overwritten"
-    title = "the output layer was overwritten by the embedding, or the reverse"
-    advice = (
-        "One side was handled as if its embeddings were tied. Set tie_word_embeddings to false in "
-        "its config.json (or Megatron's --untie-embeddings-and-output-weights) and convert again: "
-        "the weight that was overwritten is only in the original."
-    )
-
-    def forms(self, subject: TensorPair) -> Iterator[Variant]:
-        """Return one in the place of the other."""
-        if partner(subject.name) is not None:
-            what = "output layer" if subject.name[-1].endswith("head.weight") else ""
-            what = what or ("output layer" if subject.name == OUTPUT else "embedding")
-            other = "embedding" if what == "output layer" else "output layer"
-            yield Variant(self.name, f"the {what} of B is the {other} of A", _other)
+def _overwritten(pair: TensorPair) -> Iterator[Variant]:
+    """Yield one in the place of the other."""
+    if partner(pair.name) is not None:
+        head = pair.name[-1].endswith("head.weight") or pair.name == OUTPUT
+        one, other = ("output layer", "embedding")[:: 1 if head else -1]
+        yield Variant(f"the {one} of B is the {other} of A", of_partner(partner))
 
 
-def _other(read: Read, name: Name) -> LazyTensor | None:
-    other = partner(name)
-    return None if other is None else read(other)
-
-
-class HeadTied:
-    """One side has no output layer, because its embeddings are tied."""
-
-    name = "head-tied"
-    title = "the output layer is tied to the embedding on one side only"
-    advice = TiedHead.advice
-
-
-class Padding:
-    """One side has rows of padding."""
-
-    name = "vocabulary-padding"
-    title = "one side holds rows of padding behind the vocabulary"
-    advice = (
-        "Megatron pads the vocabulary; Hugging Face's config.json says how many rows are real. "
-        "Where rows were kept that are padding, convert again with --true-vocab-size N; where real "
-        "rows were cut, with a larger N. All rows that both sides have agree as said here."
-    )
+TIED_HEAD = Hypothesis(
+    "head-overwritten",
+    "the output layer was overwritten by the embedding, or the reverse",
+    "One side was handled as if its embeddings were tied. Set tie_word_embeddings to false in "
+    "its config.json (or Megatron's --untie-embeddings-and-output-weights) and convert again: "
+    "the weight that was overwritten is only in the original.",
+    _overwritten,
+)
+HEAD_TIED = Hypothesis(
+    "head-tied",
+    "the output layer is tied to the embedding on one side only",
+    TIED_HEAD.advice,
+)
+PADDING = Hypothesis(
+    "vocabulary-padding",
+    "one side holds rows of padding behind the vocabulary",
+    "Megatron pads the vocabulary; Hugging Face's config.json says how many rows are real. "
+    "Where rows were kept that are padding, convert again with --true-vocab-size N; where real "
+    "rows were cut, with a larger N. All rows that both sides have agree as said here.",
+)

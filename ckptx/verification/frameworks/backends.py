@@ -13,7 +13,7 @@ from ckptx.errors import FormatError, PlanError
 from ckptx.protocol.messages import Begin
 from ckptx.protocol.sidecars import CONFIG
 from ckptx.registry import registry
-from ckptx.registry.open import open_checkpoint
+from ckptx.registry.source import Source
 from ckptx.verification.frameworks import child
 
 _HF = ("hf", "hf_llava")
@@ -39,61 +39,61 @@ class Backend:
     """How the checkpoint is run for the reason for which ``module`` has refused it, if at all."""
 
 
-def prepare(
-    path: Path, loader: str | None, hf_base: Path | None, scratch: Path, letter: str
-) -> Backend:
+def prepare(source: Source, scratch: Path, letter: str) -> Backend:
     """Return how a checkpoint is run; what must be converted first is, below ``scratch``.
 
     Raises:
         CkptxError: it cannot be read, converted, or run by an installed framework.
     """
-    name = registry.canonical(loader) if loader else registry.detect(path)
+    path = source.path
+    name = registry.canonical(source.format) if source.format else registry.detect(path)
+    source = replace(source, format=name)
     if name in _HF:
         return _transformers(path)
     if name == "deepspeed":
-        return _deepspeed(path, hf_base, scratch, letter)
+        return _deepspeed(source, scratch, letter)
     if name not in ("core", "legacy"):
-        return _converted_to_hf(path, name, hf_base, scratch, letter, "")
-    begin = _begin(path, name, hf_base)
+        return _converted_to_hf(source, scratch, letter, "")
+    begin = _begin(source)
     spec = begin.parts["language"]
     if "vision" in begin.parts:
-        return _converted_to_hf(path, name, hf_base, scratch, letter, "its model sees")
+        return _converted_to_hf(source, scratch, letter, "its model sees")
     if spec.multi_latent_attention:
         why = "latent attention needs Transformer Engine in Megatron"
-        return _converted_to_hf(path, name, hf_base, scratch, letter, why)
+        return _converted_to_hf(source, scratch, letter, why)
     if spec.family == "bert":
         raise PlanError(f"{path}: --logits compares models that predict the next token, not BERT")
     child.require("megatron.core", f"{path}: a Megatron checkpoint")
     if begin.parallel.get("ckpt_format") == "torch_dist":
         return _megatron(begin)
     target = scratch / f"{letter}-core"
-    _convert(path, name, "core", hf_base, target)
+    _convert(source, "core", target)
     note = (
         f"{letter.upper()}: Megatron loads this form in a job of its own size only; run as "
         f"torch_dist, which ckptx has made of it, {_LESS}"
     )
-    side = _megatron(_begin(target, "core", None))
+    side = _megatron(_begin(Source(target, "core")))
     return replace(side, notes=(note, *side.notes))
 
 
-def _begin(path: Path, loader: str, hf_base: Path | None) -> Begin:
+def _begin(source: Source) -> Begin:
     """Return the metadata of a checkpoint; its pickles have been read without executing them."""
-    with open_checkpoint(path, loader, options={"hf_base": hf_base}) as checkpoint:
+    with source.open() as checkpoint:
         if checkpoint.misfit is not None:
             raise FormatError(str(checkpoint.misfit))
         return checkpoint.begin
 
 
-def _deepspeed(path: Path, hf_base: Path | None, scratch: Path, letter: str) -> Backend:
+def _deepspeed(source: Source, scratch: Path, letter: str) -> Backend:
     """Return how DeepSpeed's own gatherer and transformers run a checkpoint; else it is converted.
 
     It is opened by ckptx first, so that what its unpickler refuses never comes to DeepSpeed.
     """
 
     def converted(reason: str) -> Backend:
-        return _converted_to_hf(path, "deepspeed", hf_base, scratch, letter, reason)
+        return _converted_to_hf(source, scratch, letter, reason)
 
-    begin = _begin(path, "deepspeed", hf_base)
+    begin = _begin(source)
     if not child.installed("deepspeed"):
         return converted("deepspeed is not installed: pip install 'ckptx[deepspeed]'")
     model = scratch / f"{letter}-model"
@@ -102,7 +102,7 @@ def _deepspeed(path: Path, hf_base: Path | None, scratch: Path, letter: str) -> 
         (model / name).write_bytes(data)
     tag = Path(begin.root).absolute()
     return replace(
-        _transformers(model, path),
+        _transformers(model, source.path),
         module="deepspeed_side",
         framework="DeepSpeed's gatherer and transformers",
         job={"directory": str(model), "root": str(tag.parent), "tag": tag.name},
@@ -169,23 +169,25 @@ def _megatron(begin: Begin) -> Backend:
     )
 
 
-def _converted_to_hf(
-    path: Path, name: str, hf_base: Path | None, scratch: Path, letter: str, why: str
-) -> Backend:
+def _converted_to_hf(source: Source, scratch: Path, letter: str, why: str) -> Backend:
     target = scratch / f"{letter}-hf"
-    _convert(path, name, "hf", hf_base, target)
+    _convert(source, "hf", target)
     reason = f" ({why})" if why else ""
     note = (
         f"{letter.upper()}: run by transformers from the directory that ckptx has made of "
-        f"{name}{reason}, {_LESS}"
+        f"{source.format}{reason}, {_LESS}"
     )
-    return _transformers(target, path, (note,))
+    return _transformers(target, source.path, (note,))
 
 
-def _convert(path: Path, loader: str, saver: str, hf_base: Path | None, target: Path) -> None:
+def _convert(source: Source, saver: str, target: Path) -> None:
     from ckptx.conversion import supervisor
 
-    supervisor.convert(ConversionRequest(loader, saver, path, target, hf_base=hf_base))
+    assert source.format is not None  # detected by now
+    request = ConversionRequest(
+        source.format, saver, source.path, target, source.options, hf_base=source.hf_base
+    )
+    supervisor.convert(request)
 
 
 def _plain(value: Any) -> Any:

@@ -37,8 +37,9 @@ def require(package: str, what: str) -> None:
     Raises:
         PlanError: it is not installed; the message says how to install it.
     """
-    if not installed(package):
-        name = package.replace(".", "-")
+    missing = [name for name in (package, "torch") if not installed(name)]
+    if missing:
+        name = missing[0].replace(".", "-")
         raise PlanError(
             f"{what} is run by {name}, which is not installed: "
             f"pip install 'ckptx[{_PACKAGES[package]}]'"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ckptx.errors import ConversionError, PlanError
 from ckptx.processes.interrupts import Interrupts
 from ckptx.protocol.progress import Progress, Silent
+from ckptx.registry.source import Source
 from ckptx.text.wrapping import wrapped
 from ckptx.verification.frameworks import child
 from ckptx.verification.frameworks.backends import Backend, prepare
@@ -32,8 +33,6 @@ class Inputs:
     tokens: int = 16
     seed: int = 0
     prompt: str | None = None
-    hf_base: Path | None = None
-    """Where the config comes from of a side that has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +104,8 @@ class LogitsComparison:
 
 
 def compare_logits(
-    left: Path,
-    right: Path,
-    loader_a: str | None = None,
-    loader_b: str | None = None,
+    left: Source | Path,
+    right: Source | Path,
     inputs: Inputs | None = None,
     atol: float = ATOL,
     progress: Progress | None = None,
@@ -121,6 +118,7 @@ def compare_logits(
     Raises:
         CkptxError: one of them cannot be run.
     """
+    first, second = (Source(one) if isinstance(one, Path) else one for one in (left, right))
     inputs = inputs or Inputs()
     progress = progress or Silent()
     with (
@@ -130,10 +128,10 @@ def compare_logits(
     ):
         scratch = Path(folder)
         progress.stage("preparing A")
-        one = prepare(left, loader_a, inputs.hf_base, scratch, "a")
+        one = prepare(first, scratch, "a")
         stopping.check()
         progress.stage("preparing B")
-        other = prepare(right, loader_b, inputs.hf_base, scratch, "b")
+        other = prepare(second, scratch, "b")
         stopping.check()
         sides = (one, other)
         tokens = _tokens(sides, inputs)
@@ -145,7 +143,7 @@ def compare_logits(
     sides = (one, other)
     notes = tuple(note for side in sides for note in side.notes)
     names = (sides[0].framework, sides[1].framework)
-    return measured((str(left), str(right)), names, tokens, a, b, atol, notes)
+    return measured((str(first.path), str(second.path)), names, tokens, a, b, atol, notes)
 
 
 def _tokens(sides: tuple[Backend, Backend], inputs: Inputs) -> npt.NDArray[np.int64]:

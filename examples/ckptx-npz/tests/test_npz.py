@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from ckptx_npz import WEIGHTS, Npz
+from ckptx_npz import WEIGHTS
+from ckptx_npz.npz import Npz
 
-from ckptx.errors import FormatError
+from ckptx.plugin_api import FormatError
 from ckptx.testing.contracts import Checkpoint, LoaderTests, SaverTests
 from ckptx.testing.conversion import save
 from ckptx.testing.models import MODELS, messages, write_config

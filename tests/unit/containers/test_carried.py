@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from ckptx.containers import torch_zip
 from ckptx.containers.carried import as_json, carried, saved
 from ckptx.errors import FormatError
+
+pytest.importorskip("torch")
+
+import torch
 
 
 def again(value, place: Path):

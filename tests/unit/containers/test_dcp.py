@@ -6,6 +6,16 @@ from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+
+from ckptx.containers import dcp
+from ckptx.containers.dcp import ObjectItem, TensorItem
+from ckptx.containers.dcp_metadata import Chunk
+from ckptx.errors import FormatError, PlanError
+from ckptx.tensors import tiling
+from ckptx.tensors.lazy import Filled, Stored
+
+pytest.importorskip("torch")
+
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint import FileSystemReader
@@ -17,12 +27,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-
-from ckptx.containers import dcp, tiling
-from ckptx.containers.dcp import ObjectItem, TensorItem
-from ckptx.containers.dcp_metadata import Chunk
-from ckptx.errors import FormatError, PlanError
-from ckptx.tensors.lazy import Filled, Stored
 
 # torch itself warns about single-process saving and its own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

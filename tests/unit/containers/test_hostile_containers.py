@@ -12,6 +12,13 @@ import time
 import zipfile
 
 import pytest
+
+from ckptx.containers import dcp, pickle_reader, safetensors, torch_zip
+from ckptx.containers.pickle_values import Namespace, TorchSize
+from ckptx.errors import FormatError
+
+pytest.importorskip("torch")
+
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -23,10 +30,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-
-from ckptx.containers import dcp, pickle_reader, safetensors, torch_zip
-from ckptx.containers.pickle_values import Namespace, TorchSize
-from ckptx.errors import FormatError
 
 CALLS = ["os.system", "eval", "exec", "open", "os.mkdir", "pickle.loads", "getattr", "map"]
 

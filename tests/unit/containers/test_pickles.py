@@ -15,7 +15,6 @@ import types
 
 import numpy as np
 import pytest
-import torch
 
 from ckptx.containers import pickle_reader
 from ckptx.containers.pickle_values import (
@@ -30,6 +29,10 @@ from ckptx.containers.pickle_values import (
 )
 from ckptx.containers.pickle_writer import dumps
 from ckptx.errors import FormatError, PlanError
+
+pytest.importorskip("torch")
+
+import torch
 
 PLAIN = {
     "none": None,

@@ -4,13 +4,16 @@ import json
 import struct
 
 import pytest
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from ckptx.containers import safetensors
 from ckptx.errors import PlanError
 from ckptx.tensors.lazy import Filled
+
+pytest.importorskip("torch")
+
+import torch
+from safetensors.torch import load_file, save_file
 
 DTYPES = [getattr(torch, name) for name in safetensors.DTYPES.values()]
 

@@ -8,15 +8,18 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import _StridedShard
 
-from ckptx.containers import tiling
 from ckptx.containers.pickle_values import TorchDtype, stub
 from ckptx.containers.sharded import Placement, Rank, local_box, share
 from ckptx.errors import FormatError
+from ckptx.tensors import tiling
 from ckptx.tensors.lazy import stored
+
+pytest.importorskip("torch")
+
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 
 @st.composite

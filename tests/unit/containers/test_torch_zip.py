@@ -7,7 +7,6 @@ import zipfile
 from collections import OrderedDict
 
 import pytest
-import torch
 
 from ckptx.containers import torch_zip, zip_archive
 from ckptx.containers.pickle_values import TorchDtype, TorchSize
@@ -16,6 +15,10 @@ from ckptx.errors import PlanError
 from ckptx.storage.file_plan import Crc32, FilePlan
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import Filled, Stored
+
+pytest.importorskip("torch")
+
+import torch
 
 DTYPES = [getattr(torch, name) for name in ITEMSIZE]
 

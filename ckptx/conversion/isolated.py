@@ -1,0 +1,94 @@
+"""A conversion in a process of its own: for sources of strangers, and for Megatron-style modules.
+
+    the caller  --- call, sys.path --->  python -m ckptx.conversion.isolated
+                <-- log, result or failure --
+
+The process runs this module, so that the ``__main__`` of the caller, a script without a guard or a
+notebook, is not imported again. It supervises a loader and a saver like the command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from ckptx.conversion.keywords import Call
+from ckptx.conversion.report import Plan, Report
+from ckptx.errors import ConversionError
+from ckptx.processes.supervision import Channel, Failure, manner_of_death, settle_child
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(call: Call) -> Report | Plan:
+    """Do what a call asks for, in another process.
+
+    Raises:
+        CkptxError: the first cause of a failure.
+        KeyboardInterrupt: the process was ended, and has cleaned up.
+    """
+    ours, theirs = Pipe()
+    paths = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    words = ("-P", "-m", __name__, str(theirs.fileno()), str(os.getpid()))
+    with ours:
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, *words],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": paths},
+            )
+        try:
+            ours.send((call, sys.path, logging.getLogger().getEffectiveLevel()))
+            return _outcome(ours)
+        except (EOFError, OSError) as error:
+            how = manner_of_death(process.wait())
+            raise ConversionError(f"the isolated process {how}; nothing was written") from error
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            process.wait()
+
+
+def _outcome(line: Connection) -> Report | Plan:
+    while True:
+        tag, content = line.recv()
+        match tag:
+            case "log":
+                logging.getLogger(content.name).handle(content)
+            case "failed":
+                failure: Failure = content
+                raise failure.exception()
+            case "done":
+                result: Report | Plan = content
+                return result
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Run in the isolated process; its only results are what it sends to its parent."""
+    from ckptx.conversion import engine, megatron_modules, supervisor
+
+    connection = Connection(descriptor)
+    call, sys.path[:], level = connection.recv()
+    line = Channel(connection)
+    settle_child(parent, line, level)
+    megatron_modules.install()
+    try:
+        request = call.request()
+        plan = call.action == "plan"
+        result = engine.forecast(request) if plan else supervisor.convert(request)
+        line.send("done", result)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the parent is gone
+            line.send("failed", Failure.of(error, "the conversion"))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,305 @@
+"""Hugging Face model directories: safetensors or ``pytorch_model*.bin``, sharded or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptx.containers import dcp_safetensors, safetensors, torch_zip
+from ckptx.errors import PlanError, SchemaError
+from ckptx.hf_models import float8
+from ckptx.hf_models.directory import base_sidecars, hf_messages, sidecars, training_state
+from ckptx.hf_models.extra_files import split_off
+from ckptx.hf_models.lora.config import ADAPTER_CONFIG
+from ckptx.hf_models.lora.extract import adapter_options
+from ckptx.hf_models.weights import INDEXES, SINGLES, fill_from_base, read_weights
+from ckptx.model.layout import in_module_order
+from ckptx.protocol.context import UNTOLD, Context, Options
+from ckptx.protocol.contracts import SavePlan
+from ckptx.protocol.from_names import inventory, main_dtype
+from ckptx.protocol.messages import Begin, Messages
+from ckptx.protocol.model import Model, collect, fill_unused
+from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
+from ckptx.registry.families import (
+    TASK_HEAD_CLASSES,
+    config_from_parts,
+    family_named,
+    family_of,
+    hf_tensors,
+)
+from ckptx.schemas.conventions import transformers_memory
+from ckptx.storage.file_plan import FilePlan, literal_files
+from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.tensors.lazy import LazyTensor
+from ckptx.text.sizes import parse_size
+
+
+class HfLoader:
+    """Reads a model directory as transformers writes it, or one safetensors file."""
+
+    name = "hf"
+
+    def options(self) -> list[click.Option]:
+        """Return the options for adapters; all else is read from the directory."""
+        return adapter_options()
+
+    def detect(self, source: Path) -> bool:
+        """Return whether there are weights under Hugging Face's file names."""
+        if source.is_file():
+            return source.suffix == ".safetensors"
+        if any((source / name).exists() for name in (*INDEXES, *SINGLES)):
+            return True
+        if (source / ADAPTER_CONFIG).exists():
+            return False  # its weights are an adapter's
+        if dcp_safetensors.shards(source):
+            return False
+        # Mistral's own file may lie beside a config, too; it has other names.
+        others = (p for p in source.glob("*.safetensors") if not p.name.startswith("consolidated"))
+        return (source / "config.json").exists() and any(others)
+
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+        """Yield the model; tensors of an unknown architecture pass through by name."""
+        directory = source if source.is_dir() else source.parent
+        weights = read_weights(source)
+        filled = fill_from_base(weights, context)
+        begin = Begin(
+            format="hf",
+            layout="hf",
+            parts={},
+            files=tuple(map(str, weights.paths)),
+            sources=inventory(weights.tensors),
+            root=str(directory),
+            sidecars={**sidecars(directory), **base_sidecars(context)},
+            training={"iteration": "release"},
+        )
+        yield from hf_messages(
+            begin,
+            weights.tensors,
+            filled,
+            training_state(directory) if source.is_dir() else (),
+            options,
+            context,
+            transformers_memory.renamer,
+        )
+
+
+class HfSaver:
+    """Writes a model directory that transformers loads."""
+
+    name = "hf"
+
+    def options(self) -> list[click.Option]:
+        """Return the options for the weight files."""
+        return [
+            click.Option(
+                ["--max-shard-size"],
+                default="5GB",
+                show_default=True,
+                help="Largest weight file, e.g. 5GB (10^9 bytes) or 5GiB (2^30); one tensor is "
+                "never divided.",
+            ),
+            click.Option(
+                ["--weight-files"],
+                type=click.Choice(["safetensors", "bin"]),
+                default="safetensors",
+                show_default=True,
+                help="Kind of weight files; bin: pytorch_model.bin, or shards of it with an index.",
+            ),
+        ]
+
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
+        """Return the plan of a model directory."""
+        model = collect(messages)
+        known = model.passthrough is None and bool(model.begin.parts)
+        filled: tuple[str, ...] = fill_unused(model, family_named(model.family)) if known else ()
+        tensors, dropped = hf_tensors(model)
+        apart: list[FilePlan] = []
+        if model.passthrough is None:
+            # It decides where a shard ends.
+            tensors = {name: tensors[name] for name in in_module_order(tensors)}
+        else:
+            config = read_config(model.begin.sidecars, model.begin.root) or {}
+            iteration = model.begin.training.get("iteration", "release")
+            tensors, apart, filled = split_off(config, tensors, iteration)
+        files, notes = _sidecars(model, main_dtype(tensors))
+        plans = [*literal_files(files), *apart, *weight_files(tensors, options)]
+        hint = f'transformers.{_auto_class(model)}.from_pretrained("{{target}}")'
+        if CONFIG not in files:
+            read = {".safetensors": "safetensors.torch.load_file", ".bin": "torch.load"}
+            first = next(plan.path for plan in plans if plan.path.endswith(tuple(read)))
+            hint = f'{read[Path(first).suffix]}("{{target}}/{first}")'
+            notes = (
+                *notes,
+                f"no {CONFIG}: transformers cannot load it; --hf-base takes config and tokenizer "
+                "from the model that was trained",
+            )
+        return SavePlan(
+            plans,
+            dropped=dropped,
+            notes=(*filled, *notes),
+            load_hint=hint,
+            details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
+        )
+
+
+def _auto_class(model: Model) -> str:
+    if model.passthrough is None and "Bert" in model.spec.architecture:
+        return model.spec.architecture  # the class for causal models would drop heads
+    named = (read_config(model.begin.sidecars, model.begin.root) or {}).get("architectures")
+    for head in TASK_HEAD_CLASSES:
+        if isinstance(named, list) and any(str(name).endswith(head) for name in named):
+            return f"AutoModel{head}"
+    return (
+        "AutoModelForImageTextToText" if "vision" in model.begin.parts else "AutoModelForCausalLM"
+    )
+
+
+def _shard_size(text: str) -> int:
+    """Return the largest size of a weight file, in bytes."""
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise PlanError(f"--max-shard-size: {error}") from error
+    if not size:
+        raise PlanError(f"--max-shard-size {text}: a file of no bytes holds nothing")
+    return size
+
+
+def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """Return the files beside the weights; the source's dimensions win over a config's."""
+    begin, files = model.begin, dict(model.begin.sidecars)
+    config = read_config(files, begin.root)
+    notes: list[str] = []
+    if model.passthrough is not None:
+        # Codes of quantised weights are of no dtype that a model computes in.
+        if config is not None and float8.KEY not in config and _set_dtype(config, dtype):
+            files[CONFIG] = dump_config(config)
+        return files, ()
+    spec = replace(model.spec, dtype=dtype)
+    family = family_named(model.family)
+    composed = family.composition
+    if config is None:
+        if spec.vocab_size is None:
+            rows = model.messages["embeddings"]["word embeddings"].shape[0]
+            spec = replace(spec, vocab_size=rows)
+            notes.append(
+                f"the true vocabulary is unknown, so all {rows} rows are kept, padding included; "
+                "--true-vocab-size cuts it"
+            )
+        parts = {part: replace(one, dtype=dtype) for part, one in model.parts.items()}
+        made = config_from_parts(family, {**parts, "language": spec})
+        files[CONFIG] = dump_config(made)
+        if composed is not None and "image_token_index" not in made:
+            notes.append(
+                f"nothing says which token stands for an image: set image_token_index in {CONFIG}"
+            )
+        tokenizer = ", ".join(name for name in sorted(files) if name.startswith("tokenizer"))
+        came = f"of the tokenizer came {tokenizer}" if tokenizer else "there is no tokenizer"
+        notes.append(f"{CONFIG} was made from the checkpoint's own arguments; {came}")
+        return files, tuple(notes)
+    other = family_of(config)
+    if other is not family:
+        raise SchemaError(
+            f"{CONFIG} is of {', '.join(config.get('architectures') or ['no architecture'])}, the "
+            f"weights are of family {family.name}; give the --hf-base of this model"
+        )
+    # The dtype of the config is made to fit what is written; it contradicts nothing.
+    named = config.get("dtype") or config.get("torch_dtype") or dtype
+    if composed is not None:
+        differing = composed.differences(config, model.parts)
+    else:
+        differing = family.config.differences(config, replace(spec, dtype=named))
+    if differing and composed is not None:
+        config = composed.merge_config(config, model.parts)
+    elif differing:
+        config = family.config.merge_config(config, spec)
+    if differing:
+        notes += [f"{CONFIG}, the source wins: {line}" for line in differing]
+    changed = _set_dtype(config, dtype)
+    for part in (p for p in ("text_config", "vision_config") if isinstance(config.get(p), dict)):
+        if composed is not None and {"dtype", "torch_dtype"} & config[part].keys():
+            changed |= _set_dtype(config[part], dtype)
+    if changed or differing:
+        files[CONFIG] = dump_config(config)
+    return files, tuple(notes)
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
+    """Make a config say what was written; return whether it said something else."""
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if config.get(key) == dtype:
+        return False
+    config[key] = dtype
+    return True
+
+
+def weight_files(tensors: Mapping[str, LazyTensor], options: Options) -> Iterator[FilePlan]:
+    """Yield the weight files of a model, as the options of the saver want them, and their index.
+
+    Source of the names: huggingface/transformers src/transformers/utils/__init__.py (WEIGHTS_NAME,
+    SAFE_WEIGHTS_NAME) @ v4.57.1.
+    """
+    shards = list(_shards(tensors, _shard_size(options.get("max_shard_size") or "5GB")))
+    as_bin = options.get("weight_files") == "bin"
+    stem, suffix = ("pytorch_model", ".bin") if as_bin else ("model", ".safetensors")
+    paths = _shard_names(stem, suffix, len(shards))
+    for path, shard in zip(paths, shards, strict=True):
+        if as_bin:
+            yield torch_zip.plan_file(path, shard)
+        else:
+            yield safetensors.plan_file(path, in_library_order(shard))
+    yield from _index(f"{stem}{suffix}.index.json", paths, shards, tensors)
+
+
+def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[dict[str, LazyTensor]]:
+    """Yield the tensors in their order, as many at once as ``limit`` bytes hold, at least one."""
+    shard: dict[str, LazyTensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _shard_names(stem: str, suffix: str, count: int) -> list[str]:
+    if count == 1:
+        return [f"{stem}{suffix}"]
+    return [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)]
+
+
+def _index(
+    name: str,
+    paths: list[str],
+    shards: list[dict[str, LazyTensor]],
+    tensors: Mapping[str, LazyTensor],
+) -> Iterator[FilePlan]:
+    """Yield the index of several shards: where every tensor is, and the size of all."""
+    if len(shards) == 1:
+        return
+    homes = {key: path for path, shard in zip(paths, shards, strict=True) for key in shard}
+    totals = {
+        "total_parameters": sum(tensor.numel for tensor in tensors.values()),
+        "total_size": sum(tensor.nbytes for tensor in tensors.values()),
+    }
+    index = {"metadata": totals, "weight_map": dict(sorted(homes.items()))}
+    content = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+    yield from literal_files({name: content})
+
+
+def in_library_order(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return the tensors as the safetensors library orders them in a file.
+
+    With it, the file is byte for byte the one that transformers writes.
+
+    Source: safetensors:safetensors/src/tensor.rs@v0.6.2, prepare: falling alignment, then name.
+    """
+    order = sorted(tensors, key=lambda name: (-ITEMSIZE[tensors[name].dtype], name))
+    return {name: tensors[name] for name in order}

@@ -1,0 +1,352 @@
+"""Megatron Core checkpoints, ``torch_dist`` or per rank, at any parallel layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptx.errors import CkptxError, FormatError, SchemaError
+from ckptx.hf_models.directory import base_sidecars, sidecars
+from ckptx.model.canonical_names import check_shapes
+from ckptx.model.layout import Layout, Parts
+from ckptx.model.pipeline_parallel import Pipeline, describe, stage_ranks
+from ckptx.model.spec import ModelSpec
+from ckptx.plugins.megatron import directory, llava, per_rank, torch_dist
+from ckptx.plugins.megatron.directory import SIDECARS
+from ckptx.plugins.megatron.forms import LEGACY, Generation
+from ckptx.plugins.megatron.options import (
+    accept_arg_option,
+    iteration_option,
+    parallel_options,
+    tokenizer_model_option,
+    transformer_impl_option,
+    true_vocab_size,
+    vocabulary_multiple_option,
+    vocabulary_options,
+)
+from ckptx.plugins.megatron.source import Source
+from ckptx.plugins.megatron.target_parallelism import (
+    TargetParallelism,
+    check_tensor_parallel,
+    choose_parallelism,
+    parallel_sizes,
+    repad,
+)
+from ckptx.protocol.context import UNTOLD, Context, Options
+from ckptx.protocol.contracts import SavePlan
+from ckptx.protocol.messages import Begin, End, Messages
+from ckptx.protocol.model import Model, check_messages, collect
+from ckptx.protocol.sidecars import CONFIG, read_config
+from ckptx.registry.families import (
+    family_named,
+    family_of,
+    family_of_names,
+    note_of,
+    parts_from_config,
+)
+from ckptx.schemas.conventions.mcore import Style
+from ckptx.schemas.megatron_settings import row_blocks, settings
+from ckptx.schemas.megatron_settings.args import (
+    NOTE,
+    launch_flags,
+    spec_from_args,
+    unsupported_by_megatron,
+)
+from ckptx.schemas.megatron_settings.args import notes as remarks
+from ckptx.schemas.megatron_settings.llava import is_llava, language_args
+from ckptx.storage.file_plan import literal_files
+
+
+class CoreLoader:
+    """Reads what Megatron Core writes, at any tensor and pipeline parallel size."""
+
+    name = "core"
+
+    def options(self) -> list[click.Option]:
+        """Return the options for the vocabulary and for args that stand in the way."""
+        return [*vocabulary_options(), transformer_impl_option("loader"), accept_arg_option()]
+
+    def detect(self, source: Path) -> bool:
+        """Return whether there is a tracker file or an iteration directory, of no legacy model."""
+        return directory.looks_like(source) and found_form(source) is not LEGACY
+
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+        """Yield the model."""
+        if context.fill_from_base:
+            raise FormatError(
+                "--fill-from-base fills tensors by their Hugging Face names, which a Megatron "
+                "source has not; convert it to hf first, then fill"
+            )
+        place = directory.find(source)
+        checkpoint = self.read(place)
+        beside = place.path / directory.SIDECARS
+        files = {**(sidecars(beside) if beside.is_dir() else {}), **base_sidecars(context)}
+        config = read_config(files, beside)
+        family = family_of(config) if config else None
+        said = parts_from_config(family, config) if config and family else None
+        dropped = list(checkpoint.dropped)
+        accepted = tuple(options.get("accept_arg") or ())
+        heeded = settings.without(checkpoint.args, accepted)
+        parts: Parts = {"language": _spec(replace(checkpoint, args=heeded), said, options)}
+        seeing = is_llava(checkpoint.weights)
+        if seeing:
+            known = said if said and "vision" in said else None
+            if known is None:
+                files.pop(CONFIG, None)  # the language model's own says nothing of the whole
+            parts, dummies = llava.parts_of(checkpoint, known, parts["language"])
+            _check_dummies(options, dummies, checkpoint)
+            layout = family_named(llava.FAMILY).layout("mcore")
+            stored = checkpoint.messages(layout, llava.stored_parts(parts, dummies))
+            messages = list(llava.without_dummies(stored, parts["vision"], dummies, dropped))
+        else:
+            layout = self.layout(checkpoint, parts["language"])
+            messages = [
+                replace(message, tensors=row_blocks.in_halves(message.tensors, heeded))
+                for message in checkpoint.messages(layout, parts)
+            ]
+        yield Begin(
+            format=self.name,
+            layout=layout.name,
+            parts=parts,
+            family=llava.FAMILY if seeing else "",
+            accepted=accepted,
+            files=checkpoint.files,
+            sources=checkpoint.sources,
+            root=str(place.path),
+            sidecars=files,
+            training={
+                "iteration": place.iteration,
+                "args": checkpoint.args,
+                "consumed_train_samples": checkpoint.args.get("consumed_train_samples"),
+                "consumed_valid_samples": checkpoint.args.get("consumed_valid_samples"),
+            },
+            parallel={
+                "tp": checkpoint.args.get("tensor_model_parallel_size") or 1,
+                "ep": checkpoint.args.get("expert_model_parallel_size") or 1,
+                "etp": checkpoint.args.get("expert_tensor_parallel_size"),
+                "pipeline": Pipeline.from_args(checkpoint.args),
+                "ckpt_format": place.format,
+            },
+        )
+        for message in messages:
+            check_shapes(message.name, message.tensors, parts[message.part])
+            yield message
+        notes = (
+            *directory.unfinished(source),
+            *checkpoint.notes,
+            *settings.notes(checkpoint.args, accepted),
+            *row_blocks.notes(heeded),
+            *self.notes(parts["language"]),
+        )
+        yield End(tuple(dropped), notes)
+
+    def read(self, place: directory.IterationDirectory) -> Source:
+        """Read the metadata of a checkpoint."""
+        if place.format == "torch_dist":
+            return torch_dist.read(place)
+        return per_rank.read(place)
+
+    def layout(self, checkpoint: Source, spec: ModelSpec) -> Layout:
+        """Return how a model is named."""
+        return family_named(spec.family).layout("mcore")
+
+    def notes(self, spec: ModelSpec) -> list[str]:
+        """Return remarks on a model that was found."""
+        return family_named(spec.family).megatron.head_notes(spec)
+
+
+def found_form(source: Path) -> Generation | None:
+    """Return which kind of model a per-rank checkpoint holds, None where that cannot be told."""
+    try:
+        place = directory.find(source)
+        return per_rank.form_in(place) if place.format == "torch" else None
+    except CkptxError:
+        return None  # the loader will say what is wrong
+
+
+def _check_dummies(options: Options, dummies: int, checkpoint: Source) -> None:
+    said = options.get("vit_dummy_head_count")
+    if said and said != dummies:
+        raise SchemaError(
+            f"{checkpoint.place}: --vit-dummy-head-count is {said}, the weights have {dummies}; "
+            "leave the option out"
+        )
+
+
+def _spec(checkpoint: Source, said: Parts | None, options: Options) -> ModelSpec:
+    """Return the language model's dimensions: args say what was trained, a config the rest."""
+    named = said["language"] if said else None
+    args = language_args(checkpoint.args)
+    if not args:
+        if named is None:
+            raise SchemaError(
+                f"{checkpoint.place}: holds no args that describe the model; give --hf-base with a "
+                "config of a known architecture"
+            )
+        spec = named
+    else:
+        if named is None and (recognised := family_of_names(checkpoint.names)):
+            args = {**args, NOTE: {**note_of(recognised), **(args.get(NOTE) or {})}}
+        spec = spec_from_args(args, named.family if named else None)
+        if named is not None:
+            # What args cannot say comes from the config; where both speak, args were trained with.
+            spec = replace(
+                spec,
+                architecture=named.architecture,
+                vocab_size=named.vocab_size,
+                rotary_scaling=spec.rotary_scaling or named.rotary_scaling,
+                extra={**named.extra, **spec.extra},
+            )
+            if problems := unsupported_by_megatron(spec):
+                raise SchemaError(
+                    f"{checkpoint.place}: the config at hand is not of this model: "
+                    f"{'; '.join(problems)}"
+                )
+    spec = family_named(spec.family).megatron.from_weights(spec, checkpoint.weights)
+    vocab_size = true_vocab_size(options, spec.vocab_size)
+    return replace(spec, vocab_size=vocab_size, dtype=checkpoint.dtype)
+
+
+class CoreSaver:
+    """Writes what Megatron Core loads with ``--use-checkpoint-args``."""
+
+    name = "core"
+
+    def options(self) -> list[click.Option]:
+        """Return the options for format, parallel layout and vocabulary."""
+        return [
+            click.Option(
+                ["--ckpt-format"],
+                type=click.Choice(["torch_dist", "torch"]),
+                default="torch_dist",
+                show_default=True,
+                help="Distributed and loadable at any layout, or one file per rank.",
+            ),
+            *parallel_options(),
+            *vocabulary_options(),
+            vocabulary_multiple_option(),
+            tokenizer_model_option(),
+            transformer_impl_option("saver"),
+            click.Option(
+                ["--moe-grouped-gemm/--no-moe-grouped-gemm"],
+                default=None,
+                help="Per rank: all local experts in one module, or one each.  "
+                "[default: the source's, else one each]",
+            ),
+            iteration_option(),
+            click.Option(
+                ["--no-iteration-directory", "iteration_directory"],
+                is_flag=True,
+                flag_value=False,
+                default=True,
+                help="Write the files to DST itself, without tracker: verl's "
+                "dist_checkpointing_path.",
+            ),
+        ]
+
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
+        """Return the plan of one iteration directory below the target root."""
+        model = collect(messages)
+        spec = model.spec
+        style = _style(model, options)
+        ckpt_format = options.get("ckpt_format") or "torch_dist"
+        # torch_dist has one spelling, but a family may refuse the local spec altogether.
+        layout = family_named(model.family).layout(style.convention)
+        megatron = family_named(spec.family).megatron
+        tp, pipeline = parallel_sizes(model, options)
+        seeing = model.family == llava.FAMILY
+        unused, remarked = llava.prepare(model, tp, pipeline) if seeing else ((), ())
+        check_messages(model, layout)
+        _widen_biases(model)
+        notes = [*check_tensor_parallel(spec, tp), *_check_expressible(spec, style.local)]
+        chosen = choose_parallelism(model, options)
+        dropped = (*unused, *repad(model, chosen))
+        chunks = chosen.chunks(spec)
+        stored = stage_ranks if ckpt_format == "torch_dist" else per_rank.stored_ranks
+        stage = stored(tp, chosen.ep, chosen.etp)
+        args = chosen.args(
+            *(model, options, stage),
+            transformer_impl=options.get("saver_transformer_impl") or "transformer_engine",
+            ckpt_format=ckpt_format,
+        )
+        args |= _grouping(spec, style, options)
+        if seeing:
+            args = llava.args_of_parts(model.parts, args, model.begin.training.get("args"))
+        target = torch_dist.Target(layout, layout.extra_states, stage, chunks, args, chosen.number)
+        files = (
+            torch_dist.plan(model, target)
+            if ckpt_format == "torch_dist"
+            else per_rank.plan(model, target, pipeline.pp)
+        )
+        launch = [
+            llava.SCRIPT if seeing else megatron.script,
+            "--load {target} --use-checkpoint-args",
+            f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
+            *pipeline.flags(),
+            *_expert_flags(spec, chosen),
+            *launch_flags(spec),
+            *megatron.launch_flags(spec, style.local),
+        ]
+        rooted = options.get("iteration_directory", True)
+        return SavePlan(
+            [*files, *literal_files(model.begin.sidecars, SIDECARS)],
+            directory=chosen.directory if rooted else "",
+            pointers=chosen.pointers if rooted else {},
+            dropped=dropped,
+            notes=(*notes, *remarked),
+            stages=llava.describe(chunks) if seeing else describe(chunks),
+            load_hint=" ".join([*launch, *(llava.launch_flags(args) if seeing else ())])
+            if rooted
+            else 'megatron.core.dist_checkpointing.load(sharded_state_dict, "{target}")',
+            details={"ckpt_format": ckpt_format, **chosen.details()},
+        )
+
+
+def _widen_biases(model: Model) -> None:
+    """Make the biases that choose experts float32, as Megatron's router holds them."""
+    key = "router expert bias"
+    for name, tensors in model.messages.items():
+        if key in tensors:
+            model.messages[name] = {**tensors, key: tensors[key].cast("float32")}
+
+
+def _style(model: Model, options: Options) -> Style:
+    """Return the spelling to write; the source's own grouping of experts unless it is chosen."""
+    local = options.get("saver_transformer_impl") == "local"
+    if (options.get("ckpt_format") or "torch_dist") == "torch_dist":
+        return Style(local, distributed=True)
+    args = model.begin.training.get("args") or {}
+    grouped = options.get("moe_grouped_gemm")
+    if grouped is None:
+        grouped = bool(args.get("moe_grouped_gemm"))
+    return Style(local, bool(grouped))
+
+
+def _grouping(spec: ModelSpec, style: Style, options: Options) -> dict[str, Any]:
+    """Return the entry of ``args`` for grouped experts, where there is a choice."""
+    chosen = options.get("moe_grouped_gemm") if style.distributed else style.grouped
+    return {"moe_grouped_gemm": chosen} if spec.num_experts and chosen is not None else {}
+
+
+def _expert_flags(spec: ModelSpec, chosen: TargetParallelism) -> list[str]:
+    """Return the options that tell Megatron the sizes; mixtures train over TP as sequences only."""
+    if not spec.num_experts:
+        return []
+    return [
+        f"--expert-model-parallel-size {chosen.ep}",
+        f"--expert-tensor-parallel-size {chosen.etp}",
+        *["--sequence-parallel"] * (chosen.tp > 1),
+    ]
+
+
+def _check_expressible(spec: ModelSpec, local: bool) -> list[str]:
+    """Refuse what Megatron has no weights for; return what it must be told by hand."""
+    problems = unsupported_by_megatron(spec)
+    if spec.multi_latent_attention and local:
+        problems.append("the local spec, asked for, has no multi-latent attention")
+    if problems:
+        raise SchemaError(f"Megatron Core cannot hold this model: {'; '.join(problems)}")
+    return remarks(spec)

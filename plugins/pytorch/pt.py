@@ -1,0 +1,325 @@
+"""One ``.pt`` file that holds the state dict of a whole model.
+
+RLinf's containers: RLinf/RLinf rlinf/hybrid_engines/fsdp/strategy/checkpoint.py @ 85104b9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptx.containers import torch_zip
+from ckptx.containers.pickle_values import Namespace
+from ckptx.containers.sharded import is_sharded
+from ckptx.errors import FormatError, SchemaError, listing
+from ckptx.hf_models.directory import base_sidecars, sidecars
+from ckptx.hf_models.lora.extract import adapter_options
+from ckptx.hf_models.weights import Weights, fill_from_base
+from ckptx.model.layout import Parts
+from ckptx.model.pipeline_parallel import Pipeline
+from ckptx.plugins.megatron.source import args_of
+from ckptx.plugins.pytorch.module_names import file_names, strip_option, trained_messages
+from ckptx.protocol.context import UNTOLD, Context, Options
+from ckptx.protocol.contracts import SavePlan
+from ckptx.protocol.from_names import inventory, main_dtype, named_messages, passthrough
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Messages
+from ckptx.protocol.model import Model, collect, named_tensors
+from ckptx.protocol.sidecars import read_config
+from ckptx.registry.families import family_named, family_of, hf_tensors, parts_from_config
+from ckptx.schemas.conventions import legacy
+from ckptx.schemas.megatron_settings.args import args_from_spec, spec_from_args
+from ckptx.storage.file_plan import literal_files
+from ckptx.tensors.lazy import LazyTensor, Stored
+
+DIRECTORY_FILE = "model.pt"
+"""The file of a target that is a directory."""
+LAYOUTS = ("auto", "hf", "core", "legacy")
+
+_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
+_CONTAINERS = ("fsdp_checkpoint", "model", "state_dict", "model_state_dict", "module")
+"""Keys under which state dicts lie, one in another too: ``fsdp_checkpoint`` is RLinf's."""
+_DEEPEST = 5
+"""Containers, one in another; a pickle may hold itself."""
+_LOCAL_SHARDS = "local_shard_checkpoint"
+_CONVENTIONS = {"hf": "hf", "core": "mcore", "legacy": "legacy"}
+
+
+def layout_option() -> click.Option:
+    """Return ``--layout``: how the tensors of a ``.pt`` file are named."""
+    return click.Option(
+        ["--layout"],
+        type=click.Choice(LAYOUTS),
+        default="auto",
+        show_default=True,
+        help="Names in the .pt file; auto detects them, and writes Hugging Face's.",
+    )
+
+
+def layout_option_value(options: Options) -> str | None:
+    """Return the layout that was asked for, None for ``auto``."""
+    layout: str | None = options.get("layout")
+    return None if layout in (None, "auto") else layout
+
+
+def layout_of(names: Iterable[str]) -> str:
+    """Return the layout that names follow, by the first name that only one has."""
+    for name in names:
+        if name.startswith(("decoder.layers.", "embedding.word_embeddings")):
+            return "core"
+        if legacy.names_legacy(name):
+            return "legacy"
+    return "hf"
+
+
+class PytorchLoader:
+    """Reads the extents of the tensors from the file's own pickle; nothing of it is executed."""
+
+    name = "pytorch"
+
+    def options(self) -> list[click.Option]:
+        """Return ``--layout``, ``--strip-prefix`` and the options for adapters."""
+        return [layout_option(), strip_option(), *adapter_options()]
+
+    def detect(self, source: Path) -> bool:
+        """Return whether the source is a zip archive with a name that torch files have."""
+        file = _file_of(source)
+        if not file.is_file() or file.suffix not in _SUFFIXES:
+            return False
+        with file.open("rb") as stream:
+            return stream.read(4) == b"PK\3\4"
+
+    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+        """Yield the model; names that no schema knows pass through."""
+        source = _file_of(source)
+        if not source.is_file():
+            raise FormatError(f"{source}: expected one file of torch.save")
+        if source.parent.name == _LOCAL_SHARDS:
+            raise FormatError(
+                f"{source}: is one rank's share; give the directory with those of all ranks, "
+                f"{source.parent}"
+            )
+        value = torch_zip.read(source, 0).value
+        stored, others, remarks = state_dict(value, source)
+        tensors = stored
+        if layout_of(stored) == "hf":
+            tensors, renamed = file_names(stored, options, source)
+            remarks = (*remarks, *renamed)
+        elif options.get("strip_prefix"):
+            raise FormatError(f"{source}: --strip-prefix is for Hugging Face's names")
+        weights = Weights([source], tensors, dict.fromkeys(tensors, source.name))
+        filled = fill_from_base(weights, context)
+        files = {**_beside(source), **base_sidecars(context)}
+        begin = Begin(
+            format="pytorch",
+            layout=layout_option_value(options) or layout_of(tensors),
+            parts={},
+            files=tuple(map(str, weights.paths)),
+            sources=inventory(weights.tensors),
+            root=str(source.parent),
+            sidecars=files,
+            training={"iteration": value.get("iteration", "release")},
+        )
+        version = value.get("checkpoint_version", 0)
+        args = args_of(value, source)
+        for message in _messages(
+            begin, dict(weights.tensors), args, version, others, options, context
+        ):
+            if isinstance(message, End):
+                message = replace(message, notes=(*remarks, *filled, *message.notes))
+            yield message
+
+
+def state_dict(
+    value: Any, source: Path
+) -> tuple[dict[str, Stored], tuple[Dropped, ...], tuple[str, ...]]:
+    """Return the tensors of a state dict, wherever it lies in a file, what else is there, remarks.
+
+    Raises:
+        FormatError: there is no state dict, or only one rank's part of it.
+    """
+    if not isinstance(value, Mapping):
+        raise FormatError(f"{source}: expected a dictionary, found {type(value).__name__}")
+    inner: Mapping[Any, Any] = value
+    path: list[str] = []
+    others: list[str] = []
+    while (key := _container(inner, len(path))) is not None:
+        others += [str(other) for other in inner if other != key]
+        path.append(key)
+        inner = inner[key]
+    if "language_model" in inner:
+        inner = legacy.flattened(inner)
+    tensors = {str(name): entry for name, entry in inner.items() if isinstance(entry, Stored)}
+    shares = [name for name, entry in inner.items() if is_sharded(entry)]
+    if shares:
+        raise FormatError(
+            f"{source}: {shares[0]!r} is what one rank holds of a tensor; give the directory with "
+            "the files of all ranks to --loader verl"
+        )
+    if not tensors:
+        raise FormatError(
+            f"{source}: holds no state dict of tensors ({listing(map(str, value))} found); known "
+            f"containers: {', '.join(_CONTAINERS)}"
+        )
+    others = [*(str(name) for name in inner if name not in tensors), *others]
+    states = [name for name in others if name.endswith("_extra_state")]
+    dropped = tuple(Dropped(name, TRAINING_STATE) for name in others if name not in states)
+    if held := [name for name in states if inner.get(name) is not None]:
+        dropped += (Dropped(f"{len(held)} _extra_state objects", TRAINING_STATE),)
+    nested = (f"the weights are those of {'.'.join(path)!r}",) if len(path) > 1 else ()
+    return tensors, dropped, nested
+
+
+def _container(value: Mapping[Any, Any], depth: int = 0) -> str | None:
+    """Return the key under which a state dict lies, None if ``value`` is one, or none is below."""
+    if depth == _DEEPEST:
+        return None
+    keys = (key for key in _CONTAINERS if _leads_to_weights(value.get(key), depth + 1))
+    return next(keys, None)
+
+
+def _leads_to_weights(value: Any, depth: int) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    if "language_model" in value or _container(value, depth) is not None:
+        return True
+    return any(isinstance(entry, Stored) or is_sharded(entry) for entry in value.values())
+
+
+def _messages(
+    begin: Begin,
+    tensors: dict[str, LazyTensor],
+    args: Mapping[str, Any],
+    version: Any,
+    others: tuple[Dropped, ...],
+    options: Options,
+    context: Context,
+) -> Messages:
+    convention = _CONVENTIONS[begin.layout]
+    if convention == "hf":
+        yield from trained_messages(begin, tensors, (), others, options, context)
+        return
+    config = read_config(begin.sidecars, begin.root)
+    family = family_of(config) if config else None
+    if begin.layout == "legacy":
+        args = legacy.completed(args)
+    parts: Parts
+    if args:
+        parts = {"language": spec_from_args(args)}
+    elif family is not None and config is not None:
+        parts = parts_from_config(family, config)
+    else:
+        yield begin
+        yield passthrough(tensors)
+        note = "no config or args name the model: tensors pass through by name"
+        yield End(others, (note,))
+        return
+    composed = family.name if family is not None and "vision" in parts else ""
+    layout = family_named(composed or parts["language"].family).layout(convention)
+    if begin.layout == "legacy":
+        layout = legacy.ordered(layout, version, parts["language"])
+    training = {**begin.training, "args": args or None}
+    begin = replace(begin, training=training, family=composed)
+    yield from named_messages(begin, tensors, parts, layout, dropped=others)
+
+
+def _file_of(source: Path) -> Path:
+    """Return the file that is meant: a directory is one that the saver has written."""
+    return source / DIRECTORY_FILE if source.is_dir() else source
+
+
+def _beside(source: Path) -> dict[str, bytes]:
+    """Return the sidecars of the directory, if it is a model's and not just any."""
+    return sidecars(source.parent) if (source.parent / "config.json").is_file() else {}
+
+
+class PytorchSaver:
+    """Writes a ``.pt`` file, or a directory with ``model.pt`` and the model's small files."""
+
+    name = "pytorch"
+
+    def options(self) -> list[click.Option]:
+        """Return ``--layout`` and ``--target-layout``."""
+        return [
+            layout_option(),
+            click.Option(
+                ["--target-layout"],
+                type=click.Choice(["hf", "core", "legacy"]),
+                help="Names in the target, where --layout is about the source.",
+            ),
+        ]
+
+    def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
+        """Return the plan of one file; a target without a file's suffix becomes a directory."""
+        model = collect(messages)
+        value, tensors, dropped = _state(model, options)
+        target = context.target
+        single = target is not None and target.suffix in _SUFFIXES
+        name = target.name if single and target is not None else DIRECTORY_FILE
+        files = [torch_zip.plan_file(name, value)]
+        notes: tuple[str, ...] = ()
+        if single:
+            left = sorted(model.begin.sidecars)
+            if left:
+                notes = (f"one file cannot hold {', '.join(left)}; name a directory to keep them",)
+        else:
+            files += literal_files(model.begin.sidecars)
+        place = "{target}" if single else f"{{target}}/{DIRECTORY_FILE}"
+        return SavePlan(
+            files,
+            single_file=single,
+            dropped=dropped,
+            notes=notes,
+            load_hint=f'torch.load("{place}", weights_only=True)',
+            details={"tensors": len(tensors), "dtype": main_dtype(tensors)},
+        )
+
+
+def _state(
+    model: Model, options: Options
+) -> tuple[dict[str, Any], Mapping[str, LazyTensor], tuple[Dropped, ...]]:
+    """Return what the file holds, its tensors, and what was dropped."""
+    layout = options.get("target_layout") or layout_option_value(options)
+    if model.passthrough is not None:
+        if layout is not None and not model.begin.layout.startswith(layout):
+            raise SchemaError(
+                f"tensors are named as {model.begin.layout} and no schema knows their model, so "
+                f"they cannot be written as {layout}; give --hf-base with a config"
+            )
+        return dict(model.passthrough), model.passthrough, ()
+    spec = model.spec
+    family = family_named(model.family)
+    if layout in ("core", "legacy") and family.composition is not None:
+        raise SchemaError(
+            f"a {family.name} under Megatron's names is no single state dict; use --to llava "
+            "--ckpt-format torch"
+        )
+    if layout not in ("core", "legacy"):
+        tensors, dropped = hf_tensors(model)
+        return dict(tensors), tensors, dropped
+    old = layout == "legacy"
+    named = family.layout("legacy" if old else "mcore")
+    if old:
+        legacy.check(spec)
+    tensors, dropped = named_tensors(model, named)
+    rows = model.messages["embeddings"]["word embeddings"].shape[0]
+    args = args_from_spec(
+        spec,
+        tp=1,
+        pipeline=Pipeline(),
+        padded_vocab_size=rows,
+        true_vocab_size=spec.vocab_size,
+        make_vocab_size_divisible_by=1,
+        iteration=0,
+        transformer_impl="local" if old else "transformer_engine",
+        ckpt_format="torch",
+        source_args=model.begin.training.get("args"),
+    )
+    if old:
+        args |= legacy.to_args(spec)
+    state = {"args": Namespace(**args), "checkpoint_version": legacy.VERSION, "iteration": 0}
+    held = legacy.nested(tensors) if old else dict(tensors)
+    return {**state, "model": held}, tensors, dropped

@@ -1,0 +1,1 @@
+"""Decoders without experts whose names are Llama's, or nearly."""

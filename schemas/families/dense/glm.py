@@ -1,0 +1,41 @@
+"""GLM-4 (``GlmForCausalLM``), as Hugging Face names it.
+
+Gate and up are one tensor; half of every head is rotated, in pairs of neighbours, as Megatron does
+with ``rotary_interleaved``.
+
+Source: huggingface/transformers src/transformers/models/glm/*.py @ v5.23.0.
+"""
+
+from __future__ import annotations
+
+from ckptx.model.layout import Layout
+from ckptx.schemas.config.traits import LLAMA_DEFAULTS, SWITCHES, Biases, ConfigTable
+from ckptx.schemas.conventions.blocks import hf_decoder, hf_fused_gated_mlp
+from ckptx.schemas.conventions.legacy import NOT_LEGACY
+from ckptx.schemas.decoder import decoder_family
+
+TABLE = ConfigTable(
+    "GlmForCausalLM",
+    LLAMA_DEFAULTS
+    | {
+        "vocab_size": 151552,
+        "intermediate_size": 13696,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1.5625e-7,
+        "attention_bias": True,
+    },
+    ("attention_bias",),
+    switches={**SWITCHES, "attention_bias": Biases(qkv=True)},
+    rotary_percent=0.5,
+    fixed={"rotary_interleaved": True},
+)
+FAMILY = decoder_family(
+    "glm",
+    TABLE,
+    Layout("hf/glm", hf_decoder(mlp=hf_fused_gated_mlp)),
+    refused={"legacy": NOT_LEGACY["rotary"]},
+    recognition=130,
+)

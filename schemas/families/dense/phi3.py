@@ -1,0 +1,38 @@
+"""Phi-3, Phi-3.5 and Phi-4, as Hugging Face names them.
+
+Query, key and value are one tensor, one after another, and so are gate and up.
+
+Source: huggingface/transformers src/transformers/models/phi3/*.py @ v5.23.0.
+"""
+
+from __future__ import annotations
+
+from ckptx.model.layout import Layout
+from ckptx.schemas.config.traits import LLAMA_DEFAULTS, ConfigTable
+from ckptx.schemas.conventions.blocks import hf_decoder, hf_fused_attention, hf_fused_gated_mlp
+from ckptx.schemas.decoder import decoder_family
+
+_DEFAULTS = LLAMA_DEFAULTS | {
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+}
+FAMILY = decoder_family(
+    "phi3",
+    ConfigTable(
+        "Phi3ForCausalLM",
+        _DEFAULTS,
+        names={"head_dim": None},
+        windows="all layers",
+        rotary_percent=1.0,
+        scalings={"su": "longrope", "yarn": "longrope"},
+        passthrough_keys={"original_max_position_embeddings": 4096},
+    ),
+    Layout("hf/phi3", hf_decoder(hf_fused_attention, hf_fused_gated_mlp)),
+    limits=("Megatron Core has no `longrope`: it is kept for the way back, and reported",),
+    recognition=140,
+)

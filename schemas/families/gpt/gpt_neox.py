@@ -1,0 +1,86 @@
+"""GPT-NeoX and Pythia, as Hugging Face names them.
+
+``query_key_value`` holds query, key and value head by head, which is the canonical order: every
+head is a query group of its own.
+
+Source: huggingface/transformers src/transformers/models/gpt_neox/modeling_gpt_neox.py @ v5.23.0.
+"""
+
+from __future__ import annotations
+
+from ckptx.model.layout import Layout, Predicate, Rule, Section, rule
+from ckptx.schemas.config.traits import GELU, NO_HEAD_KEYS, Biases, ConfigTable
+from ckptx.schemas.conventions.blocks import dense_bias, mlp_bias, norm, qkv_bias, untied
+from ckptx.schemas.decoder import decoder_family
+
+_LAYER = "gpt_neox.layers.{layer}."
+# Checkpoints of transformers before 4.31 hold masks and rotary frequencies.
+_BUFFERS = (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
+
+
+def _linear(key: str, name: str, bias: Predicate) -> tuple[Rule, Rule]:
+    return (
+        rule(f"{key} weight", f"{_LAYER}{name}.weight"),
+        rule(f"{key} bias", f"{_LAYER}{name}.bias", when=bias),
+    )
+
+
+_SECTIONS = (
+    Section("embeddings", (rule("word embeddings", "gpt_neox.embed_in.weight"),)),
+    Section(
+        "transformer layer {layer}",
+        (
+            *norm("input norm", f"{_LAYER}input_layernorm"),
+            *norm("post norm", f"{_LAYER}post_attention_layernorm"),
+            *_linear("qkv", "attention.query_key_value", qkv_bias),
+            *_linear("dense", "attention.dense", dense_bias),
+            *_linear("mlp l0", "mlp.dense_h_to_4h", mlp_bias),
+            *_linear("mlp l1", "mlp.dense_4h_to_h", mlp_bias),
+        ),
+    ),
+    Section("final norm", norm("", "gpt_neox.final_layer_norm")),
+    Section(
+        "output layer",
+        # In memory transformers 5 calls it lm_head, in files it does not.
+        (rule("weight", "embed_out.weight", when=untied, also=["lm_head.weight"]),),
+    ),
+)
+_DEFAULTS = {
+    "vocab_size": 50432,
+    "hidden_size": 6144,
+    "num_hidden_layers": 44,
+    "num_attention_heads": 64,
+    "intermediate_size": 24576,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 2048,
+    "layer_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "use_parallel_residual": True,
+    "attention_bias": True,
+}
+
+FAMILY = decoder_family(
+    "gpt_neox",
+    ConfigTable(
+        "GPTNeoXForCausalLM",
+        _DEFAULTS,
+        ("attention_bias",),
+        fixed_biases=Biases(mlp=True),
+        names={**NO_HEAD_KEYS, "rms_norm_eps": "layer_norm_eps"},
+        normalization="LayerNorm",
+        activations=GELU,
+        rotary_percent=0.25,
+        rotary_keys=("rotary_emb_base", "rotary_pct"),
+        passthrough_keys={"use_parallel_residual": False},
+        megatron_lacks={
+            "use_parallel_residual": "Megatron's TransformerLayer (to core 0.16) adds the "
+            "attention's output before the MLP, and has no parallel form"
+        },
+    ),
+    Layout("hf/gpt_neox", _SECTIONS, _BUFFERS),
+    limits=(
+        "to Megatron with `use_parallel_residual` false only; Pythia and GPT-NeoX-20B have it "
+        "true, which Megatron Core 0.16 cannot compute",
+    ),
+    recognition=120,
+)

@@ -1,0 +1,1 @@
+"""Models of several parts, and those that lie in several files."""
