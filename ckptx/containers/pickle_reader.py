@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import partial

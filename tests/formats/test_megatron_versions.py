@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from ckptx.cli.main import main as cli
-
 from tests.golden.megatron.cases import BASES, CASES, DENSE, MIXTURE, VERSIONS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "megatron"
