@@ -6,7 +6,7 @@ line prints it as one line; ``--verbose`` adds the traceback.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class CkptxError(Exception):
@@ -48,7 +48,15 @@ def listing(names: Iterable[str], limit: int = 10) -> str:
         >>> listing(["a", "b", "c"], limit=2)
         "'a', 'b' and 1 more"
     """
-    ordered = list(names)
-    shown = ", ".join(repr(name) for name in ordered[:limit])
-    rest = len(ordered) - limit
-    return f"{shown} and {rest} more" if rest > 0 else shown
+    return first_few([repr(name) for name in names], limit)
+
+
+def first_few(texts: Sequence[str], limit: int) -> str:
+    """Return the first ``limit`` texts, and the count of the others.
+
+    Examples:
+        >>> first_few(["a", "b", "c"], limit=2)
+        'a, b and 1 more'
+    """
+    rest = len(texts) - limit
+    return ", ".join(texts[:limit]) + (f" and {rest:,} more" if rest > 0 else "")

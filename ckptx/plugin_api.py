@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from ckptx.storage.file_plan import FilePlan as FilePlan
     from ckptx.storage.file_plan import Region as Region
     from ckptx.storage.file_plan import literal_files as literal_files
+    from ckptx.storage.location import Location as Location
     from ckptx.storage.source_file import SourceFile as SourceFile
     from ckptx.storage.source_file import read_json as read_json
     from ckptx.tensors.dtypes import ITEMSIZE as ITEMSIZE
@@ -84,6 +85,7 @@ _HOMES = {
     "model.family": "Family",
     "model.layout": "Layout",
     "model.spec": "ModelSpec",
+    "storage.location": "Location",
     "storage.file_plan": "FilePlan Region literal_files",
     "storage.source_file": "SourceFile read_json",
     "containers.zip_archive": "ArchiveWriter NewMember read_members",

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from ckptx.containers.zip_archive import read_members
 from ckptx.errors import FormatError
+from ckptx.storage.location import Location
 from ckptx.storage.source_file import SourceFile
 from ckptx.tensors.lazy import LazyTensor
 
@@ -26,7 +26,7 @@ _EVIDENCE = 16
 """Differing bytes of two rows: so many do not come again by chance."""
 
 
-def refuse_copies(paths: Sequence[Path]) -> None:
+def refuse_copies(paths: Sequence[Location]) -> None:
     """Raise if two archives, whose ranks share out the same weights, are the same.
 
     Raises:
@@ -36,7 +36,7 @@ def refuse_copies(paths: Sequence[Path]) -> None:
         raise copy_of(paths[other], paths[one])
 
 
-def copy_of(path: Path, other: Path) -> FormatError:
+def copy_of(path: Location, other: Location) -> FormatError:
     """Return the error of a file that is a copy of another rank's."""
     return FormatError(
         f"{path}: is a copy of {other}, expected the share of another rank; copy it again from "
@@ -44,7 +44,7 @@ def copy_of(path: Path, other: Path) -> FormatError:
     )
 
 
-def alike(paths: Sequence[Path]) -> Iterator[tuple[int, int]]:
+def alike(paths: Sequence[Location]) -> Iterator[tuple[int, int]]:
     """Yield the numbers of two archives that hold the same, the earlier first.
 
     Of those whose ends are equal (torch can be told to leave out checksums) the ends of all
@@ -63,7 +63,7 @@ def alike(paths: Sequence[Path]) -> Iterator[tuple[int, int]]:
         others.append(number)
 
 
-def rows_differ(paths: Sequence[Path], weights: Iterable[LazyTensor]) -> bool:
+def rows_differ(paths: Sequence[Location], weights: Iterable[LazyTensor]) -> bool:
     """Return whether any weight, [rows, columns], has rows that are not all alike.
 
     The first two of at least four rows are compared: those are of one part of a fused weight.
@@ -84,7 +84,7 @@ def rows_differ(paths: Sequence[Path], weights: Iterable[LazyTensor]) -> bool:
     return False
 
 
-def _looked_at(path: Path) -> bytes | None:
+def _looked_at(path: Location) -> bytes | None:
     """Return a digest of the ends of all tensors of an archive, None if none has two values."""
     digest, varied = hashlib.sha256(), False
     with SourceFile(path) as file:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from ckptx.containers import torch_zip
@@ -23,7 +23,7 @@ from ckptx.containers.dcp_metadata import (
     METADATA_NAME,
     Chunk,
     DcpMetadata,
-    Location,
+    ItemRange,
     Named,
     Placed,
     TensorEntry,
@@ -35,6 +35,7 @@ from ckptx.containers.zip_archive import ENDS_SIZE
 from ckptx.containers.zstd import decoded, is_zstd
 from ckptx.errors import FormatError, PlanError
 from ckptx.storage.file_plan import FilePlan, Region
+from ckptx.storage.location import Location
 from ckptx.storage.open_files import PackedFile
 from ckptx.storage.source_file import SourceFile
 from ckptx.storage.spool import Spool
@@ -144,7 +145,7 @@ class _Items:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def open(self, key: str, offsets: Shape | None) -> tuple[SourceFile, int, Location]:
+    def open(self, key: str, offsets: Shape | None) -> tuple[SourceFile, int, ItemRange]:
         """Return the file of an item, its number, and the place of the item in it."""
         location = self._metadata.items.get((key, offsets))
         where = f"{self._metadata.directory / METADATA_NAME}: {key!r}"
@@ -172,7 +173,7 @@ class _Items:
             raise FormatError(
                 f"{where}: found an item in {relative!r}, expected a file inside the directory"
             )
-        path = self._metadata.directory / pure
+        path = self._metadata.directory / str(pure)
         file = self._stack.enter_context(SourceFile(path))
         name = str(path.absolute())
         number = self._numbers.setdefault(name, len(self._files))
@@ -208,8 +209,8 @@ class _Items:
 class _PackedItem:
     """A tensor's item, compressed with zstd."""
 
-    path: Path
-    location: Location
+    path: Location
+    location: ItemRange
     key: str
     dtype: str
     sizes: Shape
@@ -224,12 +225,12 @@ class _PackedItem:
             yield from decoded(file, self.location.offset, self.location.length, limit)
 
     def tensor(self, file: SourceFile, offset: int, size: int) -> Stored:
-        place = Location(str(file.path), offset, size)
+        place = ItemRange(str(file.path), offset, size)
         layout = _parse(file, place, self.key, self.dtype, self.sizes)
         return Stored(self.dtype, self.sizes, 0, offset + layout.start, layout.strides)
 
 
-def _fits(layout: _Layout, file: SourceFile, location: Location) -> bool:
+def _fits(layout: _Layout, file: SourceFile, location: ItemRange) -> bool:
     if location.length != layout.length:
         return False
     stop = location.offset + location.length
@@ -239,7 +240,7 @@ def _fits(layout: _Layout, file: SourceFile, location: Location) -> bool:
     )
 
 
-def _parse(file: SourceFile, location: Location, key: str, dtype: str, sizes: Shape) -> _Layout:
+def _parse(file: SourceFile, location: ItemRange, key: str, dtype: str, sizes: Shape) -> _Layout:
     start, stop = location.offset, location.offset + location.length
     try:
         members, record = torch_zip.read_records(file, start, location.length)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from ckptx.containers import pickle_reader
@@ -29,6 +28,7 @@ from ckptx.containers.pickle_values import (
 )
 from ckptx.containers.pickle_writer import dumps
 from ckptx.errors import FormatError
+from ckptx.storage.location import Location
 from ckptx.storage.source_file import SourceFile
 from ckptx.tensors.lazy import MAX_AXES, Shape
 
@@ -70,7 +70,7 @@ class TensorEntry:
     chunks: tuple[Chunk, ...]
 
 
-class Location(NamedTuple):
+class ItemRange(NamedTuple):
     """Where an item is: ``[offset, offset + length)`` bytes of ``path``, relative to the directory.
 
     ``transforms`` names the codecs that were applied to it, ``"stream.zstd/1"`` for instance.
@@ -95,21 +95,21 @@ class DcpMetadata:
         mcore_data: Megatron's remarks by key, up to core 0.15.
     """
 
-    directory: Path
+    directory: Location
     tensors: Mapping[str, TensorEntry]
     objects: tuple[str, ...]
-    items: Mapping[ItemKey, Location]
+    items: Mapping[ItemKey, ItemRange]
     planner_data: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
     mcore_data: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_metadata(directory: Path) -> DcpMetadata:
+def read_metadata(directory: Location) -> DcpMetadata:
     """Read and check the ``.metadata`` of a directory.
 
     Raises:
         FormatError: it is missing, damaged or hostile.
     """
-    path = Path(directory) / METADATA_NAME
+    path = directory / METADATA_NAME
     with SourceFile(path) as file:
         if file.size > pickle_reader.MAX_PICKLE:
             raise FormatError(
@@ -119,7 +119,7 @@ def read_metadata(directory: Path) -> DcpMetadata:
     state = _fields_of(path, value)
     try:
         with collector_paused():
-            return _metadata(Path(directory), state, file.size // _CHUNK_BYTES)
+            return _metadata(directory, state, file.size // _CHUNK_BYTES)
     except FormatError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -129,7 +129,7 @@ def read_metadata(directory: Path) -> DcpMetadata:
         ) from error
 
 
-def _fields_of(path: Path, value: object) -> dict[str, Any]:
+def _fields_of(path: Location, value: object) -> dict[str, Any]:
     """Return the attributes of a Metadata; a class that extends it, as Megatron's does, will do."""
     state = value.state if isinstance(value, Record) else None
     if isinstance(state, dict) and "state_dict_metadata" in state:
@@ -137,7 +137,7 @@ def _fields_of(path: Path, value: object) -> dict[str, Any]:
     return _state(path, value, "Metadata")
 
 
-def _state(path: Path, value: object, name: str) -> dict[str, Any]:
+def _state(path: Location, value: object, name: str) -> dict[str, Any]:
     """Return the attributes of a record of class ``name``."""
     if not isinstance(value, Record) or type(value).name != name:
         found = type(value).name if isinstance(value, Record) else type(value).__name__
@@ -153,7 +153,7 @@ _CHUNK_BYTES = 8
 """Bytes that a chunk takes in a pickle at the least: an object and two attributes."""
 
 
-def _metadata(directory: Path, state: Mapping[str, Any], most_chunks: int) -> DcpMetadata:
+def _metadata(directory: Location, state: Mapping[str, Any], most_chunks: int) -> DcpMetadata:
     path = directory / METADATA_NAME
     tensors: dict[str, TensorEntry] = {}
     objects: list[str] = []
@@ -171,7 +171,7 @@ def _metadata(directory: Path, state: Mapping[str, Any], most_chunks: int) -> Dc
                     f"file is damaged"
                 )
             tensors[key] = _tensor(path, key, fields)
-    items: dict[ItemKey, Location] = {}
+    items: dict[ItemKey, ItemRange] = {}
     for index, info in _pairs(state.get("storage_data")):
         fields = _state(path, index, "MetadataIndex")
         offset = fields.get("offset")
@@ -193,7 +193,7 @@ def _pairs(value: Any) -> Sequence[tuple[Any, Any]]:
     return list(value.items()) if isinstance(value, dict) else []
 
 
-def _shape(path: Path, value: Any) -> Shape:
+def _shape(path: Location, value: Any) -> Shape:
     if len(value) > MAX_AXES:
         raise FormatError(f"{path}: found a tensor of {len(value)} axes; the file is damaged")
     shape = tuple(value)
@@ -203,7 +203,7 @@ def _shape(path: Path, value: Any) -> Shape:
     return shape
 
 
-def _tensor(path: Path, key: str, fields: Mapping[str, Any]) -> TensorEntry:
+def _tensor(path: Location, key: str, fields: Mapping[str, Any]) -> TensorEntry:
     properties = fields["properties"].state  # a tuple that starts with the dtype
     dtype = properties["dtype"] if isinstance(properties, dict) else properties[0]
     if not isinstance(dtype, TorchDtype):
@@ -221,8 +221,8 @@ def _tensor(path: Path, key: str, fields: Mapping[str, Any]) -> TensorEntry:
     return TensorEntry(dtype.name, shape, tuple(chunks))
 
 
-def _location(path: Path, fields: Mapping[str, Any]) -> Location:
-    location = Location(
+def _location(path: Location, fields: Mapping[str, Any]) -> ItemRange:
+    location = ItemRange(
         fields["relative_path"],
         fields["offset"],
         fields["length"],

@@ -15,11 +15,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ckptx.containers import safetensors
 from ckptx.errors import FormatError
+from ckptx.storage.location import Location
 from ckptx.tensors import tiling
 from ckptx.tensors.joins import tile
 from ckptx.tensors.lazy import Filled, LazyTensor, Shape, Stored
@@ -29,14 +29,14 @@ _INFO = "DCP_SHARDING_INFO"
 _OFFSETS = "saved_offsets"
 
 
-def shards(directory: Path) -> list[Path]:
+def shards(directory: Location) -> list[Location]:
     """Return the shards in a directory, in order of rank."""
     if not directory.is_dir():
         return []
     return sorted(path for path in directory.iterdir() if _SHARD.fullmatch(path.name))
 
 
-def tensors(paths: list[Path]) -> tuple[dict[str, LazyTensor], dict[str, Stored]]:
+def tensors(paths: list[Location]) -> tuple[dict[str, LazyTensor], dict[str, Stored]]:
     """Return the tensors of shards put together, and every chunk under a name of its own.
 
     ``paths`` are the file table that both refer to.
@@ -55,7 +55,7 @@ def tensors(paths: list[Path]) -> tuple[dict[str, LazyTensor], dict[str, Stored]
     return {name: _whole(paths, name, parts) for name, parts in chunks.items()}, stored
 
 
-def _offsets(path: Path) -> Mapping[str, Any]:
+def _offsets(path: Location) -> Mapping[str, Any]:
     said = safetensors.read_header(path).metadata.get(_INFO)
     try:
         value = json.loads(said or "")
@@ -69,7 +69,7 @@ def _offsets(path: Path) -> Mapping[str, Any]:
     return value
 
 
-def _origin(path: Path, name: str, chunk: Stored, offsets: Mapping[str, Any]) -> Shape:
+def _origin(path: Location, name: str, chunk: Stored, offsets: Mapping[str, Any]) -> Shape:
     entry = offsets.get(name)
     origin = entry.get(_OFFSETS) if isinstance(entry, dict) else None
     natural = isinstance(origin, list) and all(type(n) is int and n >= 0 for n in origin)
@@ -81,7 +81,7 @@ def _origin(path: Path, name: str, chunk: Stored, offsets: Mapping[str, Any]) ->
     return tuple(origin or ())
 
 
-def _whole(paths: list[Path], name: str, parts: list[tuple[Shape, Stored]]) -> LazyTensor:
+def _whole(paths: list[Location], name: str, parts: list[tuple[Shape, Stored]]) -> LazyTensor:
     ranks = {len(origin) for origin, _ in parts}
     dtypes = {chunk.dtype for _, chunk in parts}
     where = f"{paths[0].parent}: {name!r}"

@@ -24,6 +24,7 @@ from typing import Any
 
 from ckptx.errors import FormatError, PlanError
 from ckptx.storage.file_plan import FilePlan, Region
+from ckptx.storage.location import Location
 from ckptx.storage.source_file import SourceFile
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import MAX_AXES, LazyTensor, Stored, contiguous_strides
@@ -75,12 +76,12 @@ class Entry:
 class Header:
     """The entries in header order, and ``__metadata__``."""
 
-    path: Path
+    path: Location
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Location) -> Header:
     """Return the checked header of a safetensors file.
 
     Raises:
@@ -113,7 +114,7 @@ def read_header(path: Path) -> Header:
     return Header(Path(path), entries, metadata)
 
 
-def tensors(path: Path, file_index: int) -> dict[str, Stored]:
+def tensors(path: Location, file_index: int) -> dict[str, Stored]:
     """Return every tensor of a file, by name, in header order.
 
     ``file_index`` is the file's place in the file table of the conversion.
@@ -187,7 +188,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
+def _parse(path: Location, text: bytes) -> dict[str, Any]:
     if not text.startswith(b"{"):
         raise FormatError(
             f"{path}: expected a header that starts with '{{', found {text[:8]!r}; "
@@ -203,7 +204,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     return dict(fields)
 
 
-def _metadata(path: Path, value: object) -> dict[str, str]:
+def _metadata(path: Location, value: object) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
@@ -220,7 +221,7 @@ def _naturals(value: object) -> tuple[int, ...] | None:
     return tuple(value)
 
 
-def _entry(path: Path, name: str, value: object, start: int) -> Entry:
+def _entry(path: Location, name: str, value: object, start: int) -> Entry:
     def refuse(expected: str, found: object) -> FormatError:
         return FormatError(
             f"{path}: {name!r}: expected {expected}, found {reprlib.repr(found)}; "
@@ -251,7 +252,7 @@ def _entry(path: Path, name: str, value: object, start: int) -> Entry:
     return Entry(dtype, shape, start + begin, start + end)
 
 
-def _check_tiling(path: Path, entries: Mapping[str, Entry], start: int, size: int) -> None:
+def _check_tiling(path: Location, entries: Mapping[str, Entry], start: int, size: int) -> None:
     """Check that the tensors fill the file from ``start`` to ``size``, without gap or overlap."""
     position = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):

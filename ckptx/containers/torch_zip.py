@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import is_not
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from ckptx.containers import pickle_reader
@@ -33,6 +33,7 @@ from ckptx.containers.pickle_writer import dumps
 from ckptx.containers.zip_archive import ArchiveWriter, Member, NewMember, read_members
 from ckptx.errors import FormatError, PlanError
 from ckptx.storage.file_plan import FilePlan
+from ckptx.storage.location import Location
 from ckptx.storage.source_file import SourceFile
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import MAX_AXES, LazyTensor, Shape, Stored, contiguous_strides
@@ -56,7 +57,7 @@ class TorchFile:
 
 
 def read(
-    path: Path,
+    path: Location,
     file_index: int,
     *,
     offset: int = 0,

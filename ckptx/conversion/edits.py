@@ -22,8 +22,8 @@ from ckptx.protocol.messages import Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.tensors.lazy import LazyTensor
 
-SAVERS = {"hf": "hf", "pytorch": "pytorch", "dcp": "dcp"}
-"""Formats that are modified, and the savers that write them."""
+_MODIFIED = ("hf", "pytorch", "dcp")
+"""Formats that are modified; the savers that write them have the same names."""
 
 
 def saver_for(loader: str) -> str:
@@ -32,12 +32,13 @@ def saver_for(loader: str) -> str:
     Raises:
         PlanError: a format's tensors cannot be changed one by one.
     """
-    if loader not in SAVERS:
+    if loader not in _MODIFIED:
         raise PlanError(
-            f"modify changes {', '.join(SAVERS)}, not {loader!r}, whose files are those of a model "
-            "with fixed tensors on fixed ranks; convert it --to hf, modify that, and convert back"
+            f"modify changes {', '.join(_MODIFIED)}, not {loader!r}, whose files are those of a "
+            "model with fixed tensors on fixed ranks; convert it --to hf, modify that, and "
+            "convert back"
         )
-    return SAVERS[loader]
+    return loader
 
 
 def edited(messages: Iterator[Message], edits: Edits, loader: str) -> Iterator[Message]:

@@ -30,6 +30,7 @@ from ckptx.errors import ConversionError, PluginError
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.registry import registry
 from ckptx.registry.registry import Role
+from ckptx.storage.location import Location
 
 if TYPE_CHECKING:
     import click
@@ -137,11 +138,11 @@ class ModuleLoader(Module):
 
     role = "loader"
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return False: such a module is only used when it is named."""
         return False
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Run the module to its end, its tensors going to the spool; then yield the messages."""
         from ckptx.conversion.megatron_queue import ReceiveQueue
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptx.errors import first_few
 from ckptx.text.shown import Shown
 from ckptx.text.sizes import size_text
 from ckptx.text.wrapping import labelled
@@ -243,15 +244,15 @@ def _facts_lines(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "tensors", f"{count}, from {facts.source_tensors}"
     yield "bytes", f"{size_text(facts.bytes_in)} in, {size_text(facts.bytes_out)} out"
     for step, names in facts.inexact.items():
-        yield "inexact", f"{step}: {_some(names)}"
+        yield "inexact", f"{step}: {first_few(names, _SHOWN)}"
     if not facts.inexact:
         besides = " but what is filled" if facts.filled else ""
         yield "inexact", f"none: every value{besides} is the source's"
     for step, names in facts.widened.items():
-        yield "widened", f"{step} (exact): {_some(names)}"
+        yield "widened", f"{step} (exact): {first_few(names, _SHOWN)}"
     if facts.filled:
         elements = [f"{name} ({count:,} elements)" for name, count in facts.filled.items()]
-        yield "filled", _some(elements)
+        yield "filled", first_few(elements, _SHOWN)
     if facts.replicas:
         yield "replicas", f"{facts.replicas} copies compared with the one read"
     reasons: dict[str, list[Mapping[str, Any]]] = {}
@@ -259,11 +260,6 @@ def _facts_lines(facts: Facts) -> Iterator[tuple[str, str]]:
         reasons.setdefault(drop["reason"], []).append(drop)
     for reason, drops in reasons.items():
         size = size_text(sum(drop["bytes"] for drop in drops))
-        names = _some([drop["name"] for drop in drops])
+        names = first_few([drop["name"] for drop in drops], _SHOWN)
         yield "dropped", f"{names} ({size}): {reason}"
     yield from (("note", note) for note in facts.notes)
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

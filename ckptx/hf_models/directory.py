@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ckptx.errors import FormatError
@@ -15,10 +15,17 @@ from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.export import exported
 from ckptx.model.family import Family
 from ckptx.protocol.context import ADAPTERS, UNTOLD, Context
-from ckptx.protocol.from_names import named_messages, names_held, passthrough, tied_names
+from ckptx.protocol.from_names import (
+    begin_anyway,
+    named_messages,
+    names_held,
+    passthrough,
+    tied_names,
+)
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import _architectures, family_of, parts_from_config, why_unknown
+from ckptx.storage.location import Location
 from ckptx.storage.partial import MANIFEST
 from ckptx.storage.source_file import read_small
 from ckptx.tensors.lazy import LazyTensor
@@ -46,13 +53,13 @@ copies its scripts into every checkpoint.
 """
 
 
-def training_state(directory: Path) -> tuple[Dropped, ...]:
+def training_state(directory: Location) -> tuple[Dropped, ...]:
     """Return the files of a training that lie beside the weights and do not go with them."""
     files = {p for pattern in _TRAINING for p in directory.glob(pattern) if p.is_file()}
     return tuple(Dropped(p.name, TRAINING_STATE, p.stat().st_size) for p in sorted(files))
 
 
-def sidecars(directory: Path) -> dict[str, bytes]:
+def sidecars(directory: Location) -> dict[str, bytes]:
     """Return the small files of a model by name: config, tokenizer, chat template, code.
 
     Code files are carried as bytes and never imported. Weights and their indexes are not sidecars.
@@ -64,7 +71,7 @@ def sidecars(directory: Path) -> dict[str, bytes]:
         weights = weights or path.name.startswith("ckptx-")
         if not wanted or weights or not path.is_file():
             continue
-        if any(path.match(pattern) for pattern in _TRAINING):
+        if any(fnmatchcase(path.name, pattern) for pattern in _TRAINING):
             continue
         if path.stat().st_size > _MAX_SIDECAR:
             raise FormatError(
@@ -109,6 +116,19 @@ def hf_messages(
     Raises:
         SchemaError: tensors are missing, left over, or not of the shapes that the config says.
     """
+    messages = _model_messages(begin, tensors, notes, dropped, options, context, renamer)
+    yield from begin_anyway(begin, messages, context)
+
+
+def _model_messages(
+    begin: Begin,
+    tensors: Mapping[str, LazyTensor],
+    notes: tuple[str, ...],
+    dropped: tuple[Dropped, ...],
+    options: Mapping[str, Any] | None,
+    context: Context,
+    renamer: Renamer | None,
+) -> Iterator[Message]:
     held = extract.extract_adapters(begin, tensors, options or {})
     dtype = context.dtype
     if context.wants == ADAPTERS:

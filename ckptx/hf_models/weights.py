@@ -12,6 +12,7 @@ from ckptx.containers import safetensors, torch_zip
 from ckptx.containers.safetensors import unique_keys
 from ckptx.errors import FormatError, listing
 from ckptx.protocol.context import Context
+from ckptx.storage.location import Location
 from ckptx.storage.source_file import read_small
 from ckptx.tensors.lazy import Stored
 
@@ -28,11 +29,11 @@ class Weights:
     ``paths`` is the file table that the tensors refer to, ``homes`` says in which file each lies.
     """
 
-    paths: list[Path]
+    paths: list[Location]
     tensors: dict[str, Stored]
     homes: dict[str, str]
 
-    def add(self, path: Path) -> None:
+    def add(self, path: Location) -> None:
         """Add the tensors of a file.
 
         Raises:
@@ -50,7 +51,7 @@ class Weights:
             self.homes[name] = path.name
 
 
-def read_weights(source: Path) -> Weights:
+def read_weights(source: Location) -> Weights:
     """Return the tensors of a model directory, or of one file.
 
     Raises:
@@ -78,7 +79,7 @@ def read_weights(source: Path) -> Weights:
     return weights
 
 
-def _chosen(source: Path) -> tuple[Path | None, Path | None]:
+def _chosen(source: Location) -> tuple[Location | None, Location | None]:
     """Return the one file of weights of a directory, or the index of several, if it has either.
 
     Safetensors go before ``.bin`` files, as transformers and vLLM have it. Of one file and shards
@@ -119,7 +120,7 @@ def _is_name(text: str) -> bool:
     return Path(text).name == text and "\0" not in text and size <= _NAME_MAX
 
 
-def _mapping(index: Path) -> dict[str, str]:
+def _mapping(index: Location) -> dict[str, str]:
     """Return the file that an index says every tensor is in.
 
     Raises:
@@ -138,7 +139,7 @@ def _mapping(index: Path) -> dict[str, str]:
     return mapping
 
 
-def _read_index(index: Path, weights: Weights) -> None:
+def _read_index(index: Location, weights: Weights) -> None:
     mapping = _mapping(index)
     shards = sorted(set(mapping.values()))
     absent = [shard for shard in shards if not (index.parent / shard).is_file()]
@@ -165,7 +166,7 @@ def _read_index(index: Path, weights: Weights) -> None:
         )
 
 
-def _read_file(path: Path, number: int) -> dict[str, Stored]:
+def _read_file(path: Location, number: int) -> dict[str, Stored]:
     if path.suffix == ".safetensors":
         return safetensors.tensors(path, number)
     value = torch_zip.read(path, number).value
@@ -190,7 +191,7 @@ def fill_from_base(weights: Weights, context: Context) -> tuple[str, ...]:
 
 
 def base_tensors(
-    paths: list[Path], present: Container[str], context: Context
+    paths: list[Location], present: Container[str], context: Context
 ) -> tuple[dict[str, Stored], tuple[str, ...]]:
     """Return tensors of ``--hf-base`` that are not present and ``--fill-from-base`` names.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ckptx.errors import first_few
 from ckptx.inspection.statistics import Statistics
 from ckptx.inspection.summary import Inspection
 from ckptx.model.spec import ModelSpec
@@ -59,7 +60,7 @@ def _summary(found: Inspection) -> Iterator[tuple[str, str]]:
     experts = any(one.num_experts for one in begin.parts.values())
     if sizes := _parallel_text(found.parallel(), experts):
         yield "parallel", sizes
-    yield from (("", stage) for stage in found.stages()[:_STAGES])
+    yield from (("", stage) for stage in found.stages[:_STAGES])
     if begin.sidecars:
         yield "beside", ", ".join(sorted(begin.sidecars))
     yield from _left(found)
@@ -88,8 +89,7 @@ def _left(found: Inspection) -> Iterator[tuple[str, str]]:
         text = _sized(entry["name"], entry["bytes"])
         reasons.setdefault(entry["reason"], []).append(text)
     for reason, names in reasons.items():
-        more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
-        yield "left out", f"{', '.join(names[:_NAMES])}{more}: {reason}"
+        yield "left out", f"{first_few(names, _NAMES)}: {reason}"
 
 
 def _health(found: Inspection) -> Iterator[tuple[str, str]]:
@@ -116,8 +116,7 @@ def _rows(found: Inspection) -> Iterator[Row]:
 
 def _files(found: Inspection, shards: Sequence[Shard]) -> str:
     files = list(dict.fromkeys(found.place(shard.file) for shard in shards))
-    rest = f" and {len(files) - _FILES:,} more" if len(files) > _FILES else ""
-    return f"{', '.join(files[:_FILES])}{rest}"
+    return first_few(files, _FILES)
 
 
 def _table(statistics: Mapping[str, Statistics], width: int) -> Iterator[str]:

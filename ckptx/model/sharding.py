@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from ckptx.errors import PlanError, SchemaError, listing
+from ckptx.errors import PlanError, SchemaError, first_few, listing
 from ckptx.model.layout import Layout, Rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import Tensor, Transform
@@ -140,7 +140,7 @@ class Gatherer:
                 packed = [replicated([shard.pop(name) for shard in copies]) for name in names]
                 parts.append(transform.unpack(packed, self.spec, len(ranks)))
             except (SchemaError, PlanError) as error:
-                raise SchemaError(f"{label}{_some(names)}: {error}") from error
+                raise SchemaError(f"{label}{first_few(names, 3)}: {error}") from error
         return parts
 
     def _cut(self, entry: Rule, ranks: Sequence[Sequence[Tensor]]) -> int | None:
@@ -292,12 +292,6 @@ def _present(
         if all(name in shard for name in names):
             return names, spelling.transform
     return entry.spellings[0].named(layer, experts), entry.spellings[0].transform
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the names of a rule; of many experts', the first few."""
-    more = len(names) - 3
-    return ", ".join(names[:3]) + f" and {more} more" * (more > 0)
 
 
 def _joined(copies: Sequence[Tensor], tp: int | None, name: str) -> Tensor:

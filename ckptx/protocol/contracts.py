@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.messages import Dropped, Messages
 from ckptx.storage.file_plan import FilePlan
+from ckptx.storage.location import Location
 
 if TYPE_CHECKING:
     import click
@@ -34,11 +34,11 @@ class Loader(Protocol):
         """Return the options that the loader adds to the command line."""
         ...
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether ``source`` is this format; reads a few bytes, imports nothing heavy."""
         ...
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield one `Begin`, the `Tensors` in protocol order, and one `End`."""
         ...
 

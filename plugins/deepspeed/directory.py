@@ -23,12 +23,12 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ckptx.containers import torch_zip
 from ckptx.containers.copies import refuse_copies
 from ckptx.errors import FormatError, listing
+from ckptx.storage.location import Location
 from ckptx.tensors.lazy import Stored
 
 LATEST = ("latest", "latest_universal")
@@ -47,19 +47,19 @@ _EXPERT_OPTIM = re.compile(r"expp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_sta
 _STATES = "*_model_states.pt"
 
 
-def is_tag(directory: Path) -> bool:
+def is_tag(directory: Location) -> bool:
     """Return whether a directory is a checkpoint itself, not the root of several."""
     return any(directory.glob(_STATES))
 
 
-def tags(root: Path) -> list[str]:
+def tags(root: Location) -> list[str]:
     """Return the checkpoints of a root by name."""
     if not root.is_dir():
         return []
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and is_tag(entry))
 
 
-def find(source: Path, tag: str | None) -> Path:
+def find(source: Location, tag: str | None) -> Location:
     """Return the directory of the checkpoint that is meant: a tag, the latest, or ``source``.
 
     Raises:
@@ -100,14 +100,14 @@ class Checkpoint:
     of rank 0. ``optimizers`` is empty where they were not asked for, or lie in the model's file.
     """
 
-    directory: Path
+    directory: Location
     stage: int
     """0, 2 or 3: ZeRO 1 and 2 are stored alike and are both 2 here."""
     models: list[Mapping[str, Any]]
     optimizers: list[Mapping[str, Any]] = field(default_factory=list)
     parameters: dict[str, Stored] | None = None
     """The fp32 tensors of a universal checkpoint by name, flat at ZeRO 3; None of any other."""
-    files: list[Path] = field(default_factory=list)
+    files: list[Location] = field(default_factory=list)
     """Absolute paths: the file table of the extents, one for all ranks."""
     label: str = ""
     """What tells the tensors of this rank from those of others, where there are others."""
@@ -128,7 +128,7 @@ class Checkpoint:
 class Saved:
     """The pickles of one checkpoint, of all ranks."""
 
-    directory: Path
+    directory: Location
     ranks: list[Checkpoint] = field(default_factory=list)
     """By tensor- and pipeline-parallel rank."""
     layers: dict[int, Mapping[str, Stored]] = field(default_factory=dict)
@@ -137,12 +137,12 @@ class Saved:
     """The tensors of all experts of a mixture, under their numbers in the whole."""
     expert_optimizers: list[Mapping[str, Any]] = field(default_factory=list)
     """The optimizers without ZeRO, by expert-parallel rank."""
-    files: list[Path] = field(default_factory=list)
-    skipped: list[Path] = field(default_factory=list)
+    files: list[Location] = field(default_factory=list)
+    skipped: list[Location] = field(default_factory=list)
     """Files that were not read because nothing of them was asked for."""
 
 
-def read(directory: Path, masters: bool) -> Saved:
+def read(directory: Location, masters: bool) -> Saved:
     """Read the files of one checkpoint; those of optimizers if ``masters`` are asked for.
 
     Raises:
@@ -190,7 +190,7 @@ def read(directory: Path, masters: bool) -> Saved:
     return saved
 
 
-def _check_known(directory: Path) -> None:
+def _check_known(directory: Location) -> None:
     """Raise where a file is named like DeepSpeed's states, and not as DeepSpeed names any."""
     known = (_MODEL, _MODEL_3, _OPTIM, _LAYER, _EXPERT, _EXPERT_OPTIM)
     for path in sorted([*directory.glob(_STATES), *directory.glob("*_optim_states.pt")]):
@@ -202,7 +202,11 @@ def _check_known(directory: Path) -> None:
 
 
 def _check_grid(
-    directory: Path, files: Mapping[tuple[int, int], Path], count: int, world: int, what: str
+    directory: Location,
+    files: Mapping[tuple[int, int], Location],
+    count: int,
+    world: int,
+    what: str,
 ) -> None:
     """Raise unless there is a file of every rank."""
     # Numbers are read from names of files: they may be any.
@@ -243,7 +247,7 @@ def _check_ranks(saved: Saved) -> None:
                 )
 
 
-def _read_optimizers(saved: Saved, files: Mapping[tuple[int, int], Path], world: int) -> None:
+def _read_optimizers(saved: Saved, files: Mapping[tuple[int, int], Location], world: int) -> None:
     if not files:
         hint = ", or take the module's weights with --weights module"
         raise FormatError(
@@ -353,7 +357,7 @@ def _read_experts(saved: Saved, masters: bool) -> None:
             saved.skipped.append(path)
 
 
-def _read_tensors(saved: Saved, path: Path) -> dict[str, Stored]:
+def _read_tensors(saved: Saved, path: Location) -> dict[str, Stored]:
     value = torch_zip.read(path, len(saved.files)).value
     saved.files.append(path.absolute())
     if not isinstance(value, Mapping) or not all(isinstance(t, Stored) for t in value.values()):
@@ -389,15 +393,15 @@ def _partitions(state: Mapping[str, Any]) -> int:
     return max((one for one in counts if type(one) is int), default=1)
 
 
-def _matches(directory: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], Path]]:
+def _matches(directory: Location, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], Location]]:
     """Return the files of a kind with what their names say."""
     found = ((pattern.fullmatch(path.name), path) for path in sorted(directory.iterdir()))
     return [(match, path) for match, path in found if match is not None]
 
 
-def _by_rank(directory: Path, pattern: re.Pattern[str]) -> dict[tuple[int, int], Path]:
+def _by_rank(directory: Location, pattern: re.Pattern[str]) -> dict[tuple[int, int], Location]:
     """Return the files of a kind by model- and data-parallel rank."""
-    found: dict[tuple[int, int], Path] = {}
+    found: dict[tuple[int, int], Location] = {}
     for match, path in _matches(directory, pattern):
         groups = match.groupdict()
         rank = (int(groups["mp"]), int(groups.get("dp") or 0))
@@ -410,7 +414,9 @@ def _by_rank(directory: Path, pattern: re.Pattern[str]) -> dict[tuple[int, int],
     return found
 
 
-def _read_all(found: Checkpoint, files: Mapping[int, Path], world: int) -> list[Mapping[str, Any]]:
+def _read_all(
+    found: Checkpoint, files: Mapping[int, Location], world: int
+) -> list[Mapping[str, Any]]:
     """Return the pickles of all ranks, which must be of one save."""
     states = [_read_file(found, files[rank]) for rank in range(world)]
     for rank, state in enumerate(states):
@@ -423,7 +429,7 @@ def _read_all(found: Checkpoint, files: Mapping[int, Path], world: int) -> list[
     return states
 
 
-def _read_file(found: Checkpoint, path: Path) -> Mapping[str, Any]:
+def _read_file(found: Checkpoint, path: Location) -> Mapping[str, Any]:
     value = torch_zip.read(path, len(found.files)).value
     found.files.append(path.absolute())
     of_model = "_model_states" in path.name
@@ -433,7 +439,7 @@ def _read_file(found: Checkpoint, path: Path) -> Mapping[str, Any]:
     return value
 
 
-def _check_kind(model: Mapping[str, Any], directory: Path, count: int) -> None:
+def _check_kind(model: Mapping[str, Any], directory: Location, count: int) -> None:
     """Raise where model states are not of as many ranks as there are, or of a kind not loaded."""
     if model["module"] is not None and not isinstance(model["module"], Mapping):
         raise FormatError(f"{directory}: 'module' of the model states is no dictionary of tensors")

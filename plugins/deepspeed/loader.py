@@ -11,7 +11,6 @@ Source: deepspeedai/DeepSpeed deepspeed/runtime/engine.py @ v0.19.8.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
@@ -30,6 +29,7 @@ from ckptx.plugins.pytorch.module_names import (
 )
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Messages
+from ckptx.storage.location import Location
 from ckptx.tensors.lazy import LazyTensor, Shape, Stored
 
 _CONSUMED = frozenset(
@@ -84,11 +84,11 @@ class DeepspeedLoader:
             ),
         ]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether there are DeepSpeed's model states, here or in a tag below."""
         return source.is_dir() and (directory.is_tag(source) or bool(directory.tags(source)))
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         masters = (options.get("weights") or "master") == "master"
         saved = directory.read(directory.find(source, options.get("tag")), masters)
@@ -150,7 +150,9 @@ def _shapes(
     return {("" if saved.layers else prefix) + name: shape for name, shape in shapes.items()}
 
 
-def _without(prefix: str, tensors: Mapping[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:
+def _without(
+    prefix: str, tensors: Mapping[str, LazyTensor], source: Location
+) -> dict[str, LazyTensor]:
     """Return the tensors without a prefix of their names; others keep theirs.
 
     Raises:
@@ -166,7 +168,7 @@ def _without(prefix: str, tensors: Mapping[str, LazyTensor], source: Path) -> di
     return found
 
 
-def _beside_tag(directory: Path) -> tuple[Dropped, ...]:
+def _beside_tag(directory: Location) -> tuple[Dropped, ...]:
     """Return what a trainer has left beside ``latest``, where the tag is one of its own."""
     root = directory.parent
     return training_state(root) if (root / "latest").is_file() else ()

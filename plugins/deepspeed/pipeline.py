@@ -25,6 +25,7 @@ from ckptx.errors import FormatError, listing
 from ckptx.plugins.deepspeed.directory import Checkpoint, Saved
 from ckptx.plugins.deepspeed.weights import has_masters, together
 from ckptx.storage.blocks import equal
+from ckptx.storage.location import Location
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import LazyTensor, Shape, Stored
 
@@ -198,7 +199,7 @@ def renamed(
     return found, f"layers were named by {origin}: {said}, ..."
 
 
-def _from_file(file: Path, saved: Saved) -> dict[str, str]:
+def _from_file(file: Location, saved: Saved) -> dict[str, str]:
     """Return the name in the model of every tensor that a layer map speaks of."""
     said = read_json(file)
     try:

@@ -34,6 +34,7 @@ from ckptx.registry.families import (
 )
 from ckptx.schemas.conventions import transformers_memory
 from ckptx.storage.file_plan import FilePlan, literal_files
+from ckptx.storage.location import Location
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.text.sizes import parse_size
@@ -48,7 +49,7 @@ class HfLoader:
         """Return the options for adapters; all else is read from the directory."""
         return adapter_options()
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether there are weights under Hugging Face's file names."""
         if source.is_file():
             return source.suffix == ".safetensors"
@@ -62,7 +63,7 @@ class HfLoader:
         others = (p for p in source.glob("*.safetensors") if not p.name.startswith("consolidated"))
         return (source / "config.json").exists() and any(others)
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; tensors of an unknown architecture pass through by name."""
         directory = source if source.is_dir() else source.parent
         weights = read_weights(source)

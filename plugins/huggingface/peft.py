@@ -8,7 +8,6 @@ Source: huggingface/peft src/peft/peft_model.py, save_pretrained @ v0.21.2.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import click
 
@@ -27,6 +26,7 @@ from ckptx.protocol.messages import Begin, Messages
 from ckptx.protocol.model import collect
 from ckptx.schemas.conventions import transformers_memory
 from ckptx.storage.file_plan import literal_files
+from ckptx.storage.location import Location
 
 _NOT_CARRIED = (ADAPTER_CONFIG, "config.json", "generation_config.json")
 
@@ -40,7 +40,7 @@ class PeftLoader:
         """Return the options for adapters; further ones are merged after the source."""
         return adapter_options()
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether an adapter is there, and no whole model beside it."""
         return (
             (source / ADAPTER_CONFIG).is_file()
@@ -48,7 +48,7 @@ class PeftLoader:
             and not any((source / name).is_file() for name in SINGLES)
         )
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the merged model, or the adapter alone for a target that holds adapters."""
         wants, base = context.wants, context.hf_base
         alone = wants.adapters and not (wants.weights and base is not None)

@@ -11,10 +11,10 @@ Source: NVIDIA/Megatron-LM megatron/training/checkpointing.py @ core_v0.16.1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 from ckptx.errors import FormatError, PlanError
+from ckptx.storage.location import Location
 
 TRACKER = "latest_checkpointed_iteration.txt"
 SIDECARS = "huggingface"
@@ -29,7 +29,7 @@ Iteration: TypeAlias = int | str
 class IterationDirectory:
     """One checkpoint: its directory, which iteration it is, how it is stored."""
 
-    path: Path
+    path: Location
     iteration: Iteration
     format: str
     """``"torch_dist"`` or ``"torch"``."""
@@ -59,7 +59,7 @@ def parse_iteration(text: str) -> Iteration:
     raise PlanError(f"{text!r} is no iteration; expected a number or 'release'")
 
 
-def looks_like(source: Path) -> bool:
+def looks_like(source: Location) -> bool:
     """Return whether ``source`` is a Megatron root or an iteration directory."""
     if not source.is_dir():
         return False
@@ -68,7 +68,7 @@ def looks_like(source: Path) -> bool:
     return _format(source) not in (None, "fsdp_dtensor")
 
 
-def find(source: Path) -> IterationDirectory:
+def find(source: Location) -> IterationDirectory:
     """Return the checkpoint that ``source``, a root or an iteration directory, means.
 
     Raises:
@@ -104,7 +104,7 @@ def find(source: Path) -> IterationDirectory:
     return IterationDirectory(directory, iteration, stored)
 
 
-def unfinished(source: Path) -> tuple[str, ...]:
+def unfinished(source: Location) -> tuple[str, ...]:
     """Return remarks on iterations of a root that are later than what its tracker file names.
 
     Megatron writes the tracker last, so a save may have been interrupted.
@@ -127,12 +127,12 @@ def unfinished(source: Path) -> tuple[str, ...]:
     )
 
 
-def _iteration_of(directory: Path) -> Iteration:
+def _iteration_of(directory: Location) -> Iteration:
     number = directory.name.removeprefix("iter_")
     return int(number) if number.isdigit() else "release"
 
 
-def _format(directory: Path) -> str | None:
+def _format(directory: Location) -> str | None:
     if (directory / "metadata.json").is_file():
         return "torch_dist"
     if any(path.is_dir() for path in directory.glob("mp_rank_*")):  # DeepSpeed has files so named

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from ckptx.errors import FormatError, PlanError, SchemaError
@@ -39,12 +37,13 @@ from ckptx.registry.families import family_named
 from ckptx.schemas.conventions import legacy
 from ckptx.schemas.megatron_settings.args import launch_flags
 from ckptx.storage.file_plan import literal_files
+from ckptx.storage.location import Location
 
 
 class LegacyLoader(CoreLoader):
     """Reads per-rank files of any ``checkpoint_version``, in old spellings and new."""
 
-    name = "legacy"
+    name = names = "legacy"
 
     def options(self) -> list[click.Option]:
         """Return those of the core loader, and one that Megatron has and ckptx does not need."""
@@ -57,7 +56,7 @@ class LegacyLoader(CoreLoader):
             ),
         ]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether the files of ranks hold a legacy model."""
         return directory.looks_like(source) and found_form(source) is LEGACY
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ckptx.containers import torch_zip
@@ -36,7 +35,6 @@ from ckptx.plugins.megatron.source import (
     ENGINE_STATE,
     Excluded,
     Source,
-    args_of,
     exclude_nothing,
     stored_bytes,
 )
@@ -44,7 +42,9 @@ from ckptx.plugins.megatron.torch_dist import Target, applies, holds
 from ckptx.protocol.from_names import main_dtype
 from ckptx.protocol.messages import TRAINING_STATE, Dropped, SourceTensor, Tensors
 from ckptx.protocol.model import Model
+from ckptx.schemas.megatron_settings.args import args_of
 from ckptx.storage.file_plan import FilePlan
+from ckptx.storage.location import Location
 from ckptx.tensors.lazy import Filled, LazyTensor, Stored, replicated
 
 _RANK_NAME = re.compile(r"mp_rank_\d{2,}(_\d{3,}){0,2}")
@@ -52,7 +52,7 @@ _LAYER = re.compile(r"(?:language_model\.)?(?:decoder|encoder|transformer)\.laye
 _FINAL_NORM = "decoder.final_layernorm.weight"
 
 
-def _as_it_is(state: Any, _: Path) -> Any:
+def _as_it_is(state: Any, _: Location) -> Any:
     return state
 
 
@@ -62,7 +62,7 @@ class Files:
 
     names: Sequence[str] = RANK_FILES
     """Those that it may have."""
-    state: Callable[[Any, Path], Any] = _as_it_is
+    state: Callable[[Any, Location], Any] = _as_it_is
     """Returns what a file holds as Megatron has it: a dictionary with ``model`` or ``model0``..."""
 
 
@@ -350,7 +350,7 @@ def _join_tied(
         embeddings["word embeddings"] = replicated(pair)
 
 
-def _read_rank(path: Path, number: int, form: Generation, kind: Files) -> RankFile:
+def _read_rank(path: Location, number: int, form: Generation, kind: Files) -> RankFile:
     state = kind.state(torch_zip.read(path, number).value, path)
     args = args_of(state, path)
     models: list[dict[str, LazyTensor]] = []
@@ -381,7 +381,7 @@ def _read_rank(path: Path, number: int, form: Generation, kind: Files) -> RankFi
     return RankFile(path, args, state.get("iteration"), version, models, states, rest)
 
 
-def _models(state: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _models(state: Mapping[str, Any], path: Location) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the entries of a file that hold its virtual stages, in order."""
     keys = [key for key in state if key == "model" or _is_virtual(key)]
     if not keys:
@@ -397,24 +397,24 @@ def _is_virtual(key: object) -> bool:
     return isinstance(key, str) and key.startswith("model") and key[5:].isdigit()
 
 
-def _file(directory: Path, kind: Files) -> Path:
+def _file(directory: Location, kind: Files) -> Location:
     for name in kind.names:
         if (directory / name).is_file():
             return directory / name
     raise FormatError(f"{directory}: holds no {kind.names[0]}; the checkpoint is incomplete")
 
 
-def _directories(directory: Path) -> list[Path]:
+def _directories(directory: Location) -> list[Location]:
     """Return the directories of all ranks by name."""
     return sorted(path for path in directory.glob("mp_rank_*") if path.is_dir())
 
 
-def _numbers(found: list[Path], part: int) -> int:
+def _numbers(found: list[Location], part: int) -> int:
     """Return how many numbers a part of the ranks' names has; 1 where names have no such part."""
     return len({tuple(path.name.split("_")[part : part + 1]) for path in found})
 
 
-def _sizes_by_name(found: list[Path], kind: Files) -> tuple[int, int, int]:
+def _sizes_by_name(found: list[Location], kind: Files) -> tuple[int, int, int]:
     """Return the tensor-, pipeline- and expert-parallel sizes that the ranks' names say.
 
     A second number without a third is the pipeline rank, or the expert rank: of several pipeline

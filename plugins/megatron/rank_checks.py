@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ckptx.containers.copies import alike, copy_of, rows_differ
 from ckptx.errors import FormatError, listing
 from ckptx.model.sharding import Rank
+from ckptx.storage.location import Location
 from ckptx.tensors.lazy import LazyTensor
 
 _SAME = (
@@ -45,7 +45,7 @@ class _Place(NamedTuple):
 class RankFile:
     """One rank's file: its weights per virtual stage, everything else by size."""
 
-    path: Path
+    path: Location
     args: dict[str, Any]
     iteration: Any
     version: Any
@@ -55,7 +55,7 @@ class RankFile:
     other: dict[str, int]
 
 
-def check_directories(directory: Path, expected: list[str], found: list[str]) -> None:
+def check_directories(directory: Location, expected: list[str], found: list[str]) -> None:
     """Raise a FormatError unless there is a directory for each rank, and no other."""
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
@@ -153,7 +153,7 @@ def _has_experts(file: RankFile) -> bool:
     return any("experts." in name for model in file.models for name in model)
 
 
-def _experts_differ(paths: Sequence[Path], file: RankFile) -> bool:
+def _experts_differ(paths: Sequence[Location], file: RankFile) -> bool:
     """Return whether a file holds experts that differ, as far as their first rows show.
 
     The stacked ``weight1`` is [hidden, experts * ffn], and is not looked into.
@@ -172,7 +172,7 @@ def _experts_differ(paths: Sequence[Path], file: RankFile) -> bool:
 
 
 def _routed_apart(
-    paths: Sequence[Path], file: RankFile, ep_ranks: tuple[int, int], ep: int
+    paths: Sequence[Location], file: RankFile, ep_ranks: tuple[int, int], ep: int
 ) -> bool:
     """Return whether a router has different rows for the experts of two ranks.
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
-from ckptx.containers.pickle_values import Record
-from ckptx.errors import FormatError
 from ckptx.model.layout import Layout, Parts
 from ckptx.protocol.messages import Dropped, SourceTensor, Tensors
+from ckptx.storage.location import Location
 from ckptx.tensors.lazy import LazyTensor, Stored
 
 Excluded: TypeAlias = Callable[[str, LazyTensor], bool]
@@ -23,7 +21,7 @@ ENGINE_STATE = "quantisation state of Transformer Engine; holds no weights"
 class Source:
     """A checkpoint that was read as far as its metadata goes."""
 
-    place: Path
+    place: Location
     args: Mapping[str, Any]
     files: tuple[str, ...]
     sources: tuple[SourceTensor, ...]
@@ -45,24 +43,6 @@ class Source:
     def names(self) -> list[str]:
         """The names of all tensors, a rank's behind its own."""
         return [source.name for source in self.sources]
-
-
-def args_of(state: Any, file: Path) -> dict[str, Any]:
-    """Return the ``args`` of a checkpoint's common state as a dictionary; empty if it has none.
-
-    Raises:
-        FormatError: the state is no dictionary, or its args are no namespace.
-    """
-    if not isinstance(state, Mapping):
-        raise FormatError(f"{file}: expected a dictionary, found {type(state).__name__}")
-    args = state.get("args")
-    if args is None:
-        return {}
-    if isinstance(args, Record):  # of a class that a trainer made of its own
-        args = args.state
-    if not isinstance(args, Mapping) and not hasattr(args, "__dict__"):
-        raise FormatError(f"{file}: args are of type {type(args).__name__}, expected a namespace")
-    return dict(args if isinstance(args, Mapping) else vars(args))
 
 
 def exclude_nothing(_: str, __: LazyTensor) -> bool:

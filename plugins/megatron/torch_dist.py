@@ -25,12 +25,13 @@ from ckptx.model.pipeline_parallel import Chunk
 from ckptx.model.sharding import Placed, Rank, shard_chunks
 from ckptx.model.spec import ModelSpec
 from ckptx.plugins.megatron.directory import IterationDirectory
-from ckptx.plugins.megatron.source import ENGINE_STATE, Excluded, Source, args_of, exclude_nothing
+from ckptx.plugins.megatron.source import ENGINE_STATE, Excluded, Source, exclude_nothing
 from ckptx.protocol.from_names import inventory, main_dtype, messages_of
 from ckptx.protocol.messages import TRAINING_STATE, Dropped, Tensors
 from ckptx.protocol.model import Model
 from ckptx.schemas.conventions.vision import VISION_MODEL
 from ckptx.schemas.families.multimodal.llava import LANGUAGE
+from ckptx.schemas.megatron_settings.args import args_of
 from ckptx.storage.file_plan import FilePlan, literal_files
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import Filled, LazyTensor

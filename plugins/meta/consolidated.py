@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -36,6 +35,7 @@ from ckptx.schemas.conventions.meta import (
 )
 from ckptx.storage.blocks import equal
 from ckptx.storage.file_plan import FilePlan, literal_files
+from ckptx.storage.location import Location
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import LazyTensor, Stored
 
@@ -57,7 +57,7 @@ class MetaLoader:
         """Return no options: everything is read from the directory."""
         return []
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether there are consolidated weights, and none of Hugging Face's beside them."""
         if not (source / PARAMS).is_file():
             return False
@@ -65,7 +65,7 @@ class MetaLoader:
             return False
         return any(next(source.glob(pattern), None) for pattern in (_PTH, _SAFETENSORS))
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; ``max_position`` among the options is its longest context, if known."""
         if context.fill_from_base:
             raise FormatError(
@@ -116,7 +116,7 @@ class MetaLoader:
         yield End(tuple(dropped), notes)
 
 
-def read_params(source: Path) -> dict[str, Any]:
+def read_params(source: Location) -> dict[str, Any]:
     """Return the content of ``params.json``.
 
     Raises:
@@ -131,7 +131,7 @@ def read_params(source: Path) -> dict[str, Any]:
     return params
 
 
-def read_shards(source: Path) -> tuple[Weights, list[Shard]]:
+def read_shards(source: Location) -> tuple[Weights, list[Shard]]:
     """Return the files of a model and the tensors of every shard.
 
     Safetensors files divide a model by tensors, not tensors by ranks: together they are one shard.
@@ -171,12 +171,12 @@ def read_shards(source: Path) -> tuple[Weights, list[Shard]]:
     return weights, [_read_shard(path, number) for number, path in enumerate(pickled)]
 
 
-def _number(path: Path) -> int:
+def _number(path: Location) -> int:
     middle = path.name.removeprefix("consolidated.").removesuffix(".pth")
     return int(middle) if middle.isdecimal() else -1
 
 
-def _read_shard(path: Path, file: int) -> Shard:
+def _read_shard(path: Location, file: int) -> Shard:
     value = torch_zip.read(path, file).value
     if not isinstance(value, dict) or not all(isinstance(v, Stored) for v in value.values()):
         raise FormatError(f"{path}: expected a plain state dict of tensors")
@@ -212,7 +212,7 @@ def _completed(
     return spec, (note,)
 
 
-def _check_count(said: Mapping[str, Any], shards: Sequence[Shard], source: Path) -> None:
+def _check_count(said: Mapping[str, Any], shards: Sequence[Shard], source: Location) -> None:
     """Raise unless there are as many shards as the shapes need."""
     heads, dim = said.get("n_heads"), said.get("dim")
     if type(heads) is not int or type(dim) is not int or heads < 1:
@@ -278,7 +278,7 @@ def _take(
     return found
 
 
-def _is_tied(found: Mapping[str, Mapping[str, LazyTensor]], paths: Sequence[Path]) -> bool:
+def _is_tied(found: Mapping[str, Mapping[str, LazyTensor]], paths: Sequence[Location]) -> bool:
     """Return whether the output is the embedding: Meta stores both, and says nowhere."""
     embedding, output = found["embeddings"]["word embeddings"], found["output layer"]["weight"]
     return equal(embedding, output, [str(path) for path in paths])

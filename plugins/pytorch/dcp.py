@@ -49,6 +49,7 @@ from ckptx.registry.families import (
 )
 from ckptx.schemas.conventions import torchtitan, transformers_memory
 from ckptx.storage.file_plan import literal_files
+from ckptx.storage.location import Location
 from ckptx.tensors.lazy import LazyTensor
 
 TRAINING = (
@@ -85,7 +86,7 @@ class DcpLoader:
             *adapter_options(),
         ]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether there is metadata, not Megatron's, or was about to be, or shards."""
         if dcp_safetensors.shards(source):
             return True
@@ -93,7 +94,7 @@ class DcpLoader:
         known = (directory / METADATA_NAME).is_file() or _is_unfinished(directory)
         return known and not (directory / "metadata.json").exists()
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         if paths := dcp_safetensors.shards(source):
             yield from _of_safetensors(paths, source, options, context)
@@ -127,7 +128,7 @@ class DcpLoader:
 
 
 def _of_safetensors(
-    paths: list[Path], source: Path, options: Options, context: Context
+    paths: list[Location], source: Location, options: Options, context: Context
 ) -> Messages:
     """Yield the model that lies in shards of safetensors."""
     tensors, stored = dcp_safetensors.tensors(paths)
@@ -186,14 +187,14 @@ def _torchtitan(
     yield from named_messages(begin, tensors, parts, layout, notes, dropped)
 
 
-def _find(source: Path) -> Path:
+def _find(source: Location) -> Location:
     """Return the directory itself, or the one of a model below it, as frameworks name it."""
     below = source / _BELOW
     found = not (source / METADATA_NAME).is_file() and (below / METADATA_NAME).is_file()
     return below if found else source
 
 
-def _around(directory: Path, given: Path) -> tuple[Dropped, ...]:
+def _around(directory: Location, given: Location) -> tuple[Dropped, ...]:
     """Return what lies beside the model's directory where one above was given."""
     if directory == given:
         return ()
@@ -204,12 +205,12 @@ def _around(directory: Path, given: Path) -> tuple[Dropped, ...]:
     )
 
 
-def _is_unfinished(source: Path) -> bool:
+def _is_unfinished(source: Location) -> bool:
     """Return whether ranks have written their files, and nobody the metadata, which comes last."""
     return not (source / METADATA_NAME).exists() and any(source.glob("*.distcp"))
 
 
-def _refuse_megatron(metadata: dcp.DcpMetadata, source: Path) -> None:
+def _refuse_megatron(metadata: dcp.DcpMetadata, source: Location) -> None:
     """Raise where the tensors are Megatron's, which have other names and ways to lie."""
     if any(key.startswith(_MEGATRON_FSDP) for key in metadata.tensors):
         raise FormatError(f"{source}: a Megatron-FSDP checkpoint, which is not loaded yet")
@@ -221,7 +222,7 @@ def _refuse_megatron(metadata: dcp.DcpMetadata, source: Path) -> None:
 
 
 def _model(
-    metadata: dcp.DcpMetadata, chosen: str | None, source: Path
+    metadata: dcp.DcpMetadata, chosen: str | None, source: Location
 ) -> tuple[str, dict[str, str]]:
     """Return the container of the weights, and its keys with the names that they have in it.
 

@@ -8,7 +8,6 @@ volcengine/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ 01ee5e0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TypeVar
 
 import click
@@ -22,6 +21,7 @@ from ckptx.protocol.messages import Begin, Dropped, Messages
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry.families import family_of, parts_from_config
 from ckptx.schemas.conventions import transformers_memory
+from ckptx.storage.location import Location
 from ckptx.tensors.lazy import Filled, LazyTensor, Shape
 
 T = TypeVar("T", bound=LazyTensor)
@@ -31,7 +31,7 @@ WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."
 _BESIDE = ("huggingface", "hf_config", "tokenizer")
 
 
-def strip_wrappers(tensors: Mapping[str, T], source: Path) -> dict[str, T]:
+def strip_wrappers(tensors: Mapping[str, T], source: Location) -> dict[str, T]:
     """Return the tensors under the names that they have without wrappers.
 
     Raises:
@@ -97,7 +97,7 @@ def strip_option() -> click.Option:
 
 
 def file_names(
-    tensors: Mapping[str, T], options: Options, source: Path
+    tensors: Mapping[str, T], options: Options, source: Location
 ) -> tuple[dict[str, T], tuple[str, ...]]:
     """Return the tensors without the prefixes of ``--strip-prefix`` and of wrappers, and remarks.
 
@@ -134,7 +134,7 @@ def file_names(
     return plain, tuple(notes)
 
 
-def nearest_config(source: Path) -> dict[str, bytes]:
+def nearest_config(source: Location) -> dict[str, bytes]:
     """Return the sidecars of the nearest directory that has a config: here, or above."""
     for directory in (source, *list(source.absolute().parents)[:2]):
         for place in (directory, *(directory / name for name in _BESIDE)):
@@ -166,7 +166,7 @@ def shapes_of_config(files: Mapping[str, bytes], place: object) -> dict[str, Sha
     return shapes
 
 
-def size_of(path: Path) -> int:
+def size_of(path: Location) -> int:
     """Return the bytes of a file, or of all files below a directory."""
     files = [path] if path.is_file() else (one for one in path.rglob("*") if one.is_file())
     return sum(file.stat().st_size for file in files)

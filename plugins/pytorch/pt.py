@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -21,7 +20,6 @@ from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import Weights, fill_from_base
 from ckptx.model.layout import Parts
 from ckptx.model.pipeline_parallel import Pipeline
-from ckptx.plugins.megatron.source import args_of
 from ckptx.plugins.pytorch.module_names import file_names, strip_option, trained_messages
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
@@ -31,8 +29,9 @@ from ckptx.protocol.model import Model, collect, named_tensors
 from ckptx.protocol.sidecars import read_config
 from ckptx.registry.families import family_named, family_of, hf_tensors, parts_from_config
 from ckptx.schemas.conventions import legacy
-from ckptx.schemas.megatron_settings.args import args_from_spec, spec_from_args
+from ckptx.schemas.megatron_settings.args import args_from_spec, args_of, spec_from_args
 from ckptx.storage.file_plan import literal_files
+from ckptx.storage.location import Location
 from ckptx.tensors.lazy import LazyTensor, Stored
 
 DIRECTORY_FILE = "model.pt"
@@ -84,7 +83,7 @@ class PytorchLoader:
         """Return ``--layout``, ``--strip-prefix`` and the options for adapters."""
         return [layout_option(), strip_option(), *adapter_options()]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether the source is a zip archive with a name that torch files have."""
         file = _file_of(source)
         if not file.is_file() or file.suffix not in _SUFFIXES:
@@ -92,7 +91,7 @@ class PytorchLoader:
         with file.open("rb") as stream:
             return stream.read(4) == b"PK\3\4"
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         source = _file_of(source)
         if not source.is_file():
@@ -134,7 +133,7 @@ class PytorchLoader:
 
 
 def state_dict(
-    value: Any, source: Path
+    value: Any, source: Location
 ) -> tuple[dict[str, Stored], tuple[Dropped, ...], tuple[str, ...]]:
     """Return the tensors of a state dict, wherever it lies in a file, what else is there, remarks.
 
@@ -226,12 +225,12 @@ def _messages(
     yield from named_messages(begin, tensors, parts, layout, dropped=others)
 
 
-def _file_of(source: Path) -> Path:
+def _file_of(source: Location) -> Location:
     """Return the file that is meant: a directory is one that the saver has written."""
     return source / DIRECTORY_FILE if source.is_dir() else source
 
 
-def _beside(source: Path) -> dict[str, bytes]:
+def _beside(source: Location) -> dict[str, bytes]:
     """Return the sidecars of the directory, if it is a model's and not just any."""
     return sidecars(source.parent) if (source.parent / "config.json").is_file() else {}
 

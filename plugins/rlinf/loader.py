@@ -18,7 +18,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import click
 
@@ -42,6 +41,7 @@ from ckptx.protocol.messages import Begin, Dropped, End, Messages
 from ckptx.protocol.sidecars import read_config
 from ckptx.registry import registry
 from ckptx.registry.families import family_of
+from ckptx.storage.location import Location
 from ckptx.tensors.lazy import LazyTensor
 
 _WHOLE = "model_state_dict"
@@ -69,7 +69,7 @@ class RlinfLoader:
             *adapter_options(),
         ]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether a step, a model's folder in it, or what it holds has RLinf's names."""
         try:
             place, _ = _find(source, "actor")
@@ -78,7 +78,7 @@ class RlinfLoader:
         # Megatron's own directories are the core loader's, from their root on.
         return place != source or local_shards.holds_shards(source)
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         place, format = _find(source, options.get("actor_dir") or "actor")
         if format == self.name:
@@ -98,7 +98,7 @@ class RlinfLoader:
             yield message
 
 
-def _find(source: Path, actor: str) -> tuple[Path, str]:
+def _find(source: Location, actor: str) -> tuple[Location, str]:
     """Return what holds the weights, and the format that it is of.
 
     Raises:
@@ -123,7 +123,9 @@ def _find(source: Path, actor: str) -> tuple[Path, str]:
     )
 
 
-def _from_shards(directory: Path, source: Path, options: Options, context: Context) -> Messages:
+def _from_shards(
+    directory: Location, source: Location, options: Options, context: Context
+) -> Messages:
     stored, sources, files, dropped = local_shards.read(directory)
     sidecars = {**nearest_config(directory), **base_sidecars(context)}
     config = read_config(sidecars, directory)
@@ -165,7 +167,7 @@ def _from_shards(directory: Path, source: Path, options: Options, context: Conte
 
 
 def _check_sizes(
-    tensors: Mapping[str, LazyTensor], files: Mapping[str, bytes], directory: Path
+    tensors: Mapping[str, LazyTensor], files: Mapping[str, bytes], directory: Location
 ) -> None:
     """Raise a `SchemaError` unless the model's tensors are as long as its config says.
 
@@ -186,7 +188,7 @@ def _check_sizes(
         raise SchemaError(f"no tensor has a name of the config's model; found {listing(base, 2)}")
 
 
-def _iteration(place: Path) -> int | str:
+def _iteration(place: Location) -> int | str:
     """Return the step that the name of a folder above says."""
     for folder in list(place.absolute().parents)[:3]:
         if match := _STEP.fullmatch(folder.name):
@@ -194,7 +196,7 @@ def _iteration(place: Path) -> int | str:
     return "release"
 
 
-def _left(place: Path, source: Path) -> Iterator[Dropped]:
+def _left(place: Location, source: Location) -> Iterator[Dropped]:
     """Yield the other forms of the same weights, and of a step what is not the model's."""
     own = place.parent if place.parent.name == _WHOLE else place
     folder = own if (own / _TRACKER).is_file() else own.parent

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ckptx.containers import torch_zip
 from ckptx.errors import FormatError, listing
 from ckptx.protocol.messages import TRAINING_STATE, Dropped, SourceTensor
+from ckptx.storage.location import Location
 from ckptx.tensors.joins import concat
 from ckptx.tensors.lazy import LazyTensor, Stored, replicated
 
@@ -32,13 +32,13 @@ _FILE = re.compile(r"checkpoint_rank_(0|[1-9]\d{0,5})\.pt")
 _WHOLE, _ROWS = "fsdp", "fsdp2"
 
 
-def holds_shards(directory: Path) -> bool:
+def holds_shards(directory: Location) -> bool:
     """Return whether a directory is one of local shards."""
     return directory.is_dir() and any(_FILE.fullmatch(path.name) for path in directory.iterdir())
 
 
 def read(
-    directory: Path,
+    directory: Location,
 ) -> tuple[dict[str, LazyTensor], tuple[SourceTensor, ...], tuple[str, ...], tuple[Dropped, ...]]:
     """Return the tensors of the model, those of all ranks, the files, and what stays behind.
 
@@ -48,7 +48,7 @@ def read(
     files = _files(directory)
     held: dict[str, list[Stored]] = {}
     sources: list[SourceTensor] = []
-    kinds: dict[str, Path] = {}
+    kinds: dict[str, Location] = {}
     left: dict[str, None] = {}
     for number, file in enumerate(files):
         value = torch_zip.read(file, number).value
@@ -80,7 +80,7 @@ def read(
     return tensors, tuple(sources), tuple(str(file.absolute()) for file in files), dropped
 
 
-def _files(directory: Path) -> list[Path]:
+def _files(directory: Location) -> list[Location]:
     ranks = {int(m[1]): directory / m[0] for m in map(_FILE.fullmatch, _names(directory)) if m}
     missing = [f"checkpoint_rank_{rank}.pt" for rank in range(max(ranks)) if rank not in ranks]
     if missing:
@@ -91,11 +91,11 @@ def _files(directory: Path) -> list[Path]:
     return [ranks[rank] for rank in sorted(ranks)]
 
 
-def _names(directory: Path) -> list[str]:
+def _names(directory: Location) -> list[str]:
     return [path.name for path in sorted(directory.iterdir())]
 
 
-def _state(value: Any, file: Path) -> Mapping[Any, Any]:
+def _state(value: Any, file: Location) -> Mapping[Any, Any]:
     state = value.get("model") if isinstance(value, Mapping) else None
     if not isinstance(state, Mapping) or not state:
         raise FormatError(f"{file}: expected a dictionary with the tensors of 'model'")

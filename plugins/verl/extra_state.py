@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ckptx.containers import torch_zip
 from ckptx.containers.carried import as_json, carried, saved
 from ckptx.errors import FormatError, listing
+from ckptx.storage.location import Location
 
 MERGED = "extra_state_merged.pt"
 SCHEDULER = "lr_scheduler_state.json"
@@ -31,7 +31,7 @@ def name_of(world: int, rank: int) -> str:
     return f"extra_state_world_size_{world}_rank_{rank}.pt"
 
 
-def merged(directory: Path, world: int) -> tuple[dict[str, bytes], tuple[str, ...]]:
+def merged(directory: Location, world: int) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """Return the files that hold the states of all ranks, and remarks.
 
     Raises:
@@ -64,7 +64,7 @@ def merged(directory: Path, world: int) -> tuple[dict[str, bytes], tuple[str, ..
     return {**files, SCHEDULER: f"{text}\n".encode()}, ()
 
 
-def _check_same_step(directory: Path, world: int, states: list[dict[str, Any]]) -> None:
+def _check_same_step(directory: Location, world: int, states: list[dict[str, Any]]) -> None:
     """Raise where ranks are not at the same place of their schedules, which all have."""
     steps = [_step(state.get("lr_scheduler")) for state in states]
     for rank, step in enumerate(steps):
@@ -79,7 +79,7 @@ def _step(scheduler: Any) -> Any:
     return scheduler.get("last_epoch") if isinstance(scheduler, Mapping) else None
 
 
-def _state(path: Path, number: int) -> dict[str, Any]:
+def _state(path: Location, number: int) -> dict[str, Any]:
     value = torch_zip.read(path, number).value
     if not isinstance(value, Mapping):
         raise FormatError(f"{path}: expected a dictionary, found {type(value).__name__}")

@@ -20,7 +20,6 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -42,6 +41,7 @@ from ckptx.plugins.pytorch.module_names import (
 from ckptx.plugins.verl import extra_state, megatron
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Messages, SourceTensor
+from ckptx.storage.location import Location
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import LazyTensor
 
@@ -93,7 +93,7 @@ class VerlLoader:
             ),
         ]
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return whether there are rank files: here, or in the actor of a step."""
         try:
             directory, _ = _find(source, ACTOR)
@@ -102,7 +102,7 @@ class VerlLoader:
             return (source / _TRACKER).is_file() and any(source.glob("global_step_*"))
         return _holds_model(directory)
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         directory, notes = _find(source, options.get("actor_dir") or ACTOR)
         small = {name: data for name, data in nearest_config(directory).items() if name not in _OWN}
@@ -161,7 +161,7 @@ class _Found:
     dropped: tuple[Dropped, ...]
 
 
-def _find(source: Path, actor: str) -> tuple[Path, tuple[str, ...]]:
+def _find(source: Location, actor: str) -> tuple[Location, tuple[str, ...]]:
     """Return the directory of the rank files, and remarks on how it was chosen.
 
     Raises:
@@ -191,25 +191,25 @@ def _find(source: Path, actor: str) -> tuple[Path, tuple[str, ...]]:
     return directory, notes
 
 
-def _holds_model(directory: Path) -> bool:
+def _holds_model(directory: Location) -> bool:
     return directory.is_dir() and (_holds_ranks(directory) or megatron.holds_model(directory))
 
 
-def _holds_ranks(directory: Path) -> bool:
+def _holds_ranks(directory: Location) -> bool:
     return any(map(_MODEL_FILE.fullmatch, _names(directory)))
 
 
-def _names(directory: Path) -> list[str]:
+def _names(directory: Location) -> list[str]:
     return [path.name for path in sorted(directory.iterdir())]
 
 
-def _rank_files(directory: Path) -> list[Path]:
+def _rank_files(directory: Location) -> list[Location]:
     """Return the files of all ranks, by rank.
 
     Raises:
         FormatError: ranks are missing or too many, or the number of ranks is contradicted.
     """
-    worlds: dict[int, dict[int, Path]] = {}
+    worlds: dict[int, dict[int, Location]] = {}
     for match in filter(None, map(_MODEL_FILE.fullmatch, _names(directory))):
         world, rank = map(int, match.groups())
         worlds.setdefault(world, {})[rank] = directory / match[0]
@@ -241,7 +241,7 @@ def _rank_files(directory: Path) -> list[Path]:
     return [ranks[rank] for rank in range(world)]
 
 
-def _said_world(config: Path) -> Any:
+def _said_world(config: Location) -> Any:
     """Return what ``fsdp_config.json`` says of the number of ranks, None without it."""
     if not config.is_file():
         return None
@@ -251,7 +251,7 @@ def _said_world(config: Path) -> Any:
     return said["world_size"]
 
 
-def _read(files: list[Path], directory: Path) -> _Found:
+def _read(files: list[Location], directory: Location) -> _Found:
     """Return the tensors of which the ranks hold shares.
 
     Raises:
@@ -289,7 +289,7 @@ def _read(files: list[Path], directory: Path) -> _Found:
     return _Found(tensors, tuple(sources), none)
 
 
-def _iteration(directory: Path) -> int | str:
+def _iteration(directory: Location) -> int | str:
     """Return the step that the name of a directory or of the one above says."""
     for place in (directory.absolute(), directory.absolute().parent):
         if match := _STEP.fullmatch(place.name):
@@ -298,7 +298,7 @@ def _iteration(directory: Path) -> int | str:
 
 
 def _left(
-    directory: Path, source: Path, carried: Mapping[str, bytes], states: bool
+    directory: Location, source: Location, carried: Mapping[str, bytes], states: bool
 ) -> tuple[Dropped, ...]:
     """Return what stays behind of a model's directory, and of the step if that was the source.
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ckptx.errors import FormatError, SchemaError, listing
@@ -36,6 +35,7 @@ from ckptx.protocol.messages import Begin, Dropped, End, Messages, Tensors
 from ckptx.protocol.model import collect, named_tensors
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import family_of, parts_from_config
+from ckptx.storage.location import Location
 from ckptx.tensors.lazy import Filled, LazyTensor, replicated
 
 DISTRIBUTED = "dist_ckpt"
@@ -49,7 +49,7 @@ _CAUSAL = "ForCausalLM"
 _VALUE = _CLASSES[0]
 
 
-def holds_model(directory: Path) -> bool:
+def holds_model(directory: Location) -> bool:
     """Return whether a directory is what a Megatron worker has saved."""
     return (directory / DISTRIBUTED).is_dir() or any(
         directory.glob(f"{PER_RANK}/mp_rank_*/model.pt")
@@ -65,7 +65,7 @@ class Wishes:
 
 
 def messages(
-    directory: Path,
+    directory: Location,
     begin: Begin,
     wishes: Wishes,
     notes: tuple[str, ...],
@@ -117,7 +117,7 @@ def messages(
     yield End(dropped, notes)
 
 
-def _place(directory: Path, iteration: Any) -> IterationDirectory:
+def _place(directory: Location, iteration: Any) -> IterationDirectory:
     path = directory / DISTRIBUTED
     if not path.is_dir():
         return IterationDirectory(directory / PER_RANK, iteration, "torch")
@@ -162,7 +162,7 @@ def _drops(name: str, wishes: Wishes) -> bool:
     return wishes.tied and name == _HEAD
 
 
-def _stages(value: Any, path: Path) -> Any:
+def _stages(value: Any, path: Location) -> Any:
     """Return the list of a rank's virtual stages as Megatron has it."""
     if isinstance(value, Mapping) and "model" not in value:
         value = [value]
@@ -173,7 +173,7 @@ def _stages(value: Any, path: Path) -> Any:
     return {f"model{number}": stage for number, stage in enumerate(value)}
 
 
-def _family(begin: Begin, directory: Path) -> tuple[Family, dict[str, Any]]:
+def _family(begin: Begin, directory: Location) -> tuple[Family, dict[str, Any]]:
     """Return the family, and the config as that of a causal model."""
     config = read_config(begin.sidecars, directory)
     if config is None:

@@ -433,7 +433,6 @@ STYLES = (
 )
 MCORE = {style.convention: mcore_gpt(style) for style in STYLES}
 """Megatron's layouts by convention: ``"mcore"`` is that of ``torch_dist``."""
-MCORE_GPT = MCORE["mcore"]
 MCORE_LOCAL = tuple(style.convention for style in STYLES if style.local)
 """The conventions of the spec without Transformer Engine, that of its ``torch_dist`` among them."""
 TIED_COPY = "output_layer.weight"

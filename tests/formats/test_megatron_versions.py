@@ -9,6 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from ckptx.cli.main import main as cli
+from ckptx.containers import pickle_reader
+from ckptx.schemas.megatron_settings.args import args_of
 from tests.golden.megatron.cases import BASES, CASES, DENSE, MIXTURE, VERSIONS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "megatron"
@@ -111,3 +113,10 @@ def test_state_that_ranks_share_is_read_and_not_reported_as_left_out(version, ca
     """Since core 0.19 it is an object of the checkpoint, before a file of its own."""
     run("inspect", GOLDEN / version / "dense_tp2")
     assert "common_state" not in capsys.readouterr().out
+
+
+def test_args_of_a_class_that_is_not_installed_are_read():
+    named = b"\x80\x02}X\4\0\0\0argscswift.megatron.argument\nArguments\n)\x81"
+    state = b"}X\n\0\0\0num_layersK\2sb"
+    found = pickle_reader.loads(named + state + b"s.", file="common.pt")
+    assert args_of(found, "common.pt") == {"num_layers": 2}

@@ -10,10 +10,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ckptx.errors import FormatError
+from ckptx.storage.location import Location
 from ckptx.storage.source_file import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -141,7 +141,7 @@ class AdapterConfig:
         return self.said.get(field)
 
 
-def read(path: Path) -> AdapterConfig:
+def read(path: Location) -> AdapterConfig:
     """Return the config in a file.
 
     Raises:
@@ -158,7 +158,7 @@ def read(path: Path) -> AdapterConfig:
     return config
 
 
-def of_checkpoint(root: Path, alpha: float | None) -> AdapterConfig:
+def of_checkpoint(root: Location, alpha: float | None) -> AdapterConfig:
     """Return the config of an adapter whose matrices lie in a training checkpoint.
 
     It lies in the directory or beside it, where peft and verl save it; without it verl's
@@ -181,14 +181,14 @@ def of_checkpoint(root: Path, alpha: float | None) -> AdapterConfig:
     return AdapterConfig(said, str(found) if found else "--lora-alpha")
 
 
-def _trained(path: Path) -> AdapterConfig:
+def _trained(path: Location) -> AdapterConfig:
     """Return what verl says of the adapter that it trains: one rank and one alpha for all of it."""
     said = read_json(path)
     known = {key: said.get(key) for key in ("r", "lora_alpha", "task_type")}
     return AdapterConfig({"peft_type": "LORA", **known}, str(path))
 
 
-def _places(root: Path) -> Iterator[Path]:
+def _places(root: Location) -> Iterator[Location]:
     for directory in (root, root.parent):
         for name in _BESIDE:
             yield directory / name / ADAPTER_CONFIG

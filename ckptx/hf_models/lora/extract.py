@@ -23,6 +23,7 @@ from ckptx.hf_models.weights import Weights
 from ckptx.protocol.context import Options
 from ckptx.protocol.from_names import inventory
 from ckptx.protocol.messages import Begin
+from ckptx.storage.location import Location
 from ckptx.tensors.lazy import LazyTensor
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -130,7 +131,7 @@ def _inside(
     return base, adapter
 
 
-def _add_directory(directory: Path, alpha: float | None, found: ExtractedAdapters) -> None:
+def _add_directory(directory: Location, alpha: float | None, found: ExtractedAdapters) -> None:
     adapter, paths = read_directory(directory, alpha, len(found.begin.files))
     found.begin = replace(
         found.begin,
@@ -143,7 +144,9 @@ def _add_directory(directory: Path, alpha: float | None, found: ExtractedAdapter
     found.adapters.append(adapter)
 
 
-def read_directory(directory: Path, alpha: float | None, first: int) -> tuple[Adapter, list[Path]]:
+def read_directory(
+    directory: Location, alpha: float | None, first: int
+) -> tuple[Adapter, list[Location]]:
     """Return the adapter in a directory, and its files, which are numbered from ``first`` on.
 
     Raises:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ckptx.errors import first_few
+
 _SHOWN = 3  # tensors in the text form
 
 
@@ -43,10 +45,6 @@ class Finding:
         how = f"within the rounding to {self.rounding}" if self.rounding else "to the last bit"
         count = f"{len(self.tensors)} of {self.of} differing tensors, {how}"
         yield "diagnosis", self.title
-        yield "explains", f"{count}: {self._some()}"
+        yield "explains", f"{count}: {first_few(self.tensors, _SHOWN)}"
         yield from (("data", detail) for detail in self.details)
         yield "advice", self.advice
-
-    def _some(self) -> str:
-        rest = len(self.tensors) - _SHOWN
-        return ", ".join(self.tensors[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,7 +1,6 @@
 """Load and save ``weights.npz``, the model's small files beside it."""
 
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from ckptx.plugin_api import (
     FilePlan,
     FormatError,
     LazyTensor,
+    Location,
     Messages,
     NewMember,
     Options,
@@ -39,11 +39,11 @@ class Npz:
     def options(self) -> list[Any]:
         return []
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         return (source / WEIGHTS).is_file()
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
-        tensors = read_archive(path := str((source / WEIGHTS).resolve()))
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
+        tensors = read_archive(path := str((source / WEIGHTS).absolute()))
         begin = Begin("npz", "hf", {}, (path,), inventory(tensors), str(source), sidecars(source))
         yield from hf_messages(begin, tensors)
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ckptx.errors import SchemaError
 from ckptx.hf_models.directory import base_sidecars, sidecars
 from ckptx.hf_models.weights import fill_from_base, read_weights
 from ckptx.plugins.huggingface.hf import HfLoader, HfSaver, weight_files
-from ckptx.plugins.megatron.llava import FAMILY
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype, named_messages
@@ -24,6 +21,9 @@ from ckptx.schemas.families.multimodal.hf_llava import (
 )
 from ckptx.schemas.families.multimodal.llava import CONVERTER
 from ckptx.storage.file_plan import literal_files
+from ckptx.storage.location import Location
+
+FAMILY = "llava"
 
 
 class HfLlavaLoader(HfLoader):
@@ -31,11 +31,11 @@ class HfLlavaLoader(HfLoader):
 
     name = "hf_llava"
 
-    def detect(self, source: Path) -> bool:
+    def detect(self, source: Location) -> bool:
         """Return False: by its files it is a Hugging Face model like any other."""
         return False
 
-    def load(self, source: Path, options: Options, context: Context = UNTOLD) -> Messages:
+    def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model."""
         weights = read_weights(source)
         filled = fill_from_base(weights, context)
