@@ -15,8 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ckptx.containers.pickle_values import TorchDtype
-from ckptx.containers.pickle_values import Record
+from ckptx.containers.pickle_values import Record, TorchDtype
 from ckptx.errors import FormatError, SchemaError
 from ckptx.model.family import FUNCTION_SETTINGS, MEGATRON_SWITCHES, function_settings
 from ckptx.model.pipeline_parallel import Pipeline
