@@ -122,6 +122,7 @@ class LlamaMistralLoader:
         messages = loader.load(place, {**options, "max_position": size.context}, context)
         begin = next(messages)
         if not isinstance(begin, Begin) or "language" not in begin.parts:
+            next(messages, None)  # raises why the model does not fit, where that is the reason
             raise SchemaError(f"{source}: not a model of family {size.family}, as {name} is")
         _check(name, size, begin.parts["language"], begin)
         yield from cast_messages(chain([with_vocabulary(begin, options)], messages), dtype)
@@ -201,6 +202,7 @@ class MixtralHfLoader:
         begin = next(messages)
         spec = begin.parts.get("language") if isinstance(begin, Begin) else None
         if not isinstance(begin, Begin) or spec is None or spec.family != FAMILY:
+            next(messages, None)  # raises why the model does not fit, where that is the reason
             found = spec.architecture if spec else "of an unknown architecture"
             raise SchemaError(f"{source}: the model is {found}, not a Mixtral; use --loader hf")
         yield with_vocabulary(begin, options)
@@ -230,8 +232,10 @@ class LlavaLoader(CoreLoader):
 
     def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model."""
-        for message in super().load(source, options, context):
+        messages = super().load(source, options, context)
+        for message in messages:
             if isinstance(message, Begin) and "vision" not in message.parts:
+                next(messages, None)  # raises why the model does not fit, where that is the reason
                 raise FormatError(
                     f"{message.root}: holds no vision_model, so it is no LLaVA; use --loader core"
                 )

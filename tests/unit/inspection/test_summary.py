@@ -288,6 +288,75 @@ def test_tensors_that_do_not_fit_the_config_are_told_and_still_shown(llama, tmp_
     assert "1 problem" in out
 
 
+def retold(common, **changes):
+    """Change the args of a file of Megatron; None takes one out, ``args`` all of them."""
+    state = torch.load(common, weights_only=False)
+    for name, value in changes.items():
+        if name == "args":
+            del state["args"]
+        elif value is None:
+            delattr(state["args"], name)
+        else:
+            setattr(state["args"], name, value)
+    torch.save(state, common)
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "message"),
+    [
+        ("torch_dist", {"pipeline_model_parallel_size": 3}, "3"),
+        ("torch_dist", {"num_layers": 5}, "layer"),
+        ("torch_dist", {"num_layers": None}, "num_layers"),
+        ("torch_dist", {"args": None}, "holds no args that describe the model"),
+        ("torch", {"num_layers": None}, "num_layers"),
+        ("torch", {"num_layers": 3}, "3"),
+        ("torch", {"args": None}, "holds no args that describe the model"),
+        ("legacy", {"num_attention_heads": None}, "num_attention_heads"),
+    ],
+)
+def test_args_that_do_not_fit_are_told_and_the_rest_is_shown(
+    form, changes, message, checkpoints, weights, tmp_path, run
+):
+    place = shutil.copytree(checkpoints[form], tmp_path / form)
+    shutil.rmtree(next(place.rglob("huggingface")))  # its config would say what args do not
+    for file in (*place.rglob("common.pt"), *place.rglob("model_optim_rng.pt")):
+        retold(file, **changes)
+    code, out, err = run("inspect", place, "--json")
+    content = json.loads(out)
+    assert (code, err, content["healthy"]) == (1, "", False)
+    (problem,) = content["problems"]
+    assert (problem["kind"], message in problem["message"]) == ("incomplete", True)
+    assert content["format"] == ("legacy" if form == "legacy" else "core")
+    assert content["files"]
+    assert all(file["bytes"] for file in content["files"])
+    stored = sum(tensor.nbytes for tensor in weights.values())
+    assert sum(sizes["bytes"] for sizes in content["dtypes"].values()) >= stored
+    assert len(content["tensors"]) >= 9  # torch_dist stacks the layers
+    code, out, err = run("inspect", place, "--tree")
+    assert (code, err) == (1, "")
+    assert "1 problem, see above" in out
+
+
+@pytest.mark.parametrize("spoilt", ["config", "weights"])
+def test_a_config_that_lacks_an_entry_and_weights_too_many(spoilt, llama, tmp_path, run):
+    place = shutil.copytree(llama, tmp_path / "llama")
+    if spoilt == "config":
+        config = json.loads((place / "config.json").read_text())
+        del config["hidden_size"]
+        (place / "config.json").write_text(json.dumps(config))
+    else:
+        (place / "model.safetensors.index.json").unlink()
+        held = {n: t for file in place.glob("*.safetensors") for n, t in load_file(file).items()}
+        for file in place.glob("*.safetensors"):
+            file.unlink()
+        save_file(held | {"model.extra": torch.ones(3)}, place / "model.safetensors")
+    code, out, err = run("inspect", place, "--json")
+    content = json.loads(out)
+    assert (code, err, len(content["problems"])) == (1, "", 1)
+    assert ("hidden_size" if spoilt == "config" else "model.extra") in out
+    assert len(content["tensors"]) == 39 + (spoilt == "weights")
+
+
 def test_unfinished_saves_and_trackers_are_told(checkpoints, tmp_path, run):
     place = shutil.copytree(checkpoints["torch"], tmp_path / "run")
     (place / "release").rename(place / "iter_0000010")
