@@ -36,7 +36,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-DEEPSPEED = Path(__file__).resolve().parents[1] / "golden" / "deepspeed"
+DEEPSPEED = Path(__file__).resolve().parents[2] / "golden" / "deepspeed"
 Q = "model.layers.2.self_attn.q_proj.weight"
 FORMATS = {
     "hf": ("hf", {}),
