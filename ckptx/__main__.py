@@ -9,14 +9,14 @@ def main() -> None:
     """Run ``ckptx``."""
     from ckptx.cli.main import main as run
 
-    run()
+    run(early=True)
 
 
 def convert() -> None:
     """Run a conversion with the options of Megatron's ``convert.py``."""
     from ckptx.cli.main import convert as run
 
-    run()
+    run(early=True)
 
 
 if __name__ == "__main__":

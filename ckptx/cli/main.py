@@ -82,18 +82,18 @@ def command() -> click.Group:
     return click.version_option(__version__, package_name="ckptx")(group)
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run ``ckptx``."""
-    _run(command(), args, "ckptx")
+def main(args: Sequence[str] | None = None, *, early: bool = False) -> None:
+    """Run ``ckptx``; with ``early`` processes start before it is known what they convert."""
+    _run(command(), args, "ckptx", early)
 
 
-def convert(args: Sequence[str] | None = None) -> None:
-    """Run a conversion with the options of Megatron's ``convert.py``."""
+def convert(args: Sequence[str] | None = None, *, early: bool = False) -> None:
+    """Run a conversion with the options of Megatron's ``convert.py``; ``early`` as for `main`."""
     from ckptx.cli.conversion import convert_command
 
     long = convert_command("long")
     long.context_settings = _SETTINGS
-    _run(_with_examples(long, "convert.py"), args, "convert.py")
+    _run(_with_examples(long, "convert.py"), args, "convert.py", early)
 
 
 _LONGEST = 3000  # characters of an error
@@ -105,13 +105,13 @@ _PLAINLY = {
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-def _run(command: click.Command, args: Sequence[str] | None, name: str) -> None:
+def _run(command: click.Command, args: Sequence[str] | None, name: str, early: bool) -> None:
     args = list(sys.argv[1:] if args is None else args)
     # Of several ranks one does the work: one writer, one report.
-    sys.exit(torchrun.once([name, *args], partial(_code, command, args, name)))
+    sys.exit(torchrun.once([name, *args], partial(_code, command, args, name, early)))
 
 
-def _code(command: click.Command, args: list[str], name: str) -> int:
+def _code(command: click.Command, args: list[str], name: str, early: bool) -> int:
     """Run a command and report what goes wrong; return the exit code."""
     verbose = "--verbose" in args or "-v" in args
     quiet = "--quiet" in args or "-q" in args
@@ -121,7 +121,7 @@ def _code(command: click.Command, args: list[str], name: str) -> int:
         handler.setFormatter(_Printable("%(message)s"))
     registry.fallbacks[:] = [_module]
     try:
-        code = command.main(args, name, standalone_mode=False)
+        code = command.main(args, name, standalone_mode=False, obj=early)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         code = 2

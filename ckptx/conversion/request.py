@@ -10,6 +10,9 @@ from typing import Any
 
 from ckptx.protocol.context import Context
 
+QUEUE_SIZE = 50
+"""Messages that may wait between the two processes unless another number is asked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Edits:
@@ -55,7 +58,7 @@ class ConversionRequest:
     """Whether to continue what an interrupted run has left, and to leave it if interrupted."""
     journal_every: int = 256 << 20
     """Bytes of output between two points from which an interrupted run is continued."""
-    max_queue_size: int = 50
+    max_queue_size: int = QUEUE_SIZE
     """Messages that may wait between the two processes."""
     model_type: str = "GPT"
     checking: bool = True

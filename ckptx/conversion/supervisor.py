@@ -15,27 +15,30 @@ removed, unless the conversion was cut short and another run can continue it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from types import TracebackType
 from typing import Any
 
 from ckptx.conversion import engine, worker
 from ckptx.conversion.report import Report
-from ckptx.conversion.request import ConversionRequest
+from ckptx.conversion.request import QUEUE_SIZE, ConversionRequest
 from ckptx.errors import CkptxError, ConversionError, CutShortError
 from ckptx.processes.interrupts import STOPPING, Interrupts
 from ckptx.processes.supervision import Failure, manner_of_death, stop
 from ckptx.protocol.progress import Progress
 
 
-def convert(request: ConversionRequest, progress: Progress | None = None) -> Report:
-    """Convert as `engine.convert` does, in two processes.
+def convert(
+    request: ConversionRequest, progress: Progress | None = None, workers: Workers | None = None
+) -> Report:
+    """Convert as `engine.convert` does, in two processes; those of ``workers`` if they are started.
 
     Raises:
         CkptxError: the first cause of a failure, on whichever side.
@@ -43,8 +46,11 @@ def convert(request: ConversionRequest, progress: Progress | None = None) -> Rep
     """
 
     def run(request: ConversionRequest, owner: engine.TargetOwner, spool: str) -> engine.Outcome:
-        with _workers(request, spool) as crew:
-            return _Supervisor(crew, owner, interrupts).run()
+        size = request.max_queue_size
+        early = workers if workers and workers.max_queue_size == size else None
+        with early or Workers(size) as crew:
+            crew.send(request, spool)
+            return _Supervisor(crew.workers, owner, interrupts).run()
 
     with Interrupts() as interrupts:
         return engine.convert(request, progress, run)
@@ -53,8 +59,8 @@ def convert(request: ConversionRequest, progress: Progress | None = None) -> Rep
 class _Worker:
     """A child process as its parent sees it."""
 
-    def __init__(self, role: str, name: str, process: SpawnProcess, connection: Connection) -> None:
-        self.who = f"{role} {name!r}"
+    def __init__(self, role: str, process: SpawnProcess, connection: Connection) -> None:
+        self.role = self.who = role
         self.process = process
         self.connection = connection
         self.result: Any = None
@@ -70,31 +76,64 @@ class _Worker:
             self.listening = False
 
 
-@contextmanager
-def _workers(job: ConversionRequest, spool: str) -> Iterator[list[_Worker]]:
-    """Start both children; on the way out nothing of them is left."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue(job.max_queue_size)
-    crew: list[_Worker] = []
-    # Children inherit the mask: a Ctrl-C cannot hit them before they are set up to ignore it.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        for role in ("loader", "saver"):
-            ours, theirs = context.Pipe()
-            level = logging.getLogger().getEffectiveLevel()
-            arguments = (role, job, queue, theirs, os.getpid(), level, spool)
-            process = context.Process(target=worker.main, args=arguments)
-            process.start()
-            theirs.close()
-            crew.append(_Worker(role, getattr(job, role), process, ours))
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        yield crew
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        stop([child.process for child in crew])
-        for child in crew:
-            child.connection.close()
-        queue.close()
+class Workers:
+    """The processes of a loader and a saver; at the end of the context nothing of them is left.
+
+    They start before it is known what they do, and import meanwhile what every conversion needs.
+    """
+
+    def __init__(self, max_queue_size: int = QUEUE_SIZE) -> None:
+        self.max_queue_size = max_queue_size
+        self.workers: list[_Worker] = []
+        context = multiprocessing.get_context("spawn")
+        self._idle = True
+        self._queue = context.Queue(max_queue_size)
+        # Children inherit the mask: a Ctrl-C cannot hit them before they are set up to ignore it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        try:
+            for role in ("loader", "saver"):
+                ours, theirs = context.Pipe()
+                arguments = (role, self._queue, theirs, os.getpid())
+                process = context.Process(target=worker.main, args=arguments)
+                process.start()
+                theirs.close()
+                self.workers.append(_Worker(role, process, ours))
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def send(self, request: ConversionRequest, spool: str) -> None:
+        """Tell both what to do."""
+        self._idle = False
+        level = logging.getLogger().getEffectiveLevel()
+        for one in self.workers:
+            one.who = f"{one.role} {getattr(request, one.role)!r}"
+            with contextlib.suppress(OSError):  # it has died: the sentinel tells how
+                one.connection.send((request, level, spool))
+
+    def stop(self) -> None:
+        """End both."""
+        workers, self.workers = self.workers, []
+        for one in workers:
+            if self._idle:  # nothing was begun that would have to be ended
+                one.process.kill()
+        stop([one.process for one in workers])
+        for one in workers:
+            one.connection.close()
+        self._queue.close()
 
 
 class _Supervisor:

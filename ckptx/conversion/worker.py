@@ -7,6 +7,8 @@ the queue: its thread would only print what it cannot pickle, and the other side
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 import pickle
 import sys
@@ -28,20 +30,27 @@ if TYPE_CHECKING:
     from ckptx.writing.journal import Identity
 
 Bytes: TypeAlias = "Queue[bytes]"
+_NEEDED = {
+    "loader": ("ckptx.registry.open", "ckptx.hf_models.directory"),
+    "saver": ("ckptx.writing.writer", "ckptx.conversion.proof", "ckptx.conversion.manifest"),
+}
+"""What a child imports while its parent still finds out what is to be done."""
 
 
-def main(
-    role: str,
-    job: ConversionRequest,
-    queue: Bytes,
-    connection: Connection,
-    parent: int,
-    level: int,
-    spool: str,
-) -> None:
-    """Run one child process; its only results are what it sends to its parent."""
+def main(role: str, queue: Bytes, connection: Connection, parent: int) -> None:
+    """Run one child process; its only results are what it sends to its parent.
+
+    It is started early, prepares itself, and is then told the request, the level of the log and
+    the path of the spool; or nothing, if there is nothing to do after all.
+    """
     line = Channel(connection)
-    settle_child(parent, line, level)
+    settle_child(parent, line, logging.WARNING)
+    _prepare(role)
+    try:
+        job, level, spool = connection.recv()
+    except EOFError:
+        return
+    logging.getLogger().setLevel(level)
     megatron_modules.install()
     run: Callable[[ConversionRequest, Bytes, Channel, str], Any] = (
         run_loader if role == "loader" else run_saver
@@ -56,6 +65,12 @@ def main(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # threads and exit handlers of a failed plugin have nothing left to add
+
+
+def _prepare(role: str) -> None:
+    """Import what every loader, or every saver, needs."""
+    for module in _NEEDED[role]:
+        importlib.import_module(module)
 
 
 def run_loader(job: ConversionRequest, queue: Bytes, line: Channel, spool_path: str) -> None:

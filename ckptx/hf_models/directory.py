@@ -15,7 +15,13 @@ from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.export import exported
 from ckptx.model.family import Family
 from ckptx.protocol.context import ADAPTERS, UNTOLD, Context
-from ckptx.protocol.from_names import named_messages, names_held, passthrough, tied_names
+from ckptx.protocol.from_names import (
+    begin_anyway,
+    named_messages,
+    names_held,
+    passthrough,
+    tied_names,
+)
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import _architectures, family_of, parts_from_config, why_unknown
@@ -110,6 +116,19 @@ def hf_messages(
     Raises:
         SchemaError: tensors are missing, left over, or not of the shapes that the config says.
     """
+    messages = _model_messages(begin, tensors, notes, dropped, options, context, renamer)
+    yield from begin_anyway(begin, messages, context)
+
+
+def _model_messages(
+    begin: Begin,
+    tensors: Mapping[str, LazyTensor],
+    notes: tuple[str, ...],
+    dropped: tuple[Dropped, ...],
+    options: Mapping[str, Any] | None,
+    context: Context,
+    renamer: Renamer | None,
+) -> Iterator[Message]:
     held = extract.extract_adapters(begin, tensors, options or {})
     dtype = context.dtype
     if context.wants == ADAPTERS:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckptx.errors import PlanError, listing
+from ckptx.errors import CkptxError, PlanError, listing
 from ckptx.inspection.layers import layer_number
 from ckptx.inspection.statistics import Statistics, statistics_of
 from ckptx.model.pipeline_parallel import Pipeline, describe
@@ -59,6 +59,8 @@ class Inspection(Shown):
     """The tensors that were asked for."""
     parameters: int
     """The elements of all weights; copies once, padding of the vocabulary not at all."""
+    stages: tuple[str, ...] = ()
+    """Which pipeline stage holds which layers; none where there is one stage."""
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
     listed: bool = False
     """Whether people see the tensors, too."""
@@ -99,7 +101,7 @@ class Inspection(Shown):
             "dtypes": self.dtypes(),
             "iteration": self.iteration,
             "parallel": self.parallel(),
-            "stages": self.stages(),
+            "stages": list(self.stages),
             "parts": {part: _plain(asdict(one)) for part, one in self.begin.parts.items()},
             "files": [
                 {"path": self.place(number), "bytes": _size_of(file)}
@@ -112,14 +114,6 @@ class Inspection(Shown):
             "names": self.names,
             "tensors": [self._tensor(name, tensor) for name, tensor in self.tensors.items()],
         }
-
-    def stages(self) -> list[str]:
-        """Return which pipeline stage holds which layers, nothing where there is one stage."""
-        pipeline = self.begin.parallel.get("pipeline")
-        spec = self.begin.parts.get("language")
-        if not isinstance(pipeline, Pipeline) or spec is None or pipeline.pp == 1:
-            return []
-        return describe(pipeline.chunks(spec.num_layers, spec.mtp_num_layers))
 
     def parallel(self) -> dict[str, Any]:
         """Return how the checkpoint is split, as plain values."""
@@ -248,6 +242,11 @@ def inspect(
             progress.begin(sum(tensor.nbytes for tensor in tensors.values()), "reading")
             statistics = statistics_of(tensors, model.begin.files, progress.advance)
             problems += _values(statistics)
+    stages: tuple[str, ...] = ()
+    try:
+        stages = _stages(model.begin)
+    except CkptxError as error:
+        problems += (Problem("incomplete", f"{path}: {error}"),)
     if path.name.endswith(PARTIAL):
         problems += (Problem("unfinished", f"{path}: what a killed conversion left behind"),)
     return Inspection(
@@ -258,10 +257,24 @@ def inspect(
         named,
         tensors,
         parameters,
+        stages,
         statistics,
         listed=wanted.tree or (wanted.narrow and not wanted.stats),
         fold=not wanted.narrow,
     )
+
+
+def _stages(begin: Begin) -> tuple[str, ...]:
+    """Return which pipeline stage holds which layers.
+
+    Raises:
+        PlanError: args tell stages into which the layers do not divide.
+    """
+    pipeline = begin.parallel.get("pipeline")
+    spec = begin.parts.get("language")
+    if not isinstance(pipeline, Pipeline) or spec is None or pipeline.pp == 1:
+        return ()
+    return tuple(describe(pipeline.chunks(spec.num_layers, spec.mtp_num_layers)))
 
 
 def _chosen(

@@ -60,7 +60,7 @@ def _summary(found: Inspection) -> Iterator[tuple[str, str]]:
     experts = any(one.num_experts for one in begin.parts.values())
     if sizes := _parallel_text(found.parallel(), experts):
         yield "parallel", sizes
-    yield from (("", stage) for stage in found.stages()[:_STAGES])
+    yield from (("", stage) for stage in found.stages[:_STAGES])
     if begin.sidecars:
         yield "beside", ", ".join(sorted(begin.sidecars))
     yield from _left(found)

@@ -224,6 +224,10 @@ _EXPERT_KEYS = {key.name: key for key in EXPERTS}
 _RADIO_KEYS = {key.name: key for key in RADIO}
 
 
+RADIO_CLASS = "RADIOViTModel"
+"""The class of RADIO's vision towers, which have keys of their own."""
+
+
 def keys_of(message: str, spec: ModelSpec | None = None) -> Mapping[str, Key]:
     """Return the keys that a message may have, by name; none for an unknown message.
 
@@ -234,7 +238,7 @@ def keys_of(message: str, spec: ModelSpec | None = None) -> Mapping[str, Key]:
     known = _KEYS.get(numbered, {})
     if spec is not None and spec.is_moe(position_of(message, spec)):
         known = {**known, **_EXPERT_KEYS}
-    if spec is not None and message == "vit embeddings" and "radio" in spec.family:
+    if spec is not None and message == "vit embeddings" and spec.architecture == RADIO_CLASS:
         known = {**known, **_RADIO_KEYS}
     return known
 

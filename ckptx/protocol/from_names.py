@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 
-from ckptx.errors import SchemaError
+from ckptx.errors import CkptxError, SchemaError
 from ckptx.model.canonical_names import check_shapes
 from ckptx.model.layout import Layout, Parts, RuleGroup
 from ckptx.model.sharding import Gatherer
 from ckptx.model.spec import ModelSpec
+from ckptx.protocol.context import ANYTHING, Context
 from ckptx.protocol.messages import (
     PASSTHROUGH,
     Begin,
@@ -105,6 +106,25 @@ def main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     if not sizes:
         raise SchemaError("there is no tensor")
     return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def begin_anyway(begin: Begin, messages: Iterator[Message], context: Context) -> Iterator[Message]:
+    """Yield messages; if there is none because a schema does not fit, ``begin`` before the error.
+
+    So a checkpoint that cannot be converted can still be looked at: its files, and what they hold.
+
+    Raises:
+        CkptxError: what ``messages`` raises.
+    """
+    begun = False
+    try:
+        for message in messages:
+            begun = True
+            yield message
+    except CkptxError:
+        if not begun and context.wants == ANYTHING:
+            yield begin
+        raise
 
 
 def named_messages(

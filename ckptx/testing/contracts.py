@@ -1,4 +1,4 @@
-"""What every loader, saver and family must do, as classes that a test class inherits.
+"""What every loader and saver must do, as classes that a test class inherits.
 
 A class attribute says what is tested, and one method how a source comes about that the tested code
 has not written itself. pytest collects the rest:
@@ -22,32 +22,21 @@ import pickle
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from ckptx.conversion.engine import make_plan
 from ckptx.errors import CkptxError
-from ckptx.model.canonical_names import check_shapes, dimensions, keys_of
-from ckptx.model.family import Family
-from ckptx.model.layout import Layout, Rule
-from ckptx.model.pipeline_parallel import stage_ranks
-from ckptx.model.sharding import Gatherer, Shards, check_message, shard_tensors
-from ckptx.model.spec import ModelSpec
-from ckptx.model.transforms import IDENTITY
+from ckptx.model.canonical_names import check_shapes, keys_of
 from ckptx.protocol.context import Context
 from ckptx.protocol.contracts import Loader, Saver
 from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, Tensors
 from ckptx.registry import registry
 from ckptx.registry.open import checkpoint_messages
-from ckptx.tensors.dtypes import ITEMSIZE
-from ckptx.tensors.lazy import LazyTensor, Shape, Stored, stored
-from ckptx.tensors.pieces import pieces
 from ckptx.testing import faults
 from ckptx.testing.conversion import (
     checked,
@@ -76,7 +65,7 @@ if TYPE_CHECKING:
     from _pytest.mark import ParameterSet
 
 Options = Mapping[str, Any]
-_PARALLEL = {
+PARALLEL = {
     "tp": "target_tensor_parallel_size",
     "pp": "target_pipeline_parallel_size",
     "vpp": "target_virtual_pipeline_parallel_size",
@@ -104,7 +93,7 @@ class Checkpoint:
     options: Options = field(default_factory=dict)
 
 
-class _Parametrized:
+class Parametrized:
     """Gives the tests of a class their arguments, from the class's own attributes."""
 
     models: ClassVar[Sequence[TinyModel | ParameterSet]] = MODELS
@@ -112,7 +101,15 @@ class _Parametrized:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Parametrise the arguments that the tests of a class have."""
-        for argument in ("model", "case", "change", "layout", "hf_layout", "expert_layout"):
+        for argument in (
+            "model",
+            "case",
+            "change",
+            "layout",
+            "hf_layout",
+            "expert_layout",
+            "round_trip",
+        ):
             if argument in metafunc.fixturenames:
                 found = list(getattr(self, f"_{argument}s")())
                 metafunc.parametrize(argument, found, ids=_label)
@@ -121,7 +118,7 @@ class _Parametrized:
         return self.models
 
 
-class LoaderTests(_Parametrized):
+class LoaderTests(Parametrized):
     """What a loader must do."""
 
     loader: ClassVar[Loader]
@@ -230,7 +227,7 @@ class LoaderTests(_Parametrized):
         assert_equal(found, expected)
 
 
-class SaverTests(_Parametrized):
+class SaverTests(Parametrized):
     """What a saver must do; results are read back with ``loader``."""
 
     loader: ClassVar[Loader]
@@ -242,7 +239,7 @@ class SaverTests(_Parametrized):
 
     def cases(self) -> Iterable[Any]:
         """Return (model, options) pairs; by default a sample in which each of both occurs."""
-        return paired([_plain(model) for model in self.models], self.option_sets())
+        return paired([plain_model(model) for model in self.models], self.option_sets())
 
     def test_reads_back(self, case: tuple[TinyModel, Options], tmp_path: Path) -> None:
         """The plan is proved, written, and read back: byte for byte the same model."""
@@ -302,158 +299,6 @@ class SaverTests(_Parametrized):
         return _CHANGES
 
 
-class SchemaTests(_Parametrized):
-    """What the layouts of a family must do; ``families`` are those to test."""
-
-    families: ClassVar[Sequence[Family]]
-
-    def specs(self, family: Family) -> Sequence[ModelSpec]:
-        """Return the models to test a family with; by default those of the kit that are of it."""
-        own = [_plain(model).spec for model in self.models]
-        return [spec for spec in own if spec.family == family.name]
-
-    def _layouts(self) -> Iterator[Any]:
-        for family in self.families:
-            specs = self.specs(family)
-            assert specs, f"no model to test family {family.name} with"
-            for kind, layout in family.layouts.items():
-                for number, spec in enumerate(specs):
-                    label = f"{layout.name}-{family.name}-{number}"
-                    yield pytest.param((family, kind, spec), id=label)
-
-    def _hf_layouts(self) -> Iterator[Any]:
-        return (entry for entry in self._layouts() if entry.values[0][1] == "hf")
-
-    def _expert_layouts(self) -> Iterator[Any]:
-        for entry in self._layouts():
-            family, kind, spec = entry.values[0]
-            if any(one.ep is not None and one.tp is not None for one in _rules(family, kind, spec)):
-                yield entry
-
-    def test_names_are_disjoint(self, layout: tuple[Family, str, ModelSpec]) -> None:
-        """No two tensors have one name, in any spelling, and no name is one that is ignored."""
-        family, kind, spec = layout
-        found = family.layouts[kind]
-        names = [
-            name
-            for _, layer, rules in found.expand(spec)
-            for entry in rules
-            for spelling in entry.spellings
-            for name in spelling.named(layer, spec.num_experts or 0)
-        ]
-        assert len(set(names)) == len(names)
-        assert not [name for name in names if found.ignored and name.endswith(found.ignored)]
-
-    def test_speaks_the_vocabulary(self, layout: tuple[Family, str, ModelSpec]) -> None:
-        """Every key is in the vocabulary, once, and Megatron's ranks cut it along its axis.
-
-        Others may cut along another: shards of Llama 2 divide the embedding by its width.
-        """
-        family, kind, spec = layout
-        for message, _, rules in family.layouts[kind].expand(spec):
-            known = keys_of(message, spec)
-            keys = [key for entry in rules for key in entry.keys]
-            assert len(set(keys)) == len(keys)
-            assert set(keys) <= set(known)
-            for entry in rules:
-                for key in entry.keys:
-                    megatron = "mcore" in kind or kind == "legacy"
-                    axes = (known[key].tp,) if megatron else range(len(known[key].shape))
-                    assert entry.tp is None or entry.tp in axes, f"{message}: {key}"
-
-    def test_packing_and_unpacking_undo_each_other(
-        self, layout: tuple[Family, str, ModelSpec]
-    ) -> None:
-        """Every element comes back to its place, whether one starts from messages or from names.
-
-        What was joined and is divided again is the very same lazy tensor, with nothing around it.
-        """
-        family, kind, spec = layout
-        found = family.layouts[kind]
-        for message, layer, rules in found.expand(spec):
-            canonical = _stored_message(rules, message, spec)
-            check_message(rules, canonical, message, found.name)
-            packed = shard_tensors(rules, canonical, spec, layer)
-            _assert_elements(_taken(found, spec, rules, [packed], layer), canonical)
-            named = _stored({name: tensor.shape for name, tensor in packed.items()}, spec.dtype)
-            unpacked = _taken(found, spec, rules, [named], layer)
-            _assert_elements(shard_tensors(rules, unpacked, spec, layer), named)
-            for entry in rules:
-                own = entry.spellings[0].names
-                if "{expert}" in own[0] and len(own) < len(entry.keys):
-                    continue  # experts divided, the tensors of each joined
-                names = shard_tensors([entry], canonical, spec, layer)
-                if len(entry.keys) > len(names) or entry.spellings[0].transform is IDENTITY:
-                    taken = _taken(found, spec, [entry], [names], layer)
-                    assert taken == {key: canonical[key] for key in entry.keys}
-                if len(names) >= len(entry.keys):
-                    given = shard_tensors([entry], unpacked, spec, layer)
-                    assert given == {name: named[name] for name in names}
-
-    def test_cut_and_joined_is_whole(self, layout: tuple[Family, str, ModelSpec]) -> None:
-        """What the ranks of any tensor-parallel size hold is the tensor, joined again."""
-        family, kind, spec = layout
-        found = family.layouts[kind]
-        for tp in (2, 4):
-            if spec.num_query_groups % tp or spec.ffn_hidden_size % tp:
-                continue
-            for message, layer, rules in found.expand(spec):
-                if all(entry.tp is None for entry in rules):
-                    continue
-                before = _stored_message(rules, message, spec, rows=48)
-                shards = [
-                    shard_tensors(rules, before, spec, layer, rank) for rank in stage_ranks(tp)
-                ]
-                joined = _taken(found, spec, rules, shards, layer)
-                _assert_elements(joined, before)
-
-    def test_experts_cut_and_joined_are_whole(
-        self, expert_layout: tuple[Family, str, ModelSpec]
-    ) -> None:
-        """What the ranks of any expert-parallel sizes hold are the experts, joined again."""
-        family, kind, spec = expert_layout
-        found = family.layouts[kind]
-        for tp, ep, etp in ((1, 2, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 4, 2), (2, 4, 1)):
-            ranks = stage_ranks(tp, ep, etp)
-            for message, layer, rules in found.expand(spec):
-                before = _stored_message(rules, message, spec, rows=48)
-                held = [shard_tensors(rules, before, spec, layer, rank) for rank in ranks]
-                joined = _taken(found, spec, rules, Shards.of_grid(held, ranks), layer)
-                _assert_elements(joined, before)
-
-    def test_agrees_with_transformers(self, hf_layout: tuple[Family, str, ModelSpec]) -> None:
-        """Names and shapes are those of transformers' own model, built on no device."""
-        family, kind, spec = hf_layout
-        torch = pytest.importorskip("torch")
-        transformers = pytest.importorskip("transformers")
-        config = transformers.AutoConfig.for_model(**family.to_config(spec))
-        with torch.device("meta"):
-            state = _transformers_class(transformers, spec)(config).state_dict()
-        for _, _, name in family.layouts[kind].repeated:
-            state.pop(name, None)
-        if spec.tied:
-            for name in family.layouts[kind].names_of("output layer", "weight"):
-                state.pop(name, None)
-        else:
-            first, *others = family.layouts[kind].names_of("output layer", "weight")
-            for name in set(others) & set(state):
-                state[first] = state.pop(name)
-        found: dict[str, tuple[int, ...]] = {}
-        for message, layer, rules in family.layouts[kind].expand(spec):
-            whole = _stored_message(rules, message, spec)
-            for entry in rules:
-                named = shard_tensors([_spelt_as(entry, state, layer)], whole, spec, layer)
-                found.update((name, tensor.shape) for name, tensor in named.items())
-        assert found == {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _transformers_class(transformers: Any, spec: ModelSpec) -> Any:
-    """Return what builds a model of a config: its class, if it is no causal model."""
-    if "Bert" in spec.architecture:
-        return getattr(transformers, spec.architecture)
-    return transformers.AutoModelForCausalLM.from_config
-
-
 def parallel_grid(capabilities: Mapping[str, Any]) -> Sequence[Options]:
     """Return options for the parallel sizes that a saver can write; always no options at all."""
     sizes: tuple[dict[str, int], ...] = (
@@ -465,7 +310,7 @@ def parallel_grid(capabilities: Mapping[str, Any]) -> Sequence[Options]:
         {"pp": 2, "vpp": 2},
     )
     return [
-        {_PARALLEL[name]: size for name, size in entry.items()}
+        {PARALLEL[name]: size for name, size in entry.items()}
         for entry in sizes
         if all(capabilities.get(name) for name in entry)
     ]
@@ -473,8 +318,8 @@ def parallel_grid(capabilities: Mapping[str, Any]) -> Sequence[Options]:
 
 def fits(model: TinyModel, options: Options) -> bool:
     """Return whether a model divides by these parallel sizes, by Megatron's rules."""
-    tp = options.get(_PARALLEL["tp"]) or 1
-    stages = (options.get(_PARALLEL["pp"]) or 1) * (options.get(_PARALLEL["vpp"]) or 1)
+    tp = options.get(PARALLEL["tp"]) or 1
+    stages = (options.get(PARALLEL["pp"]) or 1) * (options.get(PARALLEL["vpp"]) or 1)
     return divides(model.spec, tp) and not model.spec.num_layers % stages
 
 
@@ -554,7 +399,8 @@ def _label(value: Any) -> str | None:
     return None
 
 
-def _plain(entry: TinyModel | ParameterSet) -> TinyModel:
+def plain_model(entry: TinyModel | ParameterSet) -> TinyModel:
+    """Return the model of an entry, which may be a ``pytest.param``."""
     if isinstance(entry, TinyModel):
         return entry
     (model,) = entry.values
@@ -563,7 +409,7 @@ def _plain(entry: TinyModel | ParameterSet) -> TinyModel:
 
 
 def _first(models: Sequence[TinyModel | ParameterSet]) -> TinyModel:
-    return _plain(models[0])
+    return plain_model(models[0])
 
 
 def _strangers(directory: Path) -> Iterator[tuple[str, Path]]:
@@ -670,71 +516,3 @@ def _with_key(sent: list[Message], key: str) -> list[Message]:
     assert isinstance(layer, Tensors)
     norm = layer.tensors["input norm weight"]
     return [*sent[:2], Tensors(layer.name, {**layer.tensors, key: norm}), *sent[3:]]
-
-
-def _stored_message(
-    rules: Sequence[Rule], message: str, spec: ModelSpec, rows: int | None = None
-) -> dict[str, LazyTensor]:
-    """Return a tensor of the right shape for every key of the rules, each in its own place."""
-    sizes = {**dimensions(spec), "vocab": rows or spec.vocab_size or 40}
-    known = keys_of(message, spec)
-    keys = [key for entry in rules for key in entry.keys]
-    shapes = {key: tuple(sizes[symbol] for symbol in known[key].shape) for key in keys}
-    return _stored(shapes, spec.dtype)
-
-
-def _stored(shapes: Mapping[str, Shape], dtype: str) -> dict[str, LazyTensor]:
-    """Return tensors of these shapes, far from each other in one file."""
-    return {
-        name: stored(0, number << 32, dtype, shape)
-        for number, (name, shape) in enumerate(shapes.items())
-    }
-
-
-def _assert_elements(found: Mapping[str, LazyTensor], expected: Mapping[str, LazyTensor]) -> None:
-    """Fail unless every element of the tensors comes from the same byte."""
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert np.array_equal(_addresses(found[name]), _addresses(tensor)), name
-
-
-def _rules(family: Family, kind: str, spec: ModelSpec) -> list[Rule]:
-    return [entry for _, _, rules in family.layouts[kind].expand(spec) for entry in rules]
-
-
-def _spelt_as(entry: Rule, names: Container[str], layer: int | None) -> Rule:
-    """Return a rule in the spelling whose names there are, else as it is written."""
-    for spelling in entry.spellings:
-        if all(name in names for name in spelling.named(layer, 1)):
-            return replace(entry, spellings=(spelling,))
-    return entry
-
-
-def _taken(
-    layout: Layout,
-    spec: ModelSpec,
-    rules: Sequence[Rule],
-    shards: Shards | Sequence[dict[str, LazyTensor]],
-    layer: int | None,
-) -> dict[str, LazyTensor]:
-    """Return the canonical tensors that a layout takes from shards; nothing may be left."""
-    if not isinstance(shards, Shards):
-        shards = Shards.of_ranks([dict(shard) for shard in shards])
-    taker = Gatherer(layout, spec)
-    found = taker.take(rules, shards, layer)
-    taker.finish([name for copies in shards.dense for shard in copies for name in shard])
-    return found
-
-
-def _addresses(tensor: LazyTensor) -> NDArray[np.int64]:
-    """Return the byte that every element of a tensor comes from."""
-    found = np.full(tensor.shape, -1, np.int64)
-    for piece in pieces(tensor):
-        leaf = piece.leaf
-        assert isinstance(leaf, Stored)
-        itemsize = ITEMSIZE[leaf.dtype]
-        steps = [stride * found.itemsize for stride in piece.strides]
-        place = np.ndarray(leaf.shape, np.int64, found, piece.offset * found.itemsize, steps)
-        index = np.indices(leaf.shape).reshape(len(leaf.shape), -1)
-        place[...] = (leaf.offset + itemsize * (leaf.strides @ index)).reshape(leaf.shape)
-    return found

@@ -373,6 +373,20 @@ def write_safetensors(path: Path, arrays: Mapping[str, NDArray[Any]]) -> Path:
     return path
 
 
+def read_safetensors(directory: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Return dtype, shape and bytes of every tensor in the safetensors files of a directory."""
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        for name, said in json.loads(content[8:start]).items():
+            if name != "__metadata__":
+                first, last = said["data_offsets"]
+                data = content[start + first : start + last]
+                found[name] = (said["dtype"], said["shape"], data)
+    return found
+
+
 def write_config(directory: Path, model: TinyModel) -> Path:
     """Write ``config.json`` and a stand-in for a tokenizer to a directory, and return it."""
     directory.mkdir(parents=True, exist_ok=True)

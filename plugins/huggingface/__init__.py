@@ -1,4 +1,4 @@
-"""Hugging Face model directories and PEFT adapters."""
+"""Hugging Face model directories, PEFT adapters, and a LLaVA of Megatron's converter."""
 
 from ckptx.protocol.declarations import Format
 
@@ -25,5 +25,12 @@ FORMATS = (
         passthrough=True,
         lossless=False,  # it is merged into its base
         saves={"layouts": ("peft",), "lossless": True},
+    ),
+    Format(
+        "hf_llava",
+        "a LLaVA as Megatron's converter names it for Hugging Face",
+        loader="ckptx.plugins.huggingface.hf_llava:HfLlavaLoader",
+        saver="ckptx.plugins.huggingface.hf_llava:HfLlavaSaver",
+        containers=("safetensors", "pytorch_model.bin"),
     ),
 )

@@ -37,13 +37,6 @@ FORMATS = (
         parallel=_AXES,
     ),
     Format(
-        "hf_llava",
-        "a LLaVA as Megatron's converter names it for Hugging Face",
-        loader="ckptx.plugins.megatron.hf_llava:HfLlavaLoader",
-        saver="ckptx.plugins.megatron.hf_llava:HfLlavaSaver",
-        containers=("safetensors", "pytorch_model.bin"),
-    ),
-    Format(
         "llama_mistral",
         "meta or hf, with the options of Megatron's converter",
         loader="ckptx.plugins.megatron.upstream_names:LlamaMistralLoader",

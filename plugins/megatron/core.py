@@ -36,6 +36,7 @@ from ckptx.plugins.megatron.target_parallelism import (
 )
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
+from ckptx.protocol.from_names import begin_anyway
 from ckptx.protocol.messages import Begin, End, Messages
 from ckptx.protocol.model import Model, check_messages, collect
 from ckptx.protocol.sidecars import CONFIG, read_config
@@ -64,6 +65,8 @@ class CoreLoader:
     """Reads what Megatron Core writes, at any tensor and pipeline parallel size."""
 
     name = "core"
+    names = "mcore"
+    """How a model is named whose family is not known."""
 
     def options(self) -> list[click.Option]:
         """Return the options for the vocabulary and for args that stand in the way."""
@@ -84,7 +87,42 @@ class CoreLoader:
         checkpoint = self.read(place)
         beside = place.path / directory.SIDECARS
         files = {**(sidecars(beside) if beside.is_dir() else {}), **base_sidecars(context)}
-        config = read_config(files, beside)
+        args = checkpoint.args
+        begin = Begin(
+            format=self.name,
+            layout=self.names,
+            parts={},
+            files=checkpoint.files,
+            sources=checkpoint.sources,
+            root=str(place.path),
+            sidecars=files,
+            training={
+                "iteration": place.iteration,
+                "args": args,
+                "consumed_train_samples": args.get("consumed_train_samples"),
+                "consumed_valid_samples": args.get("consumed_valid_samples"),
+            },
+            parallel={
+                "tp": args.get("tensor_model_parallel_size") or 1,
+                "ep": args.get("expert_model_parallel_size") or 1,
+                "etp": args.get("expert_tensor_parallel_size"),
+                "ckpt_format": place.format,
+            },
+        )
+        unfinished = directory.unfinished(source)
+        model = self._model(begin, checkpoint, options, unfinished)
+        yield from begin_anyway(begin, model, context)
+
+    def _model(
+        self,
+        begin: Begin,
+        checkpoint: Source,
+        options: Options,
+        notes: tuple[str, ...],
+    ) -> Messages:
+        """Yield the model that args, or the config among the sidecars of ``begin``, describe."""
+        files = dict(begin.sidecars)
+        config = read_config(files, checkpoint.place / directory.SIDECARS)
         family = family_of(config) if config else None
         said = parts_from_config(family, config) if config and family else None
         dropped = list(checkpoint.dropped)
@@ -107,35 +145,20 @@ class CoreLoader:
                 replace(message, tensors=row_blocks.in_halves(message.tensors, heeded))
                 for message in checkpoint.messages(layout, parts)
             ]
-        yield Begin(
-            format=self.name,
+        yield replace(
+            begin,
             layout=layout.name,
             parts=parts,
             family=llava.FAMILY if seeing else "",
             accepted=accepted,
-            files=checkpoint.files,
-            sources=checkpoint.sources,
-            root=str(place.path),
             sidecars=files,
-            training={
-                "iteration": place.iteration,
-                "args": checkpoint.args,
-                "consumed_train_samples": checkpoint.args.get("consumed_train_samples"),
-                "consumed_valid_samples": checkpoint.args.get("consumed_valid_samples"),
-            },
-            parallel={
-                "tp": checkpoint.args.get("tensor_model_parallel_size") or 1,
-                "ep": checkpoint.args.get("expert_model_parallel_size") or 1,
-                "etp": checkpoint.args.get("expert_tensor_parallel_size"),
-                "pipeline": Pipeline.from_args(checkpoint.args),
-                "ckpt_format": place.format,
-            },
+            parallel={**begin.parallel, "pipeline": Pipeline.from_args(checkpoint.args)},
         )
         for message in messages:
             check_shapes(message.name, message.tensors, parts[message.part])
             yield message
         notes = (
-            *directory.unfinished(source),
+            *notes,
             *checkpoint.notes,
             *settings.notes(checkpoint.args, accepted),
             *row_blocks.notes(heeded),

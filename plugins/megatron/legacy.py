@@ -43,7 +43,7 @@ from ckptx.storage.location import Location
 class LegacyLoader(CoreLoader):
     """Reads per-rank files of any ``checkpoint_version``, in old spellings and new."""
 
-    name = "legacy"
+    name = names = "legacy"
 
     def options(self) -> list[click.Option]:
         """Return those of the core loader, and one that Megatron has and ckptx does not need."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from ckptx.errors import FormatError
 from ckptx.model.layout import Layout, Parts
 from ckptx.protocol.messages import Dropped, SourceTensor, Tensors
 from ckptx.storage.location import Location
@@ -44,22 +43,6 @@ class Source:
     def names(self) -> list[str]:
         """The names of all tensors, a rank's behind its own."""
         return [source.name for source in self.sources]
-
-
-def args_of(state: Any, file: Location) -> dict[str, Any]:
-    """Return the ``args`` of a checkpoint's common state as a dictionary; empty if it has none.
-
-    Raises:
-        FormatError: the state is no dictionary, or its args are no namespace.
-    """
-    if not isinstance(state, Mapping):
-        raise FormatError(f"{file}: expected a dictionary, found {type(state).__name__}")
-    args = state.get("args")
-    if args is None:
-        return {}
-    if not isinstance(args, Mapping) and not hasattr(args, "__dict__"):
-        raise FormatError(f"{file}: args are of type {type(args).__name__}, expected a namespace")
-    return dict(args if isinstance(args, Mapping) else vars(args))
 
 
 def exclude_nothing(_: str, __: LazyTensor) -> bool:

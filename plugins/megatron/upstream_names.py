@@ -18,7 +18,6 @@ import click
 from ckptx.conversion.casting import cast_messages
 from ckptx.errors import FormatError, PlanError, SchemaError
 from ckptx.model.spec import ModelSpec
-from ckptx.plugins.huggingface.hf import HfLoader
 from ckptx.plugins.megatron.core import CoreLoader, CoreSaver
 from ckptx.plugins.megatron.options import (
     tokenizer_model_option,
@@ -27,15 +26,17 @@ from ckptx.plugins.megatron.options import (
     vocabulary_multiple_option,
     vocabulary_options,
 )
-from ckptx.plugins.meta.consolidated import PARAMS, MetaLoader
 from ckptx.protocol.context import UNTOLD, Context, Options
-from ckptx.protocol.contracts import Loader, SavePlan
+from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.messages import Begin, Messages
 from ckptx.protocol.sidecars import CONFIG
+from ckptx.registry import registry
 from ckptx.storage.location import Location
 from ckptx.tensors.dtypes import dtype_name
 
 FAMILY = "mixtral"
+PARAMS = "params.json"
+"""Where Meta says the dimensions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +118,11 @@ class LlamaMistralLoader:
         place = source
         if kind == "meta" and not (source / PARAMS).is_file() and (source / name).is_dir():
             place = source / name  # as Megatron does: one folder per size
-        loader: Loader = MetaLoader() if kind == "meta" else HfLoader()
+        loader = registry.loader(kind)
         messages = loader.load(place, {**options, "max_position": size.context}, context)
         begin = next(messages)
         if not isinstance(begin, Begin) or "language" not in begin.parts:
+            next(messages, None)  # raises why the model does not fit, where that is the reason
             raise SchemaError(f"{source}: not a model of family {size.family}, as {name} is")
         _check(name, size, begin.parts["language"], begin)
         yield from cast_messages(chain([with_vocabulary(begin, options)], messages), dtype)
@@ -196,10 +198,11 @@ class MixtralHfLoader:
 
     def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model, after checking that it is a Mixtral."""
-        messages = HfLoader().load(source, options, context)
+        messages = registry.loader("hf").load(source, options, context)
         begin = next(messages)
         spec = begin.parts.get("language") if isinstance(begin, Begin) else None
         if not isinstance(begin, Begin) or spec is None or spec.family != FAMILY:
+            next(messages, None)  # raises why the model does not fit, where that is the reason
             found = spec.architecture if spec else "of an unknown architecture"
             raise SchemaError(f"{source}: the model is {found}, not a Mixtral; use --loader hf")
         yield with_vocabulary(begin, options)
@@ -229,8 +232,10 @@ class LlavaLoader(CoreLoader):
 
     def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model."""
-        for message in super().load(source, options, context):
+        messages = super().load(source, options, context)
+        for message in messages:
             if isinstance(message, Begin) and "vision" not in message.parts:
+                next(messages, None)  # raises why the model does not fit, where that is the reason
                 raise FormatError(
                     f"{message.root}: holds no vision_model, so it is no LLaVA; use --loader core"
                 )

@@ -20,7 +20,6 @@ from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import Weights, fill_from_base
 from ckptx.model.layout import Parts
 from ckptx.model.pipeline_parallel import Pipeline
-from ckptx.plugins.megatron.source import args_of
 from ckptx.plugins.pytorch.module_names import file_names, strip_option, trained_messages
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
@@ -30,7 +29,7 @@ from ckptx.protocol.model import Model, collect, named_tensors
 from ckptx.protocol.sidecars import read_config
 from ckptx.registry.families import family_named, family_of, hf_tensors, parts_from_config
 from ckptx.schemas.conventions import legacy
-from ckptx.schemas.megatron_settings.args import args_from_spec, spec_from_args
+from ckptx.schemas.megatron_settings.args import args_from_spec, args_of, spec_from_args
 from ckptx.storage.file_plan import literal_files
 from ckptx.storage.location import Location
 from ckptx.tensors.lazy import LazyTensor, Stored

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from ckptx.model.canonical_names import RADIO_CLASS
 from ckptx.model.layout import ExtraState, Predicate, Rule, Section, always, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import FUSED_QKV, QKV, drop_unit_axes
@@ -158,7 +159,7 @@ def tower_spec(
     assert isinstance(more, Mapping)
     values = {
         "family": name,
-        "architecture": "RADIOViTModel" if "radio" in name else "CLIPViTModel",
+        "architecture": RADIO_CLASS if "radio" in name else "CLIPViTModel",
         "num_layers": num_layers,
         "hidden_size": hidden_size,
         "ffn_hidden_size": ffn_hidden_size,

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ckptx.containers.pickle_values import TorchDtype
-from ckptx.errors import SchemaError
+from ckptx.containers.pickle_values import Record, TorchDtype
+from ckptx.errors import FormatError, SchemaError
 from ckptx.model.family import FUNCTION_SETTINGS, MEGATRON_SWITCHES, function_settings
 from ckptx.model.pipeline_parallel import Pipeline
 from ckptx.model.spec import ModelSpec
@@ -32,6 +32,7 @@ from ckptx.schemas.megatron_settings.activations import (
 )
 from ckptx.schemas.megatron_settings.row_blocks import SIZES
 from ckptx.schemas.megatron_settings.settings import changing
+from ckptx.storage.location import Location
 from ckptx.tensors.dtypes import dtype_name
 
 FIELDS = (
@@ -425,3 +426,21 @@ def _check_plain(value: Any, place: str = "extra") -> None:
             f"{place} of the model is a {type(value).__name__}, which a checkpoint cannot bring "
             "back; its family must keep plain values there"
         )
+
+
+def args_of(state: Any, file: Location) -> dict[str, Any]:
+    """Return the ``args`` of a checkpoint's common state as a dictionary; empty if it has none.
+
+    Raises:
+        FormatError: the state is no dictionary, or its args are no namespace.
+    """
+    if not isinstance(state, Mapping):
+        raise FormatError(f"{file}: expected a dictionary, found {type(state).__name__}")
+    args = state.get("args")
+    if args is None:
+        return {}
+    if isinstance(args, Record):  # of a class that a trainer made of its own
+        args = args.state
+    if not isinstance(args, Mapping) and not hasattr(args, "__dict__"):
+        raise FormatError(f"{file}: args are of type {type(args).__name__}, expected a namespace")
+    return dict(args if isinstance(args, Mapping) else vars(args))

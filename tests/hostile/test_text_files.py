@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import resource
-import time
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.work import at_most
 
 GIB = 1 << 30
 INDEX = "model.safetensors.index.json"
@@ -72,10 +73,9 @@ def llama(user, write_llama):
 def test_json(file, name, llama, user):
     content = JSON[name]
     (llama / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    start = time.monotonic()
-    code = user.run("inspect", user.source)
+    with at_most():
+        code = user.run("inspect", user.source)
     is_one_line(user, code, refused=False)
-    assert time.monotonic() - start < 5
 
 
 @pytest.mark.full
@@ -140,14 +140,14 @@ def test_an_index_that_points_elsewhere(shard, llama, user):
     assert "secret" not in user.output.replace("secret.safetensors", "")
 
 
-@pytest.mark.full
-def test_an_index_of_a_million_tensors(llama, user):
-    index = {"weight_map": {f"a{n}": f"b{n}.safetensors" for n in range(1_000_000)}}
+@pytest.mark.parametrize("count", [10_000, pytest.param(1_000_000, marks=pytest.mark.full)])
+def test_an_index_of_many_tensors(count, llama, user):
+    """The work grows with their number, and no faster."""
+    index = {"weight_map": {f"a{n}": f"b{n}.safetensors" for n in range(count)}}
     (llama / INDEX).write_text(json.dumps(index))
-    start = time.monotonic()
-    code = user.run("inspect", user.source)
+    with at_most(2_000_000 + 50 * count):
+        code = user.run("inspect", user.source)
     is_one_line(user, code, refused=False)
-    assert time.monotonic() - start < 20
     assert len(user.output + user.errors) < 5000
 
 
@@ -211,15 +211,14 @@ def test_yaml(name, user, monkeypatch):
     file = user.place / "convertor.yaml"
     content = YAML[name]
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    start = time.monotonic()
-    code = user.run("from-config", file)
+    with at_most():
+        code = user.run("from-config", file)
     assert code in (1, 2), user.output[:500]
     assert "internal error" not in user.errors
     (line,) = [line for line in user.errors.splitlines() if line.startswith("error: ")]
     assert line.isprintable()
     assert len(line) < 5000
     assert list(user.place.iterdir()) == [file]
-    assert time.monotonic() - start < 5
 
 
 def limit() -> None:

@@ -124,19 +124,19 @@ def test_no_bomb_goes_off(tmp_path, step):
     }
     path.write_bytes(pickle.dumps(data))
     program = """
-import pickle, sys, time
+import pickle, sys
+from tests.work import at_most
 from ckptx.containers import pickle_reader as pickles
 from ckptx.errors import FormatError
 for name, data in pickle.load(open(sys.argv[1], "rb")).items():
-    start = time.monotonic()
     print(name, flush=True)
     try:
-        pickles.loads(data, file="a.pt")
+        with at_most():
+            pickles.loads(data, file="a.pt")
         print("read")
     except FormatError as error:
         assert str(error).isprintable() and len(str(error)) < 300, error
         print("refused:", error)
-    assert time.monotonic() - start < 5, "slow"
 """
     done = limited(program, str(path))
     assert done.returncode == 0, (done.stdout[-300:], done.stderr[-2000:])

@@ -6,7 +6,7 @@ import pytest
 
 from ckptx.errors import SchemaError
 from ckptx.registry import registry
-from ckptx.testing.contracts import SchemaTests
+from ckptx.testing.families import SchemaTests
 from ckptx.testing.models import TinyModel
 
 BERT = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckptx.registry import registry
-from ckptx.testing.contracts import SchemaTests
+from ckptx.testing.families import SchemaTests
 from ckptx.testing.models import MIXTURES, MODELS, OLMOE, TinyModel, tiny
 
 from .dense import CONFIGS

@@ -114,6 +114,17 @@ def test_schemas_import_no_plugin(path):
     assert not [name for name in imports(path) if name.startswith("ckptx.plugins")]
 
 
+TRAINERS = ("verl", "rlinf", "deepspeed")
+
+
+@pytest.mark.parametrize("path", files("plugins"), ids=str)
+def test_plugins_of_trainers_alone_import_others(path):
+    own = path.relative_to(ROOT / "plugins").parts[0]
+    named = (name.split(".") for name in imports(path) if name.startswith("ckptx.plugins."))
+    found = {parts[2] for parts in named} - {own, "run_directory"}
+    assert found <= ({"megatron", "pytorch"} if own in TRAINERS else set())
+
+
 @pytest.mark.parametrize("path", CODE, ids=str)
 def test_frameworks_are_imported_where_they_are_run_alone(path):
     found = {name.partition(".")[0] for name in imports(path)} & set(FOREIGN)

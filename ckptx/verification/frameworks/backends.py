@@ -13,6 +13,7 @@ from ckptx.errors import FormatError, PlanError
 from ckptx.protocol.messages import Begin
 from ckptx.protocol.sidecars import CONFIG
 from ckptx.registry import registry
+from ckptx.registry.families import family_named
 from ckptx.registry.source import Source
 from ckptx.verification.frameworks import child
 
@@ -61,7 +62,7 @@ def prepare(source: Source, scratch: Path, letter: str) -> Backend:
     if spec.multi_latent_attention:
         why = "latent attention needs Transformer Engine in Megatron"
         return _converted_to_hf(source, scratch, letter, why)
-    if spec.family == "bert":
+    if not family_named(spec.family).megatron.decoder:
         raise PlanError(f"{path}: --logits compares models that predict the next token, not BERT")
     child.require("megatron.core", f"{path}: a Megatron checkpoint")
     if begin.parallel.get("ckpt_format") == "torch_dist":

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ckptx.containers import torch_zip
 from ckptx.errors import PlanError
 from ckptx.inspection import summary
 from ckptx.inspection.layers import parse_layers
@@ -22,6 +23,7 @@ from ckptx.inspection.summary import Wanted, inspect
 from ckptx.inspection.text import render
 from ckptx.inspection.values import parse_slice
 from ckptx.registry import registry
+from ckptx.registry.open import open_checkpoint
 from ckptx.tensors.lazy import stored
 from ckptx.tensors.placement import placement_of
 from ckptx.testing.conversion import convert, save
@@ -34,7 +36,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-DEEPSPEED = Path(__file__).resolve().parents[1] / "golden" / "deepspeed"
+DEEPSPEED = Path(__file__).resolve().parents[2] / "golden" / "deepspeed"
 Q = "model.layers.2.self_attn.q_proj.weight"
 FORMATS = {
     "hf": ("hf", {}),
@@ -286,6 +288,92 @@ def test_tensors_that_do_not_fit_the_config_are_told_and_still_shown(llama, tmp_
     code, out, err = run("inspect", place)
     assert (code, err) == (1, "")
     assert "1 problem" in out
+
+
+@pytest.mark.parametrize("form", ["torch", "legacy"])
+def test_each_rank_is_read_once_to_be_recognised_and_loaded(form, checkpoints, monkeypatch):
+    read, real = [], torch_zip.read
+
+    def counted(path, *rest):
+        read.append(Path(path))
+        return real(path, *rest)
+
+    monkeypatch.setattr(torch_zip, "read", counted)
+    with open_checkpoint(checkpoints[form]) as checkpoint:
+        assert checkpoint.format == ("legacy" if form == "legacy" else "core")
+    assert sorted(read) == sorted(checkpoints[form].rglob("model_optim_rng.pt"))
+    read.clear()
+    registry.detect(checkpoints[form])
+    assert len(read) == 1
+
+
+def retold(common, **changes):
+    """Change the args of a file of Megatron; None takes one out, ``args`` all of them."""
+    state = torch.load(common, weights_only=False)
+    for name, value in changes.items():
+        if name == "args":
+            del state["args"]
+        elif value is None:
+            delattr(state["args"], name)
+        else:
+            setattr(state["args"], name, value)
+    torch.save(state, common)
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "message"),
+    [
+        ("torch_dist", {"pipeline_model_parallel_size": 3}, "3"),
+        ("torch_dist", {"num_layers": 5}, "layer"),
+        ("torch_dist", {"num_layers": None}, "num_layers"),
+        ("torch_dist", {"args": None}, "holds no args that describe the model"),
+        ("torch", {"num_layers": None}, "num_layers"),
+        ("torch", {"num_layers": 3}, "3"),
+        ("torch", {"args": None}, "holds no args that describe the model"),
+        ("legacy", {"num_attention_heads": None}, "num_attention_heads"),
+    ],
+)
+def test_args_that_do_not_fit_are_told_and_the_rest_is_shown(
+    form, changes, message, checkpoints, weights, tmp_path, run
+):
+    place = shutil.copytree(checkpoints[form], tmp_path / form)
+    shutil.rmtree(next(place.rglob("huggingface")))  # its config would say what args do not
+    for file in (*place.rglob("common.pt"), *place.rglob("model_optim_rng.pt")):
+        retold(file, **changes)
+    code, out, err = run("inspect", place, "--json")
+    content = json.loads(out)
+    assert (code, err, content["healthy"]) == (1, "", False)
+    (problem,) = content["problems"]
+    assert (problem["kind"], message in problem["message"]) == ("incomplete", True)
+    assert content["format"] == ("legacy" if form == "legacy" else "core")
+    assert content["files"]
+    assert all(file["bytes"] for file in content["files"])
+    stored = sum(tensor.nbytes for tensor in weights.values())
+    assert sum(sizes["bytes"] for sizes in content["dtypes"].values()) >= stored
+    assert len(content["tensors"]) >= 9  # torch_dist stacks the layers
+    code, out, err = run("inspect", place, "--tree")
+    assert (code, err) == (1, "")
+    assert "1 problem, see above" in out
+
+
+@pytest.mark.parametrize("spoilt", ["config", "weights"])
+def test_a_config_that_lacks_an_entry_and_weights_too_many(spoilt, llama, tmp_path, run):
+    place = shutil.copytree(llama, tmp_path / "llama")
+    if spoilt == "config":
+        config = json.loads((place / "config.json").read_text())
+        del config["hidden_size"]
+        (place / "config.json").write_text(json.dumps(config))
+    else:
+        (place / "model.safetensors.index.json").unlink()
+        held = {n: t for file in place.glob("*.safetensors") for n, t in load_file(file).items()}
+        for file in place.glob("*.safetensors"):
+            file.unlink()
+        save_file(held | {"model.extra": torch.ones(3)}, place / "model.safetensors")
+    code, out, err = run("inspect", place, "--json")
+    content = json.loads(out)
+    assert (code, err, len(content["problems"])) == (1, "", 1)
+    assert ("hidden_size" if spoilt == "config" else "model.extra") in out
+    assert len(content["tensors"]) == 39 + (spoilt == "weights")
 
 
 def test_unfinished_saves_and_trackers_are_told(checkpoints, tmp_path, run):

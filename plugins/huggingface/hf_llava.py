@@ -6,7 +6,6 @@ from ckptx.errors import SchemaError
 from ckptx.hf_models.directory import base_sidecars, sidecars
 from ckptx.hf_models.weights import fill_from_base, read_weights
 from ckptx.plugins.huggingface.hf import HfLoader, HfSaver, weight_files
-from ckptx.plugins.megatron.llava import FAMILY
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype, named_messages
@@ -23,6 +22,8 @@ from ckptx.schemas.families.multimodal.hf_llava import (
 from ckptx.schemas.families.multimodal.llava import CONVERTER
 from ckptx.storage.file_plan import literal_files
 from ckptx.storage.location import Location
+
+FAMILY = "llava"
 
 
 class HfLlavaLoader(HfLoader):
