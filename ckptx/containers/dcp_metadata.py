@@ -92,7 +92,7 @@ class DcpMetadata:
         objects: keys whose values are pickled objects.
         items: the place of every chunk and object.
         planner_data: the path of each key in the nested dictionary that was saved, where known.
-        mcore_data: Megatron's remarks by key, up to core 0.13.
+        mcore_data: Megatron's remarks by key, up to core 0.15.
     """
 
     directory: Location
@@ -116,7 +116,7 @@ def read_metadata(directory: Location) -> DcpMetadata:
                 f"{path}: expected at most {pickle_reader.MAX_PICKLE} bytes, found {file.size}"
             )
         value = pickle_reader.loads(file.read(0, file.size), file=str(path))
-    state = _state(path, value, "Metadata")
+    state = _fields_of(path, value)
     try:
         with collector_paused():
             return _metadata(directory, state, file.size // _CHUNK_BYTES)
@@ -127,6 +127,14 @@ def read_metadata(directory: Location) -> DcpMetadata:
             f"{path}: expected the fields of torch.distributed.checkpoint, found "
             f"{type(error).__name__}: {str(error)[:200]}; the file is damaged"
         ) from error
+
+
+def _fields_of(path: Location, value: object) -> dict[str, Any]:
+    """Return the attributes of a Metadata; a class that extends it, as Megatron's does, will do."""
+    state = value.state if isinstance(value, Record) else None
+    if isinstance(state, dict) and "state_dict_metadata" in state:
+        return state
+    return _state(path, value, "Metadata")
 
 
 def _state(path: Location, value: object, name: str) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -47,13 +47,6 @@ MAX_KEY = 1000
 MAX_TUPLE_DEPTH = 100
 """How deep tuples and frozen sets may nest."""
 
-KNOWN_PREFIXES = (
-    *("torch.", "numpy.", "megatron.", "deepspeed.", "transformer_engine.", "apex.", "modelopt."),
-    *("transformers.", "accelerate.", "peft.", "tokenizers.", "lightning.", "pytorch_lightning."),
-    *("omegaconf.", "torchtitan.", "verl.", "nemo.", "mindspeed."),
-)
-"""Packages whose classes become stubs: they occur in the checkpoints of the frameworks."""
-
 KNOWN_GLOBALS = frozenset(
     {
         *(
@@ -77,7 +70,11 @@ KNOWN_GLOBALS = frozenset(
         *(f"builtins.{name}" for name in ("object", "slice", "range", "type", "NoneType")),
     }
 )
-"""Globals of the standard library that become stubs."""
+"""Globals of the standard library that become stubs; those of other packages all do.
+
+What could do harm is in the standard library. Checkpoints hold objects of whatever their trainer
+was made of, which nobody can list: they are records here, and nothing of theirs runs.
+"""
 
 FORBIDDEN = re.compile(
     r"(builtins\.(eval|exec|compile|open|input|__import__|setattr|delattr|globals|locals|vars|map"
@@ -86,9 +83,11 @@ FORBIDDEN = re.compile(
     r"|(os|posix|nt|sys|subprocess|shutil|socket|ctypes|importlib|imp|runpy|pty|code|codeop|commands"
     r"|multiprocessing|threading|asyncio|webbrowser|platform|pickle|_pickle|marshal|types|operator"
     r"|_operator|inspect|tempfile|pdb|bdb|timeit|cProfile|profile|doctest|ssl|urllib|http|requests"
-    r"|aiohttp|httplib|ftplib|smtplib|pip|pydoc|venv|zipimport|pkgutil|builtins\.__.*)(\..*)?)"
+    r"|aiohttp|httplib|ftplib|smtplib|pip|setuptools|distutils|pydoc|venv|zipimport|pkgutil|builtins\.__.*)(\..*)?)"
 )
-"""Globals that stay refused whatever ``allow`` says: no checkpoint needs one."""
+"""Globals that are refused by a clearer message: no checkpoint needs one."""
+
+_DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+", re.ASCII)
 
 
 class _Function(metaclass=FrozenClass):
@@ -107,17 +106,17 @@ class _Function(metaclass=FrozenClass):
         raise TypeError(f"a pickle tried to set {name!r} of a function")
 
 
-def loads(data: bytes, *, file: str, allow: Sequence[str] = (), limit: int = MAX_PICKLE) -> Any:
+def loads(data: bytes, *, file: str, limit: int = MAX_PICKLE) -> Any:
     """Return the object of a pickle, with stand-ins for whatever is foreign.
 
     Args:
         data: the pickle, protocol 2 to 5; what follows its STOP is ignored.
         file: named in errors.
-        allow: further globals, as ``"package.module.Class"`` or with ``*``, to be read as stubs.
         limit: the largest pickle to read, in bytes.
 
     Raises:
-        FormatError: an unknown or forbidden global, or a pickle that is damaged or hostile.
+        FormatError: a global of the standard library that no checkpoint needs, or a pickle that
+            is damaged or hostile.
     """
     if len(data) > limit:
         raise FormatError(
@@ -127,7 +126,7 @@ def loads(data: bytes, *, file: str, allow: Sequence[str] = (), limit: int = MAX
     stream, calls = scan(data, file)
     try:
         with collector_paused():
-            return _Unpickler(stream, calls, file, tuple(allow)).load()
+            return _Unpickler(stream, calls, file).load()
     except FormatError:
         raise
     except RecursionError as error:
@@ -166,13 +165,12 @@ class _Whole:
 class _Unpickler(pickle.Unpickler):
     """Builds values from a stream that `scan` has prepared."""
 
-    def __init__(self, data: bytes, calls: bytearray, file: str, allow: tuple[str, ...]) -> None:
+    def __init__(self, data: bytes, calls: bytearray, file: str) -> None:
         super().__init__(_Whole(data), encoding="utf-8")  # as torch.load reads Python 2
         self._calls = iter(calls)
         self._copies = 4 * len(data)  # each value that is there takes a byte or more
         self._checked = _Weights(file).checked
         self._file = file
-        self._allow = allow
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in of a global; never imports."""
@@ -190,15 +188,13 @@ class _Unpickler(pickle.Unpickler):
                 f"{self._file}: the pickle calls {full!r}, which no checkpoint needs; nothing was "
                 f"run; do not load this file with other tools"
             )
-        if (
-            full in KNOWN_GLOBALS
-            or full.startswith(KNOWN_PREFIXES)
-            or any(fnmatchcase(full, pattern) for pattern in self._allow)
-        ):
+        package = module.partition(".")[0]
+        own = package in sys.stdlib_module_names or package == "ckptx"
+        if full in KNOWN_GLOBALS or (not own and _DOTTED.fullmatch(full)):
             return stub(module, name)
         raise FormatError(
-            f"{self._file}: the pickle holds {full!r}, which is not on the allow-list; "
-            f"pass allow={full!r} to read it as an inert record"
+            f"{self._file}: the pickle holds {full!r:.200}, which is not on the allow-list of "
+            f"{'its package' if own else 'names'}; nothing was run"
         )
 
     def _copied(self, function: Callable[..., Any], *args: Any) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import is_not
@@ -62,7 +62,6 @@ def read(
     *,
     offset: int = 0,
     length: int | None = None,
-    allow: Sequence[str] = (),
 ) -> TorchFile:
     """Read the pickle of a torch file, or of the archive at ``[offset, offset + length)`` bytes.
 
@@ -71,13 +70,12 @@ def read(
         file_index: its place in the file table of the conversion.
         offset: where the archive starts, in bytes.
         length: its size in bytes; to the end of the file unless given.
-        allow: see `ckptx.containers.pickle_reader.loads`.
 
     Raises:
         FormatError: the file is no torch file, is damaged or hostile, or from before torch 1.6.
     """
     with SourceFile(path) as file:
-        return TorchFile(read_open(file, file_index, offset, length, allow))
+        return TorchFile(read_open(file, file_index, offset, length))
 
 
 def read_open(
@@ -85,10 +83,9 @@ def read_open(
     file_index: int,
     offset: int = 0,
     length: int | None = None,
-    allow: Sequence[str] = (),
 ) -> Any:
     """Return the value of an archive in an open file; see `read`."""
-    members, value = read_records(file, offset, length, allow)
+    members, value = read_records(file, offset, length)
 
     def extent(record: TensorRecord) -> Stored:
         start = storage_offset(file, record, members.get(f"data/{record.key}"))
@@ -101,7 +98,7 @@ def read_open(
 
 
 def read_records(
-    file: SourceFile, offset: int, length: int | None, allow: Sequence[str] = ()
+    file: SourceFile, offset: int, length: int | None
 ) -> tuple[dict[str, Member], Any]:
     """Return the members by name below the root, and the pickle with `TensorRecord` leaves."""
     _check_magic(file, offset)
@@ -127,7 +124,7 @@ def read_records(
             f"found {pickled.size}"
         )
     data = file.read(pickled.offset, pickled.size)
-    return members, pickle_reader.loads(data, file=str(file.path), allow=allow)
+    return members, pickle_reader.loads(data, file=str(file.path))
 
 
 def plan_file(path: str, value: Any) -> FilePlan:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ckptx.errors import FormatError, PlanError
+from ckptx.plugins.run_directory import TRACKER, tracked
 from ckptx.storage.location import Location
 
-TRACKER = "latest_checkpointed_iteration.txt"
 SIDECARS = "huggingface"
 """The folder, inside an iteration, of a model's config and tokenizer."""
 RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")
@@ -77,9 +77,8 @@ def find(source: Location) -> IterationDirectory:
     directory = source
     if (source / TRACKER).is_file():
         tracker = source / TRACKER
-        text = tracker.read_text(errors="replace")
         try:
-            iteration = parse_iteration(text)
+            iteration = parse_iteration(tracked(tracker))
         except PlanError as error:
             raise FormatError(f"{tracker}: {error}") from error
         directory = source / iteration_name(iteration)
@@ -112,7 +111,7 @@ def unfinished(source: Location) -> tuple[str, ...]:
     tracker = source / TRACKER
     if not tracker.is_file():
         return ()
-    named = tracker.read_text(errors="replace").strip()
+    named = tracked(tracker)
     later = sorted(
         path.name
         for path in source.glob("iter_*")

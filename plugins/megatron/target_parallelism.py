@@ -13,8 +13,9 @@ from ckptx.errors import PlanError
 from ckptx.model.pipeline_parallel import Chunk, Pipeline
 from ckptx.model.sharding import Rank
 from ckptx.model.spec import ModelSpec
-from ckptx.plugins.megatron.directory import TRACKER, Iteration, iteration_name, parse_iteration
+from ckptx.plugins.megatron.directory import Iteration, iteration_name, parse_iteration
 from ckptx.plugins.megatron.options import true_vocab_size
+from ckptx.plugins.run_directory import TRACKER
 from ckptx.protocol.context import Options
 from ckptx.protocol.messages import Dropped
 from ckptx.protocol.model import Model, resize_vocabulary

@@ -49,6 +49,7 @@ _STACKED_IN = {"": "language", LANGUAGE: "language", VISION_MODEL: "vision"}
 # A list of one element: what a sharded object of Megatron unpickles to.
 _ENGINE, _NONE = [Filled("uint8", (0,))], [None]
 _OPTIMIZER = ("optimizer.", "chained_")
+_COMMON = "common_state/shard_0_1"
 
 
 def read(checkpoint: IterationDirectory, apart: Excluded = exclude_nothing) -> Source:
@@ -59,16 +60,13 @@ def read(checkpoint: IterationDirectory, apart: Excluded = exclude_nothing) -> S
     """
     directory = checkpoint.path
     _check_backend(directory / "metadata.json")
-    common = directory / "common.pt"
-    if not common.is_file():
-        raise FormatError(f"{common}: is missing; the checkpoint is incomplete")
-    state = torch_zip.read(common, 0).value
-    args = args_of(state, common)
     metadata = dcp.read_metadata(directory)
+    common, state = _common_state(metadata)
+    args = args_of(state, directory / common)
     training = [name for name in metadata.tensors if name.startswith(_OPTIMIZER)]
     files: list[str] = []
     weights = dcp.tensors(metadata, files, [n for n in metadata.tensors if n not in set(training)])
-    dropped = list(_dropped(state, training, metadata))
+    dropped = list(_dropped(common, state, training, metadata))
     others = {name: [tensor] for name, tensor in weights.items() if apart(name, tensor)}
     own = {name: tensor for name, tensor in weights.items() if name not in others}
 
@@ -248,7 +246,7 @@ def _unstacked(tensors: Mapping[str, LazyTensor], parts: Parts) -> dict[str, Laz
 
 
 def _dropped(
-    state: Mapping[str, Any], training: Sequence[str], metadata: dcp.DcpMetadata
+    common: str, state: Mapping[str, Any], training: Sequence[str], metadata: dcp.DcpMetadata
 ) -> Iterator[Dropped]:
     sizes: dict[str, int] = {}
     for (key, _), location in metadata.items.items():
@@ -259,14 +257,35 @@ def _dropped(
         size = sum(sizes.get(name, 0) for name in states)
         yield Dropped(f"{len(states)} _extra_state objects", ENGINE_STATE, size)
     for name in (*training, *metadata.objects):
-        if "_extra_state" not in name or name.startswith(_OPTIMIZER):
+        if name != _COMMON and ("_extra_state" not in name or name.startswith(_OPTIMIZER)):
             group = name.partition("/")[0].partition(".")[0]
             groups[group] = groups.get(group, 0) + sizes.get(name, 0)
     for group, size in groups.items():
         yield Dropped(group, TRAINING_STATE, size)
     for key in ("optimizer", "opt_param_scheduler", "rng_state", "rerun_state_machine"):
         if state.get(key) is not None:
-            yield Dropped(f"common.pt: {key}", TRAINING_STATE)
+            yield Dropped(f"{common}: {key}", TRAINING_STATE)
+
+
+def _common_state(metadata: dcp.DcpMetadata) -> tuple[str, Any]:
+    """Return the name of the state that all ranks share, a file or an object, and the state.
+
+    Up to core 0.18 it has a file of its own; later it is an object among the others.
+
+    Source: megatron/core/dist_checkpointing/serialization.py @ core_v0.19.0.
+    """
+    file = metadata.directory / "common.pt"
+    if file.is_file():
+        return file.name, torch_zip.read(file, 0).value
+    if _COMMON not in metadata.objects:
+        raise FormatError(f"{file}: is missing; the checkpoint is incomplete")
+    match dcp.read_object(metadata, _COMMON, []):
+        case [state]:
+            return _COMMON, state
+    raise FormatError(
+        f"{metadata.directory}: {_COMMON}: expected a list of one dictionary; the checkpoint is "
+        "damaged"
+    )
 
 
 def _check_backend(path: Any) -> None:

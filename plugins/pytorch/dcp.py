@@ -34,6 +34,7 @@ from ckptx.plugins.pytorch.module_names import (
     strip_option,
     trained_messages,
 )
+from ckptx.plugins.run_directory import step_of
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype, named_messages, tied_names
@@ -181,8 +182,7 @@ def _torchtitan(
         )
     layout = family.layout("torchtitan")
     parts = parts_from_config(family, config)
-    match = _STEP.fullmatch(Path(begin.root).absolute().name)
-    training = {**begin.training, "iteration": int(match[1]) if match else "release"}
+    training = {**begin.training, "iteration": step_of(Path(begin.root), _STEP, 0)}
     begin = replace(begin, training=training)
     yield from named_messages(begin, tensors, parts, layout, notes, dropped)
 

@@ -15,7 +15,6 @@ from docs/source-en/rst_source/guides/resume.rst.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -36,6 +35,7 @@ from ckptx.plugins.pytorch.module_names import (
     trained_messages,
 )
 from ckptx.plugins.rlinf import local_shards
+from ckptx.plugins.run_directory import GLOBAL_STEP, TRACKER, step_of
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.messages import Begin, Dropped, End, Messages
 from ckptx.protocol.sidecars import read_config
@@ -47,8 +47,6 @@ from ckptx.tensors.lazy import LazyTensor
 _WHOLE = "model_state_dict"
 _WHOLE_FILES = ("full_weights.pt", "full_weigths.pt")
 _DCP = "dcp_checkpoint"
-_TRACKER = "latest_checkpointed_iteration.txt"
-_STEP = re.compile(r"global_step_(\d+)")
 
 
 class RlinfLoader:
@@ -86,7 +84,7 @@ class RlinfLoader:
             return
         if format == "core" and options.get("strip_prefix"):
             raise FormatError(f"{place}: --strip-prefix is not for Megatron's names")
-        iteration = _iteration(place)
+        iteration = step_of(place.parent, GLOBAL_STEP, 2)
         left = tuple(_left(place, source))
         for message in registry.loader(format).load(place, options, context):
             if isinstance(message, Begin) and message.training.get("iteration") == "release":
@@ -114,11 +112,11 @@ def _find(source: Location, actor: str) -> tuple[Location, str]:
         for folder in (directory / local_shards.FOLDER, directory):
             if local_shards.holds_shards(folder):
                 return folder, "rlinf"
-        if directory != source and (directory / _TRACKER).is_file():
+        if directory != source and (directory / TRACKER).is_file():
             return directory, "core"
     raise FormatError(
         f"{source}: holds none of {_WHOLE}/{_WHOLE_FILES[0]}, {_DCP}, {local_shards.FOLDER} and "
-        f"Megatron's {_TRACKER}, and neither does {source / actor}; give a step that RLinf has "
+        f"Megatron's {TRACKER}, and neither does {source / actor}; give a step that RLinf has "
         "saved, or say which model with --actor-dir"
     )
 
@@ -144,7 +142,7 @@ def _from_shards(
         sources=sources,
         root=str(directory),
         sidecars=sidecars,
-        training={"iteration": _iteration(directory)},
+        training={"iteration": step_of(directory.parent, GLOBAL_STEP, 2)},
     )
     confirmed = config is not None and family_of(config) is not None
     sure = "the config of the model confirms their sizes"
@@ -188,18 +186,10 @@ def _check_sizes(
         raise SchemaError(f"no tensor has a name of the config's model; found {listing(base, 2)}")
 
 
-def _iteration(place: Location) -> int | str:
-    """Return the step that the name of a folder above says."""
-    for folder in list(place.absolute().parents)[:3]:
-        if match := _STEP.fullmatch(folder.name):
-            return int(match[1])
-    return "release"
-
-
 def _left(place: Location, source: Location) -> Iterator[Dropped]:
     """Yield the other forms of the same weights, and of a step what is not the model's."""
     own = place.parent if place.parent.name == _WHOLE else place
-    folder = own if (own / _TRACKER).is_file() else own.parent
+    folder = own if (own / TRACKER).is_file() else own.parent
     for name in (_WHOLE, _DCP, local_shards.FOLDER):
         if name != own.name and (folder / name).is_dir():
             yield Dropped(name, f"the weights of {own.name} are converted", size_of(folder / name))

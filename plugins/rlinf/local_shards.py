@@ -22,6 +22,7 @@ from typing import Any
 
 from ckptx.containers import torch_zip
 from ckptx.errors import FormatError, listing
+from ckptx.plugins.run_directory import all_ranks, check_same_tensors, names_in
 from ckptx.protocol.messages import TRAINING_STATE, Dropped, SourceTensor
 from ckptx.storage.location import Location
 from ckptx.tensors.joins import concat
@@ -62,12 +63,7 @@ def read(
                 )
             held.setdefault(str(name), []).append(tensor)
             sources.append(SourceTensor(f"rank {number}: {name}", tensor))
-        odd = [name for name, tensors in held.items() if len(tensors) != number + 1]
-        if odd:
-            raise FormatError(
-                f"{file}: expected the tensors of the other ranks, found others or fewer, as by "
-                f"{listing(odd, 2)}; the files are of different runs"
-            )
+        check_same_tensors(held, number + 1, file)
     if len(kinds) > 1:
         raise FormatError(
             f"{directory}: {' and '.join(path.name for path in kinds.values())} are of FSDP "
@@ -81,18 +77,8 @@ def read(
 
 
 def _files(directory: Location) -> list[Location]:
-    ranks = {int(m[1]): directory / m[0] for m in map(_FILE.fullmatch, _names(directory)) if m}
-    missing = [f"checkpoint_rank_{rank}.pt" for rank in range(max(ranks)) if rank not in ranks]
-    if missing:
-        raise FormatError(
-            f"{directory}: {len(missing)} of at least {max(ranks) + 1} rank files are missing: "
-            f"{listing(missing)}; copy them"
-        )
-    return [ranks[rank] for rank in sorted(ranks)]
-
-
-def _names(directory: Location) -> list[str]:
-    return [path.name for path in sorted(directory.iterdir())]
+    ranks = {int(m[1]): directory / m[0] for m in map(_FILE.fullmatch, names_in(directory)) if m}
+    return all_ranks(directory, ranks, max(ranks) + 1, "checkpoint_rank_{}.pt", "at least ")
 
 
 def _state(value: Any, file: Location) -> Mapping[Any, Any]:

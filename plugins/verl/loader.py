@@ -16,7 +16,6 @@ Source: volcengine/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ 01ee5
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ import click
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import collector_paused
 from ckptx.containers.sharded import Rank, Share, share, whole
-from ckptx.errors import FormatError, listing
+from ckptx.errors import FormatError
 from ckptx.hf_models.directory import base_sidecars
 from ckptx.hf_models.lora.config import TRAINED_LORA
 from ckptx.hf_models.lora.extract import adapter_options
@@ -38,6 +37,15 @@ from ckptx.plugins.pytorch.module_names import (
     strip_option,
     trained_messages,
 )
+from ckptx.plugins.run_directory import (
+    GLOBAL_STEP,
+    TRACKER,
+    all_ranks,
+    check_same_tensors,
+    names_in,
+    step_of,
+    tracked,
+)
 from ckptx.plugins.verl import extra_state, megatron
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Messages, SourceTensor
@@ -47,8 +55,6 @@ from ckptx.tensors.lazy import LazyTensor
 
 ACTOR = "actor"
 """The model that is trained, of those that a step holds."""
-_TRACKER = "latest_checkpointed_iteration.txt"
-_STEP = re.compile(r"global_step_(\d+)")
 _MODEL_FILE = re.compile(r"model_world_size_([1-9]\d{0,5})_rank_(0|[1-9]\d{0,5})\.pt")
 _STATE_FILE = re.compile(r"((?:optim|extra_state)_world_size_\d+_rank_)\d+\.pt")
 _CONFIG = "fsdp_config.json"
@@ -99,7 +105,7 @@ class VerlLoader:
             directory, _ = _find(source, ACTOR)
         except FormatError:
             # A run whose tracker points nowhere, which `load` will say.
-            return (source / _TRACKER).is_file() and any(source.glob("global_step_*"))
+            return (source / TRACKER).is_file() and any(source.glob("global_step_*"))
         return _holds_model(directory)
 
     def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
@@ -114,7 +120,7 @@ class VerlLoader:
             sources=(),
             root=str(directory),
             sidecars={**small, **base_sidecars(context)},
-            training={"iteration": _iteration(directory)},
+            training={"iteration": step_of(directory, GLOBAL_STEP, 1)},
         )
         wishes = megatron.Wishes(
             bool(options.get("is_value_model")), bool(options.get("tie_word_embedding"))
@@ -171,16 +177,16 @@ def _find(source: Location, actor: str) -> tuple[Location, tuple[str, ...]]:
         return source, ()
     step = source
     notes: tuple[str, ...] = ()
-    tracker = source / _TRACKER
+    tracker = source / TRACKER
     if tracker.is_file():
-        number = tracker.read_text(errors="replace").strip()
+        number = tracked(tracker)
         step = source / f"global_step_{number}"
         if not number.isdigit() or not step.is_dir():
             raise FormatError(
                 f"{tracker}: points to global_step_{number:.20}, which is not there; give the "
                 "directory of a step itself"
             )
-        notes = (f"{step.name} was converted, the latest by {_TRACKER}",)
+        notes = (f"{step.name} was converted, the latest by {TRACKER}",)
     directory = step / actor
     if not _holds_model(directory):
         raise FormatError(
@@ -196,11 +202,7 @@ def _holds_model(directory: Location) -> bool:
 
 
 def _holds_ranks(directory: Location) -> bool:
-    return any(map(_MODEL_FILE.fullmatch, _names(directory)))
-
-
-def _names(directory: Location) -> list[str]:
-    return [path.name for path in sorted(directory.iterdir())]
+    return any(map(_MODEL_FILE.fullmatch, names_in(directory)))
 
 
 def _rank_files(directory: Location) -> list[Location]:
@@ -210,7 +212,7 @@ def _rank_files(directory: Location) -> list[Location]:
         FormatError: ranks are missing or too many, or the number of ranks is contradicted.
     """
     worlds: dict[int, dict[int, Location]] = {}
-    for match in filter(None, map(_MODEL_FILE.fullmatch, _names(directory))):
+    for match in filter(None, map(_MODEL_FILE.fullmatch, names_in(directory))):
         world, rank = map(int, match.groups())
         worlds.setdefault(world, {})[rank] = directory / match[0]
     if len(worlds) > 1:
@@ -231,14 +233,7 @@ def _rank_files(directory: Location) -> list[Location]:
             f"{ranks[beyond[0]]}: expected ranks 0 to {world - 1}; move away the file, which is of "
             "another run"
         )
-    if len(ranks) < world:
-        names = (f"model_world_size_{world}_rank_{n}.pt" for n in range(world) if n not in ranks)
-        missing = listing(itertools.islice(names, 3))
-        raise FormatError(
-            f"{directory}: {world - len(ranks)} of {world} rank files are missing: {missing}; copy "
-            "them"
-        )
-    return [ranks[rank] for rank in range(world)]
+    return all_ranks(directory, ranks, world, f"model_world_size_{world}_rank_{{}}.pt")
 
 
 def _said_world(config: Location) -> Any:
@@ -276,25 +271,12 @@ def _read(files: list[Location], directory: Location) -> _Found:
                 SourceTensor(f"rank {number}: {name} at {list(offsets)}", local)
                 for offsets, local in found.boxes
             )
-        absent = [name for name, held in shares.items() if len(held) != number + 1]
-        if absent:
-            raise FormatError(
-                f"{file}: expected the tensors of the other ranks, found others or fewer, as by "
-                f"{listing(absent, 2)}; the files are of different runs"
-            )
+        check_same_tensors(shares, number + 1, file)
     if not shares:
         raise FormatError(f"{directory}: the files of the {len(files)} ranks hold no weights")
     tensors = {name: whole(held, f"{directory}: {name!r}") for name, held in shares.items()}
     none = tuple(Dropped(name, TRAINING_STATE, size) for name, size in dropped.items())
     return _Found(tensors, tuple(sources), none)
-
-
-def _iteration(directory: Location) -> int | str:
-    """Return the step that the name of a directory or of the one above says."""
-    for place in (directory.absolute(), directory.absolute().parent):
-        if match := _STEP.fullmatch(place.name):
-            return int(match[1])
-    return "release"
 
 
 def _left(

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ckptx.containers.pickle_values import TorchDtype
+from ckptx.containers.pickle_values import Record, TorchDtype
 from ckptx.errors import FormatError, SchemaError
 from ckptx.model.family import FUNCTION_SETTINGS, MEGATRON_SWITCHES, function_settings
 from ckptx.model.pipeline_parallel import Pipeline
@@ -439,6 +439,8 @@ def args_of(state: Any, file: Location) -> dict[str, Any]:
     args = state.get("args")
     if args is None:
         return {}
+    if isinstance(args, Record):  # of a class that a trainer made of its own
+        args = args.state
     if not isinstance(args, Mapping) and not hasattr(args, "__dict__"):
         raise FormatError(f"{file}: args are of type {type(args).__name__}, expected a namespace")
     return dict(args if isinstance(args, Mapping) else vars(args))

@@ -140,9 +140,6 @@ _CODE = {
     "pip": call(named("pip._internal", "main"), b"]"),
     "setuptools": call(named("setuptools.command.setopt", "edit_config"), text(CANARY)),
     "distutils": call(named("distutils.file_util", "write_file"), text(CANARY), b"]"),
-    "of the user": call(named("__main__", "Evil"), text(SHELL)),
-    "an object of the user": named("__main__", "Evil") + b")\x81",
-    "of a test": call(named("tests.hostile.conftest", "User"), b"N", b"N"),
     "of ckptx": call(named("ckptx.cli.main", "main"), b"]"),
     "code of ckptx": call(named("ckptx.containers.pickle_reader", "_Unpickler"), b"N"),
     "a stub of ckptx": call(named("ckptx.containers.pickle_values", "stub"), text("os"), text("x")),
@@ -193,13 +190,10 @@ _NAMES = {
     "full-width letters": named("\uff4f\uff53", "system"),
     "not UTF-8": b"c\xff\xfe\nsystem\n",
     "an escape": named("os\x1b[2J", "system"),
-    "case": named("OS", "System"),
     "builtins by another name": named("builtins.builtins", "eval"),
     "dunder": named("builtins", "__build_class__"),
     "loader of builtins": named("builtins", "__loader__.load_module"),
     "a name of a megabyte": named("os", "x" * (1 << 20)),
-    "prefix only": named("torchvision_evil", "x"),
-    "prefix of numpy": named("numpyevil", "x"),
 }
 
 _OPCODES = {
@@ -331,6 +325,12 @@ REFUSED = {**_CODE, **_NAMES, **_OPCODES}
 _ORDERED = named("collections", "OrderedDict") + b")R"
 
 ODD = {
+    "of the user": call(named("__main__", "Evil"), text(SHELL)),
+    "an object of the user": named("__main__", "Evil") + b")\x81",
+    "of a test": call(named("tests.hostile.conftest", "User"), b"N", b"N"),
+    "case": named("OS", "System"),
+    "prefix only": named("torchvision_evil", "x"),
+    "prefix of numpy": named("numpyevil", "x"),
     "foreign code of torch": call(named("torch.hub", "load"), text("x"), text("y")),
     "foreign code of numpy": call(named("numpy.testing._private.utils", "runstring"), PYTHON, b"}"),
     "os through torch": call(named("torch", "os.system"), text(SHELL)),

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from . import mcore_versions
 from .mcore_args import ArgsNames, model_from_args
 from .mcore_model import Layout, Model
 
@@ -66,6 +67,7 @@ class Request:
     tokens: npt.NDArray[np.int64] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     timeout: float = 120.0
+    version: str | None = None
 
 
 def _tokens(tokens: object) -> npt.NDArray[np.int64]:
@@ -88,7 +90,9 @@ def write(
     iteration: int | Literal["release"] = 10,
     content_metadata: Mapping[str, Any] | None = None,
     verl: Mapping[str, Any] | None = None,
+    tags: Mapping[str, int] | None = None,
     timeout: float = 120.0,
+    version: str | None = None,
 ) -> torch.Tensor:
     """Write a checkpoint with random weights into ``directory`` and return the model's logits.
 
@@ -100,6 +104,9 @@ def write(
     With ``verl`` the directory becomes what verl's Megatron workers save below ``actor``; its
     ``head`` is None, or the bias (True, False) of a head with one output; without ``weights`` only
     states are saved.
+    With ``tags`` an element of a weight is the number given for its torch_dist key plus its place
+    among the elements of the whole, row-major.
+    ``version`` is a release that `mcore_versions` finds, the installed one if None.
 
     Returns:
         Float32 logits [batch, sequence, padded vocabulary], computed by megatron at ``layout``.
@@ -111,6 +118,7 @@ def write(
         "iteration": iteration,
         "content_metadata": dict(content_metadata or {}),
         **({} if verl is None else {"verl": dict(verl)}),
+        "tags": tags,
     }
     request = Request(
         "write",
@@ -122,6 +130,7 @@ def write(
         _tokens(tokens),
         options,
         timeout,
+        version,
     )
     return torch.from_numpy(ask(request))
 
@@ -135,7 +144,9 @@ def read(
     format: Format = "torch_dist",
     weights_only: bool = True,
     strict: bool = True,
+    strictness: str | None = None,
     timeout: float = 120.0,
+    version: str | None = None,
 ) -> torch.Tensor:
     """Load a checkpoint the way megatron does at its default strictness; return the logits.
 
@@ -144,14 +155,14 @@ def read(
     since core 0.14, or without, as before (common.pt of torch_dist has no choice). Then
     ``load_state_dict``; ``strict=False`` forgives absent ``_extra_state`` and nothing else, as
     megatron.training does in the end. Every parameter is NaN before, so one that is not loaded
-    shows. With ``model`` None the model is built from the checkpoint's own args, as with
-    ``--use-checkpoint-args``.
+    shows. ``strictness`` is a value of megatron's StrictHandling. With ``model`` None the model is
+    built from the checkpoint's own args, as with ``--use-checkpoint-args``.
 
     Returns:
         Float32 logits [batch, sequence, padded vocabulary].
     """
     if model is None:
-        model = model_from_args(checkpoint_args(directory, format=format))
+        model = model_from_args(checkpoint_args(directory, format=format, version=version))
     request = Request(
         "read",
         Path(directory),
@@ -160,8 +171,9 @@ def read(
         layout,
         model,
         _tokens(tokens),
-        {"weights_only": weights_only, "strict": strict},
+        {"weights_only": weights_only, "strict": strict, "strictness": strictness},
         timeout,
+        version,
     )
     return torch.from_numpy(ask(request))
 
@@ -170,24 +182,29 @@ def checkpoint_args(
     directory: Path,
     *,
     format: Format = "torch_dist",
+    version: str | None = None,
 ) -> Namespace:
     """Return the args of a checkpoint, unpickled where megatron is; enums arrive as their names.
 
     torch_dist: by dist_checkpointing.load_common_state_dict, so under torch's weights_only with
     megatron's list of safe globals. torch: by torch.load of the first rank's file.
     """
-    return ask(Request("args", Path(directory), format, "local"))
+    return ask(Request("args", Path(directory), format, "local", version=version))
 
 
 class _Server:
     """A process that has imported megatron and forks ranks on request."""
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, version: str | None) -> None:
         mine, theirs = socket.socketpair()
         package = __package__ or ""
         root = Path(__file__).parents[package.count(".") + 1]
+        place = None if version is None else mcore_versions.place(version)
+        if version is not None and place is None:
+            raise OracleError(f"megatron-core {version} is not here")
+        first = [str(root), *([] if place is None else [str(place)])]
         program = (
-            f"import sys; sys.path.insert(0, {str(root)!r}); "
+            f"import sys; sys.path[:0] = {first!r}; "
             f"from {package}.mcore_server import serve; serve({theirs.fileno()}, {spec!r})"
         )
         self._process = subprocess.Popen(
@@ -228,15 +245,15 @@ class _Server:
             self._process.wait()
 
 
-_servers: dict[tuple[int, str], _Server] = {}
+_servers: dict[tuple[int, str, str | None], _Server] = {}
 
 
 def ask(request: Request) -> Any:
     """Return what the ranks of a request compute; its server starts on the first."""
-    key = (os.getpid(), request.spec)
+    key = (os.getpid(), request.spec, request.version)
     server = _servers.get(key)
     if server is None or not server.alive():
-        server = _servers[key] = _Server(request.spec)
+        server = _servers[key] = _Server(request.spec, request.version)
     return server.ask(request)
 
 

@@ -10,6 +10,8 @@ import torch
 
 from ckptx.verification.frameworks import megatron_cpu
 
+from . import mcore_versions
+
 
 def _gmm(rows: torch.Tensor, matrices: torch.Tensor, sizes: torch.Tensor, trans_b: bool) -> Any:
     """Stand for ``grouped_gemm.ops.gmm``: the rows of every expert times its matrix."""
@@ -36,4 +38,5 @@ def install(*, transformer_engine: bool = False) -> None:
 
         te_stand_in.register()
     _register_grouped_gemm()
+    mcore_versions.install()
     megatron_cpu.install(hidden=() if transformer_engine else ("transformer_engine", "apex"))

@@ -9,7 +9,7 @@ import argparse
 import copy
 import enum
 import hashlib
-import queue
+import math
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
@@ -26,18 +25,17 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.enums import ModelType
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
-    get_gpt_decoder_layer_specs,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.moe.experts import GroupedMLP
-from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.moe import experts
 from megatron.core.transformer.transformer_config import (
     MLATransformerConfig,
     TransformerConfig,
@@ -45,6 +43,7 @@ from megatron.core.transformer.transformer_config import (
 
 from . import mcore_args
 from .mcore_model import BertModel, LlavaModel
+from .mcore_versions import accepted, prepare_to_save
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -56,6 +55,11 @@ if TYPE_CHECKING:
     from .mcore import Request
     from .mcore_model import Layout, Model
 
+try:
+    from megatron.core import activations
+except ImportError:  # before core 0.13
+    activations = None  # type: ignore[assignment] # its functions are written out below
+
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # without TE megatron leaves it undefined, then tests it
 
@@ -63,8 +67,8 @@ ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "squared_relu": squared_relu,
-    "quick_gelu": quick_gelu,
+    "squared_relu": getattr(activations, "squared_relu", lambda x: F.relu(x) ** 2),
+    "quick_gelu": getattr(activations, "quick_gelu", lambda x: x * torch.sigmoid(1.702 * x)),
 }
 TRACKER = "latest_checkpointed_iteration.txt"
 COLLECTIVE_TIMEOUT = timedelta(seconds=100)
@@ -85,7 +89,7 @@ def run(request: Request, rank: int, scratch: Path) -> Any:
 
         mcore_verl.add_head(chunks, request.options["verl"]["head"])
     if request.action == "write":
-        _fill(chunks, request.options["seed"], request.options["content_metadata"])
+        _fill(chunks, request.options)
         _save(request, chunks)
     else:
         _load(request, chunks)
@@ -139,16 +143,16 @@ def _initialise(layout: Layout, rank: int, scratch: Path) -> None:
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    # The save is synchronous, so megatron's spawned queue server (one process per rank) is not
-    # needed to carry one result to the same process.
-    filesystem_async._results_queue = queue.Queue()
+    prepare_to_save(filesystem_async)
 
 
 def _chunks_per_rank(layout: Layout) -> int | None:
     """Return the virtual pipeline size, None for one chunk per rank."""
     if layout.layout is None:
         return layout.vpp
-    stages = PipelineParallelLayerLayout(layout.layout, layout.pp)
+    from megatron.core.transformer import pipeline_parallel_layer_layout
+
+    stages = pipeline_parallel_layer_layout.PipelineParallelLayerLayout(layout.layout, layout.pp)
     return (
         stages.virtual_pipeline_model_parallel_size
         if stages.virtual_pipeline_model_parallel_size > 1
@@ -168,25 +172,24 @@ def build(model: Model, layout: Layout) -> list[GPTModel]:
         chunk = GPTModel(
             config,
             layer_spec,
-            pre_process=parallel_state.is_pipeline_first_stage(
-                ignore_virtual=False, vp_stage=vp_stage
-            ),
-            post_process=parallel_state.is_pipeline_last_stage(
-                ignore_virtual=False, vp_stage=vp_stage
-            ),
-            mtp_block_spec=mtp_spec,
-            vp_stage=vp_stage,
-            **model.gpt,
+            pre_process=_is_at(parallel_state.is_pipeline_first_stage, vp_stage),
+            post_process=_is_at(parallel_state.is_pipeline_last_stage, vp_stage),
+            **accepted(GPTModel, {"mtp_block_spec": mtp_spec, "vp_stage": vp_stage, **model.gpt}),
         )
         if model.embedding_scale is not None and hasattr(chunk, "embedding"):
             _scale_output(chunk.embedding, model.embedding_scale)
         for module in chunk.modules():
-            if isinstance(module, GroupedMLP):
+            if isinstance(module, getattr(experts, "GroupedMLP", ())):  # until core 0.16
                 # Its forward insists on the flag, not on the dtype of weights.
                 module.config = copy.copy(config)
                 module.config.bf16 = True
         chunks.append(chunk.eval())
     return chunks
+
+
+def _is_at(end: Callable[..., bool], vp_stage: int | None) -> bool:
+    """Return whether this rank is at one end of the pipeline."""
+    return end(**accepted(end, {"ignore_virtual": False, "vp_stage": vp_stage}))
 
 
 def _scale_output(module: torch.nn.Module, scale: float) -> None:
@@ -215,7 +218,8 @@ def transformer_config(
     }
     values["activation_func"] = ACTIVATIONS[values.get("activation_func", "gelu")]
     mla = values.get("multi_latent_attention")
-    return (MLATransformerConfig if mla else TransformerConfig)(**values)
+    kind = MLATransformerConfig if mla else TransformerConfig
+    return kind(**accepted(kind, values))
 
 
 def _specs(config: TransformerConfig, *, use_te: bool, vp_stage: int | None) -> tuple[Any, Any]:
@@ -237,16 +241,21 @@ def _specs(config: TransformerConfig, *, use_te: bool, vp_stage: int | None) -> 
     else:
         layer_spec = get_gpt_decoder_block_spec(
             config,
-            use_transformer_engine=use_te,
-            normalization=config.normalization,
-            vp_stage=vp_stage,
+            **accepted(
+                get_gpt_decoder_block_spec,
+                {
+                    "use_transformer_engine": use_te,
+                    "normalization": config.normalization,
+                    "vp_stage": vp_stage,
+                },
+            ),
         )
-    if config.mtp_num_layers is None:
+    if getattr(config, "mtp_num_layers", None) is None:
         return layer_spec, None
     if getattr(layer_spec, "layer_specs", None) == []:
         last_layer = one_layer()
     else:
-        last_layer = get_gpt_decoder_layer_specs(
+        last_layer = gpt_layer_specs.get_gpt_decoder_layer_specs(
             config,
             use_transformer_engine=use_te,
             normalization=config.normalization,
@@ -295,13 +304,16 @@ def _content(part: ShardedTensor | LocalNonpersistentObject) -> Any:
     return part.data if isinstance(part, ShardedTensor) else part.unwrap()
 
 
-def _fill(chunks: list[GPTModel], seed: int, content_metadata: dict[str, Any]) -> None:
-    """Give every tensor its part of a random global tensor that only seed and key determine."""
+def _fill(chunks: list[GPTModel], options: Mapping[str, Any]) -> None:
+    """Give every tensor its part of a global tensor that only its key and the options determine."""
     one_centred = not chunks[0].config.layernorm_zero_centered_gamma
     wholes: dict[str, torch.Tensor] = {}
-    for shard in _shards(chunks, content_metadata):
-        if shard.key not in wholes:
-            digest = hashlib.sha256(f"{seed} {shard.key}".encode()).digest()
+    for shard in _shards(chunks, options["content_metadata"]):
+        if shard.key not in wholes and options.get("tags"):
+            whole = torch.arange(math.prod(shard.global_shape)) + options["tags"][shard.key]
+            wholes[shard.key] = whole.reshape(shard.global_shape)
+        elif shard.key not in wholes:
+            digest = hashlib.sha256(f"{options['seed']} {shard.key}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             whole = torch.randn(shard.global_shape, generator=generator)
             norm = ("norm" in shard.key or ".ln_" in shard.key) and shard.key.endswith("weight")
@@ -344,7 +356,9 @@ def forward(
         for stage, source in enumerate(ranks):
             if stage == mine:
                 chunks[chunk].set_input_tensor(hidden)
-                if chunks[chunk].post_process and chunks[chunk].config.mtp_num_layers:
+                if chunks[chunk].post_process and getattr(
+                    chunks[chunk].config, "mtp_num_layers", None
+                ):
                     return gather_vocabulary(
                         _further_logits(chunks[chunk], tokens, positions, mask)
                     )
@@ -411,7 +425,9 @@ def _save(request: Request, chunks: list[GPTModel]) -> None:
             **options["content_metadata"],
         }
         dist_checkpointing.save(
-            {**common, **_sharded(chunks, metadata)}, str(directory), content_metadata=metadata
+            {**common, **_sharded(chunks, metadata)},
+            str(directory),
+            **accepted(dist_checkpointing.save, {"content_metadata": metadata}),
         )
     elif parallel_state.get_expert_data_parallel_rank() == 0:
         file = _rank_file(directory)
@@ -467,9 +483,13 @@ def _load(request: Request, chunks: list[GPTModel]) -> None:
             weights_only=request.options["weights_only"],
         )
     else:
-        common = dist_checkpointing.load_common_state_dict(str(directory))
-        metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
-        loaded = dist_checkpointing.load(_sharded(chunks, metadata), str(directory))
+        metadata = {}
+        if hasattr(dist_checkpointing, "load_content_metadata"):  # since core 0.14
+            common = dist_checkpointing.load_common_state_dict(str(directory))
+            metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
+        said = request.options.get("strictness")
+        strictness = {} if said is None else {"strict": StrictHandling(said)}
+        loaded = dist_checkpointing.load(_sharded(chunks, metadata), str(directory), **strictness)
     for index, chunk in enumerate(chunks):
         key = "model" if len(chunks) == 1 else f"model{index}"
         result = chunk.load_state_dict(loaded[key], strict=request.options["strict"])

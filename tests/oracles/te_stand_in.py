@@ -64,14 +64,18 @@ class _Norm(_Module):
 
     def __init__(
         self,
-        hidden_size: int,
+        hidden_size: int | None = None,
         eps: float = 1e-5,
         sequence_parallel: bool = False,
         params_dtype: torch.dtype = torch.float32,
         zero_centered_gamma: bool = False,
+        *,
+        normalized_shape: int | None = None,
         **_: object,
     ) -> None:
         super().__init__()
+        hidden_size = hidden_size or normalized_shape  # core 0.19 calls it as torch does
+        assert hidden_size is not None  # one of them is given
         self.eps = eps
         self.zero_centered_gamma = zero_centered_gamma
         self.weight = _parameter(hidden_size, dtype=params_dtype)
@@ -296,8 +300,16 @@ _MODULES: dict[str, dict[str, Any]] = {
         "checkpoint": _absent,
         "is_fp8_activation_recompute_enabled": lambda: False,
     },
-    "pytorch.fp8": {"FP8GlobalStateManager": _FP8GlobalStateManager, "fp8_autocast": _absent},
-    "pytorch.ops": {"Sequential": nn.Sequential, "FusibleOperation": nn.Module},
+    "pytorch.fp8": {
+        "FP8GlobalStateManager": _FP8GlobalStateManager,
+        **dict.fromkeys(("fp8_autocast", "fp8_model_init"), _absent),
+    },
+    "pytorch.ops": {
+        "Sequential": nn.Sequential,
+        "FusibleOperation": nn.Module,
+        # Operations that megatron fuses if it is asked to; here they are names in its tables.
+        **dict.fromkeys(("GELU", "GEGLU", "ReLU", "ReGLU", "SiLU", "SwiGLU"), nn.Module),
+    },
     "pytorch.tensor": {"QuantizedTensor": _QuantizedTensor},
 }
 

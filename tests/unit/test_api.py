@@ -203,7 +203,7 @@ class TestOptions:
             ({"tp": "two"}, ckptx.PlanError, "tp: .*integer"),
             ({"tp": 0}, ckptx.PlanError, "tp: "),
             ({"digest": "md5"}, ckptx.PlanError, "digest: .*xxh3_128"),
-            ({"max_memory": "much"}, ckptx.PlanError, "is no size"),
+            ({"max_memory": "much"}, ckptx.PlanError, "is not a size"),
             ({"dtype": "int3"}, ckptx.PlanError, "is not one of"),
             ({"from_": "hff"}, ckptx.PluginError, "did you mean 'hf'"),
         ],

@@ -17,7 +17,7 @@ from ckptx.protocol.messages import Begin, End
 from ckptx.protocol.model import collect
 from ckptx.registry.open import checkpoint_messages, open_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NOT_LOADERS = ("megatron_side.py", "generation.py", "transformers_side.py")
 """What calls the ``load`` of frameworks."""
 
