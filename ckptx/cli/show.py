@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,9 @@ from ckptx.cli.plugin_options import CheckpointCommand
 from ckptx.registry import registry
 from ckptx.registry.source import Source
 from ckptx.text.wrapping import wrapped
+
+if TYPE_CHECKING:
+    from ckptx.verification.compare import Comparison
 
 
 def verify_command() -> click.Command:
@@ -37,17 +40,7 @@ def verify_command() -> click.Command:
         elif params["logits"]:
             result = running.compared_logits(sources[0], sources[1], params)
         else:
-            from ckptx.cli.progress import Bar
-            from ckptx.protocol.progress import Silent
-            from ckptx.verification.compare import compare
-            from ckptx.verification.difference import Tolerance
-
-            tolerance = Tolerance(params["rtol"], params["atol"], params["ignore_dtype"])
-            bar = Bar() if sys.stderr.isatty() and not (quiet or as_json) else Silent()
-            a, b = sources
-            with a.open() as left, b.open() as right:
-                diagnosis = params["diagnosis"]
-                result = compare(left, right, tolerance, diagnosis=diagnosis, progress=bar)
+            result = _compared(sources[0], sources[1], params)
         show_result(result, as_json, quiet)
         if not result.equal:
             raise click.exceptions.Exit(1)
@@ -89,6 +82,20 @@ def verify_command() -> click.Command:
         short="Compare two checkpoints; say which mistake explains a difference.",
         two=True,
     )
+
+
+def _compared(a: Source, b: Source, params: dict[str, Any]) -> Comparison:
+    """Compare the weights of two checkpoints, behind a bar on a terminal."""
+    from ckptx.cli.progress import Bar
+    from ckptx.protocol.progress import Silent
+    from ckptx.verification.compare import compare
+    from ckptx.verification.difference import Tolerance
+
+    tolerance = Tolerance(params["rtol"], params["atol"], params["ignore_dtype"])
+    shown = sys.stderr.isatty() and not (params["quiet"] or params["as_json"])
+    bar = Bar() if shown else Silent()
+    with a.open() as left, b.open() as right:
+        return compare(left, right, tolerance, diagnosis=params["diagnosis"], progress=bar)
 
 
 def plugins_command() -> click.Command:

@@ -13,7 +13,7 @@ from ckptx.model.canonical_names import check_shapes
 from ckptx.model.layout import Layout, Parts
 from ckptx.model.pipeline_parallel import Pipeline, describe, stage_ranks
 from ckptx.model.spec import ModelSpec
-from ckptx.plugins.megatron import directory, llava, per_rank, torch_dist
+from ckptx.plugins.megatron import directory, llava, per_rank, rank_names, torch_dist
 from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.forms import LEGACY, Generation
 from ckptx.plugins.megatron.options import (
@@ -288,7 +288,7 @@ class CoreSaver:
         chosen = choose_parallelism(model, options)
         dropped = (*unused, *repad(model, chosen))
         chunks = chosen.chunks(spec)
-        stored = stage_ranks if ckpt_format == "torch_dist" else per_rank.stored_ranks
+        stored = stage_ranks if ckpt_format == "torch_dist" else rank_names.stored_ranks
         stage = stored(tp, chosen.ep, chosen.etp)
         args = chosen.args(
             *(model, options, stage),

@@ -9,7 +9,7 @@ from ckptx.model.family import FUNCTION_SETTINGS, function_settings
 from ckptx.model.layout import Layout
 from ckptx.model.pipeline_parallel import Pipeline, describe
 from ckptx.model.spec import ModelSpec
-from ckptx.plugins.megatron import directory, per_rank
+from ckptx.plugins.megatron import directory, per_rank, rank_names
 from ckptx.plugins.megatron.core import CoreLoader, found_form
 from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.forms import LEGACY
@@ -126,7 +126,7 @@ class LegacySaver:
         chosen = choose_parallelism(model, options)
         dropped = repad(model, chosen)
         chunks = chosen.chunks(spec)
-        stage = per_rank.stored_ranks(tp, chosen.ep, chosen.etp)
+        stage = rank_names.stored_ranks(tp, chosen.ep, chosen.etp)
         args = chosen.args(model, options, stage, transformer_impl="local", ckpt_format="torch")
         args |= legacy.to_args(spec)
         target = Target(layout, (), stage, chunks, args, chosen.number)

@@ -10,16 +10,15 @@ Source: NVIDIA/Megatron-LM megatron/training/checkpointing.py @ core_v0.16.1.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import Namespace
-from ckptx.errors import FormatError, PlanError, SchemaError, listing
+from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.model.canonical_names import layer_of
 from ckptx.model.layout import Layout, Parts, rule
-from ckptx.model.pipeline_parallel import Chunk, Pipeline, stage_ranks
+from ckptx.model.pipeline_parallel import Chunk, Pipeline
 from ckptx.model.sharding import Gatherer, Rank, Shards, shard_tensors
 from ckptx.model.spec import ModelSpec
 from ckptx.plugins.megatron.directory import RANK_FILES, IterationDirectory
@@ -30,6 +29,16 @@ from ckptx.plugins.megatron.rank_checks import (
     check_directories,
     check_order,
     check_same_run,
+)
+from ckptx.plugins.megatron.rank_names import (
+    MEGATRON_FILES,
+    Files,
+    directory_name,
+    models_in,
+    parallel_sizes,
+    rank_directories,
+    rank_file,
+    stored_ranks,
 )
 from ckptx.plugins.megatron.source import (
     ENGINE_STATE,
@@ -48,58 +57,7 @@ from ckptx.storage.file_plan import FilePlan
 from ckptx.storage.location import Location
 from ckptx.tensors.lazy import Filled, LazyTensor, Stored, replicated
 
-_RANK_NAME = re.compile(r"mp_rank_\d{2,}(_\d{3,}){0,2}")
 _LAYER = re.compile(r"(?:language_model\.)?(?:decoder|encoder|transformer)\.layers\.(\d+)\.")
-_FINAL_NORM = "decoder.final_layernorm.weight"
-
-
-def _as_it_is(state: Any, _: Location) -> Any:
-    return state
-
-
-@dataclass(frozen=True, slots=True)
-class Files:
-    """How a framework names the file of a rank, and what it puts into it."""
-
-    names: Sequence[str] = RANK_FILES
-    """Those that it may have."""
-    state: Callable[[Any, Location], Any] = _as_it_is
-    """Returns what a file holds as Megatron has it: a dictionary with ``model`` or ``model0``..."""
-
-
-MEGATRON_FILES = Files()
-
-
-def directory_name(rank: Rank, pp_rank: int, pp: int) -> str:
-    """Return the name of a rank's directory.
-
-    The pipeline and the expert rank show only where there are several, so a name alone does not
-    say which of the two its second number is.
-
-    Examples:
-        >>> directory_name(Rank(2, 1), 0, 1), directory_name(Rank(2, 1, ep=2, ep_rank=1), 0, 2)
-        ('mp_rank_01', 'mp_rank_01_000_001')
-    """
-    name = f"mp_rank_{rank.tp_rank:02d}"
-    name += f"_{pp_rank:03d}" if pp > 1 else ""
-    return name + (f"_{rank.ep_rank:03d}" if rank.ep > 1 else "")
-
-
-def stored_ranks(tp: int, ep: int, etp: int) -> list[Rank]:
-    """Return the ranks of a stage that have a directory.
-
-    Raises:
-        PlanError: two ranks with different expert shards would have one name.
-    """
-    named: dict[tuple[int, int], Rank] = {}
-    for rank in stage_ranks(tp, ep, etp):
-        known = named.setdefault((rank.tp_rank, rank.ep_rank), rank)
-        if known.etp_rank != rank.etp_rank:
-            raise PlanError(
-                f"expert-tensor-parallel size {etp} with tensor-parallel size {tp}: Megatron names "
-                "the files of several ranks alike and overwrites them; use --ckpt-format torch_dist"
-            )
-    return list(named.values())
 
 
 def form_in(checkpoint: IterationDirectory) -> Generation:
@@ -108,10 +66,10 @@ def form_in(checkpoint: IterationDirectory) -> Generation:
     Raises:
         FormatError: the file is damaged or holds no model.
     """
-    path = _file(_directories(checkpoint.path)[0], MEGATRON_FILES)
+    path = rank_file(rank_directories(checkpoint.path)[0], MEGATRON_FILES)
     state = _state_of(path, 0)
     args_of(state, path)
-    return form_of(next(_models(state, path))[1])
+    return form_of(next(models_in(state, path))[1])
 
 
 def read(
@@ -127,20 +85,14 @@ def read(
         FormatError: a rank is missing, superfluous, damaged or of another run.
     """
     directory = checkpoint.path
-    found = _directories(directory)
-    first = _read_rank(_file(found[0], kind), 0, form, kind)
+    found = rank_directories(directory)
+    first = _read_rank(rank_file(found[0], kind), 0, form, kind)
     args = completed(first.args)
-    if args:
-        tp = args.get("tensor_model_parallel_size") or _numbers(found, 2)
-        pp = args.get("pipeline_model_parallel_size") or 1
-        ep, etp = expert_sizes(args, tp)
-    else:
-        tp, pp, ep = _sizes_by_name(found, kind)
-        etp = tp
+    tp, pp, ep, etp = parallel_sizes(args, found, kind)
     ranks = stored_ranks(tp, ep, etp)
     names = [directory_name(rank, pp_rank, pp) for pp_rank in range(pp) for rank in ranks]
     check_directories(directory, names, [path.name for path in found])
-    paths = [_file(directory / name, kind) for name in names]
+    paths = [rank_file(directory / name, kind) for name in names]
     grid = [
         _read_rank(path, number, form, kind) if number or path != first.path else first
         for number, path in enumerate(paths)
@@ -184,24 +136,6 @@ def _taken_out(grid: list[RankFile], apart: Excluded) -> dict[str, list[LazyTens
         for name in [name for name, tensor in model.items() if apart(name, tensor)]:
             others.setdefault(name, []).append(model.pop(name))
     return others
-
-
-def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
-    """Return the expert- and expert-tensor-parallel sizes that args say; 1 and TP without experts.
-
-    Raises:
-        FormatError: the experts do not divide by them.
-    """
-    experts = args.get("num_experts")
-    if not experts:
-        return 1, tp
-    ep = args.get("expert_model_parallel_size") or 1
-    if experts % ep:
-        raise FormatError(
-            f"the args say {experts} experts over expert-parallel size {ep}, which does not divide "
-            "them; they do not belong to this checkpoint"
-        )
-    return ep, args.get("expert_tensor_parallel_size") or tp
 
 
 def plan(model: Model, target: Target, pp: int, form: Generation = CORE) -> Iterator[FilePlan]:
@@ -359,7 +293,7 @@ def _read_rank(path: Location, number: int, form: Generation, kind: Files) -> Ra
     args = args_of(state, path)
     models: list[dict[str, LazyTensor]] = []
     states = 0
-    held = dict(_models(state, path))
+    held = dict(models_in(state, path))
     for key, entries in held.items():
         other = form_of(entries)
         if other is not form:
@@ -390,76 +324,6 @@ def _state_of(path: Location, number: int) -> Any:
     if number:
         return torch_zip.read(path, number).value
     return remembered(("rank", path), lambda: torch_zip.read(path, 0).value)
-
-
-def _models(state: Mapping[str, Any], path: Location) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the entries of a file that hold its virtual stages, in order."""
-    keys = [key for key in state if key == "model" or _is_virtual(key)]
-    if not keys:
-        raise FormatError(f"{path}: holds no model ({listing(map(str, state))})")
-    for key in sorted(keys, key=lambda key: int(key.removeprefix("model") or 0)):
-        held = state[key]
-        if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
-            raise FormatError(f"{path}: {key!r} is no dictionary of tensors")
-        yield key, state[key]
-
-
-def _is_virtual(key: object) -> bool:
-    return isinstance(key, str) and key.startswith("model") and key[5:].isdigit()
-
-
-def _file(directory: Location, kind: Files) -> Location:
-    for name in kind.names:
-        if (directory / name).is_file():
-            return directory / name
-    raise FormatError(f"{directory}: holds no {kind.names[0]}; the checkpoint is incomplete")
-
-
-def _directories(directory: Location) -> list[Location]:
-    """Return the directories of all ranks by name."""
-    return sorted(path for path in directory.glob("mp_rank_*") if path.is_dir())
-
-
-def _numbers(found: list[Location], part: int) -> int:
-    """Return how many numbers a part of the ranks' names has; 1 where names have no such part."""
-    return len({tuple(path.name.split("_")[part : part + 1]) for path in found})
-
-
-def _sizes_by_name(found: list[Location], kind: Files) -> tuple[int, int, int]:
-    """Return the tensor-, pipeline- and expert-parallel sizes that the ranks' names say.
-
-    A second number without a third is the pipeline rank, or the expert rank: of several pipeline
-    ranks the first has no final norm.
-
-    Raises:
-        FormatError: a name is none that Megatron gives.
-    """
-    numbers = []
-    for path in found:
-        if not _RANK_NAME.fullmatch(path.name):
-            raise FormatError(
-                f"{path}: expected mp_rank_TT, mp_rank_TT_PPP or mp_rank_TT_PPP_EEE; move away "
-                "what does not belong to this checkpoint"
-            )
-        numbers.append(tuple(map(int, path.name.split("_")[2:])))
-    if len({len(number) for number in numbers}) > 1:
-        raise FormatError(
-            f"{found[0].parent}: {found[0].name} and {found[-1].name} are named for different "
-            "parallel sizes; the directory mixes checkpoints"
-        )
-    sizes = [max(column) + 1 for column in zip(*numbers, strict=True)]
-    if len(sizes) > 1 and set(sizes[1:]) == {1}:
-        raise FormatError(
-            f"{found[0].parent}: {found[-1].name} is named as one of several pipeline or expert "
-            "ranks, of which only the first is there; copy the others"
-        )
-    if len(sizes) == 2:
-        path = _file(found[0], kind)
-        models = dict(_models(kind.state(torch_zip.read(path, 0).value, path), path))
-        if any(_FINAL_NORM in model for model in models.values()):
-            sizes.insert(1, 1)
-    tp, pp, ep = (*sizes, 1, 1)[:3]
-    return tp, pp, ep
 
 
 def _pipeline(

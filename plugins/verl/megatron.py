@@ -27,7 +27,7 @@ from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.model.canonical_names import check_shapes
 from ckptx.model.family import Family
 from ckptx.model.layout import Parts
-from ckptx.plugins.megatron import per_rank, torch_dist
+from ckptx.plugins.megatron import per_rank, rank_names, torch_dist
 from ckptx.plugins.megatron.directory import IterationDirectory
 from ckptx.plugins.megatron.source import Excluded, Source
 from ckptx.protocol.from_names import passthrough, resolve_tie, tied_names
@@ -138,7 +138,7 @@ def _read(place: IterationDirectory, apart: Excluded) -> Source:
     if place.format == "torch_dist":
         source = torch_dist.read(place, apart)
     else:
-        source = per_rank.read(place, kind=per_rank.Files(("model.pt",), _stages), apart=apart)
+        source = per_rank.read(place, kind=rank_names.Files(("model.pt",), _stages), apart=apart)
     if not source.sources:
         beside = place.path.parent / "huggingface"
         weights = sorted(beside.glob("*.safetensors")) if beside.is_dir() else []

@@ -290,29 +290,38 @@ def _further_layers(layer: tuple[Rule, ...]) -> tuple[Rule, ...]:
     )
 
 
+def _as_modules(style: Style) -> bool:
+    """Return whether a layer's norms are modules of their own, not part of a linear layer."""
+    return style.local and not style.distributed
+
+
+def _ordered(style: Style, fused: str, module: str) -> tuple[str, str]:
+    """Return both spellings of a norm, the one that is written first."""
+    return (module, fused) if _as_modules(style) else (fused, module)
+
+
+def _post_norm(style: Style) -> tuple[Rule, ...]:
+    """Return the rules of the norm before the MLP, dense or a mixture."""
+    fused, module = f"{MLP}linear_fc1.layer_norm_", f"{LAYER}pre_mlp_layernorm."
+    mixture = (module, fused)
+    if style.local and style.distributed:
+        # Megatron maps it there, as it does with a dense layer's, and its TE spec does not look.
+        mixture = (fused, module)
+    return (
+        *_norm("post norm", _ordered(style, fused, module), not_moe),
+        *_norm("post norm", mixture, moe),
+    )
+
+
 def mcore_gpt(style: Style) -> Layout:
     """Return the layout of a GPT model in one of Megatron's spellings."""
-    modules = style.local and not style.distributed
-
-    def ordered(fused: str, module: str) -> tuple[str, str]:
-        return (module, fused) if modules else (fused, module)
-
-    fused_norm = f"{MLP}linear_fc1.layer_norm_"
-    module_norm = f"{LAYER}pre_mlp_layernorm."
+    modules = _as_modules(style)
     input_norm = _norm(
         "input norm",
-        ordered(f"{ATTENTION}linear_qkv.layer_norm_", f"{LAYER}input_layernorm."),
+        _ordered(style, f"{ATTENTION}linear_qkv.layer_norm_", f"{LAYER}input_layernorm."),
         when=plain,
     )
     latent_norm = _norm("input norm", (f"{LAYER}input_layernorm.",), when=latent)
-    mixture_norm = (module_norm, fused_norm)
-    if style.local and style.distributed:
-        # Megatron maps it there, as it does with a dense layer's, and its TE spec does not look.
-        mixture_norm = (fused_norm, module_norm)
-    post_norm = (
-        *_norm("post norm", ordered(fused_norm, module_norm), not_moe),
-        *_norm("post norm", mixture_norm, moe),
-    )
     dense = (
         rule("dense weight", f"{ATTENTION}linear_proj.weight", tp=1),
         rule("dense bias", f"{ATTENTION}linear_proj.bias", when=dense_bias),
@@ -334,7 +343,7 @@ def mcore_gpt(style: Style) -> Layout:
         *_mixture(style),
     )
     attention = (*input_norm, *dense) if modules else (*dense, *input_norm)
-    layer = (*latent_norm, *attention, *qkv, *qk_norms, *post_norm, *mlp)
+    layer = (*latent_norm, *attention, *qkv, *qk_norms, *_post_norm(style), *mlp)
     return Layout(
         style.name,
         (

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ckptx.model.canonical_names import RADIO_CLASS
-from ckptx.model.layout import ExtraState, Predicate, Rule, Section, always, rule
+from ckptx.model.layout import ExtraState, Predicate, Rule, Section, rule
 from ckptx.model.spec import ModelSpec
-from ckptx.model.transforms import FUSED_QKV, QKV, drop_unit_axes
+from ckptx.model.transforms import QKV, drop_unit_axes
 from ckptx.schemas.config.traits import Biases, from_biases
 from ckptx.schemas.conventions.blocks import (
     dense_bias,
@@ -338,9 +338,9 @@ def hf_sections(prefix: str, *others: str) -> tuple[Section, ...]:
         Section(
             VISION_LAYER,
             (
-                *_separate_attention(layer),
-                *_norms(f"{layer}layer_norm1", f"{layer}layer_norm2"),
-                *_mlp(layer),
+                *separate_attention(layer),
+                *tower_norms(f"{layer}layer_norm1", f"{layer}layer_norm2"),
+                *tower_mlp(layer),
             ),
             part="vision",
         ),
@@ -353,7 +353,8 @@ def hf_sections(prefix: str, *others: str) -> tuple[Section, ...]:
     return tuple(section.under("", prefix, *others) for section in sections)
 
 
-def _separate_attention(layer: str) -> tuple[Rule, ...]:
+def separate_attention(layer: str) -> tuple[Rule, ...]:
+    """Return the rules of an attention with projections of their own, as CLIP has it."""
     names = [f"{layer}self_attn.{part}_proj" for part in "qkv"]
     return (
         rule("qkv weight", [f"{name}.weight" for name in names], QKV),
@@ -363,7 +364,8 @@ def _separate_attention(layer: str) -> tuple[Rule, ...]:
     )
 
 
-def _norms(before: str, after: str) -> tuple[Rule, ...]:
+def tower_norms(before: str, after: str) -> tuple[Rule, ...]:
+    """Return the rules of the norms before attention and MLP."""
     return (
         rule("input norm weight", f"{before}.weight"),
         rule("input norm bias", f"{before}.bias", when=layer_norm_bias),
@@ -372,7 +374,7 @@ def _norms(before: str, after: str) -> tuple[Rule, ...]:
     )
 
 
-def _mlp(layer: str) -> tuple[Rule, ...]:
+def tower_mlp(layer: str) -> tuple[Rule, ...]:
     """Return the rules of an MLP that is gated or not, as Megatron's converter names it."""
     mlp = f"{layer}mlp."
     return (
@@ -426,81 +428,3 @@ def projection_section(*names: str) -> Section:
 
 
 # Hugging Face names as Megatron's converter writes them
-
-
-def converter_sections(prefix: str) -> tuple[Section, ...]:
-    """Return the sections of the towers for which Megatron's converter has names.
-
-    InternViT and RADIO keep query, key and value in one tensor, all of query first.
-    """
-    vit, radio = f"{prefix}vision_model.", f"{prefix}radio_model."
-    internvit = of("internvit")
-    layer = vit + "encoder.layers.{layer}."
-    block = radio + "model.blocks.{layer}."
-    generator = f"{radio}model.patch_generator."
-    embeddings = (
-        *_only(
-            internvit,
-            rule("conv1 weight", f"{vit}embeddings.patch_embedding.weight"),
-            rule("conv1 bias", f"{vit}embeddings.patch_embedding.bias"),
-            rule("position embeddings", f"{vit}embeddings.position_embedding"),
-            rule("class token", f"{vit}embeddings.class_embedding"),
-        ),
-        *_only(
-            of("siglip"),
-            rule("conv1 weight", f"{vit}embeddings.patch_embedding.weight"),
-            rule("conv1 bias", f"{vit}embeddings.patch_embedding.bias"),
-            rule("ln post weight", f"{vit}post_layernorm.weight"),
-            rule("ln post bias", f"{vit}post_layernorm.bias"),
-            rule("position embeddings", f"{vit}embeddings.position_embedding.weight"),
-        ),
-        *_only(
-            of("radio"),
-            rule("embedder weight", f"{generator}embedder.weight"),
-            rule("class token", f"{generator}cls_token.token"),
-            rule("position embeddings", f"{generator}pos_embed"),
-        ),
-    )
-    layers = (
-        *_only(
-            internvit,
-            rule("ls1", f"{layer}ls1"),
-            rule("ls2", f"{layer}ls2"),
-            *_norms(f"{layer}norm1", f"{layer}norm2"),
-            *_fused_attention(f"{layer}attn."),
-            *_mlp(layer),
-            rule("q norm weight", f"{layer}attn.q_norm.weight"),
-            rule("k norm weight", f"{layer}attn.k_norm.weight"),
-        ),
-        *_only(
-            of("siglip"),
-            *_norms(f"{layer}layer_norm1", f"{layer}layer_norm2"),
-            *_separate_attention(layer),
-            *_mlp(layer),
-        ),
-        *_only(
-            of("radio"),
-            *_norms(f"{block}norm1", f"{block}norm2"),
-            *_fused_attention(f"{block}attn."),
-            *_mlp(block),
-        ),
-    )
-    return (
-        Section(EMBEDDINGS, embeddings, part="vision"),
-        Section(VISION_LAYER, layers, part="vision"),
-    )
-
-
-def _fused_attention(attention: str) -> tuple[Rule, ...]:
-    return (
-        rule("qkv weight", f"{attention}qkv.weight", FUSED_QKV),
-        rule("qkv bias", f"{attention}qkv.bias", FUSED_QKV, when=qkv_bias),
-        rule("dense weight", f"{attention}proj.weight"),
-        rule("dense bias", f"{attention}proj.bias", when=dense_bias),
-    )
-
-
-def _only(when: Predicate, *rules: Rule) -> Iterator[Rule]:
-    """Yield the rules for the models that ``when`` holds of."""
-    for entry in rules:
-        yield replace(entry, when=when if entry.when is always else both(when, entry.when))

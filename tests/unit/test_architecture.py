@@ -103,6 +103,20 @@ def test_no_room_is_a_hall():
     assert not {str(folder): n for folder, n in held.items() if n > MODULES}
 
 
+def test_no_file_is_longer_than_500_lines():
+    assert not [str(path) for path in CODE if len(path.read_text().splitlines()) > 500]
+
+
+def test_no_function_is_longer_than_60_lines():
+    found = [
+        f"{path}: {node.name}"
+        for path in CODE
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60
+    ]
+    assert not found
+
+
 @pytest.mark.parametrize("path", files("ckptx"), ids=str)
 def test_the_framework_imports_no_plugin_and_no_schema(path):
     found = [name for name in imports(path) if name.startswith(("ckptx.plugins", "ckptx.schemas"))]

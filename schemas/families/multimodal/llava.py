@@ -25,6 +25,7 @@ from ckptx.model.spec import ModelSpec
 from ckptx.registry.families import family_named
 from ckptx.schemas.config.translate import NoConfig
 from ckptx.schemas.conventions.blocks import hf_decoder
+from ckptx.schemas.conventions.converter_vision import converter_sections
 from ckptx.schemas.conventions.mcore import (
     LAYER,
     STYLES,
@@ -34,7 +35,6 @@ from ckptx.schemas.conventions.mcore import (
 )
 from ckptx.schemas.conventions.vision import (
     EMBEDDINGS,
-    converter_sections,
     hf_sections,
     megatron_sections,
     megatron_states,

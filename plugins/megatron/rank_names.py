@@ -1,0 +1,180 @@
+"""The names of ranks: their directories and files, and the parallel sizes that these say.
+
+Source: NVIDIA/Megatron-LM megatron/training/checkpointing.py (get_checkpoint_name) @ core_v0.16.1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptx.containers import torch_zip
+from ckptx.errors import FormatError, PlanError, listing
+from ckptx.model.pipeline_parallel import stage_ranks
+from ckptx.model.sharding import Rank
+from ckptx.plugins.megatron.directory import RANK_FILES
+from ckptx.storage.location import Location
+
+_RANK_NAME = re.compile(r"mp_rank_\d{2,}(_\d{3,}){0,2}")
+_FINAL_NORM = "decoder.final_layernorm.weight"
+
+
+def _as_it_is(state: Any, _: Location) -> Any:
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """How a framework names the file of a rank, and what it puts into it."""
+
+    names: Sequence[str] = RANK_FILES
+    """Those that it may have."""
+    state: Callable[[Any, Location], Any] = _as_it_is
+    """Returns what a file holds as Megatron has it: a dictionary with ``model`` or ``model0``..."""
+
+
+MEGATRON_FILES = Files()
+
+
+def directory_name(rank: Rank, pp_rank: int, pp: int) -> str:
+    """Return the name of a rank's directory.
+
+    The pipeline and the expert rank show only where there are several, so a name alone does not
+    say which of the two its second number is.
+
+    Examples:
+        >>> directory_name(Rank(2, 1), 0, 1), directory_name(Rank(2, 1, ep=2, ep_rank=1), 0, 2)
+        ('mp_rank_01', 'mp_rank_01_000_001')
+    """
+    name = f"mp_rank_{rank.tp_rank:02d}"
+    name += f"_{pp_rank:03d}" if pp > 1 else ""
+    return name + (f"_{rank.ep_rank:03d}" if rank.ep > 1 else "")
+
+
+def stored_ranks(tp: int, ep: int, etp: int) -> list[Rank]:
+    """Return the ranks of a stage that have a directory.
+
+    Raises:
+        PlanError: two ranks with different expert shards would have one name.
+    """
+    named: dict[tuple[int, int], Rank] = {}
+    for rank in stage_ranks(tp, ep, etp):
+        known = named.setdefault((rank.tp_rank, rank.ep_rank), rank)
+        if known.etp_rank != rank.etp_rank:
+            raise PlanError(
+                f"expert-tensor-parallel size {etp} with tensor-parallel size {tp}: Megatron names "
+                "the files of several ranks alike and overwrites them; use --ckpt-format torch_dist"
+            )
+    return list(named.values())
+
+
+def parallel_sizes(
+    args: Mapping[str, Any], found: list[Location], kind: Files
+) -> tuple[int, int, int, int]:
+    """Return the tensor-, pipeline-, expert- and expert-tensor-parallel sizes of a checkpoint.
+
+    They are those of its args; without args, what the names in ``found`` say.
+
+    Raises:
+        FormatError: args or names contradict themselves.
+    """
+    if args:
+        tp = args.get("tensor_model_parallel_size") or _numbers(found, 2)
+        return tp, args.get("pipeline_model_parallel_size") or 1, *expert_sizes(args, tp)
+    tp, pp, ep = _sizes_by_name(found, kind)
+    return tp, pp, ep, tp
+
+
+def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
+    """Return the expert- and expert-tensor-parallel sizes that args say; 1 and TP without experts.
+
+    Raises:
+        FormatError: the experts do not divide by them.
+    """
+    experts = args.get("num_experts")
+    if not experts:
+        return 1, tp
+    ep = args.get("expert_model_parallel_size") or 1
+    if experts % ep:
+        raise FormatError(
+            f"the args say {experts} experts over expert-parallel size {ep}, which does not divide "
+            "them; they do not belong to this checkpoint"
+        )
+    return ep, args.get("expert_tensor_parallel_size") or tp
+
+
+def models_in(state: Mapping[str, Any], path: Location) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the entries of a file that hold its virtual stages, in order."""
+    keys = [key for key in state if key == "model" or _is_virtual(key)]
+    if not keys:
+        raise FormatError(f"{path}: holds no model ({listing(map(str, state))})")
+    for key in sorted(keys, key=lambda key: int(key.removeprefix("model") or 0)):
+        held = state[key]
+        if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
+            raise FormatError(f"{path}: {key!r} is no dictionary of tensors")
+        yield key, state[key]
+
+
+def _is_virtual(key: object) -> bool:
+    return isinstance(key, str) and key.startswith("model") and key[5:].isdigit()
+
+
+def rank_file(directory: Location, kind: Files) -> Location:
+    """Return the file of a rank's directory.
+
+    Raises:
+        FormatError: there is none.
+    """
+    for name in kind.names:
+        if (directory / name).is_file():
+            return directory / name
+    raise FormatError(f"{directory}: holds no {kind.names[0]}; the checkpoint is incomplete")
+
+
+def rank_directories(directory: Location) -> list[Location]:
+    """Return the directories of all ranks by name."""
+    return sorted(path for path in directory.glob("mp_rank_*") if path.is_dir())
+
+
+def _numbers(found: list[Location], part: int) -> int:
+    """Return how many numbers a part of the ranks' names has; 1 where names have no such part."""
+    return len({tuple(path.name.split("_")[part : part + 1]) for path in found})
+
+
+def _sizes_by_name(found: list[Location], kind: Files) -> tuple[int, int, int]:
+    """Return the tensor-, pipeline- and expert-parallel sizes that the ranks' names say.
+
+    A second number without a third is the pipeline rank, or the expert rank: of several pipeline
+    ranks the first has no final norm.
+
+    Raises:
+        FormatError: a name is none that Megatron gives.
+    """
+    numbers = []
+    for path in found:
+        if not _RANK_NAME.fullmatch(path.name):
+            raise FormatError(
+                f"{path}: expected mp_rank_TT, mp_rank_TT_PPP or mp_rank_TT_PPP_EEE; move away "
+                "what does not belong to this checkpoint"
+            )
+        numbers.append(tuple(map(int, path.name.split("_")[2:])))
+    if len({len(number) for number in numbers}) > 1:
+        raise FormatError(
+            f"{found[0].parent}: {found[0].name} and {found[-1].name} are named for different "
+            "parallel sizes; the directory mixes checkpoints"
+        )
+    sizes = [max(column) + 1 for column in zip(*numbers, strict=True)]
+    if len(sizes) > 1 and set(sizes[1:]) == {1}:
+        raise FormatError(
+            f"{found[0].parent}: {found[-1].name} is named as one of several pipeline or expert "
+            "ranks, of which only the first is there; copy the others"
+        )
+    if len(sizes) == 2:
+        path = rank_file(found[0], kind)
+        models = dict(models_in(kind.state(torch_zip.read(path, 0).value, path), path))
+        if any(_FINAL_NORM in model for model in models.values()):
+            sizes.insert(1, 1)
+    tp, pp, ep = (*sizes, 1, 1)[:3]
+    return tp, pp, ep
