@@ -21,6 +21,7 @@ from ckptx.protocol.contracts import Loader
 from ckptx.protocol.messages import Begin, End, Message, Tensors
 from ckptx.protocol.model import Model, collect
 from ckptx.registry import registry
+from ckptx.registry.detection import remembering
 from ckptx.registry.families import hf_tensors
 from ckptx.storage.open_files import Files
 from ckptx.storage.spool import Spool, TemporarySpool
@@ -94,6 +95,7 @@ class Checkpoint:
         self.close()
 
 
+@remembering()
 def open_checkpoint(
     location: Path,
     format: str | Loader | None = None,

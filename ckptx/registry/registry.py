@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptx.errors import FormatError, PluginError, listing
+from ckptx.registry.detection import remembering
 from ckptx.registry.entries import PIN as PIN
 from ckptx.registry.entries import Entry as Entry
 from ckptx.registry.entries import Kind as Kind
@@ -199,6 +200,7 @@ def detect(source: Path) -> str:
     )
 
 
+@remembering()
 def _recognising(source: Path) -> list[str]:
     """Return the loaders that recognise ``source``; a plugin that is broken is logged.
 

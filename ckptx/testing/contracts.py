@@ -23,7 +23,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -296,7 +296,7 @@ class SaverTests(Parametrized):
         return self.cases()
 
     def _changes(self) -> Iterable[Any]:
-        return _CHANGES
+        return faults.CHANGES
 
 
 def parallel_grid(capabilities: Mapping[str, Any]) -> Sequence[Options]:
@@ -434,85 +434,3 @@ def _strangers(directory: Path) -> Iterator[tuple[str, Path]]:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(member, b"")
         yield name, path
-
-
-def _unknown_message(sent: list[Message]) -> list[Message]:
-    return [*sent[:-1], _renamed(sent[-2], "lm head of mine"), sent[-1]]
-
-
-def _unknown_key(sent: list[Message]) -> list[Message]:
-    return _with_key(sent, "mystery weight")
-
-
-def _known_key_of_other_models(sent: list[Message]) -> list[Message]:
-    return _with_key(sent, "post norm bias")
-
-
-def _message_missing(sent: list[Message]) -> list[Message]:
-    return [sent[0], *sent[2:]]
-
-
-def _layer_missing(sent: list[Message]) -> list[Message]:
-    return [m for m in sent if not isinstance(m, Tensors) or m.name != "transformer layer 1"]
-
-
-def _key_missing(sent: list[Message]) -> list[Message]:
-    layer = sent[2]
-    assert isinstance(layer, Tensors)
-    less = {key: tensor for key, tensor in layer.tensors.items() if key != "dense weight"}
-    return [*sent[:2], Tensors(layer.name, less), *sent[3:]]
-
-
-def _message_twice(sent: list[Message]) -> list[Message]:
-    return [*sent[:-1], *sent[-2:]]
-
-
-def _begin_twice(sent: list[Message]) -> list[Message]:
-    return [sent[0], *sent]
-
-
-def _no_begin(sent: list[Message]) -> list[Message]:
-    # The proof needs a Begin; that it comes too late is for the saver to see.
-    return [*sent[1:], sent[0]]
-
-
-def _no_end(sent: list[Message]) -> list[Message]:
-    return sent[:-1]
-
-
-def _nothing(sent: list[Message]) -> list[Message]:
-    return [sent[0], sent[-1]]
-
-
-def _another_state(sent: list[Message]) -> list[Message]:
-    first = sent[1]
-    assert isinstance(first, Tensors)
-    return [sent[0], replace(first, state="exp_avg"), *sent[2:]]
-
-
-_CHANGES = (
-    _another_state,
-    _unknown_message,
-    _unknown_key,
-    _known_key_of_other_models,
-    _message_missing,
-    _layer_missing,
-    _key_missing,
-    _message_twice,
-    _begin_twice,
-    _no_begin,
-    _no_end,
-    _nothing,
-)
-
-
-def _renamed(message: Message, name: str) -> Tensors:
-    assert isinstance(message, Tensors)
-    return Tensors(name, message.tensors)
-
-
-def _with_key(sent: list[Message], key: str) -> list[Message]:
-    layer = sent[2]
-    assert isinstance(layer, Tensors)
-    norm = layer.tensors["input norm weight"]
-    return [*sent[:2], Tensors(layer.name, {**layer.tensors, key: norm}), *sent[3:]]

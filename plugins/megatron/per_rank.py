@@ -42,6 +42,7 @@ from ckptx.plugins.megatron.torch_dist import Target, applies, holds
 from ckptx.protocol.from_names import main_dtype
 from ckptx.protocol.messages import TRAINING_STATE, Dropped, SourceTensor, Tensors
 from ckptx.protocol.model import Model
+from ckptx.registry.detection import remembered
 from ckptx.schemas.megatron_settings.args import args_of
 from ckptx.storage.file_plan import FilePlan
 from ckptx.storage.location import Location
@@ -108,7 +109,7 @@ def form_in(checkpoint: IterationDirectory) -> Generation:
         FormatError: the file is damaged or holds no model.
     """
     path = _file(_directories(checkpoint.path)[0], MEGATRON_FILES)
-    state = torch_zip.read(path, 0).value
+    state = _state_of(path, 0)
     args_of(state, path)
     return form_of(next(_models(state, path))[1])
 
@@ -140,7 +141,10 @@ def read(
     names = [directory_name(rank, pp_rank, pp) for pp_rank in range(pp) for rank in ranks]
     check_directories(directory, names, [path.name for path in found])
     paths = [_file(directory / name, kind) for name in names]
-    grid = [_read_rank(path, number, form, kind) for number, path in enumerate(paths)]
+    grid = [
+        _read_rank(path, number, form, kind) if number or path != first.path else first
+        for number, path in enumerate(paths)
+    ]
     for rank in grid:
         check_same_run(first, rank)
     notes = check_copies(grid, ranks)
@@ -351,7 +355,7 @@ def _join_tied(
 
 
 def _read_rank(path: Location, number: int, form: Generation, kind: Files) -> RankFile:
-    state = kind.state(torch_zip.read(path, number).value, path)
+    state = kind.state(_state_of(path, number), path)
     args = args_of(state, path)
     models: list[dict[str, LazyTensor]] = []
     states = 0
@@ -379,6 +383,13 @@ def _read_rank(path: Location, number: int, form: Generation, kind: Files) -> Ra
     rest = {key: stored_bytes(value) for key, value in state.items() if key not in known}
     version = state.get("checkpoint_version", 0)
     return RankFile(path, args, state.get("iteration"), version, models, states, rest)
+
+
+def _state_of(path: Location, number: int) -> Any:
+    """Return what the file of a rank holds; the first is read once, to be recognised and loaded."""
+    if number:
+        return torch_zip.read(path, number).value
+    return remembered(("rank", path), lambda: torch_zip.read(path, 0).value)
 
 
 def _models(state: Mapping[str, Any], path: Location) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -26,15 +26,15 @@ FUSED = ("qkv weight", "qkv bias")
 _Change = Callable[[LazyTensor], LazyTensor]
 
 
-def fits(subject: TensorPair) -> bool:
+def fits(pair: TensorPair) -> bool:
     """Return whether a tensor is a fused attention of the model's dimensions, on both sides."""
-    spec = subject.spec
+    spec = pair.spec
     return (
         spec is not None
-        and subject.name[1] in FUSED
+        and pair.name[1] in FUSED
         and not spec.multi_latent_attention
-        and subject.a == subject.b
-        and subject.a[0] == spec.qkv_rows
+        and pair.a == pair.b
+        and pair.a[0] == spec.qkv_rows
     )
 
 

@@ -63,7 +63,7 @@ class Evidence:
         found: Found = self._known[look]
         return found
 
-    def subject(self, name: Name) -> TensorPair | None:
+    def pair(self, name: Name) -> TensorPair | None:
         """Return what is known of a tensor, None if a side has not got it."""
         a, b = (read(name) for read in self.reads)
         if a is None or b is None:

@@ -180,7 +180,7 @@ def _expert_orders(evidence: Evidence) -> dict[str, Order]:
     """Return how the experts of every layer seem to be exchanged."""
     found: dict[str, list[dict[str, dict[int, bytes | None]]]] = {}
     for name in evidence.differing:
-        pair = evidence.subject(name)
+        pair = evidence.pair(name)
         if pair is None or pair.a != pair.b or not holds_experts(pair):
             continue
         a, b = (side.tensors[name] for side in evidence.sides)

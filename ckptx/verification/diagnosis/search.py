@@ -113,20 +113,20 @@ class _Search:
         return self._explain_parts(name)
 
     def _explain_whole(self, name: Name, *, pairs: bool = True) -> _Explanation | None:
-        subject = self.evidence.subject(name)
-        if subject is None:
+        pair = self.evidence.pair(name)
+        if pair is None:
             return None
         kind = re.sub(r"\d+", "#", label(name))
         fresh = self.failures.get(kind, 0) < _FAILURES
-        found = self._among(subject, self._known(subject)) or self._among(subject, [()])
+        found = self._among(pair, self._known(pair)) or self._among(pair, [()])
         if found is None and fresh:
             patient = self.failures.get(kind, 0) < _PATIENCE
-            forms = list(self._forms(subject, samples=patient))
-            found = self._among(subject, ((form,) for form in forms))
+            forms = list(self._forms(pair, samples=patient))
+            found = self._among(pair, ((form,) for form in forms))
             if found is None and pairs and patient:
-                found = self._among(subject, _pairs(forms))
+                found = self._among(pair, _pairs(forms))
         if found is None:
-            found = self._among(subject, ((form,) for form in orders.MISPLACED.variants(subject)))
+            found = self._among(pair, ((form,) for form in orders.MISPLACED.variants(pair)))
         if found is None:
             self.failures[kind] = self.failures.get(kind, 0) + 1
         if found is not None:
@@ -136,8 +136,8 @@ class _Search:
 
     def _explain_parts(self, name: Name) -> tuple[_Explanation, ...]:
         """Explain query, key and value one by one; all that differ must have an explanation."""
-        subject = self.evidence.subject(name)
-        if subject is None or not attention.fits(subject):
+        pair = self.evidence.pair(name)
+        if pair is None or not attention.fits(pair):
             return ()
         found = []
         for part in part_names(name):
@@ -152,38 +152,38 @@ class _Search:
             found.append(explanation)
         return tuple(found)
 
-    def _forms(self, subject: TensorPair, *, samples: bool) -> Iterator[Variant]:
+    def _forms(self, pair: TensorPair, *, samples: bool) -> Iterator[Variant]:
         """Yield all forms of all mistakes, those that need samples of the tensor on demand."""
         for hypothesis in TRIED:
             if samples or hypothesis is not orders.RANK_ORDER:
-                yield from hypothesis.variants(subject)
+                yield from hypothesis.variants(pair)
 
-    def _known(self, subject: TensorPair) -> Iterator[tuple[Variant, ...]]:
+    def _known(self, pair: TensorPair) -> Iterator[tuple[Variant, ...]]:
         """Yield what has explained other tensors, the most frequent first."""
         ordered = sorted(self.hits, key=lambda hit: -self.hits[hit])
         for keys in dict.fromkeys(keys for keys, _ in ordered if keys):
-            forms = [self._form(subject, key) for key in keys]
+            forms = [self._form(pair, key) for key in keys]
             if None not in forms:
                 yield tuple(form for form in forms if form is not None)
 
-    def _form(self, subject: TensorPair, key: _Key) -> Variant | None:
+    def _form(self, pair: TensorPair, key: _Key) -> Variant | None:
         if key[0] not in {hypothesis.name for hypothesis in TRIED}:
             return None
-        variants = KNOWN[key[0]].variants(subject)
+        variants = KNOWN[key[0]].variants(pair)
         return next((variant for variant in variants if variant.detail == key[1]), None)
 
     def _among(
-        self, subject: TensorPair, choices: Iterable[tuple[Variant, ...]]
+        self, pair: TensorPair, choices: Iterable[tuple[Variant, ...]]
     ) -> _Explanation | None:
         for forms in choices:
-            for candidate, padding in self._candidates(subject, forms):
-                relation = self._relation(subject.name, candidate)
+            for candidate, padding in self._candidates(pair, forms):
+                relation = self._relation(pair.name, candidate)
                 if relation is not None and (forms or relation is not SAME or padding):
                     return _Explanation(forms, relation, candidate.backwards, padding)
         return None
 
     def _candidates(
-        self, subject: TensorPair, forms: tuple[Variant, ...]
+        self, pair: TensorPair, forms: tuple[Variant, ...]
     ) -> Iterator[tuple[_Candidate, str]]:
         """Yield what B would be, and where a mistake loses data, what A would be."""
         lossy = any(form.mistake == vocabulary.TIED_HEAD.name for form in forms)
@@ -192,13 +192,13 @@ class _Search:
             if forms:
                 make = forms[0].make if len(forms) == 1 else chained(*forms)
             try:
-                expected = make(self.evidence.reads[side], subject.name)
+                expected = make(self.evidence.reads[side], pair.name)
             except PlanError:  # sizes that do not divide
                 continue
-            found = self.evidence.reads[1 - side](subject.name)
+            found = self.evidence.reads[1 - side](pair.name)
             if expected is None or found is None:
                 continue
-            expected, found, padding = _same_rows(subject.name, expected, found, side)
+            expected, found, padding = _same_rows(pair.name, expected, found, side)
             if expected.shape == found.shape and expected.numel:
                 yield _Candidate(forms, expected, found, backwards=bool(side)), padding
 
@@ -255,9 +255,9 @@ class _Search:
         ]
         for name in halves:
             del explained[name]
-            subject = self.evidence.subject(name)
-            forms = orders.MISPLACED.variants(subject) if subject else ()
-            other = self._among(subject, ((form,) for form in forms)) if subject else None
+            pair = self.evidence.pair(name)
+            forms = orders.MISPLACED.variants(pair) if pair else ()
+            other = self._among(pair, ((form,) for form in forms)) if pair else None
             if other is not None:
                 explained[name] = (other,)
 
@@ -267,8 +267,8 @@ class _Search:
             groups.setdefault(_names(found), []).append((name, found))
         for mistakes, members in groups.items():
             hypotheses = [KNOWN[mistake] for mistake in mistakes]
-            said = [detail for _, found in members for one in found for detail in _details(one)]
-            details = list(dict.fromkeys(said))
+            told = (detail for _, found in members for one in found for detail in _details(one))
+            details = list(dict.fromkeys(told))
             if len(details) > _SHOWN_DETAILS:
                 more = len(details) - _SHOWN_DETAILS
                 details = [*details[:_SHOWN_DETAILS], f"and {more} more of the kind"]
@@ -298,7 +298,7 @@ class _Search:
             if embedding is not None and embedding.shape == head.shape:
                 copies = equal(head, embedding, self.evidence.sides[side].files)
             has, ties = "AB"[side], "AB"[other]
-            said = (
+            detail = (
                 f"{ties} has no output layer, its embedding is used; that of {has} equals its "
                 "embedding, so both compute the same"
                 if copies
@@ -313,7 +313,7 @@ class _Search:
             yield Finding(
                 (vocabulary.HEAD_TIED.name,),
                 vocabulary.HEAD_TIED.title,
-                (said,),
+                (detail,),
                 advice,
                 (label(output),),
                 len(self.evidence.differing),
@@ -362,8 +362,8 @@ def _same_rows(
     rows = min(here[0], there[0])
     longer = "AB"[(there[0] > here[0]) ^ bool(side)]
     more = abs(here[0] - there[0])
-    said = f"{longer} has {more} rows more, behind the {rows} that both have"
-    return expected.narrow(0, 0, rows), found.narrow(0, 0, rows), said
+    padding = f"{longer} has {more} rows more, behind the {rows} that both have"
+    return expected.narrow(0, 0, rows), found.narrow(0, 0, rows), padding
 
 
 def _names(found: Sequence[_Explanation]) -> tuple[str, ...]:

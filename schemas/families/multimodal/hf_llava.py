@@ -17,7 +17,7 @@ from ckptx.model.layout import Parts
 from ckptx.model.spec import ModelSpec
 from ckptx.registry.families import family_named
 from ckptx.schemas.conventions.vision import TOWERS, projection_spec, tower_spec
-from ckptx.schemas.families.multimodal.llava import LANGUAGES
+from ckptx.schemas.families.multimodal.llava_config import LANGUAGES
 from ckptx.tensors.joins import concat
 from ckptx.tensors.lazy import Filled, LazyTensor
 

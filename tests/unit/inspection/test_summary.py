@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ckptx.containers import torch_zip
 from ckptx.errors import PlanError
 from ckptx.inspection import summary
 from ckptx.inspection.layers import parse_layers
@@ -22,6 +23,7 @@ from ckptx.inspection.summary import Wanted, inspect
 from ckptx.inspection.text import render
 from ckptx.inspection.values import parse_slice
 from ckptx.registry import registry
+from ckptx.registry.open import open_checkpoint
 from ckptx.tensors.lazy import stored
 from ckptx.tensors.placement import placement_of
 from ckptx.testing.conversion import convert, save
@@ -286,6 +288,23 @@ def test_tensors_that_do_not_fit_the_config_are_told_and_still_shown(llama, tmp_
     code, out, err = run("inspect", place)
     assert (code, err) == (1, "")
     assert "1 problem" in out
+
+
+@pytest.mark.parametrize("form", ["torch", "legacy"])
+def test_each_rank_is_read_once_to_be_recognised_and_loaded(form, checkpoints, monkeypatch):
+    read, real = [], torch_zip.read
+
+    def counted(path, *rest):
+        read.append(Path(path))
+        return real(path, *rest)
+
+    monkeypatch.setattr(torch_zip, "read", counted)
+    with open_checkpoint(checkpoints[form]) as checkpoint:
+        assert checkpoint.format == ("legacy" if form == "legacy" else "core")
+    assert sorted(read) == sorted(checkpoints[form].rglob("model_optim_rng.pt"))
+    read.clear()
+    registry.detect(checkpoints[form])
+    assert len(read) == 1
 
 
 def retold(common, **changes):
