@@ -10,6 +10,16 @@ from ckptx.model.spec import ModelSpec
 from ckptx.schemas.config.traits import ConfigTable
 
 _DEFAULT_THETA = 10000.0
+_KEYS = {
+    *("rope_type", "factor", "original_max_position_embeddings", "attention_factor", "truncate"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "finetuned"),
+    *("short_factor", "long_factor", "short_mscale", "long_mscale"),
+    *("low_freq_factor", "high_freq_factor"),
+}
+"""Those that a scaling may have, of any kind; transformers reads no others.
+
+Source: huggingface/transformers src/transformers/modeling_rope_utils.py @ v5.23.0.
+"""
 
 
 def rotary_from_config(
@@ -35,8 +45,15 @@ def rotary_from_config(
     return (
         float(_DEFAULT_THETA if base is None else base),
         float(1.0 if percent is None else percent),
-        None if kind == "default" else {"rope_type": traits.scalings.get(kind, kind), **scaling},
+        None
+        if kind == "default" and scaling.keys() <= _KEYS
+        else {"rope_type": traits.scalings.get(kind, kind), **scaling},
     )
+
+
+def unknown_rotary_keys(spec: ModelSpec) -> list[str]:
+    """Return the keys of a spec's scaling that no kind of scaling has: misspelt, or of a fork."""
+    return sorted((spec.rotary_scaling or {}).keys() - _KEYS)
 
 
 def rotary_to_config(spec: ModelSpec, traits: ConfigTable) -> dict[str, Any]:

@@ -24,7 +24,11 @@ from ckptx.model.family import (
 )
 from ckptx.model.spec import ModelSpec
 from ckptx.registry import registry
-from ckptx.schemas.config.rotary import rotary_from_config, rotary_to_config
+from ckptx.schemas.config.rotary import (
+    rotary_from_config,
+    rotary_to_config,
+    unknown_rotary_keys,
+)
 from ckptx.schemas.config.traits import (
     ConfigTable,
     biases,
@@ -233,6 +237,11 @@ class TableConfig:
 
     def unsupported_by_megatron(self, spec: ModelSpec) -> Iterator[str]:
         """Yield what of the config's own keys Megatron cannot compute, one reason each."""
+        for key in unknown_rotary_keys(spec):
+            yield (
+                f"{spec.architecture} with {key} in rope_scaling or rope_parameters, a key that "
+                "no rotary embedding has: correct the config"
+            )
         for key, reason in self.table.megatron_lacks.items():
             neutral = self.table.neutral(key, spec)
             value = spec.extra.get(key, neutral)

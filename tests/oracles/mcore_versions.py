@@ -1,7 +1,7 @@
 """Other releases of megatron-core than the installed one: where they lie, and what they lack here.
 
 Their wheels lie unpacked, a directory each, in ``megatron-core`` of the virtual environment
-(``make megatron-core-0.19.2``) or where ``CKPTX_MEGATRON_CORE`` says. One that is put first on the
+(``make`` puts the newest there) or where ``CKPTX_MEGATRON_CORE`` says. One that is put first on the
 path goes before the installed one. From 0.17 on they ask for Python 3.12; 3.11 needs `install`.
 """
 
