@@ -232,10 +232,11 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     """Make a config say what was written; return whether it said something else."""
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    said = [config.get(key) for key in keys]
-    config.update(dict.fromkeys(keys, dtype))
-    return said != [dtype] * len(keys)
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if config.get(key) == dtype:
+        return False
+    config[key] = dtype
+    return True
 
 
 def weight_files(tensors: Mapping[str, LazyTensor], options: Options) -> Iterator[FilePlan]:
