@@ -129,7 +129,7 @@ def test_megatron_workers_without_weights(user, trained):
     assert "holds no metadata.json, which is written last" in user.cannot_convert("hf")
     metadata = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (actor / "dist_ckpt" / "metadata.json").write_text(json.dumps(metadata))
-    assert "common.pt: is missing; the checkpoint is incomplete" in user.cannot_convert("hf")
+    assert ".metadata: cannot be opened: No such file or directory" in user.cannot_convert("hf")
     reason = user.cannot_convert("hf", "--extra-state")
     assert "was saved by Megatron workers; --extra-state is for those of FSDP" in reason
 
