@@ -139,11 +139,6 @@ def direct_query(spec: ModelSpec) -> bool:
     return spec.multi_latent_attention and spec.q_lora_rank is None
 
 
-def mtp_layers(spec: ModelSpec) -> bool:
-    """Whether there are layers for multi-token prediction."""
-    return bool(spec.mtp_num_layers)
-
-
 def both(*predicates: Predicate) -> Predicate:
     """Return the predicate that all of these hold."""
     return lambda spec: all(predicate(spec) for predicate in predicates)
@@ -275,7 +270,7 @@ def _latent_attention() -> tuple[Rule, ...]:
     )
 
 
-def _further_layers(layer: tuple[Rule, ...]) -> tuple[Rule, ...]:
+def _mtp_rules(layer: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """Return the rules of a layer for multi-token prediction, given those of a decoder layer.
 
     Source: megatron/core/transformer/multi_token_prediction.py @ core_v0.16.1 and core_v0.17.0.
@@ -366,7 +361,7 @@ def mcore_gpt(style: Style) -> Layout:
                     rule("bias", "decoder.final_layernorm.bias", when=layer_norm_bias),
                 ),
             ),
-            Section("mtp layer {layer}", _further_layers(layer)),
+            Section("mtp layer {layer}", _mtp_rules(layer)),
             Section("output layer", (rule("weight", "output_layer.weight", tp=0, when=untied),)),
         ),
         ignored=("_extra_state",),
