@@ -11,6 +11,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,16 @@ def _seeds() -> None:
     np.random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_directory() -> Iterator[None]:
+    """Every test leaves the current directory as it was: others read files from there."""
+    before = Path.cwd()
+    yield
+    now = Path.cwd()
+    os.chdir(before)
+    assert now == before, "this test has left its current directory"
 
 
 @pytest.fixture(name="write_llama", scope="session")

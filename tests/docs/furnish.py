@@ -150,4 +150,4 @@ PAGES = {
     "docs/formats/rlinf.md": rlinf_page,
     "docs/formats/verl.md": verl_page,
 }
-"""What lies in the directory where the commands of a page run."""
+"""What lies in the current directory, where the commands of a page run."""

@@ -107,8 +107,8 @@ def test_commands_run(name, tmp_path, monkeypatch, capfd):
     """Every command of a page, in order, where only what the page names lies."""
     commands = to_run(name)
     assert commands
-    furnish.PAGES[name](tmp_path)
     monkeypatch.chdir(tmp_path)
+    furnish.PAGES[name](tmp_path)
     for command in commands:
         assert run(command) == 0, f"{command}\n{capfd.readouterr().err}"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ckptx.schemas.megatron_settings.settings import TABLE, changing, known, unknown
+from tests.versions import megatron_settings
 from tests.versions.megatron_settings import UNCLASSIFIED, read, settings_of, write
 
 ROWS = read()
@@ -112,7 +113,7 @@ def test_a_new_name_is_unclassified_until_somebody_judges(tree, tmp_path):
 
 
 def test_the_table_is_the_one_that_is_shipped():
-    assert TABLE.read_text() == Path("schemas/megatron_settings/settings.tsv").read_text()
+    assert TABLE.read_text() == megatron_settings.TABLE.read_text()
 
 
 def test_a_setting_changes_the_function_only_where_it_is_not_plain():
