@@ -12,8 +12,10 @@ Source: NVIDIA/Megatron-LM megatron/training/checkpointing.py, fix_query_key_val
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
+from operator import itemgetter
+from typing import TypeAlias
 
 from ckptx.model.spec import ModelSpec
 from ckptx.tensors.joins import concat, deinterleave, interleave
@@ -23,7 +25,10 @@ from ckptx.verification.diagnosis.mistakes import Hypothesis, Variant, on_one
 from ckptx.verification.pairing import Name
 
 FUSED = ("qkv weight", "qkv bias")
-_Change = Callable[[LazyTensor], LazyTensor]
+Parts: TypeAlias = Sequence[LazyTensor]
+"""Query, key and value."""
+Form: TypeAlias = tuple[str, Callable[[Parts], Parts]]
+"""What happened to them, in words, and what makes it happen."""
 
 
 def fits(pair: TensorPair) -> bool:
@@ -38,54 +43,48 @@ def fits(pair: TensorPair) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Order:
-    """An order of the rows of a fused tensor."""
+def _in_fused(
+    forms: Callable[[ModelSpec], Iterator[Form]],
+) -> Callable[[TensorPair], Iterator[Variant]]:
+    """Return the variants that forms of a mistake are in a fused tensor."""
 
-    words: str
-    pack: Callable[[Sequence[LazyTensor]], LazyTensor]
-    unpack: Callable[[LazyTensor], list[LazyTensor]]
+    def variants(pair: TensorPair) -> Iterator[Variant]:
+        spec = pair.spec
+        if spec is not None and fits(pair):
+            for words, change in forms(spec):
+                yield Variant(words, on_one(partial(_changed, spec, change)))
 
-
-def _in_groups(words: str, groups: int, rows: list[int]) -> _Order:
-    return _Order(
-        words,
-        lambda parts: interleave(parts, groups),
-        lambda fused: deinterleave(fused, rows, groups),
-    )
+    return variants
 
 
-def _orders(spec: ModelSpec) -> list[_Order]:
-    rows, groups = rows_of(spec), spec.num_query_groups
-    plural = "query group by query group" if rows[0] != rows[1] else "head by head"
-    version = ", checkpoint_version 0" if rows[0] == rows[1] else ""
-    found = [
-        _in_groups(f"{plural} (Megatron)", groups, rows),
-        _in_groups(f"all queries, all keys, all values ([Q; K; V]{version})", 1, rows),
-    ]
-    if rows[0] == rows[1]:
-        in_turn = "query, key and value in turn, row by row (checkpoint_version 1)"
-        found.append(_in_groups(in_turn, rows[0], rows))
-    found += [
-        _in_groups(f"[Q; K; V] for each of {ranks} tensor-parallel ranks", ranks, rows)
-        for ranks in range(2, min(groups, 65))
-        if groups % ranks == 0
-    ]
-    return found
+def _changed(spec: ModelSpec, change: Callable[[Parts], Parts], fused: LazyTensor) -> LazyTensor:
+    return fused_of(change(parts_of(fused, spec)), spec)
 
 
-def _misread(pair: TensorPair) -> Iterator[Variant]:
+def _orders(spec: ModelSpec) -> Iterator[tuple[str, int]]:
+    """Yield the orders that rows may have: in words, and the number of groups they lie in."""
+    groups = spec.num_query_groups
+    rows, key_rows, _ = rows_of(spec)
+    equal = rows == key_rows
+    yield f"{'head by head' if equal else 'query group by query group'} (Megatron)", groups
+    version = ", checkpoint_version 0" if equal else ""
+    yield f"all queries, all keys, all values ([Q; K; V]{version})", 1
+    if equal:
+        yield "query, key and value in turn, row by row (checkpoint_version 1)", rows
+    for ranks in range(2, min(groups, 65)):
+        if groups % ranks == 0:
+            yield f"[Q; K; V] for each of {ranks} tensor-parallel ranks", ranks
+
+
+def _misread(spec: ModelSpec) -> Iterator[Form]:
     """Yield every pair of orders."""
-    spec = pair.spec
-    if spec is None or not fits(pair):
-        return
+    for (stored, groups), (taken_for, other_groups) in permutations(_orders(spec), 2):
+        words = f"rows that lie {stored} were read as {taken_for}"
+        yield words, partial(_regrouped, rows_of(spec), groups, other_groups)
 
-    def change(lies: _Order, read_as: _Order) -> _Change:
-        return lambda fused: fused_of(read_as.unpack(lies.pack(parts_of(fused, spec))), spec)
 
-    for lies, read_as in permutations(_orders(spec), 2):
-        words = f"rows that lie {lies.words} were read as {read_as.words}"
-        yield Variant(words, on_one(change(lies, read_as)))
+def _regrouped(rows: Sequence[int], groups: int, other_groups: int, parts: Parts) -> Parts:
+    return deinterleave(interleave(parts, groups), rows, other_groups)
 
 
 QKV_ORDER = Hypothesis(
@@ -94,19 +93,12 @@ QKV_ORDER = Hypothesis(
     "One of the two was written, or read, with another order of the fused attention weight. "
     "Convert it again from its original with the right format (Megatron's checkpoint_version, "
     "the right number of query groups); do not use it as it is: attention mixes heads.",
-    _misread,
+    _in_fused(_misread),
 )
 
 
-def _moved(pair: TensorPair) -> Iterator[Variant]:
+def _moved(spec: ModelSpec) -> Iterator[Form]:
     """Yield every exchange of parts of one size."""
-    spec = pair.spec
-    if spec is None or not fits(pair):
-        return
-
-    def change(order: Sequence[int]) -> _Change:
-        return lambda fused: fused_of([parts_of(fused, spec)[place] for place in order], spec)
-
     rows = rows_of(spec)
     for order in permutations(range(3)):
         if order != (0, 1, 2) and [rows[place] for place in order] == rows:
@@ -115,7 +107,7 @@ def _moved(pair: TensorPair) -> Iterator[Variant]:
                 for number, place in enumerate(order)
                 if place != number
             )
-            yield Variant(moved, on_one(change(order)))
+            yield moved, itemgetter(*order)
 
 
 QKV_EXCHANGED = Hypothesis(
@@ -123,29 +115,25 @@ QKV_EXCHANGED = Hypothesis(
     "query, key and value are exchanged",
     "Look where the converter names query, key and value: two of them have each other's name. "
     "Convert again.",
-    _moved,
+    _in_fused(_moved),
 )
 
 
-def _dealt(pair: TensorPair) -> Iterator[Variant]:
+def _dealt(spec: ModelSpec) -> Iterator[Form]:
     """Yield heads dealt out in turn, and taken up in turn."""
-    spec = pair.spec
-    if spec is None or not fits(pair):
-        return
-    heads = spec.num_attention_heads // spec.num_query_groups
-    if 1 in (heads, spec.num_query_groups):
-        return
+    groups = spec.num_query_groups
+    heads = spec.num_attention_heads // groups
+    if 1 not in (heads, groups):
+        of_heads, of_groups = (
+            partial(_dealt_queries, spec.kv_channels, n) for n in (heads, groups)
+        )
+        yield "heads that were dealt out in turn were read as groups", of_heads
+        yield "groups were read as heads dealt out in turn", of_groups
 
-    def change(inner: int) -> _Change:
-        def deal(fused: LazyTensor) -> LazyTensor:
-            query, key, value = parts_of(fused, spec)
-            return fused_of([exchanged(query, spec.kv_channels, inner), key, value], spec)
 
-        return deal
-
-    yield Variant("heads that were dealt out in turn were read as groups", on_one(change(heads)))
-    groups = on_one(change(spec.num_query_groups))
-    yield Variant("groups were read as heads dealt out in turn", groups)
+def _dealt_queries(channels: int, inner: int, parts: Parts) -> Parts:
+    query, key, value = parts
+    return [_exchanged(query.split(0, channels), 0, inner).merge(0), key, value]
 
 
 QUERY_GROUPS = Hypothesis(
@@ -153,15 +141,16 @@ QUERY_GROUPS = Hypothesis(
     "query heads are dealt to the query groups in the wrong order",
     "Query head h belongs to group h // (heads / groups). One side has dealt them out in turn, "
     "or was read so. Convert it again from its original.",
-    _dealt,
+    _in_fused(_dealt),
 )
 
 
-def exchanged(tensor: LazyTensor, unit: int, inner: int) -> LazyTensor:
-    """Return rows seen as [-1, inner, unit] with the first two axes exchanged."""
-    blocks = tensor.split(0, unit).split(0, inner)
-    rest = range(2, len(blocks.shape))
-    return blocks.permute((1, 0, *rest)).merge(0).merge(0)
+def _exchanged(tensor: LazyTensor, axis: int, inner: int) -> LazyTensor:
+    """Return an axis of [outer * inner] seen as [outer, inner], in the order of [inner, outer]."""
+    blocks = tensor.split(axis, inner)
+    axes = list(range(len(blocks.shape)))
+    axes[axis : axis + 2] = axis + 1, axis
+    return blocks.permute(tuple(axes)).merge(axis)
 
 
 def _turned(pair: TensorPair) -> Iterator[Variant]:
@@ -169,43 +158,34 @@ def _turned(pair: TensorPair) -> Iterator[Variant]:
     spec = pair.spec
     if spec is None or pair.a != pair.b:
         return
-    for pairs in (True, False):
-        way = (
-            "halves of A are neighbouring rows of B"
-            if pairs
-            else "neighbouring rows of A are halves of B"
-        )
+    rotating = int(spec.kv_channels * spec.rotary_percent)
+    for way, neighbours in (
+        ("halves of A are neighbouring rows of B", False),
+        ("neighbouring rows of A are halves of B", True),
+    ):
         if fits(pair):
+            turn = partial(_turn, spec.kv_channels, 0, rotating, neighbours)
             for which in ((0, 1), (0,), (1,)):
                 words = " and ".join(PARTS[number] for number in which)
-                yield Variant(f"{words}: {way}", on_one(_turn_in_fused(which, spec, pairs)))
+                change = partial(_changed, spec, partial(_turn_some, which, turn))
+                yield Variant(f"{words}: {way}", on_one(change))
         elif (place := _rotating(pair.name, spec)) is not None:
-            yield Variant(way, on_one(_turn(*place, pairs)))
+            yield Variant(way, on_one(partial(_turn, *place, neighbours)))
 
 
-def _turn_in_fused(which: Sequence[int], spec: ModelSpec, pairs: bool) -> _Change:
-    rotating = int(spec.kv_channels * spec.rotary_percent)
-    turn = _turn(spec.kv_channels, 0, rotating, pairs)
-
-    def change(fused: LazyTensor) -> LazyTensor:
-        parts = parts_of(fused, spec)
-        return fused_of([turn(part) if n in which else part for n, part in enumerate(parts)], spec)
-
-    return change
+def _turn_some(
+    which: Sequence[int], turn: Callable[[LazyTensor], LazyTensor], parts: Parts
+) -> Parts:
+    return [turn(part) if number in which else part for number, part in enumerate(parts)]
 
 
-def _turn(head: int, start: int, stop: int, pairs: bool) -> _Change:
-    def change(part: LazyTensor) -> LazyTensor:
-        heads = part.split(0, head)
-        turning = heads.narrow(1, start, stop)
-        inner = (stop - start) // 2 if pairs else 2
-        split = turning.split(1, inner)
-        rest = range(3, len(split.shape))
-        turned = split.permute((0, 2, 1, *rest)).merge(1)
-        rows = [heads.narrow(1, 0, start), turned, heads.narrow(1, stop, head)]
-        return concat([part for part in rows if part.numel], 1).merge(0)
-
-    return change
+def _turn(head: int, start: int, stop: int, neighbours: bool, part: LazyTensor) -> LazyTensor:
+    """Return rows ``start`` to ``stop`` of every head with neighbours as halves, or the reverse."""
+    heads = part.split(0, head)
+    inner = 2 if neighbours else (stop - start) // 2
+    turned = _exchanged(heads.narrow(1, start, stop), 1, inner)
+    rows = [heads.narrow(1, 0, start), turned, heads.narrow(1, stop, head)]
+    return concat([part for part in rows if part.numel], 1).merge(0)
 
 
 def _rotating(name: Name, spec: ModelSpec) -> tuple[int, int, int] | None:

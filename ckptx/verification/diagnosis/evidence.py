@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -53,7 +53,7 @@ class Evidence:
         self.differing = tuple(differing)
         self.reader = reader
         self.sampler = Sampler(reader.files)
-        self.reads = (self._reader(0), self._reader(1))
+        self.reads: tuple[Read, Read] = (partial(self._read, 0), partial(self._read, 1))
         self._known: dict[object, Any] = {}
 
     def once(self, look: Callable[[Evidence], Found]) -> Found:
@@ -88,17 +88,19 @@ class Evidence:
             return None, None
         return self.sampler.digest(0, a, dtype), self.sampler.digest(1, b, dtype)
 
-    def _reader(self, side: int) -> Read:
-        tensors = self.sides[side].tensors
-
-        def read_part(name: Name) -> LazyTensor | None:
-            return reader_of_parts(tensors.get, self.spec(name))(name)
-
-        return read_part
+    def _read(self, side: int, name: Name) -> LazyTensor | None:
+        """Return a tensor of a side; query, key or value within a fused one, too."""
+        message, key = name
+        fused, _, part = key.partition("/")
+        tensors, spec = self.sides[side].tensors, self.spec(name)
+        if part not in PARTS or spec is None:
+            return tensors.get(name)
+        tensor = tensors.get((message, fused))
+        return None if tensor is None else parts_of(tensor, spec)[PARTS.index(part)]
 
 
 class Sampler:
-    """Reads samples of the tensors of two checkpoints, whose open files these are."""
+    """Reads samples of the tensors of two checkpoints from their open files."""
 
     def __init__(self, files: Sequence[Files]) -> None:
         self._gathers = [Gather(one) for one in files]
@@ -151,9 +153,10 @@ def common_dtype(first: str, second: str) -> str | None:
     """
     if first == second:
         return first
-    narrow = first if is_widening(first, second) else second
-    wide = second if narrow == first else first
-    return narrow if narrow in _ROUNDED and is_widening(narrow, wide) else None
+    for narrow, wide in ((first, second), (second, first)):
+        if narrow in _ROUNDED and is_widening(narrow, wide):
+            return narrow
+    return None
 
 
 def part_names(name: Name) -> list[Name]:
@@ -176,17 +179,3 @@ def parts_of(fused: LazyTensor, spec: ModelSpec) -> list[LazyTensor]:
 def fused_of(parts: Sequence[LazyTensor], spec: ModelSpec) -> LazyTensor:
     """Return query, key and value as one tensor in canonical order."""
     return interleave(parts, spec.num_query_groups)
-
-
-def reader_of_parts(read: Read, spec: ModelSpec | None) -> Read:
-    """Return a reader that also knows query, key and value within fused tensors."""
-
-    def read_part(name: Name) -> LazyTensor | None:
-        message, key = name
-        whole, slash, part = key.partition("/")
-        if not slash or part not in PARTS or spec is None:
-            return read(name)
-        fused = read((message, whole))
-        return None if fused is None else parts_of(fused, spec)[PARTS.index(part)]
-
-    return read_part

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from ckptx.tensors.joins import deinterleave, interleave
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.verification.diagnosis.evidence import Read, TensorPair
-from ckptx.verification.diagnosis.mistakes import Hypothesis, Make, Variant, of_partner
+from ckptx.verification.diagnosis.mistakes import Hypothesis, Variant, of_partner
 from ckptx.verification.pairing import Name
 
 _RANKS = 64  # most tensor-parallel ranks that are tried
-_OTHER = {"W": "V", "V": "W"}
 # Names that models without a schema have: Llama's relatives and Mixtral's experts.
 _PAIRS = (("gate_proj", "up_proj"), ("w1", "w3"))
 
@@ -20,8 +20,8 @@ def partner(name: Name) -> Name | None:
     """Return the up projection of a gate, and the gate of an up projection."""
     message, key = name
     stem, _, last = key.rpartition(" ")
-    if message and last in _OTHER and "l0" in stem:
-        return message, f"{stem} {_OTHER[last]}"
+    if message and last in ("W", "V") and "l0" in stem:
+        return message, f"{stem} {'V' if last == 'W' else 'W'}"
     words = key.split(".")
     for pair in _PAIRS:
         for one, other in (pair, pair[::-1]):
@@ -57,27 +57,21 @@ def _joined(pair: TensorPair) -> Iterator[Variant]:
     for ranks in range(2, _RANKS + 1):
         if pair.a[axis] % ranks:
             continue
-        for lies, read_as in ((ranks, 1), (1, ranks)):
-            words = (
-                f"{ranks} ranks, joined as they stand, were read as one"
-                if read_as == 1
-                else f"one whole was read as {ranks} ranks"
-            )
-            yield Variant(words, _regrouped(lies, read_as, axis), partner)
+        joined = f"{ranks} ranks, joined as they stand, were read as one"
+        yield Variant(joined, partial(_regrouped, ranks, 1, axis), partner)
+        whole = f"one whole was read as {ranks} ranks"
+        yield Variant(whole, partial(_regrouped, 1, ranks, axis), partner)
 
 
-def _regrouped(lies: int, read_as: int, axis: int) -> Make:
-    def make(read: Read, name: Name) -> LazyTensor | None:
-        own, other = read(name), _other(read, name)
-        if own is None or other is None or own.shape != other.shape:
-            return None
-        is_gate = name[1].endswith("W")
-        parts = [own, other] if is_gate else [other, own]
-        fused = interleave(parts, lies, axis)
-        sizes = [part.shape[axis] for part in parts]
-        return deinterleave(fused, sizes, read_as, axis)[0 if is_gate else 1]
-
-    return make
+def _regrouped(ranks: int, read_ranks: int, axis: int, read: Read, name: Name) -> LazyTensor | None:
+    """Return the gate, or the up projection, where two of ``ranks`` were read as ``read_ranks``."""
+    own, other = read(name), _other(read, name)
+    if own is None or other is None or own.shape != other.shape:
+        return None
+    is_gate = name[1].endswith("W")
+    fused = interleave([own, other] if is_gate else [other, own], ranks, axis)
+    sizes = [own.shape[axis]] * 2
+    return deinterleave(fused, sizes, read_ranks, axis)[0 if is_gate else 1]
 
 
 GATE_UP_RANKS = Hypothesis(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
-from ckptx.tensors.lazy import LazyTensor, Shape
+from ckptx.tensors.lazy import LazyTensor
 from ckptx.verification.diagnosis.evidence import TensorPair
 from ckptx.verification.diagnosis.mistakes import Hypothesis, Variant, on_one
 
@@ -37,20 +38,18 @@ def _wrongly_joined(pair: TensorPair) -> Iterator[Variant]:
         for ranks in _RANKS:
             if a[1] % ranks == 0 and a[1] != ranks:
                 words = f"the columns of {ranks} ranks lie one rank after another in"
-                yield Variant(f"{words} B", on_one(_stacked(ranks, a)))
-                yield Variant(f"{words} A", on_one(_unstacked(ranks, a)))
+                yield Variant(f"{words} B", on_one(partial(_stacked, ranks)))
+                yield Variant(f"{words} A", on_one(partial(_unstacked, ranks)))
         return
     for here, there, side in ((a, b, "B"), (b, a, "A")):
         for axis in (0, 1):
             # Cut along ``axis`` as is right, joined along the other.
-            if not here[1 - axis]:
-                continue
-            ranks, odd = divmod(there[1 - axis], here[1 - axis])
+            ranks, odd = divmod(there[1 - axis], here[1 - axis] or 1)
             if odd or ranks < 2 or there[axis] * ranks != here[axis]:
                 continue
             right, wrong = ("rows", "columns") if axis == 0 else ("columns", "rows")
             words = f"{ranks} shards of {right} were joined as {wrong} in {side}"
-            change = _rejoined(ranks, axis if side == "B" else 1 - axis)
+            change = partial(_rejoined, ranks, axis if side == "B" else 1 - axis)
             yield Variant(words, on_one(change))
 
 
@@ -64,29 +63,19 @@ WRONG_AXIS = Hypothesis(
 )
 
 
-def _rejoined(ranks: int, axis: int) -> Callable[[LazyTensor], LazyTensor]:
-    """Return how to cut a matrix along an axis and join the parts along the other."""
-
-    def change(tensor: LazyTensor) -> LazyTensor:
-        if axis == 0:
-            parts = tensor.split(0, tensor.shape[0] // ranks)
-            return parts.permute((1, 0, 2)).merge(1)
-        parts = tensor.split(1, tensor.shape[1] // ranks)
-        return parts.permute((1, 0, 2)).merge(0)
-
-    return change
+def _rejoined(ranks: int, axis: int, matrix: LazyTensor) -> LazyTensor:
+    """Return a matrix cut along an axis, with the shards joined along the other."""
+    shards = matrix.split(axis, matrix.shape[axis] // ranks)
+    return shards.permute((1, 0, 2)).merge(1 - axis)
 
 
-def _stacked(ranks: int, shape: Shape) -> Callable[[LazyTensor], LazyTensor]:
-    """Return how shards of columns lie one after another in memory, seen as the whole matrix."""
-    return lambda tensor: _rejoined(ranks, 1)(tensor).merge(0).split(0, shape[1])
+def _stacked(ranks: int, matrix: LazyTensor) -> LazyTensor:
+    """Return shards of columns one after another in memory, seen as the whole matrix."""
+    return _rejoined(ranks, 1, matrix).merge(0).split(0, matrix.shape[1])
 
 
-def _unstacked(ranks: int, shape: Shape) -> Callable[[LazyTensor], LazyTensor]:
+def _unstacked(ranks: int, matrix: LazyTensor) -> LazyTensor:
     """Return the inverse of `_stacked`."""
-
-    def change(tensor: LazyTensor) -> LazyTensor:
-        shards = tensor.merge(0).split(0, shape[1] // ranks).split(0, shape[0])
-        return shards.permute((1, 0, 2)).merge(1)
-
-    return change
+    rows, columns = matrix.shape
+    shards = matrix.merge(0).split(0, columns // ranks).split(0, rows)
+    return shards.permute((1, 0, 2)).merge(1)

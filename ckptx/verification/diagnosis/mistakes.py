@@ -53,15 +53,6 @@ class Hypothesis:
             yield replace(variant, mistake=self.name)
 
 
-def chained(first: Variant, second: Variant) -> Make:
-    """Return how a tensor is made if both have happened, one after the other."""
-
-    def make(read: Read, name: Name) -> LazyTensor | None:
-        return second.make(lambda other: first.make(read, other), name)
-
-    return make
-
-
 def on_one(change: Callable[[LazyTensor], LazyTensor]) -> Make:
     """Return how to make a tensor by changing the one of the same name."""
 

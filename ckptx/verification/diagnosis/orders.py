@@ -6,19 +6,23 @@ Which layer of A a layer of B is, digests of samples tell; that it is, the compa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import TypeAlias
 
-from ckptx.model.canonical_names import keys_of
+import numpy as np
+
+from ckptx.model.canonical_names import Key, keys_of
 from ckptx.tensors.joins import concat, unstacked
 from ckptx.tensors.lazy import LazyTensor, Shape
 from ckptx.verification.diagnosis.evidence import Evidence, Read, TensorPair, common_dtype
-from ckptx.verification.diagnosis.mistakes import Hypothesis, Make, Variant, on_one
+from ckptx.verification.diagnosis.mistakes import Hypothesis, Variant, on_one
 from ckptx.verification.pairing import Name, label
 
 Order: TypeAlias = dict[int, int]
 """For a number in B, the number in A of the same thing."""
-Digests: TypeAlias = Mapping[str, Mapping[int, bytes | None]]
+Digests: TypeAlias = dict[str, dict[int, bytes | None]]
 """By what is numbered (the key of a tensor), a digest for every number."""
 
 _NUMBER = re.compile(r"(?<![^ .])(\d+)(?![^ .])")
@@ -68,47 +72,31 @@ def order_named(order: Order, what: str) -> str:
     return f"{what} " + ", ".join([f"{head} of A", *pairs[1:6]]) + more
 
 
-def _known_order(listed: Sequence[int], what: str) -> str:
+def _known_order(listed: list[int], what: str) -> str:
     """Return an order in words if it is one that converters are known to make."""
     size = len(listed)
     strings = sorted(range(size), key=str)
-    example = ", ".join(map(str, strings[:4]))
-    if size > 10 and list(listed) == strings:
-        return f"{what}s of B are in the order of strings ({example}, ...)"
-    if size > 10 and list(listed) == _inverse(strings):
-        return f"{what}s of A are in the order of strings ({example}, ...)"
-    if size > 2 and list(listed) == list(range(size))[::-1]:
+    for side, order in (("B", strings), ("A", sorted(range(size), key=strings.__getitem__))):
+        if size > 10 and listed == order:
+            example = ", ".join(map(str, strings[:4]))
+            return f"{what}s of {side} are in the order of strings ({example}, ...)"
+    if size > 2 and listed == [*range(size)][::-1]:
         return f"{what}s are in the reverse order"
-    for shift in range(1, size):
-        if size > 2 and list(listed) == [(i + shift) % size for i in range(size)]:
-            if shift > size // 2:
-                ahead = f"{what} i of B is {what} i - {size - shift} of A"
-                return f"{ahead}, the first ones come last"
-            return f"{what} i of B is {what} i + {shift} of A, the last ones come first"
+    if size > 2 and listed[0] and listed == [*range(listed[0], size), *range(listed[0])]:
+        if listed[0] <= size // 2:
+            return f"{what} i of B is {what} i + {listed[0]} of A, the last ones come first"
+        behind = size - listed[0]
+        return f"{what} i of B is {what} i - {behind} of A, the first ones come last"
+    numbers = np.arange(size)
     for groups in range(2, size // 2 + 1):
         for block in range(1, size // groups + 1):
             if size % (groups * block) or groups * block == size:
                 continue
-            dealt = _dealt(size, groups, block)
-            if list(listed) == dealt:
+            dealt = numbers.reshape(-1, groups, block).swapaxes(0, 1).flatten()
+            if listed == dealt.tolist():
                 of = f"blocks of {block} " if block > 1 else ""
                 return f"{of}{what}s are grouped by {groups} on one side, dealt out on the other"
     return ""
-
-
-def _dealt(size: int, groups: int, block: int) -> list[int]:
-    """Return blocks of numbers dealt out to groups in turn, group by group."""
-    rounds = size // (groups * block)
-    return [
-        (turn * groups + group) * block + inner
-        for group in range(groups)
-        for turn in range(rounds)
-        for inner in range(block)
-    ]
-
-
-def _inverse(order: Sequence[int]) -> list[int]:
-    return [number for _, number in sorted((j, i) for i, j in enumerate(order))]
 
 
 def numbered(name: Name, place: int = 0) -> tuple[Name, int] | None:
@@ -121,21 +109,18 @@ def numbered(name: Name, place: int = 0) -> tuple[Name, int] | None:
         (('', 'layers.3.experts.{}.w1'), 7)
     """
     message, key = name
-    matches = list(_NUMBER.finditer(message or key))
-    if place >= len(matches):
-        return None
-    match = matches[place]
     text = message or key
+    match = next(islice(_NUMBER.finditer(text), place, None), None)
+    if match is None:
+        return None
     text = f"{text[: match.start()]}{{}}{text[match.end() :]}"
     return ((text, key) if message else ("", text)), int(match[1])
 
 
 def renumbered(template: Name, number: int) -> Name:
     """Return a name with a number in its place."""
-    message, key = template
-    if message:
-        return message.replace("{}", str(number)), key
-    return "", key.replace("{}", str(number))
+    message, key = (text.replace("{}", str(number)) for text in template)
+    return message, key
 
 
 def group(template: Name) -> str:
@@ -144,26 +129,23 @@ def group(template: Name) -> str:
     return message or key.partition("{}")[0]
 
 
-def _numbers_exchanged(
-    evidence: Evidence, place: int, among: Sequence[Name] | None = None
-) -> dict[str, Order]:
-    """Return how numbers of layers, or of experts, seem to be exchanged."""
-    groups: dict[str, set[Name]] = {}
-    for name in evidence.differing if among is None else among:
+def _numbers_exchanged(evidence: Evidence, place: int) -> dict[str, Order]:
+    """Return how numbers at a place of names seem to be exchanged: of layers, or of experts.
+
+    Only experts that are tensors of their own have a second number; these have no message.
+    """
+    differing = [numbered(name, place) for name in evidence.differing if not (place and name[0])]
+    templates = {found[0] for found in differing if found}
+    digests: dict[str, tuple[Digests, Digests]] = {}
+    for name in evidence.sides[0].tensors:
         found = numbered(name, place)
-        if found is not None:
-            groups.setdefault(group(found[0]), set()).add(found[0])
-    result = {}
-    for numbers, templates in groups.items():
-        digests: list[dict[str, dict[int, bytes | None]]] = [{}, {}]
-        for name in evidence.sides[0].tensors:
-            found = numbered(name, place)
-            if found is None or found[0] not in templates:
-                continue
-            for side, digest in enumerate(evidence.digests(name)):
-                digests[side].setdefault(label(found[0]), {})[found[1]] = digest
-        result[numbers] = find_order(*digests)
-    return result
+        if found is None or found[0] not in templates:
+            continue
+        template, number = found
+        both = digests.setdefault(group(template), ({}, {}))
+        for side, digest in zip(both, evidence.digests(name), strict=True):
+            side.setdefault(label(template), {})[number] = digest
+    return {numbers: find_order(*both) for numbers, both in digests.items()}
 
 
 def _layer_orders(evidence: Evidence) -> dict[str, Order]:
@@ -171,17 +153,15 @@ def _layer_orders(evidence: Evidence) -> dict[str, Order]:
 
 
 def _named_expert_orders(evidence: Evidence) -> dict[str, Order]:
-    """Return the orders of experts that are tensors of their own."""
-    named = [name for name in evidence.differing if not name[0]]
-    return _numbers_exchanged(evidence, 1, named)
+    return _numbers_exchanged(evidence, 1)
 
 
 def _expert_orders(evidence: Evidence) -> dict[str, Order]:
     """Return how the experts of every layer seem to be exchanged."""
-    found: dict[str, list[dict[str, dict[int, bytes | None]]]] = {}
+    found: dict[str, tuple[Digests, Digests]] = {}
     for name in evidence.differing:
         pair = evidence.pair(name)
-        if pair is None or pair.a != pair.b or not holds_experts(pair):
+        if pair is None or pair.a != pair.b or not _holds_experts(pair):
             continue
         a, b = (side.tensors[name] for side in evidence.sides)
         dtype = common_dtype(a.dtype, b.dtype)
@@ -189,7 +169,7 @@ def _expert_orders(evidence: Evidence) -> dict[str, Order]:
             continue
         for side, tensor in enumerate((a, b)):
             heads = evidence.sampler.heads(side, unstacked(tensor), dtype)
-            found.setdefault(name[0], [{}, {}])[side][name[1]] = dict(enumerate(heads))
+            found.setdefault(name[0], ({}, {}))[side][name[1]] = dict(enumerate(heads))
     return {message: find_order(*both) for message, both in found.items()}
 
 
@@ -200,23 +180,15 @@ def _renumbered(
     found = numbered(pair.name, place)
     order = orders.get(group(found[0])) if found else None
     if order and any(i != j for i, j in order.items()):
-        yield Variant(order_named(order, what), _under_number(orders, place))
+        yield Variant(order_named(order, what), partial(_read_renumbered, orders, place))
 
 
-def _under_number(orders: Mapping[str, Order], place: int) -> Make:
-    def make(read: Read, name: Name) -> LazyTensor | None:
-        message, slash, part = name[1].partition("/")
-        found = numbered((name[0], message), place)
-        if found is None:
-            return None
-        template, number = found
-        other = orders.get(group(template), {}).get(number)
-        if other is None:
-            return None
-        message, key = renumbered(template, other)
-        return read((message, f"{key}{slash}{part}"))
-
-    return make
+def _read_renumbered(
+    orders: Mapping[str, Order], place: int, read: Read, name: Name
+) -> LazyTensor | None:
+    found = numbered(name, place)
+    other = orders.get(group(found[0]), {}).get(found[1]) if found else None
+    return None if found is None or other is None else read(renumbered(found[0], other))
 
 
 LAYER_ORDER = Hypothesis(
@@ -235,17 +207,21 @@ def _experts(pair: TensorPair) -> Iterator[Variant]:
     size = pair.a[0] if pair.a else 0
     whole = sorted(order) == sorted(order.values()) == list(range(size))
     moved = any(i != j for i, j in order.items())
-    if whole and moved and holds_experts(pair):
+    if whole and moved and _holds_experts(pair):
         listed = [order[number] for number in range(size)]
-        yield Variant(order_named(order, "expert"), on_one(_permuted(listed, 0)))
+        yield Variant(order_named(order, "expert"), on_one(partial(_permuted, listed, 0)))
     yield from _renumbered(pair, pair.evidence.once(_named_expert_orders), 1, "expert")
 
 
-def holds_experts(pair: TensorPair) -> bool:
+def _holds_experts(pair: TensorPair) -> bool:
     """Return whether the first axis of a canonical tensor is that of the experts."""
-    message, name = pair.name
-    key = keys_of(message, pair.spec).get(name) if message and pair.spec else None
+    key = _canonical_key(pair)
     return key is not None and key.shape[0] == "experts"
+
+
+def _canonical_key(pair: TensorPair) -> Key | None:
+    message, name = pair.name
+    return keys_of(message, pair.spec).get(name) if message and pair.spec else None
 
 
 EXPERT_ORDER = Hypothesis(
@@ -262,8 +238,7 @@ def _ranks(pair: TensorPair) -> Iterator[Variant]:
     """Yield the order that samples of equal parts tell."""
     if pair.a != pair.b or not pair.a:
         return
-    tensors = [read(pair.name) for read in pair.evidence.reads]
-    a, b = tensors
+    a, b = (read(pair.name) for read in pair.evidence.reads)
     if a is None or b is None or (dtype := common_dtype(a.dtype, b.dtype)) is None:
         return
     for axis in _axes(pair):
@@ -282,13 +257,12 @@ def _ranks(pair: TensorPair) -> Iterator[Variant]:
                 continue
             numbers = order_named(dict(enumerate(listed)), "rank")
             words = f"of {len(listed)} ranks, cut along axis {axis}: {numbers}"
-            yield Variant(words, on_one(_permuted(listed, axis)))
+            yield Variant(words, on_one(partial(_permuted, listed, axis)))
             break
 
 
 def _axes(pair: TensorPair) -> Sequence[int]:
-    message, name = pair.name
-    key = keys_of(message, pair.spec).get(name) if message and pair.spec else None
+    key = _canonical_key(pair)
     if key is None:
         return range(min(2, len(pair.a)))
     return () if key.tp is None else (key.tp,)
@@ -317,13 +291,9 @@ def _believed(listed: list[int]) -> list[int]:
     return listed
 
 
-def _permuted(listed: Sequence[int], axis: int) -> Callable[[LazyTensor], LazyTensor]:
-    """Return how to put the equal parts of a tensor in another order."""
-
-    def change(tensor: LazyTensor) -> LazyTensor:
-        return concat([tensor.chunk(axis, len(listed), number) for number in listed], axis)
-
-    return change
+def _permuted(listed: Sequence[int], axis: int, tensor: LazyTensor) -> LazyTensor:
+    """Return the equal parts of a tensor along an axis in another order."""
+    return concat([tensor.chunk(axis, len(listed), number) for number in listed], axis)
 
 
 RANK_ORDER = Hypothesis(

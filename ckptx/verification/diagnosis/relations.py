@@ -1,6 +1,6 @@
-"""How the values of two tensors may hang together, element by element.
+"""How the values of two tensors may be related, element by element.
 
-A relation is judged on every element of a block: `Same` is equality of bits, the others are what
+A relation is judged on every element of a block: `SAME` is equality of bits, the others are what
 dtypes, conventions and missing weights do to values without moving them.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,8 +21,9 @@ from ckptx.verification.diagnosis.mistakes import Hypothesis
 from ckptx.verification.difference import same_bits
 
 Array: TypeAlias = NDArray[Any]
-Holds: TypeAlias = Callable[[Array, Array], bool]
-"""Whether a relation holds for all elements of a block of A and the same of B."""
+Mask: TypeAlias = NDArray[np.bool_]
+Check: TypeAlias = Callable[[Array, Array], bool]
+"""Whether a relation holds for all elements of a block of one side and the same of the other."""
 
 _HALF_ULP = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 """The relative error of rounding to nearest."""
@@ -71,22 +74,22 @@ VALUES = (
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """A way in which values of B follow from those of A.
+    """A way in which values of one side follow from those of the other.
 
     ``mistake`` is the stable name of what has happened to the values, empty if nothing has;
-    ``detail`` completes "the values ...", ``rounding`` a remark "within ...".
+    ``detail`` completes "the values ...", ``rounding`` a remark "within ...". ``check`` is given
+    the block of B first if ``b_first``.
     """
 
     mistake: str
     detail: str
-    holds: Holds
+    check: Check
     rounding: str = ""
+    b_first: bool = False
 
-
-def _alike(first: Array, second: Array) -> bool:
-    """Return whether two arrays are equal, bit by bit, or both not a number."""
-    same = same_bits(first, second)
-    return bool(same.all()) or bool((same | (np.isnan(first) & np.isnan(second))).all())
+    def holds(self, a: Array, b: Array) -> bool:
+        """Return whether it holds for all elements of a block of A and the same of B."""
+        return self.check(b, a) if self.b_first else self.check(a, b)
 
 
 SAME = Relation("", "", lambda a, b: bool(same_bits(a, b).all()))
@@ -101,21 +104,32 @@ def between(first: str, second: str) -> Iterator[Relation]:
     """
     if first == second:
         yield SAME
-        for narrow in ("bfloat16", "float16"):
-            if first in ("float32", "float64"):
-                yield _through(narrow, b=True)
-                yield _through(narrow, b=False)
-        return
-    if is_widening(first, second) or is_widening(second, first):
-        wide, narrow = (second, first) if is_widening(first, second) else (first, second)
-        yield _widened(narrow, wide, a_is_wide=wide == first)
-        yield _rounded(narrow, a_is_wide=wide == first)
-        if (wide, narrow) == ("float32", "bfloat16"):
-            yield _truncated(a_is_wide=wide == first)
-        return
-    yield Relation("dtype", f"are the same, held as {first} and as {second}", _equal_values)
-    if {first, second} <= _HALF_ULP.keys():
-        yield _both_rounded(first, second)
+        if first in ("float32", "float64"):
+            for narrow, side in product(("bfloat16", "float16"), "BA"):
+                detail = f"of {side} went through {narrow}"
+                check = partial(_went_through, numpy_dtype(narrow))
+                yield Relation("rounding", detail, check, narrow, b_first=side == "A")
+    elif is_widening(second, first):
+        yield from _from_wide_to_narrow(first, second, "A", "B")
+    elif is_widening(first, second):
+        yield from _from_wide_to_narrow(second, first, "B", "A")
+    else:
+        yield Relation("dtype", f"are the same, held as {first} and as {second}", _equal_values)
+        if {first, second} <= _HALF_ULP.keys():
+            detail = f"are {first} and {second} of the same numbers"
+            check = partial(_both_rounded, first, second)
+            yield Relation("rounding", detail, check, f"{first} and {second}")
+
+
+def _from_wide_to_narrow(wide: str, narrow: str, source: str, target: str) -> Iterator[Relation]:
+    """Yield how values that side ``source`` has in a wide dtype become narrow in ``target``."""
+    of, b_first = f"of {target} are those of {source}", source == "B"
+    same = f"are the same, held as {narrow} and as {wide}"
+    yield Relation("dtype", same, _widened, b_first=b_first)
+    yield Relation("rounding", f"{of} rounded to {narrow}", _rounded, narrow, b_first)
+    if (wide, narrow) == ("float32", "bfloat16"):
+        detail = f"{of} cut off to bfloat16, not rounded to nearest"
+        yield Relation("rounding", detail, _truncated, narrow, b_first)
 
 
 def are_weights(*dtypes: str) -> bool:
@@ -127,10 +141,12 @@ def of_values(*, norm: bool) -> Iterator[Relation]:
     """Yield what may have happened to values that lie where they belong."""
     if norm:
         yield from shifted_by_one()
-    yield Relation("zeros", "are zeros in B where A has values", _only_where(_zero, b=True))
-    yield Relation("zeros", "are zeros in A where B has values", _only_where(_zero, b=False))
-    yield Relation("not-a-number", "are NaN or infinite in B only", _only_where(_odd, b=True))
-    yield Relation("not-a-number", "are NaN or infinite in A only", _only_where(_odd, b=False))
+    for side, other in ("BA", "AB"):
+        detail = f"are zeros in {side} where {other} has values"
+        yield Relation("zeros", detail, partial(_only_where, _zero), b_first=side == "B")
+    for side in "BA":
+        detail = f"are NaN or infinite in {side} only"
+        yield Relation("not-a-number", detail, partial(_only_where, _odd), b_first=side == "B")
 
 
 def shifted_by_one() -> Iterator[Relation]:
@@ -138,35 +154,39 @@ def shifted_by_one() -> Iterator[Relation]:
     step = "the dtype, as that step rounds"
     for less, more in ("BA", "AB"):
         detail = f"of {less} are those of {more} less one"
-        yield Relation("norm-off-by-one", detail, _minus_one(b_is_less=less == "B"), step)
+        yield Relation("norm-off-by-one", detail, _one_more, step, b_first=more == "B")
 
 
-def constant(value: float, *, b: bool) -> Relation:
-    """Return that one side holds one value throughout, as a weight does that was never trained."""
-
-    def holds(first: Array, second: Array) -> bool:
-        return bool(((second if b else first) == value).all())
-
-    return Relation("constant", f"are all {value:g} in {'AB'[b]}", holds)
-
-
-def _widened(narrow: str, wide: str, *, a_is_wide: bool) -> Relation:
-    def holds(a: Array, b: Array) -> bool:
-        big, small = (a, b) if a_is_wide else (b, a)
-        return _alike(big, small.astype(big.dtype))
-
-    return Relation("dtype", f"are the same, held as {narrow} and as {wide}", holds)
-
-
-def _rounded(narrow: str, *, a_is_wide: bool) -> Relation:
-    def holds(a: Array, b: Array) -> bool:
-        big, small = (a, b) if a_is_wide else (b, a)
-        return _alike(_cast(big, narrow), small)
-
-    side, other = ("B", "A") if a_is_wide else ("A", "B")
+def constant(value: float, side: str) -> Relation:
+    """Return that a side holds one value throughout, as a weight does that was never trained."""
     return Relation(
-        "rounding", f"of {side} are those of {other} rounded to {narrow}", holds, narrow
+        "constant",
+        f"are all {value:g} in {side}",
+        lambda values, _: bool((values == value).all()),
+        b_first=side == "B",
     )
+
+
+def _alike(first: Array, second: Array) -> bool:
+    """Return whether two arrays are equal, bit by bit, or both not a number."""
+    same = same_bits(first, second)
+    return bool(same.all()) or bool((same | (np.isnan(first) & np.isnan(second))).all())
+
+
+def _widened(wide: Array, narrow: Array) -> bool:
+    return _alike(wide, narrow.astype(wide.dtype))
+
+
+def _rounded(wide: Array, narrow: Array) -> bool:
+    return _alike(_cast(wide, narrow.dtype), narrow)
+
+
+def _truncated(wide: Array, narrow: Array) -> bool:
+    return bool(((wide.view(np.uint32) >> 16) == narrow.view(np.uint16)).all())
+
+
+def _went_through(dtype: np.dtype[Any], kept: Array, rounded: Array) -> bool:
+    return _alike(_cast(kept, dtype).astype(kept.dtype), rounded)
 
 
 def _equal_values(a: Array, b: Array) -> bool:
@@ -175,78 +195,41 @@ def _equal_values(a: Array, b: Array) -> bool:
     return bool((a.astype(np.float64) == b.astype(np.float64)).all())
 
 
-def _truncated(*, a_is_wide: bool) -> Relation:
-    def holds(a: Array, b: Array) -> bool:
-        big, small = (a, b) if a_is_wide else (b, a)
-        return bool(((big.view(np.uint32) >> 16) == small.view(np.uint16)).all())
-
-    side, other = ("B", "A") if a_is_wide else ("A", "B")
-    detail = f"of {side} are those of {other} cut off to bfloat16, not rounded to nearest"
-    return Relation("rounding", detail, holds, "bfloat16")
-
-
-def _through(narrow: str, *, b: bool) -> Relation:
-    def holds(first: Array, second: Array) -> bool:
-        kept, rounded = (first, second) if b else (second, first)
-        return _alike(_cast(kept, narrow).astype(kept.dtype), rounded)
-
-    return Relation("rounding", f"of {'AB'[b]} went through {narrow}", holds, narrow)
+def _both_rounded(first: str, second: str, a: Array, b: Array) -> bool:
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    bound = sum(
+        _HALF_ULP[dtype] * np.abs(wide) + _SMALLEST[dtype]
+        for dtype, wide in ((first, wide_a), (second, wide_b))
+    )
+    with np.errstate(invalid="ignore"):
+        return bool((np.abs(wide_a - wide_b) <= bound).all())
 
 
-def _both_rounded(first: str, second: str) -> Relation:
-    def holds(a: Array, b: Array) -> bool:
-        wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
-        bound = sum(
-            _HALF_ULP[dtype] * np.abs(wide) + _SMALLEST[dtype]
-            for dtype, wide in ((first, wide_a), (second, wide_b))
-        )
-        with np.errstate(invalid="ignore"):
-            return bool((np.abs(wide_a - wide_b) <= bound).all())
-
-    return Relation(
-        "rounding",
-        f"are {first} and {second} of the same numbers",
-        holds,
-        f"{first} and {second}",
+def _one_more(more: Array, less: Array) -> bool:
+    wide_more, wide_less = more.astype(np.float64), less.astype(np.float64)
+    return _alike((wide_more - 1).astype(less.dtype), less) or _alike(
+        (wide_less + 1).astype(more.dtype), more
     )
 
 
-def _minus_one(*, b_is_less: bool) -> Holds:
-    def holds(a: Array, b: Array) -> bool:
-        more, less = (a, b) if b_is_less else (b, a)
-        wide_more, wide_less = more.astype(np.float64), less.astype(np.float64)
-        return _alike((wide_more - 1).astype(less.dtype), less) or _alike(
-            (wide_less + 1).astype(more.dtype), more
-        )
-
-    return holds
-
-
-def _zero(values: Array) -> NDArray[np.bool_]:
-    zero: NDArray[np.bool_] = values == 0
+def _zero(values: Array) -> Mask:
+    zero: Mask = values == 0
     return zero
 
 
-def _odd(values: Array) -> NDArray[np.bool_]:
-    finite: NDArray[np.bool_] = np.isfinite(values)
-    return ~finite
+def _odd(values: Array) -> Mask:
+    return ~np.isfinite(values)
 
 
-def _only_where(what: Callable[[Array], NDArray[np.bool_]], *, b: bool) -> Holds:
-    """Return whether two arrays differ only where one of them is something, and the other not."""
-
-    def holds(first: Array, second: Array) -> bool:
-        one, other = (second, first) if b else (first, second)
-        if first.dtype == second.dtype:
-            same = same_bits(first, second)
-        else:
-            same = first.astype(np.float64) == second.astype(np.float64)
-        return bool((same | (what(one) & ~what(other))).all())
-
-    return holds
+def _only_where(what: Callable[[Array], Mask], one: Array, other: Array) -> bool:
+    """Return whether two arrays differ only where the first is something and the second not."""
+    if one.dtype == other.dtype:
+        same = same_bits(one, other)
+    else:
+        same = one.astype(np.float64) == other.astype(np.float64)
+    return bool((same | (what(one) & ~what(other))).all())
 
 
-def _cast(values: Array, dtype: str) -> Array:
+def _cast(values: Array, dtype: np.dtype[Any]) -> Array:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        cast: Array = values.astype(numpy_dtype(dtype))
-    return cast
+        return values.astype(dtype)

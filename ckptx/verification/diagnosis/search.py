@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any, TypeAlias
+from functools import partial
+from itertools import permutations
+from typing import Any, NamedTuple, TypeAlias
 
 from numpy.typing import NDArray
 
@@ -24,7 +26,7 @@ from ckptx.verification.diagnosis import (
 )
 from ckptx.verification.diagnosis.evidence import Evidence, TensorPair, part_names, starts
 from ckptx.verification.diagnosis.finding import Finding
-from ckptx.verification.diagnosis.mistakes import Hypothesis, Make, Variant, chained
+from ckptx.verification.diagnosis.mistakes import Hypothesis, Variant
 from ckptx.verification.diagnosis.relations import SAME, Relation
 from ckptx.verification.pairing import Name, Paired, label
 
@@ -43,39 +45,58 @@ TRIED: Sequence[Hypothesis] = (
     orders.RANK_ORDER,
 )
 """The mistakes that are tried on a tensor, the likely ones first."""
-_TOLD = (*TRIED, orders.MISPLACED, vocabulary.HEAD_TIED, vocabulary.PADDING, *relations.VALUES)
-KNOWN: Mapping[str, Hypothesis] = {hypothesis.name: hypothesis for hypothesis in _TOLD}
+_NAMED_ONLY = (orders.MISPLACED, vocabulary.HEAD_TIED, vocabulary.PADDING, *relations.VALUES)
+KNOWN: Mapping[str, Hypothesis] = {one.name: one for one in (*TRIED, *_NAMED_ONLY)}
 """Every mistake by its stable name."""
 
 _PATIENCE = 2  # tensors of a kind for which pairs of mistakes are tried
 _FAILURES = 6  # tensors of a kind without an explanation, after which only known ones are tried
+_SHOWN_DETAILS = 6
 
-_Key: TypeAlias = tuple[str, str]  # a form's mistake and words
+Forms: TypeAlias = tuple[Variant, ...]
+"""Forms of mistakes that were made one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Explanation:
-    """Forms of mistakes, one after the other, and what happened to the values besides."""
+    """Forms of mistakes, and what happened to the values besides."""
 
-    forms: tuple[Variant, ...]
+    forms: Forms
     relation: Relation
-    backwards: bool = False
+    backwards: bool
     """Whether A was made of B."""
-    padding: str = ""
+    padding: str
 
     @property
-    def key(self) -> tuple[_Key, ...]:
-        return tuple((form.mistake, form.detail) for form in self.forms)
+    def mistakes(self) -> Iterator[str]:
+        """The stable names of what happened."""
+        yield from (form.mistake for form in self.forms)
+        if self.padding:
+            yield vocabulary.PADDING.name
+        if self.relation.mistake:
+            yield self.relation.mistake
+
+    @property
+    def details(self) -> Iterator[str]:
+        """What happened, in words."""
+        swap = str.maketrans("AB", "BA")
+        for form in self.forms:
+            words = form.detail.split(" ")
+            if self.backwards:
+                words = [word.translate(swap) if word in ("A", "B") else word for word in words]
+            yield " ".join(words)
+        if self.padding:
+            yield self.padding
+        if self.relation.detail:
+            yield f"the values {self.relation.detail}"
 
 
-@dataclass(slots=True)
-class _Candidate:
-    """What one side would be if certain mistakes had been made of the other."""
+class _Candidate(NamedTuple):
+    """What A and B hold under a name, which is the same if certain mistakes were made."""
 
-    forms: tuple[Variant, ...]
-    expected: LazyTensor
-    found: LazyTensor
+    sides: tuple[LazyTensor, LazyTensor]
     backwards: bool = False
+    padding: str = ""
 
 
 def diagnose(paired: Paired, differing: Sequence[Name], reader: BlockReader) -> tuple[Finding, ...]:
@@ -92,46 +113,33 @@ def diagnose(paired: Paired, differing: Sequence[Name], reader: BlockReader) -> 
 class _Search:
     def __init__(self, evidence: Evidence) -> None:
         self.evidence = evidence
-        self.hits: dict[tuple[tuple[_Key, ...], str], int] = {}
-        self.failures: dict[str, int] = {}
+        self.hits: Counter[tuple[tuple[tuple[str, str], ...], str]] = Counter()
+        """Explanations by the mistakes and words of their forms, and the words of the relation."""
+        self.failures: Counter[str] = Counter()
 
     def run(self) -> list[Finding]:
         """Explain tensor after tensor and join what has one explanation."""
         explained: dict[Name, tuple[_Explanation, ...]] = {}
         for name in self.evidence.differing:
-            found = self._explain(name)
+            whole = self._explain_whole(name)
+            found = (whole,) if whole else self._explain_parts(name)
             if found:
                 explained[name] = found
         self._drop_halves(explained)
         findings = [*self._findings(explained), *self._missing_heads()]
         return sorted(findings, key=lambda one: -len(one.tensors))
 
-    def _explain(self, name: Name) -> tuple[_Explanation, ...]:
-        found = self._explain_whole(name)
-        if found is not None:
-            return (found,)
-        return self._explain_parts(name)
-
     def _explain_whole(self, name: Name, *, pairs: bool = True) -> _Explanation | None:
         pair = self.evidence.pair(name)
         if pair is None:
             return None
         kind = re.sub(r"\d+", "#", label(name))
-        fresh = self.failures.get(kind, 0) < _FAILURES
-        found = self._among(pair, self._known(pair)) or self._among(pair, [()])
-        if found is None and fresh:
-            patient = self.failures.get(kind, 0) < _PATIENCE
-            forms = list(self._forms(pair, samples=patient))
-            found = self._among(pair, ((form,) for form in forms))
-            if found is None and pairs and patient:
-                found = self._among(pair, _pairs(forms))
+        found = self._among(pair, self._choices(pair, self.failures[kind], pairs))
         if found is None:
-            found = self._among(pair, ((form,) for form in orders.MISPLACED.variants(pair)))
-        if found is None:
-            self.failures[kind] = self.failures.get(kind, 0) + 1
-        if found is not None:
-            hit = (found.key, found.relation.detail)
-            self.hits[hit] = self.hits.get(hit, 0) + 1
+            self.failures[kind] += 1
+        else:
+            forms = tuple((form.mistake, form.detail) for form in found.forms)
+            self.hits[forms, found.relation.detail] += 1
         return found
 
     def _explain_parts(self, name: Name) -> tuple[_Explanation, ...]:
@@ -144,7 +152,7 @@ class _Search:
             a, b = (read(part) for read in self.evidence.reads)
             if a is None or b is None:
                 return ()
-            if a.dtype == b.dtype and self._confirmed(_Candidate((), a, b), SAME):
+            if a.dtype == b.dtype and self._confirmed(_Candidate((a, b)), SAME):
                 continue
             explanation = self._explain_whole(part, pairs=False)
             if explanation is None:
@@ -152,98 +160,86 @@ class _Search:
             found.append(explanation)
         return tuple(found)
 
-    def _forms(self, pair: TensorPair, *, samples: bool) -> Iterator[Variant]:
-        """Yield all forms of all mistakes, those that need samples of the tensor on demand."""
-        for hypothesis in TRIED:
-            if samples or hypothesis is not orders.RANK_ORDER:
-                yield from hypothesis.variants(pair)
-
-    def _known(self, pair: TensorPair) -> Iterator[tuple[Variant, ...]]:
-        """Yield what has explained other tensors, the most frequent first."""
-        ordered = sorted(self.hits, key=lambda hit: -self.hits[hit])
-        for keys in dict.fromkeys(keys for keys, _ in ordered if keys):
-            forms = [self._form(pair, key) for key in keys]
+    def _choices(self, pair: TensorPair, failures: int, pairs: bool) -> Iterator[Forms]:
+        """Yield what may have happened, the likely first: what has explained other tensors."""
+        ordered = [keys for (keys, _), _ in self.hits.most_common() if keys]
+        for keys in dict.fromkeys(ordered):
+            forms = [_form(pair, *key) for key in keys]
             if None not in forms:
                 yield tuple(form for form in forms if form is not None)
+        yield ()
+        if failures < _FAILURES:
+            patient = failures < _PATIENCE
+            tried = [one for one in TRIED if patient or one is not orders.RANK_ORDER]  # reads much
+            single = [form for hypothesis in tried for form in hypothesis.variants(pair)]
+            yield from ((form,) for form in single)
+            if pairs and patient:
+                for first, second in permutations(single, 2):
+                    if first.mistake != second.mistake:
+                        yield first, second
+        yield from ((form,) for form in orders.MISPLACED.variants(pair))
 
-    def _form(self, pair: TensorPair, key: _Key) -> Variant | None:
-        if key[0] not in {hypothesis.name for hypothesis in TRIED}:
-            return None
-        variants = KNOWN[key[0]].variants(pair)
-        return next((variant for variant in variants if variant.detail == key[1]), None)
-
-    def _among(
-        self, pair: TensorPair, choices: Iterable[tuple[Variant, ...]]
-    ) -> _Explanation | None:
+    def _among(self, pair: TensorPair, choices: Iterable[Forms]) -> _Explanation | None:
         for forms in choices:
-            for candidate, padding in self._candidates(pair, forms):
-                relation = self._relation(pair.name, candidate)
-                if relation is not None and (forms or relation is not SAME or padding):
-                    return _Explanation(forms, relation, candidate.backwards, padding)
+            for candidate in self._candidates(pair, forms):
+                relation = self._relation(pair.name, candidate, bool(forms))
+                if relation and (forms or relation is not SAME or candidate.padding):
+                    return _Explanation(forms, relation, candidate.backwards, candidate.padding)
         return None
 
-    def _candidates(
-        self, pair: TensorPair, forms: tuple[Variant, ...]
-    ) -> Iterator[tuple[_Candidate, str]]:
+    def _candidates(self, pair: TensorPair, forms: Forms) -> Iterator[_Candidate]:
         """Yield what B would be, and where a mistake loses data, what A would be."""
         lossy = any(form.mistake == vocabulary.TIED_HEAD.name for form in forms)
-        for side in (0, 1) if lossy else (0,):
-            make: Make = lambda read, name: read(name)  # noqa: E731 - replaced where there are forms
-            if forms:
-                make = forms[0].make if len(forms) == 1 else chained(*forms)
+        for backwards in (False, True) if lossy else (False,):
+            read, read_other = self.evidence.reads[:: -1 if backwards else 1]
+            found = read_other(pair.name)
+            for form in forms:
+                read = partial(form.make, read)
             try:
-                expected = make(self.evidence.reads[side], pair.name)
+                made = read(pair.name)
             except PlanError:  # sizes that do not divide
                 continue
-            found = self.evidence.reads[1 - side](pair.name)
-            if expected is None or found is None:
+            if made is None or found is None:
                 continue
-            expected, found, padding = _same_rows(pair.name, expected, found, side)
-            if expected.shape == found.shape and expected.numel:
-                yield _Candidate(forms, expected, found, backwards=bool(side)), padding
+            a, b, padding = _same_rows(pair.name, *((found, made) if backwards else (made, found)))
+            if a.shape == b.shape and a.numel:
+                yield _Candidate((a, b), backwards, padding)
 
-    def _relation(self, name: Name, candidate: _Candidate) -> Relation | None:
-        """Return how the values of a candidate hang together, if it is a known way."""
-        tensors = (candidate.expected, candidate.found)
-        places = (1, 0) if candidate.backwards else (0, 1)
-        choices = list(self._relations(name, candidate))
-        for start in starts(candidate.found.numel):
-            expected, found = (
-                self.evidence.sampler.run(side, tensor, start)
-                for side, tensor in zip(places, tensors, strict=True)
+    def _relation(self, name: Name, candidate: _Candidate, changed: bool) -> Relation | None:
+        """Return how the values of a candidate are related, if it is in a known way."""
+        choices = list(self._relations(name, candidate, changed))
+        for start in starts(candidate.sides[0].numel):
+            a, b = (
+                self.evidence.sampler.run(n, one, start) for n, one in enumerate(candidate.sides)
             )
-            choices = [one for one in choices if _holds(one, expected, found, candidate.backwards)]
+            choices = [one for one in choices if one.holds(a, b)]
             if not choices:
                 return None
         return next((one for one in choices if self._confirmed(candidate, one)), None)
 
-    def _relations(self, name: Name, candidate: _Candidate) -> Iterator[Relation]:
-        first, second = candidate.expected.dtype, candidate.found.dtype
-        if candidate.backwards:
-            first, second = second, first
+    def _relations(self, name: Name, candidate: _Candidate, changed: bool) -> Iterator[Relation]:
+        dtypes = [tensor.dtype for tensor in candidate.sides]
         norm = "norm" in label(name)
-        yield from relations.between(first, second)
-        if norm and candidate.forms:
+        yield from relations.between(*dtypes)
+        if norm and changed:
             yield from relations.shifted_by_one()
-        if not relations.are_weights(first, second):
+        if changed or not relations.are_weights(*dtypes):
             return
-        if not candidate.forms:
-            yield from relations.of_values(norm=norm)
-        if not candidate.forms and candidate.found.numel > 1:
-            for side, tensor in enumerate((candidate.expected, candidate.found)):
-                value = self.evidence.sampler.run(side, tensor, 0)[0]
-                yield relations.constant(float(value.real), b=bool(side))
+        yield from relations.of_values(norm=norm)
+        for number, tensor in enumerate(candidate.sides):
+            if tensor.numel > 1:
+                value = self.evidence.sampler.run(number, tensor, 0)[0]
+                yield relations.constant(float(value.real), "AB"[number])
 
     def _confirmed(self, candidate: _Candidate, relation: Relation) -> bool:
         holds = True
 
         def visit(_number: int, _start: int, blocks: Sequence[NDArray[Any]]) -> bool:
             nonlocal holds
-            holds = holds and _holds(relation, blocks[0], blocks[1], candidate.backwards)
+            holds = holds and relation.holds(*blocks)
             return holds
 
-        places = (1, 0) if candidate.backwards else (0, 1)
-        self.evidence.reader.each([(candidate.expected, candidate.found)], visit, places)
+        self.evidence.reader.each([candidate.sides], visit, (0, 1))
         return holds
 
     def _drop_halves(self, explained: dict[Name, tuple[_Explanation, ...]]) -> None:
@@ -256,71 +252,68 @@ class _Search:
         for name in halves:
             del explained[name]
             pair = self.evidence.pair(name)
-            forms = orders.MISPLACED.variants(pair) if pair else ()
-            other = self._among(pair, ((form,) for form in forms)) if pair else None
+            if pair is None:
+                continue
+            other = self._among(pair, ((form,) for form in orders.MISPLACED.variants(pair)))
             if other is not None:
                 explained[name] = (other,)
 
     def _findings(self, explained: Mapping[Name, tuple[_Explanation, ...]]) -> Iterator[Finding]:
-        groups: dict[tuple[str, ...], list[tuple[Name, tuple[_Explanation, ...]]]] = {}
+        groups: dict[tuple[str, ...], dict[Name, tuple[_Explanation, ...]]] = {}
         for name, found in explained.items():
-            groups.setdefault(_names(found), []).append((name, found))
-        for mistakes, members in groups.items():
-            hypotheses = [KNOWN[mistake] for mistake in mistakes]
-            told = (detail for _, found in members for one in found for detail in _details(one))
-            details = list(dict.fromkeys(told))
+            mistakes = {mistake for one in found for mistake in one.mistakes}
+            groups.setdefault(tuple(sorted(mistakes)), {})[name] = found
+        for names, members in groups.items():
+            hypotheses = [KNOWN[mistake] for mistake in names]
+            every = [one for found in members.values() for one in found]
+            details = list(dict.fromkeys(detail for one in every for detail in one.details))
             if len(details) > _SHOWN_DETAILS:
                 more = len(details) - _SHOWN_DETAILS
-                details = [*details[:_SHOWN_DETAILS], f"and {more} more of the kind"]
+                details[_SHOWN_DETAILS:] = [f"and {more} more of the kind"]
             yield Finding(
-                mistakes=mistakes,
-                title="; and ".join(one.title for one in hypotheses),
-                details=tuple(details),
-                advice=" ".join(one.advice for one in hypotheses),
-                tensors=tuple(label(name) for name, _ in members),
-                of=len(self.evidence.differing),
-                rounding=next(
-                    (o.relation.rounding for _, f in members for o in f if o.relation.rounding), ""
-                ),
+                names,
+                "; and ".join(one.title for one in hypotheses),
+                tuple(details),
+                " ".join(one.advice for one in hypotheses),
+                tuple(map(label, members)),
+                len(self.evidence.differing),
+                next((o.relation.rounding for o in every if o.relation.rounding), ""),
             )
 
     def _missing_heads(self) -> Iterator[Finding]:
         """Yield that a side without an output layer ties it to the embedding."""
-        output = vocabulary.OUTPUT
-        for side, other in ((0, 1), (1, 0)):
-            head = self.evidence.sides[side].tensors.get(output)
-            spec = self.evidence.sides[other].parts.get("language")
-            lacks = output not in self.evidence.sides[other].tensors
-            if head is None or not lacks or spec is None or not spec.tied:
+        output, finding = vocabulary.OUTPUT, vocabulary.HEAD_TIED
+        for has, lacks in permutations(self.evidence.sides):
+            head, embedding = (has.tensors.get(one) for one in (output, vocabulary.EMBEDDING))
+            spec = lacks.parts.get("language")
+            if head is None or output in lacks.tensors or spec is None or not spec.tied:
                 continue
-            embedding = self.evidence.sides[side].tensors.get(vocabulary.EMBEDDING)
-            copies = False
-            if embedding is not None and embedding.shape == head.shape:
-                copies = equal(head, embedding, self.evidence.sides[side].files)
-            has, ties = "AB"[side], "AB"[other]
+            copied = (
+                embedding is not None
+                and embedding.shape == head.shape
+                and equal(head, embedding, has.files)
+            )
+            lacking, having = "BA" if has is self.evidence.sides[0] else "AB"
+            what = "equals its embedding, so both compute the same"
             detail = (
-                f"{ties} has no output layer, its embedding is used; that of {has} equals its "
-                "embedding, so both compute the same"
-                if copies
-                else f"{ties} has no output layer, its embedding is used; that of {has} is "
-                "another, and is lost"
+                f"{lacking} has no output layer, its embedding is used; that of {having} "
+                f"{what if copied else 'is another, and is lost'}"
             )
-            advice = (
-                "Nothing is lost: tie_word_embeddings may be true on both sides."
-                if copies
-                else vocabulary.HEAD_TIED.advice
-            )
+            kept = "Nothing is lost: tie_word_embeddings may be true on both sides."
             yield Finding(
-                (vocabulary.HEAD_TIED.name,),
-                vocabulary.HEAD_TIED.title,
+                (finding.name,),
+                finding.title,
                 (detail,),
-                advice,
+                kept if copied else finding.advice,
                 (label(output),),
                 len(self.evidence.differing),
             )
 
 
-_SHOWN_DETAILS = 6
+def _form(pair: TensorPair, mistake: str, detail: str) -> Variant | None:
+    """Return the form of a mistake that is told in these words, if a tensor may have it."""
+    variants = KNOWN[mistake].variants(pair)
+    return next((variant for variant in variants if variant.detail == detail), None)
 
 
 def _is_half(
@@ -337,55 +330,11 @@ def _is_half(
     return False
 
 
-def _pairs(forms: Iterable[Variant]) -> Iterator[tuple[Variant, ...]]:
-    """Yield two mistakes at once, in either order; never one twice."""
-    listed = list(forms)
-    for first, second in product(listed, listed):
-        if first.mistake != second.mistake:
-            yield first, second
-
-
-def _holds(
-    relation: Relation, expected: NDArray[Any], found: NDArray[Any], backwards: bool
-) -> bool:
-    a, b = (found, expected) if backwards else (expected, found)
-    return relation.holds(a, b)
-
-
-def _same_rows(
-    name: Name, expected: LazyTensor, found: LazyTensor, side: int
-) -> tuple[LazyTensor, LazyTensor, str]:
+def _same_rows(name: Name, a: LazyTensor, b: LazyTensor) -> tuple[LazyTensor, LazyTensor, str]:
     """Return two tensors without the rows that only one of them has, if it is a vocabulary."""
-    here, there = expected.shape, found.shape
-    if name not in VOCAB_TENSORS or not here or here[1:] != there[1:] or here[0] == there[0]:
-        return expected, found, ""
-    rows = min(here[0], there[0])
-    longer = "AB"[(there[0] > here[0]) ^ bool(side)]
-    more = abs(here[0] - there[0])
-    padding = f"{longer} has {more} rows more, behind the {rows} that both have"
-    return expected.narrow(0, 0, rows), found.narrow(0, 0, rows), padding
-
-
-def _names(found: Sequence[_Explanation]) -> tuple[str, ...]:
-    """Return the mistakes of a tensor, each once."""
-    names: dict[str, None] = {}
-    for one in found:
-        names.update(dict.fromkeys(form.mistake for form in one.forms))
-        if one.padding:
-            names[vocabulary.PADDING.name] = None
-        if one.relation.mistake:
-            names[one.relation.mistake] = None
-    return tuple(sorted(names))
-
-
-def _details(one: _Explanation) -> Iterator[str]:
-    swap = str.maketrans("AB", "BA")
-    for form in one.forms:
-        words = form.detail.split(" ")
-        if one.backwards:
-            words = [word.translate(swap) if word in ("A", "B") else word for word in words]
-        yield " ".join(words)
-    if one.padding:
-        yield one.padding
-    if one.relation.detail:
-        yield f"the values {one.relation.detail}"
+    if name not in VOCAB_TENSORS or not a.shape or a.shape[1:] != b.shape[1:] or a.shape == b.shape:
+        return a, b, ""
+    rows, most = sorted((a.shape[0], b.shape[0]))
+    longer = "AB"[b.shape[0] == most]
+    padding = f"{longer} has {most - rows} rows more, behind the {rows} that both have"
+    return a.narrow(0, 0, rows), b.narrow(0, 0, rows), padding

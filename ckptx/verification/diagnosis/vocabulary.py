@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from ckptx.verification.diagnosis.evidence import TensorPair
 from ckptx.verification.diagnosis.mistakes import Hypothesis, Variant, of_partner
@@ -10,25 +10,21 @@ from ckptx.verification.pairing import Name
 
 EMBEDDING: Name = ("embeddings", "word embeddings")
 OUTPUT: Name = ("output layer", "weight")
-_UNSCHEMED: Mapping[Name, Name] = {
-    ("", "model.embed_tokens.weight"): ("", "lm_head.weight"),
-    ("", "transformer.wte.weight"): ("", "lm_head.weight"),
-}
-_PAIRS = {EMBEDDING: OUTPUT, **_UNSCHEMED}
+_HEAD: Name = ("", "lm_head.weight")
+_EMBEDDINGS = (("", "model.embed_tokens.weight"), ("", "transformer.wte.weight"))
+"""Names that models without a schema have."""
 
 
 def partner(name: Name) -> Name | None:
     """Return the output layer of an embedding, and the embedding of an output layer."""
-    for embedding, output in _PAIRS.items():
-        if name in (embedding, output):
-            return output if name == embedding else embedding
-    return None
+    pairs = {EMBEDDING: OUTPUT, OUTPUT: EMBEDDING, _HEAD: _EMBEDDINGS[0]}
+    return (pairs | dict.fromkeys(_EMBEDDINGS, _HEAD)).get(name)
 
 
 def _overwritten(pair: TensorPair) -> Iterator[Variant]:
     """Yield one in the place of the other."""
     if partner(pair.name) is not None:
-        head = pair.name[-1].endswith("head.weight") or pair.name == OUTPUT
+        head = pair.name in (OUTPUT, _HEAD)
         one, other = ("output layer", "embedding")[:: 1 if head else -1]
         yield Variant(f"the {one} of B is the {other} of A", of_partner(partner))
 
