@@ -125,7 +125,9 @@ def _loaded(file: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(content)
         _check_size(config)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise FormatError(f"{file}: not valid YAML: nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise FormatError(f"{file}: not valid YAML: {str(error)[:300]}") from error
     if not isinstance(config, dict):
         raise FormatError(f"{file}: expected a mapping with 'convertor'")

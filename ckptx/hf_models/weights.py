@@ -130,7 +130,7 @@ def _mapping(index: Location) -> dict[str, str]:
         mapping: dict[str, str] = json.loads(
             read_small(index, _MAX_INDEX), object_pairs_hook=unique_keys
         )["weight_map"]
-        shards = sorted(set(mapping.values()))
+        shards = dict.fromkeys(mapping.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{index}: not a weight index: {error}") from error
     for shard in shards:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ckptx.errors import FormatError
+from ckptx.storage.source_file import json_object
 
 CONFIG = "config.json"
 
@@ -17,15 +17,7 @@ def read_config(files: Mapping[str, bytes], place: object) -> dict[str, Any] | N
     Raises:
         FormatError: it is no JSON object.
     """
-    if CONFIG not in files:
-        return None
-    try:
-        config = json.loads(files[CONFIG])
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{place}/{CONFIG}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{place}/{CONFIG}: expected a JSON object")
-    return config
+    return json_object(f"{place}/{CONFIG}", files[CONFIG]) if CONFIG in files else None
 
 
 def dump_config(config: Mapping[str, Any]) -> bytes:

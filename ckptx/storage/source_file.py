@@ -32,10 +32,20 @@ def read_json(path: str | os.PathLike[str], limit: int = 64 << 20) -> dict[str, 
     Raises:
         FormatError: it holds something else, or cannot be read.
     """
-    content = read_small(path, limit)
+    return json_object(path, read_small(path, limit))
+
+
+def json_object(path: str | os.PathLike[str], content: bytes) -> dict[str, Any]:
+    """Return the JSON object that ``content``, of the file ``path``, is.
+
+    Raises:
+        FormatError: it is something else.
+    """
     try:
         value = json.loads(content)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise FormatError(f"{path}: not valid JSON: nested too deeply") from error
+    except ValueError as error:
         raise FormatError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise FormatError(f"{path}: expected a JSON object")

@@ -57,13 +57,14 @@ def named(request, user):
     return HOSTILE[request.param]
 
 
-def is_harmless(user, code: int) -> None:
+def is_harmless(user, code: int, shown: bool = False) -> None:
+    """One line refuses it, or `inspect` has ``shown`` it and says what does not fit."""
     assert "internal error" not in user.errors
     assert "Traceback" not in user.errors
     assert " failed: " not in user.errors
     for line in (user.output + user.errors).split("\n"):
         assert line.isprintable(), line[:200]
-    if code:
+    if code and not (shown and "health" in user.output):
         lines = [line for line in user.errors.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, user.errors[:500]
         assert len(lines[0]) < 5000
@@ -136,4 +137,4 @@ def test_words_of_a_config(field, name, user, write_llama):
         code = user.run("convert", user.source, user.target, "--to", saver, "--overwrite")
         is_harmless(user, code)
     code = user.run("inspect", user.source)
-    is_harmless(user, code)
+    is_harmless(user, code, shown=True)
