@@ -24,6 +24,7 @@ from ckptx.protocol.model import check_state
 from ckptx.storage.spool import Spool
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor, Shape, Stored
+from ckptx.text.plain import plain
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -389,7 +390,7 @@ def _training(metadata: Any) -> dict[str, Any]:
         if getattr(metadata, name, None) is not None
     }
     args = getattr(metadata, "checkpoint_args", None)
-    return {**found, **({"args": simple(args)} if args is not None else {})}
+    return {**found, **({"args": plain(args)} if args is not None else {})}
 
 
 def _lookup(metadata: Any, args: Any) -> Callable[[str, Any], Any]:
@@ -406,16 +407,3 @@ def _groups(fused: Shape | None, heads: int, channels: int, get: Callable[[str, 
     if fused is not None:  # [(heads + 2 * groups) * channels, hidden]
         return (fused[0] // channels - heads) // 2
     return int(get("num_query_groups", heads)) if get("group_query_attention", False) else heads
-
-
-def simple(value: Any) -> Any:
-    """Return a value of Megatron's ``args`` as plain data; enums and dtypes become their names."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [simple(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): simple(item) for key, item in value.items()}
-    if isinstance(value, SimpleNamespace | argparse.Namespace):
-        return simple(vars(value))
-    return str(value).removeprefix("torch.")

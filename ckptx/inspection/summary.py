@@ -19,6 +19,7 @@ from ckptx.registry.open import Checkpoint, Problem, opened
 from ckptx.storage.partial import PARTIAL
 from ckptx.tensors.lazy import Filled, LazyTensor
 from ckptx.tensors.placement import describe_partition, placement_of, stored_dtypes
+from ckptx.text.plain import plain
 from ckptx.text.shown import Shown
 
 SCHEMA = "ckptx-inspect/1"
@@ -102,7 +103,7 @@ class Inspection(Shown):
             "iteration": self.iteration,
             "parallel": self.parallel(),
             "stages": list(self.stages),
-            "parts": {part: _plain(asdict(one)) for part, one in self.begin.parts.items()},
+            "parts": {part: plain(asdict(one)) for part, one in self.begin.parts.items()},
             "files": [
                 {"path": self.place(number), "bytes": _size_of(file)}
                 for number, file in enumerate(self.begin.files)
@@ -122,7 +123,7 @@ class Inspection(Shown):
             if isinstance(value, Pipeline):
                 shown |= {"pp": value.pp, "vpp": value.vpp}
             else:
-                shown[name] = _plain(value)
+                shown[name] = plain(value)
         return shown
 
     def left(self, *, training: bool) -> list[dict[str, Any]]:
@@ -318,11 +319,3 @@ def _size_of(file: str) -> int | None:
         return Path(file).stat().st_size
     except OSError:
         return None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)

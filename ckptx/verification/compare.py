@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,8 @@ class Difference:
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values; what is not finite as the string ``inf``."""
         return {
-            "name": self.name,
-            "kind": self.kind,
-            "left": self.left,
-            "right": self.right,
-            "elements": self.elements,
-            "of": self.of,
-            "max_abs": _plain(self.max_abs),
-            "max_rel": _plain(self.max_rel),
+            key: "inf" if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
         }
 
 
@@ -161,21 +155,30 @@ def compare(
         sides = [stack.enter_context(opened(one)) for one in (left, right)]
         paired = pair(*sides)
         reader = BlockReader(*(stack.enter_context(closing(side.files())) for side in sides))
-        found = _differences(paired, reader, tolerance, progress or Silent())
-        differing = [name for name, one, _ in found if one is not None]
-        findings = diagnose(paired, differing, reader) if diagnosis and differing else ()
-    common = paired.left.tensors.keys() & paired.right.tensors.keys()
-    close = [measured for _, one, measured in found if one is None and measured.differing]
+        deviations = _deviations(paired, reader, tolerance, progress or Silent())
+        a, b = paired.left.tensors, paired.right.tensors
+        differences = {
+            name: found
+            for name in dict.fromkeys((*a, *b))
+            if (found := _difference(name, a.get(name), b.get(name), deviations, tolerance))
+        }
+        findings = diagnose(paired, tuple(differences), reader) if diagnosis and differences else ()
+    close = [
+        deviation.max_abs
+        for name, deviation in deviations.items()
+        if deviation.differing and name not in differences
+    ]
     notes = list(paired.notes)
     if close:
-        most = max(one.max_abs for one in close)
-        notes.append(f"{len(close)} tensors differ within the tolerance, at most by {most:.3g}")
+        notes.append(
+            f"{len(close)} tensors differ within the tolerance, at most by {max(close):.3g}"
+        )
     return Comparison(
         str(sides[0].path),
         str(sides[1].path),
-        len(common),
-        sum(paired.left.tensors[name].nbytes for name in common),
-        tuple(sorted((one for _, one, _ in found if one is not None), key=_rank)),
+        len(a.keys() & b.keys()),
+        sum(tensor.nbytes for name, tensor in a.items() if name in b),
+        tuple(sorted(differences.values(), key=_rank)),
         tuple(notes),
         findings,
         tolerance,
@@ -183,52 +186,45 @@ def compare(
     )
 
 
-def _differences(
+def _deviations(
     paired: Paired, reader: BlockReader, tolerance: Tolerance, progress: Progress
-) -> list[tuple[Name, Difference | None, Deviation]]:
-    """Return every tensor, its difference if it counts, and how far both are apart."""
-    left, right = paired.left.tensors, paired.right.tensors
-    comparable = [name for name in left if name in right and left[name].shape == right[name].shape]
-    pairs = [(left[name], right[name]) for name in comparable]
+) -> dict[Name, Deviation]:
+    """Return how far the tensors are apart that have one shape on both sides."""
+    a, b = paired.left.tensors, paired.right.tensors
+    pairs = {name: (a[name], b[name]) for name in a if name in b and a[name].shape == b[name].shape}
     try:
-        progress.begin(sum(first.nbytes for first, _ in pairs))
-        apart = measure(reader, pairs, tolerance, progress.advance)
+        progress.begin(sum(tensor.nbytes for tensor, _ in pairs.values()))
+        apart = measure(reader, list(pairs.values()), tolerance, progress.advance)
     finally:
         progress.close()
-    measured = dict(zip(comparable, apart, strict=True))
-    found: list[tuple[Name, Difference | None, Deviation]] = []
-    for name in dict.fromkeys((*left, *right)):
-        one = measured.get(name, Deviation())
-        found.append(
-            (name, _difference(name, left.get(name), right.get(name), one, tolerance), one)
-        )
-    return found
+    return dict(zip(pairs, apart, strict=True))
 
 
 def _difference(
     name: Name,
     left: LazyTensor | None,
     right: LazyTensor | None,
-    measured: Deviation,
+    deviations: Mapping[Name, Deviation],
     tolerance: Tolerance,
 ) -> Difference | None:
-    here, there = (_described(tensor) if tensor is not None else "-" for tensor in (left, right))
-    if left is None or right is None:
-        return Difference(label(name), "extra" if left is None else "missing", here, there)
-    if left.shape != right.shape:
-        return Difference(label(name), "reshaped", here, there)
-    recast = left.dtype != right.dtype and not tolerance.any_dtype
-    if not measured.beyond and not recast:
-        return None
-    return Difference(
+    found = Difference(
         label(name),
-        "recast" if left.dtype != right.dtype else "different",
-        here,
-        there,
-        measured.beyond,
-        left.numel,
-        measured.max_abs,
-        measured.max_rel,
+        "extra" if left is None else "missing" if right is None else "reshaped",
+        f"{left.dtype} {list(left.shape)}" if left else "-",
+        f"{right.dtype} {list(right.shape)}" if right else "-",
+    )
+    if left is None or right is None or left.shape != right.shape:
+        return found
+    deviation, recast = deviations[name], left.dtype != right.dtype
+    if not deviation.beyond and not (recast and not tolerance.any_dtype):
+        return None
+    return replace(
+        found,
+        kind="recast" if recast else "different",
+        elements=deviation.beyond,
+        of=left.numel,
+        max_abs=deviation.max_abs,
+        max_rel=deviation.max_rel,
     )
 
 
@@ -250,14 +246,6 @@ def _rank(entry: Difference) -> tuple[int, float, int]:
     return whole, -(entry.max_abs or 0.0), -entry.elements
 
 
-def _described(tensor: LazyTensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def _plain(value: float | None) -> float | str | None:
-    return value if value is None or math.isfinite(value) else "inf"
-
-
 _COLUMNS = ("differ", "", "max abs", "max rel")
 
 
@@ -265,23 +253,24 @@ def _table(entries: Sequence[Difference], width: int) -> Iterator[str]:
     """Yield a table of differences; where it is too wide, two lines for each."""
     if not entries:
         return
-    rows = [_COLUMNS, *map(_cells, entries)]
-    sizes = [max(len(row[number]) for row in rows) for number in range(len(_COLUMNS))]
-    numbers = [
-        "  ".join(f"{cell:>{size}}" for cell, size in zip(row, sizes, strict=True)) for row in rows
-    ]
+    cells = [_COLUMNS, *map(_cells, entries)]
+    sizes = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    head, *numbers = (
+        "  ".join(f"{cell:>{size}}" for cell, size in zip(row, sizes, strict=True)) for row in cells
+    )
     names = [f"{entry.kind:<9} {entry.name}" for entry in entries]
-    room, said = max(map(len, names)), [_types(entry) for entry in entries]
-    if room + len(numbers[0]) + max(map(len, said)) + 4 <= width:
-        yield f"{'':<{room}}  {numbers[0]}".rstrip()
-        for name, cells, types in zip(names, numbers[1:], said, strict=True):
-            yield f"{name:<{room}}  {cells}  {types}".rstrip()
+    types = [e.left if e.left == e.right else f"{e.left} / {e.right}" for e in entries]
+    column = max(map(len, names))
+    if column + len(head) + max(map(len, types)) + 4 <= width:
+        yield f"{'':<{column}}  {head}".rstrip()
+        for name, row, type_ in zip(names, numbers, types, strict=True):
+            yield f"{name:<{column}}  {row}  {type_}".rstrip()
         return
-    for name, entry, types in zip(names, entries, said, strict=True):
+    for name, values, entry, type_ in zip(names, cells[1:], entries, types, strict=True):
         yield name
-        yield f"{'':10}{types}"
+        yield f"{'':10}{type_}"
         if entry.max_abs is not None:
-            differ, share, most, relative = _cells(entry)
+            differ, share, most, relative = values
             detail = f"{differ} differ ({share}), max abs {most}, max rel {relative}"
             yield from labelled([("", detail)], page(width))
 
@@ -306,7 +295,3 @@ def _share(part: int, whole: int) -> str:
     """
     percent = 100 * part // whole if whole else 0
     return "<1%" if part and not percent else f"{percent}%"
-
-
-def _types(entry: Difference) -> str:
-    return entry.left if entry.left == entry.right else f"{entry.left} / {entry.right}"

@@ -10,9 +10,9 @@ import json
 import math
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,7 +36,7 @@ class Damage:
 
     def to_json(self) -> dict[str, str]:
         """Return everything as plain values."""
-        return {"file": self.file, "name": self.name, "kind": self.kind, "detail": self.detail}
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,7 @@ class ManifestCheck:
         """Return the result as text, a line for each damage."""
         lines = []
         for one in self.damages[:limit]:
-            line = (
-                f"{one.kind:<9} {one.file}: {one.name}" if one.name else f"{one.kind:<9} {one.file}"
-            )
+            line = f"{one.kind:<9} {one.file}" + (f": {one.name}" if one.name else "")
             whole = f"{line}  {one.detail}"
             lines += [whole] if len(whole) <= width else [line, f"{'':10}{one.detail}"]
         if len(self.damages) > limit:
@@ -95,10 +93,6 @@ class _Entry:
     ranges: tuple[Range, ...]
     digest: str
 
-    @property
-    def nbytes(self) -> int:
-        return sum(length for _, length in self.ranges)
-
 
 def check(target: Path, manifest: Path) -> ManifestCheck:
     """Compare the files of a checkpoint with a manifest.
@@ -115,25 +109,28 @@ def check(target: Path, manifest: Path) -> ManifestCheck:
     damages: list[Damage] = []
     entries: list[_Entry] = []
     for path, file in content["files"].items():
-        damage = _file_damage(places[path], path, file["bytes"])
-        if damage is not None:
-            damages.append(damage)
-            continue
-        tensors = list(_entries(manifest, path, file))
-        entries += [*tensors, *_rest(manifest, path, file, tensors)]
+        size = file["bytes"]
+        found = places[path].stat().st_size if places[path].is_file() else None
+        if found is None:
+            detail = f"the file is not there, expected {size:,} bytes"
+            damages.append(Damage(path, "", "missing", detail))
+        elif found != size:
+            damages.append(Damage(path, "", "size", f"{found:,} bytes, expected {size:,}"))
+        else:
+            entries += _entries(manifest, path, file)
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda entry: _digest(places[entry.file], entry), entries)
-        damages += [
-            Damage(entry.file, entry.name, "digest", _detail(entry, digest))
-            for entry, digest in zip(entries, found, strict=True)
-            if digest != entry.digest
-        ]
+        digests = pool.map(lambda entry: _digest(places[entry.file], entry), entries)
+        for entry, digest in zip(entries, digests, strict=True):
+            if digest != entry.digest:
+                what = "" if entry.name else "what it holds besides tensors: "
+                detail = f"{what}expected {entry.digest}, found {digest}"
+                damages.append(Damage(entry.file, entry.name, "digest", detail))
     return ManifestCheck(
         str(target),
         str(manifest),
         len(content["files"]),
         sum(len(file["tensors"]) for file in content["files"].values()),
-        sum(entry.nbytes for entry in entries if entry.name),
+        sum(size for entry in entries if entry.name for _, size in entry.ranges),
         tuple(damages),
     )
 
@@ -177,21 +174,13 @@ def _root(target: Path, files: Mapping[str, Any]) -> Path:
     return below[0] if len(below) == 1 else target
 
 
-def _file_damage(path: Path, name: str, size: int) -> Damage | None:
-    if not path.is_file():
-        return Damage(name, "", "missing", f"the file is not there, expected {size:,} bytes")
-    found = path.stat().st_size
-    if found != size:
-        return Damage(name, "", "size", f"{found:,} bytes, expected {size:,}")
-    return None
-
-
 def _entries(manifest: Path, path: str, file: Mapping[str, Any]) -> Iterator[_Entry]:
-    """Yield the tensors of a file; their places are checked, since nobody vouches for a manifest.
+    """Yield the tensors of a file, and what lies between them, which older manifests leave out.
 
     Raises:
-        FormatError: an entry is not what a manifest has, or has no digest.
+        FormatError: an entry is not what a manifest has, lies outside the file, or has no digest.
     """
+    taken: list[Range] = []
     for tensor in file["tensors"]:
         try:
             shape = [operator.index(length) for length in tensor["shape"]]
@@ -202,28 +191,21 @@ def _entries(manifest: Path, path: str, file: Mapping[str, Any]) -> Iterator[_En
             raise FormatError(f"{manifest}: {path}: an entry without {error}") from error
         if min(shape, default=0) < 0 or not 0 <= offset <= offset + size <= file["bytes"]:
             raise FormatError(f"{manifest}: {path}: {entry.name!r} lies outside the file")
-        _check_digest(manifest, entry)
-        yield entry
-
-
-def _rest(
-    manifest: Path, path: str, file: Mapping[str, Any], tensors: Iterable[_Entry]
-) -> Iterator[_Entry]:
-    """Yield what lies between the tensors of a file; older manifests do not speak of it."""
+        taken.append((offset, size))
+        yield _with_digest(manifest, entry)
     if "rest" in file:
-        taken = [part for tensor in tensors for part in tensor.ranges]
-        entry = _Entry(path, "", tuple(gaps(taken, file["bytes"])), str(file["rest"]))
-        _check_digest(manifest, entry)
-        yield entry
+        between = tuple(gaps(taken, file["bytes"]))
+        yield _with_digest(manifest, _Entry(path, "", between, str(file["rest"])))
 
 
-def _check_digest(manifest: Path, entry: _Entry) -> None:
+def _with_digest(manifest: Path, entry: _Entry) -> _Entry:
     kind, _, digest = entry.digest.partition(":")
     if kind not in DIGESTS or not digest:
         raise FormatError(
             f"{manifest}: {entry.file}: {entry.name!r} has no digest: a Megatron-style module "
             "wrote it"
         )
+    return entry
 
 
 def _digest(path: Path, entry: _Entry) -> str:
@@ -232,8 +214,3 @@ def _digest(path: Path, entry: _Entry) -> str:
         return range_digest(path, entry.digest.partition(":")[0], entry.ranges)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _detail(entry: _Entry, digest: str) -> str:
-    what = "" if entry.name else "what it holds besides tensors: "
-    return f"{what}expected {entry.digest}, found {digest}"

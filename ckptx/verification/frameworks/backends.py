@@ -15,6 +15,7 @@ from ckptx.protocol.sidecars import CONFIG
 from ckptx.registry import registry
 from ckptx.registry.families import family_named
 from ckptx.registry.source import Source
+from ckptx.text.plain import plain
 from ckptx.verification.frameworks import child
 
 _HF = ("hf", "hf_llava")
@@ -144,7 +145,7 @@ def _transformers(
 
 def _megatron(begin: Begin) -> Backend:
     spec = begin.parts["language"]
-    args = {name: _plain(value) for name, value in begin.training["args"].items()}
+    args = plain(begin.training["args"])
     notes: list[str] = []
     scale: float | None = None
     longest: int | None = None
@@ -189,12 +190,3 @@ def _convert(source: Source, saver: str, target: Path) -> None:
         source.format, saver, source.path, target, source.options, hf_base=source.hf_base
     )
     supervisor.convert(request)
-
-
-def _plain(value: Any) -> Any:
-    """Return a value of args as JSON has it; objects of Megatron's classes become their names."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return str(value)

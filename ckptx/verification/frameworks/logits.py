@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ckptx.errors import ConversionError, PlanError
 from ckptx.processes.interrupts import Interrupts
 from ckptx.protocol.progress import Progress, Silent
 from ckptx.registry.source import Source
+from ckptx.text.plain import plain
 from ckptx.text.wrapping import wrapped
 from ckptx.verification.frameworks import child
 from ckptx.verification.frameworks.backends import Backend, prepare
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 ATOL = 1e-4
 """What float32 logits of two implementations of one model may differ by."""
@@ -48,7 +49,7 @@ class LogitsComparison:
     max_abs: float
     mean_kl: float
     """In nats, of A's next-token distribution from B's, averaged over positions."""
-    top1: float
+    top1_agreement: float
     """The share of positions where both find the same token likeliest."""
     not_finite: tuple[int, int]
     """Logits that are NaN or infinite, of either side."""
@@ -62,21 +63,8 @@ class LogitsComparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return the comparison as plain values; numbers that do not exist are null."""
-        finite = not any(self.not_finite)
-        return {
-            "equal": self.equal,
-            "left": self.left,
-            "right": self.right,
-            "frameworks": list(self.frameworks),
-            "tokens": self.tokens,
-            "vocab_size": self.vocab_size,
-            "max_abs": self.max_abs if finite else None,
-            "mean_kl": self.mean_kl if finite else None,
-            "top1_agreement": self.top1 if finite else None,
-            "not_finite": list(self.not_finite),
-            "atol": self.atol,
-            "notes": list(self.notes),
-        }
+        missing = ("max_abs", "mean_kl", "top1_agreement") if any(self.not_finite) else ()
+        return {"equal": self.equal, **plain(asdict(self)), **dict.fromkeys(missing)}
 
     def render(self, width: int) -> str:
         """Return the comparison as text."""
@@ -89,18 +77,17 @@ class LogitsComparison:
             *(line for note in self.notes for line in wrapped("note:", note, width, 6)),
         ]
         if any(self.not_finite):
-            last = [
-                f"not equal: {self.not_finite[0]} logits of A and {self.not_finite[1]} of B are "
-                "NaN or infinite"
-            ]
+            a, b = self.not_finite
+            last = f"not equal: {a} logits of A and {b} of B are NaN or infinite"
         else:
-            last = [
+            summary = (
                 f"max abs difference {self.max_abs:.3g}, mean KL {self.mean_kl:.3g}, "
-                f"same top token at {self.top1:.1%}",
-                f"{'equal' if self.equal else 'not equal'}: logits differ by "
-                f"{self.max_abs:.3g}, {self.atol:g} is allowed",
-            ]
-        return "\n".join(lines + [part for one in last for part in wrapped("", one, width, 0)])
+                f"same top token at {self.top1_agreement:.1%}"
+            )
+            lines += wrapped("", summary, width, 0)
+            verdict = "equal" if self.equal else "not equal"
+            last = f"{verdict}: logits differ by {self.max_abs:.3g}, {self.atol:g} is allowed"
+        return "\n".join([*lines, *wrapped("", last, width, 0)])
 
 
 def compare_logits(
@@ -127,33 +114,28 @@ def compare_logits(
         tempfile.TemporaryDirectory(prefix="ckptx-logits-") as folder,
     ):
         scratch = Path(folder)
-        progress.stage("preparing A")
-        one = prepare(first, scratch, "a")
-        stopping.check()
-        progress.stage("preparing B")
-        other = prepare(second, scratch, "b")
-        stopping.check()
-        sides = (one, other)
-        tokens = _tokens(sides, inputs)
-        progress.stage(f"running A by {one.framework}")
-        one, a = _logits(one, tokens, scratch / "0")
-        stopping.check()
-        progress.stage(f"running B by {other.framework}")
-        other, b = _logits(other, tokens, scratch / "1")
-    sides = (one, other)
-    notes = tuple(note for side in sides for note in side.notes)
-    names = (sides[0].framework, sides[1].framework)
-    return measured((str(first.path), str(second.path)), names, tokens, a, b, atol, notes)
+        backends = []
+        for letter, source in (("a", first), ("b", second)):
+            progress.stage(f"preparing {letter.upper()}")
+            backends.append(prepare(source, scratch, letter))
+            stopping.check()
+        tokens = _tokens(backends, inputs)
+        ran = []
+        for letter, backend in zip("AB", backends, strict=True):
+            progress.stage(f"running {letter} by {backend.framework}")
+            ran.append(_logits(backend, tokens, scratch / letter))
+            stopping.check()
+    (one, a), (other, b) = ran
+    paths, names = (str(first.path), str(second.path)), (one.framework, other.framework)
+    return measured(paths, names, tokens, a, b, atol, (*one.notes, *other.notes))
 
 
-def _tokens(sides: tuple[Backend, Backend], inputs: Inputs) -> npt.NDArray[np.int64]:
+def _tokens(sides: Sequence[Backend], inputs: Inputs) -> npt.NDArray[np.int64]:
     """Return the tokens [batch, sequence] that both models know."""
-    import numpy as np
-
     vocab_size = min(side.vocab_size for side in sides)
     if inputs.prompt is None:
-        special = sides[0].special | sides[1].special
-        ordinary = np.setdiff1d(np.arange(vocab_size), list(special))
+        special = [token for side in sides for token in side.special]
+        ordinary = np.setdiff1d(np.arange(vocab_size), special)
         generator = np.random.default_rng(inputs.seed)
         tokens = generator.choice(ordinary, (SEQUENCES, inputs.tokens)).astype(np.int64)
     else:
@@ -172,10 +154,8 @@ def _tokens(sides: tuple[Backend, Backend], inputs: Inputs) -> npt.NDArray[np.in
     return tokens
 
 
-def _spoken(sides: tuple[Backend, Backend], prompt: str) -> npt.NDArray[np.int64]:
+def _spoken(sides: Sequence[Backend], prompt: str) -> npt.NDArray[np.int64]:
     """Return the tokens of a text by the tokenizer that lies beside one of the models."""
-    import numpy as np
-
     places = [one for side in sides for one in (side.directory, side.directory / "huggingface")]
     place = next((one for one in places if (one / "tokenizer_config.json").is_file()), None)
     if place is None:
@@ -191,8 +171,6 @@ def _logits(
     side: Backend, tokens: npt.NDArray[np.int64], scratch: Path
 ) -> tuple[Backend, npt.NDArray[np.float32]]:
     """Return what a model computes, float32 [batch, sequence, vocabulary], and how it was run."""
-    import numpy as np
-
     scratch.mkdir(exist_ok=True)
     given, out = scratch / "tokens.npy", scratch / "logits.npy"
     np.save(given, tokens)
@@ -220,8 +198,6 @@ def measured(
     notes: tuple[str, ...],
 ) -> LogitsComparison:
     """Compare logits [batch, sequence, vocabulary], those of the smaller vocabulary."""
-    import numpy as np
-
     vocab_size = min(a.shape[-1], b.shape[-1])
     one, other = (x[..., :vocab_size].reshape(-1, vocab_size).astype(np.float64) for x in (a, b))
     not_finite = tuple(int((~np.isfinite(x)).sum()) for x in (one, other))
@@ -248,8 +224,6 @@ def measured(
 
 
 def _log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    import numpy as np
-
     shifted = x - x.max(-1, keepdims=True)
     logs: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return logs

@@ -4,55 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-_ACTIVATIONS = ("swiglu", "squared_relu", "quick_geglu")
-_SAME_NAME = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "kv_channels",
-    "normalization",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "rotary_interleaved",
-    "window_size",
-    "softmax_type",
-    "multi_latent_attention",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_head_dim",
-    "qk_pos_emb_head_dim",
-    "v_head_dim",
-    "rotary_base",
-    "rotary_percent",
-    "rotary_scaling_factor",
-    "rope_type",
-    "mscale",
-    "mscale_all_dim",
-    "beta_fast",
-    "beta_slow",
-    "original_max_position_embeddings",
-    "moe_router_topk",
-    "moe_ffn_hidden_size",
-    "moe_layer_freq",
-    "moe_grouped_gemm",
-    "moe_shared_expert_intermediate_size",
-    "moe_shared_expert_gate",
-    "moe_router_score_function",
-    "moe_router_pre_softmax",
-    "moe_router_enable_expert_bias",
-    "moe_router_num_groups",
-    "moe_router_group_topk",
-    "moe_router_topk_scaling_factor",
-    "moe_router_load_balancing_type",
-    "moe_token_dispatcher_type",
-    "mtp_num_layers",
+_ACTIVATIONS = {"swiglu": "silu", "squared_relu": "squared_relu", "quick_geglu": "quick_gelu"}
+_LAYERS = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
+    *("normalization", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "rotary_interleaved"),
+    *("window_size", "softmax_type", "multi_latent_attention", "mtp_num_layers"),
     "heterogeneous_layers_config_path",
 )
-_MLA_ONLY = frozenset(
-    _SAME_NAME[_SAME_NAME.index("q_lora_rank") : _SAME_NAME.index("moe_router_topk")]
+_LATENT_ATTENTION = (
+    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
+    *("rotary_base", "rotary_percent", "rotary_scaling_factor", "rope_type"),
+    *("mscale", "mscale_all_dim", "beta_fast", "beta_slow", "original_max_position_embeddings"),
 )
+_EXPERTS = (
+    *("moe_ffn_hidden_size", "moe_layer_freq", "moe_grouped_gemm", "moe_token_dispatcher_type"),
+    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+    *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax"),
+    *("moe_router_enable_expert_bias", "moe_router_num_groups", "moe_router_group_topk"),
+    *("moe_router_topk_scaling_factor", "moe_router_load_balancing_type"),
+)
+"""Args that are arguments of TransformerConfig by the same name."""
 
 
 def _first_of(args: Any, *names: str, default: object = None) -> Any:
@@ -75,8 +46,8 @@ def arguments(args: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     mla = bool(_first_of(args, "multi_latent_attention"))
     config: dict[str, Any] = {
         name: getattr(args, name)
-        for name in _SAME_NAME
-        if getattr(args, name, None) is not None and (mla or name not in _MLA_ONLY)
+        for name in (*_LAYERS, *_EXPERTS, *(_LATENT_ATTENTION if mla else ()))
+        if getattr(args, name, None) is not None
     }
     for name in ("num_layers", "hidden_size", "num_attention_heads"):
         config[name] = getattr(args, name)
@@ -90,9 +61,7 @@ def arguments(args: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     )
     chosen = [name for name in _ACTIVATIONS if _first_of(args, name)]
     if chosen:
-        config["activation_func"] = {"swiglu": "silu", "quick_geglu": "quick_gelu"}.get(
-            chosen[-1], chosen[-1]
-        )
+        config["activation_func"] = _ACTIVATIONS[chosen[-1]]
         config["gated_linear_unit"] = chosen[-1] != "squared_relu"
     elif _first_of(args, "bias_gelu_fusion"):  # the fused kernel is the tanh form
         config["activation_func"] = "gelu_tanh"
