@@ -10,7 +10,7 @@ import click
 from ckptx.cli.conversion import ConversionCommand
 from ckptx.cli.options import Place, argument, output_options, show_result
 from ckptx.cli.plugin_options import Chosen, scanned
-from ckptx.conversion.options import MODIFY, Dtype, engine_options
+from ckptx.conversion.options import MODIFY, Dtype, engine_options, option, switch
 from ckptx.conversion.request import ConversionRequest, Edits
 from ckptx.registry import registry
 
@@ -23,28 +23,18 @@ class ModifyCommand(ConversionCommand):
             "modify", "Remove, cast or rename tensors of a checkpoint.", "short", _modify
         )
         path = Place(path_type=Path)
+        cast = "Give tensors another dtype. Repeatable; the last counts."
+        rename = "Give tensors other names; a * stays as it is. Repeatable."
         self.base = [
             argument("load_dir", metavar="SRC", type=path, help="Checkpoint to read."),
             argument("save_dir", metavar="DST", type=path, help="Where to write."),
-            click.Option(["--from", "--loader", "loader"], help="Format of SRC.  [detected]"),
-            click.Option(
-                ["--remove"], multiple=True, metavar="GLOB", help="Leave out tensors. Repeatable."
+            option("--from --loader loader", str, "Format of SRC.  [detected]"),
+            option(
+                "--remove", str, "Leave out tensors. Repeatable.", multiple=True, metavar="GLOB"
             ),
-            click.Option(
-                ["--cast"],
-                multiple=True,
-                type=(str, Dtype()),
-                metavar="GLOB DTYPE",
-                help="Give tensors another dtype. Repeatable; the last counts.",
-            ),
-            click.Option(
-                ["--rename"],
-                multiple=True,
-                type=(str, str),
-                metavar="FROM TO",
-                help="Give tensors other names; a * stays as it is. Repeatable.",
-            ),
-            click.Option(["--dry-run"], is_flag=True, help="Show what would be; write nothing."),
+            option("--cast", (str, Dtype()), cast, multiple=True, metavar="GLOB DTYPE"),
+            option("--rename", (str, str), rename, multiple=True, metavar="FROM TO"),
+            switch("--dry-run", "Show what would be; write nothing."),
         ]
         self.engine = [param for param in engine_options() if param.name in MODIFY]
         self.engine += output_options()

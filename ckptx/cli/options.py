@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ckptx.conversion.options import option, switch
 from ckptx.text.shown import printable
 
 
@@ -58,9 +59,9 @@ def show_result(
 def output_options() -> list[click.Parameter]:
     """Return the options of every command."""
     return [
-        click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
-        click.Option(["--quiet", "-q"], is_flag=True, help="Print errors only."),
-        click.Option(["--verbose", "-v"], is_flag=True, help="Show details, and tracebacks."),
+        switch("--json as_json", "Print the result as JSON."),
+        switch("--quiet -q", "Print errors only."),
+        switch("--verbose -v", "Show details, and tracebacks."),
     ]
 
 
@@ -78,8 +79,8 @@ def short_options() -> list[click.Parameter]:
     return [
         argument("load_dir", metavar="SRC", type=path, help="Checkpoint to read."),
         argument("save_dir", metavar="DST", type=path, help="Where to write."),
-        click.Option(["--from", "--loader", "loader"], help="Format of SRC.  [detected]"),
-        click.Option(["--to", "--saver", "saver"], required=True, help="Format of DST."),
+        option("--from --loader loader", str, "Format of SRC.  [detected]"),
+        option("--to --saver saver", str, "Format of DST.", required=True),
     ]
 
 
@@ -87,8 +88,8 @@ def long_options() -> list[click.Parameter]:
     """Return source, target and plugins as Megatron's converter spells them."""
     path = Place(path_type=Path)
     return [
-        click.Option(["--loader"], help="Format of the source.  [detected]"),
-        click.Option(["--saver"], required=True, help="Format of the target."),
-        click.Option(["--load-dir"], type=path, required=True, help="Checkpoint to read."),
-        click.Option(["--save-dir"], type=path, required=True, help="Where to write."),
+        option("--loader", str, "Format of the source.  [detected]"),
+        option("--saver", str, "Format of the target.", required=True),
+        option("--load-dir", path, "Checkpoint to read.", required=True),
+        option("--save-dir", path, "Where to write.", required=True),
     ]

@@ -16,15 +16,13 @@ import click
 from click.core import ParameterSource
 
 from ckptx.cli.options import Checkpoint, output_options
-from ckptx.conversion.options import megatron_options
+from ckptx.conversion.options import FOLDER, megatron_options, option
 from ckptx.errors import CkptxError, PluginError
 from ckptx.registry import registry
 from ckptx.registry.source import Source
 
 if TYPE_CHECKING:
     from ckptx.conversion.megatron_modules import Module
-
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 class Use(NamedTuple):
@@ -78,19 +76,19 @@ class Chosen:
         spellings = {spelling: ("ckptx", p) for p in known for spelling in _spellings(p)}
         found: list[click.Option] = []
         for use in self.uses:
-            for option in use.options:
+            for own in use.options:
                 clash = ""
-                for spelling in _spellings(option):
-                    other, first = spellings.setdefault(spelling, (use.label, option))
-                    if first is not option and not equal_options(first, option):
+                for spelling in _spellings(own):
+                    other, first = spellings.setdefault(spelling, (use.label, own))
+                    if first is not own and not equal_options(first, own):
                         clash = other
                 if clash and not use.side:
                     raise PluginError(
-                        f"{option.opts[0]} is declared differently by {clash} and by {use.label}; "
+                        f"{own.opts[0]} is declared differently by {clash} and by {use.label}; "
                         "one of them must be renamed"
                     )
-                if not clash and not any(equal_options(option, one) for one in found):
-                    found.append(option)
+                if not clash and not any(equal_options(own, one) for one in found):
+                    found.append(own)
         return found
 
     def values(self, role: str, parameters: Mapping[str, Any], side: str = "") -> dict[str, Any]:
@@ -164,21 +162,17 @@ class CheckpointCommand(PluginCommand):
     ) -> None:
         self.run, self.failed = run, failed
         self.sides = ("a", "b") if two else ("",)
-        self.reading = click.Option(
-            ["--hf-base"], type=_FOLDER, help="Hugging Face model to take the config from."
-        )
-        spool = click.Option(
-            ["--spool"],
-            type=_FOLDER,
-            help="Where to decode what lies compressed.  [directory for temporary files]",
-        )
+        base = "Hugging Face model to take the config from."
+        self.reading = option("--hf-base", FOLDER, base)
+        decoded = "Where to decode what lies compressed.  [directory for temporary files]"
+        spool = option("--spool", FOLDER, decoded)
         modules = megatron_options()
-        for option in modules:
-            option.hidden = True
-        base = [*map(_argument, self.sides), *map(_format_option, self.sides), *params]
-        base += [self.reading, spool, *output_options(), *modules]
+        for one in modules:
+            one.hidden = True
+        common = [*map(_argument, self.sides), *map(_format_option, self.sides)]
+        every = [*common, *params, self.reading, spool, *output_options(), *modules]
         short = short or f"{summary.partition(';')[0].rstrip('.')}."
-        super().__init__(name, params=base, help=summary, short_help=short)
+        super().__init__(name, params=every, help=summary, short_help=short)
 
     def choose(self, args: list[str], wants_help: bool) -> Chosen:
         """Return the loaders of the checkpoints; one that is not recognised is told later."""
@@ -240,9 +234,8 @@ def _argument(side: str) -> click.Parameter:
 
 def _format_option(side: str) -> click.Parameter:
     if not side:
-        return click.Option(["--from", "--loader", "loader"], help="Its format.  [detected]")
-    about = f"Format of {side.upper()}.  [detected]"
-    return click.Option([f"--from-{side}", f"loader_{side}"], help=about)
+        return option("--from --loader loader", str, "Its format.  [detected]")
+    return option(f"--from-{side} loader_{side}", str, f"Format of {side.upper()}.  [detected]")
 
 
 def _for_side(side: str, option: click.Option) -> click.Option:

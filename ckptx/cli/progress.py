@@ -202,6 +202,11 @@ class Bar:
                 self._streams.append((handler, handler.setStream(sys.stderr)))
 
 
+def bar(quiet: bool) -> Progress:
+    """Return a bar on a terminal, nothing elsewhere or if ``quiet``."""
+    return Bar() if sys.stderr.isatty() and not quiet else Silent()
+
+
 def choose(quiet: bool) -> Progress:
     """Return a bar on a terminal, lines elsewhere, nothing if ``quiet``."""
     if quiet:

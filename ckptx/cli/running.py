@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,10 @@ import click
 from click.core import ParameterSource
 
 from ckptx.cli.options import Checkpoint, output_options, show_result
-from ckptx.conversion.options import Dtype
+from ckptx.conversion.options import FOLDER, Dtype, option, switch
 from ckptx.registry.source import Source
 
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _PROMPT = "The capital of France is"
 _ABOUT_IMAGE = "What is in the image?"
 
@@ -38,6 +36,11 @@ class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic since click 
 
 def generate_command() -> click.Command:
     """Return the command that lets a model generate text."""
+    about_prompt = f"Text to continue. Repeatable.  [default: {_PROMPT!r}]"
+    ids = 'Tokens to continue, as "1 2 3"; needs no tokenizer. Repeatable.'
+    image = "Image before every prompt, for models that see."
+    samples = "Runs that --benchmark measures, after one that warms up."
+    output = click.Path(dir_okay=False, path_type=Path)
     return click.Command(
         "generate",
         callback=_generate,
@@ -46,51 +49,17 @@ def generate_command() -> click.Command:
         short_help="Load a model with transformers and generate text.",
         params=[
             click.Argument(["model"], type=Checkpoint(file_okay=False)),
-            click.Option(
-                ["--prompt", "prompts"],
-                multiple=True,
-                help=f"Text to continue. Repeatable.  [default: {_PROMPT!r}]",
-            ),
-            click.Option(
-                ["--prompt-ids"],
-                multiple=True,
-                type=Tokens(),
-                metavar="IDS",
-                help='Tokens to continue, as "1 2 3"; needs no tokenizer. Repeatable.',
-            ),
+            option("--prompt prompts", str, about_prompt, multiple=True),
+            option("--prompt-ids", Tokens(), ids, multiple=True, metavar="IDS"),
             *_sampling_options(),
-            click.Option(["--dtype"], type=Dtype(), help="Compute in this dtype.  [as stored]"),
-            click.Option(
-                ["--device"],
-                type=click.Choice(["auto", "cpu", "cuda"]),
-                default="auto",
-                show_default=True,
-                help="Where to compute.",
-            ),
-            click.Option(
-                ["--tokenizer"], type=_FOLDER, help="Directory of the tokenizer.  [MODEL]"
-            ),
-            click.Option(
-                ["--image"], type=_FILE, help="Image before every prompt, for models that see."
-            ),
-            click.Option(["--benchmark"], is_flag=True, help="Measure tokens/s, too."),
-            click.Option(
-                ["--samples"],
-                type=click.IntRange(1),
-                default=3,
-                show_default=True,
-                help="Runs that --benchmark measures, after one that warms up.",
-            ),
-            click.Option(
-                ["--output-file"],
-                type=click.Path(dir_okay=False, path_type=Path),
-                help="Write the result here, too, as JSON.",
-            ),
-            click.Option(
-                ["--trust-remote-code"],
-                is_flag=True,
-                help="Execute Python code that lies beside the weights.",
-            ),
+            option("--dtype", Dtype(), "Compute in this dtype.  [as stored]"),
+            option("--device", click.Choice(["auto", "cpu", "cuda"]), "Where to compute.", "auto"),
+            option("--tokenizer", FOLDER, "Directory of the tokenizer.  [MODEL]"),
+            option("--image", FILE, image),
+            switch("--benchmark", "Measure tokens/s, too."),
+            option("--samples", click.IntRange(1), samples, 3),
+            option("--output-file", output, "Write the result here, too, as JSON."),
+            switch("--trust-remote-code", "Execute Python code that lies beside the weights."),
             *output_options(),
         ],
     )
@@ -98,38 +67,25 @@ def generate_command() -> click.Command:
 
 def _sampling_options() -> list[click.Parameter]:
     """Return the options that say how tokens are chosen."""
+    share = click.FloatRange(0, 1, min_open=True)
+    likeliest = "Sample from the likeliest tokens of this much probability."
     return [
-        click.Option(
-            ["--max-new-tokens"],
-            type=click.IntRange(1),
-            default=32,
-            show_default=True,
-            help="Generate so many tokens at most.",
-        ),
-        click.Option(
-            ["--temperature"], type=click.FloatRange(0), help="Sample; 0 is greedy.  [greedy]"
-        ),
-        click.Option(
-            ["--top-p"],
-            type=click.FloatRange(0, 1, min_open=True),
-            help="Sample from the likeliest tokens of this much probability.",
-        ),
-        click.Option(
-            ["--top-k"], type=click.IntRange(1), help="Sample from so many likeliest tokens."
-        ),
-        click.Option(["--seed"], type=click.IntRange(0), help="Sample with this seed.  [0]"),
+        option("--max-new-tokens", click.IntRange(1), "Generate so many tokens at most.", 32),
+        option("--temperature", click.FloatRange(0), "Sample; 0 is greedy.  [greedy]"),
+        option("--top-p", share, likeliest),
+        option("--top-k", click.IntRange(1), "Sample from so many likeliest tokens."),
+        option("--seed", click.IntRange(0), "Sample with this seed.  [0]"),
     ]
 
 
 def _generate(
     model: Path, output_file: Path | None, as_json: bool, quiet: bool, verbose: bool, **given: Any
 ) -> None:
-    from ckptx.cli.progress import Bar
-    from ckptx.protocol.progress import Silent
+    from ckptx.cli.progress import bar
     from ckptx.verification.frameworks.generate import generate
 
-    shown = sys.stderr.isatty() and not (quiet or as_json or verbose)
-    result = generate(model, _job(given), output_file, Bar() if shown else Silent())
+    shown = bar(quiet or as_json or verbose)
+    result = generate(model, _job(given), output_file, shown)
     show_result(result, as_json, quiet)
 
 
@@ -158,34 +114,15 @@ _LOGITS = ("logits_atol", "tokens", "seed", "prompt")
 
 def logits_options() -> list[click.Parameter]:
     """Return the options of ``verify`` that run both models."""
+    run = "Run both models, each in its own framework, and compare their logits instead."
+    tokens = "With --logits: tokens of each of two random sequences."
+    seed = "With --logits: seed of the random tokens."
     return [
-        click.Option(
-            ["--logits"],
-            is_flag=True,
-            help="Run both models, each in its own framework, and compare their logits instead.",
-        ),
-        click.Option(
-            ["--logits-atol"],
-            type=click.FloatRange(0),
-            default=1e-4,
-            show_default=True,
-            help="Let float32 logits differ by so much.",
-        ),
-        click.Option(
-            ["--tokens"],
-            type=click.IntRange(1),
-            default=16,
-            show_default=True,
-            help="With --logits: tokens of each of two random sequences.",
-        ),
-        click.Option(
-            ["--seed"],
-            type=click.IntRange(0),
-            default=0,
-            show_default=True,
-            help="With --logits: seed of the random tokens.",
-        ),
-        click.Option(["--prompt"], help="With --logits: a text instead of random tokens."),
+        switch("--logits", run),
+        option("--logits-atol", click.FloatRange(0), "Let float32 logits differ by so much.", 1e-4),
+        option("--tokens", click.IntRange(1), tokens, 16),
+        option("--seed", click.IntRange(0), seed, 0),
+        option("--prompt", str, "With --logits: a text instead of random tokens."),
     ]
 
 
@@ -211,11 +148,9 @@ def check_inputs(logits: bool) -> None:
 
 def compared_logits(a: Source, b: Source, given: dict[str, Any]) -> Any:
     """Return the comparison of what two models compute."""
-    from ckptx.cli.progress import Bar
-    from ckptx.protocol.progress import Silent
+    from ckptx.cli.progress import bar
     from ckptx.verification.frameworks.logits import Inputs, compare_logits
 
     inputs = Inputs(given["tokens"], given["seed"], given["prompt"])
-    still = given["quiet"] or given["as_json"] or given["verbose"]
-    bar = Bar() if sys.stderr.isatty() and not still else Silent()
-    return compare_logits(a, b, inputs, given["logits_atol"], bar)
+    shown = bar(given["quiet"] or given["as_json"] or given["verbose"])
+    return compare_logits(a, b, inputs, given["logits_atol"], shown)

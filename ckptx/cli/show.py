@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +14,7 @@ import click
 from ckptx.cli import running
 from ckptx.cli.options import output_options, show_result
 from ckptx.cli.plugin_options import CheckpointCommand
+from ckptx.conversion.options import option, switch
 from ckptx.registry import registry
 from ckptx.registry.source import Source
 from ckptx.text.wrapping import wrapped
@@ -46,36 +46,22 @@ def verify_command() -> click.Command:
             raise click.exceptions.Exit(1)
 
     number = click.FloatRange(0)
-    manifest = click.Path(exists=True, dir_okay=False, path_type=Path)
+    cast = "Equal values in different dtypes are equal, as with --rtol and --atol."
+    search = "Do not look for the mistake that explains differences."
+    manifest = "Compare A with the digests in a ckptx-manifest.json, instead of with B."
     return CheckpointCommand(
         "verify",
         "Compare two checkpoints, whatever their formats; exit 0 only if they are equal. "
         "Where they differ, say which known mistake explains it. Options of a loader concern both "
         "checkpoints, or one: --a.hf-base DIR, --b.hf-base DIR.",
         [
-            click.Option(
-                ["--rtol"], type=number, default=0.0, help="Let values differ by so much of A's."
+            option(
+                "--rtol", number, "Let values differ by so much of A's.", 0.0, show_default=False
             ),
-            click.Option(
-                ["--atol"], type=number, default=0.0, help="Let values differ by so much."
-            ),
-            click.Option(
-                ["--ignore-dtype"],
-                is_flag=True,
-                help="Equal values in different dtypes are equal, as with --rtol and --atol.",
-            ),
-            click.Option(
-                ["--no-diagnosis", "diagnosis"],
-                is_flag=True,
-                flag_value=False,
-                default=True,
-                help="Do not look for the mistake that explains differences.",
-            ),
-            click.Option(
-                ["--against-manifest"],
-                type=manifest,
-                help="Compare A with the digests in a ckptx-manifest.json, instead of with B.",
-            ),
+            option("--atol", number, "Let values differ by so much.", 0.0, show_default=False),
+            switch("--ignore-dtype", cast),
+            switch("--no-diagnosis diagnosis", search, flag_value=False, default=True),
+            option("--against-manifest", running.FILE, manifest),
             *running.logits_options(),
         ],
         run,
@@ -86,16 +72,14 @@ def verify_command() -> click.Command:
 
 def _compared(a: Source, b: Source, params: dict[str, Any]) -> Comparison:
     """Compare the weights of two checkpoints, behind a bar on a terminal."""
-    from ckptx.cli.progress import Bar
-    from ckptx.protocol.progress import Silent
+    from ckptx.cli.progress import bar
     from ckptx.verification.compare import compare
     from ckptx.verification.difference import Tolerance
 
     tolerance = Tolerance(params["rtol"], params["atol"], params["ignore_dtype"])
-    shown = sys.stderr.isatty() and not (params["quiet"] or params["as_json"])
-    bar = Bar() if shown else Silent()
+    shown = bar(params["quiet"] or params["as_json"])
     with a.open() as left, b.open() as right:
-        return compare(left, right, tolerance, diagnosis=params["diagnosis"], progress=bar)
+        return compare(left, right, tolerance, diagnosis=params["diagnosis"], progress=shown)
 
 
 def plugins_command() -> click.Command:
@@ -116,7 +100,7 @@ def plugins_command() -> click.Command:
         callback=run,
         help="List plugins, where they come from, and what they can do.",
         params=[
-            click.Option(["--names", "names_only"], is_flag=True, help="Import no plugin."),
+            switch("--names names_only", "Import no plugin."),
             *output_options(),
         ],
     )

@@ -9,6 +9,7 @@ import click
 
 from ckptx.cli.options import show_result
 from ckptx.cli.plugin_options import CheckpointCommand
+from ckptx.conversion.options import option, switch
 from ckptx.errors import CkptxError
 from ckptx.registry.source import Source
 
@@ -45,25 +46,16 @@ def inspect_command() -> click.Command:
         if params["as_json"]:
             show_result(Unreadable(str(source.path), source.format, str(error)), True, False)
 
+    names = "Whole tensors by Hugging Face's names, or as the files hold them."
     return CheckpointCommand(
         "inspect",
         "Say what a checkpoint is, and whether it is whole; exit 1 if it is not.",
         [
-            click.Option(["--tree"], is_flag=True, help="List the tensors; alike layers once."),
-            click.Option(["--filter", "pattern"], metavar="GLOB", help="List tensors so named."),
-            click.Option(["--layers"], metavar="LIST", help="List those of layers, as 0,4-7."),
-            click.Option(
-                ["--stats"],
-                is_flag=True,
-                help="Read the values: min, max, mean, std, and what is not finite.",
-            ),
-            click.Option(
-                ["--names"],
-                type=click.Choice(["model", "stored"]),
-                default="model",
-                show_default=True,
-                help="Whole tensors by Hugging Face's names, or as the files hold them.",
-            ),
+            switch("--tree", "List the tensors; alike layers once."),
+            option("--filter pattern", str, "List tensors so named.", metavar="GLOB"),
+            option("--layers", str, "List those of layers, as 0,4-7.", metavar="LIST"),
+            switch("--stats", "Read the values: min, max, mean, std, and what is not finite."),
+            option("--names", click.Choice(["model", "stored"]), names, "model"),
         ],
         run,
         failed,
@@ -85,10 +77,8 @@ def print_tensor_command() -> click.Command:
         "Show the values of one tensor, or of a part of it.",
         [
             click.Argument(["name"]),
-            click.Option(
-                ["--slice", "part"], metavar="SLICE", help="A part, as numpy writes it: '0, :8'."
-            ),
-            click.Option(["--full"], is_flag=True, help="All values, not only the outer ones."),
+            option("--slice part", str, "A part, as numpy writes it: '0, :8'.", metavar="SLICE"),
+            switch("--full", "All values, not only the outer ones."),
         ],
         run,
     )

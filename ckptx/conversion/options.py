@@ -42,96 +42,64 @@ class Dtype(click.ParamType):  # type: ignore[type-arg]
         return SPELLINGS[value]
 
 
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+"""The type of a directory that exists."""
+
+
+def option(names: str, type: Any, help: str, default: Any = None, **more: Any) -> click.Option:
+    """Return an option of these names, separated by blanks; its default, if any, is shown."""
+    if default is not None:  # for click None is a default, too
+        more = {"default": default, "show_default": True, **more}
+    return click.Option(names.split(), type=type, help=help, **more)
+
+
+def switch(names: str, help: str, **more: Any) -> click.Option:
+    """Return an option without a value."""
+    return click.Option(names.split(), is_flag=True, help=help, **more)
+
+
 def engine_options() -> list[click.Option]:
     """Return the options of a conversion that belong to no plugin."""
-    folder = click.Path(exists=True, file_okay=False, path_type=Path)
+    filled = "Take tensors of this name from --hf-base if the source lacks them. Repeatable."
+    memory = "Memory of the whole conversion: GB is 10^9 bytes, GiB and G are 2^30."
+    threads = "Threads that move bytes.  [as many as help]"
+    replicas = "How much of a tensor's further copies is compared."
+    resume = (
+        "Continue an interrupted run of the same conversion; or start over, and leave nothing if "
+        "interrupted.  [default: resume]"
+    )
+    compared = click.Choice(["all", "sample", "none"])
+    digests = click.Choice(["xxh3_128", "sha256"])
     return [
-        click.Option(["--dtype"], type=Dtype(), help="Convert weights to this dtype.  [as stored]"),
-        click.Option(["--overwrite"], is_flag=True, help="Replace an existing target."),
-        click.Option(
-            ["--hf-base"], type=folder, help="Hugging Face model to take config and tokenizer from."
+        option("--dtype", Dtype(), "Convert weights to this dtype.  [as stored]"),
+        switch("--overwrite", "Replace an existing target."),
+        option("--hf-base", FOLDER, "Hugging Face model to take config and tokenizer from."),
+        option("--fill-from-base", str, filled, multiple=True, metavar="GLOB"),
+        option("--max-memory", Size(), memory, "512MiB"),
+        option("--threads", click.IntRange(0, 1024), threads, 0, show_default=False),
+        option("--digest", digests, "Digest of the manifest's tensors.", "xxh3_128"),
+        option("--check-replicas", compared, replicas, "sample"),
+        option("--resume/--no-resume", None, resume, True, show_default=False),
+        option(
+            "--journal-every",
+            Size(),
+            "How much an interrupted run may have to write again.",
+            "256MiB",
         ),
-        click.Option(
-            ["--fill-from-base"],
-            multiple=True,
-            metavar="GLOB",
-            help="Take tensors of this name from --hf-base if the source lacks them. Repeatable.",
-        ),
-        click.Option(
-            ["--max-memory"],
-            type=Size(),
-            default="512MiB",
-            show_default=True,
-            help="Memory of the whole conversion: GB is 10^9 bytes, GiB and G are 2^30.",
-        ),
-        click.Option(
-            ["--threads"],
-            type=click.IntRange(0, 1024),
-            default=0,
-            help="Threads that move bytes.  [as many as help]",
-        ),
-        click.Option(
-            ["--digest"],
-            type=click.Choice(["xxh3_128", "sha256"]),
-            default="xxh3_128",
-            show_default=True,
-            help="Digest of the manifest's tensors.",
-        ),
-        click.Option(
-            ["--check-replicas"],
-            type=click.Choice(["all", "sample", "none"]),
-            default="sample",
-            show_default=True,
-            help="How much of a tensor's further copies is compared.",
-        ),
-        *_resume_options(),
-        click.Option(
-            ["--max-queue-size"],
-            type=click.IntRange(1),
-            default=50,
-            show_default=True,
-            help="Messages that may wait between the two processes.",
-        ),
-    ]
-
-
-def _resume_options() -> list[click.Option]:
-    """Return the options of interrupted runs."""
-    return [
-        click.Option(
-            ["--resume/--no-resume"],
-            default=True,
-            help="Continue an interrupted run of the same conversion; or start over, and leave "
-            "nothing if interrupted.  [default: resume]",
-        ),
-        click.Option(
-            ["--journal-every"],
-            type=Size(),
-            default="256MiB",
-            show_default=True,
-            help="How much an interrupted run may have to write again.",
+        option(
+            "--max-queue-size",
+            click.IntRange(1),
+            "Messages that may wait between the two processes.",
+            50,
         ),
     ]
 
 
 def megatron_options() -> list[click.Option]:
     """Return the options that concern Megatron-style modules only."""
+    any_order = "Let modules send messages in any order."
     return [
-        click.Option(
-            ["--model-type"],
-            type=click.Choice(["GPT", "BERT"]),
-            default="GPT",
-            show_default=True,
-            help="Type of the model.",
-        ),
-        click.Option(
-            ["--no-checking", "checking"],
-            is_flag=True,
-            flag_value=False,
-            default=True,
-            help="Let modules send messages in any order.",
-        ),
-        click.Option(
-            ["--megatron-path"], metavar="DIR", help="Megatron-LM checkout that modules import."
-        ),
+        option("--model-type", click.Choice(["GPT", "BERT"]), "Type of the model.", "GPT"),
+        switch("--no-checking checking", any_order, flag_value=False, default=True),
+        option("--megatron-path", str, "Megatron-LM checkout that modules import.", metavar="DIR"),
     ]

@@ -11,8 +11,8 @@ MERGE_WEIGHTS = Script(
     "merge-weights",
     "accelerate merge-weights",
     (
-        flag("checkpoint_directory", becomes=SOURCE, required=True, help="The checkpoint."),
-        flag("output_path", becomes=TARGET, required=True, help="Directory to write."),
+        flag("checkpoint_directory", becomes=SOURCE, help="The checkpoint."),
+        flag("output_path", becomes=TARGET, help="Directory to write."),
         switch(
             "--unsafe_serialization",
             becomes={True: ("--weight-files", "bin")},

@@ -28,14 +28,13 @@ ZERO_TO_FP32 = Script(
     "zero_to_fp32",
     "DeepSpeed, deepspeed/utils/zero_to_fp32.py",
     (
-        flag("checkpoint_dir", becomes=SOURCE, required=True, help="The checkpoint."),
+        flag("checkpoint_dir", becomes=SOURCE, help="The checkpoint."),
         flag(
-            *("output_dir",),
+            "output_dir",
             becomes=TARGET,
-            required=True,
             help="Directory to write; or one file, pytorch_model.bin, as in old releases.",
         ),
-        flag("--max_shard_size", becomes="", default="5GB", help="Largest file."),
+        flag("--max_shard_size", default="5GB", help="Largest file."),
         switch("--safe_serialization", help="Write safetensors, not pytorch_model.bin."),
         flag("--tag", "-t", becomes="--tag", help="Tag below the checkpoint.  [what latest says]"),
         switch(

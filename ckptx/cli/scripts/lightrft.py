@@ -47,9 +47,9 @@ DS2HF = Script(
     "ds2hf",
     "LightRFT, lightrft/utils/ckpt_scripts/ds2hf.py",
     (
-        flag("--checkpoint_dir", becomes="", required=True, help="The checkpoint, or a tag of it."),
-        flag("--output_dir", becomes="", required=True, help="Directory to write."),
-        flag("--hf_base", becomes="", required=True, help=_BASE),
+        flag("--checkpoint_dir", required=True, help="The checkpoint, or a tag of it."),
+        flag("--output_dir", required=True, help="Directory to write."),
+        flag("--hf_base", required=True, help=_BASE),
         flag("--tag", "-t", becomes="--tag", help="Tag below the checkpoint."),
         switch(
             "--exclude_frozen_parameters",
@@ -67,10 +67,10 @@ DS2HF = Script(
             default="vision2seq",
             help="Module that was trained.",
         ),
-        flag("--pooling_method", becomes="", help="Of srm: attn or last.", needless=_SEEN),
+        flag("--pooling_method", help="Of srm: attn or last.", needless=_SEEN),
         switch("--scale_for_train", help="Of srm: has a scale.", needless=_SEEN),
-        flag("--probing_layer", becomes="", help="Of srm: layer of the head.", needless=_SEEN),
-        flag("--heads_types", becomes="", help="Of srm: heads.", needless=_SEEN, many=True),
+        flag("--probing_layer", help="Of srm: layer of the head.", needless=_SEEN),
+        flag("--heads_types", help="Of srm: heads.", needless=_SEEN, many=True),
     ),
     always=("--from", "deepspeed"),
     places=_output,
@@ -83,8 +83,8 @@ FSDP2HF = Script(
     "LightRFT, lightrft/utils/ckpt_scripts/fsdp2hf.py",
     (
         flag("--hf_base", becomes="--hf-base", required=True, help=_BASE),
-        flag("--checkpoint_dir", becomes=SOURCE, required=True, help="The checkpoint."),
-        flag("--output_dir", becomes=TARGET, required=True, help="Directory to write."),
+        flag("--checkpoint_dir", becomes=SOURCE, help="The checkpoint."),
+        flag("--output_dir", becomes=TARGET, help="Directory to write."),
     ),
     always=("--from", "dcp", "--to", "hf"),
     further=lambda values: dtype_of(values["hf_base"]),
@@ -94,8 +94,8 @@ HF2FSDP = Script(
     "hf2fsdp",
     "LightRFT, lightrft/utils/ckpt_scripts/hf2fsdp.py",
     (
-        flag("--hf_checkpoint", becomes=SOURCE, required=True, help="The model."),
-        flag("--output", becomes=TARGET, required=True, help="Directory to write."),
+        flag("--hf_checkpoint", becomes=SOURCE, help="The model."),
+        flag("--output", becomes=TARGET, help="Directory to write."),
     ),
     always=("--from", "hf", "--to", "dcp", "--target-names", "files"),
 )
@@ -104,7 +104,7 @@ TEST_MODEL = Script(
     "test_model",
     "LightRFT, lightrft/utils/ckpt_scripts/test_model.py",
     (
-        flag("--model_path", becomes=SOURCE, required=True, help="The model."),
+        flag("--model_path", becomes=SOURCE, help="The model."),
         choice(
             "--device",
             words={name: ("--device", name) for name in ("cuda", "cpu", "auto")},
@@ -112,10 +112,7 @@ TEST_MODEL = Script(
         ),
         flag("--test_prompts", becomes="--prompt", many=True, help="Texts to continue."),
         flag(
-            "--max_new_tokens",
-            becomes="--max-new-tokens",
-            default="256",
-            help="Tokens for each.",
+            "--max_new_tokens", becomes="--max-new-tokens", default="256", help="Tokens for each."
         ),
         switch("--benchmark", becomes="--benchmark", help="Measure the speed, too."),
         flag("--benchmark_samples", becomes="--samples", help="Prompts to measure."),

@@ -19,7 +19,7 @@ INSPECT = Script(
     "inspect",
     "Megatron, checkpoint_inspector inspect",
     (
-        flag("checkpoint_dir", becomes=SOURCE, required=True, help="The checkpoint."),
+        flag("checkpoint_dir", becomes=SOURCE, help="The checkpoint."),
         _MSC,
         switch(
             "--not-ignore-param-to-group-meta",
@@ -35,8 +35,8 @@ PRINT_TENSOR = Script(
     "print-tensor",
     "Megatron, checkpoint_inspector print-tensor",
     (
-        flag("checkpoint_dir", becomes=SOURCE, required=True, help="The checkpoint."),
-        flag("key", becomes=TARGET, required=True, help="The tensor's name."),
+        flag("checkpoint_dir", becomes=SOURCE, help="The checkpoint."),
+        flag("key", becomes=TARGET, help="The tensor's name."),
     ),
     command="print-tensor",
 )
@@ -45,8 +45,8 @@ COMPARE = Script(
     "compare-two-checkpoint",
     "Megatron, checkpoint_inspector compare-two-checkpoint",
     (
-        flag("checkpoint_1", becomes=SOURCE, required=True, help="One checkpoint."),
-        flag("checkpoint_2", becomes=TARGET, required=True, help="Another."),
+        flag("checkpoint_1", becomes=SOURCE, help="One checkpoint."),
+        flag("checkpoint_2", becomes=TARGET, help="Another."),
         _MSC,
     ),
     command="verify",

@@ -15,8 +15,8 @@ DCP_TO_PT = Script(
     "convert_dcp_to_pt",
     "RLinf, fsdp_convertor/convert_dcp_to_pt.py",
     (
-        flag("--dcp_path", becomes=SOURCE, required=True, help="dcp_checkpoint of a step."),
-        flag("--output_path", becomes=TARGET, required=True, help="File to write."),
+        flag("--dcp_path", becomes=SOURCE, help="dcp_checkpoint of a step."),
+        flag("--output_path", becomes=TARGET, help="File to write."),
     ),
     always=("--from", "dcp", "--to", "pytorch"),
     places=lambda values: file_places(values["dcp_path"], values["output_path"]),
@@ -33,14 +33,9 @@ PT_TO_HF = Script(
     "convert_pt_to_hf",
     "RLinf, fsdp_convertor/convert_pt_to_hf.py",
     (
-        flag("--config-path", becomes="", help="Directory of the configuration."),
-        flag(
-            *("--config-name",),
-            becomes="",
-            default="fsdp_model_convertor",
-            help="Its name, without .yaml.",
-        ),
-        flag("settings", becomes="", many=True, help="Settings, as convertor.torch_dtype=bf16."),
+        flag("--config-path", help="Directory of the configuration."),
+        flag("--config-name", default="fsdp_model_convertor", help="Its name, without .yaml."),
+        flag("settings", many=True, help="Settings, as convertor.torch_dtype=bf16."),
     ),
     command="from-config",
     places=_config,
@@ -52,21 +47,11 @@ MG2HF = Script(
     "RLinf, megatron_convertor/mg2hf_*.sh",
     (
         flag(
-            *("ckpt_path_mg",),
-            becomes=SOURCE,
-            required=True,
-            variable="CKPT_PATH_MG",
-            help="Megatron's checkpoint.",
+            "ckpt_path_mg", becomes=SOURCE, variable="CKPT_PATH_MG", help="Megatron's checkpoint."
         ),
+        flag("ckpt_path_hf", becomes=TARGET, variable="CKPT_PATH_HF", help="Directory to write."),
         flag(
-            *("ckpt_path_hf",),
-            becomes=TARGET,
-            required=True,
-            variable="CKPT_PATH_HF",
-            help="Directory to write.",
-        ),
-        flag(
-            *("ckpt_path_original_hf",),
+            "ckpt_path_original_hf",
             becomes="--hf-base",
             required=True,
             variable="CKPT_PATH_ORIGINAL_HF",

@@ -65,9 +65,10 @@ class Flag:
             yield from (self.becomes,) if self.switch else (self.becomes, str(value))
 
 
-def flag(*spellings: str, becomes: str, help: str, **more: Any) -> Flag:
-    """Return a flag that ckptx has under another name, or takes as a place."""
-    return Flag(spellings, help, becomes, **more)
+def flag(*spellings: str, becomes: str = "", help: str, **more: Any) -> Flag:
+    """Return a flag that ckptx has under another name, or takes as a place, which must be given."""
+    required = becomes in (SOURCE, TARGET) and "default" not in more
+    return Flag(spellings, help, becomes, **{"required": required, **more})
 
 
 def switch(

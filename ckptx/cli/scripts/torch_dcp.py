@@ -30,8 +30,8 @@ def file_places(source: str, target: str) -> tuple[str, str]:
 
 
 _PLACES = (
-    flag("src", becomes=SOURCE, required=True, help="The checkpoint."),
-    flag("dst", becomes=TARGET, required=True, help="What to write."),
+    flag("src", becomes=SOURCE, help="The checkpoint."),
+    flag("dst", becomes=TARGET, help="What to write."),
 )
 
 DCP_TO_TORCH = Script(

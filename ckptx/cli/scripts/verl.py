@@ -16,10 +16,7 @@ _NO_CODE = "no model is built, so no code of it is run"
 
 
 _LOCAL = flag(
-    *("--local_dir",),
-    becomes=SOURCE,
-    required=True,
-    help="Directory of the ranks' files, .../global_step_N/actor.",
+    "--local_dir", becomes=SOURCE, help="Directory of the ranks' files, .../global_step_N/actor."
 )
 _BACKEND = ("fsdp", "megatron")
 _BACKEND_HELP = "Who has saved it; ckptx sees it in the files."
@@ -53,10 +50,10 @@ MERGE = Script(
             becomes="--is-value-model",
             help="Of Megatron: the model has a head with one output.",
         ),
-        flag("--hf_upload_path", becomes="", help="Repository.", refused=_NOT_UPLOADED),
+        flag("--hf_upload_path", help="Repository.", refused=_NOT_UPLOADED),
         switch("--private", help="Make the repository private.", refused=_NOT_UPLOADED),
         switch("--test", help="Compare, in old releases.", refused=_OLD_TEST),
-        flag("--test_hf_dir", becomes="", help="What with.", refused=_OLD_TEST),
+        flag("--test_hf_dir", help="What with.", refused=_OLD_TEST),
         *_UNUSED,
     ),
     always=("--from", "verl", "--to", "hf", "--dtype", "bfloat16"),
@@ -74,15 +71,9 @@ TEST = Script(
     (
         choice("--backend", words=_TOLERANCES, required=True, help="Who has saved it."),
         _LOCAL,
+        flag("--test_hf_dir", becomes=TARGET, help="Model to compare with."),
         flag(
-            *("--test_hf_dir",),
-            becomes=TARGET,
-            required=True,
-            help="Model to compare with.",
-        ),
-        flag(
-            *("--hf_model_path",),
-            becomes="",
+            "--hf_model_path",
             help="Model whose config is taken.",
             needless="the config in the checkpoint is taken",
         ),
@@ -110,10 +101,8 @@ MCORE = Script(
     "converter_hf_to_mcore",
     "verl, scripts/converter_hf_to_mcore.py",
     (
-        flag(
-            "--hf_model_path", becomes=SOURCE, required=True, help="Hugging Face model to convert."
-        ),
-        flag("--output_path", becomes=TARGET, required=True, help="Directory to write."),
+        flag("--hf_model_path", becomes=SOURCE, help="Hugging Face model to convert."),
+        flag("--output_path", becomes=TARGET, help="Directory to write."),
         flag("--pp_size", becomes="--pp", help="Pipeline stages.  [default: 1]"),
         flag("--ep_size", becomes="--ep", help="Expert-parallel ranks.  [default: 1]"),
         switch("--test", help="Compare the result with the model."),
@@ -144,10 +133,10 @@ SIMPLE = Script(
     "convert_checkpoint_simple",
     "a fork of verl, scripts/convert_checkpoint_simple.py",
     (
-        flag("checkpoint", becomes="", required=True, help="The step, .../global_step_150."),
-        flag("--output", becomes="", help="Directory to write.  [default: CHECKPOINT_merged]"),
+        flag("checkpoint", required=True, help="The step, .../global_step_150."),
+        flag("--output", help="Directory to write.  [default: CHECKPOINT_merged]"),
         flag(
-            *("--actor-dir",),
+            "--actor-dir",
             becomes="--actor-dir",
             default="actor",
             help="Directory of the ranks' files in it.",
