@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ckptx.containers.pickle_values import collector_paused
+from ckptx.conversion.casting import cast_messages
 from ckptx.conversion.megatron_modules import ModuleSaver
 from ckptx.conversion.report import Facts, Plan, Report
 from ckptx.conversion.request import ConversionRequest
@@ -154,7 +155,7 @@ def make_plan(
         PluginError: the saver has not read all messages.
     """
     stream = WatchedMessages(iter(messages))
-    made = saver.plan(cast(stream, context.dtype), options, context)
+    made = saver.plan(cast_messages(stream, context.dtype), options, context)
     return Planned(*stream.finish(saver.name), made)
 
 
@@ -238,7 +239,8 @@ def convert(
                 target.keep()
                 raise
     except CutShortError as error:
-        raise _saying(error, target) from error
+        error.args = (f"{error}; {target.kept or 'nothing was written'}",)
+        raise
     except Interrupted as error:
         if target.kept is None:
             raise
@@ -337,14 +339,6 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _saying(error: CutShortError, target: Target) -> CutShortError:
-    """Return an error that says what is left of the conversion."""
-    told = CutShortError(f"{error}; {target.kept or 'nothing was written'}")
-    for note in getattr(error, "__notes__", ()):
-        told.add_note(note)
-    return told
-
-
 def _overflow(infinite: Mapping[str, int]) -> tuple[str, ...]:
     """Return the remark that values may not have survived a cast."""
     if not infinite:
@@ -374,20 +368,12 @@ def _save_by_module(
 
     stream = WatchedMessages(messages)
     staging = Path(owner.prepare(saver.outline(request), None)[0])
-    facts = saver.write_directly(cast(stream, request.dtype), request, staging, owner.advance)
+    messages = cast_messages(stream, request.dtype)
+    facts = saver.write_directly(messages, request, staging, owner.advance)
     stream.finish(request.saver)
     owner.flush()
     sync_tree(staging)
     return facts
-
-
-def cast(messages: Iterable[Message], dtype: str | None) -> Iterator[Message]:
-    """Return the messages in another dtype."""
-    if dtype is None:
-        return iter(messages)
-    from ckptx.conversion.casting import cast_messages
-
-    return cast_messages(messages, dtype)
 
 
 def write_options(request: ConversionRequest) -> WriteOptions:

@@ -16,9 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ckptx.conversion.proof import Proof
 from ckptx.conversion.report import Facts
 from ckptx.errors import ConversionError, PlanError, PluginError, listing
 from ckptx.model.spec import ModelSpec
+from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, SourceTensor, Tensors
 from ckptx.protocol.model import check_state
 from ckptx.storage.spool import Spool
@@ -160,7 +162,7 @@ class SendQueue:
         self._name = name
         self._model_type = model_type
         self._advance = advance
-        self._counts = {"tensors": 0, "bytes": 0}
+        self._proof = Proof()
         self._messages = messages
         self._begin: Begin | None = None
         self._end: End | None = None
@@ -212,32 +214,15 @@ class SendQueue:
             raise ConversionError(
                 f"saver module {self._name!r} wrote nothing to its save_dir, {staging}"
             )
-        return Facts(
-            source_format=self._begin.format,
-            source_layout=self._begin.layout,
-            families={part: spec.family for part, spec in self._begin.parts.items()},
-            files=len(files),
-            tensors=self._counts["tensors"],
-            source_tensors=len(self._begin.sources),
-            bytes_in=self._counts["bytes"],
-            bytes_out=sum(path.stat().st_size for path in files),
-            inexact={},
-            widened={},
-            filled={},
-            replicas=0,
-            dropped=[
-                {"name": drop.name, "reason": drop.reason, "bytes": drop.nbytes}
-                for drop in self._end.dropped
-            ],
-            notes=(
-                *self._end.notes,
-                "a Megatron-style module wrote the files: what it did to the "
-                f"{self._counts['tensors']} tensors it was given is not proved",
-            ),
-            stages=(),
-            details={},
-            load_hint="",
+        count = self._proof.tensors
+        note = (
+            f"a Megatron-style module wrote the files: what it did to the {count} tensors it was "
+            "given is not proved"
         )
+        self._proof.files = len(files)
+        self._proof.bytes_out = sum(path.stat().st_size for path in files)
+        self._proof.sources, self._proof.dropped = len(self._begin.sources), self._end.dropped
+        return Facts.of(self._begin, self._end, SavePlan((), notes=(note,)), self._proof)
 
     def _materialised(self, tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
         import numpy as np
@@ -251,8 +236,8 @@ class SendQueue:
             flat = read(tensor, self._begin.files).reshape(-1).view(np.uint8)
             dtype = getattr(torch, tensor.dtype)
             values[key] = torch.from_numpy(flat).view(dtype).reshape(tensor.shape)
-            self._counts["tensors"] += 1
-            self._counts["bytes"] += tensor.nbytes
+            self._proof.tensors += 1
+            self._proof.bytes_in += tensor.nbytes
             self._advance(tensor.nbytes)
         return values
 
@@ -314,19 +299,16 @@ def metadata_of(begin: Begin, model_type: str) -> SimpleNamespace:
     training = dict(begin.training)
     args = argparse.Namespace(**_arguments(spec, begin))
     iteration = training.get("iteration", 0)
+    own = ("seq_length", "tokenizer_type", "bert_binary_head", "make_vocab_size_divisible_by")
+    dimensions = ("num_layers", "hidden_size", "num_attention_heads", "kv_channels")
+    positions = ("max_position_embeddings", "position_embedding_type")
     return SimpleNamespace(
+        **{name: getattr(spec, name) for name in (*dimensions, *positions)},
+        **{name: getattr(args, name) for name in own},
         model_type=model_type,
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        seq_length=args.seq_length,
-        num_attention_heads=spec.num_attention_heads,
-        max_position_embeddings=spec.max_position_embeddings,
-        tokenizer_type=args.tokenizer_type,
         iteration=iteration if isinstance(iteration, int) else 0,
         params_dtype=getattr(torch, spec.dtype),
-        bert_binary_head=args.bert_binary_head,
         output_layer=not spec.tied,
-        position_embedding_type=spec.position_embedding_type,
         linear_bias=spec.add_bias_linear,
         qkv_bias=spec.add_bias_linear or spec.add_qkv_bias,
         norm_has_bias=spec.normalization == "LayerNorm",
@@ -334,45 +316,34 @@ def metadata_of(begin: Begin, model_type: str) -> SimpleNamespace:
         previous_tensor_parallel_size=begin.parallel.get("tp", 1),
         previous_pipeline_parallel_size=begin.parallel.get("pp", 1),
         true_vocab_size=spec.vocab_size,
-        make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
         checkpoint_args=args,
         consumed_train_samples=training.get("consumed_train_samples", 0),
         consumed_valid_samples=training.get("consumed_valid_samples", 0),
         use_legacy_models=False,
-        kv_channels=spec.kv_channels,
         num_experts=args.num_experts or 0,
     )
 
 
+_SAME_NAME = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("kv_channels", "max_position_embeddings", "position_embedding_type", "rotary_base"),
+    *("rotary_percent", "normalization", "norm_epsilon", "add_bias_linear", "add_qkv_bias"),
+    *("qk_layernorm", "num_experts", "moe_ffn_hidden_size", "moe_router_topk"),
+)
+"""Dimensions of a `ModelSpec` that Megatron's args have under the same name."""
+
+
 def _arguments(spec: ModelSpec, begin: Begin) -> dict[str, Any]:
     """Return Megatron's ``args`` of the source: its own where it has them, else from the spec."""
-    grouped = spec.num_query_groups != spec.num_attention_heads
     derived = {
-        "num_layers": spec.num_layers,
-        "hidden_size": spec.hidden_size,
-        "ffn_hidden_size": spec.ffn_hidden_size,
-        "num_attention_heads": spec.num_attention_heads,
-        "group_query_attention": grouped,
-        "num_query_groups": spec.num_query_groups,
-        "kv_channels": spec.kv_channels,
+        **{name: getattr(spec, name) for name in _SAME_NAME},
+        "group_query_attention": spec.num_query_groups != spec.num_attention_heads,
         "seq_length": spec.max_position_embeddings,
-        "max_position_embeddings": spec.max_position_embeddings,
-        "position_embedding_type": spec.position_embedding_type,
-        "rotary_base": spec.rotary_base,
-        "rotary_percent": spec.rotary_percent,
-        "normalization": spec.normalization,
-        "norm_epsilon": spec.norm_epsilon,
         "swiglu": spec.gated,
-        "add_bias_linear": spec.add_bias_linear,
-        "add_qkv_bias": spec.add_qkv_bias,
-        "qk_layernorm": spec.qk_layernorm,
         "untie_embeddings_and_output_weights": not spec.tied,
         "make_vocab_size_divisible_by": 128,
         "tokenizer_type": "HuggingFaceTokenizer",
         "bert_binary_head": False,
-        "num_experts": spec.num_experts,
-        "moe_ffn_hidden_size": spec.moe_ffn_hidden_size,
-        "moe_router_topk": spec.moe_router_topk,
         "sequence_parallel": False,
         "apply_query_key_layer_scaling": False,
         "fp16": spec.dtype == "float16",

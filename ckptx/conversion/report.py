@@ -57,7 +57,7 @@ class Facts:
     @classmethod
     def of(cls, begin: Begin, end: End, plan: SavePlan, proof: Proof) -> Facts:
         """Return the facts of a proved plan."""
-        exact = {step: names for step, names in proof.casts.items() if step not in proof.inexact}
+        inexact = proof.inexact
         return cls(
             source_format=begin.format,
             source_layout=begin.layout,
@@ -67,18 +67,11 @@ class Facts:
             source_tensors=proof.sources,
             bytes_in=proof.bytes_in,
             bytes_out=proof.bytes_out,
-            inexact=dict(proof.inexact),
-            widened=exact,
+            inexact=inexact,
+            widened={step: names for step, names in proof.casts.items() if step not in inexact},
             filled=dict(proof.filled),
             replicas=proof.replicas,
-            dropped=[
-                {
-                    "name": drop.name,
-                    "reason": drop.reason,
-                    "bytes": drop.nbytes or sum(tensor.nbytes for tensor in drop.tensors),
-                }
-                for drop in proof.dropped
-            ],
+            dropped=[drop.to_json() for drop in proof.dropped],
             notes=tuple(dict.fromkeys((*end.notes, *plan.notes))),
             stages=tuple(plan.stages),
             details=dict(plan.details),
@@ -93,10 +86,13 @@ class Facts:
         return replace(self, load_hint=self.load_hint.replace("{target}", place))
 
 
-class _OfFacts(Shown):
-    """What is told of a conversion that was, or would be, done."""
+@dataclass(frozen=True, slots=True)
+class _Conversion(Shown):
+    """A conversion that was, or would be, done."""
 
-    __slots__ = ()
+    loader: str
+    saver: str
+    target: str
     facts: Facts
 
     @property
@@ -114,24 +110,20 @@ class _OfFacts(Shown):
         """Remarks of loader and saver."""
         return self.facts.notes
 
+    def _common(self) -> dict[str, Any]:
+        places = {"loader": self.loader, "saver": self.saver, "target": self.target}
+        return {**places, **asdict(self.facts)}
+
 
 @dataclass(frozen=True, slots=True)
-class Report(_OfFacts):
+class Report(_Conversion):
     """A finished conversion."""
 
-    loader: str
-    saver: str
-    target: str
-    facts: Facts
     seconds: float
     digest: str
     """Digest of all tensors of the target; empty if a Megatron-style module wrote them."""
     resumed: int = 0
     """Bytes that an interrupted run had written, and that were not written again."""
-
-    def _speed(self) -> str:
-        """Return the speed where it says something: not for models of a few megabytes."""
-        return f" ({self.rate:.2f} GB/s)" if self.rate >= 0.01 else ""
 
     @property
     def rate(self) -> float:
@@ -141,10 +133,7 @@ class Report(_OfFacts):
     def to_json(self) -> dict[str, Any]:
         """Return the whole report; every key is always there."""
         return {
-            "loader": self.loader,
-            "saver": self.saver,
-            "target": self.target,
-            **asdict(self.facts),
+            **self._common(),
             "seconds": round(self.seconds, 3),
             "gb_per_second": round(self.rate, 3),
             "digest": self.digest,
@@ -153,7 +142,9 @@ class Report(_OfFacts):
 
     def render(self, width: int = 80) -> str:
         """Return the report as text of at most ``width`` columns."""
-        head = f"{self.loader} -> {self.saver} in {self.seconds:.1f} s{self._speed()}"
+        # Of models of a few megabytes the speed says nothing.
+        speed = f" ({self.rate:.2f} GB/s)" if self.rate >= 0.01 else ""
+        head = f"{self.loader} -> {self.saver} in {self.seconds:.1f} s{speed}"
         pairs = [("converted", head), ("target", self.target), *_facts_lines(self.facts)]
         if self.resumed:
             text = f"{size_text(self.resumed)} were on disk from a run before, and are whole"
@@ -166,14 +157,10 @@ class Report(_OfFacts):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan(_OfFacts):
+class Plan(_Conversion):
     """A conversion that was planned and proved, and not executed. Sizes are in bytes."""
 
-    loader: str
-    saver: str
-    target: str
-    facts: Facts
-    outputs: Sequence[Mapping[str, Any]]
+    files: Sequence[Mapping[str, Any]]
     """Each output file: ``path``, ``bytes``, ``tensors``."""
     pointers: Sequence[str]
     """Small files beside the target, written last."""
@@ -188,11 +175,6 @@ class Plan(_OfFacts):
     """Each output tensor: ``file``, ``name``, ``dtype``, ``shape``, ``operations``."""
 
     @property
-    def files(self) -> Sequence[Mapping[str, Any]]:
-        """The output files: ``path``, ``bytes``, ``tensors``."""
-        return self.outputs
-
-    @property
     def disk(self) -> int:
         """Disk needed, the spool included."""
         return self.facts.bytes_out + self.spool
@@ -200,11 +182,8 @@ class Plan(_OfFacts):
     def to_json(self) -> dict[str, Any]:
         """Return the whole plan; every key is always there."""
         return {
-            "loader": self.loader,
-            "saver": self.saver,
-            "target": self.target,
-            **asdict(self.facts),
-            "outputs": list(self.outputs),
+            **self._common(),
+            "outputs": list(self.files),
             "pointers": list(self.pointers),
             "peak_memory": self.peak_memory,
             "spool": self.spool,
@@ -225,12 +204,11 @@ class Plan(_OfFacts):
         if self.refused:
             pairs.append(("refused", f"convert would stop here: {self.refused}"))
         pairs += [("stage", stage) for stage in self.facts.stages]
-        for output in self.outputs[:_FILES]:
-            text = f"{output['path']}  {size_text(output['bytes'])}, {output['tensors']} tensors"
+        for file in self.files[:_FILES]:
+            text = f"{file['path']}  {size_text(file['bytes'])}, {file['tensors']} tensors"
             pairs.append(("file", text))
-        if len(self.outputs) > _FILES:
-            rest = f"and {len(self.outputs) - _FILES:,} more, which --json lists"
-            pairs.append(("file", rest))
+        if len(self.files) > _FILES:
+            pairs.append(("file", f"and {len(self.files) - _FILES:,} more, which --json lists"))
         pairs += [("file", name) for name in self.pointers]
         return "\n".join(labelled(pairs, width))
 

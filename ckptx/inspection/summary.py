@@ -129,11 +129,7 @@ class Inspection(Shown):
     def left(self, *, training: bool) -> list[dict[str, Any]]:
         """Return what is no weight: the state of the training, or all else."""
         return [
-            {
-                "name": drop.name,
-                "reason": drop.reason,
-                "bytes": drop.nbytes or sum(tensor.nbytes for tensor in drop.tensors),
-            }
+            drop.to_json()
             for drop in self.model.end.dropped
             if (drop.reason == TRAINING_STATE) == training
         ]

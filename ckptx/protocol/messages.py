@@ -53,6 +53,11 @@ class Dropped:
     nbytes: int = 0
     tensors: tuple[LazyTensor, ...] = ()
 
+    def to_json(self) -> dict[str, Any]:
+        """Return name, reason and size as plain values."""
+        nbytes = self.nbytes or sum(tensor.nbytes for tensor in self.tensors)
+        return {"name": self.name, "reason": self.reason, "bytes": nbytes}
+
 
 @dataclass(frozen=True, slots=True)
 class Begin:
