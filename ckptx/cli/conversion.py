@@ -66,7 +66,7 @@ class ConversionCommand(PluginCommand):
 
     def writes(self, args: Sequence[str]) -> bool:
         """Return whether the command writes a target, so that its processes may start."""
-        return self.run is _convert and len(args) > 1
+        return self.run is convert and len(args) > 1
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the conversion that the options describe."""
@@ -74,7 +74,8 @@ class ConversionCommand(PluginCommand):
         loader, saver = chosen.name("loader"), chosen.name("saver")
         if loader is None or saver is None:
             raise click.UsageError(f"say the format of {ctx.params['load_dir']} with --from", ctx)
-        engine = (*engine_options(), *megatron_options())
+        fields = ConversionRequest.__dataclass_fields__
+        engine = [one.name for one in (*self.engine, *self.megatron) if one.name in fields]
         both = self.module_arguments(ctx, loader=loader, saver=saver)
         job = ConversionRequest(
             loader=loader,
@@ -83,9 +84,14 @@ class ConversionCommand(PluginCommand):
             target=ctx.params["save_dir"],
             loader_options={**chosen.values("loader", ctx.params), **both},
             saver_options={**chosen.values("saver", ctx.params), **both},
-            **{str(one.name): ctx.params[str(one.name)] for one in engine},
+            **{str(name): ctx.params[str(name)] for name in engine},
+            **self.changes(ctx),
         )
         self.run(job, ctx.params)
+
+    def changes(self, ctx: click.Context) -> dict[str, Any]:
+        """Return what else the request has."""
+        return {}
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in groups: conversion, each plugin, engine, modules."""
@@ -139,28 +145,29 @@ class ConversionCommand(PluginCommand):
 
 def convert_command(style: Literal["short", "long"] = "short") -> click.Command:
     """Return the command that converts, with short or Megatron's own option names."""
-    return ConversionCommand("convert", "Convert a checkpoint.", style, _convert)
+    return ConversionCommand("convert", "Convert a checkpoint.", style, convert)
 
 
 def plan_command() -> click.Command:
     """Return the command that shows what a conversion would do."""
     return ConversionCommand(
-        "plan", "Show what a conversion would do; write nothing.", "short", _plan
+        "plan", "Show what a conversion would do; write nothing.", "short", plan
     )
 
 
-def _convert(job: ConversionRequest, params: dict[str, Any]) -> None:
+def convert(job: ConversionRequest, params: dict[str, Any]) -> None:
+    """Convert, and show what was done."""
     from ckptx.cli import progress
     from ckptx.conversion import supervisor
 
     workers = click.get_current_context().meta.get(_WORKERS)
     shown = progress.choose(params["quiet"] or params["as_json"])
-    convert = supervisor.convert
-    report = convert(job, shown, workers) if workers else convert(job, shown)
+    report = supervisor.convert(job, shown, workers)
     show_result(report, params["as_json"], params["quiet"])
 
 
-def _plan(job: ConversionRequest, params: dict[str, Any]) -> None:
+def plan(job: ConversionRequest, params: dict[str, Any]) -> None:
+    """Show what would be done."""
     from ckptx.conversion import engine
 
     forecast = engine.forecast(job, tensors=params["as_json"])

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from ckptx.cli.conversion import ConversionCommand
-from ckptx.cli.options import Place, argument, output_options, show_result
+from ckptx.cli.conversion import ConversionCommand, convert, plan
+from ckptx.cli.options import Place, argument, output_options
 from ckptx.cli.plugin_options import Chosen, scanned
 from ckptx.conversion.options import MODIFY, Dtype, engine_options, option, switch
 from ckptx.conversion.request import ConversionRequest, Edits
@@ -41,27 +41,12 @@ class ModifyCommand(ConversionCommand):
         self.megatron = []
         self.params = [*self.base, *self.engine]
 
-    def invoke(self, ctx: click.Context) -> None:
-        """Run the conversion."""
-        from ckptx.conversion.edits import saver_for
-
-        chosen: Chosen = ctx.meta["chosen"]
-        params = ctx.params
-        edits = Edits(params["remove"], params["cast"], params["rename"])
+    def changes(self, ctx: click.Context) -> dict[str, Any]:
+        """Return the edits, as arguments of the request."""
+        edits = Edits(*(ctx.params[name] for name in ("remove", "cast", "rename")))
         if not edits:
             raise click.UsageError("say what to change: --remove, --cast or --rename", ctx)
-        loader = chosen.name("loader") or registry.detect(params["load_dir"])
-        job = ConversionRequest(
-            loader=loader,
-            saver=saver_for(loader),
-            source=params["load_dir"],
-            target=params["save_dir"],
-            loader_options=chosen.values("loader", params),
-            saver_options=chosen.values("saver", params),
-            edits=edits,
-            **{name: params[name] for name in MODIFY},
-        )
-        self.run(job, params)
+        return {"edits": edits}
 
     def choose(self, args: list[str], wants_help: bool) -> Chosen:
         """Return the loader of the source and the saver of its format."""
@@ -86,13 +71,4 @@ def modify_command() -> click.Command:
 
 
 def _modify(job: ConversionRequest, params: dict[str, Any]) -> None:
-    from ckptx.cli import progress
-    from ckptx.conversion import engine, supervisor
-
-    result: Any
-    if params["dry_run"]:
-        result = engine.forecast(job, tensors=params["as_json"])
-    else:
-        shown = progress.choose(params["quiet"] or params["as_json"])
-        result = supervisor.convert(job, shown)
-    show_result(result, params["as_json"], params["quiet"])
+    (plan if params["dry_run"] else convert)(job, params)

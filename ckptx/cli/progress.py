@@ -90,28 +90,38 @@ class Meter:
         return f"{size_text(self.done)} of {size_text(self.total)}, {speed / 1e9:.2f} GB/s, {left}"
 
 
-class Lines:
-    """Logs a line every ``interval`` seconds, whatever is going on or not."""
+class _Metered:
+    """A progress that is counted by a meter."""
 
-    def __init__(self, interval: float = _INTERVAL) -> None:
-        self._interval = interval
+    def __init__(self) -> None:
         self._meter = Meter()
-        self._over = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def stage(self, name: str) -> None:
         """Begin a stage."""
-        self._meter.start(name)
-        self._start()
+        self.begin(0, name)
 
     def begin(self, total: int, stage: str = "writing") -> None:
         """Begin a stage of so many bytes."""
         self._meter.start(stage, total)
-        self._start()
+        self._show()
 
     def advance(self, count: int) -> None:
-        """Count."""
+        """Count bytes."""
         self._meter.add(count)
+
+    def _show(self) -> None:
+        """Show that a stage begins."""
+        raise NotImplementedError
+
+
+class Lines(_Metered):
+    """Logs a line every ``interval`` seconds, whatever is going on or not."""
+
+    def __init__(self, interval: float = _INTERVAL) -> None:
+        super().__init__()
+        self._interval = interval
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def close(self) -> None:
         """Log nothing more."""
@@ -119,7 +129,7 @@ class Lines:
         if self._thread is not None:
             self._thread.join()
 
-    def _start(self) -> None:
+    def _show(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True, name="progress")
             self._thread.start()
@@ -131,26 +141,18 @@ class Lines:
             _log.warning("%s: %s", self._meter.stage, self._meter.text())
 
 
-class Bar:
+class Bar(_Metered):
     """Draws a line with a bar on the terminal, on stderr, and wipes it at the end."""
 
     def __init__(self) -> None:
-        self._meter = Meter()
+        super().__init__()
         self._bar: Any = None
         self._task: Any = None
         self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
 
-    def stage(self, name: str) -> None:
-        """Begin a stage."""
-        self._show(name, 0)
-
-    def begin(self, total: int, stage: str = "writing") -> None:
-        """Begin a stage of so many bytes: draw the empty bar."""
-        self._show(stage, total)
-
     def advance(self, count: int) -> None:
         """Move the bar."""
-        self._meter.add(count)
+        super().advance(count)
         self._bar.update(self._task, completed=self._meter.done)
 
     def close(self) -> None:
@@ -161,12 +163,11 @@ class Bar:
                 handler.setStream(stream)
             self._bar = None
 
-    def _show(self, doing: str, total: int) -> None:
-        self._meter.start(doing, total)
+    def _show(self) -> None:
         if self._bar is None:
             self._open()
         self._bar.reset(self._task)
-        self._bar.tasks[0].total = total or None  # `reset` takes None for "as it was"
+        self._bar.tasks[0].total = self._meter.total or None  # `reset` takes None for "as it was"
 
     def _open(self) -> None:
         from rich import progress

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from ckptx.inspection.values import read_index
+from ckptx.inspection.values import numbers_along, read_index
 from ckptx.protocol.sidecars import read_config
 from ckptx.storage.open_files import Files
 from ckptx.tensors import lazy
@@ -183,8 +183,11 @@ class LazyTensor:
             ValueError: the checkpoint was closed.
             CkptxError: a file cannot be read.
         """
-        places, reverse = _per_axis(index if isinstance(index, tuple) else (index,), self.shape)
-        return read_index(self._tensor, places, self._checkpoint.files)[reverse]
+        numbers = numbers_along(index if isinstance(index, tuple) else (index,), self.shape)
+        ranges = [one for one in numbers if isinstance(one, range)]
+        rising = [one[::-1] if isinstance(one, range) and one.step < 0 else one for one in numbers]
+        values = read_index(self._tensor, rising, self._checkpoint.files)
+        return values[tuple(slice(None, None, 1 if one.step > 0 else -1) for one in ranges)]
 
     def __array__(
         self, dtype: np.dtype[Any] | None = None, copy: bool | None = None
@@ -208,36 +211,6 @@ class LazyTensor:
 
     def __repr__(self) -> str:
         return f"<LazyTensor {self.name!r}: {self.dtype} {list(self.shape)}>"
-
-
-def _per_axis(
-    index: tuple[Any, ...], shape: tuple[int, ...]
-) -> tuple[list[int | slice], tuple[slice, ...]]:
-    """Return a number or a rising slice for every axis, and slices that turn what is read round."""
-    dots = [place for place, one in enumerate(index) if one is Ellipsis]
-    if len(dots) > 1:
-        raise IndexError("an index can only have a single ellipsis ('...')")
-    if len(index) - len(dots) > len(shape):
-        raise IndexError(f"{len(index) - len(dots)} indices for a tensor of {len(shape)} axes")
-    place = dots[0] if dots else len(index)
-    missing = [slice(None)] * (len(shape) - len(index) + len(dots))
-    full = (*index[:place], *missing, *index[place + 1 :])
-    places: list[int | slice] = []
-    turned: list[slice] = []
-    for axis, (one, size) in enumerate(zip(full, shape, strict=True)):
-        if isinstance(one, slice):
-            numbers = range(*one.indices(size))
-            rising = numbers if numbers.step > 0 else numbers[::-1]
-            places.append(slice(rising.start, max(rising.start, rising.stop), rising.step))
-            turned.append(slice(None, None, 1 if numbers.step > 0 else -1))
-        elif hasattr(one, "__index__") and not isinstance(one, bool):
-            number = one.__index__()
-            if not -size <= number < size:
-                raise IndexError(f"index {number} is out of range for axis {axis} of {size}")
-            places.append(number % size)
-        else:
-            raise TypeError(f"a tensor is indexed by whole numbers, slices and '...', not {one!r}")
-    return places, tuple(turned)
 
 
 def _close(opened: OpenCheckpoint, files: Files) -> None:

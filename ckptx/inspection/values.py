@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -22,10 +23,10 @@ from ckptx.registry.open import Checkpoint, opened
 from ckptx.storage.gather import numpy_dtype, read
 from ckptx.storage.open_files import Files
 from ckptx.tensors.lazy import LazyTensor, Shape
-from ckptx.text.wrapping import wrapped
+from ckptx.text.wrapping import labelled
 
-Index: TypeAlias = tuple[int | slice, ...]
-"""A number or a slice with all of start, stop and step, one for every axis."""
+Index: TypeAlias = Sequence[int | Sequence[int]]
+"""A number, or rising numbers, for every axis."""
 
 _EDGE = 3  # elements shown at either end of a long axis
 _SHORT = 200  # elements that are shown without asking
@@ -62,11 +63,9 @@ class Values:
 
     def render(self, width: int) -> str:
         """Return the values as numpy shows them."""
-        lines = wrapped("tensor", self.name, width, _LABEL)
-        lines += wrapped("dtype", self.dtype, width, _LABEL)
-        lines += wrapped("shape", str(list(self.shape)), width, _LABEL)
+        pairs = [("tensor", self.name), ("dtype", self.dtype), ("shape", str(list(self.shape)))]
         if self.part:
-            lines += wrapped("slice", f"[{self.part}], {list(self.found)}", width, _LABEL)
+            pairs.append(("slice", f"[{self.part}], {list(self.found)}"))
         text = np.array2string(
             self.values,
             max_line_width=max(width, 20),
@@ -76,7 +75,7 @@ class Values:
         )
         if not self.whole:
             text += "\n--full shows all values, --slice a part"
-        return "\n".join([*lines, text])
+        return "\n".join([*labelled(pairs, width, _LABEL), text])
 
 
 def look_up(
@@ -99,7 +98,7 @@ def look_up(
         name = resolve(name, known)
         tensor = known[name]
         index = parse_slice(part or "", tensor.shape)
-        found = tuple(len(range(*_bounds(one))) for one in index if isinstance(one, slice))
+        found = tuple(len(numbers) for numbers in index if isinstance(numbers, range))
         count = math.prod(found)
         whole = full or count <= _SHORT
         if whole and count > _MOST:
@@ -137,14 +136,14 @@ def resolve(name: str, known: Mapping[str, LazyTensor]) -> str:
     )
 
 
-def parse_slice(text: str, shape: Shape) -> Index:
+def parse_slice(text: str, shape: Shape) -> list[int | range]:
     """Return what a slice in numpy's spelling means for a shape, one entry for every axis.
 
     Examples:
         >>> parse_slice("..., -1", (4, 6))
-        (slice(0, 4, 1), 5)
+        [range(0, 4), 5]
         >>> parse_slice("1:3", (4, 6))
-        (slice(1, 3, 1), slice(0, 6, 1))
+        [range(1, 3), range(0, 6)]
 
     Raises:
         PlanError: it is no slice, has too many axes, or a number is out of range.
@@ -155,28 +154,17 @@ def parse_slice(text: str, shape: Shape) -> Index:
     words = [word.strip() for word in text.split(",")] if text.strip() else []
     if words and not words[-1]:
         words.pop()  # as in x[0,]
-    if words.count("...") > 1:
-        raise PlanError(f"--slice {text!r}: only one '...' is possible")
-    if "..." in words:
-        place = words.index("...")
-        words[place : place + 1] = [":"] * (len(shape) - len(words) + 1)
-    if len(words) > len(shape):
-        raise PlanError(f"--slice {text!r}: has {len(words)} axes, the tensor is {list(shape)}")
-    words += [":"] * (len(shape) - len(words))
-    return tuple(
-        _parse_axis(word, size, axis, text)
-        for axis, (word, size) in enumerate(zip(words, shape, strict=True))
-    )
+    try:
+        return numbers_along([_parse_axis(word, text) for word in words], shape)
+    except IndexError as error:
+        raise PlanError(f"--slice {text!r}: {error}") from error
 
 
-def _parse_axis(word: str, size: int, axis: int, text: str) -> int | slice:
+def _parse_axis(word: str, text: str) -> int | slice | EllipsisType:
+    if word == "...":
+        return ...
     if re.fullmatch(r"[+-]?\d{1,18}", word):
-        number = int(word)
-        if not -size <= number < size:
-            raise PlanError(
-                f"--slice {text!r}: {number} is out of range for axis {axis} of {size} elements"
-            )
-        return number % size
+        return int(word)
     match = re.fullmatch(
         r"([+-]?\d{1,18})?\s*:\s*([+-]?\d{1,18})?\s*(?::\s*([+-]?\d{1,18})?)?", word
     )
@@ -185,35 +173,54 @@ def _parse_axis(word: str, size: int, axis: int, text: str) -> int | slice:
     start, stop, step = (int(part) if part else None for part in match.groups())
     if step is not None and step < 1:
         raise PlanError(f"--slice {text!r}: steps must be 1 or more")
-    return slice(*slice(start, stop, step).indices(size))
+    return slice(start, stop, step)
 
 
-def _bounds(one: slice) -> tuple[int, int, int]:
-    return one.start, one.stop, one.step
+def numbers_along(index: Sequence[Any], shape: Shape) -> list[int | range]:
+    """Return what an index of numpy means for a shape: a number, or a range, for every axis.
+
+    Raises:
+        IndexError: it has too many axes, or a number is out of range.
+        TypeError: an entry is neither a whole number, a slice nor ``...``.
+    """
+    dots = [place for place, one in enumerate(index) if one is Ellipsis]
+    if len(dots) > 1:
+        raise IndexError("only one '...' is possible")
+    given = len(index) - len(dots)
+    if given > len(shape):
+        raise IndexError(f"has {given} axes, the tensor is {list(shape)}")
+    place = dots[0] if dots else given
+    whole = [slice(None)] * (len(shape) - given)
+    found: list[int | range] = []
+    full = (*index[:place], *whole, *index[place + 1 :])
+    for axis, (one, size) in enumerate(zip(full, shape, strict=True)):
+        if not isinstance(one, slice):
+            if not hasattr(one, "__index__") or isinstance(one, bool):
+                raise TypeError(
+                    f"a tensor is indexed by whole numbers, slices and '...', not {one!r}"
+                )
+            if not -size <= one.__index__() < size:
+                raise IndexError(f"{one} is out of range for axis {axis} of {size} elements")
+        found.append(range(size)[one])
+    return found
 
 
-def _outer(index: Index) -> tuple[int | tuple[int, ...], ...]:
+def _outer(index: Index) -> Index:
     """Return the numbers along every axis that are shown of a large part.
 
     One more than the edges: numpy leaves it out and writes dots.
     """
-    found: list[int | tuple[int, ...]] = []
-    for one in index:
-        if isinstance(one, int):
-            found.append(one)
-            continue
-        numbers = range(*_bounds(one))
-        short = len(numbers) <= 2 * _EDGE + 1
-        ends = numbers if short else (*numbers[: _EDGE + 1], *numbers[-_EDGE:])
-        found.append(tuple(ends))
-    return tuple(found)
+    return [
+        one
+        if isinstance(one, int) or len(one) <= 2 * _EDGE + 1
+        else (*one[: _EDGE + 1], *one[-_EDGE:])
+        for one in index
+    ]
 
 
-def read_index(
-    tensor: LazyTensor, index: Sequence[int | slice | tuple[int, ...]], files: Files
-) -> NDArray[Any]:
+def read_index(tensor: LazyTensor, index: Index, files: Files) -> NDArray[Any]:
     """Return the elements at the crossings of numbers along the axes; few others are read."""
-    numbers = [_numbers(one) for one in index]
+    numbers = [(one,) if isinstance(one, int) else one for one in index]
     runs = [list(_runs(own, axis == len(numbers) - 1)) for axis, own in enumerate(numbers)]
     values = np.empty(tuple(map(len, numbers)), numpy_dtype(tensor.dtype))
     for chosen in product(*runs):
@@ -221,15 +228,6 @@ def read_index(
         steps = tuple(slice(None, None, run.step) for run in chosen)
         values[tuple(run.place for run in chosen)] = read(tensor, files, box)[steps]
     return values[tuple(0 if isinstance(one, int) else slice(None) for one in index)]
-
-
-def _numbers(one: int | slice | tuple[int, ...]) -> Sequence[int]:
-    match one:
-        case int():
-            return (one,)
-        case slice():
-            return range(*_bounds(one))
-    return one
 
 
 class _Run(NamedTuple):
