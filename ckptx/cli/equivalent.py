@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 
 import click
 
+from ckptx.conversion.options import switch
 from ckptx.text.shown import printable
+
+PRINT_ONLY = switch("--print-only", "Print the command; do not run it.")
 
 
 def remark(remarks: Iterable[str]) -> None:

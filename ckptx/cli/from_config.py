@@ -57,11 +57,10 @@ def from_config_command() -> click.Command:
     """Return the command that reads RLinf's configuration."""
 
     def run(file: Path, arguments: tuple[str, ...], print_only: bool) -> None:
-        settings = [arg for arg in arguments if _SETTING.fullmatch(arg)]
         further = [arg for arg in arguments if not _SETTING.fullmatch(arg)]
-        line, remarks = command_line(file, settings)
+        line, remarks = command_line(file, [arg for arg in arguments if arg not in further])
         line += further
-        quiet = "--quiet" in further or "-q" in further
+        quiet = bool({"--quiet", "-q"} & {*further})
         equivalent.remark(() if quiet else remarks)
         if print_only or not (quiet or "--json" in further):
             equivalent.show(line)
@@ -74,7 +73,7 @@ def from_config_command() -> click.Command:
         params=[
             click.Argument(["file"], type=click.Path(exists=True, dir_okay=False, path_type=Path)),
             click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED),
-            click.Option(["--print-only"], is_flag=True, help="Print the command; do not run it."),
+            equivalent.PRINT_ONLY,
         ],
         context_settings={"ignore_unknown_options": True},
         help="Convert as a configuration file of RLinf's converter says. ARGUMENTS are settings as "
@@ -117,28 +116,32 @@ def command_line(file: Path, settings: Sequence[str] = ()) -> tuple[list[str], l
 
 
 def _loaded(file: Path) -> dict[str, Any]:
-    import yaml
-
     if file.stat().st_size > _LARGEST:
         raise FormatError(f"{file}: is larger than {_LARGEST} bytes; no configuration")
-    content = read_small(file, _LARGEST)
-    try:
-        config = yaml.safe_load(content)
-        _check_size(config)
-    except RecursionError as error:
-        raise FormatError(f"{file}: not valid YAML: nested too deeply") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise FormatError(f"{file}: not valid YAML: {str(error)[:300]}") from error
+    config = _parsed(read_small(file, _LARGEST), f"{file}: not valid YAML")
     if not isinstance(config, dict):
         raise FormatError(f"{file}: expected a mapping with 'convertor'")
     return config
 
 
-def _check_size(value: Any) -> int:
-    """Return how many values a configuration holds, one that is referred to twice counted twice.
+def _parsed(content: str | bytes, place: str) -> Any:
+    import yaml
+
+    try:
+        value = yaml.safe_load(content)
+        _check_size(value)
+    except RecursionError as error:
+        raise FormatError(f"{place}: nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise FormatError(f"{place}: {str(error)[:300]}") from error
+    return value
+
+
+def _check_size(value: Any) -> None:
+    """Refuse more values than anybody writes; a few lines of references can say billions.
 
     Raises:
-        ValueError: more than anybody writes; a few lines of references can say billions.
+        ValueError: there are so many, what is referred to twice counted twice.
     """
     sizes: dict[int, int] = {}
 
@@ -155,26 +158,18 @@ def _check_size(value: Any) -> int:
 
     if size(value) >= _MOST:
         raise ValueError(f"its references say more than {_MOST} values")
-    return size(value)
 
 
 def _set(config: dict[str, Any], setting: str) -> None:
     """Put a setting given on the command line into the configuration."""
-    import yaml
-
-    match = _SETTING.fullmatch(setting)
-    assert match is not None  # the caller has sorted them
-    *path, last = match[1].split(".")
+    name, _, value = setting.partition("=")
+    *path, last = name.split(".")
     for key in path:
         inner = config.setdefault(key, {})
         if not isinstance(inner, dict):
             raise FormatError(f"{setting}: {key} is no section")
         config = inner
-    try:
-        config[last] = yaml.safe_load(match[2])
-        _check_size(config[last])
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise FormatError(f"{setting}: the value is not valid YAML") from error
+    config[last] = _parsed(value, f"{setting}: the value is not valid YAML")
 
 
 def _section(config: Mapping[str, Any], name: str, file: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import click
 from ckptx.cli import equivalent
 from ckptx.cli.scripts import named, scripts
 from ckptx.cli.scripts.script import Flag, Script
+from ckptx.conversion.options import option, switch
 from ckptx.errors import PlanError
 
 _HELP = (
@@ -31,14 +32,7 @@ def from_script_command() -> click.Command:
         help=_HELP,
         short_help="Convert with the arguments of another project's script.",
         params=[
-            click.Option(
-                ["--list"],
-                is_flag=True,
-                is_eager=True,
-                expose_value=False,
-                callback=_list,
-                help="List the scripts.",
-            )
+            switch("--list", "List the scripts.", is_eager=True, expose_value=False, callback=_list)
         ],
         subcommand_metavar="NAME [ARGUMENTS]... [-- OPTIONS]",
     )
@@ -82,17 +76,11 @@ class _Scripts(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the script; say where the known ones are listed."""
         if args and not args[0].startswith("-") and named(args[0]) is None:
-            raise click.UsageError(
-                f"no script {args[0]!r} is known{_meant(args[0])}; 'ckptx from-script --list' "
-                "shows those that are",
-                ctx,
-            )
+            close = get_close_matches(args[0], self.list_commands(ctx), 1)
+            meant = f" (did you mean {close[0]!r}?)" if close else ""
+            listed = "'ckptx from-script --list' shows those that are"
+            raise click.UsageError(f"no script {args[0]!r} is known{meant}; {listed}", ctx)
         return super().resolve_command(ctx, args)
-
-
-def _meant(name: str) -> str:
-    close = get_close_matches(name, [script.name for script in scripts()], 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 class _Parts(click.Group):
@@ -118,8 +106,8 @@ class _ScriptCommand(click.Command):
         at = args.index("--") if "--" in args else len(args)
         ctx.meta["further"] = args[at + 1 :]
         lists = {word for p in self.params if getattr(p, "multiple", False) for word in p.opts}
-        said = [_in_full(word, self.params) for word in args[:at]]
-        return super().parse_args(ctx, list(_repeated(said, lists)))
+        words = [_in_full(word, self.params) for word in args[:at]]
+        return super().parse_args(ctx, list(_repeated(words, lists)))
 
 
 def _in_full(word: str, params: list[click.Parameter]) -> str:
@@ -176,25 +164,22 @@ def _list(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 def _command(script: Script) -> click.Command:
     if script.parts:
-        return _Parts(
-            script.name,
-            script.unnamed,
-            commands={part.name: _command(part) for part in script.parts},
-            help=f"{script.origin}.",
-            short_help=f"{script.origin}.",
-        )
+        parts = {part.name: _command(part) for part in script.parts}
+        about = f"{script.origin}."
+        return _Parts(script.name, script.unnamed, commands=parts, help=about, short_help=about)
     if script.refused:
+        about = f"Not here: {script.refused}."
         return click.Command(
             script.name,
             callback=lambda rest: _refuse(script.name, script.refused),
             params=[click.Argument(["rest"], nargs=-1, type=click.UNPROCESSED)],
             context_settings={"ignore_unknown_options": True},
-            help=f"Not here: {script.refused}.",
-            short_help=f"Not here: {script.refused}.",
+            help=about,
+            short_help=about,
         )
-    own = [click.Option(["--print-only"], is_flag=True, help="Print the command; do not run it.")]
+    own = [equivalent.PRINT_ONLY]
     if script.command in ("convert", "from-config"):
-        own.append(click.Option(["--overwrite"], is_flag=True, help="Replace an existing target."))
+        own.append(switch("--overwrite", "Replace an existing target."))
     return _ScriptCommand(
         script.name,
         callback=lambda **values: _run(script, values),
@@ -213,20 +198,12 @@ def _parameter(one: Flag) -> click.Parameter:
             required=one.required,
             envvar=one.variable,
         )
-    said = f"Not here: {one.refused}" if one.refused else one.help
-    names = [*one.spellings, one.key]
+    about = f"Not here: {one.refused}" if one.refused else one.help
+    names = " ".join((*one.spellings, one.key))
     if one.switch:
-        return click.Option(names, is_flag=True, help=said)
-    words = one.becomes
-    return click.Option(
-        names,
-        type=click.Choice(list(words)) if isinstance(words, dict) else str,
-        multiple=one.many,
-        required=one.required,
-        default=() if one.many else one.default,
-        show_default=one.default is not None,
-        help=said,
-    )
+        return switch(names, about)
+    type_ = click.Choice(list(one.becomes)) if isinstance(one.becomes, dict) else str
+    return option(names, type_, about, one.default, multiple=one.many, required=one.required)
 
 
 def _refuse(name: str, reason: str) -> None:
@@ -242,7 +219,7 @@ def _run(script: Script, values: dict[str, Any]) -> None:
     more = ["--overwrite"] * bool(values.pop("overwrite", False)) + further
     first, *rest = script.lines(values)
     lines = [[*first, *more], *rest]
-    quiet = "--quiet" in further or "-q" in further
+    quiet = bool({"--quiet", "-q"} & {*further})
     equivalent.remark(() if quiet else script.remarks(values))
     for line in lines:
         if print_only or not quiet:

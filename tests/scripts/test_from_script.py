@@ -176,6 +176,31 @@ def test_beginnings_that_fit_two_flags_are_refused(shell):
     assert line[-2:] == ["--weight-files", "bin"]
 
 
+def required_flags():
+    """Every script's flags that it cannot do without, as argparse of the script says."""
+    for script in scripts():
+        for part in script.parts or (script,):
+            words = (script.name, part.name) if script.parts else (script.name,)
+            flags = [flag for flag in part.flags if flag.required and not flag.positional]
+            yield from (
+                pytest.param(words, flag, flags, id=f"{words} {flag.key}") for flag in flags
+            )
+
+
+@pytest.mark.parametrize(("words", "missing", "flags"), [*required_flags()])
+def test_a_missing_flag_is_refused(shell, words, missing, flags):
+    given = [
+        word
+        for flag in flags
+        if flag is not missing
+        for word in (
+            flag.spellings[0],
+            next(iter(flag.becomes)) if isinstance(flag.becomes, dict) else "A",
+        )
+    ]
+    assert f"Missing option '{missing.spellings[0]}'" in shell.refused(*words, *given)
+
+
 def test_zero_to_fp32_as_old_releases_wrote_it(shell):
     assert shell.script("zero_to_fp32", "checkpoint-3", shell.out / "old.bin") == 0
     are_equal(torch.load(shell.out / "old.bin"), of_deepspeed())
