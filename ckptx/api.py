@@ -8,18 +8,19 @@ loggers, the working directory and ``sys.path`` stay as they are, in any thread.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 from ckptx.errors import PluginError, listing
 from ckptx.registry import registry
 
 if TYPE_CHECKING:
-    from ckptx.conversion.keywords import Call
     from ckptx.conversion.report import Plan, Report
     from ckptx.inspection.checkpoint import Checkpoint
     from ckptx.inspection.summary import Inspection
+    from ckptx.registry import open as registry_open
     from ckptx.verification.compare import Comparison
 
 Source: TypeAlias = "str | os.PathLike[str] | Checkpoint"
@@ -53,10 +54,8 @@ def open(
         CkptxError: it cannot be read.
     """
     from ckptx.inspection.checkpoint import Checkpoint
-    from ckptx.registry.open import open_checkpoint
 
-    place, format, bound = _opened(path, from_, options)
-    return Checkpoint(open_checkpoint(place, format, options=bound), names)
+    return Checkpoint(_opened(path, from_, options), names)
 
 
 def convert(
@@ -81,7 +80,7 @@ def convert(
     Raises:
         CkptxError: the first cause of a failure.
     """
-    return cast("Report", _run(_call("convert", source, target, to, from_, options), isolate))
+    return cast("Report", _converted("convert", source, target, to, from_, isolate, options))
 
 
 def plan(
@@ -98,7 +97,7 @@ def plan(
     Raises:
         CkptxError: the conversion is impossible.
     """
-    return cast("Plan", _run(_call("plan", source, target, to, from_, options), isolate))
+    return cast("Plan", _converted("plan", source, target, to, from_, isolate, options))
 
 
 def modify(
@@ -130,9 +129,10 @@ def modify(
     from ckptx.conversion.keywords import edits
 
     changes = edits(remove, cast or {}, rename or {})
-    call = _call("convert", source, target, None, from_, options, edits=changes)
-    report: Any = _run(call, isolate)
-    return report  # type: ignore[no-any-return]  # of a conversion it is a report
+    report: Report = _converted(
+        "convert", source, target, None, from_, isolate, options, edits=changes
+    )
+    return report
 
 
 def verify(
@@ -163,10 +163,6 @@ def verify(
     Raises:
         CkptxError: one of them cannot be read, or they have no names in common.
     """
-    from contextlib import ExitStack
-
-    from ckptx.inspection.checkpoint import Checkpoint
-    from ckptx.registry.open import open_checkpoint
     from ckptx.verification.compare import compare
     from ckptx.verification.difference import Tolerance
 
@@ -176,17 +172,9 @@ def verify(
         own[side][name.removeprefix(side)] = value
     if own[""]:
         raise PluginError(f"{listing(own[''])}: options of a checkpoint begin with a_ or b_")
-    with ExitStack() as stack:
-        sides = []
-        for source, format, given in ((a, from_a, own["a_"]), (b, from_b, own["b_"])):
-            if isinstance(source, Checkpoint):
-                sides.append(source.opened)
-            else:
-                place, known, bound = _opened(source, format, given)
-                checkpoint = open_checkpoint(place, known, options=bound)
-                sides.append(stack.enter_context(checkpoint))
-        left, right = sides
-        return compare(left, right, Tolerance(rtol, atol, ignore_dtype), diagnosis=diagnosis)
+    tolerance = Tolerance(rtol, atol, ignore_dtype)
+    with _reading(a, from_a, own["a_"]) as left, _reading(b, from_b, own["b_"]) as right:
+        return compare(left, right, tolerance, diagnosis=diagnosis)
 
 
 def inspect(
@@ -213,22 +201,12 @@ def inspect(
     Raises:
         CkptxError: it cannot be read, or holds no tensor that was asked for.
     """
-    from ckptx.inspection.checkpoint import Checkpoint
     from ckptx.inspection.layers import parse_layers
     from ckptx.inspection.summary import Wanted
     from ckptx.inspection.summary import inspect as inspect_checkpoint
-    from ckptx.registry.open import open_checkpoint
 
-    wanted = Wanted(
-        names=names,
-        pattern=filter,
-        layers=parse_layers(layers) if layers else None,
-        stats=stats,
-    )
-    if isinstance(path, Checkpoint):
-        return inspect_checkpoint(path.opened, wanted)
-    place, format, bound = _opened(path, from_, options)
-    with open_checkpoint(place, format, options=bound) as checkpoint:
+    wanted = Wanted(names, filter, parse_layers(layers) if layers else None, stats=stats)
+    with _reading(path, from_, options) as checkpoint:
         return inspect_checkpoint(checkpoint, wanted)
 
 
@@ -257,34 +235,49 @@ def _source(source: Source, format: str | None) -> tuple[Path, str | None]:
 
 def _opened(
     source: Source, format: str | None, options: Mapping[str, Any]
-) -> tuple[Path, str, dict[str, Any]]:
-    """Return path, format and the loader's options of a checkpoint that is only looked at."""
+) -> registry_open.Checkpoint:
+    """Return a checkpoint that was opened with the loader's options and ``hf_base``."""
     from ckptx.conversion.keywords import bind
     from ckptx.conversion.options import engine_options
+    from ckptx.registry.open import open_checkpoint
 
     place, known = _source(source, format)
     found = known or registry.detect(place)
     base = [option for option in engine_options() if option.name == "hf_base"]
     bound = bind([*base, *registry.loader(found).options()], options)
-    return place, found, {"dtype": None, "fill_from_base": (), **bound}
+    unused = {"dtype": None, "fill_from_base": ()}
+    return open_checkpoint(place, found, options={**unused, **bound})
 
 
-def _call(
-    action: Any,
+@contextmanager
+def _reading(
+    source: Source, format: str | None, options: Mapping[str, Any]
+) -> Iterator[registry_open.Checkpoint]:
+    """Return a checkpoint that is open already, or open it for the while."""
+    from ckptx.inspection.checkpoint import Checkpoint
+
+    if isinstance(source, Checkpoint):
+        yield source.opened
+        return
+    with _opened(source, format, options) as checkpoint:
+        yield checkpoint
+
+
+def _converted(
+    action: Literal["convert", "plan"],
     source: Source,
     target: str | os.PathLike[str],
     to: str | None,
     from_: str | None,
+    isolate: bool,
     options: Mapping[str, Any],
     **more: Any,
-) -> Call:
+) -> Any:
+    """Return the report of a conversion, or its plan."""
     from ckptx.conversion.keywords import Call, place
 
     path, format = _source(source, from_)
-    return Call(action, path.absolute(), place(target).absolute(), to, format, options, **more)
-
-
-def _run(call: Call, isolate: bool) -> Report | Plan:
+    call = Call(action, path.absolute(), place(target).absolute(), to, format, options, **more)
     if isolate or call.names_module():
         from ckptx.conversion import isolated
 
@@ -292,4 +285,4 @@ def _run(call: Call, isolate: bool) -> Report | Plan:
     from ckptx.conversion import engine
 
     request = call.request()
-    return engine.forecast(request) if call.action == "plan" else engine.convert(request)
+    return engine.forecast(request) if action == "plan" else engine.convert(request)

@@ -214,7 +214,9 @@ def commands() -> str:
     group = cli.command()
     parent = group.make_context("ckptx", [], resilient_parsing=True, terminal_width=WIDTH)
     blocks = [_help("ckptx", parent.get_help())]
-    for name, command in group.commands.items():
+    for name in cli.COMMANDS:
+        command = group.get_command(parent, name)
+        assert command is not None
         context = command.make_context(name, [], parent=parent, resilient_parsing=True)
         blocks.append(_help(f"ckptx {name}", context.get_help()))
     long = conversion.convert_command("long")

@@ -38,7 +38,7 @@ def run(words: Sequence[str]) -> None:
 
 def known(command: str) -> bool:
     """Return whether ckptx has a command."""
-    return command in _group().commands
+    return command in _group().list_commands(click.get_current_context())
 
 
 def _group() -> click.Group:

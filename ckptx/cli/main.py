@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -23,7 +23,7 @@ from ckptx.registry import registry
 from ckptx.text.shown import printable
 from ckptx.version import __version__
 
-_COMMANDS = {
+COMMANDS = {
     "convert": "ckptx.cli.conversion",
     "plan": "ckptx.cli.conversion",
     "from-config": "ckptx.cli.from_config",
@@ -38,30 +38,20 @@ _COMMANDS = {
 """The module of every command, where ``<command>_command()`` returns it."""
 
 
-class _Commands(MutableMapping[str, click.Command]):
+class _Commands(click.Group):
     """Commands by name; the module of one is imported when it is asked for."""
 
-    def __init__(self) -> None:
-        self._made: dict[str, click.Command] = {}
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return sorted(COMMANDS)
 
-    def __getitem__(self, name: str) -> click.Command:
-        if name not in self._made:
-            module: Any = import_module(_COMMANDS[name])
-            made = getattr(module, f"{name.replace('-', '_')}_command")()
-            self._made[name] = _with_examples(made, name)
-        return self._made[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_COMMANDS)
-
-    def __len__(self) -> int:
-        return len(_COMMANDS)
-
-    def __setitem__(self, name: str, value: click.Command) -> None:
-        self._made[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        raise TypeError(f"{name}: commands stay")
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module: Any = import_module(COMMANDS[cmd_name])
+        made = getattr(module, f"{cmd_name.replace('-', '_')}_command")()
+        return _with_examples(made, cmd_name)
 
 
 def _with_examples(made: click.Command, name: str) -> click.Command:
@@ -73,9 +63,8 @@ def _with_examples(made: click.Command, name: str) -> click.Command:
 
 def command() -> click.Group:
     """Return the ``ckptx`` command with its subcommands."""
-    group = click.Group(
+    group = _Commands(
         "ckptx",
-        commands=_Commands(),
         help="Convert large-language-model checkpoints from any layout to any other.",
         context_settings=_SETTINGS,
     )

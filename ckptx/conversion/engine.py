@@ -23,7 +23,7 @@ from ckptx.conversion.casting import cast_messages
 from ckptx.conversion.megatron_modules import ModuleSaver
 from ckptx.conversion.report import Facts, Plan, Report
 from ckptx.conversion.request import ConversionRequest
-from ckptx.errors import CkptxError, CutShortError, PlanError, PluginError, listing
+from ckptx.errors import CkptxError, CutShortError, PluginError, listing
 from ckptx.processes.interrupts import Interrupted
 from ckptx.processes.supervision import Failure
 from ckptx.protocol.context import UNTOLD, WEIGHTS, Context, Wants
@@ -311,10 +311,6 @@ def plan_conversion(request: ConversionRequest, spool: Spool | None = None) -> P
         CkptxError: the conversion is impossible.
     """
     saver = registry.saver(request.saver, request.megatron_path)
-    if isinstance(saver, ModuleSaver):
-        raise PlanError(
-            f"saver {request.saver!r} is a Megatron-style module, which cannot be planned"
-        )
     return _plan(saver, load(request, spool), request)
 
 

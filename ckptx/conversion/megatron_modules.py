@@ -26,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ckptx.errors import ConversionError, PluginError
+from ckptx.errors import ConversionError, PlanError, PluginError
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.registry import registry
 from ckptx.registry.registry import Role
@@ -159,9 +159,7 @@ class ModuleSaver(Module):
 
     def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Refuse: nothing is known before the module has run."""
-        raise PluginError(
-            f"saver {self.name!r} is a Megatron-style module, which cannot be planned"
-        )
+        raise PlanError(f"saver {self.name!r} is a Megatron-style module, which cannot be planned")
 
     def outline(self, job: ConversionRequest) -> SavePlan:
         """Return a plan of the right size: about that of the source."""

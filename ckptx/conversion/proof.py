@@ -238,14 +238,13 @@ def _check_tiling(file: FilePlan) -> None:
 
 def _size(file: FilePlan, content: LazyTensor | Crc32) -> int:
     """Return the bytes that a tensor or a checksum takes in a file."""
-    match content:
-        case Crc32(region=number):
-            summed = file.regions[number].content if 0 <= number < len(file.regions) else None
-            if not isinstance(summed, LazyTensor):
-                raise PlanError(f"{file.path}: a checksum of region {number}, which is no tensor")
-            return 4
-        case _:
-            return content.nbytes
+    if not isinstance(content, Crc32):
+        return content.nbytes
+    number = content.region
+    summed = file.regions[number].content if 0 <= number < len(file.regions) else None
+    if not isinstance(summed, LazyTensor):
+        raise PlanError(f"{file.path}: a checksum of region {number}, which is no tensor")
+    return 4
 
 
 def _account(name: str, tensor: LazyTensor, steps: _Steps, proof: Proof, used: _Used) -> None:

@@ -12,10 +12,10 @@ import logging
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.queues import Queue
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from ckptx.conversion import engine, megatron_modules
 from ckptx.conversion.request import ConversionRequest
@@ -45,19 +45,20 @@ def main(role: str, queue: Bytes, connection: Connection, parent: int) -> None:
     """
     line = Channel(connection)
     settle_child(parent, line, logging.WARNING)
-    _prepare(role)
+    for module in _NEEDED[role]:
+        importlib.import_module(module)
     try:
         job, level, spool = connection.recv()
     except EOFError:
         return
     logging.getLogger().setLevel(level)
     megatron_modules.install()
-    run: Callable[[ConversionRequest, Bytes, Channel, str], Any] = (
-        run_loader if role == "loader" else run_saver
-    )
     try:
-        result = run(job, queue, line, spool)
-        line.send("done", result)
+        if role == "loader":
+            run_loader(job, queue, spool)
+            line.send("done", None)
+        else:
+            line.send("done", run_saver(job, queue, line, spool))
     # Whatever a plugin raises, exit() included, is for the parent to report.
     except BaseException as error:
         queue.cancel_join_thread()
@@ -67,13 +68,7 @@ def main(role: str, queue: Bytes, connection: Connection, parent: int) -> None:
         os._exit(1)  # threads and exit handlers of a failed plugin have nothing left to add
 
 
-def _prepare(role: str) -> None:
-    """Import what every loader, or every saver, needs."""
-    for module in _NEEDED[role]:
-        importlib.import_module(module)
-
-
-def run_loader(job: ConversionRequest, queue: Bytes, line: Channel, spool_path: str) -> None:
+def run_loader(job: ConversionRequest, queue: Bytes, spool_path: str) -> None:
     """Send the messages of the loader."""
     spool = Spool(spool_path)
     for message in engine.load(job, spool):

@@ -6,7 +6,7 @@ import importlib
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import EllipsisType, TracebackType
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from ckptx.inspection.values import numbers_along, read_index
@@ -55,12 +55,7 @@ class Checkpoint(Mapping[str, "LazyTensor"], Shown):
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -7,11 +7,7 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 

@@ -42,16 +42,16 @@ class SourceTensor:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """Something of the source that the target will not hold, and why.
-
-    ``tensors`` are the extents left behind; ``nbytes`` their size, or that of a part of the source
-    that is no weight (an optimizer file).
-    """
+    """Something of the source that the target will not hold, and why."""
 
     name: str
+    """A tensor, or a part of the source that is no weight (an optimizer file)."""
     reason: str
+    """Why, for the report."""
     nbytes: int = 0
+    """Its size in bytes; 0 where ``tensors`` tell it."""
     tensors: tuple[LazyTensor, ...] = ()
+    """The extents that are not converted."""
 
     def to_json(self) -> dict[str, Any]:
         """Return name, reason and size as plain values."""

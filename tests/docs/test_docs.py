@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import click
@@ -78,7 +78,9 @@ def test_every_option_is_documented():
     options: list[click.Parameter] = []
     for style in ("short", "long"):
         options += conversion.convert_command(style).params
-    for command in cli.command().commands.values():
+    group = cli.command()
+    ctx = click.Context(group)
+    for command in map(partial(group.get_command, ctx), group.list_commands(ctx)):
         options += command.params
     for entry in registry.entries().values():
         if entry.distribution == "ckptx" and entry.kind != "schema":

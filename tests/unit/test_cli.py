@@ -289,7 +289,7 @@ def test_plugins_stand_in_columns(width, plugins, run, monkeypatch):
             assert line[column] != " ", line
 
 
-@pytest.mark.parametrize("name", [*cli.command().commands, "convert.py"])
+@pytest.mark.parametrize("name", [*EXAMPLES])
 def test_help_ends_with_examples_that_parse(name, run, capsys):
     """Every option of an example is one that the command has."""
     if name == "convert.py":
