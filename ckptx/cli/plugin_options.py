@@ -146,8 +146,8 @@ class CheckpointCommand(PluginCommand):
     """A command on one checkpoint or on two, with all options of their loaders.
 
     ``run`` is given the checkpoints and all parameters; ``failed`` the first of them, the error
-    that is about to be told, and all parameters. Two checkpoints have the letters ``a`` and ``b``;
-    the second may be left out.
+    and all parameters, before the error is reported. Two checkpoints have the letters ``a`` and
+    ``b``; the second may be left out.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class CheckpointCommand(PluginCommand):
         super().__init__(name, params=every, help=summary, short_help=short)
 
     def choose(self, args: list[str], wants_help: bool) -> Chosen:
-        """Return the loaders of the checkpoints; one that is not recognised is told later."""
+        """Return the loaders of the checkpoints; an error is reported later."""
         params, places = scanned(self.params, args)
         paths = [path for path in places if path.exists()]
         found: list[tuple[registry.Role, Any]] = []
@@ -257,7 +257,7 @@ def _optional(option: click.Option) -> click.Option:
 
 
 def _value(ctx: click.Context, side: str, option: click.Option) -> Any:
-    """Return what an option is for a side: what is said of the side counts more than of both.
+    """Return the value of an option for a side: one given for the side wins over one for both.
 
     Raises:
         click.MissingParameter: it is required and not given.

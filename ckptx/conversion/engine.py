@@ -72,11 +72,11 @@ class Owner(Protocol):
         ...
 
     def advance(self, count: int) -> None:
-        """Be told of bytes that were written."""
+        """Count bytes that were written."""
         ...
 
     def flush(self) -> None:
-        """Be told that everything was written."""
+        """Take note that everything was written."""
         ...
 
 

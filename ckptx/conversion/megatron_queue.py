@@ -197,7 +197,7 @@ class SendQueue:
     join_thread = cancel_join_thread = close
 
     def facts(self, staging: Path) -> Facts:
-        """Return what is known after the module has returned.
+        """Return the facts of the conversion, once the module has returned.
 
         Raises:
             ConversionError: it returned before it had read every message, or wrote nothing.

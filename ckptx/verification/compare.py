@@ -145,7 +145,7 @@ def compare(
 ) -> Comparison:
     """Compare two checkpoints, opened or by their paths.
 
-    With ``diagnosis`` known mistakes are tried on what differs. ``progress`` is told of the bytes
+    With ``diagnosis`` known mistakes are tried on what differs. ``progress`` counts the bytes
     of A that are compared.
 
     Raises:

@@ -64,7 +64,7 @@ class Paired:
 
 @dataclass(slots=True)
 class _Loaded:
-    """What a loader said of a checkpoint; of one that does not fit its config, all it declared."""
+    """A checkpoint as its loader sent it; one that does not fit its config with its own names."""
 
     model: Model
     misfit: str = ""
@@ -139,11 +139,11 @@ def _misfit(begin: Begin, reason: str) -> _Loaded | None:
         for source in begin.sources
         if not source.name.endswith(layout.ignored or ("\0",))
     }
-    for held in layout.held(begin.parts):
-        for entry in held.rules:
-            model.messages[held.message] = {
-                **model.messages.get(held.message, {}),
-                **_fitting(Gatherer(layout, held.spec), held, entry, left),
+    for group in layout.held(begin.parts):
+        for entry in group.rules:
+            model.messages[group.message] = {
+                **model.messages.get(group.message, {}),
+                **_fitting(Gatherer(layout, group.spec), group, entry, left),
             }
     if not any(model.messages.values()):
         return None
@@ -151,12 +151,12 @@ def _misfit(begin: Begin, reason: str) -> _Loaded | None:
 
 
 def _fitting(
-    taker: Gatherer, held: RuleGroup, entry: Rule, left: dict[str, LazyTensor]
+    taker: Gatherer, group: RuleGroup, entry: Rule, left: dict[str, LazyTensor]
 ) -> Mapping[str, LazyTensor]:
     """Return the canonical tensors of a rule, and remove theirs; nothing if they do not fit."""
     shard = dict(left)
     try:
-        found = taker.take([entry], [shard], held.layer)
+        found = taker.take([entry], [shard], group.layer)
     except (SchemaError, PlanError):
         return {}
     for name in (set(left) - set(shard)) if found else ():
@@ -185,16 +185,16 @@ def _as_stored(
     if model.passthrough is not None:
         return named
     layout = family_named(model.family).layout("hf")
-    for held in layout.held(model.parts):
-        message = model.messages.get(held.message, {})
-        for entry in held.rules:
-            if not all((held.message, key) in canonical for key in entry.keys):
+    for group in layout.held(model.parts):
+        message = model.messages.get(group.message, {})
+        for entry in group.rules:
+            if not all((group.message, key) in canonical for key in entry.keys):
                 continue
-            given = shard_tensors([entry], message, held.spec, held.layer)
+            given = shard_tensors([entry], message, group.spec, group.layer)
             if wanted.keys() & given.keys():
                 named |= given
                 for key in entry.keys:
-                    del canonical[held.message, key]
+                    del canonical[group.message, key]
     return named
 
 

@@ -35,7 +35,7 @@ _ROUNDED = ("float32", "float16", "bfloat16")  # dtypes that wider ones can be c
 
 @dataclass(frozen=True, slots=True)
 class TensorPair:
-    """A tensor that differs, and what is known of it."""
+    """A tensor that differs: its shapes, and the dimensions of its model."""
 
     name: Name
     a: Shape
@@ -64,7 +64,7 @@ class Evidence:
         return found
 
     def pair(self, name: Name) -> TensorPair | None:
-        """Return what is known of a tensor, None if a side has not got it."""
+        """Return shapes and dimensions of a tensor, None if one side lacks it."""
         a, b = (read(name) for read in self.reads)
         if a is None or b is None:
             return None
