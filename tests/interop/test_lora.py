@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLCon
 from ckptx.cli.main import main
 from ckptx.errors import CkptxError
 from ckptx.registry import registry
+from ckptx.tensors.dtypes import dtype_name
 from tests.formats import zero_by_hand
 from tests.oracles import hf
 
@@ -31,6 +32,7 @@ BASES = {
     "llama-bf16": (hf.llama, SMALL | {"attention_bias": True, "dtype": torch.bfloat16}),
     "llama-fp16": (hf.llama, SMALL | {"dtype": torch.float16}),
     "qwen2": (hf.qwen2, SMALL),
+    "qwen2-bf16": (hf.qwen2, SMALL | {"dtype": torch.bfloat16}),
     "qwen2-tied": (hf.qwen2, SMALL | {"tied": True}),
     "gpt2": (hf.gpt2, {"n_layer": 2}),
     "qwen3_moe": (hf.qwen3_moe, SMALL),
@@ -419,6 +421,32 @@ def test_ranks_cut_what_is_merged(base_of, tmp_path):
     assert hf.weights(tmp_path / "back").keys() == hf.weights(tmp_path / "hf").keys()
     for key, tensor in hf.weights(tmp_path / "hf").items():
         assert torch.equal(hf.weights(tmp_path / "back")[key], tensor), key
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "targets"),
+    [
+        ("qwen2", "bf16", ["q_proj", "v_proj", "gate_proj", "embed_tokens"]),
+        ("qwen2-bf16", "fp16", ["k_proj", "up_proj"]),
+        ("qwen2-bf16", "fp32", ["k_proj", "up_proj"]),
+    ],
+)
+def test_a_fused_weight_of_which_a_part_is_merged_is_cast_whole(
+    name, dtype, targets, base_of, tmp_path
+):
+    """Megatron's linear_qkv and linear_fc1 have rows of weights that no adapter changes."""
+    base, adapter = base_of(name), tmp_path / "adapter"
+    adapters.make(base, adapter, target_modules=targets, r=4)
+    wide = tmp_path / "wide"
+    convert(base, wide, "hf", dtype="float32")
+    wanted = getattr(torch, dtype_name(dtype))
+    expected = adapters.merged(wide, [adapter], tmp_path / "peft")
+    sizes = {"target_tensor_parallel_size": 2}
+    convert(adapter, tmp_path / "core", "core", hf_base=base, dtype=dtype, **sizes)
+    convert(tmp_path / "core", tmp_path / "back", "hf")
+    found = hf.weights(tmp_path / "back")
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor.to(wanted)), key
 
 
 PROJECTION = "base_model.model.model.layers.1.self_attn.q_proj"

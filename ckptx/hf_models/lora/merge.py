@@ -21,7 +21,7 @@ from ckptx.hf_models.lora import names as adapter_names
 from ckptx.hf_models.lora.extract import Adapter, ExtractedAdapters
 from ckptx.hf_models.lora.names import MATRICES, TOKENS, plain
 from ckptx.protocol.messages import Dropped
-from ckptx.tensors.dtypes import dtype_name
+from ckptx.tensors.dtypes import DTYPES, dtype_name
 from ckptx.tensors.joins import concat, stack, unstacked
 from ckptx.tensors.lazy import Filled, LazyTensor
 from ckptx.tensors.low_rank import check_ranks, updated
@@ -74,19 +74,31 @@ def merge(
     """Return the base with all adapters merged into it, in their order.
 
     ``tied`` are the names of the embedding and of the output layer where both are one tensor.
-    Weights that change are rounded to ``dtype`` once, by default to the one that they have.
+    Where the model is to have another ``dtype``, sums are taken in float32 and all weights are left
+    in it: who casts the model rounds them once, whether they have changed or not.
     ``name_in_files`` returns what the base's files call a tensor that the adapter names as it is
     called in memory; without it both names are taken to be the same.
 
     Raises:
         SchemaError: a tensor of an adapter has no weight in the base, or does not fit it.
     """
-    merged = Merged(dict(separated.tensors))
+    wanted = dtype_name(dtype) if dtype else None
+    merged = Merged(
+        {
+            name: tensor.cast("float32") if wanted and _is_cast(tensor, wanted) else tensor
+            for name, tensor in separated.tensors.items()
+        }
+    )
     for adapter in separated.adapters:
-        _Merge(merged, adapter, model_type, tied, dtype, name_in_files or str).run()
+        _Merge(merged, adapter, model_type, tied, name_in_files or str).run()
         if merged.untied:
             tied = None
     return merged
+
+
+def _is_cast(tensor: LazyTensor, dtype: str) -> bool:
+    """Return whether a weight is computed with and is to have another dtype than its own."""
+    return tensor.dtype in DTYPES and tensor.dtype != dtype
 
 
 @dataclass(slots=True)
@@ -97,7 +109,6 @@ class _Merge:
     adapter: Adapter
     model_type: str
     tied: tuple[str, str] | None
-    dtype: str | None
     name_in_files: Callable[[str], str]
     scales: set[tuple[int, float]] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)
@@ -304,13 +315,12 @@ class _Merge:
         **more: Any,
     ) -> LazyTensor:
         """Return a weight with an update; ``flipped`` weights are [in, out]."""
-        dtype = dtype_name(self.dtype) if self.dtype else weight.dtype
         try:
             if not flipped:
-                return updated(weight, left, right, scale, dtype, **more)
+                return updated(weight, left, right, scale, weight.dtype, **more)
             if len(weight.shape) != 2:
                 raise SchemaError(f"the weight is {list(weight.shape)}, expected a matrix")
-            turned = updated(weight.permute((1, 0)), left, right, scale, dtype, **more)
+            turned = updated(weight.permute((1, 0)), left, right, scale, weight.dtype, **more)
             return turned.permute((1, 0))
         except SchemaError as error:
             raise SchemaError(f"{self.adapter.place}: {name!r}: {error}") from error
