@@ -56,11 +56,12 @@ class Evidence:
         self.reads: tuple[Read, Read] = (partial(self._read, 0), partial(self._read, 1))
         self._known: dict[object, Any] = {}
 
-    def once(self, look: Callable[[Evidence], Found]) -> Found:
-        """Return what ``look`` finds in the evidence; it looks once."""
-        if look not in self._known:
-            self._known[look] = look(self)
-        found: Found = self._known[look]
+    def once(self, look: Callable[..., Found], *arguments: object) -> Found:
+        """Return what ``look(self, *arguments)`` finds in the evidence; it looks once."""
+        key = look, arguments
+        if key not in self._known:
+            self._known[key] = look(self, *arguments)
+        found: Found = self._known[key]
         return found
 
     def pair(self, name: Name) -> TensorPair | None:
