@@ -166,10 +166,8 @@ class CheckpointCommand(PluginCommand):
         self.reading = option("--hf-base", FOLDER, base)
         decoded = "Where to decode what lies compressed.  [directory for temporary files]"
         spool = option("--spool", FOLDER, decoded)
-        modules = megatron_options()
-        for one in modules:
-            one.hidden = True
         common = [*map(_argument, self.sides), *map(_format_option, self.sides)]
+        modules = megatron_options(hidden=True)
         every = [*common, *params, self.reading, spool, *output_options(), *modules]
         short = short or f"{summary.partition(';')[0].rstrip('.')}."
         super().__init__(name, params=every, help=summary, short_help=short)
@@ -179,9 +177,8 @@ class CheckpointCommand(PluginCommand):
         params, places = scanned(self.params, args)
         paths = [path for path in places if path.exists()]
         found: list[tuple[registry.Role, Any]] = []
-        for number, side in enumerate(self.sides):
+        for side, path in zip(self.sides, [*paths, None, None], strict=False):
             loader = params.get(f"loader_{side}" if side else "loader")
-            path = paths[number] if number < len(paths) else None
             plugin = None
             if loader is not None or path is not None:
                 with contextlib.suppress(*(() if loader else (CkptxError,))):
@@ -233,9 +230,9 @@ def _argument(side: str) -> click.Parameter:
 
 
 def _format_option(side: str) -> click.Parameter:
-    if not side:
-        return option("--from --loader loader", str, "Its format.  [detected]")
-    return option(f"--from-{side} loader_{side}", str, f"Format of {side.upper()}.  [detected]")
+    names = f"--from-{side} loader_{side}" if side else "--from --loader loader"
+    about = f"Format of {side.upper()}" if side else "Its format"
+    return option(names, str, f"{about}.  [detected]")
 
 
 def _for_side(side: str, option: click.Option) -> click.Option:
