@@ -90,7 +90,7 @@ _PLAINLY = {
     "is not a valid integer range": "is not a whole number",
     "is not a valid float range": "is not a number",
 }
-"""What click says of a wrong number, and what is meant."""
+"""Click's words for a wrong number, and plain ones."""
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -143,9 +143,9 @@ def _error(message: str, code: int, verbose: bool) -> int:
 
         click.echo(printable(traceback.format_exc().rstrip()), err=True)
     line = printable(" ".join(message.split())) or "stopped"
-    for clicks, said in _PLAINLY.items():
-        line = line.replace(clicks, said)
-    if len(line) > _LONGEST:  # a name of a megabyte; what to do is said last
+    for clicks, plain in _PLAINLY.items():
+        line = line.replace(clicks, plain)
+    if len(line) > _LONGEST:  # a name of a megabyte; advice comes last
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
     click.echo(f"error: {line}", err=True)
     return code

@@ -146,8 +146,8 @@ class CheckpointCommand(PluginCommand):
     """A command on one checkpoint or on two, with all options of their loaders.
 
     ``run`` is given the checkpoints and all parameters; ``failed`` the first of them, the error
-    that is about to be told, and all parameters. Two checkpoints have the letters ``a`` and ``b``;
-    the second may be left out.
+    and all parameters, before the error is reported. Two checkpoints have the letters ``a`` and
+    ``b``; the second may be left out.
     """
 
     def __init__(
@@ -166,22 +166,19 @@ class CheckpointCommand(PluginCommand):
         self.reading = option("--hf-base", FOLDER, base)
         decoded = "Where to decode what lies compressed.  [directory for temporary files]"
         spool = option("--spool", FOLDER, decoded)
-        modules = megatron_options()
-        for one in modules:
-            one.hidden = True
         common = [*map(_argument, self.sides), *map(_format_option, self.sides)]
+        modules = megatron_options(hidden=True)
         every = [*common, *params, self.reading, spool, *output_options(), *modules]
         short = short or f"{summary.partition(';')[0].rstrip('.')}."
         super().__init__(name, params=every, help=summary, short_help=short)
 
     def choose(self, args: list[str], wants_help: bool) -> Chosen:
-        """Return the loaders of the checkpoints; one that is not recognised is told later."""
+        """Return the loaders of the checkpoints; an error is reported later."""
         params, places = scanned(self.params, args)
         paths = [path for path in places if path.exists()]
         found: list[tuple[registry.Role, Any]] = []
-        for number, side in enumerate(self.sides):
+        for side, path in zip(self.sides, [*paths, None, None], strict=False):
             loader = params.get(f"loader_{side}" if side else "loader")
-            path = paths[number] if number < len(paths) else None
             plugin = None
             if loader is not None or path is not None:
                 with contextlib.suppress(*(() if loader else (CkptxError,))):
@@ -233,9 +230,9 @@ def _argument(side: str) -> click.Parameter:
 
 
 def _format_option(side: str) -> click.Parameter:
-    if not side:
-        return option("--from --loader loader", str, "Its format.  [detected]")
-    return option(f"--from-{side} loader_{side}", str, f"Format of {side.upper()}.  [detected]")
+    names = f"--from-{side} loader_{side}" if side else "--from --loader loader"
+    about = f"Format of {side.upper()}" if side else "Its format"
+    return option(names, str, f"{about}.  [detected]")
 
 
 def _for_side(side: str, option: click.Option) -> click.Option:
@@ -257,7 +254,7 @@ def _optional(option: click.Option) -> click.Option:
 
 
 def _value(ctx: click.Context, side: str, option: click.Option) -> Any:
-    """Return what an option is for a side: what is said of the side counts more than of both.
+    """Return the value of an option for a side: one given for the side wins over one for both.
 
     Raises:
         click.MissingParameter: it is required and not given.

@@ -1,4 +1,4 @@
-"""Progress of a conversion: told in bytes, drawn on a terminal, logged elsewhere.
+"""Progress of a conversion: counted in bytes, drawn on a terminal, logged elsewhere.
 
 A terminal gets one line that is drawn again and again, and wiped at the end; a log gets a plain
 line every some seconds, also while nothing is written (large checkpoints take long to plan, and to
@@ -29,7 +29,7 @@ _ENDS = {"writing": "syncing to disk"}
 
 
 class Meter:
-    """What is done, how fast of late, and how long the rest will take. Times are in seconds."""
+    """Bytes done, the recent speed, and the time that is left. Times are in seconds."""
 
     def __init__(self) -> None:
         self.doing = "starting"
@@ -70,7 +70,7 @@ class Meter:
 
     @property
     def speed(self) -> float:
-        """Bytes per second, of late."""
+        """Bytes per second, recently."""
         since, before = self._seen[0] if self._seen else (self._started, 0)
         elapsed = time.monotonic() - since
         return (self.done - before) / elapsed if elapsed > 0 else 0.0

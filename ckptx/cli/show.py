@@ -125,22 +125,22 @@ def _lines(rows: Sequence[Mapping[str, Any]], width: int) -> Iterator[str]:
     for kind, of_kind in groupby(rows, key=lambda row: row["kind"]):
         yield f"{kind}s"
         for row in of_kind:
-            yield from wrapped(f"  {row['name']}", _said(row), width, column)
+            yield from wrapped(f"  {row['name']}", _about(row), width, column)
 
 
-def _said(row: Mapping[str, Any]) -> str:
+def _about(row: Mapping[str, Any]) -> str:
     if row["error"]:
-        said = f"error: {row['error']}"
+        about = f"error: {row['error']}"
     else:
-        told = (row["summary"], *map(_capability, row["capabilities"].items()))
-        said = "; ".join(filter(None, told))
+        capabilities = map(_capability, row["capabilities"].items())
+        about = "; ".join(filter(None, (row["summary"], *capabilities)))
     if row["distribution"] == "ckptx" and not row["error"]:
-        return said or "-"
-    return f"{said}{' ' * bool(said)}({row['distribution']} {row['version']})"
+        return about or "-"
+    return f"{about}{' ' * bool(about)}({row['distribution']} {row['version']})"
 
 
 def _capability(item: tuple[str, Any]) -> str:
-    """Return what a plugin says of itself in words; empty if it says no to something."""
+    """Return a capability in words; empty where the plugin lacks it."""
     key, value = item
     if isinstance(value, list | tuple):
         listed = ", ".join(map(str, value))

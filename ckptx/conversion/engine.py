@@ -72,11 +72,11 @@ class Owner(Protocol):
         ...
 
     def advance(self, count: int) -> None:
-        """Be told of bytes that were written."""
+        """Count bytes that were written."""
         ...
 
     def flush(self) -> None:
-        """Be told that everything was written."""
+        """Take note that everything was written."""
         ...
 
 
@@ -363,13 +363,19 @@ def _save_by_module(
     from ckptx.writing.atomic import sync_tree
 
     stream = WatchedMessages(messages)
-    staging = Path(owner.prepare(saver.outline(request), None)[0])
+    plan = saver.outline(request)
+    staging = Path(owner.prepare(plan, None)[0])
     messages = cast_messages(stream, request.dtype)
-    facts = saver.write_directly(messages, request, staging, owner.advance)
-    stream.finish(request.saver)
+    proof = saver.write_directly(messages, request, staging, owner.advance)
+    begin, end = stream.finish(request.saver)
     owner.flush()
     sync_tree(staging)
-    return facts
+    proof.sources, proof.dropped = len(begin.sources), end.dropped
+    note = (
+        f"a Megatron-style module wrote the files: what it did to the {proof.tensors} tensors it "
+        "was given is not proved"
+    )
+    return Facts.of(begin, end, replace(plan, notes=(note,)), proof)
 
 
 def write_options(request: ConversionRequest) -> WriteOptions:

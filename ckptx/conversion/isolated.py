@@ -16,14 +16,17 @@ import subprocess
 import sys
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from ckptx.conversion.keywords import Call
 from ckptx.conversion.report import Plan, Report
 from ckptx.errors import ConversionError
-from ckptx.processes.supervision import Channel, Failure, manner_of_death, settle_child
-
-_ROOT = Path(__file__).resolve().parents[2]
+from ckptx.processes.supervision import (
+    Channel,
+    Failure,
+    manner_of_death,
+    module_command,
+    settle_child,
+)
 
 
 def run(call: Call) -> Report | Plan:
@@ -34,15 +37,12 @@ def run(call: Call) -> Report | Plan:
         KeyboardInterrupt: the process was ended, and has cleaned up.
     """
     ours, theirs = Pipe()
-    paths = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-    words = ("-P", "-m", __name__, str(theirs.fileno()), str(os.getpid()))
+    descriptor = theirs.fileno()
+    command, env = module_command(__name__, str(descriptor), str(os.getpid()))
     with ours:
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, *words],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": paths},
+                command, stdin=subprocess.DEVNULL, pass_fds=[descriptor], env=env
             )
         try:
             ours.send((call, sys.path, logging.getLogger().getEffectiveLevel()))

@@ -47,7 +47,7 @@ class Call:
         return any(name and megatron_modules.is_module(role, name, path) for role, name in named)
 
     def request(self) -> ConversionRequest:
-        """Return the conversion that is meant.
+        """Return the request of the conversion.
 
         Raises:
             CkptxError: a keyword or a value is not known, or the format of the source.

@@ -69,8 +69,8 @@ def build(
                 "offset": region.offset,
                 "digest": digests.get(file.path, {}).get(number, ""),
             }
-            said = [value for key, value in entry.items() if key != "offset"]
-            whole.update(json.dumps([file.path, *said]).encode())
+            digested = [value for key, value in entry.items() if key != "offset"]
+            whole.update(json.dumps([file.path, *digested]).encode())
             sources = _sources(tensor, names)
             tensors.append({**entry, "sources": sources, "operations": list(operations(tensor))})
         taken = [(r.offset, r.size) for r in file.regions if isinstance(r.content, LazyTensor)]

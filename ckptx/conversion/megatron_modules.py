@@ -35,7 +35,7 @@ from ckptx.storage.location import Location
 if TYPE_CHECKING:
     import click
 
-    from ckptx.conversion.report import Facts
+    from ckptx.conversion.proof import Proof
     from ckptx.conversion.request import ConversionRequest
     from ckptx.protocol.contracts import SavePlan
     from ckptx.protocol.messages import Messages
@@ -176,13 +176,13 @@ class ModuleSaver(Module):
         job: ConversionRequest,
         staging: Path,
         advance: Callable[[int], None],
-    ) -> Facts:
+    ) -> Proof:
         """Run the module on the messages; what it writes lands in ``staging``."""
         from ckptx.conversion.megatron_queue import SendQueue
 
         queue = SendQueue(self.name, messages, job.model_type, advance)
         self.run(queue, namespace(job.saver_options, save_dir=str(staging)))
-        return queue.facts(staging)
+        return queue.proof(staging)
 
 
 def namespace(options: Options, **more: Any) -> argparse.Namespace:

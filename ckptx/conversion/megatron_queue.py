@@ -17,10 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from ckptx.conversion.proof import Proof
-from ckptx.conversion.report import Facts
 from ckptx.errors import ConversionError, PlanError, PluginError, listing
 from ckptx.model.spec import ModelSpec
-from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, SourceTensor, Tensors
 from ckptx.protocol.model import check_state
 from ckptx.storage.spool import Spool
@@ -164,14 +162,13 @@ class SendQueue:
         self._advance = advance
         self._proof = Proof()
         self._messages = messages
-        self._begin: Begin | None = None
-        self._end: End | None = None
+        self._files: tuple[str, ...] = ()
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """Return the next message: the metadata namespace, a dictionary, at last ``"done"``."""
         for message in self._messages:
             if isinstance(message, Begin):
-                self._begin = message
+                self._files = message.files
                 if not message.parts:
                     raise PlanError(
                         f"saver {self._name!r} needs canonical tensors, and the family of "
@@ -179,7 +176,6 @@ class SendQueue:
                     )
                 return metadata_of(message, self._model_type)
             if isinstance(message, End):
-                self._end = message
                 continue
             check_state(message)
             if message.name == PASSTHROUGH:
@@ -196,16 +192,14 @@ class SendQueue:
 
     join_thread = cancel_join_thread = close
 
-    def facts(self, staging: Path) -> Facts:
-        """Return what is known after the module has returned.
+    def proof(self, staging: Path) -> Proof:
+        """Return what the module has taken and written, once it has returned.
 
         Raises:
             ConversionError: it returned before it had read every message, or wrote nothing.
         """
-        if self._end is None:  # Megatron's own savers read "done"; others may stop before it
-            rest = next(self._messages, None)
-            self._end = rest if isinstance(rest, End) else None
-        if self._begin is None or self._end is None:
+        # Megatron's own savers read to "done"; others may stop before it.
+        if isinstance(next(self._messages, None), Begin | Tensors):
             raise ConversionError(
                 f"saver module {self._name!r} returned before it had read everything"
             )
@@ -214,15 +208,9 @@ class SendQueue:
             raise ConversionError(
                 f"saver module {self._name!r} wrote nothing to its save_dir, {staging}"
             )
-        count = self._proof.tensors
-        note = (
-            f"a Megatron-style module wrote the files: what it did to the {count} tensors it was "
-            "given is not proved"
-        )
         self._proof.files = len(files)
         self._proof.bytes_out = sum(path.stat().st_size for path in files)
-        self._proof.sources, self._proof.dropped = len(self._begin.sources), self._end.dropped
-        return Facts.of(self._begin, self._end, SavePlan((), notes=(note,)), self._proof)
+        return self._proof
 
     def _materialised(self, tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
         import numpy as np
@@ -230,10 +218,9 @@ class SendQueue:
 
         from ckptx.storage.gather import read
 
-        assert self._begin is not None
         values = {}
         for key, tensor in tensors.items():
-            flat = read(tensor, self._begin.files).reshape(-1).view(np.uint8)
+            flat = read(tensor, self._files).reshape(-1).view(np.uint8)
             dtype = getattr(torch, tensor.dtype)
             values[key] = torch.from_numpy(flat).view(dtype).reshape(tensor.shape)
             self._proof.tensors += 1

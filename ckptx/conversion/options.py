@@ -95,11 +95,12 @@ def engine_options() -> list[click.Option]:
     ]
 
 
-def megatron_options() -> list[click.Option]:
+def megatron_options(*, hidden: bool = False) -> list[click.Option]:
     """Return the options that concern Megatron-style modules only."""
+    model, path = "Type of the model.", "Megatron-LM checkout that modules import."
     any_order = "Let modules send messages in any order."
     return [
-        option("--model-type", click.Choice(["GPT", "BERT"]), "Type of the model.", "GPT"),
-        switch("--no-checking checking", any_order, flag_value=False, default=True),
-        option("--megatron-path", str, "Megatron-LM checkout that modules import.", metavar="DIR"),
+        option("--model-type", click.Choice(["GPT", "BERT"]), model, "GPT", hidden=hidden),
+        switch("--no-checking checking", any_order, flag_value=False, default=True, hidden=hidden),
+        option("--megatron-path", str, path, metavar="DIR", hidden=hidden),
     ]

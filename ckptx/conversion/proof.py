@@ -13,8 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import PurePosixPath
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptx.errors import PlanError, listing
 from ckptx.protocol.contracts import SavePlan
@@ -38,6 +40,7 @@ from ckptx.tensors.lazy import (
 from ckptx.tensors.operations import OPERATIONS
 from ckptx.tensors.pieces import leaves
 
+Cells: TypeAlias = NDArray[np.bool_]
 _MAX_CELLS = 1 << 28
 _VIEWS = {Sliced: "slice", Permuted: "permute", Split: "split", Merged: "merge"}
 
@@ -113,10 +116,7 @@ class _Used:
 
     def add(self, tensor: Computed, box: Box) -> None:
         """Add a box of a computed tensor."""
-        known = self.boxes.get(id(tensor))
-        if known is None:
-            known = self.boxes[id(tensor)] = tensor, {}
-        known[1][box] = None
+        self.boxes.setdefault(id(tensor), (tensor, {}))[1][box] = None
 
     def stored(self) -> Iterator[Stored]:
         """Yield the stored leaves of everything, further ones below computed tensors included."""
@@ -327,7 +327,7 @@ def _check_sources(begin: Begin, used: Iterable[Stored]) -> int:
             raise _undeclared(begin, leaf.file, runs)
         span.used.append(runs)
     for span in spans:
-        if any(runs.steps for _, runs in span.sources):
+        if any(runs.steps for runs in span.declared):
             _check_declared(begin, span)
     lost = [name for span in spans for name in _lost(span)]
     if lost:
@@ -347,10 +347,9 @@ def _undeclared(begin: Begin, file: int, runs: _Runs) -> PlanError:
 
 def _check_declared(begin: Begin, span: _Span) -> None:
     """Check that nothing is read from between the runs of strided source tensors."""
-    sources = [runs for _, runs in span.sources]
-    if all(runs in sources for runs in span.used):
+    if all(runs in span.declared for runs in span.used):
         return
-    cells, unit = _paint(span, sources), _unit(span)
+    cells, unit = _paint(span, span.declared), _unit(span)
     for runs in span.used:
         if not _cells(cells, span, runs, unit).all():
             raise _undeclared(begin, span.file, runs)
@@ -365,6 +364,10 @@ class _Span:
     stop: int
     sources: list[tuple[str, _Runs]]
     used: list[_Runs] = field(default_factory=list)
+
+    @property
+    def declared(self) -> Iterator[_Runs]:
+        return (runs for _, runs in self.sources)
 
 
 def _spans(sources: Iterable[SourceTensor]) -> list[_Span]:
@@ -390,8 +393,7 @@ def _lost(span: _Span) -> list[str]:
     """Return the names of the span's tensors that are not used in full."""
     if len(span.sources) == 1 and span.sources[0][1] in span.used:
         return []
-    runs = [*(runs for _, runs in span.sources), *span.used]
-    if not any(r.steps for r in runs):
+    if not any(runs.steps for runs in (*span.declared, *span.used)):
         covered = _union(span.used)
         return [name for name, source in span.sources if not _inside(source, covered)]
     cells = _paint(span, span.used)
@@ -403,9 +405,9 @@ def _volume(span: _Span) -> int:
     if len(span.sources) == 1:
         runs = span.sources[0][1]
         return runs.run * math.prod(count for count, _ in runs.steps)
-    if not any(runs.steps for _, runs in span.sources):
-        return sum(stop - start for start, stop in _union(runs for _, runs in span.sources))
-    return int(_paint(span, [runs for _, runs in span.sources]).sum()) * _unit(span)
+    if not any(runs.steps for runs in span.declared):
+        return sum(stop - start for start, stop in _union(span.declared))
+    return int(_paint(span, span.declared).sum()) * _unit(span)
 
 
 def _union(runs: Iterable[_Runs]) -> list[tuple[int, int]]:
@@ -426,12 +428,12 @@ def _inside(runs: _Runs, intervals: list[tuple[int, int]]) -> bool:
 def _unit(span: _Span) -> int:
     """Return the largest step, in bytes, that every run of the span starts and ends on."""
     numbers = [span.stop - span.start]
-    for runs in (*(r for _, r in span.sources), *span.used):
+    for runs in (*span.declared, *span.used):
         numbers += [runs.start - span.start, runs.run, *(stride for _, stride in runs.steps)]
     return math.gcd(*numbers)
 
 
-def _paint(span: _Span, painted: Iterable[_Runs]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _paint(span: _Span, painted: Iterable[_Runs]) -> Cells:
     unit = _unit(span)
     count = (span.stop - span.start) // unit
     if count > _MAX_CELLS:
@@ -445,9 +447,7 @@ def _paint(span: _Span, painted: Iterable[_Runs]) -> np.ndarray[tuple[int], np.d
     return cells
 
 
-def _cells(
-    cells: np.ndarray[tuple[int], np.dtype[np.bool_]], span: _Span, runs: _Runs, unit: int
-) -> np.ndarray[Shape, np.dtype[np.bool_]]:
+def _cells(cells: Cells, span: _Span, runs: _Runs, unit: int) -> Cells:
     shape = (*(count for count, _ in runs.steps), runs.run // unit)
     strides = (*(stride // unit for _, stride in runs.steps), 1)
     return np.ndarray(shape, np.bool_, cells.data, (runs.start - span.start) // unit, strides)

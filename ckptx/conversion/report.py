@@ -48,7 +48,7 @@ class Facts:
     replicas: int
     """Copies in the source that must equal the one that is read."""
     dropped: Sequence[Mapping[str, Any]]
-    """What stays behind: ``name``, ``reason``, ``bytes``."""
+    """What is not converted: ``name``, ``reason``, ``bytes``."""
     notes: Sequence[str]
     stages: Sequence[str]
     details: Mapping[str, Any]

@@ -16,7 +16,7 @@ QUEUE_SIZE = 50
 
 @dataclass(frozen=True, slots=True)
 class Edits:
-    """What is to be changed. Every pattern speaks of names in the source.
+    """What ``modify`` changes. Patterns match names in the source.
 
     Edits are applied in this order: remove, cast, rename.
     """
@@ -79,7 +79,7 @@ class ConversionRequest:
         return [self.source, *([self.hf_base] if self.hf_base else []), *adapters]
 
     def context(self) -> Context:
-        """Return what the loader and the saver are told of the conversion."""
+        """Return the context that the loader and the saver get."""
         return Context(
             dtype=self.dtype,
             hf_base=self.hf_base,

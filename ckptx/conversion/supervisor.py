@@ -71,7 +71,7 @@ class _Worker:
         try:
             while self.connection.poll():
                 yield self.connection.recv()
-        except (EOFError, OSError):  # closed: the sentinel tells how it ended
+        except (EOFError, OSError):  # closed: its exit code says how it ended
             self.listening = False
 
 
@@ -115,7 +115,7 @@ class Workers:
         level = logging.getLogger().getEffectiveLevel()
         for one in self.workers:
             one.who = f"{one.role} {getattr(request, one.role)!r}"
-            with contextlib.suppress(OSError):  # it has died: the sentinel tells how
+            with contextlib.suppress(OSError):  # it has died: its exit code says how
                 one.connection.send((request, level, spool))
 
     def stop(self) -> None:

@@ -40,7 +40,7 @@ _NEEDED = {
 def main(role: str, queue: Bytes, connection: Connection, parent: int) -> None:
     """Run one child process; its only results are what it sends to its parent.
 
-    It is started early, prepares itself, and is then told the request, the level of the log and
+    It starts early, imports what it needs, and then receives the request, the level of the log and
     the path of the spool; or nothing, if there is nothing to do after all.
     """
     line = Channel(connection)

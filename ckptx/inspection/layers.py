@@ -8,7 +8,7 @@ from ckptx.errors import PlanError
 
 
 def layer_number(name: str) -> int | None:
-    """Return the number of the layer that a name speaks of, None where it speaks of none.
+    """Return the number of the layer in a name, None where there is none.
 
     Examples:
         >>> layer_number("model.layers.3.mlp.experts.7.w1"), layer_number("mp_rank_01:0:lm_head")

@@ -89,7 +89,7 @@ def statistics_of(
     files: Sequence[str],
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Statistics]:
-    """Return the statistics of tensors by name; ``advance`` is told the bytes as they are done.
+    """Return the statistics of tensors by name; ``advance`` is called with the bytes done.
 
     Raises:
         ConversionError: a file cannot be read.

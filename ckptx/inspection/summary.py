@@ -75,7 +75,7 @@ class Inspection(Shown):
 
     @property
     def iteration(self) -> int | str | None:
-        """The step of the training; ``"release"`` where there is none, or none is told."""
+        """The step of the training; ``"release"`` or None where there is none."""
         steps = self.begin.training.get("global_steps")
         return self.begin.training.get("iteration") if steps is None else steps
 
@@ -216,7 +216,7 @@ def inspect(
 ) -> Inspection:
     """Return what a checkpoint holds, an open one or the one at a path.
 
-    ``progress`` is told what is read for statistics.
+    ``progress`` counts what is read for statistics.
 
     Raises:
         CkptxError: it cannot be read, or holds no tensor that was asked for.

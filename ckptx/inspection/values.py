@@ -111,7 +111,7 @@ def look_up(
 
 
 def resolve(name: str, known: Mapping[str, LazyTensor]) -> str:
-    """Return the one name that is meant.
+    """Return the full name of a tensor.
 
     What one rank calls a tensor is known with the rank before it (``"mp_rank_01:0:..."``); the name
     alone will do where one rank has it.

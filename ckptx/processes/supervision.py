@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptx import errors
@@ -131,8 +132,15 @@ def die_with(parent: int) -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # linux include/uapi/linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we had asked to be told
+    if os.getppid() != parent:  # it died before the request above
         os._exit(1)
+
+
+def module_command(module: str, *words: str) -> tuple[list[str], dict[str, str]]:
+    """Return command and environment that run a module of this ckptx in a process of its own."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return [sys.executable, "-P", "-m", module, *words], {**os.environ, "PYTHONPATH": path}
 
 
 def stop(children: list[BaseProcess]) -> None:

@@ -3,7 +3,7 @@
 verl's and LightRFT's scripts are started with one process per GPU. Of ckptx one process does the
 work, rank 0; the others wait for it and exit with its code.
 
-    rank 0     listens, works, tells everyone who comes its exit code
+    rank 0     listens, works, sends its exit code to everyone who connects
     others     connect, wait; whatever ends rank 0, the kernel closes their line
 
 The line is a socket in Linux's abstract namespace, so no file is left and none can be stale. Ranks
@@ -70,7 +70,7 @@ def once(words: Sequence[str], work: Callable[[], int]) -> int:
     """Let one rank do the work; return its exit code in every process of the machine.
 
     Args:
-        words: the command, which tells one meeting from another.
+        words: the command, which identifies the ranks that belong together.
         work: what to do; returns an exit code.
     """
     here = rank_place(os.environ)
@@ -90,11 +90,11 @@ def once(words: Sequence[str], work: Callable[[], int]) -> int:
 
 
 def _address(words: Sequence[str]) -> str:
-    """Return the name of the meeting: the same in all ranks of one run of one command."""
+    """Return the name of the socket: the same in all ranks of one run of one command."""
     import hashlib
 
-    said = [os.environ.get(name, "") for name in _RUN]
-    identity = "\0".join([str(os.getuid()), str(Path.cwd()), *said, *words])
+    run = [os.environ.get(name, "") for name in _RUN]
+    identity = "\0".join([str(os.getuid()), str(Path.cwd()), *run, *words])
     digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()
     return f"\0ckptx-{digest[:32]}"
 
@@ -114,30 +114,30 @@ def _lead(here: RankPlace, address: str, work: Callable[[], int]) -> int:
         try:
             code = work()
         finally:
-            _tell(line, here.local_world - 1, code, deadline)
+            _send_code(line, here.local_world - 1, code, deadline)
     return code
 
 
-def _tell(line: socket.socket, count: int, code: int, deadline: float) -> None:
+def _send_code(line: socket.socket, count: int, code: int, deadline: float) -> None:
     """Send the exit code to ``count`` ranks; those that never come are waited for to a deadline.
 
-    All are told at once: torchrun ends the other processes as soon as one has failed. Who waits for
-    ranks that do not exist, since the variables are an old job's, is told how to be rid of it.
+    All get it at once: torchrun ends the other processes as soon as one has failed. A warning says
+    what to do where ranks do not exist, since the variables are an old job's.
     """
-    speaks = time.monotonic() + _SILENCE
+    warns_at = time.monotonic() + _SILENCE
     with contextlib.ExitStack() as stack:
         waiting: list[socket.socket] = []
         while len(waiting) < count:
             now = time.monotonic()
-            if speaks <= now < deadline:
+            if warns_at <= now < deadline:
                 missing = f"{count - len(waiting)} of {count} other ranks"
                 click.echo(
                     f"rank 0 is done, and waits {deadline - now:.0f} s for {missing} to come; if "
                     "there are none, unset RANK",
                     err=True,
                 )
-                speaks = deadline
-            line.settimeout(max(0.0, min(speaks, deadline) - now))
+                warns_at = deadline
+            line.settimeout(max(0.0, min(warns_at, deadline) - now))
             try:
                 other = stack.enter_context(line.accept()[0])
             except (TimeoutError, BlockingIOError):  # nobody is in the queue
@@ -162,14 +162,14 @@ def _follow(here: RankPlace, address: str) -> int:
                     "unset RANK and run it alone",
                 )
             try:
-                said = line.recv(16)
+                code = line.recv(16)
             except ConnectionError:
-                said = b""
+                code = b""
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    if not said.isdigit():
+    if not code.isdigit():
         return _failed(here.rank, "rank 0 died before it had finished; see its messages")
-    return int(said)
+    return int(code)
 
 
 def _connected(line: socket.socket, address: str) -> bool:

@@ -145,7 +145,7 @@ def compare(
 ) -> Comparison:
     """Compare two checkpoints, opened or by their paths.
 
-    With ``diagnosis`` known mistakes are tried on what differs. ``progress`` is told of the bytes
+    With ``diagnosis`` known mistakes are tried on what differs. ``progress`` counts the bytes
     of A that are compared.
 
     Raises:
@@ -230,15 +230,11 @@ def _difference(
 
 def _meanings(labels: Sequence[str]) -> Iterator[str]:
     """Yield what the keys among ``labels`` mean, each once: not everyone knows Megatron's names."""
-    for key, message in {key: message for message, key in map(_parted, labels)}.items():
+    parts = (text.partition(": ") for text in labels)
+    for key, message in {key: message for message, _, key in parts}.items():
         known = keys_of(message).get(key)
         if known is not None and not known.meaning.startswith("its "):
             yield f"{key} is the {known.meaning}"
-
-
-def _parted(text: str) -> tuple[str, str]:
-    message, _, key = text.partition(": ")
-    return message, key
 
 
 def _rank(entry: Difference) -> tuple[int, float, int]:

@@ -67,8 +67,8 @@ class Deviation:
         self.beyond += other.beyond
         self.max_abs = max(self.max_abs, other.max_abs)
         # Infinity stands for "A was zero", until a part says more.
-        said = [one for one in (self.max_rel, other.max_rel) if math.isfinite(one)]
-        self.max_rel = max(said) if any(said) else max(self.max_rel, other.max_rel)
+        finite = [one for one in (self.max_rel, other.max_rel) if math.isfinite(one)]
+        self.max_rel = max(finite) if any(finite) else max(self.max_rel, other.max_rel)
 
 
 def measure(
@@ -79,7 +79,7 @@ def measure(
 ) -> list[Deviation]:
     """Return how far the tensors of each pair are apart.
 
-    ``advance`` is told the bytes of A that were compared since it was last called, from any thread.
+    ``advance`` is called, from any thread, with the bytes of A that were compared.
     """
     found = [Deviation() for _ in pairs]
     lock = threading.Lock()

@@ -64,7 +64,7 @@ class Paired:
 
 @dataclass(slots=True)
 class _Loaded:
-    """What a loader said of a checkpoint; of one that does not fit its config, all it declared."""
+    """A checkpoint as its loader sent it; one that does not fit its config with its own names."""
 
     model: Model
     misfit: str = ""
@@ -96,23 +96,20 @@ def pair(left: Checkpoint, right: Checkpoint) -> Paired:
         if one.misfit
     )
     if misfits:
-        return _pair_misfits(*loaded, misfits)
-    models = tuple(one.model for one in loaded)
+        return _pair_misfits(loaded, misfits)
+    models = {side: one.model for side, one in zip("AB", loaded, strict=True)}
     notes = (
-        *_other_settings(*models),
-        *_left_out(*models),
-        *_same_use(*models),
-        *_same_vocabulary(*models),
+        *_other_settings(*models.values()),
+        *_left_out(models),
+        *_same_use(models),
+        *_same_vocabulary(models),
     )
-    known = [model.passthrough is None for model in models]
-    if all(known):
-        sides = [_side(model, _canonical(model)) for model in models]
-    elif any(known):
-        sides = [_side(model, _unschemed(_hf_names(model))) for model in models]
-    else:
-        sides = [_side(model, _unschemed(model.passthrough or {})) for model in models]
+    known = [model.passthrough is None for model in models.values()]
+    if not any(known):
         notes += ("no schema knows these models: tensors are compared by name",)
-    return Paired(sides[0], sides[1], notes)
+    named = _canonical if all(known) else _hf_names if any(known) else _by_name
+    a, b = (_side(model, named(model)) for model in models.values())
+    return Paired(a, b, notes)
 
 
 def _side(model: Model, tensors: dict[Name, LazyTensor]) -> Side:
@@ -120,14 +117,12 @@ def _side(model: Model, tensors: dict[Name, LazyTensor]) -> Side:
 
 
 def _loaded(checkpoint: Checkpoint) -> _Loaded:
-    if checkpoint.misfit is None:
+    misfit = checkpoint.misfit
+    if misfit is None:
         return _Loaded(checkpoint.model)
-    fitting = None
-    if isinstance(checkpoint.misfit, SchemaError):
-        fitting = _misfit(checkpoint.begin, str(checkpoint.misfit))
-    if fitting is None:
-        raise checkpoint.misfit
-    return fitting
+    if isinstance(misfit, SchemaError) and (found := _misfit(checkpoint.begin, str(misfit))):
+        return found
+    raise misfit
 
 
 def _misfit(begin: Begin, reason: str) -> _Loaded | None:
@@ -144,11 +139,11 @@ def _misfit(begin: Begin, reason: str) -> _Loaded | None:
         for source in begin.sources
         if not source.name.endswith(layout.ignored or ("\0",))
     }
-    for held in layout.held(begin.parts):
-        for entry in held.rules:
-            model.messages[held.message] = {
-                **model.messages.get(held.message, {}),
-                **_fitting(Gatherer(layout, held.spec), held, entry, left),
+    for group in layout.held(begin.parts):
+        for entry in group.rules:
+            model.messages[group.message] = {
+                **model.messages.get(group.message, {}),
+                **_fitting(Gatherer(layout, group.spec), group, entry, left),
             }
     if not any(model.messages.values()):
         return None
@@ -156,12 +151,12 @@ def _misfit(begin: Begin, reason: str) -> _Loaded | None:
 
 
 def _fitting(
-    taker: Gatherer, held: RuleGroup, entry: Rule, left: dict[str, LazyTensor]
+    taker: Gatherer, group: RuleGroup, entry: Rule, left: dict[str, LazyTensor]
 ) -> Mapping[str, LazyTensor]:
     """Return the canonical tensors of a rule, and remove theirs; nothing if they do not fit."""
     shard = dict(left)
     try:
-        found = taker.take([entry], [shard], held.layer)
+        found = taker.take([entry], [shard], group.layer)
     except (SchemaError, PlanError):
         return {}
     for name in (set(left) - set(shard)) if found else ():
@@ -169,20 +164,17 @@ def _fitting(
     return found
 
 
-def _pair_misfits(left: _Loaded, right: _Loaded, notes: tuple[str, ...]) -> Paired:
+def _pair_misfits(loaded: tuple[_Loaded, _Loaded], notes: tuple[str, ...]) -> Paired:
     """Return both sides with canonical names where both have these, with their own elsewhere."""
-    notes += _same_vocabulary(left.model, right.model)
-    loaded = (left, right)
-    own = [dict(one.own) for one in loaded]
-    canonical = [_canonical(one.model) for one in loaded]
-    for one, tensors, names in zip(loaded, canonical, own, strict=True):
-        other = right if one is left else left
-        names.update(_as_stored(one.model, tensors, other.own))
-    sides = [
-        _side(one.model, {**tensors, **_unschemed(names)})
-        for one, tensors, names in zip(loaded, canonical, own, strict=True)
-    ]
-    return Paired(sides[0], sides[1], notes)
+    models = {side: one.model for side, one in zip("AB", loaded, strict=True)}
+    notes += _same_vocabulary(models)
+    sides = []
+    for one, other in zip(loaded, loaded[::-1], strict=True):
+        tensors = _canonical(one.model)
+        own = one.own | _as_stored(one.model, tensors, other.own)
+        sides.append(_side(one.model, tensors | _unschemed(own)))
+    a, b = sides
+    return Paired(a, b, notes)
 
 
 def _as_stored(
@@ -193,16 +185,16 @@ def _as_stored(
     if model.passthrough is not None:
         return named
     layout = family_named(model.family).layout("hf")
-    for held in layout.held(model.parts):
-        message = model.messages.get(held.message, {})
-        for entry in held.rules:
-            if not all((held.message, key) in canonical for key in entry.keys):
+    for group in layout.held(model.parts):
+        message = model.messages.get(group.message, {})
+        for entry in group.rules:
+            if not all((group.message, key) in canonical for key in entry.keys):
                 continue
-            given = shard_tensors([entry], message, held.spec, held.layer)
+            given = shard_tensors([entry], message, group.spec, group.layer)
             if wanted.keys() & given.keys():
                 named |= given
                 for key in entry.keys:
-                    del canonical[held.message, key]
+                    del canonical[group.message, key]
     return named
 
 
@@ -210,10 +202,9 @@ def _other_settings(left: Model, right: Model) -> Iterator[str]:
     """Yield a remark for each setting by which models with equal weights compute differently."""
     for part in left.begin.parts.keys() & right.begin.parts.keys():
         a, b = left.begin.parts[part], right.begin.parts[part]
-        said = [(name, getattr(a, name), getattr(b, name)) for name in _SETTINGS]
+        settings = [(name, getattr(a, name), getattr(b, name)) for name in _SETTINGS]
         window = "sliding_window"
-        said.append((window, a.extra.get(window), b.extra.get(window)))
-        for name, one, other in said:
+        for name, one, other in (*settings, (window, a.extra.get(window), b.extra.get(window))):
             if one != other:
                 yield (
                     f"the weights are compared, not the settings: {name} of the {part} model is "
@@ -221,9 +212,9 @@ def _other_settings(left: Model, right: Model) -> Iterator[str]:
                 )
 
 
-def _left_out(left: Model, right: Model) -> Iterator[str]:
+def _left_out(models: Mapping[str, Model]) -> Iterator[str]:
     """Yield a remark for each reason for which tensors take no part in the comparison."""
-    for side, model in (("A", left), ("B", right)):
+    for side, model in models.items():
         reasons: dict[str, list[str]] = {}
         for drop in model.end.dropped:
             if drop.tensors:
@@ -232,44 +223,36 @@ def _left_out(left: Model, right: Model) -> Iterator[str]:
             yield f"{side}: not compared: {listing(names, 3)}: {reason}"
 
 
-def _same_use(left: Model, right: Model) -> tuple[str, ...]:
+def _same_use(models: Mapping[str, Model]) -> Iterator[str]:
     """Leave out of both sides what takes no part in the output, where only one has it."""
-    if any("vision" not in model.begin.parts for model in (left, right)):
-        return ()
-    if {name: set(one) for name, one in left.messages.items()} == {
-        name: set(one) for name, one in right.messages.items()
-    }:
-        return ()
-    notes = []
-    for side, model in (("A", left), ("B", right)):
-        unused = leave_unused(model, family_named(model.family))
-        if unused:
+    if any("vision" not in model.begin.parts for model in models.values()):
+        return
+    left, right = (
+        {name: set(one) for name, one in model.messages.items()} for model in models.values()
+    )
+    for side, model in models.items() if left != right else ():
+        if unused := leave_unused(model, family_named(model.family)):
             size = sum(one.nbytes for one in unused)
-            notes.append(
-                f"{side}: {len(unused)} tensors, {size:,} bytes, left out: {unused[0].reason}"
-            )
-    return tuple(notes)
+            yield f"{side}: {len(unused)} tensors, {size:,} bytes, left out: {unused[0].reason}"
 
 
-def _same_vocabulary(left: Model, right: Model) -> tuple[str, ...]:
+def _same_vocabulary(models: Mapping[str, Model]) -> tuple[str, ...]:
     """Cut the padding of both sides; the true size is what either of them says."""
-    models = (("A", left), ("B", right))
-    if any("language" not in model.begin.parts for _, model in models):
+    if any("language" not in model.begin.parts for model in models.values()):
         return ()
-    sizes = {model.spec.vocab_size for _, model in models} - {None}
+    sizes = {size for model in models.values() if (size := model.spec.vocab_size) is not None}
     if len(sizes) != 1:
         return ()
     (rows,) = sizes
     notes = []
-    for side, model in models:
-        for message, tensors in model.messages.items():
-            cut = dict(tensors)
-            for key, tensor in tensors.items():
-                if (message, key) in VOCAB_TENSORS and rows is not None and tensor.shape[0] > rows:
-                    cut[key] = tensor.narrow(0, 0, rows)
-                    padding = tensor.shape[0] - rows
-                    notes.append(f"{side}: {message}: {key}: {padding} rows of padding left out")
-            model.messages[message] = cut
+    for side, model in models.items():
+        for message, key in sorted(VOCAB_TENSORS):
+            tensor = model.messages.get(message, {}).get(key)
+            if tensor is not None and tensor.shape[0] > rows:
+                cut = {key: tensor.narrow(0, 0, rows)}
+                model.messages[message] = {**model.messages[message], **cut}
+                padding = tensor.shape[0] - rows
+                notes.append(f"{side}: {message}: {key}: {padding} rows of padding left out")
     return tuple(notes)
 
 
@@ -285,12 +268,16 @@ def _unschemed(tensors: Mapping[str, LazyTensor]) -> dict[Name, LazyTensor]:
     return {("", name): tensor for name, tensor in tensors.items()}
 
 
-def _hf_names(model: Model) -> Mapping[str, LazyTensor]:
+def _by_name(model: Model) -> dict[Name, LazyTensor]:
+    return _unschemed(model.passthrough or {})
+
+
+def _hf_names(model: Model) -> dict[Name, LazyTensor]:
     if model.passthrough is not None:
         if not model.begin.layout.startswith("hf"):
             raise PlanError(
                 f"{model.begin.root}: tensors are named as {model.begin.layout} and no schema "
                 "knows their model; only the same names can be compared"
             )
-        return model.passthrough
-    return named_tensors(model, family_named(model.family).layout("hf"))[0]
+        return _by_name(model)
+    return _unschemed(named_tensors(model, family_named(model.family).layout("hf"))[0])

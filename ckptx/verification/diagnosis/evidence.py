@@ -35,7 +35,7 @@ _ROUNDED = ("float32", "float16", "bfloat16")  # dtypes that wider ones can be c
 
 @dataclass(frozen=True, slots=True)
 class TensorPair:
-    """A tensor that differs, and what is known of it."""
+    """A tensor that differs: its shapes, and the dimensions of its model."""
 
     name: Name
     a: Shape
@@ -56,15 +56,16 @@ class Evidence:
         self.reads: tuple[Read, Read] = (partial(self._read, 0), partial(self._read, 1))
         self._known: dict[object, Any] = {}
 
-    def once(self, look: Callable[[Evidence], Found]) -> Found:
-        """Return what ``look`` finds in the evidence; it looks once."""
-        if look not in self._known:
-            self._known[look] = look(self)
-        found: Found = self._known[look]
+    def once(self, look: Callable[..., Found], *arguments: object) -> Found:
+        """Return what ``look(self, *arguments)`` finds in the evidence; it looks once."""
+        key = look, arguments
+        if key not in self._known:
+            self._known[key] = look(self, *arguments)
+        found: Found = self._known[key]
         return found
 
     def pair(self, name: Name) -> TensorPair | None:
-        """Return what is known of a tensor, None if a side has not got it."""
+        """Return shapes and dimensions of a tensor, None if one side lacks it."""
         a, b = (read(name) for read in self.reads)
         if a is None or b is None:
             return None

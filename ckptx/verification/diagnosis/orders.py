@@ -148,14 +148,6 @@ def _numbers_exchanged(evidence: Evidence, place: int) -> dict[str, Order]:
     return {numbers: find_order(*both) for numbers, both in digests.items()}
 
 
-def _layer_orders(evidence: Evidence) -> dict[str, Order]:
-    return _numbers_exchanged(evidence, 0)
-
-
-def _named_expert_orders(evidence: Evidence) -> dict[str, Order]:
-    return _numbers_exchanged(evidence, 1)
-
-
 def _expert_orders(evidence: Evidence) -> dict[str, Order]:
     """Return how the experts of every layer seem to be exchanged."""
     found: dict[str, tuple[Digests, Digests]] = {}
@@ -173,10 +165,9 @@ def _expert_orders(evidence: Evidence) -> dict[str, Order]:
     return {message: find_order(*both) for message, both in found.items()}
 
 
-def _renumbered(
-    pair: TensorPair, orders: Mapping[str, Order], place: int, what: str
-) -> Iterator[Variant]:
+def _renumbered(pair: TensorPair, place: int, what: str) -> Iterator[Variant]:
     """Yield the order that was found among what has numbers at a place of its name."""
+    orders = pair.evidence.once(_numbers_exchanged, place)
     found = numbered(pair.name, place)
     order = orders.get(group(found[0])) if found else None
     if order and any(i != j for i, j in order.items()):
@@ -197,7 +188,7 @@ LAYER_ORDER = Hypothesis(
     "Stages of a pipeline, or files, were put together in the wrong order: often names sorted "
     "as strings, or virtual pipeline chunks taken stage by stage. Convert again from the "
     "original; the model computes nonsense as it is.",
-    lambda pair: _renumbered(pair, pair.evidence.once(_layer_orders), 0, "layer"),
+    lambda pair: _renumbered(pair, 0, "layer"),
 )
 
 
@@ -210,7 +201,7 @@ def _experts(pair: TensorPair) -> Iterator[Variant]:
     if whole and moved and _holds_experts(pair):
         listed = [order[number] for number in range(size)]
         yield Variant(order_named(order, "expert"), on_one(partial(_permuted, listed, 0)))
-    yield from _renumbered(pair, pair.evidence.once(_named_expert_orders), 1, "expert")
+    yield from _renumbered(pair, 1, "expert")
 
 
 def _holds_experts(pair: TensorPair) -> bool:

@@ -311,7 +311,7 @@ class _Search:
 
 
 def _form(pair: TensorPair, mistake: str, detail: str) -> Variant | None:
-    """Return the form of a mistake that is told in these words, if a tensor may have it."""
+    """Return the form of a mistake that has these words, if a tensor may have it."""
     variants = KNOWN[mistake].variants(pair)
     return next((variant for variant in variants if variant.detail == detail), None)
 

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -16,15 +15,14 @@ from typing import Any
 
 from ckptx.errors import ConversionError, PlanError
 from ckptx.processes.interrupts import Interrupts
-from ckptx.processes.supervision import GRACE, manner_of_death
+from ckptx.processes.supervision import GRACE, manner_of_death, module_command
 
-_ROOT = Path(__file__).resolve().parents[3]
 _POLL = 0.1  # seconds between looks at whether a signal has come
 _PACKAGES = {"transformers": "hf", "megatron.core": "megatron", "deepspeed": "deepspeed"}
 
 
 def installed(package: str) -> bool:
-    """Return whether a framework can be imported; a namespace left behind is none."""
+    """Return whether a framework can be imported; an empty namespace package cannot."""
     try:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
@@ -56,22 +54,22 @@ def ask(module: str, job: Mapping[str, Any], **environment: str) -> dict[str, An
     with tempfile.TemporaryDirectory(prefix="ckptx-running-") as scratch, Interrupts() as stopping:
         asked, answered, log = (Path(scratch) / n for n in ("job.json", "answer.json", "log"))
         asked.write_text(json.dumps({**job, "parent": os.getpid()}))
-        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         # Pickles are never executed, whatever a framework's own default is.
-        env = {
+        offline = {
             "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",
             "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0",
             "HF_HUB_OFFLINE": "1",
         }
-        command = [sys.executable, "-P", "-m", f"ckptx.verification.frameworks.{module}"]
+        name = f"ckptx.verification.frameworks.{module}"
+        command, env = module_command(name, str(asked), str(answered))
         with log.open("wb") as output:
             verbose = logging.getLogger().isEnabledFor(logging.INFO)
             with subprocess.Popen(
-                [*command, str(asked), str(answered)],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=output if not verbose else 2,
                 stderr=output if not verbose else None,
-                env=os.environ | env | {"PYTHONPATH": path} | environment,
+                env=env | offline | environment,
             ) as process:
                 try:
                     while process.poll() is None:
@@ -82,10 +80,10 @@ def ask(module: str, job: Mapping[str, Any], **environment: str) -> dict[str, An
                     _end(process)
         if not answered.is_file():
             tail = log.read_text(errors="replace").strip().splitlines()[-1:]
-            said = f": {tail[0][:300]}" if tail else ""
+            last = f": {tail[0][:300]}" if tail else ""
             raise ConversionError(
                 f"{module.replace('_', ' ')}: its process {manner_of_death(process.returncode)}"
-                f"{said}"
+                f"{last}"
             )
         answer: dict[str, Any] = json.loads(answered.read_text())
     if "error" in answer:

@@ -35,6 +35,7 @@ def generate(job: Mapping[str, Any]) -> dict[str, Any]:
     prompts = [("", ids) for ids in job["prompt_ids"]] + [(p, None) for p in job["prompts"]]
     with _finite_logits(model, directory):
         found = [_one(model, reader, text, ids, job) for text, ids in prompts]
+    sampling = {name: job[name] for name in ("temperature", "top_p", "top_k", "seed")}
     return {
         "model": str(directory),
         "class": type(model).__name__,
@@ -42,9 +43,7 @@ def generate(job: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "load_seconds": loaded,
-        "sampling": {name: job[name] for name in ("temperature", "top_p", "top_k", "seed")}
-        if job["sample"]
-        else None,
+        "sampling": sampling if job["sample"] else None,
         "generations": found,
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
     }
@@ -69,9 +68,8 @@ class _Reader:
             return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         if self.picture is None:
             return dict(self.tokenizer(text, return_tensors="pt"))
-        return dict(
-            self.processor(text=self._with_image(text), images=self.picture, return_tensors="pt")
-        )
+        text = self._with_image(text)
+        return dict(self.processor(text=text, images=self.picture, return_tensors="pt"))
 
     def _with_image(self, text: str) -> str:
         """Return a prompt that has the place of the image, in the words of the model's chats."""
@@ -80,11 +78,8 @@ class _Reader:
             return text
         if getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": text}]
-            return str(
-                self.processor.apply_chat_template(
-                    [{"role": "user", "content": content}], add_generation_prompt=True
-                )
-            )
+            chat = [{"role": "user", "content": content}]
+            return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
         return f"{token}\n{text}"
 
 
@@ -168,13 +163,12 @@ def _one(
             f"{job['model']}: generated nothing from {_shown(text, ids)}: "
             + ("the first token ends the text" if new else "no new token")
         )
+    decode = reader.tokenizer.decode if reader.tokenizer is not None else None
     answer = {
         "prompt": text or None,
         "prompt_tokens": inputs["input_ids"][0].tolist(),
         "tokens": new,
-        "text": reader.tokenizer.decode(new, skip_special_tokens=True)
-        if reader.tokenizer is not None
-        else None,
+        "text": decode(new, skip_special_tokens=True) if decode else None,
         "seconds": seconds,
     }
     if job["samples"]:
@@ -234,17 +228,14 @@ def _benchmark(
     model: Any, inputs: Mapping[str, Any], config: Any, job: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return tokens per second of several runs; the one before them has warmed everything up."""
-    runs = [_run(model, inputs, config, job) for _ in range(job["samples"])]
-    speeds = [len(new) / seconds for new, seconds in runs]
-    return {
-        "samples": [
-            {"new_tokens": len(new), "seconds": seconds, "tokens_per_second": len(new) / seconds}
-            for new, seconds in runs
-        ],
-        "tokens_per_second": median(speeds),
-        "lowest": min(speeds),
-        "highest": max(speeds),
-    }
+    samples = []
+    for _ in range(job["samples"]):
+        new, seconds = _run(model, inputs, config, job)
+        speed = len(new) / seconds
+        samples.append({"new_tokens": len(new), "seconds": seconds, "tokens_per_second": speed})
+    speeds = [sample["tokens_per_second"] for sample in samples]
+    summary = {"tokens_per_second": median(speeds), "lowest": min(speeds), "highest": max(speeds)}
+    return {"samples": samples, **summary}
 
 
 def _shown(text: str, ids: list[int] | None) -> str:

@@ -100,7 +100,7 @@ def compare_logits(
     """Run both checkpoints on the same tokens in float32, one after the other, and compare.
 
     What must be converted first goes to a temporary directory (``TMPDIR``), which is removed.
-    ``progress`` is told of the stages, and closed.
+    ``progress`` shows the stages, and is closed.
 
     Raises:
         CkptxError: one of them cannot be run.

@@ -60,8 +60,8 @@ def build(job: Mapping[str, Any]) -> Any:
     )
 
     args = Namespace(**job["args"])
-    said, gpt = arguments(args)
-    config = _config(said)
+    settings, gpt = arguments(args)
+    config = _config(settings)
     if config.num_moe_experts:
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=False, normalization=config.normalization
@@ -98,7 +98,7 @@ def _name_norms(layers: Sequence[Any], directory: Path) -> None:
                 }
 
 
-def _config(said: Mapping[str, Any]) -> Any:
+def _config(settings: Mapping[str, Any]) -> Any:
     """Return the config of a model that is run once, on one CPU, in float32."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -115,8 +115,8 @@ def _config(said: Mapping[str, Any]) -> Any:
         "quick_gelu": quick_gelu,
     }
     values = {
-        **said,
-        "activation_func": activations[said.get("activation_func", "gelu")],
+        **settings,
+        "activation_func": activations[settings.get("activation_func", "gelu")],
         "params_dtype": torch.float32,
         "use_cpu_initialization": True,
         "perform_initialization": False,

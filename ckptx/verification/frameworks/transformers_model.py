@@ -100,7 +100,8 @@ def unfilled(directory: str, dtype: str) -> Any:
 
 
 def _dtype(wanted: Any) -> dict[str, Any]:
-    return {"dtype" if _version() >= (4, 56) else "torch_dtype": wanted}
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    return {"dtype" if version >= (4, 56) else "torch_dtype": wanted}
 
 
 def check(info: Mapping[str, Any], directory: Path) -> None:
@@ -130,14 +131,14 @@ def auto_class(config: Any, directory: Path) -> tuple[Any, bool]:
         SideError: it is neither a causal language model nor one with images.
     """
     named = list(getattr(config, "architectures", None) or [])
-    seeing = dict(getattr(modeling_auto, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", {}))
-    speaking = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    of_images = dict(getattr(modeling_auto, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", {}))
+    of_text = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     own = getattr(config, "auto_map", None) or {}
     if not named:
-        named = [speaking.get(config.model_type) or seeing.get(config.model_type, "")]
-    if set(named) & set(_flat(speaking.values())) or "AutoModelForCausalLM" in own:
+        named = [of_text.get(config.model_type) or of_images.get(config.model_type, "")]
+    if set(named) & set(_flat(of_text.values())) or "AutoModelForCausalLM" in own:
         return transformers.AutoModelForCausalLM, False
-    if set(named) & set(_flat(seeing.values())) or "AutoModelForImageTextToText" in own:
+    if set(named) & set(_flat(of_images.values())) or "AutoModelForImageTextToText" in own:
         return transformers.AutoModelForImageTextToText, True
     raise SideError(
         f"{directory}: {', '.join(named) or 'its class'} is neither a causal language model nor "
@@ -160,10 +161,6 @@ def chosen_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise SideError("--device cuda: torch finds no CUDA device; use --device cpu")
     return device
-
-
-def _version() -> tuple[int, ...]:
-    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
 def tokenizer_of(directory: Path, *, trust_remote_code: bool = False) -> Any:

@@ -18,7 +18,7 @@ LONGEST = 700
 
 
 class SideError(Exception):
-    """What is wrong, said in full: nothing is added to the message."""
+    """An error whose message is complete: nothing is added to it."""
 
 
 def described(error: BaseException, longest: int = LONGEST) -> str:
@@ -37,7 +37,7 @@ def serve(act: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
     """Do the job that the command line names; the answer is a JSON object.
 
     It has ``error`` and ``trace`` if that failed. The process dies with its parent, which alone
-    minds Ctrl-C.
+    handles Ctrl-C.
     """
     asked, answered = map(Path, sys.argv[1:3])
     job = json.loads(asked.read_text())
