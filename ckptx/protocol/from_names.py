@@ -40,8 +40,19 @@ def messages_of(
     Raises:
         SchemaError: a tensor is missing, left over, or of another shape than the spec says.
     """
-    left = dict(tensors)
     parts = {"language": spec} if isinstance(spec, ModelSpec) else spec
+    for message in gathered(layout, tensors, parts):
+        check_shapes(message.name, message.tensors, parts[message.part])
+        yield message
+
+
+def gathered(layout: Layout, tensors: Mapping[str, LazyTensor], parts: Parts) -> Iterator[Tensors]:
+    """Yield what `messages_of` yields, of any shapes.
+
+    Raises:
+        SchemaError: a tensor is missing or left over.
+    """
+    left = dict(tensors)
     taker = Gatherer(layout, parts["language"])
     found: dict[str, tuple[RuleGroup, dict[str, LazyTensor]]] = {}
     for held in layout.held(parts):
@@ -54,7 +65,6 @@ def messages_of(
             own[key] = replicated([own[key], left.pop(name)])
     taker.finish(list(left))
     for message, (held, canonical) in found.items():
-        check_shapes(message, canonical, held.spec)
         yield Tensors(message, canonical, held.part)
 
 

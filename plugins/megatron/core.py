@@ -13,7 +13,7 @@ from ckptx.model.canonical_names import check_shapes
 from ckptx.model.layout import Layout, Parts
 from ckptx.model.pipeline_parallel import Pipeline, describe, stage_ranks
 from ckptx.model.spec import ModelSpec
-from ckptx.plugins.megatron import directory, llava, per_rank, rank_names, torch_dist
+from ckptx.plugins.megatron import adapters, directory, llava, per_rank, rank_names, torch_dist
 from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.forms import LEGACY, Generation
 from ckptx.plugins.megatron.options import (
@@ -70,7 +70,12 @@ class CoreLoader:
 
     def options(self) -> list[click.Option]:
         """Return the options for the vocabulary and for args that stand in the way."""
-        return [*vocabulary_options(), transformer_impl_option("loader"), accept_arg_option()]
+        return [
+            *vocabulary_options(),
+            transformer_impl_option("loader"),
+            accept_arg_option(),
+            adapters.lora_alpha_option(),
+        ]
 
     def detect(self, source: Location) -> bool:
         """Return whether there is a tracker file or an iteration directory, of no legacy model."""
@@ -110,7 +115,7 @@ class CoreLoader:
             },
         )
         unfinished = directory.unfinished(source)
-        model = self._model(begin, checkpoint, options, unfinished)
+        model = self._model(begin, checkpoint, options, context, unfinished)
         yield from begin_anyway(begin, model, context)
 
     def _model(
@@ -118,6 +123,7 @@ class CoreLoader:
         begin: Begin,
         checkpoint: Source,
         options: Options,
+        context: Context,
         notes: tuple[str, ...],
     ) -> Messages:
         """Yield the model that args, or the config among the sidecars of ``begin``, describe."""
@@ -129,6 +135,7 @@ class CoreLoader:
         accepted = tuple(options.get("accept_arg") or ())
         heeded = settings.without(checkpoint.args, accepted)
         parts: Parts = {"language": _spec(replace(checkpoint, args=heeded), said, options)}
+        lora = adapters.adapters_of(checkpoint, options, context)
         seeing = is_llava(checkpoint.weights)
         if seeing:
             known = said if said and "vision" in said else None
@@ -141,9 +148,12 @@ class CoreLoader:
             messages = list(llava.without_dummies(stored, parts["vision"], dummies, dropped))
         else:
             layout = self.layout(checkpoint, parts["language"])
+            if lora and not lora.is_merged:
+                yield from lora.exported(begin, layout, parts, notes)
+                return
             messages = [
                 replace(message, tensors=row_blocks.in_halves(message.tensors, heeded))
-                for message in checkpoint.messages(layout, parts)
+                for message in (lora or checkpoint).messages(layout, parts)
             ]
         yield replace(
             begin,
@@ -159,8 +169,8 @@ class CoreLoader:
             yield message
         notes = (
             *notes,
-            *checkpoint.notes,
-            *settings.notes(checkpoint.args, accepted),
+            *(lora or checkpoint).notes,
+            *settings.notes((lora or checkpoint).args, accepted),
             *row_blocks.notes(heeded),
             *self.notes(parts["language"]),
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptx.model.layout import Layout
+from ckptx.plugins.megatron.adapters import unwrapped
 from ckptx.schemas.conventions import legacy
 
 
@@ -34,7 +35,7 @@ def _head_copy(_: Layout) -> str:
     return legacy.TIED_COPY
 
 
-CORE = Generation("core", "a model of Megatron Core", _output_weight, dict, dict)
+CORE = Generation("core", "a model of Megatron Core", _output_weight, unwrapped, dict)
 LEGACY = Generation(
     "legacy", "a legacy Megatron model", _head_copy, legacy.flattened, legacy.nested
 )

@@ -24,9 +24,10 @@ from ckptx.model.layout import ExtraState, Layout, Parts
 from ckptx.model.pipeline_parallel import Chunk
 from ckptx.model.sharding import Placed, Rank, shard_chunks
 from ckptx.model.spec import ModelSpec
+from ckptx.plugins.megatron.adapters import unwrapped
 from ckptx.plugins.megatron.directory import IterationDirectory
 from ckptx.plugins.megatron.source import ENGINE_STATE, Excluded, Source, exclude_nothing
-from ckptx.protocol.from_names import inventory, main_dtype, messages_of
+from ckptx.protocol.from_names import gathered, inventory, main_dtype
 from ckptx.protocol.messages import TRAINING_STATE, Dropped, Tensors
 from ckptx.protocol.model import Model
 from ckptx.schemas.conventions.vision import VISION_MODEL
@@ -68,10 +69,10 @@ def read(checkpoint: IterationDirectory, apart: Excluded = exclude_nothing) -> S
     weights = dcp.tensors(metadata, files, [n for n in metadata.tensors if n not in set(training)])
     dropped = list(_dropped(common, state, training, metadata))
     others = {name: [tensor] for name, tensor in weights.items() if apart(name, tensor)}
-    own = {name: tensor for name, tensor in weights.items() if name not in others}
+    own = unwrapped({name: one for name, one in weights.items() if name not in others})
 
     def messages(layout: Layout, parts: Parts) -> Iterator[Tensors]:
-        return messages_of(layout, _unstacked(own, parts), parts)
+        return gathered(layout, _unstacked(own, parts), parts)
 
     return Source(
         directory,

@@ -132,7 +132,7 @@ class VerlLoader:
                     f"{directory}: was saved by Megatron workers; --extra-state is for those of "
                     "FSDP"
                 )
-            yield from megatron.messages(directory, begin, wishes, notes, left)
+            yield from megatron.messages(directory, begin, wishes, notes, left, options, context)
             return
         if wishes != megatron.Wishes():
             raise FormatError(

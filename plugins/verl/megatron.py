@@ -28,8 +28,10 @@ from ckptx.model.canonical_names import check_shapes
 from ckptx.model.family import Family
 from ckptx.model.layout import Parts
 from ckptx.plugins.megatron import per_rank, rank_names, torch_dist
+from ckptx.plugins.megatron.adapters import adapters_of
 from ckptx.plugins.megatron.directory import IterationDirectory
 from ckptx.plugins.megatron.source import Excluded, Source
+from ckptx.protocol.context import Context, Options
 from ckptx.protocol.from_names import passthrough, resolve_tie, tied_names
 from ckptx.protocol.messages import Begin, Dropped, End, Messages, Tensors
 from ckptx.protocol.model import collect, named_tensors
@@ -43,7 +45,6 @@ PER_RANK = "model"
 TRANSFORMER_CONFIG = "transformer_config.json"
 _HEAD = "output_layer.weight"
 _HEAD_BIAS = "output_layer.bias"
-_ADAPTERS = (".adapter.", ".to_wrap.")
 _CLASSES = ("ForTokenClassification", "ForSequenceClassification")
 _CAUSAL = "ForCausalLM"
 _VALUE = _CLASSES[0]
@@ -70,13 +71,15 @@ def messages(
     wishes: Wishes,
     notes: tuple[str, ...],
     dropped: tuple[Dropped, ...],
+    options: Options,
+    context: Context,
 ) -> Messages:
     """Yield the model; ``begin`` has its format, sidecars and iteration.
 
     A value model has no Megatron layout of its own: its tensors travel under Hugging Face's names.
 
     Raises:
-        FormatError: files are missing, or hold adapters or no weights.
+        FormatError: files are missing, or hold no weights, or adapters that are not merged.
         SchemaError: there is no config of a known family, or it is of another model.
     """
     family, config = _family(begin, directory)
@@ -103,10 +106,14 @@ def messages(
         )
     if head or wishes.tied:
         spec = replace(spec, tied=True)  # to layouts: without an output layer of its own
-    dropped, notes = (*dropped, *source.dropped), (*notes, *source.notes)
     parts = {**parts, "language": spec}
+    lora = adapters_of(source, options, context)
+    if lora and not lora.is_merged:
+        yield from lora.exported(begin, layout, parts, notes)
+        return
+    dropped, notes = (*dropped, *source.dropped), (*notes, *(lora or source).notes)
     found = []
-    for message in source.messages(layout, parts):
+    for message in (lora or source).messages(layout, parts):
         check_shapes(message.name, message.tensors, parts[message.part])
         found.append(message)
     if head:
@@ -133,7 +140,7 @@ def _read(place: IterationDirectory, apart: Excluded) -> Source:
     """Read a checkpoint of either form.
 
     Raises:
-        FormatError: it is damaged, or holds adapters or no weights.
+        FormatError: it is damaged, or holds no weights.
     """
     if place.format == "torch_dist":
         source = torch_dist.read(place, apart)
@@ -144,12 +151,6 @@ def _read(place: IterationDirectory, apart: Excluded) -> Source:
         weights = sorted(beside.glob("*.safetensors")) if beside.is_dir() else []
         where = f"; they are in {beside}: convert that directory" if weights else ""
         raise FormatError(f"{place.path}: holds no weights{where}")
-    adapters = [name for name in source.names if any(part in name for part in _ADAPTERS)]
-    if adapters:
-        raise FormatError(
-            f"{place.path}: holds adapters ({listing(adapters, 1)}), which are not merged yet; "
-            "merge them before the checkpoint is saved"
-        )
     return source
 
 

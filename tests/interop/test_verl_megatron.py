@@ -253,10 +253,21 @@ def test_weights_that_a_bridge_has_written(source_of, tmp_path):
     convert(beside, tmp_path / "hf", "hf")
 
 
-def test_adapters_are_not_merged(saved, tmp_path):
+def test_adapters_are_merged_by_the_alpha_that_the_user_knows(saved, tmp_path):
+    """test_megatron_lora holds the merge against peft; here B is zero and the base is expected."""
     actor = copied(saved, tmp_path, "model")
+    convert(actor, tmp_path / "expected", "hf")
     for path in actor.glob("model/*/model.pt"):
         stages = torch.load(path, weights_only=False)
-        name = "decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight"
-        torch.save([{**stages[0], name: torch.ones(2, 64)}], path)
-    assert "holds adapters" in refused(actor, tmp_path)
+        module = "self_attention.linear_proj."
+        for name, tensor in dict(stages[0]).items():
+            if module in name and name.endswith("weight"):
+                stem = name.replace("weight", "adapter.linear_")
+                stages[0][f"{stem}in.weight"] = torch.ones(2, tensor.shape[1])
+                stages[0][f"{stem}out.weight"] = torch.zeros(tensor.shape[0], 2)
+        torch.save(stages, path)
+    assert "lora_alpha is None" in refused(actor, tmp_path)
+    convert(actor, tmp_path / "hf", "hf", loader_options={"lora_alpha": 4})
+    expected = hf.weights(tmp_path / "expected")
+    for key, tensor in hf.weights(tmp_path / "hf").items():
+        assert torch.equal(tensor, expected[key]), key
