@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +41,12 @@ class Checkpoint(Place):
         return super().convert(value, param, ctx)
 
 
-def show_result(
-    result: Any,
-    as_json: bool,
-    quiet: bool,
-    render: Callable[[Any, int], str] | None = None,
-) -> None:
-    """Print a result that has ``to_json()``, and ``render(width)`` unless that is given."""
+def show_result(result: Any, as_json: bool, quiet: bool) -> None:
+    """Print a result that has ``to_json()`` and ``render(width)``."""
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=1))
     elif not quiet:
-        width = shutil.get_terminal_size().columns
-        click.echo(printable(render(result, width) if render else result.render(width)))
+        click.echo(printable(result.render(shutil.get_terminal_size().columns)))
 
 
 def output_options() -> list[click.Parameter]:

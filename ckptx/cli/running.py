@@ -38,7 +38,7 @@ def generate_command() -> click.Command:
     """Return the command that lets a model generate text."""
     about_prompt = f"Text to continue. Repeatable.  [default: {_PROMPT!r}]"
     ids = 'Tokens to continue, as "1 2 3"; needs no tokenizer. Repeatable.'
-    image = "Image before every prompt, for models that see."
+    image = "Image before every prompt, for models that take images."
     samples = "Runs that --benchmark measures, after one that warms up."
     output = click.Path(dir_okay=False, path_type=Path)
     return click.Command(

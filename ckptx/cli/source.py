@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,30 +22,25 @@ def inspect_command() -> click.Command:
         from ckptx.cli import progress
         from ckptx.inspection.layers import parse_layers
         from ckptx.inspection.summary import Wanted, inspect
-        from ckptx.inspection.text import render
 
-        wanted = Wanted(
-            names=params["names"],
-            pattern=params["pattern"],
-            layers=parse_layers(params["layers"]) if params["layers"] else None,
-            tree=params["tree"],
-            stats=params["stats"],
-        )
+        layers = parse_layers(params["layers"]) if params["layers"] else None
+        given = {name: params[name] for name in ("names", "pattern", "tree", "stats")}
+        wanted = Wanted(layers=layers, **given)
         shown = progress.choose(params["quiet"] or params["as_json"])
         try:
             with sources[0].open() as checkpoint:
                 inspection = inspect(checkpoint, wanted, shown)
         finally:
             shown.close()
-        show_result(inspection, params["as_json"], params["quiet"], render)
+        show_result(inspection, params["as_json"], params["quiet"])
         if not inspection.healthy:
             raise click.exceptions.Exit(1)
 
     def failed(source: Source, error: CkptxError, params: dict[str, Any]) -> None:
-        from ckptx.inspection.summary import Unreadable
+        from ckptx.inspection.summary import unreadable
 
         if params["as_json"]:
-            show_result(Unreadable(str(source.path), source.format, str(error)), True, False)
+            click.echo(json.dumps(unreadable(source.path, source.format, str(error)), indent=1))
 
     names = "Whole tensors by Hugging Face's names, or as the files hold them."
     return CheckpointCommand(

@@ -49,7 +49,7 @@ def convert(
         early = workers if workers and workers.max_queue_size == size else None
         with early or Workers(size) as crew:
             crew.send(request, spool)
-            return _Supervisor(crew.workers, owner, interrupts).run()
+            return crew.watch(owner, interrupts)
 
     with Interrupts() as interrupts:
         return engine.convert(request, progress, run)
@@ -118,6 +118,29 @@ class Workers:
             with contextlib.suppress(OSError):  # it has died: its exit code says how
                 one.connection.send((request, level, spool))
 
+    def watch(self, owner: engine.TargetOwner, interrupts: Interrupts) -> engine.Outcome:
+        """Wait until both are done; return what the saver has done.
+
+        Raises:
+            CkptxError: the first failure of either child.
+            Interrupted: a signal came.
+        """
+        while busy := [child for child in self.workers if not child.done]:
+            lines = [child.connection for child in busy if child.listening]
+            wait([interrupts.fileno(), *lines, *(child.process.sentinel for child in busy)])
+            interrupts.check()
+            # Liveness first: what a dead child had to say is then all in its pipe.
+            dead = [child for child in busy if not child.process.is_alive()]
+            failures = [failure for child in busy for failure in _failures(child, owner)]
+            if failures:
+                raise min(failures, key=lambda failure: failure.when).exception()
+            for child in dead:
+                if not child.done:
+                    raise _death(child)
+        interrupts.check()
+        outcome: engine.Outcome = self.workers[1].result
+        return outcome
+
     def stop(self) -> None:
         """End both."""
         workers, self.workers = self.workers, []
@@ -130,53 +153,18 @@ class Workers:
         self._queue.close()
 
 
-class _Supervisor:
-    """Watches a crew until both are done, or one has failed."""
-
-    def __init__(
-        self, crew: list[_Worker], owner: engine.TargetOwner, interrupts: Interrupts
-    ) -> None:
-        self.crew = crew
-        self.owner = owner
-        self.interrupts = interrupts
-        self.failures: list[Failure] = []
-
-    def run(self) -> engine.Outcome:
-        """Return what the saver has done.
-
-        Raises:
-            CkptxError: the first failure of either child.
-            Interrupted: a signal came.
-        """
-        while not all(child.done for child in self.crew):
-            busy = [child for child in self.crew if not child.done]
-            lines = [child.connection for child in busy if child.listening]
-            wait([self.interrupts.fileno(), *lines, *(child.process.sentinel for child in busy)])
-            self.interrupts.check()
-            # Liveness first: what a dead child had to say is then all in its pipe.
-            dead = [child for child in busy if not child.process.is_alive()]
-            for child in busy:
-                for tag, content in child.messages():
-                    self._on_message(child, tag, content)
-            if self.failures:
-                raise min(self.failures, key=lambda failure: failure.when).exception()
-            for child in dead:
-                if not child.done:
-                    raise _death(child)
-        self.interrupts.check()
-        outcome: engine.Outcome = self.crew[1].result
-        return outcome
-
-    def _on_message(self, child: _Worker, tag: str, content: Any) -> None:
+def _failures(child: _Worker, owner: engine.TargetOwner) -> Iterator[Failure]:
+    """Do what the messages of a child ask for; yield the failures that it reports."""
+    for tag, content in child.messages():
         match tag:
             case "log":
                 logging.getLogger(content.name).handle(content)
             case "progress":
-                self.owner.advance(content)
+                owner.advance(content)
             case "planned":
-                child.connection.send(self.owner.prepare(*content))
+                child.connection.send(owner.prepare(*content))
             case "failed":
-                self.failures.append(content)
+                yield content
             case "done":
                 child.done, child.result = True, content
 

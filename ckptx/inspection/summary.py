@@ -26,24 +26,15 @@ SCHEMA = "ckptx-inspect/1"
 """What the JSON of an inspection is; the number rises when a key changes its meaning."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """A checkpoint that no loader can read, as JSON; people get the error itself."""
-
-    path: str
-    format: str | None
-    message: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the keys that an `Inspection` has, as far as they are known."""
-        problem = Problem("unreadable", self.message)
-        return {
-            "schema": SCHEMA,
-            "path": self.path,
-            "healthy": False,
-            "problems": [asdict(problem)],
-            "format": self.format,
-        }
+def unreadable(path: Path, format: str | None, message: str) -> dict[str, Any]:
+    """Return the keys of an `Inspection` that are known of what no loader can read, for JSON."""
+    return {
+        "schema": SCHEMA,
+        "path": str(path),
+        "healthy": False,
+        "problems": [asdict(Problem("unreadable", message))],
+        "format": format,
+    }
 
 
 @dataclass(frozen=True, slots=True)

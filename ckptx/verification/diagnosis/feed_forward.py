@@ -13,7 +13,7 @@ from ckptx.verification.pairing import Name
 
 _RANKS = 64  # most tensor-parallel ranks that are tried
 # Names that models without a schema have: Llama's relatives and Mixtral's experts.
-_PAIRS = (("gate_proj", "up_proj"), ("w1", "w3"))
+_PARTNERS = {"gate_proj": "up_proj", "up_proj": "gate_proj", "w1": "w3", "w3": "w1"}
 
 
 def partner(name: Name) -> Name | None:
@@ -22,12 +22,9 @@ def partner(name: Name) -> Name | None:
     stem, _, last = key.rpartition(" ")
     if message and last in ("W", "V") and "l0" in stem:
         return message, f"{stem} {'V' if last == 'W' else 'W'}"
-    words = key.split(".")
-    for pair in _PAIRS:
-        for one, other in (pair, pair[::-1]):
-            if one in words:
-                return message, ".".join(other if word == one else word for word in words)
-    return None
+    words = [_PARTNERS.get(word, word) for word in key.split(".")]
+    other = ".".join(words)
+    return (message, other) if other != key else None
 
 
 _other = of_partner(partner)

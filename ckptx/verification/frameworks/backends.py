@@ -59,7 +59,7 @@ def prepare(source: Source, scratch: Path, letter: str) -> Backend:
     begin = _begin(source)
     spec = begin.parts["language"]
     if "vision" in begin.parts:
-        return _converted_to_hf(source, scratch, letter, "its model sees")
+        return _converted_to_hf(source, scratch, letter, "its model takes images")
     if spec.multi_latent_attention:
         why = "latent attention needs Transformer Engine in Megatron"
         return _converted_to_hf(source, scratch, letter, why)
