@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from ckptx.storage.partial import PARTIAL, is_held
@@ -12,6 +13,19 @@ _ITERATION = re.compile(r"iter_\d{7}|release")
 _LOOKED_AT = 20  # directories below the one that was given
 _NAMED = 3  # of those that are checkpoints
 
+_FOREIGN = {
+    r".+\.gguf": "a file of llama.cpp (GGUF), mostly quantised; transformers reads it: "
+    "AutoModelForCausalLM.from_pretrained(DIR, gguf_file=NAME).save_pretrained(NEW)",
+    r".+\.nemo": "an archive of NeMo 1, which its scripts/checkpoint_converters/"
+    "convert_*_nemo_to_hf.py read",
+    r"iter_\d{7}_\d+_local\.pt": "a rank's part of a local checkpoint of NVIDIA's resiliency "
+    "extension (--non-persistent-ckpt-type local), which only the same ranks of Megatron can load; "
+    "have them save a global one",
+}
+"""Formats that are not read here, by the names of files: what they are, and what reads them.
+
+Sources: ggml-org/ggml docs/gguf.md, NVIDIA/NeMo scripts/checkpoint_converters @ v2.0.0,
+NVIDIA/nvidia-resiliency-ext src/nvidia_resiliency_ext/checkpointing/local/ckpt_managers."""
 Recognised = Callable[[Path], bool]
 
 
@@ -40,6 +54,8 @@ def why_unrecognised(source: Path, recognised: Recognised) -> str:
         source: exists, and no loader recognises it.
         recognised: whether a loader recognises another path.
     """
+    if foreign := _foreign(source):
+        return foreign
     if not source.is_dir():
         return "it is empty" if source.is_file() and not source.stat().st_size else ""
     # Numbers in order, so that the last one is the latest.
@@ -47,11 +63,25 @@ def why_unrecognised(source: Path, recognised: Recognised) -> str:
     if not names:
         return "the directory is empty"
     finished = [name for name in names if not name.endswith(PARTIAL)]
+    above = source.absolute().parent
+    if source.name.startswith("mp_rank_") and recognised(above):
+        return f"it is the directory of one rank: give {above}"
     below = _checkpoints_below(source, finished, recognised) or _incomplete(finished)
     if below or len(finished) == len(names):
         return below
     partial = next(source / name for name in names if name.endswith(PARTIAL))
     return f"a conversion into it {_unfinished(partial)}"
+
+
+def _foreign(source: Path) -> str:
+    """Return what another program's format is, and which tool reads it; empty of any other."""
+    inside = sorted(source.iterdir()) if source.is_dir() else [source]
+    ranks = (sorted(path.iterdir()) for path in inside if path.name.isdigit() and path.is_dir())
+    for name in (path.name for path in (*inside, *chain.from_iterable(ranks))):
+        reason = next((why for pattern, why in _FOREIGN.items() if re.fullmatch(pattern, name)), "")
+        if reason:
+            return f"{name} is {reason}"
+    return ""
 
 
 def _checkpoints_below(source: Path, names: list[str], recognised: Recognised) -> str:
@@ -78,6 +108,8 @@ def _below(source: Path, names: list[str]) -> Iterator[Path]:
             yield from sorted((source / name).iterdir())
         elif (source / name).is_dir():
             yield source / name
+            if re.fullmatch(r"global_step_\d+", name):
+                yield from sorted(path for path in (source / name).iterdir() if path.is_dir())
 
 
 def _incomplete(names: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -36,8 +38,8 @@ from ckptx.plugins.megatron.target_parallelism import (
 )
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
-from ckptx.protocol.from_names import begin_anyway
-from ckptx.protocol.messages import Begin, End, Messages
+from ckptx.protocol.from_names import begin_anyway, resolve_tie, tied_names
+from ckptx.protocol.messages import Begin, Dropped, End, Messages
 from ckptx.protocol.model import Model, check_messages, collect
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry.families import (
@@ -55,11 +57,14 @@ from ckptx.schemas.megatron_settings.args import (
     spec_from_args,
     unsupported_by_megatron,
 )
-from ckptx.schemas.megatron_settings.args import notes as remarks
+from ckptx.schemas.megatron_settings.args import notes as notes_of_args
 from ckptx.schemas.megatron_settings.experts import with_gate_of_files
 from ckptx.schemas.megatron_settings.llava import is_llava, language_args
 from ckptx.storage.file_plan import literal_files
 from ckptx.storage.location import Location
+
+_HEAD = re.compile(r"(^|\.)(v_head|(value|reward|rm|score)_head|score)\.")
+"""The names of heads with one output, in forks."""
 
 
 class CoreLoader:
@@ -129,14 +134,13 @@ class CoreLoader:
     ) -> Messages:
         """Yield the model that args, or the config among the sidecars of ``begin``, describe."""
         files = dict(begin.sidecars)
-        config = read_config(files, checkpoint.place / directory.SIDECARS)
-        family = family_of(config) if config else None
-        said = parts_from_config(family, config) if config and family else None
+        said = _parts_of_config(files, checkpoint)
         dropped = list(checkpoint.dropped)
         accepted = tuple(options.get("accept_arg") or ())
         heeded = settings.without(checkpoint.args, accepted)
         parts: Parts = {"language": _spec(replace(checkpoint, args=heeded), said, options)}
         lora = adapters.adapters_of(checkpoint, options, context)
+        _refuse_head(checkpoint)
         seeing = is_llava(checkpoint.weights)
         if seeing:
             known = said if said and "vision" in said else None
@@ -149,6 +153,8 @@ class CoreLoader:
             messages = list(llava.without_dummies(stored, parts["vision"], dummies, dropped))
         else:
             layout = self.layout(checkpoint, parts["language"])
+            parts, remarks = _with_own_head(begin, checkpoint, layout, parts, dropped)
+            notes = (*notes, *remarks)
             if lora and not lora.is_merged:
                 yield from lora.exported(begin, layout, parts, notes)
                 return
@@ -199,6 +205,45 @@ def found_form(source: Location) -> Generation | None:
         return per_rank.form_in(place) if place.format == "torch" else None
     except CkptxError:
         return None  # the loader will say what is wrong
+
+
+def _parts_of_config(files: Mapping[str, bytes], checkpoint: Source) -> Parts | None:
+    """Return what a config among the files beside the weights says, None without a known one."""
+    config = read_config(files, checkpoint.place / directory.SIDECARS)
+    family = family_of(config) if config else None
+    return parts_from_config(family, config) if config and family else None
+
+
+def _refuse_head(checkpoint: Source) -> None:
+    """Raise where the model has a head that is none of a language model."""
+    for source in checkpoint.sources:
+        name, shape = source.name.rpartition(":")[2], source.extent.shape
+        if _HEAD.search(name) or (name.endswith("output_layer.weight") and shape[:1] == (1,)):
+            raise FormatError(
+                f"{checkpoint.place}: {name} {list(shape)} is the head of a value or reward "
+                "model, for which Megatron's models have no place; those of verl are read from "
+                "the directory that verl has saved (--from verl)"
+            )
+
+
+def _with_own_head(
+    begin: Begin, checkpoint: Source, layout: Layout, parts: Parts, dropped: list[Dropped]
+) -> tuple[Parts, tuple[str, ...]]:
+    """Return the parts without a tie if the output layer is not the embedding, and remarks.
+
+    Files of ranks hold a copy of the embedding, for the last stage, and so it is read; of
+    ``torch_dist``, which never does, a copy is taken out and added to ``dropped``.
+    """
+    spec = parts["language"]
+    if not spec.tied or not layout.names_of("output layer", "weight"):
+        return parts, ()
+    weights = dict(checkpoint.weights)
+    embedding, output = tied_names(layout, weights)
+    tied, copies, remarked = resolve_tie(weights, embedding, output, checkpoint.files)
+    if begin.parallel["ckpt_format"] == "torch_dist" and copies:
+        del checkpoint.weights[output]
+        dropped += copies
+    return {"language": replace(spec, tied=tied)}, remarked
 
 
 def _check_dummies(options: Options, dummies: int, checkpoint: Source) -> None:
@@ -384,4 +429,4 @@ def _check_expressible(spec: ModelSpec, local: bool) -> list[str]:
         problems.append("the local spec, asked for, has no multi-latent attention")
     if problems:
         raise SchemaError(f"Megatron Core cannot hold this model: {'; '.join(problems)}")
-    return remarks(spec)
+    return notes_of_args(spec)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ckptx.containers import torch_zip
-from ckptx.containers.pickle_values import Namespace
+from ckptx.containers.pickle_values import Namespace, Record
 from ckptx.errors import FormatError, PlanError, SchemaError, listing
 from ckptx.model.canonical_names import layer_of
 from ckptx.model.layout import Layout, Parts, rule
@@ -41,7 +41,9 @@ from ckptx.plugins.megatron.rank_names import (
     stored_ranks,
 )
 from ckptx.plugins.megatron.source import (
+    BUFFERS,
     ENGINE_STATE,
+    MADE_ANEW,
     Excluded,
     Source,
     exclude_nothing,
@@ -57,6 +59,10 @@ from ckptx.storage.file_plan import FilePlan
 from ckptx.storage.location import Location
 from ckptx.tensors.lazy import Filled, LazyTensor, Stored, replicated
 
+_QUANTISED = ("Float8", "MXFP8", "NVFP4")
+"""How the classes of quantised weights begin: Float8Tensor, Float8BlockwiseQTensor, MXFP8Tensor.
+
+Source: NVIDIA/TransformerEngine transformer_engine/pytorch/tensor/*.py @ v2.9."""
 _LAYER = re.compile(r"(?:language_model\.)?(?:decoder|encoder|transformer)\.layers\.(\d+)\.")
 
 
@@ -294,6 +300,7 @@ def _read_rank(path: Location, number: int, form: Generation, kind: Files) -> Ra
     args = args_of(state, path)
     models: list[dict[str, LazyTensor]] = []
     states = 0
+    rest: dict[str, int] = {}
     held = dict(models_in(state, path))
     for key, entries in held.items():
         other = form_of(entries)
@@ -311,13 +318,30 @@ def _read_rank(path: Location, number: int, form: Generation, kind: Files) -> Ra
         weights = {n: v for n, v in named.items() if not n.endswith("_extra_state")}
         unknown = [name for name, value in weights.items() if not isinstance(value, Stored)]
         if unknown:
-            raise FormatError(f"{path}: {listing(unknown)} of {key!r} are no tensors")
+            raise FormatError(
+                f"{path}: {listing(unknown)} of {key!r} are {_kind_of(weights[unknown[0]])}"
+            )
+        buffers = {name: weights.pop(name).nbytes for name in [*weights] if name.endswith(BUFFERS)}
+        rest |= {name: rest.get(name, 0) + size for name, size in buffers.items()}
         models.append(weights)
-        states += stored_bytes([v for n, v in named.items() if n not in weights])
+        states += stored_bytes(
+            [v for n, v in named.items() if n not in weights and n not in buffers]
+        )
     known = {*held, "args", "checkpoint_version", "iteration"}
-    rest = {key: stored_bytes(value) for key, value in state.items() if key not in known}
+    rest |= {key: stored_bytes(value) for key, value in state.items() if key not in known}
     version = state.get("checkpoint_version", 0)
     return RankFile(path, args, state.get("iteration"), version, models, states, rest)
+
+
+def _kind_of(value: Any) -> str:
+    """Return what lies in the place of a weight, and what to do about it."""
+    kind = type(value).name.partition(".")[0] if isinstance(value, Record) else ""
+    if not kind.startswith(_QUANTISED):
+        return "no tensors"
+    return (
+        f"{kind} of Transformer Engine, quantised values with scales; save the checkpoint again "
+        "with --ckpt-format torch_dist, where Megatron writes such weights in bfloat16"
+    )
 
 
 def _state_of(path: Location, number: int) -> Any:
@@ -396,4 +420,4 @@ def _dropped(grid: list[RankFile]) -> Iterator[Dropped]:
             if file != rank.path and file.is_file():
                 totals[file.name] = totals.get(file.name, 0) + file.stat().st_size
     for key, size in totals.items():
-        yield Dropped(key, TRAINING_STATE, size)
+        yield Dropped(key, MADE_ANEW if key.endswith(BUFFERS) else TRAINING_STATE, size)

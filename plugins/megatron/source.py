@@ -17,6 +17,11 @@ Excluded: TypeAlias = Callable[[str, LazyTensor], bool]
 ENGINE_STATE = "quantisation state of Transformer Engine; holds no weights"
 
 
+BUFFERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+"""Endings of names of rotary frequencies, which old releases and forks save."""
+MADE_ANEW = "no weights: the model makes it anew"
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A checkpoint that was read as far as its metadata goes."""
@@ -29,7 +34,7 @@ class Source:
     dtype: str
     messages: Callable[[Layout, Parts], Iterator[Tensors]]
     """Yields canonical tensors, once names and dimensions are known."""
-    weights: Mapping[str, LazyTensor]
+    weights: dict[str, LazyTensor]
     """What the first rank holds; of ``torch_dist`` everything, layers stacked or not."""
     cut: int = 1
     """Into how many tensor-parallel parts these weights are cut."""

@@ -26,7 +26,14 @@ from ckptx.model.sharding import Placed, Rank, shard_chunks
 from ckptx.model.spec import ModelSpec
 from ckptx.plugins.megatron.adapters import unwrapped
 from ckptx.plugins.megatron.directory import IterationDirectory
-from ckptx.plugins.megatron.source import ENGINE_STATE, Excluded, Source, exclude_nothing
+from ckptx.plugins.megatron.source import (
+    BUFFERS,
+    ENGINE_STATE,
+    MADE_ANEW,
+    Excluded,
+    Source,
+    exclude_nothing,
+)
 from ckptx.protocol.from_names import gathered, inventory, main_dtype
 from ckptx.protocol.messages import TRAINING_STATE, Dropped, Tensors
 from ckptx.protocol.model import Model
@@ -68,6 +75,8 @@ def read(checkpoint: IterationDirectory, apart: Excluded = exclude_nothing) -> S
     files: list[str] = []
     weights = dcp.tensors(metadata, files, [n for n in metadata.tensors if n not in set(training)])
     dropped = list(_dropped(common, state, training, metadata))
+    for name in [name for name in weights if name.endswith(BUFFERS)]:
+        dropped.append(Dropped(name, MADE_ANEW, weights.pop(name).nbytes))
     others = {name: [tensor] for name, tensor in weights.items() if apart(name, tensor)}
     own = unwrapped({name: one for name, one in weights.items() if name not in others})
 

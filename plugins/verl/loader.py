@@ -26,7 +26,7 @@ import click
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import collector_paused
 from ckptx.containers.sharded import Rank, Share, share, whole
-from ckptx.errors import FormatError
+from ckptx.errors import FormatError, listing
 from ckptx.hf_models.directory import base_sidecars
 from ckptx.hf_models.lora.config import TRAINED_LORA
 from ckptx.hf_models.lora.extract import adapter_options
@@ -189,6 +189,12 @@ def _find(source: Location, actor: str) -> tuple[Location, tuple[str, ...]]:
         notes = (f"{step.name} was converted, the latest by {TRACKER}",)
     directory = step / actor
     if not _holds_model(directory):
+        others = sorted(path.name for path in step.iterdir() if _holds_model(path))
+        if others:
+            raise FormatError(
+                f"{source}: {step.name} holds {listing(others)} and no {actor}; convert it with "
+                f"--actor-dir {others[0]}"
+            )
         raise FormatError(
             f"{source}: holds neither model_world_size_W_rank_R.pt (FSDP) nor dist_ckpt or "
             f"model/mp_rank_TT/model.pt (Megatron), and neither does {directory}; give a step that "
