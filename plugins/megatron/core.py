@@ -56,6 +56,7 @@ from ckptx.schemas.megatron_settings.args import (
     unsupported_by_megatron,
 )
 from ckptx.schemas.megatron_settings.args import notes as remarks
+from ckptx.schemas.megatron_settings.experts import with_gate_of_files
 from ckptx.schemas.megatron_settings.llava import is_llava, language_args
 from ckptx.storage.file_plan import literal_files
 from ckptx.storage.location import Location
@@ -223,6 +224,7 @@ def _spec(checkpoint: Source, said: Parts | None, options: Options) -> ModelSpec
     else:
         if named is None and (recognised := family_of_names(checkpoint.names)):
             args = {**args, NOTE: {**note_of(recognised), **(args.get(NOTE) or {})}}
+        args = with_gate_of_files(args, checkpoint.names)
         spec = spec_from_args(args, named.family if named else None)
         if named is not None:
             # What args cannot say comes from the config; where both speak, args were trained with.

@@ -15,7 +15,7 @@ from typing import Any
 
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import Namespace
-from ckptx.errors import FormatError, SchemaError, listing
+from ckptx.errors import FormatError, PlanError, SchemaError, listing
 from ckptx.model.canonical_names import layer_of
 from ckptx.model.layout import Layout, Parts, rule
 from ckptx.model.pipeline_parallel import Chunk, Pipeline
@@ -87,7 +87,7 @@ def read(
     directory = checkpoint.path
     found = rank_directories(directory)
     first = _read_rank(rank_file(found[0], kind), 0, form, kind)
-    args = completed(first.args)
+    args = dict(completed(first.args))
     tp, pp, ep, etp = parallel_sizes(args, found, kind)
     ranks = stored_ranks(tp, ep, etp)
     names = [directory_name(rank, pp_rank, pp) for pp_rank in range(pp) for rank in ranks]
@@ -99,6 +99,7 @@ def read(
     ]
     for rank in grid:
         check_same_run(first, rank)
+    args |= _placement(args, grid, len(ranks))
     notes = check_copies(grid, ranks)
     check_order(grid, ranks)
     weights = {
@@ -332,22 +333,55 @@ def _pipeline(
     """Return what args say of the pipeline; the files themselves where there are none."""
     if args:
         return Pipeline.from_args({**args, "num_layers": spec.num_layers})
-    stages = grid[::width]
-    counts = [
-        len({match[1] for match in map(_LAYER.match, rank.models[virtual]) if match})
-        for virtual in range(len(grid[0].models))
-        for rank in stages
-        if virtual < len(rank.models)
-    ]
+    counts = _layers_held(grid, width)
     if sum(counts) != spec.num_layers:
         raise FormatError(
             f"{grid[0].path.parent.parent}: the ranks hold {sum(counts)} layers, the config says "
             f"{spec.num_layers}; it is not of this model, or ranks are missing"
         )
-    # Multi-token prediction is where the output is.
-    further = "m" * spec.mtp_num_layers
-    layout = "E" + "|".join("t" * count for count in counts) + further + "L"
-    return Pipeline(len(stages), layout=layout)
+    return Pipeline(len(grid) // width, layout=_laid_out(counts, spec.mtp_num_layers))
+
+
+def _placement(args: Mapping[str, Any], grid: list[RankFile], width: int) -> dict[str, Any]:
+    """Return the pipeline layout that the files have, as an arg, where args do not say it.
+
+    Raises:
+        FormatError: args place the layers otherwise than the files.
+    """
+    layers = args.get("num_layers")
+    counts = _layers_held(grid, width)
+    if not isinstance(layers, int) or sum(counts) != layers:
+        return {}  # what is missing is said by name
+    pipeline = Pipeline.from_args(args)
+    further = args.get("mtp_num_layers") or 0
+    try:
+        said = [len(chunk.layers) for chunk in pipeline.chunks(layers, further)]
+    except PlanError:
+        said = []
+    if said == counts:
+        return {}
+    if pipeline != Pipeline(pipeline.pp, pipeline.vpp):
+        raise FormatError(
+            f"{grid[0].path.parent.parent}: by args ({pipeline}) the stages hold "
+            f"{said or 'no whole number of'} layers, in the rank files {counts}; they are not of "
+            "one checkpoint"
+        )
+    return {"pipeline_model_parallel_layout": _laid_out(counts, further)}
+
+
+def _layers_held(grid: list[RankFile], width: int) -> list[int]:
+    """Return the number of layers in every pipeline chunk, in the order of execution."""
+    return [
+        len({match[1] for match in map(_LAYER.match, rank.models[virtual]) if match})
+        for virtual in range(len(grid[0].models))
+        for rank in grid[::width]
+        if virtual < len(rank.models)
+    ]
+
+
+def _laid_out(counts: list[int], further: int) -> str:
+    """Return a pipeline layout; multi-token prediction is where the output is."""
+    return "E" + "|".join("t" * count for count in counts) + "m" * further + "L"
 
 
 def _dropped(grid: list[RankFile]) -> Iterator[Dropped]:

@@ -10,7 +10,7 @@ megatron/training/{arguments,checkpointing}.py @ core_v0.16.1.
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ckptx.errors import SchemaError
@@ -44,6 +44,25 @@ def to_args(spec: ModelSpec) -> dict[str, Any]:
     frequency = [int(moe) for moe in spec.moe_layers] or 1
     said = {name: getattr(spec, attribute) for name, attribute in ARGS}
     return {**said, "moe_layer_freq": frequency}
+
+
+def with_gate_of_files(args: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return args with the gate of the shared expert, which tensors prove and args seldom say.
+
+    Raises:
+        SchemaError: args say it, and there is no such tensor, or the other way round.
+    """
+    switch, tensor = "moe_shared_expert_gate", "shared_experts.gate_weight"
+    held = any(name.endswith(tensor) for name in names)
+    said = args.get(switch)
+    if said is None or not args.get("moe_shared_expert_intermediate_size"):
+        return {**args, **({switch: True} if held else {})}
+    if bool(said) != held:
+        raise SchemaError(
+            f"args say {switch} {said}, and the files hold {'a' if held else 'no'} {tensor}; "
+            f"--accept-arg {switch} goes by the files"
+        )
+    return dict(args)
 
 
 def from_args(args: Mapping[str, Any]) -> dict[str, Any]:
