@@ -107,7 +107,7 @@ def jobs(monkeypatch):
         def render(self, width: int) -> str:
             return "done"
 
-    def convert(job: ConversionRequest, progress: object, workers: object) -> Done:
+    def convert(job: ConversionRequest, progress: object) -> Done:
         found.append(job)
         return Done()
 
