@@ -46,23 +46,16 @@ class ConversionCommand(PluginCommand):
             ctx.meta[_WORKERS] = started = Workers()
             ctx.call_on_close(started.stop)
         try:
-            return self._parsed(ctx, args)
-        except BaseException:
+            return super().parse_args(ctx, args)
+        except BaseException as error:
             if started is not None:
                 started.stop()  # click closes no context whose arguments are wrong
-            raise
-
-    def _parsed(self, ctx: click.Context, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except click.MissingParameter as error:
-            if error.param is None or error.param.name != "saver":
+            missing = error.param if isinstance(error, click.MissingParameter) else None
+            if missing is None or missing.name != "saver":
                 raise
-            spelling = error.param.opts[0]
             known = ", ".join(registry.names("saver"))
-            raise click.UsageError(
-                f"say the format to write with {spelling}: {known}", ctx
-            ) from None
+            text = f"say the format to write with {missing.opts[0]}: {known}"
+            raise click.UsageError(text, ctx) from None
 
     def writes(self, args: Sequence[str]) -> bool:
         """Return whether the command writes a target, so that its processes may start."""
