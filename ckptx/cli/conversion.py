@@ -42,11 +42,9 @@ class ConversionCommand(PluginCommand):
         except click.MissingParameter as error:
             if error.param is None or error.param.name != "saver":
                 raise
-            spelling = error.param.opts[0]
             known = ", ".join(registry.names("saver"))
-            raise click.UsageError(
-                f"say the format to write with {spelling}: {known}", ctx
-            ) from None
+            text = f"say the format to write with {error.param.opts[0]}: {known}"
+            raise click.UsageError(text, ctx) from None
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the conversion that the options describe."""
