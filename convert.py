@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from ckptx.cli.main import convert
+    from ckptx.__main__ import convert
 
     convert()

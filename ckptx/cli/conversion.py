@@ -16,8 +16,6 @@ from ckptx.conversion.options import engine_options, megatron_options
 from ckptx.conversion.request import ConversionRequest
 from ckptx.registry import registry
 
-_WORKERS = "ckptx.workers"
-
 
 class ConversionCommand(PluginCommand):
     """A command with the options of a loader and a saver."""
@@ -39,34 +37,14 @@ class ConversionCommand(PluginCommand):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Choose the plugins, then parse with their options."""
-        started = None
-        if ctx.obj and self.writes(args) and not any(arg in ctx.help_option_names for arg in args):
-            from ckptx.conversion.supervisor import Workers
-
-            ctx.meta[_WORKERS] = started = Workers()
-            ctx.call_on_close(started.stop)
-        try:
-            return self._parsed(ctx, args)
-        except BaseException:
-            if started is not None:
-                started.stop()  # click closes no context whose arguments are wrong
-            raise
-
-    def _parsed(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
         except click.MissingParameter as error:
             if error.param is None or error.param.name != "saver":
                 raise
-            spelling = error.param.opts[0]
             known = ", ".join(registry.names("saver"))
-            raise click.UsageError(
-                f"say the format to write with {spelling}: {known}", ctx
-            ) from None
-
-    def writes(self, args: Sequence[str]) -> bool:
-        """Return whether the command writes a target, so that its processes may start."""
-        return self.run is convert and len(args) > 1
+            text = f"say the format to write with {error.param.opts[0]}: {known}"
+            raise click.UsageError(text, ctx) from None
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the conversion that the options describe."""
@@ -160,9 +138,8 @@ def convert(job: ConversionRequest, params: dict[str, Any]) -> None:
     from ckptx.cli import progress
     from ckptx.conversion import supervisor
 
-    workers = click.get_current_context().meta.get(_WORKERS)
     shown = progress.choose(params["quiet"] or params["as_json"])
-    report = supervisor.convert(job, shown, workers)
+    report = supervisor.convert(job, shown)
     show_result(report, params["as_json"], params["quiet"])
 
 

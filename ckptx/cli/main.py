@@ -71,18 +71,18 @@ def command() -> click.Group:
     return click.version_option(__version__, package_name="ckptx")(group)
 
 
-def main(args: Sequence[str] | None = None, *, early: bool = False) -> None:
-    """Run ``ckptx``; with ``early`` processes start before it is known what they convert."""
-    _run(command(), args, "ckptx", early)
+def main(args: Sequence[str] | None = None) -> None:
+    """Run ``ckptx``."""
+    _run(command(), args, "ckptx")
 
 
-def convert(args: Sequence[str] | None = None, *, early: bool = False) -> None:
-    """Run a conversion with the options of Megatron's ``convert.py``; ``early`` as for `main`."""
+def convert(args: Sequence[str] | None = None) -> None:
+    """Run a conversion with the options of Megatron's ``convert.py``."""
     from ckptx.cli.conversion import convert_command
 
     long = convert_command("long")
     long.context_settings = _SETTINGS
-    _run(_with_examples(long, "convert.py"), args, "convert.py", early)
+    _run(_with_examples(long, "convert.py"), args, "convert.py")
 
 
 _LONGEST = 3000  # characters of an error
@@ -94,13 +94,13 @@ _PLAINLY = {
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-def _run(command: click.Command, args: Sequence[str] | None, name: str, early: bool) -> None:
+def _run(command: click.Command, args: Sequence[str] | None, name: str) -> None:
     args = list(sys.argv[1:] if args is None else args)
     # Of several ranks one does the work: one writer, one report.
-    sys.exit(torchrun.once([name, *args], partial(_code, command, args, name, early)))
+    sys.exit(torchrun.once([name, *args], partial(_code, command, args, name)))
 
 
-def _code(command: click.Command, args: list[str], name: str, early: bool) -> int:
+def _code(command: click.Command, args: list[str], name: str) -> int:
     """Run a command and report what goes wrong; return the exit code."""
     verbose = "--verbose" in args or "-v" in args
     quiet = "--quiet" in args or "-q" in args
@@ -110,7 +110,7 @@ def _code(command: click.Command, args: list[str], name: str, early: bool) -> in
         handler.setFormatter(_Printable("%(message)s"))
     registry.fallbacks[:] = [_module]
     try:
-        code = command.main(args, name, standalone_mode=False, obj=early)
+        code = command.main(args, name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         code = 2

@@ -46,7 +46,7 @@ def run(call: Call) -> Report | Plan:
             )
         try:
             ours.send((call, sys.path, logging.getLogger().getEffectiveLevel()))
-            return _outcome(ours)
+            outcome = _outcome(ours)
         except (EOFError, OSError) as error:
             how = manner_of_death(process.wait())
             raise ConversionError(f"the isolated process {how}; nothing was written") from error
@@ -55,20 +55,20 @@ def run(call: Call) -> Report | Plan:
             raise
         finally:
             process.wait()
+    if isinstance(outcome, Failure):  # after which the process cleans up and ends by itself
+        raise outcome.exception()
+    return outcome
 
 
-def _outcome(line: Connection) -> Report | Plan:
+def _outcome(line: Connection) -> Report | Plan | Failure:
     while True:
         tag, content = line.recv()
         match tag:
             case "log":
                 logging.getLogger(content.name).handle(content)
-            case "failed":
-                failure: Failure = content
-                raise failure.exception()
-            case "done":
-                result: Report | Plan = content
-                return result
+            case "failed" | "done":
+                outcome: Report | Plan | Failure = content
+                return outcome
 
 
 def main(descriptor: int, parent: int) -> None:

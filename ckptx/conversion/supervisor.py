@@ -17,27 +17,26 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from ckptx.conversion import engine, worker
 from ckptx.conversion.report import Report
-from ckptx.conversion.request import QUEUE_SIZE, ConversionRequest
+from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import CkptxError, ConversionError, CutShortError
 from ckptx.processes.interrupts import STOPPING, Interrupts
 from ckptx.processes.supervision import Failure, manner_of_death, stop
 from ckptx.protocol.progress import Progress
 
 
-def convert(
-    request: ConversionRequest, progress: Progress | None = None, workers: Workers | None = None
-) -> Report:
-    """Convert as `engine.convert` does, in two processes; those of ``workers`` if they are started.
+def convert(request: ConversionRequest, progress: Progress | None = None) -> Report:
+    """Convert as `engine.convert` does, in two processes.
 
     Raises:
         CkptxError: the first cause of a failure, on whichever side.
@@ -45,20 +44,25 @@ def convert(
     """
 
     def run(request: ConversionRequest, owner: engine.TargetOwner, spool: str) -> engine.Outcome:
-        size = request.max_queue_size
-        early = workers if workers and workers.max_queue_size == size else None
-        with early or Workers(size) as crew:
-            crew.send(request, spool)
-            return crew.watch(owner, interrupts)
+        workers.send(request, spool)
+        return workers.watch(owner, interrupts)
 
-    with Interrupts() as interrupts:
+    # They start before the progress is shown, which takes a thread.
+    with Interrupts() as interrupts, Workers(request.max_queue_size) as workers:
         return engine.convert(request, progress, run)
+
+
+def _is_single_threaded() -> bool:
+    try:
+        return len(list(Path("/proc/self/task").iterdir())) == 1
+    except OSError:  # no /proc: it cannot be known
+        return False
 
 
 class _Worker:
     """A child process as its parent sees it."""
 
-    def __init__(self, role: str, process: SpawnProcess, connection: Connection) -> None:
+    def __init__(self, role: str, process: BaseProcess, connection: Connection) -> None:
         self.role = self.who = role
         self.process = process
         self.connection = connection
@@ -78,13 +82,13 @@ class _Worker:
 class Workers:
     """The processes of a loader and a saver; at the end of the context nothing of them is left.
 
-    They start before it is known what they do, and import meanwhile what every conversion needs.
+    Both are copies of this process, and have what it has imported; unless it has other threads,
+    whose locks a copy would find held for ever: then they start anew.
     """
 
-    def __init__(self, max_queue_size: int = QUEUE_SIZE) -> None:
-        self.max_queue_size = max_queue_size
+    def __init__(self, max_queue_size: int) -> None:
         self.workers: list[_Worker] = []
-        context = multiprocessing.get_context("spawn")
+        context = get_context("fork") if _is_single_threaded() else get_context("spawn")
         self._idle = True
         self._queue = context.Queue(max_queue_size)
         # Children inherit the mask: a Ctrl-C cannot hit them before they are set up to ignore it.

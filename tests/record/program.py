@@ -85,7 +85,7 @@ def run(*words: str | Path, entry: Entry = short_command) -> Done:
     code: Any = 0
     logging.getLogger().handlers.clear()  # they hold the streams of the command before
     with (
-        mock.patch.object(supervisor, "convert", lambda job, shown, _: engine.convert(job, shown)),
+        mock.patch.object(supervisor, "convert", lambda job, shown: engine.convert(job, shown)),
         mock.patch.object(os, "fsync"),
         mock.patch.object(os, "fdatasync"),
         mock.patch.dict(os.environ, {"COLUMNS": "80", "LINES": "24"}),

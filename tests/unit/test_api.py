@@ -386,6 +386,17 @@ print(found[0].saver, ckptx.verify(sys.argv[1], "out").equal)
             with pytest.raises(ckptx.PluginError, match="did you mean 'tp'"):
                 ckptx.convert(llama, tmp_path / "out", to="core", tpp=2, isolate=isolate)
 
+    def test_its_process_cleans_up_after_an_error(self, llama, tmp_path, capfd, monkeypatch):
+        """It is not ended while it does, which would leave semaphores, and a warning of them."""
+        slow = "import atexit, multiprocessing.util, time\natexit.register(time.sleep, 0.3)\n"
+        (tmp_path / "slow").mkdir()
+        (tmp_path / "slow" / "sitecustomize.py").write_text(slow)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "slow"))
+        ckptx.convert(llama, tmp_path / "out", to="core")
+        with pytest.raises(ckptx.PlanError, match="exists"):
+            ckptx.convert(llama, tmp_path / "out", to="core", isolate=True)
+        assert capfd.readouterr() == ("", "")
+
     def test_a_plan_is_made_there_too(self, llama, tmp_path):
         here, there = (
             ckptx.plan(llama, tmp_path / "out", to="core", tp=2, isolate=isolate).to_json()

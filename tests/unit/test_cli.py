@@ -107,7 +107,7 @@ def jobs(monkeypatch):
         def render(self, width: int) -> str:
             return "done"
 
-    def convert(job: ConversionRequest, progress: object, workers: object) -> Done:
+    def convert(job: ConversionRequest, progress: object) -> Done:
         found.append(job)
         return Done()
 
@@ -217,7 +217,7 @@ def test_every_error_is_one_line(run, arguments, code, message):
 
 
 def test_internal_error_is_one_line_and_verbose_tells_all(jobs, run, monkeypatch, model, tmp_path):
-    def broken(job: ConversionRequest, progress: object, workers: object) -> None:
+    def broken(job: ConversionRequest, progress: object) -> None:
         raise KeyError("oops")
 
     monkeypatch.setattr(supervisor, "convert", broken)
