@@ -16,7 +16,7 @@ import click
 from ckptx.cli import equivalent
 from ckptx.cli.scripts import named, scripts
 from ckptx.cli.scripts.script import Flag, Script
-from ckptx.conversion.options import option, switch
+from ckptx.conversion.options import option, overwrite_option, overwrite_spelled_out, switch
 from ckptx.errors import PlanError
 
 _HELP = (
@@ -107,7 +107,7 @@ class _ScriptCommand(click.Command):
         ctx.meta["further"] = args[at + 1 :]
         lists = {word for p in self.params if getattr(p, "multiple", False) for word in p.opts}
         words = [_in_full(word, self.params) for word in args[:at]]
-        return super().parse_args(ctx, list(_repeated(words, lists)))
+        return super().parse_args(ctx, list(_repeated(overwrite_spelled_out(words), lists)))
 
 
 def _in_full(word: str, params: list[click.Parameter]) -> str:
@@ -179,7 +179,7 @@ def _command(script: Script) -> click.Command:
         )
     own = [equivalent.PRINT_ONLY]
     if script.command in ("convert", "from-config"):
-        own.append(switch("--overwrite", "Replace an existing target."))
+        own.append(overwrite_option())
     return _ScriptCommand(
         script.name,
         callback=lambda **values: _run(script, values),
@@ -216,7 +216,8 @@ def _run(script: Script, values: dict[str, Any]) -> None:
         if one.refused and values[one.key]:
             _refuse(one.spellings[0], one.refused)
     print_only = values.pop("print_only")
-    more = ["--overwrite"] * bool(values.pop("overwrite", False)) + further
+    replaced = values.pop("overwrite", False)
+    more = [f"--overwrite{'=foreign' if replaced == 'foreign' else ''}"] * bool(replaced) + further
     first, *rest = script.lines(values)
     lines = [[*first, *more], *rest]
     quiet = bool({"--quiet", "-q"} & {*further})

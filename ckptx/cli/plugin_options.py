@@ -16,7 +16,7 @@ import click
 from click.core import ParameterSource
 
 from ckptx.cli.options import Checkpoint, output_options
-from ckptx.conversion.options import FOLDER, megatron_options, option
+from ckptx.conversion.options import FOLDER, megatron_options, option, overwrite_spelled_out
 from ckptx.errors import CkptxError, PluginError
 from ckptx.registry import registry
 from ckptx.registry.source import Source
@@ -111,6 +111,7 @@ class PluginCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Choose the plugins, then parse with their options."""
         wants_help = any(arg in ctx.help_option_names for arg in args)
+        args = overwrite_spelled_out(args)
         ctx.meta["chosen"] = chosen = self.choose(args, wants_help)
         own = self.further(chosen)
         ctx.meta["own"] = own

@@ -270,6 +270,8 @@ def forecast(request: ConversionRequest, *, tensors: bool = True) -> Plan:
         made, proof = planned.plan, planned.prove()
         spool.close()
     grown = max(0, _resident() - before)
+    facts = Facts.of(planned.begin, planned.end, made, proof).at(request.target)
+    refusal, replaced = _checked(request, planned)
     listed = [
         {
             "file": file.path,
@@ -294,12 +296,12 @@ def forecast(request: ConversionRequest, *, tensors: bool = True) -> Plan:
         request.loader,
         request.saver,
         str(request.target / made.directory),
-        Facts.of(planned.begin, planned.end, made, proof).at(request.target),
+        replace(facts, notes=(*facts.notes, *replaced)),
         outputs,
         sorted(made.pointers),
         peak_memory(write_options(request)) + grown,
         spool.nbytes,
-        _refusal(request, planned),
+        refusal,
         listed,
     )
 
@@ -319,14 +321,15 @@ def _plan(saver: Saver, messages: Iterator[Message], request: ConversionRequest)
         return make_plan(saver, messages, request.saver_options, request.context())
 
 
-def _refusal(request: ConversionRequest, planned: Planned) -> str:
+def _checked(request: ConversionRequest, planned: Planned) -> tuple[str, list[str]]:
+    """Return why the target is refused, empty if it is not, and notes on what it replaces."""
     try:
         check_files(planned.plan, request.target, planned.begin.files)
         target = Target(request.target, request.inputs, request.overwrite)
         target.check(outline(planned.plan))
     except CkptxError as error:
-        return str(error)
-    return ""
+        return str(error), []
+    return "", [f"replaces {target.path}: {target.replaced}"] if target.replaced else []
 
 
 def _resident() -> int:

@@ -5,6 +5,7 @@ The command line and the API take the same options, declared once, as click's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,36 @@ class Dtype(click.ParamType):  # type: ignore[type-arg]
         return SPELLINGS[value]
 
 
+class Overwrite(click.ParamType):  # type: ignore[type-arg]
+    """What may be replaced: nothing, a target that ckptx wrote, or ``foreign`` files, too."""
+
+    name = "overwrite"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> bool | str:
+        """Return False, True or ``"foreign"``."""
+        if value in (True, False, "ours"):
+            return bool(value)
+        if value != "foreign":
+            self.fail(f"{value!r} is not 'foreign', the only value that it takes", param, ctx)
+        return "foreign"
+
+
+def overwrite_spelled_out(args: Sequence[str]) -> list[str]:
+    """Return words of a command line with a value for ``--overwrite`` where it has none.
+
+    Click would take the next word for it.
+
+    Examples:
+        >>> overwrite_spelled_out(["--overwrite", "a", "--", "--overwrite"])
+        ['--overwrite=ours', 'a', '--', '--overwrite']
+    """
+    end = args.index("--") if "--" in args else len(args)
+    before = [f"{arg}=ours" if arg == "--overwrite" else arg for arg in args[:end]]
+    return [*before, *args[end:]]
+
+
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 """The type of a directory that exists."""
 
@@ -58,6 +89,13 @@ def switch(names: str, help: str, **more: Any) -> click.Option:
     return click.Option(names.split(), is_flag=True, help=help, **more)
 
 
+def overwrite_option() -> click.Option:
+    """Return ``--overwrite``; its words go through `overwrite_spelled_out`."""
+    about = "Replace an existing target that ckptx wrote; with =foreign whoever wrote it."
+    more = {"metavar": "[=foreign]", "show_default": False}
+    return option("--overwrite", Overwrite(), about, False, **more)
+
+
 def engine_options() -> list[click.Option]:
     """Return the options of a conversion that belong to no plugin."""
     filled = "Take tensors of this name from --hf-base if the source lacks them. Repeatable."
@@ -72,7 +110,7 @@ def engine_options() -> list[click.Option]:
     digests = click.Choice(["xxh3_128", "sha256"])
     return [
         option("--dtype", Dtype(), "Convert weights to this dtype.  [as stored]"),
-        switch("--overwrite", "Replace an existing target."),
+        overwrite_option(),
         option("--hf-base", FOLDER, "Hugging Face model to take config and tokenizer from."),
         option("--fill-from-base", str, filled, multiple=True, metavar="GLOB"),
         option("--max-memory", Size(), memory, "512MiB"),

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ckptx.protocol.context import Context
 
@@ -47,7 +47,8 @@ class ConversionRequest:
     dtype: str | None = None
     hf_base: Path | None = None
     fill_from_base: tuple[str, ...] = ()
-    overwrite: bool = False
+    overwrite: bool | Literal["foreign"] = False
+    """Whether an existing target is replaced, if ckptx wrote all of it; or whoever wrote it."""
     max_memory: int = 512 << 20
     """The memory of the whole conversion, all processes together."""
     threads: int = 0

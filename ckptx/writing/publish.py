@@ -10,7 +10,8 @@
 
 In a Megatron root the target is the iteration directory, and the tracker file is written after it.
 With ``--overwrite`` the new and the old directory trade places in one step; then the old one, now
-in the partial directory, is removed with it.
+in the partial directory, is removed with it. What ckptx did not write goes only if it was named
+and ``foreign`` files were asked for.
 
 An error removes the partial directory. A run that was cut short keeps it, if something is recorded
 in its journal; the next run for the target either continues it, if it is the same conversion, or
@@ -29,7 +30,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ckptx.errors import ConversionError, CutShortError, PlanError
 from ckptx.protocol.contracts import SavePlan
@@ -49,6 +50,7 @@ from ckptx.writing.atomic import (
     write_durable,
 )
 from ckptx.writing.disk import occupied_bytes, shortage
+from ckptx.writing.existing import Existing, existing, is_taken, keep_permissions
 
 if TYPE_CHECKING:
     from ckptx.writing.journal import Identity
@@ -83,11 +85,6 @@ def manifest_path(plan: SavePlan) -> str:
     return f"{plan.files[0].path}.{MANIFEST}" if plan.single_file else MANIFEST
 
 
-def _is_taken(path: Path) -> bool:
-    """Return whether there is anything at a place; an empty directory is nothing."""
-    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
-
-
 @dataclass(frozen=True, slots=True)
 class Leftover:
     """What a run that was cut short has left for the next one; sizes in bytes."""
@@ -110,16 +107,22 @@ class Target:
     Args:
         save_dir: what the user named.
         inputs: source paths, of which the target must not replace a part.
-        overwrite: whether an existing target may be replaced.
+        overwrite: whether an existing target may be replaced, if ckptx wrote all of it; with
+            ``"foreign"`` whoever wrote it.
     """
 
-    def __init__(self, save_dir: Path, inputs: Sequence[Path], overwrite: bool = False) -> None:
+    def __init__(
+        self, save_dir: Path, inputs: Sequence[Path], overwrite: bool | Literal["foreign"] = False
+    ) -> None:
+        self._named = save_dir
         self.save_dir = save_dir.resolve()
         self.inputs = [path.resolve() for path in inputs]
         self.overwrite = overwrite
         self._created: list[Path] = []
         self._lock = -1
         self._keep = False
+        self.replaced: Existing | None = None
+        """What `publish` deletes; known once a plan was checked."""
         self.published = False
         """Whether the target is in place, put there by this run or one before."""
         self.kept: Leftover | None = None
@@ -324,7 +327,7 @@ class Target:
             if path == source:
                 raise PlanError(f"{path}: is the source itself; choose another target")
             # A new place inside is like any other: "zero_to_fp32.py . output" is DeepSpeed's way.
-            if source in path.parents and (_is_taken(self.save_dir) or _is_taken(path)):
+            if source in path.parents and (is_taken(self.save_dir) or is_taken(path)):
                 raise PlanError(
                     f"{path}: lies inside the source {source}, where nothing is replaced; choose "
                     "a target that does not exist"
@@ -335,22 +338,50 @@ class Target:
             raise PlanError(f"{self.save_dir}: is a file; the target must be a directory")
         if path.is_symlink() and not path.exists():
             raise PlanError(f"{path}: is a link to nothing; remove it, or choose another target")
-        if not _is_taken(path):
+        if not is_taken(path):
             if path.exists() and self.plan.single_file:
                 raise PlanError(f"{path}: is a directory; name the file to write")
             return
         if path.is_dir() and self.plan.single_file:
             raise PlanError(f"{path}: is a directory; name the file to write")
-        if not self.overwrite:
-            raise PlanError(
-                f"{path}: exists; choose another target, or replace it with --overwrite"
-            )
         if not path.is_dir() and not path.is_file():
             raise PlanError(f"{path}: is a pipe, a socket or a device; choose another target")
         if path.is_file() and not self.plan.single_file:
             raise PlanError(f"{path}: is a file, and the target is a directory; choose another")
+        self._check_link()
         if path.is_dir():
             self._check_replaceable(path)
+        self.replaced = self._what_goes()
+        if not self.overwrite:
+            raise PlanError(
+                f"{path}: exists; choose another target, or replace it with --overwrite"
+            )
+
+    def _what_goes(self) -> Existing:
+        """Return what lies at the target, all of which may be deleted.
+
+        Raises:
+            PlanError: files that ckptx did not write are among it, and nobody asked for that.
+        """
+        try:
+            found = existing(self._path)
+        except OSError as error:
+            raise PlanError(f"{self._path}: cannot be listed: {error}") from error
+        if found.foreign and self.overwrite != "foreign":
+            raise PlanError(found.refusal())
+        return found
+
+    def _check_link(self) -> None:
+        """Refuse to replace what a symbolic link leads to, or the files of a cache."""
+        path = self._path
+        for named in (self._named, path):
+            if named.is_symlink():
+                raise PlanError(
+                    f"{named}: is a symbolic link to {path.resolve()}, which would be replaced; "
+                    "name that itself, or choose another target"
+                )
+        if "snapshots" in path.parts and any(p.startswith("models--") for p in path.parts):
+            raise PlanError(f"{path}: lies in the cache of the Hugging Face Hub; not replaced")
 
     def _check_replaceable(self, path: Path) -> None:
         """Refuse to replace a directory that is plainly more than one old checkpoint."""
@@ -427,6 +458,7 @@ class Target:
         if manifest.exists():
             manifest.replace(self._path.with_name(f"{self._path.name}.{MANIFEST}"))
         if self.overwrite:
+            self._still_ours(staging / name)
             (staging / name).replace(self._path)
         else:
             rename_new(staging / name, self._path)
@@ -434,12 +466,23 @@ class Target:
     def _publish_directory(self, staging: Path) -> None:
         sync_directory(staging)
         if self.overwrite and self._path.exists():
+            self._still_ours(staging)
             exchange(staging, self._path, staging.with_name("old"))
         else:
             staging.rename(self._path)  # fails if a directory with anything in it is there now
 
+    def _still_ours(self, new: Path) -> None:
+        """Check again what ``new`` replaces, since much time may have passed."""
+        if not self._path.exists():
+            return
+        try:
+            self.replaced = self._what_goes() if is_taken(self._path) else None
+        except PlanError as error:
+            raise CutShortError(str(error)) from error
+        keep_permissions(self._path, new)
+
     def _write_pointers(self) -> list[str]:
-        notes = []
+        notes = [f"replaced {self._path}: {self.replaced}"] if self.replaced else []
         for name, content in self.plan.pointers.items():
             pointer = self.save_dir / name
             if pointer.exists() and not self.overwrite:

@@ -67,7 +67,7 @@ def kill_after_rename(step: int) -> None:
 
 
 def write(place: Path, overwrite: bool = False, identity: journal.Identity = IDENTITY) -> None:
-    with Target(place / "target", [], overwrite) as target:
+    with Target(place / "target", [], "foreign" if overwrite else False) as target:
         staging = target.prepare(PLAN, identity)
         if not target.published:
             (staging / "b").mkdir(exist_ok=True)
@@ -123,12 +123,14 @@ def test_the_same_command_ends_what_was_killed(tmp_path, overwrite):
         try:
             write(place, overwrite)
         except PlanError as error:
-            refused_why.add(str(error).partition(": ")[2].partition(";")[0])
+            refused_why.add(str(error).partition(": ")[2].partition(": ")[0])
             refused.append(place)
         assert names(place) == WHOLE, place
         assert (place / "target/latest").read_bytes() == b"release"
         assert {path.name for path in (place / "target").iterdir()} == {"release", "latest"}
-    assert refused_why <= {"exists"}
+    assert refused_why <= {
+        "exists, and holds 2 files (8 bytes) not written by ckptx or changed since"
+    }
     # Only when all was done but to remove what nobody needs.
     assert refused == ([] if overwrite else places[len(places) - len(refused) :])
     assert len(refused) < len(places)
@@ -138,7 +140,7 @@ def test_another_command_removes_what_nobody_needs_and_keeps_the_rest(tmp_path):
     for place in killed_runs(tmp_path, False):
         partial = place / "target" / "release.ckptx-partial"
         needed = (partial / journal.NAME).exists()
-        with pytest.raises(PlanError, match="exists; choose another"):
+        with pytest.raises(PlanError, match="exists, and holds 2 files"):
             write(place, identity=OTHER)
         assert partial.exists() == needed
         assert names(place) >= WHOLE - {"target/latest"}

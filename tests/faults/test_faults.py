@@ -137,9 +137,9 @@ def test_killed_while_a_target_is_replaced(scene, sources, seed):
     for _ in range(2):
         role, steps = scene.random.choice([("parent", PUBLISHING), ("saver", LATE)])
         step = scene.random.choice(steps)
-        scene.run(*CORE, *EVERY, "--overwrite", fault=f"{role} self {step}")
+        scene.run(*CORE, *EVERY, "--overwrite=foreign", fault=f"{role} self {step}")
         assert digests(release) in (before, after), scene.says("neither old nor new")
-    assert scene.run(*CORE, *EVERY, "--overwrite") == 0, scene.says("not continued")
+    assert scene.run(*CORE, *EVERY, "--overwrite=foreign") == 0, scene.says("not continued")
     scene.check_end(sources[1])
 
 

@@ -90,7 +90,7 @@ def test_the_first_cause_is_reported_with_the_traceback_of_the_child(scene):
 def test_plan_that_is_refused_by_the_target_stops_the_children(scene):
     scene.target.mkdir()
     (scene.target / "mine").touch()
-    with pytest.raises(PlanError, match="exists; choose another target, or replace it"):
+    with pytest.raises(PlanError, match="exists, and holds 1 file"):
         supervisor.convert(scene.job())
     assert [path.name for path in scene.target.iterdir()] == ["mine"]
     assert not multiprocessing.active_children()

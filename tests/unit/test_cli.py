@@ -243,7 +243,7 @@ def test_plan_writes_nothing_and_says_what_would_be(model, run, tmp_path):
     (target / "mine").touch()
     code, out, _ = run("plan", model, target, "--to", "hf", "--json")
     assert code == 0
-    assert "exists; choose another target" in json.loads(out)["refused"]
+    assert "exists, and holds 1 file (0 bytes) not written by ckptx" in json.loads(out)["refused"]
 
 
 def test_inspect_and_verify_answer_and_tell_differences(model, run, tmp_path):

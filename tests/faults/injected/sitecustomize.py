@@ -85,9 +85,15 @@ def _audit(event: str, arguments: tuple[object, ...]) -> None:
         _step(_role)
 
 
+def _be_child() -> None:
+    global _role, _steps
+    _role, _steps = "child", 0
+    _watch_bytes()
+
+
 if _fault:
-    child = "--multiprocessing-fork" in sys.orig_argv
-    _role = "child" if child else "parent"
+    _role = "parent"
     sys.addaudithook(_audit)
-    if child:
-        _watch_bytes()
+    os.register_at_fork(after_in_child=_be_child)
+    if "--multiprocessing-fork" in sys.orig_argv:  # started anew, not a copy
+        _be_child()

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ckptx.errors import ConversionError, PlanError
+from ckptx.errors import ConversionError, CutShortError, PlanError
 from ckptx.protocol.contracts import SavePlan
 from ckptx.storage.file_plan import FilePlan
 from ckptx.writing import atomic, publish
@@ -24,7 +26,8 @@ def publish_plan(target: Target, planned: SavePlan, content: bytes = b"new!") ->
     with target:
         staging = target.prepare(planned)
         (staging / planned.files[0].path).write_bytes(content)
-        (staging / publish.manifest_path(planned)).write_bytes(b"{}")
+        listed = {planned.files[0].path: {"bytes": len(content)}}
+        (staging / publish.manifest_path(planned)).write_text(json.dumps({"files": listed}))
         return target.publish()
 
 
@@ -93,9 +96,12 @@ def test_existing_target_is_refused_and_kept(tmp_path):
     old = tmp_path / "target"
     old.mkdir()
     (old / "old").touch()
-    with pytest.raises(PlanError, match="exists; choose another target, or replace it with --over"):
+    with pytest.raises(PlanError, match=r"exists, and holds 1 file .* not written by ckptx"):
         publish_plan(Target(old, []), plan())
     assert names(tmp_path) == {"target", "target/old"}
+    publish_plan(Target(tmp_path / "new", []), plan())
+    with pytest.raises(PlanError, match="exists; choose another target, or replace it with --over"):
+        publish_plan(Target(tmp_path / "new", []), plan())
 
 
 def test_empty_directory_may_be_the_target(tmp_path):
@@ -109,10 +115,77 @@ def test_overwrite_replaces_the_old_target(tmp_path, monkeypatch, kernel):
     if not kernel:
         monkeypatch.setattr(atomic, "_renameat2", lambda *a: False)
     old = tmp_path / "target"
-    old.mkdir()
-    (old / "old").touch()
-    publish_plan(Target(old, [], overwrite=True), plan())
+    publish_plan(Target(old, []), plan("old.bin"), b"old")
+    old.chmod(0o2750)
+    (note,) = publish_plan(Target(old, [], overwrite=True), plan())
+    assert note == f"replaced {old}: 2 files, 39 bytes, written by ckptx"
     assert names(tmp_path) == {"target", "target/out.bin", "target/ckptx-manifest.json"}
+    assert stat.S_IMODE(old.stat().st_mode) == 0o2750
+
+
+def a_home(path: Path) -> None:
+    (path / "photos").mkdir(parents=True)
+    (path / "photos" / "1.jpg").write_bytes(b"photo")
+    (path / "proj").mkdir()
+    (path / "link").symlink_to("photos")
+
+
+def a_run_below_ours(path: Path) -> None:
+    publish_plan(Target(path, []), plan())
+    (path / "optimizer.pt").write_bytes(b"state")
+
+
+def an_edited_target(path: Path) -> None:
+    publish_plan(Target(path, []), plan())
+    (path / "out.bin").write_bytes(b"edited")
+
+
+def a_damaged_manifest(path: Path) -> None:
+    publish_plan(Target(path, []), plan())
+    (path / "ckptx-manifest.json").write_bytes(b'{"files": [')
+
+
+@pytest.mark.parametrize(
+    ("lies_there", "said"),
+    [
+        (a_home, "2 files (11 bytes) not written by ckptx or changed since: link, photos/1.jpg"),
+        (a_run_below_ours, "1 file (5 bytes) not written by ckptx or changed since: optimizer.pt"),
+        (an_edited_target, "1 file (6 bytes) not written by ckptx or changed since: out.bin"),
+        (a_damaged_manifest, "2 files (15 bytes) not written by ckptx or changed since"),
+    ],
+)
+def test_what_others_wrote_goes_only_when_it_is_asked_for(tmp_path, lies_there, said):
+    old = tmp_path / "target"
+    lies_there(old)
+    before = names(tmp_path)
+    with pytest.raises(PlanError) as refused:
+        publish_plan(Target(old, [], overwrite=True), plan())
+    assert said in str(refused.value)
+    assert "--overwrite=foreign" in str(refused.value)
+    assert names(tmp_path) == before
+    (note,) = publish_plan(Target(old, [], overwrite="foreign"), plan())
+    assert "of them not written by ckptx or changed since" in note
+    assert names(tmp_path) == {"target", "target/out.bin", "target/ckptx-manifest.json"}
+
+
+def test_what_others_wrote_while_the_conversion_ran_is_kept(tmp_path):
+    old = tmp_path / "target"
+    publish_plan(Target(old, []), plan())
+    target = Target(old, [], overwrite=True)
+    with pytest.raises(CutShortError, match=r"holds 1 file .*: mine"):
+        publish_late(target, plan(), (old / "mine").touch)
+    assert (old / "mine").exists()
+
+
+def test_links_and_the_cache_of_the_hub_are_never_replaced(tmp_path):
+    publish_plan(Target(tmp_path / "real", []), plan())
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(PlanError, match=r"link: is a symbolic link to .*/real"):
+        publish_plan(Target(tmp_path / "link", [], overwrite="foreign"), plan())
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    publish_plan(Target(snapshot, []), plan())
+    with pytest.raises(PlanError, match="cache of the Hugging Face Hub"):
+        publish_plan(Target(snapshot, [], overwrite="foreign"), plan())
 
 
 def test_failed_overwrite_keeps_the_old_target(tmp_path):
@@ -120,7 +193,7 @@ def test_failed_overwrite_keeps_the_old_target(tmp_path):
     old.mkdir()
     (old / "old").touch()
     with pytest.raises(RuntimeError):
-        fail(Target(old, [], overwrite=True), plan())
+        fail(Target(old, [], overwrite="foreign"), plan())
     assert names(tmp_path) == {"target", "target/old"}
 
 
@@ -157,7 +230,12 @@ def test_file_that_appeared_meanwhile_is_not_replaced(tmp_path):
 def test_single_file_has_its_manifest_beside_it(tmp_path, overwrite):
     if overwrite:
         (tmp_path / "model.pt").write_bytes(b"old")
-    publish_plan(Target(tmp_path / "model.pt", [], overwrite), plan("model.pt", single_file=True))
+        with pytest.raises(PlanError, match=r"holds 1 file .* not written by ckptx"):
+            publish_plan(
+                Target(tmp_path / "model.pt", [], True), plan("model.pt", single_file=True)
+            )
+    target = Target(tmp_path / "model.pt", [], "foreign" if overwrite else False)
+    publish_plan(target, plan("model.pt", single_file=True))
     assert names(tmp_path) == {"model.pt", "model.pt.ckptx-manifest.json"}
     assert (tmp_path / "model.pt").read_bytes() == b"new!"
 
@@ -178,7 +256,8 @@ def test_other_iteration_and_its_tracker_are_left_as_they_are(tmp_path):
     (note,) = publish_plan(Target(root, []), megatron("iter_0000020", b"20"))
     assert "was left as it is (10)" in note
     assert (root / "latest_checkpointed_iteration.txt").read_bytes() == b"10"
-    assert not publish_plan(Target(root, [], overwrite=True), megatron("iter_0000020", b"20"))
+    (note,) = publish_plan(Target(root, [], overwrite=True), megatron("iter_0000020", b"20"))
+    assert note.startswith(f"replaced {root / 'iter_0000020'}: 2 files")
     assert (root / "latest_checkpointed_iteration.txt").read_bytes() == b"20"
     assert (root / "iter_0000010/out.bin").exists()
 

@@ -1,0 +1,110 @@
+"""What lies at a target that exists, and whether ckptx has written it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptx.errors import first_few
+from ckptx.storage.partial import MANIFEST
+from ckptx.text.sizes import size_text
+
+_LARGEST = 1 << 30  # bytes of a manifest: some 300 for a tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Existing:
+    """The files of an existing target; sizes in bytes."""
+
+    path: Path
+    files: int
+    nbytes: int
+    foreign: tuple[str, ...]
+    """Files that its manifest does not list, or not with the size that they have; all of them if
+    there is no manifest. Symbolic links are among them: ckptx writes none."""
+    foreign_bytes: int
+
+    def refusal(self) -> str:
+        """Return what is not ckptx's to delete; empty if there is nothing."""
+        if not self.foreign:
+            return ""
+        return (
+            f"{self.path}: exists, and holds {_files(len(self.foreign))} "
+            f"({size_text(self.foreign_bytes)}) not written by ckptx or changed since: "
+            f"{first_few(self.foreign, 3)}; choose another target, or delete them, too, with "
+            "--overwrite=foreign"
+        )
+
+    def __str__(self) -> str:
+        """Return what goes when the target is replaced."""
+        text = f"{_files(self.files)}, {size_text(self.nbytes)}"
+        if not self.foreign:
+            return f"{text}, written by ckptx"
+        count, few = len(self.foreign), first_few(self.foreign, 3)
+        return f"{text}, {count} of them not written by ckptx or changed since: {few}"
+
+
+def is_taken(path: Path) -> bool:
+    """Return whether there is anything at a place; an empty directory is nothing."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+def existing(path: Path) -> Existing:
+    """Return what lies at ``path``, a file or a directory; no symbolic link is followed.
+
+    Raises:
+        OSError: a directory cannot be listed.
+    """
+    if not path.is_dir():
+        listed = _listed(path.with_name(f"{path.name}.{MANIFEST}"))
+        sizes = {path.name: path.lstat().st_size}
+    else:
+        listed = _listed(path / MANIFEST)
+        sizes = _sizes(path)
+    manifest = {MANIFEST} if listed else set()
+    foreign = {n: s for n, s in sizes.items() if listed.get(n) != s and n not in manifest}
+    total = sum(sizes.values())
+    return Existing(path, len(sizes), total, tuple(sorted(foreign)), sum(foreign.values()))
+
+
+def keep_permissions(old: Path, new: Path) -> None:
+    """Give ``new`` the mode and, where it is allowed, the group of ``old``, which it replaces."""
+    status = old.stat()
+    with contextlib.suppress(OSError):  # not our group, or a file system without any
+        os.chown(new, -1, status.st_gid)
+    with contextlib.suppress(OSError):
+        new.chmod(stat.S_IMODE(status.st_mode))
+
+
+def _sizes(root: Path) -> dict[str, int]:
+    """Return path, relative to ``root``, to size of all that is no directory."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    found = {}
+    for folder, folders, names in os.walk(root, onerror=stop):
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        for name in (*names, *links):
+            place = Path(folder, name)
+            found[place.relative_to(root).as_posix()] = place.lstat().st_size
+    return found
+
+
+def _listed(manifest: Path) -> dict[str, int]:
+    """Return path to size of the files of a manifest; empty if there is none that can be read."""
+    try:
+        if manifest.is_symlink() or manifest.stat().st_size > _LARGEST:
+            return {}
+        files = json.loads(manifest.read_bytes())["files"]
+        return {str(name): int(entry["bytes"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
