@@ -184,3 +184,15 @@ def test_a_part_of_a_checkpoint_is_told_from_the_whole(made, tmp_path):
         CkptxError, match=r"global_step_5 holds 'critic' and no actor; .*--actor-dir"
     ):
         convert(tmp_path / "run", tmp_path / "hf", "hf")
+
+
+def test_a_legacy_tree_in_model_states_is_named(tmp_path):
+    """As Megatron-DeepSpeed saves a model without a pipeline."""
+    embedding = {"word_embeddings": {"weight": torch.ones(8, 4)}}
+    module = {"language_model": {"embedding": embedding, "encoder": {}}}
+    (tmp_path / "global_step10").mkdir()
+    state = {"module": module, "dp_world_size": 1, "mp_world_size": 1}
+    torch.save(state, tmp_path / "global_step10" / "mp_rank_00_model_states.pt")
+    assert registry.detect(tmp_path) == "deepspeed"
+    with pytest.raises(FormatError, match="the nested tree of a legacy Megatron model"):
+        convert(tmp_path, tmp_path / "hf", "hf")
