@@ -206,7 +206,15 @@ def hf_tensors(model: Model) -> tuple[dict[str, LazyTensor], tuple[Dropped, ...]
                 "and which no Hugging Face model has"
             )
         fill_unused(model, family)
-        return named_tensors(model, family.layout("hf"))
+        try:
+            layout = family.layout("hf")
+        except SchemaError as error:
+            try:
+                family.to_config(model.spec)
+            except SchemaError as reason:  # which setting has no counterpart
+                raise SchemaError(f"{error}; {reason}") from None
+            raise
+        return named_tensors(model, layout)
     if not model.begin.layout.startswith("hf"):
         raise SchemaError(
             f"tensors are named as {model.begin.layout} and no schema knows their model; "

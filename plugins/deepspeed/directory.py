@@ -443,6 +443,12 @@ def _check_kind(model: Mapping[str, Any], directory: Location, count: int) -> No
     """Raise where model states are not of as many ranks as there are, or of a kind not loaded."""
     if model["module"] is not None and not isinstance(model["module"], Mapping):
         raise FormatError(f"{directory}: 'module' of the model states is no dictionary of tensors")
+    if isinstance((model["module"] or {}).get("language_model"), Mapping):
+        raise FormatError(
+            f"{directory}: 'module' of the model states is the nested tree of a legacy Megatron "
+            "model (language_model), as Megatron-DeepSpeed saves it without a pipeline, which is "
+            "not loaded; bring it to Hugging Face's names with the tools of Megatron-DeepSpeed"
+        )
     if model.get("ds_autoep_layers"):
         raise FormatError(
             f"{directory}: AutoEP has split the experts of this checkpoint, which is not loaded; "

@@ -153,8 +153,7 @@ class CoreLoader:
             messages = list(llava.without_dummies(stored, parts["vision"], dummies, dropped))
         else:
             layout = self.layout(checkpoint, parts["language"])
-            parts, remarks = _with_own_head(begin, checkpoint, layout, parts, dropped)
-            notes = (*notes, *remarks)
+            _drop_copy_of_embedding(begin, checkpoint, layout, parts["language"], dropped)
             if lora and not lora.is_merged:
                 yield from lora.exported(begin, layout, parts, notes)
                 return
@@ -226,24 +225,30 @@ def _refuse_head(checkpoint: Source) -> None:
             )
 
 
-def _with_own_head(
-    begin: Begin, checkpoint: Source, layout: Layout, parts: Parts, dropped: list[Dropped]
-) -> tuple[Parts, tuple[str, ...]]:
-    """Return the parts without a tie if the output layer is not the embedding, and remarks.
+def _drop_copy_of_embedding(
+    begin: Begin, checkpoint: Source, layout: Layout, spec: ModelSpec, dropped: list[Dropped]
+) -> None:
+    """Take an output layer that is the embedding out of ``torch_dist``, which never has one.
 
-    Files of ranks hold a copy of the embedding, for the last stage, and so it is read; of
-    ``torch_dist``, which never does, a copy is taken out and added to ``dropped``.
+    Files of ranks hold a copy of the embedding, for the last stage, and so it is read.
+
+    Raises:
+        SchemaError: args say that the two are one, and they differ.
     """
-    spec = parts["language"]
     if not spec.tied or not layout.names_of("output layer", "weight"):
-        return parts, ()
+        return
     weights = dict(checkpoint.weights)
     embedding, output = tied_names(layout, weights)
-    tied, copies, remarked = resolve_tie(weights, embedding, output, checkpoint.files)
+    tied, copies, _ = resolve_tie(weights, embedding, output, checkpoint.files)
+    if not tied:
+        raise SchemaError(
+            f"{checkpoint.place}: args say that embedding and output layer are one "
+            f"(untie_embeddings_and_output_weights), and {output!r} differs from {embedding!r}; "
+            "the args are not of these weights"
+        )
     if begin.parallel["ckpt_format"] == "torch_dist" and copies:
         del checkpoint.weights[output]
         dropped += copies
-    return {"language": replace(spec, tied=tied)}, remarked
 
 
 def _check_dummies(options: Options, dummies: int, checkpoint: Source) -> None:

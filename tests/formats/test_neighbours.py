@@ -125,12 +125,20 @@ def test_rotary_frequencies_are_left_out_by_name(made, tmp_path):
     assert "rotary_pos_emb.inv_freq" in {one["name"] for one in facts.dropped}
 
 
-def test_an_own_output_layer_is_kept_whatever_args_say(made, tmp_path):
+@pytest.mark.parametrize("form", ["core", "distributed"])
+def test_an_output_layer_of_its_own_where_args_say_none(form, made, tmp_path):
     args = {"untie_embeddings_and_output_weights": False}
-    source = changed(made, tmp_path / "core", args)
-    facts = convert(source, tmp_path / "hf", "hf")
-    assert equal(hf.weights(tmp_path / "hf"), hf.weights(made / "hf"))
-    assert any("the model is no longer tied" in note for note in facts.notes)
+    if form == "core":
+        source = changed(made, tmp_path / "core", args)
+    else:
+        source = tmp_path / "core"
+        convert(made / "hf", source, "core")
+        (file,) = source.glob("*/common.pt")
+        state = torch.load(file, weights_only=False)
+        state["args"].untie_embeddings_and_output_weights = False
+        torch.save(state, file)
+    with pytest.raises(CkptxError, match=r"are one .* 'output_layer\.weight' differs from"):
+        convert(source, tmp_path / "hf", "hf")
 
 
 @pytest.mark.parametrize("name", ["output_layer__weight", "v_head__summary__weight"])
@@ -176,3 +184,15 @@ def test_a_part_of_a_checkpoint_is_told_from_the_whole(made, tmp_path):
         CkptxError, match=r"global_step_5 holds 'critic' and no actor; .*--actor-dir"
     ):
         convert(tmp_path / "run", tmp_path / "hf", "hf")
+
+
+def test_a_legacy_tree_in_model_states_is_named(tmp_path):
+    """As Megatron-DeepSpeed saves a model without a pipeline."""
+    embedding = {"word_embeddings": {"weight": torch.ones(8, 4)}}
+    module = {"language_model": {"embedding": embedding, "encoder": {}}}
+    (tmp_path / "global_step10").mkdir()
+    state = {"module": module, "dp_world_size": 1, "mp_world_size": 1}
+    torch.save(state, tmp_path / "global_step10" / "mp_rank_00_model_states.pt")
+    assert registry.detect(tmp_path) == "deepspeed"
+    with pytest.raises(FormatError, match="the nested tree of a legacy Megatron model"):
+        convert(tmp_path, tmp_path / "hf", "hf")
