@@ -7,13 +7,14 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ckptx.errors import FormatError
+from ckptx.errors import FormatError, SchemaError
 from ckptx.hf_models import float8, task_heads
 from ckptx.hf_models.lora import extract
 from ckptx.hf_models.lora import merge as adapter_merge
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.export import exported
 from ckptx.model.family import Family
+from ckptx.model.layout import Parts
 from ckptx.protocol.context import ADAPTERS, UNTOLD, Context
 from ckptx.protocol.from_names import (
     begin_anyway,
@@ -32,10 +33,16 @@ from ckptx.tensors.lazy import LazyTensor
 
 _SUFFIXES = {".json", ".txt", ".model", ".py", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm"}
 _LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")
+_VOCABULARY = "vocab_size"
+_EMBEDDING = ("embeddings", "word embeddings")
 _TIE = "tie_word_embeddings"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _OUTPUT = "lm_head.weight"
 """What embedding and output layer are called in models that no schema knows."""
+_ADAPTER_BESIDE = (
+    f"{ADAPTER_CONFIG} is not carried: an adapter lies beside whole weights; if they do not hold "
+    "it yet, --adapter merges it"
+)
 _MAX_SIDECAR = 64 << 20  # bytes; the largest published tokenizers have about 35 MB
 Renamer = Callable[[Mapping[str, Any]], Callable[[str], str]]
 
@@ -134,6 +141,8 @@ def _model_messages(
     if context.wants == ADAPTERS:
         yield from _adapter_messages(held, notes, dropped)
         return
+    if ADAPTER_CONFIG in begin.sidecars and not held.adapters:
+        notes = (*notes, _ADAPTER_BESIDE)
     begin, tensors = held.begin, held.tensors
     config = read_config(begin.sidecars, begin.root)
     family = family_of(config) if config else None
@@ -157,7 +166,8 @@ def _model_messages(
     )
     notes, dropped = (*notes, *more), (*dropped, *gone)
     composed = family.name if family.composition else ""
-    parts = parts_from_config(family, config)
+    parts, begin, grown = _with_every_row(family, config, begin, tensors)
+    notes = (*notes, *grown)
     known = {name for held in family.layout("hf").held(parts) for name in names_held(held)}
     tensors, around = task_heads.without_module(tensors, known)
     notes = (*notes, *around)
@@ -168,6 +178,43 @@ def _model_messages(
     yield from named_messages(
         replace(begin, family=composed), tensors, parts, family.layout("hf"), notes, dropped
     )
+
+
+def _with_every_row(
+    family: Family, config: dict[str, Any], begin: Begin, tensors: Mapping[str, LazyTensor]
+) -> tuple[Parts, Begin, Sequence[str]]:
+    """Return the dimensions of a model whose vocabulary is all rows of its embedding, and remarks.
+
+    Under Hugging Face's names no row is padding: those beyond the vocabulary of the config were
+    added and trained. The config is given their number.
+
+    Raises:
+        SchemaError: there are fewer rows than the config says.
+    """
+    parts = parts_from_config(family, config)
+    said = parts["language"].vocab_size if "language" in parts else None
+    name = next((n for n in family.layout("hf").names_of(*_EMBEDDING) if n in tensors), "")
+    if said is None or not name or len(tensors[name].shape) != 2:
+        return parts, begin, ()
+    rows = tensors[name].shape[0]
+    if rows == said:
+        return parts, begin, ()
+    text = config.get("text_config")
+    if rows < said or not (_VOCABULARY in config or isinstance(text, dict)):
+        raise SchemaError(
+            f"{name} has {rows} rows, and {CONFIG} says {said}: it is the config of another model; "
+            f"take the one of these weights, or write {rows} into it"
+        )
+    if _VOCABULARY in config:
+        config = {**config, _VOCABULARY: rows}
+    else:
+        config = {**config, "text_config": {**(text or {}), _VOCABULARY: rows}}
+    begin = replace(begin, sidecars={**begin.sidecars, CONFIG: dump_config(config)})
+    note = (
+        f"{name} has {rows} rows, and {CONFIG} said {said}: all rows are kept, and {_VOCABULARY} "
+        f"is {rows} now"
+    )
+    return parts_from_config(family, config), begin, (note,)
 
 
 def _adapter_messages(

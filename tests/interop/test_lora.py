@@ -9,7 +9,12 @@ from functools import cache
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    Qwen2_5_VLConfig,
+)
 
 from ckptx.cli.main import main
 from ckptx.errors import CkptxError
@@ -449,6 +454,7 @@ def test_a_fused_weight_of_which_a_part_is_merged_is_cast_whole(
         assert torch.equal(found[key], tensor.to(wanted)), key
 
 
+FIRST = "model.layers.0.self_attn.q_proj.weight"
 PROJECTION = "base_model.model.model.layers.1.self_attn.q_proj"
 A, B = f"{PROJECTION}.lora_A.weight", f"{PROJECTION}.lora_B.weight"
 
@@ -464,6 +470,23 @@ def other_ranks(tensors, config):
 
 def half_a_pair(tensors, config):
     del tensors[B]
+
+
+def no_tensor(tensors, config):
+    tensors.clear()
+
+
+def not_gathered(tensors, config):
+    for key in list(tensors):
+        tensors[key] = torch.empty(0)
+
+
+def one_layer_alone(tensors, config):
+    del tensors[A], tensors[B]
+
+
+def a_module_of_which_nothing_is_there(tensors, config):
+    config["target_modules"] = ["q_proj", "v_proj"]
 
 
 def no_base_weight(tensors, config):
@@ -527,6 +550,10 @@ def said(**fields):
         (another_base, "the weight is [64, 64]: the adapter is of another base model"),
         (other_ranks, "has rank 8, A [6, 64] has rank 6"),
         (half_a_pair, "lacks lora_B.weight; it is not whole"),
+        (no_tensor, "adapter_model.safetensors: holds no LoRA matrix: the adapter was not saved"),
+        (not_gathered, "holds no LoRA matrix of any element: the adapter was not saved"),
+        (one_layer_alone, "target_modules names 'model.layers.1.self_attn.q_proj', and the"),
+        (a_module_of_which_nothing_is_there, "target_modules names 'model.layers.0.self_attn.v_p"),
         (no_base_weight, "the base has no 'model.layers.9.self_attn.q_proj.weight'"),
         (not_saved, "modules_to_save names 'lm_head', and the adapter holds nothing"),
         (unknown_tensor, "lora_E is not a part of LoRA that is known"),
@@ -565,6 +592,44 @@ def test_what_cannot_be_merged_is_one_line(damage, message, base_of, simple, tmp
     assert "\n" not in str(caught.value)
     assert str(adapter) in str(caught.value) or "lora_E" in message
     assert not (tmp_path / "hf").exists()
+
+
+def test_layers_that_were_not_trained_need_no_matrices(base_of, simple, tmp_path):
+    """As peft makes them of layers_to_transform; and where the user has taken them out."""
+    base = base_of("llama")
+    how = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}
+    adapters.make(base, tmp_path / "one", **how)
+    expected = adapters.merged(base, [tmp_path / "one"], tmp_path / "peft")
+    convert(tmp_path / "one", tmp_path / "merged", "hf", hf_base=base)
+    found = hf.weights(tmp_path / "merged")
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    second = FIRST.replace("0", "1")
+    assert not torch.equal(found[second], hf.weights(base)[second])
+    assert torch.equal(found[FIRST], hf.weights(base)[FIRST])
+    adapter = shutil.copytree(tmp_path / "one", tmp_path / "excluded")
+    place = adapter / "adapter_config.json"
+    rest = {"layers_to_transform": None, "exclude_modules": ["0.self_attn.q_proj"]}
+    place.write_text(json.dumps(json.loads(place.read_text()) | rest))
+    with pytest.raises(CkptxError, match=r"names 'model\.layers\.0\.self_attn\.v_proj', and the"):
+        convert(adapter, tmp_path / "refused", "hf", hf_base=base)
+
+
+def test_an_adapter_beside_whole_weights_is_left_there(base_of, tmp_path):
+    """What torchtune saves: the merged model, and the adapter that is in it."""
+    base, both = base_of("qwen2"), tmp_path / "epoch_0"
+    adapters.make(base, tmp_path / "adapter", target_modules=["q_proj"])
+    adapters.merged(base, [tmp_path / "adapter"], both)
+    expected = hf.weights(both)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "adapter" / file, both)
+    report = convert(both, tmp_path / "hf", "hf")
+    assert any(note.startswith("adapter_config.json is not carried") for note in report.notes)
+    assert not (tmp_path / "hf" / "adapter_config.json").exists()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert all(torch.equal(model.state_dict()[key], one) for key, one in expected.items())
+    convert(both, tmp_path / "core", "core")
+    convert(tmp_path / "core", tmp_path / "back", "hf")
+    assert not (tmp_path / "back" / "adapter_config.json").exists()
 
 
 def test_an_adapter_alone_has_no_base(base_of, tmp_path):

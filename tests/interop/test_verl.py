@@ -150,7 +150,7 @@ def test_a_step_and_a_run_mean_their_actor(saved, tmp_path):
     convert(tmp_path / "core", tmp_path / "back", "hf")
     assert contents(tmp_path / "back") == contents(saved.model)
 
-    assert "neither does" in refused(
+    assert "holds 'actor', 'critic' and no x; convert it with --actor-dir actor" in refused(
         step, tmp_path, loader="verl", loader_options={"actor_dir": "x"}
     )
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("11")

@@ -321,6 +321,7 @@ def after(function):
         return result
     return run
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
 writer.execute = after(writer.execute)
 isolated._outcome = after(lambda line: None)
 try:

@@ -32,6 +32,7 @@ _FOREIGN = (
     *("kasa_config", "monteclora_config", "velora_config", "megatron_config"),
 )
 """Fields that make an adapter something else than an update of weights that are there."""
+_LAYER = re.compile(r"\.(\d+)\.")
 _KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
     **dict.fromkeys(("modules_to_save", "target_parameters", "target_modules"), (list, str)),
@@ -100,6 +101,25 @@ class AdapterConfig:
     def modules_to_save(self) -> tuple[str, ...]:
         """Return the modules that the adapter replaces as a whole."""
         return tuple(map(str, self._listed("modules_to_save")))
+
+    def targets(self, module: str) -> bool:
+        """Return whether peft would have given a module matrices, by a list of names.
+
+        False where ``target_modules`` or what is excluded is a pattern: that is not followed.
+        """
+        named, excluded = self.said.get("target_modules"), self.said.get("exclude_modules") or []
+        if not isinstance(named, list) or not isinstance(excluded, list):
+            return False
+        chosen = self.said.get("layers_to_transform")
+        if chosen is not None:
+            number = _LAYER.search(f".{module}.")
+            layers = chosen if isinstance(chosen, list) else [chosen]
+            if number is None or int(number[1]) not in layers:
+                return False
+        inside = f".{module}"
+        return any(inside.endswith(f".{name}") for name in named) and not any(
+            inside.endswith(f".{name}") for name in excluded
+        )
 
     def parameters(self, module: str) -> list[str]:
         """Return the parameters of a module that are updated as parameters, by short names."""

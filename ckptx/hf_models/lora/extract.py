@@ -94,8 +94,8 @@ def extract_adapters(
         _add_directory(Path(directory), alpha, found)
     if alpha is not None and not found.adapters:
         raise FormatError(f"--lora-alpha: {begin.root} holds no LoRA weights")
-    if found.adapters and ADAPTER_CONFIG in begin.sidecars:
-        # transformers would look for the adapter again.
+    if ADAPTER_CONFIG in begin.sidecars:
+        # transformers would look for the adapter beside the weights.
         rest = {name: data for name, data in begin.sidecars.items() if name != ADAPTER_CONFIG}
         found.begin = replace(found.begin, sidecars=rest)
     return found
@@ -169,4 +169,10 @@ def read_directory(
         if key in tensors:
             raise FormatError(f"{files[0]}: {name!r} and another tensor are both {key!r}")
         tensors[key] = replace(tensor, file=tensor.file + first)
+    if not any(tensor.numel for tensor in tensors.values()):
+        raise FormatError(
+            f"{files[0]}: holds no LoRA matrix{' of any element' if tensors else ''}: the adapter "
+            "was not saved (under ZeRO-3 its tensors must be gathered first); take it from the "
+            "training checkpoint"
+        )
     return Adapter(tensors, config, str(directory)), weights.paths

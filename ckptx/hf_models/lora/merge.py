@@ -18,6 +18,7 @@ from typing import Any
 from ckptx.errors import SchemaError, listing
 from ckptx.hf_models import task_heads
 from ckptx.hf_models.lora import names as adapter_names
+from ckptx.hf_models.lora.completeness import check_saved, check_targets
 from ckptx.hf_models.lora.extract import Adapter, ExtractedAdapters
 from ckptx.hf_models.lora.names import MATRICES, TOKENS, plain
 from ckptx.protocol.messages import Dropped
@@ -124,7 +125,7 @@ class _Merge:
                 whole[plain(said.path)] = tensor
             else:
                 groups.setdefault(said.path, {})[said.kind] = tensor
-        self._check_saved(whole)
+        check_saved(self.adapter, self.merged.tensors, whole, bool(self.tied))
         self._untie(whole, groups)
         for name, tensor in whole.items():
             self._replace(name, tensor)
@@ -137,6 +138,7 @@ class _Merge:
                 self._update_parameters(module, paths, parameters, groups)
             else:
                 self._update(module, groups[paths[0]])
+        check_targets(self.adapter, self.merged.tensors, {*self.changed, *whole})
         self._describe(whole)
 
     def _describe(self, whole: Mapping[str, LazyTensor]) -> None:
@@ -145,20 +147,6 @@ class _Merge:
         if whole:
             note += f", {len(whole)} more are its own"
         self.merged.notes.append(note)
-
-    def _check_saved(self, whole: Mapping[str, LazyTensor]) -> None:
-        """Raise if a module that the base has should have been saved with the adapter."""
-        kept = bool(self.adapter.config.said.get("ensure_weight_tying"))
-        for module in self.adapter.config.modules_to_save():
-            inside = f".{module}."
-            if any(inside in f".{name}" for name in whole):
-                continue
-            here = [name for name in self.merged.tensors if inside in f".{name}"]
-            if here and not (kept and self.tied):
-                raise SchemaError(
-                    f"{self.adapter.place}: modules_to_save names {module!r}, and the adapter "
-                    f"holds nothing of {here[0]!r}; it was not saved as a whole"
-                )
 
     def _untie(
         self, whole: Mapping[str, LazyTensor], groups: Mapping[str, Mapping[str, LazyTensor]]
