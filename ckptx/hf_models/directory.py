@@ -197,6 +197,8 @@ def _with_every_row(
     if said is None or not name or len(tensors[name].shape) != 2:
         return parts, begin, ()
     rows = tensors[name].shape[0]
+    if type(said) is not int or said < 1:
+        raise SchemaError(f"{CONFIG}: vocab_size is {said!r:.60}, expected a number above 0")
     if rows == said:
         return parts, begin, ()
     text = config.get("text_config")

@@ -13,6 +13,8 @@ from ckptx.errors import first_few
 from ckptx.storage.partial import MANIFEST
 from ckptx.text.sizes import size_text
 
+_TRACKERS = frozenset({"latest_checkpointed_iteration.txt"})
+"""What points to the iteration in a Megatron root, and is in no manifest."""
 _LARGEST = 1 << 30  # bytes of a manifest: some 300 for a tensor
 
 
@@ -65,8 +67,15 @@ def existing(path: Path) -> Existing:
     else:
         listed = _listed(path / MANIFEST)
         sizes = _sizes(path)
-    manifest = {MANIFEST} if listed else set()
-    foreign = {n: s for n, s in sizes.items() if listed.get(n) != s and n not in manifest}
+        for manifest in path.glob(f"*/{MANIFEST}"):  # of an iteration in a Megatron root
+            inside = manifest.parent.name
+            if files := _listed(manifest):
+                listed |= {f"{inside}/{name}": size for name, size in files.items()}
+                listed |= {name: sizes[name] for name in _TRACKERS & sizes.keys()}
+                listed[f"{inside}/{MANIFEST}"] = manifest.stat().st_size
+        if listed and MANIFEST in sizes:
+            listed[MANIFEST] = sizes[MANIFEST]
+    foreign = {name: size for name, size in sizes.items() if listed.get(name) != size}
     total = sum(sizes.values())
     return Existing(path, len(sizes), total, tuple(sorted(foreign)), sum(foreign.values()))
 

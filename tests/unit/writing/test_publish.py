@@ -168,6 +168,19 @@ def test_what_others_wrote_goes_only_when_it_is_asked_for(tmp_path, lies_there, 
     assert names(tmp_path) == {"target", "target/out.bin", "target/ckptx-manifest.json"}
 
 
+def test_a_megatron_root_of_ours_is_ours(tmp_path):
+    root = tmp_path / "root"
+    publish_plan(Target(root, []), megatron("release", b"release"))
+    (note,) = publish_plan(Target(root, [], overwrite=True), plan())
+    assert "3 files" in note
+    assert "written by ckptx" in note
+    assert names(root) == {"out.bin", "ckptx-manifest.json"}
+    publish_plan(Target(tmp_path / "run", []), megatron("release", b"release"))
+    (tmp_path / "run" / "tensorboard").write_bytes(b"log")
+    with pytest.raises(PlanError, match=r"holds 1 file .*: tensorboard;"):
+        publish_plan(Target(tmp_path / "run", [], overwrite=True), plan())
+
+
 def test_what_others_wrote_while_the_conversion_ran_is_kept(tmp_path):
     old = tmp_path / "target"
     publish_plan(Target(old, []), plan())
