@@ -44,8 +44,9 @@ def convert(request: ConversionRequest, progress: Progress | None = None) -> Rep
     """
 
     def run(request: ConversionRequest, owner: engine.TargetOwner, spool: str) -> engine.Outcome:
-        workers.send(request, spool)
-        return workers.watch(owner, interrupts)
+        with workers:  # both are gone when the target is cleaned up
+            workers.send(request, spool)
+            return workers.watch(owner, interrupts)
 
     # They start before the progress is shown, which takes a thread.
     with Interrupts() as interrupts, Workers(request.max_queue_size) as workers:

@@ -11,6 +11,7 @@ import pytest
 
 from ckptx.conversion import supervisor
 from ckptx.errors import ConversionError, FormatError, PlanError, PluginError
+from ckptx.writing.publish import Target
 
 from .conftest import is_gone, session, wait_for
 
@@ -70,6 +71,21 @@ def test_any_failure_stops_both_and_leaves_nothing(scene, loader_fault, saver_fa
     assert not multiprocessing.active_children()
     assert "\n" not in str(caught.value)
     scene.assert_clean()
+
+
+def test_both_are_gone_before_the_target_is_cleaned(scene, monkeypatch):
+    """Whoever still writes would make anew what is being removed."""
+    alive: list[object] = []
+    leave = Target.__exit__
+
+    def watched(target: Target, *error: object) -> None:
+        alive.extend(multiprocessing.active_children())
+        leave(target, *error)
+
+    monkeypatch.setattr(Target, "__exit__", watched)
+    with pytest.raises(ConversionError, match="broken by request"):
+        supervisor.convert(scene.job("raise"))
+    assert not alive
 
 
 @pytest.mark.parametrize("fault", ["kill when full", "exit 1 when full", "raise when full"])
