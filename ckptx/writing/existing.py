@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptx.errors import first_few
+from ckptx.errors import CkptxError, PlanError, first_few
 from ckptx.storage.partial import MANIFEST
+from ckptx.storage.source_file import read_json
 from ckptx.text.sizes import size_text
 
 _TRACKERS = frozenset({"latest_checkpointed_iteration.txt"})
@@ -31,14 +31,11 @@ class Existing:
     foreign_bytes: int
 
     def refusal(self) -> str:
-        """Return what is not ckptx's to delete; empty if there is nothing."""
-        if not self.foreign:
-            return ""
+        """Return why it is not replaced, where files of others are among it."""
+        count = f"{_files(len(self.foreign))} ({size_text(self.foreign_bytes)})"
         return (
-            f"{self.path}: exists, and holds {_files(len(self.foreign))} "
-            f"({size_text(self.foreign_bytes)}) not written by ckptx or changed since: "
-            f"{first_few(self.foreign, 3)}; choose another target, or delete them, too, with "
-            "--overwrite=foreign"
+            f"{self.path}: exists, and holds {count} {self._of_others()}; choose another target, "
+            "or delete them, too, with --overwrite=foreign"
         )
 
     def __str__(self) -> str:
@@ -46,13 +43,30 @@ class Existing:
         text = f"{_files(self.files)}, {size_text(self.nbytes)}"
         if not self.foreign:
             return f"{text}, written by ckptx"
-        count, few = len(self.foreign), first_few(self.foreign, 3)
-        return f"{text}, {count} of them not written by ckptx or changed since: {few}"
+        return f"{text}, {len(self.foreign)} of them {self._of_others()}"
+
+    def _of_others(self) -> str:
+        return f"not written by ckptx or changed since: {first_few(self.foreign, 3)}"
 
 
 def is_taken(path: Path) -> bool:
     """Return whether there is anything at a place; an empty directory is nothing."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+def check_place(path: Path) -> None:
+    """Check that replacing ``path`` touches neither what a link leads to, nor a cache.
+
+    Raises:
+        PlanError: it is a symbolic link, or a snapshot of the Hugging Face Hub's cache.
+    """
+    if path.is_symlink():
+        raise PlanError(
+            f"{path}: is a symbolic link to {path.resolve()}, which would be replaced; name that "
+            "itself, or choose another target"
+        )
+    if "snapshots" in path.parts and any(part.startswith("models--") for part in path.parts):
+        raise PlanError(f"{path}: lies in the cache of the Hugging Face Hub; not replaced")
 
 
 def existing(path: Path) -> Existing:
@@ -106,12 +120,12 @@ def _sizes(root: Path) -> dict[str, int]:
 
 def _listed(manifest: Path) -> dict[str, int]:
     """Return path to size of the files of a manifest; empty if there is none that can be read."""
+    if manifest.is_symlink():
+        return {}
     try:
-        if manifest.is_symlink() or manifest.stat().st_size > _LARGEST:
-            return {}
-        files = json.loads(manifest.read_bytes())["files"]
+        files = read_json(manifest, _LARGEST)["files"]
         return {str(name): int(entry["bytes"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (CkptxError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

@@ -50,7 +50,7 @@ from ckptx.writing.atomic import (
     write_durable,
 )
 from ckptx.writing.disk import occupied_bytes, shortage
-from ckptx.writing.existing import Existing, existing, is_taken, keep_permissions
+from ckptx.writing.existing import Existing, check_place, existing, is_taken, keep_permissions
 
 if TYPE_CHECKING:
     from ckptx.writing.journal import Identity
@@ -311,6 +311,8 @@ class Target:
     def _put_in_place(self) -> None:
         staging = self._partial / "new"
         try:
+            if self.overwrite and self._path.exists():
+                self._replace_knowingly()
             write_durable(self._partial / _PUBLISHING, _inode(self._staged()).encode())
             if self.plan.single_file:
                 self._publish_file(staging)
@@ -348,7 +350,8 @@ class Target:
             raise PlanError(f"{path}: is a pipe, a socket or a device; choose another target")
         if path.is_file() and not self.plan.single_file:
             raise PlanError(f"{path}: is a file, and the target is a directory; choose another")
-        self._check_link()
+        for named in (self._named, path):
+            check_place(named)
         if path.is_dir():
             self._check_replaceable(path)
         self.replaced = self._what_goes()
@@ -370,18 +373,6 @@ class Target:
         if found.foreign and self.overwrite != "foreign":
             raise PlanError(found.refusal())
         return found
-
-    def _check_link(self) -> None:
-        """Refuse to replace what a symbolic link leads to, or the files of a cache."""
-        path = self._path
-        for named in (self._named, path):
-            if named.is_symlink():
-                raise PlanError(
-                    f"{named}: is a symbolic link to {path.resolve()}, which would be replaced; "
-                    "name that itself, or choose another target"
-                )
-        if "snapshots" in path.parts and any(p.startswith("models--") for p in path.parts):
-            raise PlanError(f"{path}: lies in the cache of the Hugging Face Hub; not replaced")
 
     def _check_replaceable(self, path: Path) -> None:
         """Refuse to replace a directory that is plainly more than one old checkpoint."""
@@ -458,7 +449,6 @@ class Target:
         if manifest.exists():
             manifest.replace(self._path.with_name(f"{self._path.name}.{MANIFEST}"))
         if self.overwrite:
-            self._still_ours(staging / name)
             (staging / name).replace(self._path)
         else:
             rename_new(staging / name, self._path)
@@ -466,20 +456,23 @@ class Target:
     def _publish_directory(self, staging: Path) -> None:
         sync_directory(staging)
         if self.overwrite and self._path.exists():
-            self._still_ours(staging)
             exchange(staging, self._path, staging.with_name("old"))
         else:
             staging.rename(self._path)  # fails if a directory with anything in it is there now
 
-    def _still_ours(self, new: Path) -> None:
-        """Check again what ``new`` replaces, since much time may have passed."""
-        if not self._path.exists():
-            return
+    def _replace_knowingly(self) -> None:
+        """Look again at what is replaced, since much time may have passed; keep its permissions.
+
+        Before the manifest of a single file is moved: by that the old file is known.
+
+        Raises:
+            CutShortError: files of others have come.
+        """
         try:
             self.replaced = self._what_goes() if is_taken(self._path) else None
         except PlanError as error:
             raise CutShortError(str(error)) from error
-        keep_permissions(self._path, new)
+        keep_permissions(self._path, self._staged())
 
     def _write_pointers(self) -> list[str]:
         notes = [f"replaced {self._path}: {self.replaced}"] if self.replaced else []

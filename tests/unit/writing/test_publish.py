@@ -253,6 +253,17 @@ def test_single_file_has_its_manifest_beside_it(tmp_path, overwrite):
     assert (tmp_path / "model.pt").read_bytes() == b"new!"
 
 
+def test_single_file_of_ours_is_replaced_by_one_of_another_size(tmp_path):
+    """Its manifest lies beside it, and is looked at before that of the new file replaces it."""
+    file, made = tmp_path / "model.pt", plan("model.pt", single_file=True)
+    publish_plan(Target(file, []), made, b"of another size")
+    (note,) = publish_plan(Target(file, [], overwrite=True), made)
+    assert note == f"replaced {file}: 1 file, 15 bytes, written by ckptx"
+    assert file.read_bytes() == b"new!"
+    manifest = json.loads((tmp_path / "model.pt.ckptx-manifest.json").read_bytes())
+    assert manifest["files"] == {"model.pt": {"bytes": 4}}
+
+
 def megatron(iteration: str, tracker: bytes) -> SavePlan:
     return plan(directory=iteration, pointers={"latest_checkpointed_iteration.txt": tracker})
 
