@@ -7,7 +7,6 @@ the queue: its thread would only print what it cannot pickle, and the other side
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import pickle
@@ -30,23 +29,16 @@ if TYPE_CHECKING:
     from ckptx.writing.journal import Identity
 
 Bytes: TypeAlias = "Queue[bytes]"
-_NEEDED = {
-    "loader": ("ckptx.registry.open", "ckptx.hf_models.directory"),
-    "saver": ("ckptx.writing.writer", "ckptx.conversion.proof", "ckptx.conversion.manifest"),
-}
-"""What a child imports while its parent still finds out what is to be done."""
 
 
 def main(role: str, queue: Bytes, connection: Connection, parent: int) -> None:
     """Run one child process; its only results are what it sends to its parent.
 
-    It starts early, imports what it needs, and then receives the request, the level of the log and
-    the path of the spool; or nothing, if there is nothing to do after all.
+    It receives the request, the level of the log and the path of the spool; or nothing, if the
+    parent finds that there is nothing to do.
     """
     line = Channel(connection)
     settle_child(parent, line, logging.WARNING)
-    for module in _NEEDED[role]:
-        importlib.import_module(module)
     try:
         job, level, spool = connection.recv()
     except EOFError:
