@@ -31,6 +31,7 @@ from ckptx.cli import equivalent
 from ckptx.errors import FormatError, listing
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.storage.source_file import read_json, read_small
+from ckptx.storage.yaml_text import yaml_value
 from ckptx.tensors.dtypes import SPELLINGS
 
 _MERGE = ("merge_lora_weighs", "merge_lora_weights")
@@ -50,7 +51,6 @@ _SETTING = re.compile(r"((?:convertor|model|actor)\.[\w.]+)=(.*)", re.DOTALL)
 _TRAINING = ("config.yaml", "tensorboard/config.yaml")
 _PARENTS = 10
 _LARGEST = 4 << 20  # bytes
-_MOST = 100_000  # values of a configuration
 
 
 def from_config_command() -> click.Command:
@@ -118,46 +118,10 @@ def command_line(file: Path, settings: Sequence[str] = ()) -> tuple[list[str], l
 def _loaded(file: Path) -> dict[str, Any]:
     if file.stat().st_size > _LARGEST:
         raise FormatError(f"{file}: is larger than {_LARGEST} bytes; no configuration")
-    config = _parsed(read_small(file, _LARGEST), f"{file}: not valid YAML")
+    config = yaml_value(read_small(file, _LARGEST), f"{file}: not valid YAML")
     if not isinstance(config, dict):
         raise FormatError(f"{file}: expected a mapping with 'convertor'")
     return config
-
-
-def _parsed(content: str | bytes, place: str) -> Any:
-    import yaml
-
-    try:
-        value = yaml.safe_load(content)
-        _check_size(value)
-    except RecursionError as error:
-        raise FormatError(f"{place}: nested too deeply") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise FormatError(f"{place}: {str(error)[:300]}") from error
-    return value
-
-
-def _check_size(value: Any) -> None:
-    """Refuse more values than anybody writes; a few lines of references can say billions.
-
-    Raises:
-        ValueError: there are so many, what is referred to twice counted twice.
-    """
-    sizes: dict[int, int] = {}
-
-    def size(one: Any) -> int:
-        if isinstance(one, int) and one.bit_length() > 1000:
-            raise ValueError("a number of it has more than 300 digits")
-        if not isinstance(one, dict | list | set | tuple):
-            return 1
-        if id(one) not in sizes:
-            sizes[id(one)] = _MOST  # until it is known: what holds itself is too large
-            items = [*one, *one.values()] if isinstance(one, dict) else one
-            sizes[id(one)] = 1 + sum(map(size, items))
-        return sizes[id(one)]
-
-    if size(value) >= _MOST:
-        raise ValueError(f"its references say more than {_MOST} values")
 
 
 def _set(config: dict[str, Any], setting: str) -> None:
@@ -169,7 +133,7 @@ def _set(config: dict[str, Any], setting: str) -> None:
         if not isinstance(inner, dict):
             raise FormatError(f"{setting}: {key} is no section")
         config = inner
-    config[last] = _parsed(value, f"{setting}: the value is not valid YAML")
+    config[last] = yaml_value(value, f"{setting}: the value is not valid YAML")
 
 
 def _section(config: Mapping[str, Any], name: str, file: Path) -> dict[str, Any]:

@@ -36,6 +36,8 @@ from ckptx.protocol.sidecars import dump_config
 from ckptx.registry.families import family_named
 from ckptx.schemas.megatron_settings import row_blocks
 from ckptx.schemas.megatron_settings.llava import is_llava
+from ckptx.storage.source_file import read_small
+from ckptx.storage.yaml_text import yaml_value
 from ckptx.tensors.dtypes import DTYPES, dtype_name
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.tensors.low_rank import updated
@@ -50,6 +52,7 @@ _SETTINGS = ("lora_alpha", "lora_rank", "use_rslora")
 _MARKS = (".adapter.", ".lora_", ".modules_to_save.")
 _WRAPPER = re.compile(r"\.(base_layer|to_wrap)(?=\.)")
 _LAYER = re.compile(r"layers\.(\d+|\{layer\})\.")
+_LARGEST = 4 << 20  # bytes of a run_config.yaml
 _ROWS_KEPT = (IDENTITY, QKV, FUSED_QKV, GLU)
 """Transforms that move rows and nothing else, so that they do to B what they do to a weight."""
 
@@ -284,13 +287,11 @@ def _config(checkpoint: Source, alpha: float | None) -> AdapterConfig:
     path = checkpoint.place / "run_config.yaml"
     args = checkpoint.args
     if path.is_file():
-        import yaml
-
-        try:
-            peft = yaml.safe_load(path.read_bytes()).get("peft") or {}
-            said |= {"lora_alpha": peft.get("alpha"), "r": peft.get("dim")}
-        except (yaml.YAMLError, AttributeError, ValueError, RecursionError) as error:
-            raise FormatError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+        settings = yaml_value(read_small(path, _LARGEST), f"{path}: not valid YAML")
+        peft = settings.get("peft") or {} if isinstance(settings, dict) else None
+        if not isinstance(peft, dict):
+            raise FormatError(f"{path}: expected a mapping, and one at 'peft' if it is there")
+        said |= {"lora_alpha": peft.get("alpha"), "r": peft.get("dim")}
         place = str(path)
     else:
         said |= {"lora_alpha": args.get("lora_alpha"), "r": args.get("lora_rank")}
