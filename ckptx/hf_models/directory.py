@@ -18,6 +18,7 @@ from ckptx.model.layout import Parts
 from ckptx.protocol.context import ADAPTERS, UNTOLD, Context
 from ckptx.protocol.from_names import (
     begin_anyway,
+    name_among,
     named_messages,
     names_held,
     passthrough,
@@ -34,7 +35,6 @@ from ckptx.tensors.lazy import LazyTensor
 _SUFFIXES = {".json", ".txt", ".model", ".py", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm"}
 _LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")
 _VOCABULARY = "vocab_size"
-_EMBEDDING = ("embeddings", "word embeddings")
 _TIE = "tie_word_embeddings"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _OUTPUT = "lm_head.weight"
@@ -193,8 +193,8 @@ def _with_every_row(
     """
     parts = parts_from_config(family, config)
     said = parts["language"].vocab_size if "language" in parts else None
-    name = next((n for n in family.layout("hf").names_of(*_EMBEDDING) if n in tensors), "")
-    if said is None or not name or len(tensors[name].shape) != 2:
+    name = name_among(tensors, family.layout("hf"), "embeddings", "word embeddings")
+    if said is None or name not in tensors or len(tensors[name].shape) != 2:
         return parts, begin, ()
     rows = tensors[name].shape[0]
     if type(said) is not int or said < 1:

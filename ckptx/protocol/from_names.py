@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 
 from ckptx.errors import CkptxError, SchemaError
@@ -194,7 +194,14 @@ def mtp_names(layout: Layout, spec: ModelSpec) -> set[str]:
 
 def tied_names(layout: Layout, tensors: Mapping[str, LazyTensor]) -> tuple[str, str]:
     """Return the names that a layout has for the embedding and the output layer of a model."""
-    pair = (("embeddings", "word embeddings"), ("output layer", "weight"))
-    spellings = [layout.names_of(*one) for one in pair]
-    found = [next((name for name in names if name in tensors), names[0]) for names in spellings]
-    return found[0], found[1]
+    embedding = name_among(tensors, layout, "embeddings", "word embeddings")
+    return embedding, name_among(tensors, layout, "output layer", "weight")
+
+
+def name_among(tensors: Collection[str], layout: Layout, message: str, key: str) -> str:
+    """Return a canonical tensor's name that is among ``tensors``, else the one that is preferred.
+
+    A layout may have several, as of transformers 4 and 5; or none: then it is empty.
+    """
+    names = layout.names_of(message, key)
+    return next((name for name in names if name in tensors), next(iter(names), ""))
