@@ -116,6 +116,19 @@ def _same_directory() -> Iterator[None]:
     assert now == before, "this test has left its current directory"
 
 
+@pytest.fixture
+def run(capsys):
+    """Return a function that runs a command in this process: exit code, stdout, stderr."""
+    from ckptx.cli import main as cli
+
+    def run(*words: object, entry=cli.main) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            entry([str(word) for word in words])
+        return (int(end.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
 @pytest.fixture(name="write_llama", scope="session")
 def write_llama_fixture():
     return write_llama

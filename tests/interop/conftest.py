@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 
 from . import experts
+from .adapted import BASES
 from .conversion import FAMILIES, Source
 
 pytest.importorskip("megatron.core")
@@ -19,5 +20,17 @@ def source_of(tmp_path_factory):
         directory = tmp_path_factory.mktemp(name) / "hf"
         write, overrides = {**FAMILIES, **experts.FAMILIES, **experts.LATENT}[name]
         return Source(name, directory, write(directory, **overrides))
+
+    return written
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory):
+    @cache
+    def written(name):
+        directory = tmp_path_factory.mktemp(name) / "base"
+        write, overrides = BASES[name]
+        write(directory, **overrides)
+        return directory
 
     return written

@@ -8,24 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ckptx.cli import main as cli
-
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 dcp = pytest.importorskip("torch.distributed.checkpoint")
 
 BASE, TRAINED = 64, 72
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*words: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(word) for word in words])
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(params=[False, True], ids=["own head", "tied"])

@@ -83,19 +83,6 @@ def plugins(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(capsys):
-    """Return a function that runs a command in this process."""
-
-    def run(*args: object, entry=cli.main) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            entry([str(arg) for arg in args])
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return run
-
-
-@pytest.fixture
 def jobs(monkeypatch):
     """Return the list of jobs that would run."""
     found: list[ConversionRequest] = []

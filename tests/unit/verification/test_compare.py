@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ckptx.cli import main as cli
 from ckptx.errors import FormatError
 from ckptx.verification.compare import Comparison, Difference, compare
 from ckptx.verification.difference import Tolerance
@@ -38,18 +37,6 @@ def both(tmp_path, write_llama):
     """Two copies of one model."""
     a = write_llama(tmp_path / "a")
     return a, shutil.copytree(a, tmp_path / "b")
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command line; return its exit code, stdout and stderr."""
-
-    def ran(*arguments):
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(one) for one in arguments])
-        return stopped.value.code, *capsys.readouterr()
-
-    return ran
 
 
 def nudge(tensors, by=1e-4):
