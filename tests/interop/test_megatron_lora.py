@@ -159,6 +159,15 @@ def test_an_adapter_in_torch_dist_takes_its_alpha_from_the_run(trained, tmp_path
     (place.parent / "run_config.yaml").write_text(f"peft:\n  alpha: {ALPHA}\n  dim: 8\n")
     with pytest.raises(CkptxError, match=r"run_config.yaml: says rank 8 .* have rank 4"):
         convert(tmp_path / "core", tmp_path / "refused", "hf")
+    for text, says in (
+        ("a: &a {b: [*a, *a]}\n", "its references say more than"),
+        ("peft: [1]\n", "expected a mapping, and one at 'peft'"),
+        ("[" * 100_000, "nested too deeply"),
+        ("# \n" * (2 << 20), "expected at most 4194304 bytes"),
+    ):
+        (place.parent / "run_config.yaml").write_text(text)
+        with pytest.raises(CkptxError, match=rf"run_config.yaml: .*{says}"):
+            convert(tmp_path / "core", tmp_path / "refused", "hf")
 
 
 def test_a_merge_from_megatron_is_cast_as_a_whole(trained, tmp_path):
