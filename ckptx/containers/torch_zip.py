@@ -57,11 +57,7 @@ class TorchFile:
 
 
 def read(
-    path: Location,
-    file_index: int,
-    *,
-    offset: int = 0,
-    length: int | None = None,
+    path: Location, file_index: int, *, offset: int = 0, length: int | None = None
 ) -> TorchFile:
     """Read the pickle of a torch file, or of the archive at ``[offset, offset + length)`` bytes.
 
@@ -78,12 +74,7 @@ def read(
         return TorchFile(read_open(file, file_index, offset, length))
 
 
-def read_open(
-    file: SourceFile,
-    file_index: int,
-    offset: int = 0,
-    length: int | None = None,
-) -> Any:
+def read_open(file: SourceFile, file_index: int, offset: int = 0, length: int | None = None) -> Any:
     """Return the value of an archive in an open file; see `read`."""
     members, value = read_records(file, offset, length)
 

@@ -11,15 +11,7 @@ from ckptx.model.layout import Layout, Parts, RuleGroup
 from ckptx.model.sharding import Gatherer
 from ckptx.model.spec import ModelSpec
 from ckptx.protocol.context import ANYTHING, Context
-from ckptx.protocol.messages import (
-    PASSTHROUGH,
-    Begin,
-    Dropped,
-    End,
-    Message,
-    SourceTensor,
-    Tensors,
-)
+from ckptx.protocol.messages import PASSTHROUGH, Begin, Dropped, End, Message, SourceTensor, Tensors
 from ckptx.storage.blocks import equal
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor, replicated
@@ -84,10 +76,7 @@ def drop_ignored(layout: Layout, tensors: MutableMapping[str, LazyTensor]) -> tu
 
 
 def resolve_tie(
-    tensors: MutableMapping[str, LazyTensor],
-    embedding: str,
-    output: str,
-    files: Sequence[str],
+    tensors: MutableMapping[str, LazyTensor], embedding: str, output: str, files: Sequence[str]
 ) -> tuple[bool, tuple[Dropped, ...], tuple[str, ...]]:
     """Decide what a tied model with an output weight of its own is.
 

@@ -24,16 +24,7 @@ from numpy.typing import NDArray
 
 from ckptx.storage.open_files import Files
 from ckptx.tensors.dtypes import ITEMSIZE
-from ckptx.tensors.lazy import (
-    Box,
-    Cast,
-    Computed,
-    Filled,
-    LazyTensor,
-    Shape,
-    Sliced,
-    Stored,
-)
+from ckptx.tensors.lazy import Box, Cast, Computed, Filled, LazyTensor, Shape, Sliced, Stored
 from ckptx.tensors.operations import OPERATIONS, needs
 from ckptx.tensors.pieces import cut, flat_boxes, pieces
 

@@ -33,11 +33,9 @@ class Packed(Protocol):
 
     def blocks(self) -> Iterable[bytes]:
         """Yield what it decodes to."""
-        ...
 
     def tensor(self, file: SourceFile, offset: int, size: int) -> Stored:
         """Return where the tensor lies in what was decoded: ``size`` bytes from ``offset`` on."""
-        ...
 
 
 class Spool:

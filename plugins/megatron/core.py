@@ -102,7 +102,6 @@ class CoreLoader:
         begin = Begin(
             format=self.name,
             layout=self.names,
-            parts={},
             files=checkpoint.files,
             sources=checkpoint.sources,
             root=str(place.path),

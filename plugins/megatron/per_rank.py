@@ -173,12 +173,7 @@ def _states_of_ranks(
 
 
 def _state_dict(
-    model: Model,
-    target: Target,
-    chunk: Chunk,
-    rank: Rank,
-    form: Generation,
-    shares: dict[Any, Any],
+    model: Model, target: Target, chunk: Chunk, rank: Rank, form: Generation, shares: dict[Any, Any]
 ) -> dict[str, Any]:
     """Return what one rank's ``model`` holds for one pipeline chunk, by name."""
     named: dict[str, Any] = {}
