@@ -15,7 +15,8 @@ import pickle
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -49,20 +50,9 @@ MAX_TUPLE_DEPTH = 100
 
 KNOWN_GLOBALS = frozenset(
     {
-        *(
-            "_io.BytesIO",
-            "io.BytesIO",
-            "signal.Signals",
-            "uuid.UUID",
-            "enum.Enum",
-            "decimal.Decimal",
-        ),
-        *(
-            "collections.defaultdict",
-            "collections.Counter",
-            "collections.deque",
-            "functools.partial",
-        ),
+        *("_io.BytesIO", "io.BytesIO", "signal.Signals", "uuid.UUID", "enum.Enum"),
+        *("decimal.Decimal", "collections.defaultdict", "collections.Counter"),
+        *("collections.deque", "functools.partial"),
         *("pathlib.PosixPath", "pathlib.Path", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
         *("pathlib._local.PosixPath", "pathlib._local.Path", "fractions.Fraction"),
         *("datetime.datetime", "datetime.date", "datetime.timedelta", "datetime.timezone"),
@@ -298,52 +288,23 @@ class _SizeClass(_Function):
 
 
 def _tensor_v2(
-    storage: StorageRef,
-    offset: int,
-    size: Iterable[int],
-    stride: Iterable[int],
-    requires_grad: bool = False,
-    *_: Any,
+    storage: StorageRef, offset: int, size: Any, stride: Any, requires_grad: Any = False, *_: Any
 ) -> TensorRecord:
     """Stand for `torch._utils._rebuild_tensor_v2` and, with fewer arguments, `_rebuild_tensor`."""
     if storage.dtype is None:
         raise TypeError("a tensor without dtype lies in an untyped storage")
-    return _tensor(storage, storage.dtype, offset, size, stride, requires_grad)
+    if type(offset) is not int:
+        raise TypeError("the offset of a tensor is no whole number")
+    shape, strides, grad = _numbers(size), _numbers(stride), bool(requires_grad)
+    return TensorRecord(storage.dtype, shape, strides, offset, storage.key, storage.nbytes, grad)
 
 
 def _tensor_v3(
-    storage: StorageRef,
-    offset: int,
-    size: Iterable[int],
-    stride: Iterable[int],
-    requires_grad: bool,
-    _hooks: Any,
-    dtype: TorchDtype,
-    *_: Any,
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, _hooks: Any, dtype: Any, *_: Any
 ) -> TensorRecord:
     """Stand for `torch._utils._rebuild_tensor_v3`: dtypes without a storage class."""
-    return _tensor(storage, dtype.name, offset, size, stride, requires_grad)
-
-
-def _tensor(
-    storage: StorageRef,
-    dtype: str,
-    offset: int,
-    size: Iterable[int],
-    stride: Iterable[int],
-    requires_grad: bool,
-) -> TensorRecord:
-    if type(offset) is not int:
-        raise TypeError("the offset of a tensor is no whole number")
-    return TensorRecord(
-        dtype,
-        _numbers(size),
-        _numbers(stride),
-        offset,
-        storage.key,
-        storage.nbytes,
-        bool(requires_grad),
-    )
+    typed = StorageRef(dtype.name, storage.key, storage.nbytes)
+    return _tensor_v2(typed, offset, size, stride, grad)
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
@@ -359,16 +320,7 @@ def _numbers(values: Any) -> tuple[int, ...]:
 def _parameter(data: Any, requires_grad: bool, *_: Any) -> Any:
     if not isinstance(data, TensorRecord):
         return data  # a wrapper subclass, such as a DTensor
-    return TensorRecord(
-        data.dtype,
-        data.shape,
-        data.strides,
-        data.storage_offset,
-        data.key,
-        data.storage_nbytes,
-        bool(requires_grad),
-        parameter=True,
-    )
+    return replace(data, requires_grad=bool(requires_grad), parameter=True)
 
 
 def _from_type(function: Any, kind: Any, args: tuple[Any, ...], state: Any) -> Any:

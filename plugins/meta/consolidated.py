@@ -177,7 +177,7 @@ def _number(path: Location) -> int:
 
 
 def _read_shard(path: Location, file: int) -> Shard:
-    value = torch_zip.read(path, file).value
+    value = torch_zip.read(path, file)
     if not isinstance(value, dict) or not all(isinstance(v, Stored) for v in value.values()):
         raise FormatError(f"{path}: expected a plain state dict of tensors")
     return {str(name): tensor for name, tensor in value.items()}
