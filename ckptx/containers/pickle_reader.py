@@ -20,21 +20,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ckptx.containers import pickle_values
 from ckptx.containers.pickle_scan import SMALL, WEIGH, scan
 from ckptx.containers.pickle_values import (
-    STORAGE_CLASSES,
-    TORCH_DTYPES,
-    WIDTHS,
     FrozenClass,
-    Namespace,
     Record,
     StorageRef,
     StubClass,
     TensorRecord,
-    TorchDtype,
     TorchSize,
-    UnhashableTuple,
-    collector_paused,
     stub,
 )
 from ckptx.errors import FormatError
@@ -115,7 +109,7 @@ def loads(data: bytes, *, file: str, limit: int = MAX_PICKLE) -> Any:
         )
     stream, calls = scan(data, file)
     try:
-        with collector_paused():
+        with pickle_values.collector_paused():
             return _Unpickler(stream, calls, file).load()
     except FormatError:
         raise
@@ -171,8 +165,8 @@ class _Unpickler(pickle.Unpickler):
             return _Function(partial(self._copied, known))
         if known is not None:
             return known
-        if module == "torch" and name in TORCH_DTYPES:
-            return TorchDtype(name)
+        if module == "torch" and name in pickle_values.TORCH_DTYPES:
+            return pickle_values.TorchDtype(name)
         if FORBIDDEN.fullmatch(full):
             raise FormatError(
                 f"{self._file}: the pickle calls {full!r}, which no checkpoint needs; nothing was "
@@ -210,7 +204,7 @@ class _Unpickler(pickle.Unpickler):
         plain = type(key) is str and type(device) is str and type(numel) is int
         if not isinstance(kind, _StorageClass) or not plain:
             raise FormatError(f"{self._file}: a storage reference is malformed")
-        width = 1 if kind.dtype is None else WIDTHS[kind.dtype]
+        width = 1 if kind.dtype is None else pickle_values.WIDTHS[kind.dtype]
         return StorageRef(kind.dtype, key, numel * width)
 
 
@@ -238,7 +232,7 @@ class _Weights:
             )
         if size <= MAX_KEY:
             return value
-        large = set(value) if type(value) is frozenset else UnhashableTuple(value)
+        large = set(value) if type(value) is frozenset else pickle_values.UnhashableTuple(value)
         self._known[id(large)] = large, size, depth
         return large
 
@@ -373,8 +367,8 @@ def _reconstructed(cls: Any, _base: Any, _state: Any) -> Any:
 
 _TABLE: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
-    "argparse.Namespace": Namespace,
-    "types.SimpleNamespace": Namespace,
+    "argparse.Namespace": pickle_values.Namespace,
+    "types.SimpleNamespace": pickle_values.Namespace,
     "builtins.set": _Copying(_collected(set)),
     "builtins.frozenset": _Copying(_collected(frozenset)),
     "builtins.complex": complex,
@@ -392,5 +386,8 @@ _TABLE: dict[str, Any] = {
     "torch._tensor._rebuild_from_type_v2": _Function(_from_type),
     "torch.storage.UntypedStorage": _StorageClass(None),
     "torch.UntypedStorage": _StorageClass(None),
-    **{f"torch.{name}": _StorageClass(dtype) for dtype, name in STORAGE_CLASSES.items()},
+    **{
+        f"torch.{name}": _StorageClass(dtype)
+        for dtype, name in pickle_values.STORAGE_CLASSES.items()
+    },
 }

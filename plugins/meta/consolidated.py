@@ -98,7 +98,7 @@ class MetaLoader:
         found = _take(layout, spec, shards, labels)
         if not spec.tied and _is_tied(found, weights.paths):
             spec, _ = replace(spec, tied=True), found.pop("output layer")
-            dropped += _drop_copies(sources)
+            dropped += _dropped(sources, (OUTPUT,), f"tied: equal to {EMBEDDING!r}, byte for byte")
             notes += (f"{OUTPUT!r} equals {EMBEDDING!r}: the model's embeddings are tied",)
         yield Begin(
             format="meta",
@@ -247,10 +247,6 @@ def _drop_ignored(
             shard.pop(name)
     reason = "no weights: the model makes it anew"
     return _dropped(sources, layout.ignored, reason)
-
-
-def _drop_copies(sources: Sequence[SourceTensor]) -> list[Dropped]:
-    return _dropped(sources, (OUTPUT,), f"tied: equal to {EMBEDDING!r}, byte for byte")
 
 
 def _dropped(sources: Sequence[SourceTensor], names: tuple[str, ...], reason: str) -> list[Dropped]:
