@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ckptx.conversion.options import option, switch
 from ckptx.errors import CkptxError, FormatError, SchemaError
 from ckptx.hf_models.directory import base_sidecars, sidecars
 from ckptx.model.canonical_names import check_shapes
@@ -105,7 +106,6 @@ class CoreLoader:
         begin = Begin(
             format=self.name,
             layout=self.names,
-            parts={},
             files=checkpoint.files,
             sources=checkpoint.sources,
             root=str(place.path),
@@ -306,14 +306,10 @@ class CoreSaver:
 
     def options(self) -> list[click.Option]:
         """Return the options for format, parallel layout and vocabulary."""
+        form = "Distributed and loadable at any layout, or one file per rank."
+        root = "Write the files to DST itself, without tracker: verl's dist_checkpointing_path."
         return [
-            click.Option(
-                ["--ckpt-format"],
-                type=click.Choice(["torch_dist", "torch"]),
-                default="torch_dist",
-                show_default=True,
-                help="Distributed and loadable at any layout, or one file per rank.",
-            ),
+            option("--ckpt-format", click.Choice(["torch_dist", "torch"]), form, "torch_dist"),
             *parallel_options(),
             *vocabulary_options(),
             vocabulary_multiple_option(),
@@ -327,13 +323,8 @@ class CoreSaver:
             ),
             iteration_option(),
             accept_config_key_option(),
-            click.Option(
-                ["--no-iteration-directory", "iteration_directory"],
-                is_flag=True,
-                flag_value=False,
-                default=True,
-                help="Write the files to DST itself, without tracker: verl's "
-                "dist_checkpointing_path.",
+            switch(
+                "--no-iteration-directory iteration_directory", root, flag_value=False, default=True
             ),
         ]
 

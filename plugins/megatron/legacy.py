@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ckptx.conversion.options import option
 from ckptx.errors import FormatError, PlanError, SchemaError
 from ckptx.model.family import FUNCTION_SETTINGS, function_settings
 from ckptx.model.layout import Layout
@@ -49,14 +50,9 @@ class LegacyLoader(CoreLoader):
 
     def options(self) -> list[click.Option]:
         """Return those of the core loader, and one that Megatron has and ckptx does not need."""
-        return [
-            *super().options(),
-            click.Option(
-                ["--position-embedding-type"],
-                type=click.Choice(["learned_absolute", "rope"]),
-                help="Accepted for Megatron's sake: the checkpoint's args say it.",
-            ),
-        ]
+        kinds = click.Choice(["learned_absolute", "rope"])
+        about = "Accepted for Megatron's sake: the checkpoint's args say it."
+        return [*super().options(), option("--position-embedding-type", kinds, about)]
 
     def detect(self, source: Location) -> bool:
         """Return whether the files of ranks hold a legacy model."""
