@@ -34,6 +34,13 @@ class Setting:
     """The values that change nothing, of a function or a structure."""
     reason: str
     """What the other values do."""
+    is_field: bool
+    """Whether a TransformerConfig has it."""
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether no value of it changes what weights compute."""
+        return self.kind == "harmless"
 
 
 @cache
@@ -41,8 +48,13 @@ def known() -> Mapping[str, Setting]:
     """Return the settings of all releases."""
     rows = (line.split("\t") for line in TABLE.read_text().splitlines()[1:])
     return {
-        name: Setting(kind, tuple(map(ast.literal_eval, filter(None, plain.split(" | ")))), reason)
-        for name, kind, _, _, _, plain, reason in rows
+        name: Setting(
+            kind,
+            tuple(map(ast.literal_eval, filter(None, plain.split(" | ")))),
+            reason,
+            "config" in places,
+        )
+        for name, kind, _, places, _, plain, reason in rows
     }
 
 
