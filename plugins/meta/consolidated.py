@@ -98,7 +98,7 @@ class MetaLoader:
         found = _take(layout, spec, shards, labels)
         if not spec.tied and _is_tied(found, weights.paths):
             spec, _ = replace(spec, tied=True), found.pop("output layer")
-            dropped += _drop_copies(sources)
+            dropped += _dropped(sources, (OUTPUT,), f"tied: equal to {EMBEDDING!r}, byte for byte")
             notes += (f"{OUTPUT!r} equals {EMBEDDING!r}: the model's embeddings are tied",)
         yield Begin(
             format="meta",
@@ -177,7 +177,7 @@ def _number(path: Location) -> int:
 
 
 def _read_shard(path: Location, file: int) -> Shard:
-    value = torch_zip.read(path, file).value
+    value = torch_zip.read(path, file)
     if not isinstance(value, dict) or not all(isinstance(v, Stored) for v in value.values()):
         raise FormatError(f"{path}: expected a plain state dict of tensors")
     return {str(name): tensor for name, tensor in value.items()}
@@ -247,10 +247,6 @@ def _drop_ignored(
             shard.pop(name)
     reason = "no weights: the model makes it anew"
     return _dropped(sources, layout.ignored, reason)
-
-
-def _drop_copies(sources: Sequence[SourceTensor]) -> list[Dropped]:
-    return _dropped(sources, (OUTPUT,), f"tied: equal to {EMBEDDING!r}, byte for byte")
 
 
 def _dropped(sources: Sequence[SourceTensor], names: tuple[str, ...], reason: str) -> list[Dropped]:

@@ -22,7 +22,7 @@ import click
 
 from ckptx.containers import dcp, dcp_safetensors
 from ckptx.containers.dcp import ObjectItem, TensorItem
-from ckptx.containers.dcp_metadata import METADATA_NAME
+from ckptx.containers.dcp_metadata import METADATA_NAME, DcpMetadata
 from ckptx.conversion.options import option
 from ckptx.errors import FormatError, listing
 from ckptx.hf_models import float8
@@ -202,7 +202,7 @@ def _is_unfinished(source: Location) -> bool:
     return not (source / METADATA_NAME).exists() and any(source.glob("*.distcp"))
 
 
-def _refuse_megatron(metadata: dcp.DcpMetadata, source: Location) -> None:
+def _refuse_megatron(metadata: DcpMetadata, source: Location) -> None:
     """Raise where the tensors are Megatron's, which have other names and ways to lie."""
     if any(key.startswith(_MEGATRON_FSDP) for key in metadata.tensors):
         raise FormatError(f"{source}: a Megatron-FSDP checkpoint, which is not loaded yet")
@@ -214,7 +214,7 @@ def _refuse_megatron(metadata: dcp.DcpMetadata, source: Location) -> None:
 
 
 def _model(
-    metadata: dcp.DcpMetadata, chosen: str | None, source: Location
+    metadata: DcpMetadata, chosen: str | None, source: Location
 ) -> tuple[str, dict[str, str]]:
     """Return the container of the weights, and its keys with the names that they have in it.
 
@@ -255,7 +255,7 @@ def _guessed(key: str) -> tuple[str, ...]:
     return (first, rest) if first in TRAINING else (key,)
 
 
-def _left(metadata: dcp.DcpMetadata, taken: Mapping[str, str]) -> tuple[Dropped, ...]:
+def _left(metadata: DcpMetadata, taken: Mapping[str, str]) -> tuple[Dropped, ...]:
     """Return what stays behind, by the first word of its key, with its bytes."""
     sizes: dict[str, int] = {}
     for (key, _), location in metadata.items.items():

@@ -97,7 +97,7 @@ class PytorchLoader:
                 f"{source}: is one rank's share; give the directory with those of all ranks, "
                 f"{source.parent}"
             )
-        value = torch_zip.read(source, 0).value
+        value = torch_zip.read(source, 0)
         stored, others, remarks = state_dict(value, source)
         tensors = stored
         if layout_of(stored) == "hf":

@@ -245,7 +245,7 @@ def _read(files: list[Location], directory: Location) -> _Found:
     dropped: dict[str, int] = {}
     for number, file in enumerate(files):
         rank = Rank(str(file), number, len(files))
-        value = torch_zip.read(file, number).value
+        value = torch_zip.read(file, number)
         if not isinstance(value, Mapping):
             raise FormatError(f"{file}: expected a state dict, found {type(value).__name__}")
         for name, entry in value.items():

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import click
 
+from ckptx.conversion.options import option
 from ckptx.errors import PlanError, SchemaError
 from ckptx.model.family import Family
 from ckptx.plugins.megatron.directory import SIDECARS
@@ -60,22 +61,14 @@ TARGETS = (MEGATRON_LM.name, BRIDGE.name)
 
 def writer_option() -> click.Option:
     """Return ``--writer``."""
-    return click.Option(
-        ["--writer"],
-        type=click.Choice(sorted(WRITERS)),
-        help="Who wrote the checkpoint, where its files do not tell.  [as they tell]",
-    )
+    told = "Who wrote the checkpoint, where its files do not tell."
+    return option("--writer", click.Choice(sorted(WRITERS)), told)
 
 
 def target_writer_option() -> click.Option:
     """Return ``--target-writer``."""
-    return click.Option(
-        ["--target-writer"],
-        type=click.Choice(TARGETS),
-        default=MEGATRON_LM.name,
-        show_default=True,
-        help="Whose files to write beside the tensors, for it to load them.",
-    )
+    for_it = "Whose files to write beside the tensors, for it to load them."
+    return option("--target-writer", click.Choice(TARGETS), for_it, TARGETS[0])
 
 
 def writer_of(place: Location, options: Options) -> Writer:

@@ -45,6 +45,7 @@ FAMILY = decoder_family(
         names={"hidden_act": "hidden_activation"},
         activations={"gelu_pytorch_tanh": "geglu_tanh"},
         fixed=FIXED,
+        harmless={"hidden_act": "gelu_pytorch_tanh", "use_bidirectional_attention": False},
         passthrough_keys={
             "query_pre_attn_scalar": None,
             "final_logit_softcapping": None,

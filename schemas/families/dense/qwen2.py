@@ -19,6 +19,12 @@ DEFAULTS = LLAMA_DEFAULTS | {
 }
 FAMILY = decoder_family(
     "qwen2",
-    ConfigTable("Qwen2ForCausalLM", DEFAULTS, fixed_biases=Biases(qkv=True), windows="some layers"),
+    ConfigTable(
+        "Qwen2ForCausalLM",
+        DEFAULTS,
+        fixed_biases=Biases(qkv=True),
+        windows="some layers",
+        harmless={"use_mrope": False},
+    ),
     recognition=70,
 )

@@ -280,6 +280,7 @@ _DEFAULTS = {
     "max_position_embeddings": 512,
     "layer_norm_eps": 1e-12,
     "tie_word_embeddings": True,
+    TYPES: 2,
 }
 MEGATRON_BERT = Family(
     name=NAME,
