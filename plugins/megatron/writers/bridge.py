@@ -94,7 +94,7 @@ def step(path: Location) -> int:
     Raises:
         FormatError: the file is damaged.
     """
-    state = torch_zip.read(path, 0).value
+    state = torch_zip.read(path, 0)
     found = state.get("step") if isinstance(state, Mapping) else None
     if not isinstance(found, Stored) or (found.dtype[:3], found.shape) != ("int", ()):
         raise FormatError(f"{path}: expected a dictionary with the number 'step' in it")
