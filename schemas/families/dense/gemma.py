@@ -10,10 +10,8 @@ Source: huggingface/transformers src/transformers/models/gemma/*.py @ v5.23.0.
 from __future__ import annotations
 
 from ckptx.model.family import MegatronModel
-from ckptx.model.layout import Layout
 from ckptx.model.spec import ModelSpec
 from ckptx.schemas.config.traits import LLAMA_DEFAULTS, ConfigTable
-from ckptx.schemas.conventions.blocks import hf_decoder
 from ckptx.schemas.conventions.legacy import NOT_LEGACY
 from ckptx.schemas.conventions.mcore import MCORE_LOCAL
 from ckptx.schemas.decoder import decoder_family
@@ -55,7 +53,7 @@ FAMILY = decoder_family(
         activations={"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu_tanh"},
         fixed=FIXED,
     ),
-    Layout("hf/gemma", hf_decoder(), ("rotary_emb.inv_freq",)),
+    ignored=("rotary_emb.inv_freq",),
     refused={**dict.fromkeys(MCORE_LOCAL, _NOT_LOCAL), "legacy": NOT_LEGACY["geglu"]},
     limits=(
         "Megatron Core 0.16 has no setting for the scale of Gemma's embeddings: the model needs a "

@@ -5,9 +5,8 @@ Source: huggingface/transformers src/transformers/models/gemma2/*.py @ v5.23.0.
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout, Rule, rule
 from ckptx.schemas.config.traits import ConfigTable
-from ckptx.schemas.conventions.blocks import hf_decoder
+from ckptx.schemas.conventions.blocks import layer_norms
 from ckptx.schemas.conventions.mcore import not_in_megatron
 from ckptx.schemas.decoder import decoder_family
 from ckptx.schemas.families.dense.gemma import DEFAULTS, FIXED
@@ -26,14 +25,13 @@ _DEFAULTS = {key: value for key, value in DEFAULTS.items() if key != "hidden_act
 }
 
 
-def _norms(prefix: str) -> tuple[Rule, ...]:
-    return (
-        rule("input norm weight", f"{prefix}input_layernorm.weight"),
-        rule("attention output norm weight", f"{prefix}post_attention_layernorm.weight"),
-        rule("post norm weight", f"{prefix}pre_feedforward_layernorm.weight"),
-        rule("mlp output norm weight", f"{prefix}post_feedforward_layernorm.weight"),
-    )
-
+_NORMS = {
+    "input norm": "input_layernorm",
+    "attention output norm": "post_attention_layernorm",
+    "post norm": "pre_feedforward_layernorm",
+    "mlp output norm": "post_feedforward_layernorm",
+}
+_CAPS = ("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping")
 
 FAMILY = decoder_family(
     "gemma2",
@@ -45,12 +43,8 @@ FAMILY = decoder_family(
         names={"hidden_act": "hidden_activation"},
         activations={"gelu_pytorch_tanh": "geglu_tanh"},
         fixed=FIXED,
-        passthrough_keys={
-            "query_pre_attn_scalar": None,
-            "final_logit_softcapping": None,
-            "attn_logit_softcapping": None,
-        },
+        passthrough_keys=dict.fromkeys(_CAPS),
     ),
-    Layout("hf/gemma2", hf_decoder(norms=_norms)),
+    norms=layer_norms(_NORMS),
     refused=not_in_megatron("norm of what attention and MLP return, and no soft cap on logits"),
 )

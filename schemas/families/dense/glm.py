@@ -8,9 +8,8 @@ Source: huggingface/transformers src/transformers/models/glm/*.py @ v5.23.0.
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout
 from ckptx.schemas.config.traits import LLAMA_DEFAULTS, SWITCHES, Biases, ConfigTable
-from ckptx.schemas.conventions.blocks import hf_decoder, hf_fused_gated_mlp
+from ckptx.schemas.conventions.blocks import hf_fused_gated_mlp
 from ckptx.schemas.conventions.legacy import NOT_LEGACY
 from ckptx.schemas.decoder import decoder_family
 
@@ -35,7 +34,7 @@ TABLE = ConfigTable(
 FAMILY = decoder_family(
     "glm",
     TABLE,
-    Layout("hf/glm", hf_decoder(mlp=hf_fused_gated_mlp)),
+    mlp=hf_fused_gated_mlp,
     refused={"legacy": NOT_LEGACY["rotary"]},
     recognition=130,
 )

@@ -5,9 +5,7 @@ Source: huggingface/transformers src/transformers/models/mistral/*.py @ v5.23.0.
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout
 from ckptx.schemas.config.traits import LLAMA_DEFAULTS, ConfigTable
-from ckptx.schemas.conventions.blocks import hf_decoder
 from ckptx.schemas.conventions.meta import META, META_WIDTH
 from ckptx.schemas.decoder import decoder_family
 
@@ -20,7 +18,7 @@ DEFAULTS = LLAMA_DEFAULTS | {
 FAMILY = decoder_family(
     "mistral",
     ConfigTable("MistralForCausalLM", DEFAULTS, windows="all layers"),
-    Layout("hf/mistral", hf_decoder(), ("rotary_emb.inv_freq",)),
+    ignored=("rotary_emb.inv_freq",),
     more={"meta": META, "meta-width": META_WIDTH},
     recognition=90,
 )

@@ -7,9 +7,8 @@ Source: huggingface/transformers src/transformers/models/phi3/*.py @ v5.23.0.
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout
 from ckptx.schemas.config.traits import LLAMA_DEFAULTS, ConfigTable
-from ckptx.schemas.conventions.blocks import hf_decoder, hf_fused_attention, hf_fused_gated_mlp
+from ckptx.schemas.conventions.blocks import hf_fused_attention, hf_fused_gated_mlp
 from ckptx.schemas.decoder import decoder_family
 
 _DEFAULTS = LLAMA_DEFAULTS | {
@@ -32,7 +31,8 @@ FAMILY = decoder_family(
         scalings={"su": "longrope", "yarn": "longrope"},
         passthrough_keys={"original_max_position_embeddings": 4096},
     ),
-    Layout("hf/phi3", hf_decoder(hf_fused_attention, hf_fused_gated_mlp)),
+    attention=hf_fused_attention,
+    mlp=hf_fused_gated_mlp,
     limits=("Megatron Core has no `longrope`: it is kept for the way back, and reported",),
     recognition=140,
 )

@@ -5,9 +5,9 @@ Source: huggingface/transformers src/transformers/models/starcoder2/*.py @ v5.23
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout, Rule, rule
+from ckptx.model.layout import Rule
 from ckptx.schemas.config.traits import GELU, ConfigTable
-from ckptx.schemas.conventions.blocks import hf_decoder, mlp_bias
+from ckptx.schemas.conventions.blocks import linear, mlp_bias
 from ckptx.schemas.decoder import decoder_family
 
 _DEFAULTS = {
@@ -27,12 +27,8 @@ _DEFAULTS = {
 
 
 def _mlp(prefix: str) -> tuple[Rule, ...]:
-    return (
-        rule("mlp l0 weight", f"{prefix}mlp.c_fc.weight"),
-        rule("mlp l0 bias", f"{prefix}mlp.c_fc.bias", when=mlp_bias),
-        rule("mlp l1 weight", f"{prefix}mlp.c_proj.weight"),
-        rule("mlp l1 bias", f"{prefix}mlp.c_proj.bias", when=mlp_bias),
-    )
+    fc, projection = (f"{prefix}mlp.{name}" for name in ("c_fc", "c_proj"))
+    return (*linear("mlp l0", fc, bias=mlp_bias), *linear("mlp l1", projection, bias=mlp_bias))
 
 
 FAMILY = decoder_family(
@@ -46,6 +42,7 @@ FAMILY = decoder_family(
         normalization="LayerNorm",
         activations={name: GELU[name] for name in ("gelu_pytorch_tanh", *GELU)},
     ),
-    Layout("hf/starcoder2", hf_decoder(mlp=_mlp), ("rotary_emb.inv_freq",)),
+    mlp=_mlp,
+    ignored=("rotary_emb.inv_freq",),
     recognition=100,
 )

@@ -24,7 +24,7 @@ from ckptx.model.transforms import QKV
 from ckptx.schemas.config.traits import NEW_GELU, NO_HEAD_KEYS, Biases, ConfigTable
 from ckptx.schemas.config.translate import NoConfig, TableConfig
 from ckptx.schemas.conventions import legacy
-from ckptx.schemas.conventions.blocks import norm, untied
+from ckptx.schemas.conventions.blocks import linear, norm, only_for, untied
 from ckptx.schemas.conventions.mcore import STYLES, Style, extra_states, mcore_gpt
 from ckptx.tensors.lazy import LazyTensor, Shape, replicated
 
@@ -60,18 +60,6 @@ def _launch_flags(spec: ModelSpec, local: bool) -> list[str]:
 
 def _tokentypes(name: str) -> Rule:
     return rule("tokentype embeddings", name, when=token_types)
-
-
-def _linear(key: str, name: str) -> tuple[Rule, Rule]:
-    """Return the rules of a matrix and its bias, both replicated."""
-    return (
-        rule(f"{key} weight".strip(), f"{name}.weight"),
-        rule(f"{key} bias".strip(), f"{name}.bias"),
-    )
-
-
-def _when_binary(rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    return tuple(replace(entry, when=binary_head) for entry in rules)
 
 
 def _encoder(section: Section) -> Section:
@@ -114,12 +102,12 @@ def mcore_bert(style: Style) -> Layout:
                 "output layer",
                 (*gpt["output layer"].rules, rule("bias", "output_layer.bias", tp=0)),
             ),
-            Section("pooler", _when_binary(_linear("", "pooler.dense"))),
+            Section("pooler", only_for(binary_head, *linear("", "pooler.dense"))),
             Section(
                 "lm head",
-                (*_linear("dense", "lm_head.dense"), *norm("norm", "lm_head.layer_norm")),
+                (*linear("dense", "lm_head.dense"), *norm("norm", "lm_head.layer_norm")),
             ),
-            Section("binary head", _when_binary(_linear("", "binary_head"))),
+            Section("binary head", only_for(binary_head, *linear("", "binary_head"))),
         ),
         ignored=("_extra_state",),
         extra_states=tuple(_states(style.as_stored)),
@@ -133,9 +121,9 @@ LEGACY = Layout(
         legacy.embeddings(_tokentypes("language_model.embedding.tokentype_embeddings.weight")),
         *legacy.transformer(),
         Section("output layer", (rule("bias", "lm_head.bias", tp=0),)),
-        Section("pooler", _when_binary(_linear("", "language_model.pooler.dense"))),
-        Section("lm head", (*_linear("dense", "lm_head.dense"), *norm("norm", "lm_head.norm"))),
-        Section("binary head", _when_binary(_linear("", "binary_head"))),
+        Section("pooler", only_for(binary_head, *linear("", "language_model.pooler.dense"))),
+        Section("lm head", (*linear("dense", "lm_head.dense"), *norm("norm", "lm_head.norm"))),
+        Section("binary head", only_for(binary_head, *linear("", "binary_head"))),
     ),
     ignored=("_extra_state",),
 )
@@ -183,10 +171,10 @@ HF = Layout(
                 *norm("input norm", f"{_HF_LAYER}attention.ln"),
                 rule("qkv weight", [f"{name}.weight" for name in _HF_SELF], QKV),
                 rule("qkv bias", [f"{name}.bias" for name in _HF_SELF], QKV),
-                *_linear("dense", f"{_HF_LAYER}attention.output.dense"),
+                *linear("dense", f"{_HF_LAYER}attention.output.dense"),
                 *norm("post norm", f"{_HF_LAYER}ln"),
-                *_linear("mlp l0", f"{_HF_LAYER}intermediate.dense"),
-                *_linear("mlp l1", f"{_HF_LAYER}output.dense"),
+                *linear("mlp l0", f"{_HF_LAYER}intermediate.dense"),
+                *linear("mlp l1", f"{_HF_LAYER}output.dense"),
             ),
         ),
         Section("final norm", norm("", "bert.encoder.ln")),
@@ -198,15 +186,15 @@ HF = Layout(
                 rule("weight", f"{_HEAD}decoder.weight", when=untied),
             ),
         ),
-        Section("pooler", _when_binary(_linear("", "bert.pooler.dense"))),
+        Section("pooler", only_for(binary_head, *linear("", "bert.pooler.dense"))),
         Section(
             "lm head",
             (
-                *_linear("dense", f"{_HEAD}transform.dense"),
+                *linear("dense", f"{_HEAD}transform.dense"),
                 *norm("norm", f"{_HEAD}transform.LayerNorm"),
             ),
         ),
-        Section("binary head", _when_binary(_linear("", "cls.seq_relationship"))),
+        Section("binary head", only_for(binary_head, *linear("", "cls.seq_relationship"))),
     ),
     # What transformers before 4.31 saved of positions that are 0, 1, 2, ...
     ignored=("embeddings.position_ids",),
