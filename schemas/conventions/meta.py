@@ -22,7 +22,7 @@ from ckptx.errors import SchemaError, listing
 from ckptx.model.layout import Layout, Section, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import QKV, ROTARY_PAIRS, compose
-from ckptx.schemas.config.traits import biases
+from ckptx.schemas.config.traits import Biases
 from ckptx.schemas.config.windows import windowed_layers, windows_extra
 from ckptx.schemas.conventions.blocks import untied
 
@@ -194,7 +194,7 @@ def params_from_spec(spec: ModelSpec, *, by_width: bool) -> dict[str, Any]:
 
 def unsupported_by_meta(spec: ModelSpec) -> list[str]:
     """Return what a spec says that Meta's model cannot be, one reason each."""
-    said = biases(spec)
+    said = Biases.of(spec)
     window = windowed_layers(spec)
     llama = spec.family == "llama"
     scaling = spec.rotary_scaling

@@ -20,7 +20,7 @@ from ckptx.model.canonical_names import RADIO_CLASS
 from ckptx.model.layout import ExtraState, Predicate, Rule, Section, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import QKV, drop_unit_axes
-from ckptx.schemas.config.traits import Biases, from_biases
+from ckptx.schemas.config.traits import Biases
 from ckptx.schemas.conventions.blocks import (
     both,
     dense_bias,
@@ -153,7 +153,7 @@ def tower_spec(
     Hugging Face's ``vision_feature_layer`` and ``vision_feature_select_strategy``.
     """
     tower = TOWERS[name]
-    switches, extra = from_biases(tower.biases)
+    switches, extra = tower.biases.to_spec()
     more = changes.pop("extra", {})
     assert isinstance(more, Mapping)
     values = {

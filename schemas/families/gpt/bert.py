@@ -17,12 +17,12 @@ from dataclasses import replace
 from typing import Any
 
 from ckptx.errors import SchemaError
-from ckptx.model.family import Family, MegatronModel
+from ckptx.model.family import Family, FamilyConfig, MegatronModel
 from ckptx.model.layout import ExtraState, Layout, Rule, Section, Spelling, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import QKV
 from ckptx.schemas.config.traits import NEW_GELU, NO_HEAD_KEYS, Biases, ConfigTable
-from ckptx.schemas.config.translate import NoConfig, TableConfig
+from ckptx.schemas.config.translate import TableConfig
 from ckptx.schemas.conventions import legacy
 from ckptx.schemas.conventions.blocks import linear, norm, only_for, untied
 from ckptx.schemas.conventions.mcore import STYLES, Style, extra_states, mcore_gpt
@@ -324,7 +324,7 @@ BERT = Family(
     ),
     model_types=("bert",),
     layouts={},
-    config=NoConfig(f"Bert {_POST_NORM}"),
+    config=FamilyConfig(reason=f"Bert {_POST_NORM}"),
     refused=dict.fromkeys(("hf", *MCORE, "legacy"), _POST_NORM),
 )
 FAMILIES = (MEGATRON_BERT, BERT)
