@@ -68,20 +68,40 @@ NEW_GELU = {name: GELU[name] for name in ("gelu_new", *GELU)}
 """The same; ``gelu_new`` is written for the tanh form."""
 NO_HEAD_KEYS: Mapping[str, str | None] = {"num_key_value_heads": None, "head_dim": None}
 """Names for a config in which heads are as many and as large as the hidden size says."""
-LLAMA_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-"""Of transformers' LlamaConfig; its relatives change some of them."""
+
+
+def llama_defaults(
+    *,
+    vocab: int = 32000,
+    hidden: int = 4096,
+    ffn: int | None = 11008,
+    layers: int = 32,
+    heads: int = 32,
+    groups: int | None = None,
+    positions: int = 2048,
+    **others: Any,
+) -> dict[str, Any]:
+    """Return the defaults of transformers' LlamaConfig, as a relative changes some of them.
+
+    ``others`` are keys of the config.
+    """
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": positions,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        **others,
+    }
+
+
+LLAMA_DEFAULTS = llama_defaults()
 
 
 @dataclass(frozen=True, slots=True)

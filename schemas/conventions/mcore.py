@@ -336,8 +336,6 @@ STYLES = (
 )
 MCORE = {style.convention: mcore_gpt(style) for style in STYLES}
 """Megatron's layouts by convention: ``"mcore"`` is that of ``torch_dist``."""
-MCORE_LOCAL = tuple(style.convention for style in STYLES if style.local)
-"""The conventions of the spec without Transformer Engine, that of its ``torch_dist`` among them."""
 TIED_COPY = "output_layer.weight"
 """The copy of tied embeddings on the last stage of a per-rank checkpoint with several stages."""
 
@@ -345,3 +343,9 @@ TIED_COPY = "output_layer.weight"
 def not_in_megatron(reason: str) -> Mapping[str, str]:
     """Return the reason for which a family has no Megatron layout, by convention."""
     return dict.fromkeys((*MCORE, "legacy"), f"Megatron Core 0.16 has no {reason}")
+
+
+def not_local(reason: str) -> Mapping[str, str]:
+    """Return the reason for which a family has no layout of the spec without Transformer Engine."""
+    local = (style.convention for style in STYLES if style.local)
+    return dict.fromkeys(local, f"{reason}; write Transformer Engine's names")

@@ -218,8 +218,18 @@ def notes(spec: ModelSpec) -> list[str]:
         *([] if spec.multi_latent_attention else rope_scaling.notes(spec)),
         *latent_attention.notes(spec),
         *activations.notes(spec),
+        *_embedding_notes(spec),
         *family_named(spec.family).megatron.notes(spec),
     ]
+
+
+def _embedding_notes(spec: ModelSpec) -> Iterator[str]:
+    if spec.extra.get("scale_embeddings"):
+        yield (
+            f"{spec.architecture} multiplies embeddings by the square root of hidden_size, "
+            f"{spec.hidden_size**0.5:g}: Megatron (to core 0.16) has no setting for it; multiply "
+            "the output of GPTModel.embedding in a forward hook, or logits are wrong"
+        )
 
 
 def launch_flags(spec: ModelSpec) -> list[str]:

@@ -5,19 +5,18 @@ Source: huggingface/transformers src/transformers/models/gemma2/*.py @ v5.23.0.
 
 from __future__ import annotations
 
-from ckptx.schemas.config.traits import ConfigTable
+from ckptx.schemas.config.traits import ConfigTable, llama_defaults
 from ckptx.schemas.conventions.blocks import layer_norms
 from ckptx.schemas.conventions.mcore import not_in_megatron
 from ckptx.schemas.decoder import decoder_family
-from ckptx.schemas.families.dense.gemma import DEFAULTS, FIXED
+from ckptx.schemas.families.dense.gemma import FIXED
 
-_DEFAULTS = {key: value for key, value in DEFAULTS.items() if key != "hidden_act"} | {
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+_DEFAULTS = llama_defaults(
+    vocab=256000, hidden=2304, ffn=9216, layers=26, heads=8, groups=4, positions=8192
+) | {
+    "head_dim": 256,
     "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
     "sliding_window": 4096,
     "query_pre_attn_scalar": 256,
     "final_logit_softcapping": 30.0,

@@ -7,7 +7,7 @@ Source: huggingface/transformers src/transformers/models/olmo2/*.py @ v5.23.0.
 
 from __future__ import annotations
 
-from ckptx.schemas.config.traits import LLAMA_DEFAULTS, ConfigTable
+from ckptx.schemas.config.traits import ConfigTable, llama_defaults
 from ckptx.schemas.conventions.blocks import hf_attention_whole_norms, layer_norms
 from ckptx.schemas.conventions.mcore import not_in_megatron
 from ckptx.schemas.decoder import decoder_family
@@ -20,7 +20,7 @@ FAMILY = decoder_family(
     "olmo2",
     ConfigTable(
         "Olmo2ForCausalLM",
-        LLAMA_DEFAULTS | {"vocab_size": 50304, "rms_norm_eps": 1e-5},
+        llama_defaults(vocab=50304, rms_norm_eps=1e-5),
         ("attention_bias",),
         names={"head_dim": None},
     ),

@@ -6,19 +6,14 @@ Source: huggingface/transformers src/transformers/models/starcoder2/*.py @ v5.23
 from __future__ import annotations
 
 from ckptx.model.layout import Rule
-from ckptx.schemas.config.traits import GELU, ConfigTable
+from ckptx.schemas.config.traits import GELU, ConfigTable, llama_defaults
 from ckptx.schemas.conventions.blocks import linear, mlp_bias
 from ckptx.schemas.decoder import decoder_family
 
-_DEFAULTS = {
-    "vocab_size": 49152,
-    "hidden_size": 3072,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 2,
+_DEFAULTS = llama_defaults(
+    vocab=49152, hidden=3072, ffn=12288, layers=30, heads=24, groups=2, positions=4096
+) | {
     "hidden_act": "gelu_pytorch_tanh",
-    "max_position_embeddings": 4096,
     "norm_epsilon": 1e-5,
     "use_bias": True,
     "sliding_window": None,

@@ -15,7 +15,7 @@ from typing import Any
 from ckptx.model.layout import Layout, Rule, Section, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.schemas.config.experts import BALANCING, Mixture, counted
-from ckptx.schemas.config.traits import LLAMA_DEFAULTS, ConfigTable
+from ckptx.schemas.config.traits import ConfigTable, llama_defaults
 from ckptx.schemas.conventions.blocks import (
     both,
     direct_query,
@@ -34,7 +34,7 @@ from ckptx.schemas.conventions.hf_experts import (
     router,
     shared_expert,
 )
-from ckptx.schemas.conventions.mcore import MCORE_LOCAL
+from ckptx.schemas.conventions.mcore import not_local
 from ckptx.schemas.decoder import decoder_family
 
 LAYER = "model.layers.{layer}."
@@ -73,19 +73,21 @@ SECTIONS = (
     Section("output layer", (rule("weight", "lm_head.weight", when=untied),)),
 )
 IGNORED = ("rotary_emb.inv_freq",)
-REFUSED = dict.fromkeys(
-    MCORE_LOCAL,
-    "the attention of Megatron's local spec has one size for all heads, latent attention has two; "
-    "write Transformer Engine's names",
-) | {"legacy": "legacy Megatron has no multi-latent attention"}
-DEFAULTS = {key: value for key, value in LLAMA_DEFAULTS.items() if key != "head_dim"} | {
-    "vocab_size": 102400,
+REFUSED = {
+    **not_local(
+        "the attention of Megatron's local spec has one size for all heads, latent attention has "
+        "two"
+    ),
+    "legacy": "legacy Megatron has no multi-latent attention",
+}
+LATENT = {
     "kv_lora_rank": 512,
     "q_lora_rank": 1536,
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
+"""Defaults of the keys of latent attention."""
 FIELDS = (
     ("q_lora_rank", "q_lora_rank"),
     ("kv_lora_rank", "kv_lora_rank"),
@@ -167,7 +169,7 @@ FAMILY = decoder_family(
     "deepseek_v2",
     ConfigTable(
         "DeepseekV2ForCausalLM",
-        DEFAULTS,
+        llama_defaults(vocab=102400) | LATENT,
         ("attention_bias", "mlp_bias"),
         qk_layernorm=True,
         names={"head_dim": "v_head_dim"},

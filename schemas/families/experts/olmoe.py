@@ -6,20 +6,14 @@ Source: huggingface/transformers src/transformers/models/olmoe/*.py @ v5.23.0.
 from __future__ import annotations
 
 from ckptx.schemas.config.experts import Mixture
-from ckptx.schemas.config.traits import LLAMA_DEFAULTS, ConfigTable
+from ckptx.schemas.config.traits import ConfigTable, llama_defaults
 from ckptx.schemas.conventions.blocks import hf_attention_whole_norms
 from ckptx.schemas.conventions.hf_experts import mixture
 from ckptx.schemas.decoder import MEGATRON, decoder_family
 
-_DEFAULTS = LLAMA_DEFAULTS | {
-    "vocab_size": 50304,
-    "hidden_size": 2048,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-}
+_DEFAULTS = llama_defaults(
+    vocab=50304, hidden=2048, ffn=2048, layers=16, heads=16, positions=4096, rms_norm_eps=1e-5
+)
 
 FAMILY = decoder_family(
     "olmoe",

@@ -21,7 +21,7 @@ from ckptx.model.family import Family, FamilyConfig, MegatronModel
 from ckptx.model.layout import ExtraState, Layout, Rule, Section, Spelling, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import QKV
-from ckptx.schemas.config.traits import NEW_GELU, NO_HEAD_KEYS, Biases, ConfigTable
+from ckptx.schemas.config.traits import NEW_GELU, NO_HEAD_KEYS, Biases, ConfigTable, llama_defaults
 from ckptx.schemas.config.translate import TableConfig
 from ckptx.schemas.conventions import legacy
 from ckptx.schemas.conventions.blocks import linear, norm, only_for, untied
@@ -258,17 +258,9 @@ class _Config(TableConfig):
         return {**super().to_config(spec), TYPES: spec.extra[TYPES], "pad_token_id": 0}
 
 
-_DEFAULTS = {
-    "vocab_size": 29056,
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "hidden_act": "gelu",
-    "max_position_embeddings": 512,
-    "layer_norm_eps": 1e-12,
-    "tie_word_embeddings": True,
-}
+_DEFAULTS = llama_defaults(
+    vocab=29056, hidden=1024, ffn=4096, layers=24, heads=16, positions=512
+) | {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "tie_word_embeddings": True}
 MEGATRON_BERT = Family(
     name=NAME,
     architectures=(PRETRAINING, MASKED_LM),

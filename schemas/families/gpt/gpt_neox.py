@@ -9,7 +9,7 @@ Source: huggingface/transformers src/transformers/models/gpt_neox/modeling_gpt_n
 from __future__ import annotations
 
 from ckptx.model.layout import Layout, Section, rule
-from ckptx.schemas.config.traits import GELU, NO_HEAD_KEYS, Biases, ConfigTable
+from ckptx.schemas.config.traits import GELU, NO_HEAD_KEYS, Biases, ConfigTable, llama_defaults
 from ckptx.schemas.conventions.blocks import dense_bias, linear, mlp_bias, norm, qkv_bias, untied
 from ckptx.schemas.decoder import decoder_family
 
@@ -36,16 +36,11 @@ _SECTIONS = (
         (rule("weight", "embed_out.weight", when=untied, also=["lm_head.weight"]),),
     ),
 )
-_DEFAULTS = {
-    "vocab_size": 50432,
-    "hidden_size": 6144,
-    "num_hidden_layers": 44,
-    "num_attention_heads": 64,
-    "intermediate_size": 24576,
+_DEFAULTS = llama_defaults(
+    vocab=50432, hidden=6144, ffn=24576, layers=44, heads=64, positions=2048
+) | {
     "hidden_act": "gelu",
-    "max_position_embeddings": 2048,
     "layer_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
     "use_parallel_residual": True,
     "attention_bias": True,
 }
