@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ckptx.containers.zip_archive import ArchiveWriter as ArchiveWriter
     from ckptx.containers.zip_archive import NewMember as NewMember
     from ckptx.containers.zip_archive import read_members as read_members
+    from ckptx.conversion.options import option as option
+    from ckptx.conversion.options import switch as switch
     from ckptx.errors import CkptxError as CkptxError
     from ckptx.errors import FormatError as FormatError
     from ckptx.errors import PlanError as PlanError
@@ -88,6 +90,7 @@ _HOMES = {
     "storage.location": "Location",
     "storage.file_plan": "FilePlan Region literal_files",
     "storage.source_file": "SourceFile read_json",
+    "conversion.options": "option switch",
     "containers.zip_archive": "ArchiveWriter NewMember read_members",
     "tensors.dtypes": "ITEMSIZE",
     "tensors.joins": "concat",

@@ -6,12 +6,23 @@ import itertools
 import re
 from collections.abc import Mapping, Sized
 
+import click
+
+from ckptx.conversion.options import option
 from ckptx.errors import FormatError, listing
 from ckptx.storage.location import Location
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Beside the steps of a run, with the number of the last; Megatron's, and that of trainers."""
 GLOBAL_STEP = re.compile(r"global_step_(\d+)")
+ACTOR = "actor"
+"""The model that is trained, of those that a step holds."""
+
+
+def actor_option() -> click.Option:
+    """Return ``--actor-dir``."""
+    about = "Folder of a step whose model is converted: actor or critic."
+    return option("--actor-dir", str, about, ACTOR)
 
 
 def tracked(tracker: Location) -> str:

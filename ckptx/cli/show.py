@@ -99,10 +99,7 @@ def plugins_command() -> click.Command:
         "plugins",
         callback=run,
         help="List plugins, where they come from, and what they can do.",
-        params=[
-            switch("--names names_only", "Import no plugin."),
-            *output_options(),
-        ],
+        params=[switch("--names names_only", "Import no plugin."), *output_options()],
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from ckptx.containers import torch_zip
@@ -48,9 +49,8 @@ def carried(value: Any, where: str) -> Any:
     try:
         return _Carrier(where).carry(value)
     except RecursionError as error:
-        raise FormatError(
-            f"{where}: its values are nested too deeply, or hold themselves"
-        ) from error
+        found = "its values are nested too deeply, or hold themselves"
+        raise FormatError(f"{where}: {found}") from error
 
 
 class _Carrier:
@@ -99,8 +99,7 @@ def saved(name: str, value: Any, files: Sequence[str]) -> bytes:
 
     plan: FilePlan = torch_zip.plan_file(name, value)
     parts: list[bytes] = []
-    source = Files(files)
-    try:
+    with closing(Files(files)) as source:
         for region in plan.regions:
             content = region.content
             if isinstance(content, Crc32):
@@ -109,8 +108,6 @@ def saved(name: str, value: Any, files: Sequence[str]) -> bytes:
             elif isinstance(content, LazyTensor):
                 content = np.ascontiguousarray(read(content, source)).tobytes()
             parts.append(content)
-    finally:
-        source.close()
     return b"".join(parts)
 
 

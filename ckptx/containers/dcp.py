@@ -12,6 +12,7 @@ Source: torch:torch/distributed/checkpoint/filesystem.py@v2.13.0.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ from ckptx.containers.dcp_metadata import (
     Placed,
     TensorEntry,
     dump_metadata,
-    read_metadata,
 )
+from ckptx.containers.dcp_metadata import read_metadata as read_metadata
 from ckptx.containers.pickle_values import TensorRecord, TorchSize, collector_paused
 from ckptx.containers.zip_archive import ENDS_SIZE
 from ckptx.containers.zstd import decoded, is_zstd
@@ -46,16 +47,6 @@ from ckptx.tensors.lazy import Filled, LazyTensor, Shape, Stored, stored
 
 _AROUND = 1 << 20
 """Bytes that an item may have around its tensor: a zip archive of a few short members."""
-
-__all__ = [
-    "DcpMetadata",
-    "ObjectItem",
-    "TensorItem",
-    "plan_directory",
-    "read_metadata",
-    "read_object",
-    "tensors",
-]
 
 
 def tensors(
@@ -285,6 +276,7 @@ class ObjectItem(NamedTuple):
     value: Any
 
 
+@collector_paused()
 def plan_directory(
     files: Mapping[str, Sequence[TensorItem | ObjectItem]],
     planner_data: Mapping[str, tuple[str | int, ...]] | None = None,
@@ -299,14 +291,6 @@ def plan_directory(
     Raises:
         PlanError: chunks overlap or leave something out, or disagree about shape or dtype.
     """
-    with collector_paused():
-        return _plan(files, planner_data)
-
-
-def _plan(
-    files: Mapping[str, Sequence[TensorItem | ObjectItem]],
-    planner_data: Mapping[str, tuple[str | int, ...]] | None,
-) -> list[FilePlan]:
     plans: list[FilePlan] = []
     shapes: dict[str, tuple[str, Shape]] = {}
     chunks: dict[str, list[Chunk]] = {}
@@ -355,10 +339,7 @@ def _plan(
 
 def _size(shape: Shape, known: dict[Shape, TorchSize]) -> TorchSize:
     """Return a shape as torch has it in metadata; equal ones are one object."""
-    size = known.get(shape)
-    if size is None:
-        size = known[shape] = TorchSize(shape)
-    return size
+    return known.get(shape) or known.setdefault(shape, TorchSize(shape))
 
 
 def _add_tensor(
@@ -377,9 +358,7 @@ def _add_tensor(
     payload = position + len(prefix)
     last = regions[-1] if regions else None
     if last is not None and isinstance(last.content, bytes) and not last.name:
-        joined = between.get((last.content, prefix))
-        if joined is None:
-            joined = between[last.content, prefix] = last.content + prefix
+        joined = between.setdefault((last.content, prefix), last.content + prefix)
         regions[-1] = Region(last.offset, len(joined), joined)
     else:
         regions.append(Region(position, len(prefix), prefix))
@@ -396,8 +375,6 @@ def _check(tensors: Mapping[str, TensorEntry], objects: Sequence[str]) -> None:
         fault = tiling.fault(entry.shape, entry.chunks)
         if fault:
             raise PlanError(f"{METADATA_NAME}: {key!r}: {fault}")
-    seen = set(tensors)
-    for key in objects:
-        if key in seen:
+    for key, count in Counter(objects).items():
+        if count > 1 or key in tensors:
             raise PlanError(f"{METADATA_NAME}: the object {key!r} is given twice, or is a tensor")
-        seen.add(key)

@@ -92,7 +92,6 @@ class DcpMetadata:
         objects: keys whose values are pickled objects.
         items: the place of every chunk and object.
         planner_data: the path of each key in the nested dictionary that was saved, where known.
-        mcore_data: Megatron's remarks by key, up to core 0.15.
     """
 
     directory: Location
@@ -100,7 +99,6 @@ class DcpMetadata:
     objects: tuple[str, ...]
     items: Mapping[ItemKey, ItemRange]
     planner_data: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
-    mcore_data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_metadata(directory: Location) -> DcpMetadata:
@@ -185,7 +183,6 @@ def _metadata(directory: Location, state: Mapping[str, Any], most_chunks: int) -
         tuple(objects),
         items,
         {key: tuple(parts) for key, parts in _pairs(state.get("planner_data"))},
-        dict(_pairs(state.get("mcore_data"))),
     )
 
 

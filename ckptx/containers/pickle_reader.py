@@ -15,25 +15,20 @@ import pickle
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ckptx.containers import pickle_values
 from ckptx.containers.pickle_scan import SMALL, WEIGH, scan
 from ckptx.containers.pickle_values import (
-    STORAGE_CLASSES,
-    TORCH_DTYPES,
-    WIDTHS,
     FrozenClass,
-    Namespace,
     Record,
     StorageRef,
     StubClass,
     TensorRecord,
-    TorchDtype,
     TorchSize,
-    UnhashableTuple,
-    collector_paused,
     stub,
 )
 from ckptx.errors import FormatError
@@ -49,20 +44,9 @@ MAX_TUPLE_DEPTH = 100
 
 KNOWN_GLOBALS = frozenset(
     {
-        *(
-            "_io.BytesIO",
-            "io.BytesIO",
-            "signal.Signals",
-            "uuid.UUID",
-            "enum.Enum",
-            "decimal.Decimal",
-        ),
-        *(
-            "collections.defaultdict",
-            "collections.Counter",
-            "collections.deque",
-            "functools.partial",
-        ),
+        *("_io.BytesIO", "io.BytesIO", "signal.Signals", "uuid.UUID", "enum.Enum"),
+        *("decimal.Decimal", "collections.defaultdict", "collections.Counter"),
+        *("collections.deque", "functools.partial"),
         *("pathlib.PosixPath", "pathlib.Path", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
         *("pathlib._local.PosixPath", "pathlib._local.Path", "fractions.Fraction"),
         *("datetime.datetime", "datetime.date", "datetime.timedelta", "datetime.timezone"),
@@ -125,7 +109,7 @@ def loads(data: bytes, *, file: str, limit: int = MAX_PICKLE) -> Any:
         )
     stream, calls = scan(data, file)
     try:
-        with collector_paused():
+        with pickle_values.collector_paused():
             return _Unpickler(stream, calls, file).load()
     except FormatError:
         raise
@@ -181,8 +165,8 @@ class _Unpickler(pickle.Unpickler):
             return _Function(partial(self._copied, known))
         if known is not None:
             return known
-        if module == "torch" and name in TORCH_DTYPES:
-            return TorchDtype(name)
+        if module == "torch" and name in pickle_values.TORCH_DTYPES:
+            return pickle_values.TorchDtype(name)
         if FORBIDDEN.fullmatch(full):
             raise FormatError(
                 f"{self._file}: the pickle calls {full!r}, which no checkpoint needs; nothing was "
@@ -220,7 +204,7 @@ class _Unpickler(pickle.Unpickler):
         plain = type(key) is str and type(device) is str and type(numel) is int
         if not isinstance(kind, _StorageClass) or not plain:
             raise FormatError(f"{self._file}: a storage reference is malformed")
-        width = 1 if kind.dtype is None else WIDTHS[kind.dtype]
+        width = 1 if kind.dtype is None else pickle_values.WIDTHS[kind.dtype]
         return StorageRef(kind.dtype, key, numel * width)
 
 
@@ -248,7 +232,7 @@ class _Weights:
             )
         if size <= MAX_KEY:
             return value
-        large = set(value) if type(value) is frozenset else UnhashableTuple(value)
+        large = set(value) if type(value) is frozenset else pickle_values.UnhashableTuple(value)
         self._known[id(large)] = large, size, depth
         return large
 
@@ -298,52 +282,23 @@ class _SizeClass(_Function):
 
 
 def _tensor_v2(
-    storage: StorageRef,
-    offset: int,
-    size: Iterable[int],
-    stride: Iterable[int],
-    requires_grad: bool = False,
-    *_: Any,
+    storage: StorageRef, offset: int, size: Any, stride: Any, requires_grad: Any = False, *_: Any
 ) -> TensorRecord:
     """Stand for `torch._utils._rebuild_tensor_v2` and, with fewer arguments, `_rebuild_tensor`."""
     if storage.dtype is None:
         raise TypeError("a tensor without dtype lies in an untyped storage")
-    return _tensor(storage, storage.dtype, offset, size, stride, requires_grad)
+    if type(offset) is not int:
+        raise TypeError("the offset of a tensor is no whole number")
+    shape, strides, grad = _numbers(size), _numbers(stride), bool(requires_grad)
+    return TensorRecord(storage.dtype, shape, strides, offset, storage.key, storage.nbytes, grad)
 
 
 def _tensor_v3(
-    storage: StorageRef,
-    offset: int,
-    size: Iterable[int],
-    stride: Iterable[int],
-    requires_grad: bool,
-    _hooks: Any,
-    dtype: TorchDtype,
-    *_: Any,
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, _hooks: Any, dtype: Any, *_: Any
 ) -> TensorRecord:
     """Stand for `torch._utils._rebuild_tensor_v3`: dtypes without a storage class."""
-    return _tensor(storage, dtype.name, offset, size, stride, requires_grad)
-
-
-def _tensor(
-    storage: StorageRef,
-    dtype: str,
-    offset: int,
-    size: Iterable[int],
-    stride: Iterable[int],
-    requires_grad: bool,
-) -> TensorRecord:
-    if type(offset) is not int:
-        raise TypeError("the offset of a tensor is no whole number")
-    return TensorRecord(
-        dtype,
-        _numbers(size),
-        _numbers(stride),
-        offset,
-        storage.key,
-        storage.nbytes,
-        bool(requires_grad),
-    )
+    typed = StorageRef(dtype.name, storage.key, storage.nbytes)
+    return _tensor_v2(typed, offset, size, stride, grad)
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
@@ -359,16 +314,7 @@ def _numbers(values: Any) -> tuple[int, ...]:
 def _parameter(data: Any, requires_grad: bool, *_: Any) -> Any:
     if not isinstance(data, TensorRecord):
         return data  # a wrapper subclass, such as a DTensor
-    return TensorRecord(
-        data.dtype,
-        data.shape,
-        data.strides,
-        data.storage_offset,
-        data.key,
-        data.storage_nbytes,
-        bool(requires_grad),
-        parameter=True,
-    )
+    return replace(data, requires_grad=bool(requires_grad), parameter=True)
 
 
 def _from_type(function: Any, kind: Any, args: tuple[Any, ...], state: Any) -> Any:
@@ -421,8 +367,8 @@ def _reconstructed(cls: Any, _base: Any, _state: Any) -> Any:
 
 _TABLE: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
-    "argparse.Namespace": Namespace,
-    "types.SimpleNamespace": Namespace,
+    "argparse.Namespace": pickle_values.Namespace,
+    "types.SimpleNamespace": pickle_values.Namespace,
     "builtins.set": _Copying(_collected(set)),
     "builtins.frozenset": _Copying(_collected(frozenset)),
     "builtins.complex": complex,
@@ -440,5 +386,8 @@ _TABLE: dict[str, Any] = {
     "torch._tensor._rebuild_from_type_v2": _Function(_from_type),
     "torch.storage.UntypedStorage": _StorageClass(None),
     "torch.UntypedStorage": _StorageClass(None),
-    **{f"torch.{name}": _StorageClass(dtype) for dtype, name in STORAGE_CLASSES.items()},
+    **{
+        f"torch.{name}": _StorageClass(dtype)
+        for dtype, name in pickle_values.STORAGE_CLASSES.items()
+    },
 }

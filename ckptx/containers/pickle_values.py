@@ -128,20 +128,13 @@ class Record(metaclass=StubClass):
         return f"<{type(self).module}.{type(self).name} record>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        parts = (type(self), self.args, self.kwargs, self.state, self.items, self.pairs)
-        return _restored, parts
+        made = (type(self), self.args, self.kwargs)
+        return _restored, (*made, self.state, self.items, self.pairs)
 
 
-def _restored(
-    stub_class: type[Record],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    state: Any,
-    items: list[Any],
-    pairs: list[tuple[Any, Any]],
-) -> Record:
-    record = Record.__new__(stub_class, *args, **kwargs)
-    record.state, record.items, record.pairs = state, items, pairs
+def _restored(kind: type[Record], args: Any, kwargs: Any, *rest: Any) -> Record:
+    record = Record.__new__(kind, *args, **kwargs)
+    record.state, record.items, record.pairs = rest
     return record
 
 

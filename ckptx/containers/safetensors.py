@@ -128,9 +128,7 @@ def tensors(path: Location, file_index: int) -> dict[str, Stored]:
 
 
 def plan_file(
-    path: str,
-    tensors: Mapping[str, LazyTensor],
-    metadata: Mapping[str, str] | None = None,
+    path: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
 ) -> FilePlan:
     """Plan a safetensors file that holds the tensors in the order given.
 

@@ -46,45 +46,27 @@ _ZIP_MAGIC = b"PK\3\4"
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
-@dataclass(frozen=True, slots=True)
-class TorchFile:
-    """What `torch.load` would return, with every tensor a `Stored` extent.
+def read(path: Location, file_index: int) -> Any:
+    """Return what `torch.load` would return, with every tensor a `Stored` extent.
 
     Parameters are unwrapped, foreign objects are values of `ckptx.containers.pickle_values`.
-    """
-
-    value: Any
-
-
-def read(
-    path: Location,
-    file_index: int,
-    *,
-    offset: int = 0,
-    length: int | None = None,
-) -> TorchFile:
-    """Read the pickle of a torch file, or of the archive at ``[offset, offset + length)`` bytes.
 
     Args:
         path: the file.
         file_index: its place in the file table of the conversion.
-        offset: where the archive starts, in bytes.
-        length: its size in bytes; to the end of the file unless given.
 
     Raises:
         FormatError: the file is no torch file, is damaged or hostile, or from before torch 1.6.
     """
     with SourceFile(path) as file:
-        return TorchFile(read_open(file, file_index, offset, length))
+        return read_open(file, file_index)
 
 
-def read_open(
-    file: SourceFile,
-    file_index: int,
-    offset: int = 0,
-    length: int | None = None,
-) -> Any:
-    """Return the value of an archive in an open file; see `read`."""
+def read_open(file: SourceFile, file_index: int, offset: int = 0, length: int | None = None) -> Any:
+    """Return the value of the archive at ``[offset, offset + length)`` bytes of a file.
+
+    It reaches to the end of the file unless ``length`` is given; see `read`.
+    """
     members, value = read_records(file, offset, length)
 
     def extent(record: TensorRecord) -> Stored:

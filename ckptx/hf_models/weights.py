@@ -169,7 +169,7 @@ def _read_index(index: Location, weights: Weights) -> None:
 def _read_file(path: Location, number: int) -> dict[str, Stored]:
     if path.suffix == ".safetensors":
         return safetensors.tensors(path, number)
-    value = torch_zip.read(path, number).value
+    value = torch_zip.read(path, number)
     if not isinstance(value, dict) or not all(isinstance(v, Stored) for v in value.values()):
         raise FormatError(f"{path}: expected a plain state dict of tensors; use --loader pytorch")
     return value

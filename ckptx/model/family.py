@@ -6,8 +6,9 @@ families.
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,17 @@ def function_settings(spec: ModelSpec) -> str:
     found = spec.extra.get(FUNCTION_SETTINGS, {})
     said = " and ".join(f"{name} {value!r}" for name, value in found.items())
     return f"{said} (ignored with {' '.join(f'--accept-arg {name}' for name in found)})"
+
+
+def unknown_keys_said(parts: Parts) -> Iterator[str]:
+    """Yield the remarks on keys of a model's config that no schema knows."""
+    for spec in parts.values():
+        if unknown := spec.unknown_keys:
+            said = ", ".join(f"{key} {json.dumps(value):.60}" for key, value in unknown.items())
+            yield (
+                f"the config says {said}, which {spec.architecture} of transformers does not "
+                "have: what other code makes of it is not known here"
+            )
 
 
 @dataclass(frozen=True)

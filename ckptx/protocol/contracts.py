@@ -32,15 +32,12 @@ class Loader(Protocol):
 
     def options(self) -> list[click.Option]:
         """Return the options that the loader adds to the command line."""
-        ...
 
     def detect(self, source: Location) -> bool:
         """Return whether ``source`` is this format; reads a few bytes, imports nothing heavy."""
-        ...
 
     def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield one `Begin`, the `Tensors` in protocol order, and one `End`."""
-        ...
 
 
 @runtime_checkable
@@ -53,11 +50,9 @@ class Saver(Protocol):
 
     def options(self) -> list[click.Option]:
         """Return the options that the saver adds to the command line."""
-        ...
 
     def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return what the target will hold; reads the messages up to and including `End`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +84,8 @@ class SavePlan:
     dropped: tuple[Dropped, ...] = ()
     """What the saver leaves behind of the messages it was given: rows of padding."""
     notes: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()
+    """Settings of the source that the user told the saver to ignore, for the manifest."""
     stages: Sequence[str] = ()
     """Lines that show which pipeline stage holds which layers."""
     load_hint: str = ""

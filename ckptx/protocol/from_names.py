@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 
@@ -11,17 +12,8 @@ from ckptx.model.layout import Layout, Parts, RuleGroup
 from ckptx.model.sharding import Gatherer
 from ckptx.model.spec import ModelSpec
 from ckptx.protocol.context import ANYTHING, Context
-from ckptx.protocol.messages import (
-    PASSTHROUGH,
-    Begin,
-    Dropped,
-    End,
-    Message,
-    SourceTensor,
-    Tensors,
-)
+from ckptx.protocol.messages import PASSTHROUGH, Begin, Dropped, End, Message, SourceTensor, Tensors
 from ckptx.storage.blocks import equal
-from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import LazyTensor, replicated
 
 
@@ -84,10 +76,7 @@ def drop_ignored(layout: Layout, tensors: MutableMapping[str, LazyTensor]) -> tu
 
 
 def resolve_tie(
-    tensors: MutableMapping[str, LazyTensor],
-    embedding: str,
-    output: str,
-    files: Sequence[str],
+    tensors: MutableMapping[str, LazyTensor], embedding: str, output: str, files: Sequence[str]
 ) -> tuple[bool, tuple[Dropped, ...], tuple[str, ...]]:
     """Decide what a tied model with an output weight of its own is.
 
@@ -110,12 +99,12 @@ def resolve_tie(
 
 def main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     """Return the dtype that holds most bytes."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for tensor in tensors.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel * ITEMSIZE[tensor.dtype]
+        sizes[tensor.dtype] += tensor.nbytes
     if not sizes:
         raise SchemaError("there is no tensor")
-    return max(sizes, key=lambda dtype: sizes[dtype])
+    return sizes.most_common(1)[0][0]
 
 
 def begin_anyway(begin: Begin, messages: Iterator[Message], context: Context) -> Iterator[Message]:

@@ -65,21 +65,21 @@ class Begin:
 
     format: str
     """The plugin's format: ``"hf"``, ``"core"``."""
-    layout: str
+    layout: str = "hf"
     """How its tensors are named: ``"hf/llama"``; passthrough tensors speak it."""
-    parts: Mapping[str, ModelSpec]
+    parts: Mapping[str, ModelSpec] = field(default_factory=dict)
     """Model dimensions by part: ``"language"``, and ``"vision"``, ``"projection"`` where there are.
 
     Empty where the family is unknown."""
-    files: tuple[str, ...]
+    files: tuple[str, ...] = ()
     """Absolute paths; `ckptx.tensors.lazy.Stored.file` indexes them."""
-    sources: tuple[SourceTensor, ...]
+    sources: tuple[SourceTensor, ...] = ()
     """Every tensor of the source, dropped ones included."""
     root: str = ""
     """The directory that paths in reports and manifests are relative to."""
     sidecars: Mapping[str, bytes] = field(default_factory=dict)
     """``config.json``, tokenizer files and other small files of a model, by relative path."""
-    training: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=lambda: {"iteration": "release"})
     """``iteration`` (number or ``"release"``), ``consumed_train_samples``, the source's `args`."""
     parallel: Mapping[str, Any] = field(default_factory=dict)
     """How the source is split: ``tp``, ``pp``, ``vpp``, ``ep`` and the layer placement."""

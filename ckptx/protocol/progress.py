@@ -10,19 +10,15 @@ class Progress(Protocol):
 
     def stage(self, name: str) -> None:
         """Something begins that is not measured in bytes, as ``"planning"``."""
-        ...
 
     def begin(self, total: int, stage: str = "writing") -> None:
         """``total`` bytes are about to be written, or read."""
-        ...
 
     def advance(self, count: int) -> None:
         """``count`` more bytes are done."""
-        ...
 
     def close(self) -> None:
         """Nothing more comes, for better or worse; called once, even without `begin`."""
-        ...
 
 
 class Silent:

@@ -313,11 +313,7 @@ def _registered(entry: Entry) -> list[Any]:
     if entry.declared is not None:
         return [_made(entry)]
     found: list[Any] = []
-    hook = {
-        "loader": "register_loaders",
-        "saver": "register_savers",
-        "schema": "register_families",
-    }
+    hook = {"loader": "register_loaders", "saver": "register_savers", "schema": "register_families"}
     with blamed(entry):
         getattr(_hooks(entry), hook[entry.kind])(register=found.append)
     return found

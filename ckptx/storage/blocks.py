@@ -83,9 +83,7 @@ class BlockReader:
                 future.result()
 
     def _blocks(
-        self,
-        groups: Sequence[Group],
-        ranges: Callable[[LazyTensor], Iterable[Range]] | None,
+        self, groups: Sequence[Group], ranges: Callable[[LazyTensor], Iterable[Range]] | None
     ) -> Iterator[tuple[int, int, int]]:
         """Yield the number of a group and a range of elements, in order."""
         for number, group in enumerate(groups):

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -24,16 +25,7 @@ from numpy.typing import NDArray
 
 from ckptx.storage.open_files import Files
 from ckptx.tensors.dtypes import ITEMSIZE
-from ckptx.tensors.lazy import (
-    Box,
-    Cast,
-    Computed,
-    Filled,
-    LazyTensor,
-    Shape,
-    Sliced,
-    Stored,
-)
+from ckptx.tensors.lazy import Box, Cast, Computed, Filled, LazyTensor, Shape, Sliced, Stored
 from ckptx.tensors.operations import OPERATIONS, needs
 from ckptx.tensors.pieces import cut, flat_boxes, pieces
 
@@ -199,18 +191,16 @@ class Gather:
 
 def read(tensor: LazyTensor, files: Files | Sequence[str], box: Box | None = None) -> NDArray[Any]:
     """Return a tensor, or a box of it, as a numpy array (ml_dtypes for bfloat16 and float8)."""
-    source = files if isinstance(files, Files) else Files(files)
+    if not isinstance(files, Files):
+        with closing(Files(files)) as own:
+            return read(tensor, own, box)
     if box is None:
         box = tuple((0, n) for n in tensor.shape)
     shape = tuple(stop - start for start, stop in box)
     buffer = np.empty(math.prod(shape) * ITEMSIZE[tensor.dtype], np.uint8)
-    try:
-        gather = Gather(source)
-        gather.add_box(tensor, box, buffer)
-        gather.run()
-    finally:
-        if source is not files:
-            source.close()
+    gather = Gather(files)
+    gather.add_box(tensor, box, buffer)
+    gather.run()
     return buffer.view(numpy_dtype(tensor.dtype)).reshape(shape)
 
 
@@ -257,20 +247,17 @@ def _bounded(request: _Request) -> list[_Request]:
     parts = []
     for start in range(0, count, step):
         length = min(step, count - start)
-        part = _Request(
-            request.file,
-            request.offset + start * stride,
-            (*request.counts[:axis], length, *request.counts[axis + 1 :]),
-            request.strides,
-            request.target_strides,
-            request.target + start * request.target_strides[axis],
-            request.run,
-            request.buffer,
+        part = replace(
+            request,
+            offset=request.offset + start * stride,
+            counts=(*request.counts[:axis], length, *request.counts[axis + 1 :]),
+            target=request.target + start * request.target_strides[axis],
         )
-        if part.counts[axis] == 1:
-            part.counts = (*part.counts[:axis], *part.counts[axis + 1 :])
-            part.strides = (*part.strides[:axis], *part.strides[axis + 1 :])
-            part.target_strides = (*part.target_strides[:axis], *part.target_strides[axis + 1 :])
+        if length == 1:
+            axes = part.counts, part.strides, part.target_strides
+            part.counts, part.strides, part.target_strides = (
+                (*one[:axis], *one[axis + 1 :]) for one in axes
+            )
         parts.extend(_bounded(part))
     return parts
 

@@ -15,6 +15,7 @@ import tempfile
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,11 +34,9 @@ class Packed(Protocol):
 
     def blocks(self) -> Iterable[bytes]:
         """Yield what it decodes to."""
-        ...
 
     def tensor(self, file: SourceFile, offset: int, size: int) -> Stored:
         """Return where the tensor lies in what was decoded: ``size`` bytes from ``offset`` on."""
-        ...
 
 
 class Spool:
@@ -126,17 +125,14 @@ class Spool:
 
         with SourceFile(self.path) as file:  # opened anew: a file knows the size it was opened with
             tensor = packed.tensor(file, start, end - start)
-        files = Files([self.path])
-        gather, itemsize = Gather(files), ITEMSIZE[tensor.dtype]
-        try:
+        with closing(Files([self.path])) as files:
+            gather, itemsize = Gather(files), ITEMSIZE[tensor.dtype]
             for first in range(0, tensor.numel, _BLOCK):
                 count = min(_BLOCK, tensor.numel - first)
                 values = np.empty(count * itemsize, np.uint8)
                 gather.add_range(tensor, first, first + count, values)
                 gather.run()
                 self._write(values.data, place + first * itemsize)
-        finally:
-            files.close()
         os.ftruncate(self._descriptor, self._end)
 
     def _next(self) -> int:

@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckptx.errors import PlanError
-from ckptx.tensors.lazy import (
-    Cast,
-    LazyTensor,
-    Replicated,
-    Shape,
-    Stored,
-    Tiled,
-    replicated,
-    tile_unchecked,
-)
+from ckptx.tensors import lazy
+from ckptx.tensors.lazy import LazyTensor, Shape, Stored, replicated, tile_unchecked
 from ckptx.tensors.tiling import fault
 
 
@@ -97,15 +89,15 @@ def stack(parts: Sequence[LazyTensor]) -> LazyTensor:
 def unstacked(tensor: LazyTensor) -> list[LazyTensor]:
     """Return the slices of length one along the first axis, in one pass over what is stacked."""
     match tensor:
-        case Tiled(tiles=tiles) if all(part.shape[0] == 1 for _, part in tiles):
+        case lazy.Tiled(tiles=tiles) if all(part.shape[0] == 1 for _, part in tiles):
             rows: list[list[tuple[Shape, LazyTensor]]] = [[] for _ in range(tensor.shape[0])]
             for origin, part in tiles:
                 rows[origin[0]].append(((0, *origin[1:]), part))
             if all(rows):
                 return [tile_unchecked((1, *tensor.shape[1:]), row) for row in rows]
-        case Cast(base=base):
+        case lazy.Cast(base=base):
             return [row.cast(tensor.dtype) for row in unstacked(base)]
-        case Replicated(copies=copies):
+        case lazy.Replicated(copies=copies):
             return [replicated(rows) for rows in zip(*map(unstacked, copies), strict=True)]
     return [tensor.narrow(0, row, row + 1) for row in range(tensor._length(0))]
 

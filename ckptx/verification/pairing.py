@@ -22,21 +22,10 @@ from ckptx.registry.open import Checkpoint
 from ckptx.tensors.lazy import LazyTensor
 
 _SETTINGS = (
-    "num_attention_heads",
-    "num_query_groups",
-    "norm_epsilon",
-    "normalization",
-    "activation",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "rotary_scaling",
-    "moe_router_topk",
-    "moe_router_score_function",
-    "moe_router_pre_softmax",
-    "moe_router_num_groups",
-    "moe_router_group_topk",
-    "moe_router_topk_scaling_factor",
+    *("num_attention_heads", "num_query_groups", "norm_epsilon", "normalization", "activation"),
+    *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_scaling"),
+    *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax"),
+    *("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor"),
 )
 """Of a `ckptx.model.spec.ModelSpec`: what equal weights compute depends on."""
 

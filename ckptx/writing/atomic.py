@@ -8,14 +8,9 @@ import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from ckptx.errors import ConversionError
 from ckptx.writing.disk import shortage
-
-if TYPE_CHECKING:
-    pass
-
 
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux include/uapi/linux/fs.h
 

@@ -42,18 +42,7 @@ from ckptx.errors import ConversionError
 from ckptx.protocol.contracts import SavePlan
 from ckptx.storage.file_plan import Crc32
 from ckptx.storage.open_files import write_all
-from ckptx.tensors.lazy import (
-    Cast,
-    Computed,
-    Filled,
-    Merged,
-    Permuted,
-    Replicated,
-    Sliced,
-    Split,
-    Stored,
-    Tiled,
-)
+from ckptx.tensors import lazy
 
 NAME = "journal"
 """The file's name in the partial directory of a target."""
@@ -67,17 +56,17 @@ _PATIENCE = 30.0  # seconds that the last system call of a killed writer may tak
 _BLOCK = 1 << 20  # bytes of a pickled plan that are hashed at once
 _REGIONS = 256  # that are pickled at once
 _CONTENTS = (
-    Stored,
-    Sliced,
-    Tiled,
-    Permuted,
-    Split,
-    Merged,
-    Computed,
+    lazy.Stored,
+    lazy.Sliced,
+    lazy.Tiled,
+    lazy.Permuted,
+    lazy.Split,
+    lazy.Merged,
+    lazy.Computed,
     Crc32,
 )  # what plans are full of
 _FIRST_NAMES: Mapping[str, tuple[type, ...]] = {
-    "ckptx.lazy": (*_CONTENTS[:-1], Cast, Filled, Replicated),
+    "ckptx.lazy": (*_CONTENTS[:-1], lazy.Cast, lazy.Filled, lazy.Replicated),
     "ckptx.plan": (Crc32,),
 }
 _NAMING = threading.Lock()

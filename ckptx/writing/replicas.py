@@ -18,18 +18,9 @@ from ckptx.errors import ConversionError, PlanError
 from ckptx.protocol.contracts import SavePlan
 from ckptx.storage.blocks import BlockReader, Range
 from ckptx.storage.open_files import Files
+from ckptx.tensors import lazy
 from ckptx.tensors.dtypes import ITEMSIZE
-from ckptx.tensors.lazy import (
-    Cast,
-    Computed,
-    LazyTensor,
-    Merged,
-    Permuted,
-    Replicated,
-    Sliced,
-    Split,
-    Tiled,
-)
+from ckptx.tensors.lazy import LazyTensor, Replicated
 
 MODES = ("sample", "all", "none")
 """Compare up to 1 MiB of each tensor, every byte, or nothing."""
@@ -79,12 +70,12 @@ def _replicated(tensor: LazyTensor) -> Iterator[Replicated]:
             yield tensor
             for copy in copies:
                 yield from _replicated(copy)
-        case Tiled(tiles=tiles):
+        case lazy.Tiled(tiles=tiles):
             for _, part in tiles:
                 yield from _replicated(part)
-        case Cast() | Sliced() | Permuted() | Split() | Merged():
+        case lazy.Cast() | lazy.Sliced() | lazy.Permuted() | lazy.Split() | lazy.Merged():
             yield from _replicated(tensor.base)
-        case Computed(inputs=inputs):
+        case lazy.Computed(inputs=inputs):
             for source in inputs:
                 yield from _replicated(source)
 

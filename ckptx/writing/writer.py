@@ -23,7 +23,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,8 +120,7 @@ def execute(
         CutShortError: the disk is full or fails; what the journal says is on it.
     """
     before = before or states(files)
-    sources = Files(files)
-    try:
+    with closing(Files(files)) as sources:
         written = Written(replicas=check_replicas(plan, sources, options.check_replicas))
         with writing(directory, plan):
             continued = journal is not None and bool(journal.leaves)
@@ -136,8 +135,6 @@ def execute(
             sync_directories(directory, outputs)
         written.resumed = executor.resumed
         written.infinite = dict(sorted(executor.infinite.items()))
-    finally:
-        sources.close()
     changed = [path for path, state in states(files).items() if state[:3] != before[path][:3]]
     if changed:
         raise ConversionError(f"{changed[0]}: changed while it was converted; run again")

@@ -348,7 +348,7 @@ def _read_experts(saved: Saved, masters: bool) -> None:
     _check_grid(saved.directory, optimizers, 1, len(optimizers), "optimizers of experts")
     for _, path in sorted(optimizers.items()):
         if masters:
-            value = torch_zip.read(path, len(saved.files)).value
+            value = torch_zip.read(path, len(saved.files))
             saved.files.append(path.absolute())
             if not isinstance(value, Mapping):
                 raise FormatError(f"{path}: expected a dictionary of DeepSpeed with 'optimizer'")
@@ -358,7 +358,7 @@ def _read_experts(saved: Saved, masters: bool) -> None:
 
 
 def _read_tensors(saved: Saved, path: Location) -> dict[str, Stored]:
-    value = torch_zip.read(path, len(saved.files)).value
+    value = torch_zip.read(path, len(saved.files))
     saved.files.append(path.absolute())
     if not isinstance(value, Mapping) or not all(isinstance(t, Stored) for t in value.values()):
         raise FormatError(f"{path}: expected a dictionary of tensors, as DeepSpeed writes it")
@@ -378,7 +378,7 @@ def _read_universal(saved: Saved, masters: bool) -> None:
     saved.skipped += [path for path in paths if path not in set(wanted)]
     found.parameters = {}
     for path in wanted:
-        value = torch_zip.read(path, len(saved.files)).value
+        value = torch_zip.read(path, len(saved.files))
         saved.files.append(path.absolute())
         tensor = value.get("param") if isinstance(value, Mapping) else value
         if not isinstance(tensor, Stored):
@@ -430,7 +430,7 @@ def _read_all(
 
 
 def _read_file(found: Checkpoint, path: Location) -> Mapping[str, Any]:
-    value = torch_zip.read(path, len(found.files)).value
+    value = torch_zip.read(path, len(found.files))
     found.files.append(path.absolute())
     of_model = "_model_states" in path.name
     key, kind = ("module", object) if of_model else ("optimizer_state_dict", Mapping)

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from ckptx.containers.pickle_values import EnumValue
+from ckptx.conversion.options import option, switch
 from ckptx.errors import FormatError, listing
 from ckptx.hf_models.directory import base_sidecars, training_state
 from ckptx.hf_models.lora.extract import adapter_options
@@ -58,30 +59,17 @@ class DeepspeedLoader:
 
     def options(self) -> list[click.Option]:
         """Return the options for the tag, for which weights are taken, and for adapters."""
+        weights = "The optimizer's fp32 weights, or those that the module computes with."
+        prefix = "What a module around the model has put before its names, as 'model.'."
+        trained = "Take only what was trained; without --fill-from-base that is no whole model."
+        layers = "JSON file with the names of a PipelineModule's layers.  [from the config]"
         return [
-            click.Option(["--tag", "-t"], help="Checkpoint below SRC.  [what 'latest' says]"),
-            click.Option(
-                ["--weights"],
-                type=click.Choice(["master", "module"]),
-                default="master",
-                show_default=True,
-                help="The optimizer's fp32 weights, or those that the module computes with.",
-            ),
-            click.Option(
-                ["--prefix"],
-                help="What a module around the model has put before its names, as 'model.'.",
-            ),
-            click.Option(
-                ["--exclude-frozen-parameters"],
-                is_flag=True,
-                help="Take only what was trained; without --fill-from-base that is no whole model.",
-            ),
+            option("--tag -t", str, "Checkpoint below SRC.  [what 'latest' says]"),
+            option("--weights", click.Choice(["master", "module"]), weights, "master"),
+            option("--prefix", str, prefix),
+            switch("--exclude-frozen-parameters", trained),
             *adapter_options(),
-            click.Option(
-                ["--layer-map"],
-                type=click.Path(exists=True, dir_okay=False),
-                help="JSON file with the names of a PipelineModule's layers.  [from the config]",
-            ),
+            option("--layer-map", click.Path(exists=True, dir_okay=False), layers),
         ]
 
     def detect(self, source: Location) -> bool:
@@ -119,8 +107,6 @@ class DeepspeedLoader:
             remarks = (*remarks, "only what was trained is here, so no config was written beside")
         begin = Begin(
             format=self.name,
-            layout="hf",
-            parts={},
             files=tuple(map(str, files)),
             sources=tuple(found.sources),
             root=str(saved.directory),

@@ -124,28 +124,16 @@ def _named(
         return None
     named = {n for rank in saved.ranks for own in rank.model["param_shapes"] or () for n in own}
     own = {layer for layer in saved.layers if not any(n.startswith(f"{layer}.") for n in named)}
-    layers: dict[str, int] = {}
-    for key in dict.fromkeys(
-        n.removeprefix(_TIED).partition(".")[0] for n in named if n.startswith(_TIED)
-    ):
-        shapes = {
-            n.removeprefix(f"{_TIED}{key}."): tuple(shape)
-            for group in groups
-            for n, shape in group.items()
-            if n.startswith(f"{_TIED}{key}.")
-        }
-        if shapes:
-            layers[key] = _layer_of(saved, key, shapes, own)
-    renamed = []
-    for group in groups:
-        entry = {}
-        for name, shape in group.items():
-            if name.startswith(_TIED):
-                key, _, rest = name.removeprefix(_TIED).partition(".")
-                name = f"{layers[key]}.{rest}"
-            entry[name] = shape
-        renamed.append(entry)
-    return renamed
+    tied: dict[str, dict[str, Shape]] = {}
+    for name, shape in (item for group in groups for item in group.items()):
+        if name.startswith(_TIED):
+            key, _, rest = name.removeprefix(_TIED).partition(".")
+            tied.setdefault(key, {})[rest] = tuple(shape)
+    names: dict[str, str] = {}
+    for key, shapes in tied.items():
+        layer = _layer_of(saved, key, shapes, own)
+        names |= {f"{_TIED}{key}.{rest}": f"{layer}.{rest}" for rest in shapes}
+    return [{names.get(name, name): shape for name, shape in own.items()} for own in groups]
 
 
 def _layer_of(saved: Saved, key: str, shapes: Mapping[str, Shape], among: set[int]) -> int:

@@ -285,9 +285,7 @@ def _unsplit(checkpoint: Checkpoint, weights: Weights) -> dict[str, LazyTensor]:
 
 
 def _in_order(
-    groups: Sequence[Sequence[LazyTensor]],
-    module: Mapping[LazyTensor, str],
-    files: Sequence[str],
+    groups: Sequence[Sequence[LazyTensor]], module: Mapping[LazyTensor, str], files: Sequence[str]
 ) -> dict[str, LazyTensor] | None:
     """Return the masters of one group by name, None unless they are the module's, one by one."""
     if len(groups) != 1 or len(groups[0]) != len(module):
@@ -298,9 +296,7 @@ def _in_order(
 
 
 def _identified(
-    groups: Sequence[Sequence[LazyTensor]],
-    module: Mapping[LazyTensor, str],
-    files: Sequence[str],
+    groups: Sequence[Sequence[LazyTensor]], module: Mapping[LazyTensor, str], files: Sequence[str]
 ) -> dict[str, LazyTensor] | None:
     """Return every master under the name of the one weight that it is, rounded, in every byte.
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ckptx.containers import dcp_safetensors, safetensors, torch_zip
+from ckptx.conversion.options import option
 from ckptx.errors import PlanError, SchemaError
 from ckptx.hf_models import float8
 from ckptx.hf_models.directory import base_sidecars, hf_messages, sidecars, training_state
@@ -70,13 +71,10 @@ class HfLoader:
         filled = fill_from_base(weights, context)
         begin = Begin(
             format="hf",
-            layout="hf",
-            parts={},
             files=tuple(map(str, weights.paths)),
             sources=inventory(weights.tensors),
             root=str(directory),
             sidecars={**sidecars(directory), **base_sidecars(context)},
-            training={"iteration": "release"},
         )
         yield from hf_messages(
             begin,
@@ -96,21 +94,14 @@ class HfSaver:
 
     def options(self) -> list[click.Option]:
         """Return the options for the weight files."""
+        size = (
+            "Largest weight file, e.g. 5GB (10^9 bytes) or 5GiB (2^30); one tensor is never "
+            "divided."
+        )
+        kind = "Kind of weight files; bin: pytorch_model.bin, or shards of it with an index."
         return [
-            click.Option(
-                ["--max-shard-size"],
-                default="5GB",
-                show_default=True,
-                help="Largest weight file, e.g. 5GB (10^9 bytes) or 5GiB (2^30); one tensor is "
-                "never divided.",
-            ),
-            click.Option(
-                ["--weight-files"],
-                type=click.Choice(["safetensors", "bin"]),
-                default="safetensors",
-                show_default=True,
-                help="Kind of weight files; bin: pytorch_model.bin, or shards of it with an index.",
-            ),
+            option("--max-shard-size", str, size, "5GB"),
+            option("--weight-files", click.Choice(["safetensors", "bin"]), kind, "safetensors"),
         ]
 
     def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:

@@ -45,12 +45,10 @@ class HfLlavaLoader(HfLoader):
         begin = Begin(
             format=self.name,
             layout=CONVERTER,
-            parts={},
             files=tuple(map(str, weights.paths)),
             sources=inventory(weights.tensors),
             root=str(source),
             sidecars=files,
-            training={"iteration": "release"},
             family=FAMILY,
         )
         try:

@@ -67,13 +67,10 @@ class PeftLoader:
         notes = (f"{', '.join(sorted(own))} came with the adapter",) if own else ()
         begin = Begin(
             format=self.name,
-            layout="hf",
-            parts={},
             files=tuple(map(str, weights.paths)),
             sources=inventory(weights.tensors),
             root=str(base if base is not None else source),
             sidecars={**base_sidecars(context), **own},
-            training={"iteration": "release"},
         )
         every = {**options, "adapter": (source, *(options.get("adapter") or ()))}
         context = replace(context, wants=ADAPTERS if alone else WEIGHTS)

@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 
+from ckptx.conversion.options import option
 from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.hf_models.lora.config import AdapterConfig
 from ckptx.hf_models.lora.export import exported
@@ -59,11 +60,8 @@ _ROWS_KEPT = (IDENTITY, QKV, FUSED_QKV, GLU)
 
 def lora_alpha_option() -> click.Option:
     """Return ``--lora-alpha``."""
-    return click.Option(
-        ["--lora-alpha"],
-        type=float,
-        help="The lora_alpha of LoRA weights in the source.  [as its args or run_config.yaml say]",
-    )
+    about = "The lora_alpha of LoRA weights in the source.  [as its args or run_config.yaml say]"
+    return option("--lora-alpha", float, about)
 
 
 def unwrapped(named: Mapping[str, Any]) -> dict[str, Any]:

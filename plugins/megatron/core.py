@@ -9,9 +9,11 @@ from typing import Any
 
 import click
 
+from ckptx.conversion.options import option, switch
 from ckptx.errors import CkptxError, FormatError, SchemaError
 from ckptx.hf_models.directory import base_sidecars, sidecars
 from ckptx.model.canonical_names import check_shapes
+from ckptx.model.family import unknown_keys_said
 from ckptx.model.layout import Layout, Parts
 from ckptx.model.pipeline_parallel import Pipeline, describe, stage_ranks
 from ckptx.model.spec import ModelSpec
@@ -20,6 +22,8 @@ from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.forms import LEGACY, Generation
 from ckptx.plugins.megatron.options import (
     accept_arg_option,
+    accept_config_key_option,
+    heed_config,
     iteration_option,
     parallel_options,
     tokenizer_model_option,
@@ -102,7 +106,6 @@ class CoreLoader:
         begin = Begin(
             format=self.name,
             layout=self.names,
-            parts={},
             files=checkpoint.files,
             sources=checkpoint.sources,
             root=str(place.path),
@@ -135,6 +138,7 @@ class CoreLoader:
         """Yield the model that args, or the config among the sidecars of ``begin``, describe."""
         files = dict(begin.sidecars)
         said = _parts_of_config(files, checkpoint)
+        notes = (*notes, *unknown_keys_said(said or {}))
         dropped = list(checkpoint.dropped)
         accepted = tuple(options.get("accept_arg") or ())
         heeded = settings.without(checkpoint.args, accepted)
@@ -302,14 +306,10 @@ class CoreSaver:
 
     def options(self) -> list[click.Option]:
         """Return the options for format, parallel layout and vocabulary."""
+        form = "Distributed and loadable at any layout, or one file per rank."
+        root = "Write the files to DST itself, without tracker: verl's dist_checkpointing_path."
         return [
-            click.Option(
-                ["--ckpt-format"],
-                type=click.Choice(["torch_dist", "torch"]),
-                default="torch_dist",
-                show_default=True,
-                help="Distributed and loadable at any layout, or one file per rank.",
-            ),
+            option("--ckpt-format", click.Choice(["torch_dist", "torch"]), form, "torch_dist"),
             *parallel_options(),
             *vocabulary_options(),
             vocabulary_multiple_option(),
@@ -322,19 +322,16 @@ class CoreSaver:
                 "[default: the source's, else one each]",
             ),
             iteration_option(),
-            click.Option(
-                ["--no-iteration-directory", "iteration_directory"],
-                is_flag=True,
-                flag_value=False,
-                default=True,
-                help="Write the files to DST itself, without tracker: verl's "
-                "dist_checkpointing_path.",
+            accept_config_key_option(),
+            switch(
+                "--no-iteration-directory iteration_directory", root, flag_value=False, default=True
             ),
         ]
 
     def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of one iteration directory below the target root."""
         model = collect(messages)
+        remarks = heed_config(model, options)
         spec = model.spec
         style = _style(model, options)
         ckpt_format = options.get("ckpt_format") or "torch_dist"
@@ -381,7 +378,8 @@ class CoreSaver:
             directory=chosen.directory if rooted else "",
             pointers=chosen.pointers if rooted else {},
             dropped=dropped,
-            notes=(*notes, *remarked),
+            notes=(*remarks, *notes, *remarked),
+            accepted=tuple(options.get("accept_config_key") or ()),
             stages=llava.describe(chunks) if seeing else describe(chunks),
             load_hint=" ".join([*launch, *(llava.launch_flags(args) if seeing else ())])
             if rooted

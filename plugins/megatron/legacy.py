@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ckptx.conversion.options import option
 from ckptx.errors import FormatError, PlanError, SchemaError
 from ckptx.model.family import FUNCTION_SETTINGS, function_settings
 from ckptx.model.layout import Layout
@@ -14,6 +15,8 @@ from ckptx.plugins.megatron.core import CoreLoader, found_form
 from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.forms import LEGACY
 from ckptx.plugins.megatron.options import (
+    accept_config_key_option,
+    heed_config,
     iteration_option,
     parallel_options,
     tokenizer_model_option,
@@ -47,14 +50,9 @@ class LegacyLoader(CoreLoader):
 
     def options(self) -> list[click.Option]:
         """Return those of the core loader, and one that Megatron has and ckptx does not need."""
-        return [
-            *super().options(),
-            click.Option(
-                ["--position-embedding-type"],
-                type=click.Choice(["learned_absolute", "rope"]),
-                help="Accepted for Megatron's sake: the checkpoint's args say it.",
-            ),
-        ]
+        kinds = click.Choice(["learned_absolute", "rope"])
+        about = "Accepted for Megatron's sake: the checkpoint's args say it."
+        return [*super().options(), option("--position-embedding-type", kinds, about)]
 
     def detect(self, source: Location) -> bool:
         """Return whether the files of ranks hold a legacy model."""
@@ -105,6 +103,7 @@ class LegacySaver:
             tokenizer_model_option(),
             transformer_impl_option("saver", "local"),
             iteration_option(),
+            accept_config_key_option(),
         ]
 
     def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
@@ -115,6 +114,7 @@ class LegacySaver:
             PlanError: the parallel sizes do not fit the model, or legacy models.
         """
         model = collect(messages)
+        remarks = heed_config(model, options)
         spec = model.spec
         family = family_named(spec.family)
         layout, megatron = family.layout("legacy"), family.megatron
@@ -138,7 +138,13 @@ class LegacySaver:
             directory=chosen.directory,
             pointers=chosen.pointers,
             dropped=dropped,
-            notes=(*legacy.notes(spec), *_group_notes(spec, tp), *megatron.model_notes(spec)),
+            notes=(
+                *remarks,
+                *legacy.notes(spec),
+                *_group_notes(spec, tp),
+                *megatron.model_notes(spec),
+            ),
+            accepted=tuple(options.get("accept_config_key") or ()),
             stages=describe(chunks),
             load_hint=" ".join(
                 [

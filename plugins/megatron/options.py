@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from ckptx.conversion.options import option, switch
 from ckptx.errors import FormatError, PlanError
 from ckptx.protocol.context import Options
+from ckptx.protocol.model import Model
+from ckptx.protocol.sidecars import CONFIG
 
 
 def vocabulary_options() -> list[click.Option]:
     """Return the options that give the true vocabulary; loader and saver declare them alike."""
+    rows = "Rows of the vocabulary without padding.  [default: the config's, then args']"
+    file = "A vocab.json; its length is the true vocabulary."
     return [
-        click.Option(
-            ["--true-vocab-size"],
-            type=click.IntRange(1),
-            help="Rows of the vocabulary without padding.  [default: the config's, then args']",
-        ),
-        click.Option(
-            ["--vocab-file"],
-            type=click.Path(exists=True, dir_okay=False),
-            help="A vocab.json; its length is the true vocabulary.",
-        ),
+        option("--true-vocab-size", click.IntRange(1), rows),
+        option("--vocab-file", click.Path(exists=True, dir_okay=False), file),
     ]
 
 
@@ -58,12 +56,45 @@ def _given(options: Options) -> int | None:
 
 def accept_arg_option() -> click.Option:
     """Return ``--accept-arg``, with which loaders read args that they would refuse."""
+    about = "Read the checkpoint as if its args did not have this entry; repeatable."
+    return option("--accept-arg", str, about, multiple=True, metavar="NAME")
+
+
+def accept_config_key_option() -> click.Option:
+    """Return ``--accept-config-key``, with which savers write what they would refuse."""
     return click.Option(
-        ["--accept-arg"],
+        ["--accept-config-key"],
         multiple=True,
-        metavar="NAME",
-        help="Read the checkpoint as if its args did not have this entry; repeatable.",
+        metavar="KEY",
+        help="Write the model as if its config did not have this key; repeatable.",
     )
+
+
+def heed_config(model: Model, options: Options) -> list[str]:
+    """Return remarks on a model's config, without whose unknown keys it goes on where accepted.
+
+    Raises:
+        PlanError: the config has no such key, or it is known.
+    """
+    unknown = model.spec.unknown_keys
+    accepted = options.get("accept_config_key") or ()
+    for key in accepted:
+        if key not in unknown:
+            raise PlanError(
+                f"--accept-config-key {key}: the config has no such key that is unknown; it has "
+                f"{', '.join(unknown) or 'none'}"
+            )
+    left = {key: value for key, value in unknown.items() if key not in accepted}
+    spec = replace(model.spec, unknown_keys=left)
+    model.begin = replace(model.begin, parts={**model.begin.parts, "language": spec})
+    assumed = ", ".join(f"{key} {value}" for key, value in spec.assumed.items())
+    return [
+        *(
+            f"{key} is {unknown[key]!r} in {CONFIG} and was ignored (--accept-config-key)"
+            for key in accepted
+        ),
+        *[f"{CONFIG} does not say {assumed}: the defaults of its class"] * bool(assumed),
+    ]
 
 
 def transformer_impl_option(role: str, default: str = "transformer_engine") -> click.Option:
@@ -72,36 +103,25 @@ def transformer_impl_option(role: str, default: str = "transformer_engine") -> c
         "loader": "Accepted for Megatron's sake: either spelling of names is read.",
         "saver": "Names of norms: fused into the next layer, or modules of their own.",
     }
-    return click.Option(
-        [f"--{role}-transformer-impl"],
-        type=click.Choice(["transformer_engine", "local"]),
-        default=default,
-        show_default=True,
-        help=meaning[role],
-    )
+    kinds = click.Choice(["transformer_engine", "local"])
+    return option(f"--{role}-transformer-impl", kinds, meaning[role], default)
 
 
 def iteration_option() -> click.Option:
     """Return ``--iteration``, which savers declare alike."""
-    return click.Option(
-        ["--iteration"],
-        help="Number, or 'release'.  [default: the source's, 'release' if it has none]",
-    )
+    about = "Number, or 'release'.  [default: the source's, 'release' if it has none]"
+    return option("--iteration", str, about)
 
 
 def tokenizer_model_option() -> click.Option:
     """Return ``--tokenizer-model``; loader and saver declare it alike."""
-    return click.Option(["--tokenizer-model"], help="Recorded in args for Megatron.")
+    return option("--tokenizer-model", str, "Recorded in args for Megatron.")
 
 
 def vocabulary_multiple_option() -> click.Option:
     """Return ``--make-vocab-size-divisible-by``; loader and saver declare it alike."""
-    return click.Option(
-        ["--make-vocab-size-divisible-by"],
-        type=click.IntRange(1),
-        help="Pad the vocabulary to a multiple of this times TP.  "
-        "[default: the source's, else 128]",
-    )
+    about = "Pad the vocabulary to a multiple of this times TP.  [default: the source's, else 128]"
+    return option("--make-vocab-size-divisible-by", click.IntRange(1), about)
 
 
 def parallel_options() -> list[click.Option]:
@@ -109,37 +129,20 @@ def parallel_options() -> list[click.Option]:
     size = click.IntRange(1)
     keep = "  [default: the source's, else 1]"
 
-    def sized(names: list[str], meaning: str) -> click.Option:
-        return click.Option(names, type=size, help=meaning + keep)
-
+    virtual = "Virtual stages per stage."
+    etp = "Tensor-parallel ranks of every expert.  [default: the source's while TP stays, else TP]"
+    layout = "Stages spelt out, as 'Et*3|t*4|t*4|t*3L'."
+    embedding = "Count the embedding as a layer when layers are spread."
+    loss = "Count the output layer as a layer when layers are spread."
     return [
-        sized(["--target-tensor-parallel-size", "--tp"], "Tensor-parallel ranks."),
-        sized(["--target-pipeline-parallel-size", "--pp"], "Pipeline stages."),
-        sized(["--target-virtual-pipeline-parallel-size", "--vpp"], "Virtual stages per stage."),
-        sized(["--target-expert-parallel-size", "--ep"], "Expert-parallel ranks."),
-        click.Option(
-            ["--target-expert-tensor-parallel-size", "--etp"],
-            type=size,
-            help="Tensor-parallel ranks of every expert.  [default: the source's while TP stays, "
-            "else TP]",
-        ),
-        click.Option(
-            ["--decoder-first-pipeline-num-layers"], type=size, help="Layers of the first stage."
-        ),
-        click.Option(
-            ["--decoder-last-pipeline-num-layers"], type=size, help="Layers of the last stage."
-        ),
-        click.Option(
-            ["--pipeline-model-parallel-layout"], help="Stages spelt out, as 'Et*3|t*4|t*4|t*3L'."
-        ),
-        click.Option(
-            ["--account-for-embedding-in-pipeline-split"],
-            is_flag=True,
-            help="Count the embedding as a layer when layers are spread.",
-        ),
-        click.Option(
-            ["--account-for-loss-in-pipeline-split"],
-            is_flag=True,
-            help="Count the output layer as a layer when layers are spread.",
-        ),
+        option("--target-tensor-parallel-size --tp", size, f"Tensor-parallel ranks.{keep}"),
+        option("--target-pipeline-parallel-size --pp", size, f"Pipeline stages.{keep}"),
+        option("--target-virtual-pipeline-parallel-size --vpp", size, f"{virtual}{keep}"),
+        option("--target-expert-parallel-size --ep", size, f"Expert-parallel ranks.{keep}"),
+        option("--target-expert-tensor-parallel-size --etp", size, etp),
+        option("--decoder-first-pipeline-num-layers", size, "Layers of the first stage."),
+        option("--decoder-last-pipeline-num-layers", size, "Layers of the last stage."),
+        option("--pipeline-model-parallel-layout", str, layout),
+        switch("--account-for-embedding-in-pipeline-split", embedding),
+        switch("--account-for-loss-in-pipeline-split", loss),
     ]

@@ -173,12 +173,7 @@ def _states_of_ranks(
 
 
 def _state_dict(
-    model: Model,
-    target: Target,
-    chunk: Chunk,
-    rank: Rank,
-    form: Generation,
-    shares: dict[Any, Any],
+    model: Model, target: Target, chunk: Chunk, rank: Rank, form: Generation, shares: dict[Any, Any]
 ) -> dict[str, Any]:
     """Return what one rank's ``model`` holds for one pipeline chunk, by name."""
     named: dict[str, Any] = {}
@@ -347,8 +342,8 @@ def _kind_of(value: Any) -> str:
 def _state_of(path: Location, number: int) -> Any:
     """Return what the file of a rank holds; the first is read once, to be recognised and loaded."""
     if number:
-        return torch_zip.read(path, number).value
-    return remembered(("rank", path), lambda: torch_zip.read(path, 0).value)
+        return torch_zip.read(path, number)
+    return remembered(("rank", path), lambda: torch_zip.read(path, 0))
 
 
 def _pipeline(

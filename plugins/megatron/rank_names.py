@@ -173,7 +173,7 @@ def _sizes_by_name(found: list[Location], kind: Files) -> tuple[int, int, int]:
         )
     if len(sizes) == 2:
         path = rank_file(found[0], kind)
-        models = dict(models_in(kind.state(torch_zip.read(path, 0).value, path), path))
+        models = dict(models_in(kind.state(torch_zip.read(path, 0), path), path))
         if any(_FINAL_NORM in model for model in models.values()):
             sizes.insert(1, 1)
     tp, pp, ep = (*sizes, 1, 1)[:3]

@@ -125,8 +125,7 @@ def choose_parallelism(model: Model, options: Options) -> TargetParallelism:
     multiple = _vocabulary_multiple(model, options)
     padded = _padded_rows(model, true_rows, multiple, tp)
     return TargetParallelism(
-        *(tp, pipeline, ep, etp, true_rows, multiple, padded),
-        _chosen_iteration(model, options),
+        *(tp, pipeline, ep, etp, true_rows, multiple, padded), _chosen_iteration(model, options)
     )
 
 
@@ -234,10 +233,7 @@ def repad(model: Model, chosen: TargetParallelism) -> tuple[Dropped, ...]:
     """
     if model.messages["embeddings"]["word embeddings"].shape[0] == chosen.padded:
         return resize_vocabulary(model, chosen.padded)
-    return (
-        *resize_vocabulary(model, chosen.true_rows),
-        *resize_vocabulary(model, chosen.padded),
-    )
+    return (*resize_vocabulary(model, chosen.true_rows), *resize_vocabulary(model, chosen.padded))
 
 
 def _chosen_iteration(model: Model, options: Options) -> Iteration:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptx.containers import dcp, torch_zip
+from ckptx.containers.dcp_metadata import DcpMetadata
 from ckptx.containers.pickle_values import Namespace
 from ckptx.errors import FormatError
 from ckptx.model.canonical_names import MTP_LAYER, VISION, VISION_LAYER, layer_of, position_of
@@ -256,7 +257,7 @@ def _unstacked(tensors: Mapping[str, LazyTensor], parts: Parts) -> dict[str, Laz
 
 
 def _dropped(
-    common: str, state: Mapping[str, Any], training: Sequence[str], metadata: dcp.DcpMetadata
+    common: str, state: Mapping[str, Any], training: Sequence[str], metadata: DcpMetadata
 ) -> Iterator[Dropped]:
     sizes: dict[str, int] = {}
     for (key, _), location in metadata.items.items():
@@ -277,7 +278,7 @@ def _dropped(
             yield Dropped(f"{common}: {key}", TRAINING_STATE)
 
 
-def _common_state(metadata: dcp.DcpMetadata) -> tuple[str, Any]:
+def _common_state(metadata: DcpMetadata) -> tuple[str, Any]:
     """Return the name of the state that all ranks share, a file or an object, and the state.
 
     Up to core 0.18 it has a file of its own; later it is an object among the others.
@@ -286,7 +287,7 @@ def _common_state(metadata: dcp.DcpMetadata) -> tuple[str, Any]:
     """
     file = metadata.directory / "common.pt"
     if file.is_file():
-        return file.name, torch_zip.read(file, 0).value
+        return file.name, torch_zip.read(file, 0)
     if _COMMON not in metadata.objects:
         raise FormatError(f"{file}: is missing; the checkpoint is incomplete")
     match dcp.read_object(metadata, _COMMON, []):

@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from ckptx.conversion.casting import cast_messages
+from ckptx.conversion.options import option, switch
 from ckptx.errors import FormatError, PlanError, SchemaError
 from ckptx.model.spec import ModelSpec
 from ckptx.plugins.megatron.core import CoreLoader, CoreSaver
@@ -81,21 +82,13 @@ class LlamaMistralLoader:
 
     def options(self) -> list[click.Option]:
         """Return Megatron's options."""
+        files = "Read Meta's or Hugging Face's files."
+        size = "What the model must be."
         return [
-            click.Option(
-                ["--checkpoint-type"],
-                type=click.Choice(["meta", "hf"]),
-                required=True,
-                help="Read Meta's or Hugging Face's files.",
-            ),
-            click.Option(
-                ["--model-size"],
-                type=click.Choice(CHOICES),
-                required=True,
-                help="What the model must be.",
-            ),
-            click.Option(["--bf16"], is_flag=True, help="Cast weights to bfloat16."),
-            click.Option(["--fp16"], is_flag=True, help="Cast weights to float16."),
+            option("--checkpoint-type", click.Choice(["meta", "hf"]), files, required=True),
+            option("--model-size", click.Choice(CHOICES), size, required=True),
+            switch("--bf16", "Cast weights to bfloat16."),
+            switch("--fp16", "Cast weights to float16."),
             *vocabulary_options(),
             tokenizer_model_option(),
             vocabulary_multiple_option(),
@@ -216,15 +209,9 @@ class LlavaLoader(CoreLoader):
 
     def options(self) -> list[click.Option]:
         """Return the options of loader ``core`` and Megatron's own."""
-        return [
-            *super().options(),
-            click.Option(
-                ["--vit-dummy-head-count"],
-                type=click.IntRange(0),
-                default=0,
-                help="Heads of InternViT that count for nothing; found without it, and checked.",
-            ),
-        ]
+        about = "Heads of InternViT that count for nothing; found without it, and checked."
+        heads = option("--vit-dummy-head-count", click.IntRange(0), about, 0, show_default=False)
+        return [*super().options(), heads]
 
     def detect(self, source: Location) -> bool:
         """Return False: what it reads is detected as ``core``."""

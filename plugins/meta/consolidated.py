@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ckptx.containers import safetensors, torch_zip
+from ckptx.conversion.options import option
 from ckptx.errors import FormatError, PlanError, SchemaError, listing
 from ckptx.hf_models.directory import base_sidecars, sidecars
 from ckptx.hf_models.weights import INDEXES, SINGLES, Weights
@@ -97,7 +98,7 @@ class MetaLoader:
         found = _take(layout, spec, shards, labels)
         if not spec.tied and _is_tied(found, weights.paths):
             spec, _ = replace(spec, tied=True), found.pop("output layer")
-            dropped += _drop_copies(sources)
+            dropped += _dropped(sources, (OUTPUT,), f"tied: equal to {EMBEDDING!r}, byte for byte")
             notes += (f"{OUTPUT!r} equals {EMBEDDING!r}: the model's embeddings are tied",)
         yield Begin(
             format="meta",
@@ -107,7 +108,6 @@ class MetaLoader:
             sources=tuple(sources),
             root=str(source),
             sidecars=beside,
-            training={"iteration": "release"},
             parallel={"tp": len(shards)},
         )
         for name, tensors in found.items():
@@ -177,17 +177,14 @@ def _number(path: Location) -> int:
 
 
 def _read_shard(path: Location, file: int) -> Shard:
-    value = torch_zip.read(path, file).value
+    value = torch_zip.read(path, file)
     if not isinstance(value, dict) or not all(isinstance(v, Stored) for v in value.values()):
         raise FormatError(f"{path}: expected a plain state dict of tensors")
     return {str(name): tensor for name, tensor in value.items()}
 
 
 def _completed(
-    spec: ModelSpec,
-    said: Mapping[str, Any],
-    config: Mapping[str, Any] | None,
-    options: Options,
+    spec: ModelSpec, said: Mapping[str, Any], config: Mapping[str, Any] | None, options: Options
 ) -> tuple[ModelSpec, tuple[str, ...]]:
     """Return the spec with what only a config says, and remarks on what nothing says."""
     family = family_of(config) if config else None
@@ -252,10 +249,6 @@ def _drop_ignored(
     return _dropped(sources, layout.ignored, reason)
 
 
-def _drop_copies(sources: Sequence[SourceTensor]) -> list[Dropped]:
-    return _dropped(sources, (OUTPUT,), f"tied: equal to {EMBEDDING!r}, byte for byte")
-
-
 def _dropped(sources: Sequence[SourceTensor], names: tuple[str, ...], reason: str) -> list[Dropped]:
     return [
         Dropped(entry.name, reason, entry.extent.nbytes, (entry.extent,))
@@ -291,25 +284,17 @@ class MetaSaver:
 
     def options(self) -> list[click.Option]:
         """Return the options for the shards."""
+        names = "target_shards --target-shards --target-tensor-parallel-size --tp"
+        shards = "Shards, one per process that runs the model.  [default: a Meta source's, else 1]"
+        axis = (
+            "Axis along which shards cut the embedding.  [default: the source's, else width as "
+            "Llama 1 and 2 have it up to 65,536 words, vocabulary as Llama 3 beyond]"
+        )
+        kind = "Kind of weight file.  [default: safetensors for a Mistral in one shard, else pth]"
         return [
-            click.Option(
-                ["target_shards", "--target-shards", "--target-tensor-parallel-size", "--tp"],
-                type=click.IntRange(1),
-                help="Shards, one per process that runs the model.  "
-                "[default: a Meta source's, else 1]",
-            ),
-            click.Option(
-                ["--embedding-split"],
-                type=click.Choice(["vocabulary", "width"]),
-                help="Axis along which shards cut the embedding.  [default: the source's, else "
-                "width as Llama 1 and 2 have it up to 65,536 words, vocabulary as Llama 3 beyond]",
-            ),
-            click.Option(
-                ["--consolidated"],
-                type=click.Choice(["pth", "safetensors"]),
-                help="Kind of weight file.  [default: safetensors for a Mistral in one shard, "
-                "else pth]",
-            ),
+            option(names, click.IntRange(1), shards),
+            option("--embedding-split", click.Choice(["vocabulary", "width"]), axis),
+            option("--consolidated", click.Choice(["pth", "safetensors"]), kind),
         ]
 
     def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:

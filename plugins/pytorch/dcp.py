@@ -22,7 +22,8 @@ import click
 
 from ckptx.containers import dcp, dcp_safetensors
 from ckptx.containers.dcp import ObjectItem, TensorItem
-from ckptx.containers.dcp_metadata import METADATA_NAME
+from ckptx.containers.dcp_metadata import METADATA_NAME, DcpMetadata
+from ckptx.conversion.options import option
 from ckptx.errors import FormatError, listing
 from ckptx.hf_models import float8
 from ckptx.hf_models.directory import base_sidecars, tie_by_names
@@ -77,15 +78,11 @@ class DcpLoader:
 
     def options(self) -> list[click.Option]:
         """Return the options for the container, for names and for adapters."""
-        return [
-            click.Option(
-                ["--container"],
-                help="Path of the model in the saved dictionary, as 'app.model'.  "
-                "[default: the one that holds weights]",
-            ),
-            strip_option(),
-            *adapter_options(),
-        ]
+        about = (
+            "Path of the model in the saved dictionary, as 'app.model'.  "
+            "[default: the one that holds weights]"
+        )
+        return [option("--container", str, about), strip_option(), *adapter_options()]
 
     def detect(self, source: Location) -> bool:
         """Return whether there is metadata, not Megatron's, or was about to be, or shards."""
@@ -115,8 +112,6 @@ class DcpLoader:
         weights, remarks = file_names(named, options, source)
         begin = Begin(
             format=self.name,
-            layout="hf",
-            parts={},
             files=tuple(files),
             sources=inventory(stored),
             root=str(source),
@@ -135,13 +130,10 @@ def _of_safetensors(
     tensors, stored = dcp_safetensors.tensors(paths)
     begin = Begin(
         format="dcp",
-        layout="hf",
-        parts={},
         files=tuple(str(path.absolute()) for path in paths),
         sources=inventory(stored),
         root=str(source),
         sidecars={**nearest_config(source), **base_sidecars(context)},
-        training={"iteration": "release"},
     )
     weights, remarks = file_names(tensors, options, source)
     found = f"{len(paths)} shards were found; nothing in them says how many there are"
@@ -210,7 +202,7 @@ def _is_unfinished(source: Location) -> bool:
     return not (source / METADATA_NAME).exists() and any(source.glob("*.distcp"))
 
 
-def _refuse_megatron(metadata: dcp.DcpMetadata, source: Location) -> None:
+def _refuse_megatron(metadata: DcpMetadata, source: Location) -> None:
     """Raise where the tensors are Megatron's, which have other names and ways to lie."""
     if any(key.startswith(_MEGATRON_FSDP) for key in metadata.tensors):
         raise FormatError(f"{source}: a Megatron-FSDP checkpoint, which is not loaded yet")
@@ -222,7 +214,7 @@ def _refuse_megatron(metadata: dcp.DcpMetadata, source: Location) -> None:
 
 
 def _model(
-    metadata: dcp.DcpMetadata, chosen: str | None, source: Location
+    metadata: DcpMetadata, chosen: str | None, source: Location
 ) -> tuple[str, dict[str, str]]:
     """Return the container of the weights, and its keys with the names that they have in it.
 
@@ -263,7 +255,7 @@ def _guessed(key: str) -> tuple[str, ...]:
     return (first, rest) if first in TRAINING else (key,)
 
 
-def _left(metadata: dcp.DcpMetadata, taken: Mapping[str, str]) -> tuple[Dropped, ...]:
+def _left(metadata: DcpMetadata, taken: Mapping[str, str]) -> tuple[Dropped, ...]:
     """Return what stays behind, by the first word of its key, with its bytes."""
     sizes: dict[str, int] = {}
     for (key, _), location in metadata.items.items():
@@ -280,28 +272,20 @@ class DcpSaver:
 
     def options(self) -> list[click.Option]:
         """Return the options for the container and the shards."""
+        container = (
+            "Path of the model in the saved dictionary, as 'model' or 'app.model'.  "
+            "[default: none, names stand alone]"
+        )
+        rows = "Files, each with a part of the rows of every tensor."
+        names = (
+            "Names as a model of transformers 5 has in memory, as model directories have, or as "
+            "torchtitan has (0.2: up to release 0.2.2)."
+        )
+        known = click.Choice(["memory", "files", *torchtitan.CONVENTIONS])
         return [
-            click.Option(
-                ["--target-container"],
-                default="",
-                help="Path of the model in the saved dictionary, as 'model' or 'app.model'.  "
-                "[default: none, names stand alone]",
-            ),
-            click.Option(
-                ["--shards"],
-                type=click.IntRange(min=1),
-                default=1,
-                show_default=True,
-                help="Files, each with a part of the rows of every tensor.",
-            ),
-            click.Option(
-                ["--target-names"],
-                type=click.Choice(["memory", "files", *torchtitan.CONVENTIONS]),
-                default="memory",
-                show_default=True,
-                help="Names as a model of transformers 5 has in memory, as model directories have, "
-                "or as torchtitan has (0.2: up to release 0.2.2).",
-            ),
+            option("--target-container", str, container, "", show_default=False),
+            option("--shards", click.IntRange(min=1), rows, 1),
+            option("--target-names", known, names, "memory"),
         ]
 
     def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import click
 
+from ckptx.conversion.options import option
 from ckptx.errors import FormatError, listing
 from ckptx.hf_models.directory import hf_messages, sidecars
 from ckptx.model.canonical_names import dimensions, keys_of
@@ -87,13 +88,11 @@ def named_as_in_files(
 
 def strip_option() -> click.Option:
     """Return ``--strip-prefix``, which loaders declare alike."""
-    return click.Option(
-        ["--strip-prefix"],
-        multiple=True,
-        metavar="PREFIX",
-        help="Take this from the start of names, as 'actor.'. Repeatable; what FSDP, DDP, "
-        "activation checkpointing and torch.compile add is taken anyway.",
+    about = (
+        "Take this from the start of names, as 'actor.'. Repeatable; what FSDP, DDP, activation "
+        "checkpointing and torch.compile add is taken anyway."
     )
+    return option("--strip-prefix", str, about, multiple=True, metavar="PREFIX")
 
 
 def file_names(

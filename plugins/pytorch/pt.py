@@ -14,6 +14,7 @@ import click
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import Namespace
 from ckptx.containers.sharded import is_sharded
+from ckptx.conversion.options import option
 from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.hf_models.directory import base_sidecars, sidecars
 from ckptx.hf_models.lora.extract import adapter_options
@@ -49,13 +50,8 @@ _CONVENTIONS = {"hf": "hf", "core": "mcore", "legacy": "legacy"}
 
 def layout_option() -> click.Option:
     """Return ``--layout``: how the tensors of a ``.pt`` file are named."""
-    return click.Option(
-        ["--layout"],
-        type=click.Choice(LAYOUTS),
-        default="auto",
-        show_default=True,
-        help="Names in the .pt file; auto detects them, and writes Hugging Face's.",
-    )
+    about = "Names in the .pt file; auto detects them, and writes Hugging Face's."
+    return option("--layout", click.Choice(LAYOUTS), about, "auto")
 
 
 def layout_option_value(options: Options) -> str | None:
@@ -101,7 +97,7 @@ class PytorchLoader:
                 f"{source}: is one rank's share; give the directory with those of all ranks, "
                 f"{source.parent}"
             )
-        value = torch_zip.read(source, 0).value
+        value = torch_zip.read(source, 0)
         stored, others, remarks = state_dict(value, source)
         tensors = stored
         if layout_of(stored) == "hf":
@@ -115,7 +111,6 @@ class PytorchLoader:
         begin = Begin(
             format="pytorch",
             layout=layout_option_value(options) or layout_of(tensors),
-            parts={},
             files=tuple(map(str, weights.paths)),
             sources=inventory(weights.tensors),
             root=str(source.parent),
@@ -242,13 +237,10 @@ class PytorchSaver:
 
     def options(self) -> list[click.Option]:
         """Return ``--layout`` and ``--target-layout``."""
+        about = "Names in the target, where --layout is about the source."
         return [
             layout_option(),
-            click.Option(
-                ["--target-layout"],
-                type=click.Choice(["hf", "core", "legacy"]),
-                help="Names in the target, where --layout is about the source.",
-            ),
+            option("--target-layout", click.Choice(["hf", "core", "legacy"]), about),
         ]
 
     def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:

@@ -35,7 +35,7 @@ from ckptx.plugins.pytorch.module_names import (
     trained_messages,
 )
 from ckptx.plugins.rlinf import local_shards
-from ckptx.plugins.run_directory import GLOBAL_STEP, TRACKER, step_of
+from ckptx.plugins.run_directory import ACTOR, GLOBAL_STEP, TRACKER, actor_option, step_of
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.messages import Begin, Dropped, End, Messages
 from ckptx.protocol.sidecars import read_config
@@ -56,21 +56,12 @@ class RlinfLoader:
 
     def options(self) -> list[click.Option]:
         """Return the options for the model of a step, and for its names."""
-        return [
-            click.Option(
-                ["--actor-dir"],
-                default="actor",
-                show_default=True,
-                help="Folder of a step whose model is converted: actor or critic.",
-            ),
-            strip_option(),
-            *adapter_options(),
-        ]
+        return [actor_option(), strip_option(), *adapter_options()]
 
     def detect(self, source: Location) -> bool:
         """Return whether a step, a model's folder in it, or what it holds has RLinf's names."""
         try:
-            place, _ = _find(source, "actor")
+            place, _ = _find(source, ACTOR)
         except FormatError:
             return False
         # Megatron's own directories are the core loader's, from their root on.
@@ -78,7 +69,7 @@ class RlinfLoader:
 
     def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
-        place, format = _find(source, options.get("actor_dir") or "actor")
+        place, format = _find(source, options.get("actor_dir") or ACTOR)
         if format == self.name:
             yield from _from_shards(place, source, options, context)
             return
@@ -136,8 +127,6 @@ def _from_shards(
     tensors, remarks = file_names(stored, options, directory)
     begin = Begin(
         format="rlinf",
-        layout="hf",
-        parts={},
         files=files,
         sources=sources,
         root=str(directory),

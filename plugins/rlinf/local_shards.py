@@ -52,7 +52,7 @@ def read(
     kinds: dict[str, Location] = {}
     left: dict[str, None] = {}
     for number, file in enumerate(files):
-        value = torch_zip.read(file, number).value
+        value = torch_zip.read(file, number)
         state = _state(value, file)
         kinds.setdefault(value["fsdp_version"], file)
         left |= dict.fromkeys(str(key) for key in value if key not in ("model", "fsdp_version"))

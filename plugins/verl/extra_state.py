@@ -80,7 +80,7 @@ def _step(scheduler: Any) -> Any:
 
 
 def _state(path: Location, number: int) -> dict[str, Any]:
-    value = torch_zip.read(path, number).value
+    value = torch_zip.read(path, number)
     if not isinstance(value, Mapping):
         raise FormatError(f"{path}: expected a dictionary, found {type(value).__name__}")
     found: dict[str, Any] = carried(dict(value), str(path))

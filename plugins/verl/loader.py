@@ -26,6 +26,7 @@ import click
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import collector_paused
 from ckptx.containers.sharded import Rank, Share, share, whole
+from ckptx.conversion.options import switch
 from ckptx.errors import FormatError, listing
 from ckptx.hf_models.directory import base_sidecars
 from ckptx.hf_models.lora.config import TRAINED_LORA
@@ -38,8 +39,10 @@ from ckptx.plugins.pytorch.module_names import (
     trained_messages,
 )
 from ckptx.plugins.run_directory import (
+    ACTOR,
     GLOBAL_STEP,
     TRACKER,
+    actor_option,
     all_ranks,
     check_same_tensors,
     names_in,
@@ -53,8 +56,6 @@ from ckptx.storage.location import Location
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import LazyTensor
 
-ACTOR = "actor"
-"""The model that is trained, of those that a step holds."""
 _MODEL_FILE = re.compile(r"model_world_size_([1-9]\d{0,5})_rank_(0|[1-9]\d{0,5})\.pt")
 _STATE_FILE = re.compile(r"((?:optim|extra_state)_world_size_\d+_rank_)\d+\.pt")
 _CONFIG = "fsdp_config.json"
@@ -72,31 +73,16 @@ class VerlLoader:
 
     def options(self) -> list[click.Option]:
         """Return the options for the model of a step, in the spelling of verl's merger."""
+        states = "Of FSDP workers: keep schedulers and random states, in files beside the model."
+        value = "Of Megatron workers: insist on a head with one output, which is seen anyway."
+        tied = "Of Megatron workers: leave the output layer out; the model is tied."
         return [
-            click.Option(
-                ["--actor-dir"],
-                default=ACTOR,
-                show_default=True,
-                help="Folder of a step whose model is converted: actor or critic.",
-            ),
+            actor_option(),
             *adapter_options(),
             strip_option(),
-            click.Option(
-                ["--extra-state"],
-                is_flag=True,
-                help="Of FSDP workers: keep schedulers and random states, in files beside the "
-                "model.",
-            ),
-            click.Option(
-                ["--is-value-model"],
-                is_flag=True,
-                help="Of Megatron workers: insist on a head with one output, which is seen anyway.",
-            ),
-            click.Option(
-                ["--tie-word-embedding"],
-                is_flag=True,
-                help="Of Megatron workers: leave the output layer out; the model is tied.",
-            ),
+            switch("--extra-state", states),
+            switch("--is-value-model", value),
+            switch("--tie-word-embedding", tied),
         ]
 
     def detect(self, source: Location) -> bool:
@@ -114,10 +100,6 @@ class VerlLoader:
         small = {name: data for name, data in nearest_config(directory).items() if name not in _OWN}
         begin = Begin(
             format=self.name,
-            layout="hf",
-            parts={},
-            files=(),
-            sources=(),
             root=str(directory),
             sidecars={**small, **base_sidecars(context)},
             training={"iteration": step_of(directory, GLOBAL_STEP, 1)},
@@ -263,7 +245,7 @@ def _read(files: list[Location], directory: Location) -> _Found:
     dropped: dict[str, int] = {}
     for number, file in enumerate(files):
         rank = Rank(str(file), number, len(files))
-        value = torch_zip.read(file, number).value
+        value = torch_zip.read(file, number)
         if not isinstance(value, Mapping):
             raise FormatError(f"{file}: expected a state dict, found {type(value).__name__}")
         for name, entry in value.items():

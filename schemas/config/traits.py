@@ -139,6 +139,8 @@ class ConfigTable:
     """
     megatron_lacks: Mapping[str, str] = field(default_factory=dict)
     """Why Megatron cannot compute another value of a key of `passthrough_keys`."""
+    harmless: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that change nothing while they have this value, besides those of all families."""
     experts: Mixture | None = None
     """How the config spells a mixture of experts."""
     latent: bool = False

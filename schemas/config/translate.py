@@ -26,6 +26,7 @@ from ckptx.model.spec import ModelSpec
 from ckptx.registry import registry
 from ckptx.schemas.config import rotary, windows
 from ckptx.schemas.config.traits import Biases, ConfigTable
+from ckptx.schemas.config.unknown_keys import ALIASED, assumed_values, unknown_keys
 
 FIELDS = (
     ("hidden_size", "hidden_size"),
@@ -40,8 +41,6 @@ FIELDS = (
     ("tie_word_embeddings", "tied"),
 )
 """Pairs of a config's key and the spec's attribute."""
-
-_ALIASED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
 
 # transformers computes float32 where a config says nothing.
 _DEFAULT_DTYPE = "float32"
@@ -62,7 +61,8 @@ class TableConfig(FamilyConfig):
                 not divide, a rotary embedding per layer type.
         """
         table = self.table
-        values = {**table.defaults, **_own_words(config, table)}
+        own = _own_words(config, table)
+        values = {**table.defaults, **own}
         if table.experts:
             values = table.experts.prepared(values, self.family)
         sizes = _sizes(values, table)
@@ -91,6 +91,8 @@ class TableConfig(FamilyConfig):
             rotary_scaling=scaling,
             qk_layernorm=table.qk_layernorm,
             dtype=_dtype_from_config(values),
+            unknown_keys=unknown_keys(config, table),
+            assumed=assumed_values(own, table),
         )
         extra |= {**windows.from_config(values, table), **table.fixed}
         return replace(spec, extra={**extra, **_kept_from_config(values, spec, table)})
@@ -214,6 +216,13 @@ class TableConfig(FamilyConfig):
 
     def unsupported_by_megatron(self, spec: ModelSpec) -> Iterator[str]:
         """Yield what of the config's own keys Megatron cannot compute, one reason each."""
+        if unknown := spec.unknown_keys:
+            said = " and ".join(f"{key}={json.dumps(value):.60}" for key, value in unknown.items())
+            yield (
+                f"{spec.architecture} with {said}, which no {spec.architecture} of transformers "
+                "has: correct the config, or convert as if it were without "
+                f"({' '.join(f'--accept-config-key {key}' for key in unknown)})"
+            )
         for key in rotary.unknown_keys(spec):
             yield (
                 f"{spec.architecture} with {key} in rope_scaling or rope_parameters, a key that "
@@ -304,7 +313,7 @@ def _own_words(config: Mapping[str, Any], table: ConfigTable) -> dict[str, Any]:
     attribute_map @ v5.23.0.
     """
     found = dict(config)
-    for name in _ALIASED:
+    for name in ALIASED:
         key = table.key(name)
         if key is None or key == name or name not in config:
             continue

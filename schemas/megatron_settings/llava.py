@@ -11,7 +11,7 @@ Source: NVIDIA/Megatron-LM examples/multimodal/{config,model,multimodal_args}.py
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptx.errors import SchemaError
@@ -289,7 +289,7 @@ def llava_args(parts: Parts, source: Mapping[str, Any], note: Mapping[str, Any])
     vision, projection = parts["vision"], parts["projection"]
     size = vision.extra.get("image_size")
     images = {"img_h": size, "img_w": size} if size else {}
-    kept = {part: asdict(parts[part]) for part in ("vision", "projection")}
+    kept = {part: parts[part].dimensions() for part in ("vision", "projection")}
     return {
         **settings.defaults(_WRITTEN, _NOT_MEGATRONS),
         **{key: source[key] for key in _WRITTEN if source.get(key) is not None},

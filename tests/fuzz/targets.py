@@ -62,7 +62,7 @@ def unpickler(data: bytes) -> None:
 
 def pickle_values(data: bytes) -> None:
     """A pickle in an archive, resolved, and carried over into another."""
-    value = torch_zip.read(_file("a.pt", archived(data)), 0).value
+    value = torch_zip.read(_file("a.pt", archived(data)), 0)
     with contextlib.suppress(TypeError):  # what JSON cannot say
         as_json(carried(value, "a"))
 
@@ -81,7 +81,7 @@ def dcp_metadata(data: bytes) -> None:
 
 def shares(data: bytes) -> None:
     """The file of the one rank of a sharded checkpoint."""
-    value = torch_zip.read(_file("verl/model_world_size_1_rank_0.pt", archived(data)), 0).value
+    value = torch_zip.read(_file("verl/model_world_size_1_rank_0.pt", archived(data)), 0)
     if isinstance(value, dict):
         for name, entry in value.items():
             with contextlib.suppress(CkptxError):

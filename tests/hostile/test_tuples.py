@@ -253,7 +253,7 @@ def test_tuples_that_are_no_keys_may_be_large(protocol, tmp_path):
     assert pickle_reader.loads(data, file="a.pt") == value
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as members:
         members.writestr("archive/data.pkl", data)
-    read = torch_zip.read(tmp_path / "a.pt", 0).value
+    read = torch_zip.read(tmp_path / "a.pt", 0)
     assert read == value
     assert type(read["nested"]) is type(read["flat"]) is tuple
 

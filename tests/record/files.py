@@ -53,7 +53,8 @@ class Workshop:
     def path(self, name: str) -> Path:
         """Return where a source or the target of a case is, made or not."""
         ending = ".pt" if name in all_cases() and self._is_file(all_cases()[name]) else ""
-        return self.where.root / (re.sub(r"[^\w.]+", "_", name) + ending)
+        apart = name.replace("kit/llama-fp32", "kit/llama.fp32")  # not "kit/llama > fp32"
+        return self.where.root / (re.sub(r"[^\w.]+", "_", apart) + ending)
 
     def _is_file(self, case: Case) -> bool:
         if case.command == "modify":

@@ -38,9 +38,7 @@ TIED_HEAD = Hypothesis(
     _overwritten,
 )
 HEAD_TIED = Hypothesis(
-    "head-tied",
-    "the output layer is tied to the embedding on one side only",
-    TIED_HEAD.advice,
+    "head-tied", "the output layer is tied to the embedding on one side only", TIED_HEAD.advice
 )
 PADDING = Hypothesis(
     "vocabulary-padding",

@@ -31,6 +31,8 @@ FAMILY = decoder_family(
         # GemmaConfig reads "gelu", a mistake of the official releases, as the tanh form.
         activations={"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu_tanh"},
         fixed=FIXED,
+        # GemmaConfig of transformers 4 has both, and this one wins.
+        harmless={"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": False},
     ),
     ignored=("rotary_emb.inv_freq",),
     refused={**not_local(_NOT_LOCAL), "legacy": NOT_LEGACY["geglu"]},

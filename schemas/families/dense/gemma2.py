@@ -42,6 +42,7 @@ FAMILY = decoder_family(
         names={"hidden_act": "hidden_activation"},
         activations={"gelu_pytorch_tanh": "geglu_tanh"},
         fixed=FIXED,
+        harmless={"hidden_act": "gelu_pytorch_tanh", "use_bidirectional_attention": False},
         passthrough_keys=dict.fromkeys(_CAPS),
     ),
     norms=layer_norms(_NORMS),

@@ -15,6 +15,12 @@ DEFAULTS = llama_defaults(vocab=151936, ffn=22016, groups=32, positions=32768) |
 }
 FAMILY = decoder_family(
     "qwen2",
-    ConfigTable("Qwen2ForCausalLM", DEFAULTS, fixed_biases=Biases(qkv=True), windows="some layers"),
+    ConfigTable(
+        "Qwen2ForCausalLM",
+        DEFAULTS,
+        fixed_biases=Biases(qkv=True),
+        windows="some layers",
+        harmless={"use_mrope": False},
+    ),
     recognition=70,
 )

@@ -35,6 +35,7 @@ FAMILY = decoder_family(
         windows="all layers",
         names={"head_dim": None, "rms_norm_eps": "norm_epsilon"},
         normalization="LayerNorm",
+        harmless={"mlp_type": "default", "norm_type": "layer_norm", "scale_attn_weights": True},
         activations={name: GELU[name] for name in ("gelu_pytorch_tanh", *GELU)},
     ),
     mlp=_mlp,

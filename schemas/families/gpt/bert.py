@@ -260,7 +260,7 @@ class _Config(TableConfig):
 
 _DEFAULTS = llama_defaults(
     vocab=29056, hidden=1024, ffn=4096, layers=24, heads=16, positions=512
-) | {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "tie_word_embeddings": True}
+) | {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "tie_word_embeddings": True, TYPES: 2}
 MEGATRON_BERT = Family(
     name=NAME,
     architectures=(PRETRAINING, MASKED_LM),

@@ -6,12 +6,14 @@ Source: huggingface/transformers src/transformers/models/llava/configuration_lla
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ckptx.errors import SchemaError
 from ckptx.model.layout import Parts
 from ckptx.model.spec import ModelSpec
 from ckptx.registry.families import family_named
+from ckptx.schemas.config.unknown_keys import unknown_among
 from ckptx.schemas.conventions.vision import TOWERS, projection_spec, tower_spec
 
 LANGUAGES = ("llama", "mistral", "qwen2", "qwen3")
@@ -78,6 +80,11 @@ _KEPT = ("projection_dim",)
 # transformers 5 reads features behind the last norm where the vision config has this key, true
 # (utils/output_capturing.py capture_outputs @ v5.23.0); earlier releases never do.
 _NORMED = "tie_last_hidden_states"
+_IGNORED = {
+    *("ignore_index", "image_token_id", "vocab_size", "image_grid_pinpoints", _NORMED),
+    *("attention_dropout", "dropout", "initializer_factor", "projection_dim"),
+}
+"""Known keys that say nothing of the weights or of what they compute, and `_NORMED`."""
 
 
 def parts_from_config(config: Mapping[str, Any]) -> dict[str, ModelSpec]:
@@ -104,7 +111,20 @@ def parts_from_config(config: Mapping[str, Any]) -> dict[str, ModelSpec]:
         activation=_ACTIVATIONS[values["projector_hidden_act"]],
         extra={key: values[key] for key in ("image_token_index", "image_seq_length")},
     )
+    unknown = {**language.unknown_keys, **_unknown_keys(config)}
+    language = replace(language, unknown_keys=unknown)
     return {"vision": vision, "projection": projection, "language": language}
+
+
+def _unknown_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of which nothing is known, of the whole and of its vision tower."""
+    seen = config.get("vision_config") or {}
+    tower = unknown_among(seen, {key for table in _VISION_DEFAULTS.values() for key in table})
+    own = {*_DEFAULTS, "text_config", "vision_config"}
+    return {
+        **unknown_among(config, own | _IGNORED),
+        **{f"vision_config.{key}": tower[key] for key in tower.keys() - _IGNORED},
+    }
 
 
 def _text_config(config: Mapping[str, Any], dtype: str = "") -> dict[str, Any]:

@@ -22,7 +22,7 @@ def again(value, place: Path):
     """What torch loads after a value was saved by torch, read, carried and saved by ckptx."""
     source, target = place / "a.pt", place / "b.pt"
     torch.save(value, source)
-    found = carried(torch_zip.read(source, 0).value, "here")
+    found = carried(torch_zip.read(source, 0), "here")
     target.write_bytes(saved(target.name, found, [str(source)]))
     return torch.load(target, weights_only=False)
 
@@ -83,7 +83,7 @@ def test_plain_values_and_tensors(tmp_path):
 def test_what_cannot_be_carried_is_named(value, name, tmp_path):
     torch.save({"x": value}, tmp_path / "a.pt")
     with pytest.raises(FormatError, match=f"here: holds a {name}, which cannot be carried"):
-        carried(torch_zip.read(tmp_path / "a.pt", 0).value, "here")
+        carried(torch_zip.read(tmp_path / "a.pt", 0), "here")
 
 
 def test_few_bytes_that_are_many_values():

@@ -13,6 +13,7 @@ from ckptx.containers.pickle_values import TorchDtype, TorchSize
 from ckptx.containers.zip_archive import ArchiveWriter, NewMember
 from ckptx.errors import PlanError
 from ckptx.storage.file_plan import Crc32, FilePlan
+from ckptx.storage.source_file import SourceFile
 from ckptx.tensors.dtypes import ITEMSIZE
 from ckptx.tensors.lazy import Filled, Stored
 
@@ -47,7 +48,7 @@ def test_reads_what_torch_wrote(tmp_path, eager, same):
     path = tmp_path / "a.pt"
     torch.save(value, path)
     files = {5: path.read_bytes()}
-    found = torch_zip.read(path, 5).value
+    found = torch_zip.read(path, 5)
 
     def compare(lazy, real):
         if isinstance(real, torch.Tensor):
@@ -72,7 +73,7 @@ def test_reads_what_torch_wrote(tmp_path, eager, same):
 def test_views_of_one_storage_are_extents_of_it(tmp_path):
     flat = torch.randn(10)
     torch.save([flat, flat[4:], flat.view(2, 5).t()], tmp_path / "a.pt")
-    whole, part, turned = torch_zip.read(tmp_path / "a.pt", 0).value
+    whole, part, turned = torch_zip.read(tmp_path / "a.pt", 0)
     assert part.offset == whole.offset + 16
     assert (turned.offset, turned.strides) == (whole.offset, (1, 5))
 
@@ -85,7 +86,7 @@ def test_older_layouts_are_read(tmp_path, eager, same):
     with zipfile.ZipFile(path) as new, zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
         for name in ("a/data.pkl", "a/data/0", "a/version"):
             old.writestr(name.replace("a/", "archive/", 1), new.read(name))
-    found = torch_zip.read(tmp_path / "old.pt", 0).value["a"]
+    found = torch_zip.read(tmp_path / "old.pt", 0)["a"]
     assert same(eager(found, {0: (tmp_path / "old.pt").read_bytes()}), value)
 
 
@@ -147,7 +148,7 @@ def test_members_beyond_4_gib_use_zip64(tmp_path):
     found = torch.load(path, weights_only=True, mmap=True)
     assert found["big"].shape == big.shape
     assert found["small"].tolist() == [0, 0, 0]
-    lazy = torch_zip.read(path, 0).value
+    lazy = torch_zip.read(path, 0)
     assert lazy["big"].offset % 64 == 0
     assert lazy["small"].offset > zip_archive.LIMIT32
     # As torch 2.13 writes it: the local header does not know the stored size.
@@ -213,5 +214,6 @@ def test_reads_an_archive_inside_a_file(tmp_path, eager, same):
     torch.save(value, stream)
     item = stream.getvalue()
     path.write_bytes(b"x" * 13 + item + b"y" * 5)
-    found = torch_zip.read(path, 0, offset=13, length=len(item)).value
+    with SourceFile(path) as file:
+        found = torch_zip.read_open(file, 0, 13, len(item))
     assert same(eager(found, {0: path.read_bytes()}), value)
