@@ -19,7 +19,8 @@ from typing import Any
 from ckptx.errors import SchemaError, listing
 from ckptx.model.family import Family
 from ckptx.registry.families import family_named, note_of
-from ckptx.schemas.megatron_settings.activations import FUSION, GATED, activation_from_args
+from ckptx.schemas.megatron_settings import activations
+from ckptx.schemas.megatron_settings.activations import FUSION, GATED
 from ckptx.schemas.megatron_settings.settings import known
 
 RENAMED = {
@@ -135,7 +136,7 @@ def to_provider(args: Mapping[str, Any], family: Family) -> dict[str, Any]:
     return {
         "_target_": target,
         **{name: value for name, value in fields.items() if value is not None},
-        **_function_of(activation_from_args(args)),
+        **_function_of(activations.from_args(args)),
         "share_embeddings_and_output_weights": not args["untie_embeddings_and_output_weights"],
         "vocab_size": args["vocab_size"] or args["padded_vocab_size"],
         "should_pad_vocab": args["vocab_size"] is not None,

@@ -89,7 +89,7 @@ def test_what_says_nothing_is_no_reason_to_refuse(fields, saved, tmp_path):
     ],
 )
 def test_the_activation_is_that_of_the_function(function, gated, kind):
-    from ckptx.schemas.megatron_settings.activations import activation_from_args
+    from ckptx.schemas.megatron_settings.activations import from_args
     from ckptx.schemas.megatron_settings.providers import from_provider
 
     said = {"activation_func": {"_target_": function, "_call_": False}, "gated_linear_unit": gated}
@@ -97,7 +97,7 @@ def test_the_activation_is_that_of_the_function(function, gated, kind):
         with pytest.raises(CkptxError, match=r"activation_func .*args cannot say it"):
             from_provider(said)
     else:
-        assert activation_from_args(from_provider(said)) == kind
+        assert from_args(from_provider(said)) == kind
 
 
 @pytest.mark.parametrize(
