@@ -22,7 +22,7 @@ Source: huggingface/transformers src/transformers/modeling_rope_utils.py @ v5.23
 """
 
 
-def rotary_from_config(
+def from_config(
     config: Mapping[str, Any], traits: ConfigTable
 ) -> tuple[float, float, dict[str, Any] | None]:
     """Return base, rotated part and scaling; ``rope_scaling`` wins over ``rope_parameters``.
@@ -56,7 +56,7 @@ def _said(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**nested[0], **beside} if nested else beside
 
 
-def rotary_assumed(config: Mapping[str, Any], traits: ConfigTable) -> dict[str, Any]:
+def assumed(config: Mapping[str, Any], traits: ConfigTable) -> dict[str, Any]:
     """Return base and rotated part where a config leaves them to the defaults of its class."""
     if traits.position_embedding_type != "rope":
         return {}
@@ -69,12 +69,12 @@ def rotary_assumed(config: Mapping[str, Any], traits: ConfigTable) -> dict[str, 
     }
 
 
-def unknown_rotary_keys(spec: ModelSpec) -> list[str]:
+def unknown_keys(spec: ModelSpec) -> list[str]:
     """Return the keys of a spec's scaling that no kind of scaling has: misspelt, or of a fork."""
     return sorted((spec.rotary_scaling or {}).keys() - _KEYS)
 
 
-def rotary_to_config(spec: ModelSpec, traits: ConfigTable) -> dict[str, Any]:
+def to_config(spec: ModelSpec, traits: ConfigTable) -> dict[str, Any]:
     """Return the keys of both spellings; none for a family without rotary embedding."""
     if traits.position_embedding_type != "rope":
         return {}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ckptx.schemas.config.rotary import rotary_assumed
+from ckptx.schemas.config import rotary
 from ckptx.schemas.config.traits import LLAMA_DEFAULTS, ConfigTable
 
 _PRETRAINED = """
@@ -77,10 +77,11 @@ def unknown_keys(config: Mapping[str, Any], table: ConfigTable) -> dict[str, Any
     )
     # Where a family has no key for one of Llama's, the shapes of weights contradict another value.
     own = {table.names.get(name) or name for name in LLAMA_DEFAULTS}
+    renamed = {name for name, key in table.names.items() if key}
     known = {
         *own,
         *ALIASED,
-        *table.defaults,
+        *(table.defaults.keys() - renamed),
         *table.bias_keys,
         *table.dropouts,
         *table.passthrough_keys,
@@ -98,6 +99,6 @@ def assumed_values(config: Mapping[str, Any], table: ConfigTable) -> dict[str, A
     defaults = {**table.defaults, **(table.experts.defaults if table.experts else {})}
     keys = [key for name in _ASSUMED if (key := table.key(name)) is not None]
     found = {key: defaults.get(key) for key in keys if config.get(key) is None}
-    found |= rotary_assumed(config, table)
+    found |= rotary.assumed(config, table)
     said = {key: value for key, value in found.items() if value is not None}
     return {key: f"{v:g}" if isinstance(v, float) else v for key, v in said.items()}
