@@ -247,11 +247,10 @@ def _check_loadable(files: Mapping[str, bytes], root: str) -> None:
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     """Make a config say what was written; return whether it said something else."""
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    if config.get(key) == dtype:
-        return False
-    config[key] = dtype
-    return True
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    said = [config.get(key) for key in keys]
+    config.update(dict.fromkeys(keys, dtype))
+    return said != [dtype] * len(keys)
 
 
 def weight_files(tensors: Mapping[str, LazyTensor], options: Options) -> Iterator[FilePlan]:
