@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NEWEST_MEGATRON := $(VENV)/megatron-core/0.19.2
+BRIDGE := $(VENV)/megatron-bridge/0.3.1
 
 .PHONY: demo test test-full nightly lint types bench docs clean
 
@@ -47,6 +48,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hf,megatron,dev]"
 	$(MAKE) --no-print-directory VENV=$(VENV) $(NEWEST_MEGATRON) || echo "its tests will be skipped"
+	$(MAKE) --no-print-directory VENV=$(VENV) $(BRIDGE) || echo "its tests will be skipped"
 	touch $(READY)
 
 # It asks for Python 3.12, so it is unpacked beside the installed one; the tests put it on the path.
@@ -56,6 +58,11 @@ $(NEWEST_MEGATRON):
 		--python-version 3.12 --require-hashes -d $(VENV)/wheels \
 		-r tests/oracles/megatron-core-0.19.2.txt
 	$(BIN)/python -m zipfile -e $(VENV)/wheels/megatron_core-0.19.2-*.whl $@
+
+# Its requirements are hundreds of packages; the tests bring what stands for those that they meet.
+$(BRIDGE):
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --target $@ \
+		-r tests/oracles/megatron-bridge-0.3.1.txt
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis site

@@ -15,7 +15,13 @@ from ckptx.model.family import Family
 from ckptx.model.layout import Layout
 from ckptx.schemas.config.traits import ConfigTable
 from ckptx.schemas.config.translate import TableConfig
-from ckptx.schemas.conventions.blocks import hf_decoder
+from ckptx.schemas.conventions.blocks import (
+    Block,
+    hf_attention,
+    hf_decoder,
+    hf_gated_mlp,
+    hf_norms,
+)
 from ckptx.schemas.conventions.legacy import LEGACY
 from ckptx.schemas.conventions.mcore import MCORE
 
@@ -28,6 +34,10 @@ def decoder_family(
     table: ConfigTable,
     hf: Layout | None = None,
     *,
+    attention: Block = hf_attention,
+    mlp: Block = hf_gated_mlp,
+    norms: Block = hf_norms,
+    ignored: tuple[str, ...] = (),
     refused: Mapping[str, str] | None = None,
     more: Mapping[str, Layout] | None = None,
     model_types: tuple[str, ...] = (),
@@ -39,6 +49,10 @@ def decoder_family(
         name: the family, which is the ``model_type`` of its configs.
         table: how its config reads; names its class.
         hf: the names of Hugging Face's files; Llama's if it is not given.
+        attention: the attention of a layer in these files, where it is not Llama's.
+        mlp: its MLP, or mixture.
+        norms: its norms.
+        ignored: endings of names in the files that carry no weights.
         refused: Megatron's conventions that the family cannot have, and why.
         more: layouts of further conventions.
         model_types: other values of ``model_type`` that configs have.
@@ -50,7 +64,7 @@ def decoder_family(
         architectures=(table.architecture,),
         model_types=(name, *model_types),
         layouts={
-            "hf": hf or Layout(f"hf/{name}", hf_decoder()),
+            "hf": hf or Layout(f"hf/{name}", hf_decoder(attention, mlp, norms), ignored),
             **{kind: layout for kind, layout in MEGATRON.items() if kind not in refused},
             **(more or {}),
         },

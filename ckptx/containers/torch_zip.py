@@ -32,7 +32,8 @@ from ckptx.containers.pickle_values import (
 from ckptx.containers.pickle_writer import dumps
 from ckptx.containers.zip_archive import ArchiveWriter, Member, NewMember, read_members
 from ckptx.errors import FormatError, PlanError
-from ckptx.storage.file_plan import FilePlan
+from ckptx.storage import gather
+from ckptx.storage.file_plan import Crc32, FilePlan
 from ckptx.storage.location import Location
 from ckptx.storage.source_file import SourceFile
 from ckptx.tensors.dtypes import ITEMSIZE
@@ -123,6 +124,18 @@ def plan_file(path: str, value: Any) -> FilePlan:
     _add_members(writer, pickled, storages, dict(_labels(value, "")))
     size, regions = writer.finish()
     return FilePlan(path, size, regions)
+
+
+def small_file(path: str, value: Any) -> bytes:
+    """Return the bytes of what `plan_file` plans; no tensor of ``value`` lies in a file."""
+    writer = ArchiveWriter(PurePosixPath(path).stem, checksums=False)
+    _add_members(writer, *_pickled(value))
+    contents = (region.content for region in writer.finish()[1])
+    return b"".join(
+        gather.read(content, []).tobytes() if isinstance(content, LazyTensor) else content
+        for content in contents
+        if not isinstance(content, Crc32)
+    )
 
 
 def plan_files(files: Iterable[tuple[str, Any]]) -> Iterator[FilePlan]:

@@ -84,12 +84,17 @@ def build(
         "source": {
             "format": begin.format,
             "layout": begin.layout,
-            **({"accepted": list(begin.accepted)} if begin.accepted else {}),
+            **_accepted(begin, plan),
         },
         "digest": digest,
         "files": files,
     }
     return _dumped(content), digest
+
+
+def _accepted(begin: Begin, plan: SavePlan) -> dict[str, list[str]]:
+    found = [*begin.accepted, *plan.accepted]
+    return {"accepted": found} if found else {}
 
 
 def gaps(taken: Iterable[Range], size: int) -> Iterator[Range]:

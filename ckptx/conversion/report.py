@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptx.errors import first_few
+from ckptx.model.family import unknown_keys_said
 from ckptx.text.shown import Shown
 from ckptx.text.sizes import size_text
 from ckptx.text.wrapping import labelled
@@ -72,7 +73,7 @@ class Facts:
             filled=dict(proof.filled),
             replicas=proof.replicas,
             dropped=[drop.to_json() for drop in proof.dropped],
-            notes=tuple(dict.fromkeys((*end.notes, *plan.notes))),
+            notes=tuple(dict.fromkeys((*end.notes, *unknown_keys_said(begin.parts), *plan.notes))),
             stages=tuple(plan.stages),
             details=dict(plan.details),
             load_hint=plan.load_hint,

@@ -94,7 +94,7 @@ class Inspection(Shown):
             "iteration": self.iteration,
             "parallel": self.parallel(),
             "stages": list(self.stages),
-            "parts": {part: plain(asdict(one)) for part, one in self.begin.parts.items()},
+            "parts": {part: plain(one.dimensions()) for part, one in self.begin.parts.items()},
             "files": [
                 {"path": self.place(number), "bytes": _size_of(file)}
                 for number, file in enumerate(self.begin.files)

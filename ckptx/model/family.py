@@ -6,10 +6,11 @@ families.
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from ckptx.errors import SchemaError
 from ckptx.model.layout import Layout, Parts
@@ -39,11 +40,26 @@ def function_settings(spec: ModelSpec) -> str:
     return f"{said} (ignored with {' '.join(f'--accept-arg {name}' for name in found)})"
 
 
-class FamilyConfig(Protocol):
-    """How the ``config.json`` of a family reads, and how it is written.
+def unknown_keys_said(parts: Parts) -> Iterator[str]:
+    """Yield the remarks on keys of a model's config that no schema knows."""
+    for spec in parts.values():
+        if unknown := spec.unknown_keys:
+            said = ", ".join(f"{key} {json.dumps(value):.60}" for key, value in unknown.items())
+            yield (
+                f"the config says {said}, which {spec.architecture} of transformers does not "
+                "have: what other code makes of it is not known here"
+            )
+
+
+@dataclass(frozen=True)
+class FamilyConfig:
+    """How the ``config.json`` of a family reads, and how it is written; by itself, not at all.
 
     `ckptx.schemas.config.translate.TableConfig` is one that is made of a table.
     """
+
+    reason: str = field(default="", kw_only=True)
+    """Why the family has no config, or none that ckptx can translate."""
 
     def from_config(self, config: Mapping[str, Any]) -> ModelSpec:
         """Return the dimensions that a config says, in any transformers version's spelling.
@@ -51,7 +67,7 @@ class FamilyConfig(Protocol):
         Raises:
             SchemaError: it asks for what the family cannot be.
         """
-        ...
+        raise SchemaError(self.reason)
 
     def to_config(self, spec: ModelSpec) -> dict[str, Any]:
         """Return a complete ``config.json`` for a model whose own is not at hand.
@@ -59,11 +75,11 @@ class FamilyConfig(Protocol):
         Raises:
             SchemaError: the config cannot say what the spec says.
         """
-        ...
+        raise SchemaError(self.reason)
 
     def differences(self, config: Mapping[str, Any], spec: ModelSpec) -> list[str]:
         """Return one line per key in which a config contradicts a spec."""
-        ...
+        raise SchemaError(self.reason)
 
     def merge_config(self, config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
         """Return a config in which the spec wins where both speak, and all else is left alone.
@@ -71,19 +87,19 @@ class FamilyConfig(Protocol):
         Raises:
             SchemaError: the config cannot say what the spec says.
         """
-        ...
+        raise SchemaError(self.reason)
 
     def unsupported(self, spec: ModelSpec) -> list[str]:
         """Return what a spec says that the config cannot say, one reason each."""
-        ...
+        return []
 
     def unsupported_by_megatron(self, spec: ModelSpec) -> Iterable[str]:
         """Return what of the config's own keys Megatron cannot compute, one reason each."""
-        ...
+        return ()
 
     def of_family(self, spec: ModelSpec) -> ModelSpec:
         """Return a spec that Megatron's settings say as one of the family."""
-        ...
+        return spec
 
 
 @dataclass(frozen=True, slots=True)

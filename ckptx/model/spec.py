@@ -7,8 +7,10 @@ so a spec pickles small and prints readably.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+_OF_CONFIG = {"unknown_keys", "assumed"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,14 @@ class ModelSpec:
     """Layers after the last that predict further tokens, each like the last one."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Settings without a Megatron argument (``sliding_window``), by their Hugging Face name."""
+    unknown_keys: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Keys of its config that no schema knows, and their values."""
+    assumed: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Values that its config left to the defaults of its class."""
+
+    def dimensions(self) -> dict[str, Any]:
+        """Return what describes the model, by name, without what is said of its config."""
+        return {name: value for name, value in asdict(self).items() if name not in _OF_CONFIG}
 
     @property
     def gated(self) -> bool:

@@ -84,6 +84,8 @@ class SavePlan:
     dropped: tuple[Dropped, ...] = ()
     """What the saver leaves behind of the messages it was given: rows of padding."""
     notes: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()
+    """Settings of the source that the user told the saver to ignore, for the manifest."""
     stages: Sequence[str] = ()
     """Lines that show which pipeline stage holds which layers."""
     load_hint: str = ""

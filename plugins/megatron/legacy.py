@@ -15,6 +15,8 @@ from ckptx.plugins.megatron.core import CoreLoader, found_form
 from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.forms import LEGACY
 from ckptx.plugins.megatron.options import (
+    accept_config_key_option,
+    heed_config,
     iteration_option,
     parallel_options,
     tokenizer_model_option,
@@ -101,6 +103,7 @@ class LegacySaver:
             tokenizer_model_option(),
             transformer_impl_option("saver", "local"),
             iteration_option(),
+            accept_config_key_option(),
         ]
 
     def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
@@ -111,6 +114,7 @@ class LegacySaver:
             PlanError: the parallel sizes do not fit the model, or legacy models.
         """
         model = collect(messages)
+        remarks = heed_config(model, options)
         spec = model.spec
         family = family_named(spec.family)
         layout, megatron = family.layout("legacy"), family.megatron
@@ -134,7 +138,13 @@ class LegacySaver:
             directory=chosen.directory,
             pointers=chosen.pointers,
             dropped=dropped,
-            notes=(*legacy.notes(spec), *_group_notes(spec, tp), *megatron.model_notes(spec)),
+            notes=(
+                *remarks,
+                *legacy.notes(spec),
+                *_group_notes(spec, tp),
+                *megatron.model_notes(spec),
+            ),
+            accepted=tuple(options.get("accept_config_key") or ()),
             stages=describe(chunks),
             load_hint=" ".join(
                 [

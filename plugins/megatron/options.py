@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -10,6 +11,8 @@ import click
 from ckptx.conversion.options import option, switch
 from ckptx.errors import FormatError, PlanError
 from ckptx.protocol.context import Options
+from ckptx.protocol.model import Model
+from ckptx.protocol.sidecars import CONFIG
 
 
 def vocabulary_options() -> list[click.Option]:
@@ -55,6 +58,43 @@ def accept_arg_option() -> click.Option:
     """Return ``--accept-arg``, with which loaders read args that they would refuse."""
     about = "Read the checkpoint as if its args did not have this entry; repeatable."
     return option("--accept-arg", str, about, multiple=True, metavar="NAME")
+
+
+def accept_config_key_option() -> click.Option:
+    """Return ``--accept-config-key``, with which savers write what they would refuse."""
+    return click.Option(
+        ["--accept-config-key"],
+        multiple=True,
+        metavar="KEY",
+        help="Write the model as if its config did not have this key; repeatable.",
+    )
+
+
+def heed_config(model: Model, options: Options) -> list[str]:
+    """Return remarks on a model's config, without whose unknown keys it goes on where accepted.
+
+    Raises:
+        PlanError: the config has no such key, or it is known.
+    """
+    unknown = model.spec.unknown_keys
+    accepted = options.get("accept_config_key") or ()
+    for key in accepted:
+        if key not in unknown:
+            raise PlanError(
+                f"--accept-config-key {key}: the config has no such key that is unknown; it has "
+                f"{', '.join(unknown) or 'none'}"
+            )
+    left = {key: value for key, value in unknown.items() if key not in accepted}
+    spec = replace(model.spec, unknown_keys=left)
+    model.begin = replace(model.begin, parts={**model.begin.parts, "language": spec})
+    assumed = ", ".join(f"{key} {value}" for key, value in spec.assumed.items())
+    return [
+        *(
+            f"{key} is {unknown[key]!r} in {CONFIG} and was ignored (--accept-config-key)"
+            for key in accepted
+        ),
+        *[f"{CONFIG} does not say {assumed}: the defaults of its class"] * bool(assumed),
+    ]
 
 
 def transformer_impl_option(role: str, default: str = "transformer_engine") -> click.Option:

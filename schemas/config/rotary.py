@@ -22,19 +22,14 @@ Source: huggingface/transformers src/transformers/modeling_rope_utils.py @ v5.23
 """
 
 
-def rotary_from_config(
+def from_config(
     config: Mapping[str, Any], traits: ConfigTable
 ) -> tuple[float, float, dict[str, Any] | None]:
     """Return base, rotated part and scaling; ``rope_scaling`` wins over ``rope_parameters``.
 
     Source: modeling_rope_utils.py convert_rope_params_to_dict @ v5.23.0.
     """
-    said: Mapping[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    nested = [value for value in said.values() if isinstance(value, Mapping)]
-    if nested:
-        if any(other != nested[0] for other in nested):
-            raise SchemaError("rope_parameters differ between layer types; this family has one set")
-        said = nested[0]
+    said = _said(config)
     scaling = {key: value for key, value in said.items() if key != "type"}
     kind = scaling.pop("rope_type", said.get("type", "default"))
     theta, part = traits.rotary_keys
@@ -51,12 +46,35 @@ def rotary_from_config(
     )
 
 
-def unknown_rotary_keys(spec: ModelSpec) -> list[str]:
+def _said(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what either spelling says; keys beside those of layer types are kept among theirs."""
+    said: Mapping[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    nested = [value for value in said.values() if isinstance(value, Mapping)]
+    if any(other != nested[0] for other in nested):
+        raise SchemaError("rope_parameters differ between layer types; this family has one set")
+    beside = {key: value for key, value in said.items() if not isinstance(value, Mapping)}
+    return {**nested[0], **beside} if nested else beside
+
+
+def assumed(config: Mapping[str, Any], traits: ConfigTable) -> dict[str, Any]:
+    """Return base and rotated part where a config leaves them to the defaults of its class."""
+    if traits.position_embedding_type != "rope":
+        return {}
+    defaults = (traits.defaults.get(traits.rotary_keys[0], _DEFAULT_THETA), traits.rotary_percent)
+    said, inner = _said(config), ("rope_theta", "partial_rotary_factor")
+    return {
+        key: default
+        for key, name, default in zip(traits.rotary_keys, inner, defaults, strict=True)
+        if said.get(name) is None and config.get(key) is None
+    }
+
+
+def unknown_keys(spec: ModelSpec) -> list[str]:
     """Return the keys of a spec's scaling that no kind of scaling has: misspelt, or of a fork."""
     return sorted((spec.rotary_scaling or {}).keys() - _KEYS)
 
 
-def rotary_to_config(spec: ModelSpec, traits: ConfigTable) -> dict[str, Any]:
+def to_config(spec: ModelSpec, traits: ConfigTable) -> dict[str, Any]:
     """Return the keys of both spellings; none for a family without rotary embedding."""
     if traits.position_embedding_type != "rope":
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Literal, TypeAlias
 
 from ckptx.model.spec import ModelSpec
@@ -25,9 +26,25 @@ class Biases:
         """Return the biases that either has."""
         return Biases(self.qkv or other.qkv, self.out or other.out, self.mlp or other.mlp)
 
-    def within(self, other: Biases) -> bool:
-        """Return whether the other has all of them."""
-        return self | other == other
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Biases:
+        """Return which projections of a model have a bias."""
+        out, mlp = (bool(spec.extra.get(name)) for name in ("attention_out_bias", "mlp_bias"))
+        if spec.add_bias_linear:
+            return cls(True, True, True)
+        return cls(spec.add_qkv_bias, out, mlp)
+
+    def to_spec(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return a spec's switches, and entries of its ``extra`` for what Megatron has none for."""
+        if self == Biases(True, True, True):
+            return {"add_bias_linear": True, "add_qkv_bias": False}, {}
+        extra = {"attention_out_bias": self.out, "mlp_bias": self.mlp}
+        return {"add_qkv_bias": self.qkv}, {name: True for name, value in extra.items() if value}
+
+    def __str__(self) -> str:
+        """Return the biases in words."""
+        parts = (("qkv", self.qkv), ("attention output", self.out), ("mlp", self.mlp))
+        return ", ".join(name for name, value in parts if value) or "nothing"
 
 
 SWITCHES: Mapping[str, Biases] = {
@@ -51,20 +68,40 @@ NEW_GELU = {name: GELU[name] for name in ("gelu_new", *GELU)}
 """The same; ``gelu_new`` is written for the tanh form."""
 NO_HEAD_KEYS: Mapping[str, str | None] = {"num_key_value_heads": None, "head_dim": None}
 """Names for a config in which heads are as many and as large as the hidden size says."""
-LLAMA_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-"""Of transformers' LlamaConfig; its relatives change some of them."""
+
+
+def llama_defaults(
+    *,
+    vocab: int = 32000,
+    hidden: int = 4096,
+    ffn: int | None = 11008,
+    layers: int = 32,
+    heads: int = 32,
+    groups: int | None = None,
+    positions: int = 2048,
+    **others: Any,
+) -> dict[str, Any]:
+    """Return the defaults of transformers' LlamaConfig, as a relative changes some of them.
+
+    ``others`` are keys of the config.
+    """
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": positions,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        **others,
+    }
+
+
+LLAMA_DEFAULTS = llama_defaults()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +139,8 @@ class ConfigTable:
     """
     megatron_lacks: Mapping[str, str] = field(default_factory=dict)
     """Why Megatron cannot compute another value of a key of `passthrough_keys`."""
+    harmless: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that change nothing while they have this value, besides those of all families."""
     experts: Mixture | None = None
     """How the config spells a mixture of experts."""
     latent: bool = False
@@ -118,45 +157,11 @@ class ConfigTable:
         value = self.passthrough_keys[key]
         return value(spec) if callable(value) else value
 
+    def biases(self, config: Mapping[str, Any]) -> Biases:
+        """Return which projections have a bias by a config, in its own keys."""
+        on = (self.switches[key] for key in self.bias_keys if config.get(key))
+        return reduce(Biases.__or__, on, self.fixed_biases)
 
-def biases(spec: ModelSpec) -> Biases:
-    """Return which projections of a model have a bias."""
-    every = spec.add_bias_linear
-    return Biases(
-        every or spec.add_qkv_bias,
-        every or bool(spec.extra.get("attention_out_bias")),
-        every or bool(spec.extra.get("mlp_bias")),
-    )
-
-
-def biases_from_config(config: Mapping[str, Any], traits: ConfigTable) -> Biases:
-    """Return which projections have a bias by a config, in its own keys."""
-    said = traits.fixed_biases
-    for key in traits.bias_keys:
-        if config.get(key):
-            said |= traits.switches[key]
-    return said
-
-
-def biases_to_config(said: Biases, traits: ConfigTable) -> dict[str, bool]:
-    """Return the switches of a config for these biases."""
-    return {key: traits.switches[key].within(said) for key in traits.bias_keys}
-
-
-def from_biases(said: Biases) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the spec's switches, and entries of ``extra`` for what Megatron has no switch for."""
-    if said == Biases(True, True, True):
-        return {"add_bias_linear": True, "add_qkv_bias": False}, {}
-    extra = {"attention_out_bias": said.out, "mlp_bias": said.mlp}
-    return {"add_qkv_bias": said.qkv}, {name: True for name, value in extra.items() if value}
-
-
-def holds_biases(said: Biases, traits: ConfigTable) -> bool:
-    """Return whether a config can say these biases."""
-    return biases_from_config(biases_to_config(said, traits), traits) == said
-
-
-def named_biases(said: Biases) -> str:
-    """Return the biases in words."""
-    parts = (("qkv", said.qkv), ("attention output", said.out), ("mlp", said.mlp))
-    return ", ".join(name for name, value in parts if value) or "nothing"
+    def bias_switches(self, said: Biases) -> dict[str, bool]:
+        """Return the switches of a config for these biases."""
+        return {key: self.switches[key] | said == said for key in self.bias_keys}

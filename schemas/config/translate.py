@@ -24,26 +24,9 @@ from ckptx.model.family import (
 )
 from ckptx.model.spec import ModelSpec
 from ckptx.registry import registry
-from ckptx.schemas.config.rotary import (
-    rotary_from_config,
-    rotary_to_config,
-    unknown_rotary_keys,
-)
-from ckptx.schemas.config.traits import (
-    ConfigTable,
-    biases,
-    biases_from_config,
-    biases_to_config,
-    from_biases,
-    holds_biases,
-    named_biases,
-)
-from ckptx.schemas.config.windows import (
-    holds_windows,
-    windowed_layers,
-    windows_from_config,
-    windows_to_config,
-)
+from ckptx.schemas.config import rotary, windows
+from ckptx.schemas.config.traits import Biases, ConfigTable
+from ckptx.schemas.config.unknown_keys import ALIASED, assumed_values, unknown_keys
 
 FIELDS = (
     ("hidden_size", "hidden_size"),
@@ -59,14 +42,12 @@ FIELDS = (
 )
 """Pairs of a config's key and the spec's attribute."""
 
-_ALIASED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
-
 # transformers computes float32 where a config says nothing.
 _DEFAULT_DTYPE = "float32"
 
 
 @dataclass(frozen=True)
-class TableConfig:
+class TableConfig(FamilyConfig):
     """The config of a family whose keys a table says; a `FamilyConfig`."""
 
     family: str
@@ -80,7 +61,8 @@ class TableConfig:
                 not divide, a rotary embedding per layer type.
         """
         table = self.table
-        values = {**table.defaults, **_own_words(config, table)}
+        own = _own_words(config, table)
+        values = {**table.defaults, **own}
         if table.experts:
             values = table.experts.prepared(values, self.family)
         sizes = _sizes(values, table)
@@ -91,9 +73,9 @@ class TableConfig:
                 f"{activation_key} is {values[activation_key]!r}, family {self.family} is known "
                 f"with {' or '.join(map(repr, table.activations))} only"
             )
-        base, percent, scaling = rotary_from_config(values, table)
+        base, percent, scaling = rotary.from_config(values, table)
         architectures = config.get("architectures") or [table.architecture]
-        switches, extra = from_biases(biases_from_config(values, table))
+        switches, extra = table.biases(values).to_spec()
         spec = ModelSpec(
             family=self.family,
             architecture=architectures[0],
@@ -109,8 +91,10 @@ class TableConfig:
             rotary_scaling=scaling,
             qk_layernorm=table.qk_layernorm,
             dtype=_dtype_from_config(values),
+            unknown_keys=unknown_keys(config, table),
+            assumed=assumed_values(own, table),
         )
-        extra |= {**windows_from_config(values, table), **table.fixed}
+        extra |= {**windows.from_config(values, table), **table.fixed}
         return replace(spec, extra={**extra, **_kept_from_config(values, spec, table)})
 
     def to_config(self, spec: ModelSpec) -> dict[str, Any]:
@@ -134,10 +118,10 @@ class TableConfig:
             "architectures": [spec.architecture],
             "model_type": spec.family,
             **_settings(spec, table),
-            **biases_to_config(biases(spec), table),
+            **table.bias_switches(Biases.of(spec)),
             **(table.experts.settings(spec) if table.experts else {}),
-            **windows_to_config(spec, table),
-            **rotary_to_config(spec, table),
+            **windows.to_config(spec, table),
+            **rotary.to_config(spec, table),
             **_kept(spec, table),
             **dict.fromkeys(table.dropouts, 0.0),
             "use_cache": True,
@@ -178,7 +162,7 @@ class TableConfig:
         if not found:
             return merged
         table = self.table
-        switches = biases_to_config(biases(spec), table)
+        switches = table.bias_switches(Biases.of(spec))
         source = _settings(spec, table) | switches | _kept(spec, table)
         merged.update((key, source[key]) for key in found if key in source)
         if table.experts:
@@ -188,12 +172,12 @@ class TableConfig:
             merged |= switches
         theta, part = table.rotary_keys
         if found.keys() & {theta, part, "rope_scaling"}:
-            rotary = rotary_to_config(spec, table)
-            merged |= _respelled(rotary, config, (theta, part), "rope_parameters")
+            both = rotary.to_config(spec, table)
+            merged |= _respelled(both, config, (theta, part), "rope_parameters")
             if spec.rotary_scaling is None and merged.get("rope_scaling") is not None:
                 merged["rope_scaling"] = None
         if found.keys() & {"sliding_window", "layer_types"}:
-            merged |= windows_to_config(spec, table)
+            merged |= windows.to_config(spec, table)
         if "dtype" in found:
             both = {"dtype": spec.dtype, "torch_dtype": spec.dtype}
             merged |= _respelled(both, config, ("torch_dtype",), "dtype")
@@ -202,7 +186,7 @@ class TableConfig:
     def unsupported(self, spec: ModelSpec) -> list[str]:
         """Return what a spec says that the config cannot say, one reason each."""
         table = self.table
-        wanted = biases(spec)
+        wanted = Biases.of(spec)
         grouped = spec.num_query_groups != spec.num_attention_heads
         odd_heads = spec.kv_channels * spec.num_attention_heads != spec.hidden_size
         positions = f"{spec.position_embedding_type} positions"
@@ -214,8 +198,8 @@ class TableConfig:
             (spec.position_embedding_type == table.position_embedding_type, positions),
             (percent, f"rotary_percent {spec.rotary_percent}"),
             (spec.qk_layernorm == table.qk_layernorm, f"qk_layernorm {spec.qk_layernorm}"),
-            (holds_biases(wanted, table), f"biases on {named_biases(wanted)}"),
-            (holds_windows(spec, table), "sliding windows in these layers"),
+            (table.biases(table.bias_switches(wanted)) == wanted, f"biases on {wanted}"),
+            (windows.holds(spec, table), "sliding windows in these layers"),
             (spec.multi_latent_attention == table.latent, _latent(spec)),
             (not spec.mtp_num_layers or mtp, "multi-token prediction"),
             (not grouped or table.key("num_key_value_heads"), "query groups"),
@@ -232,7 +216,14 @@ class TableConfig:
 
     def unsupported_by_megatron(self, spec: ModelSpec) -> Iterator[str]:
         """Yield what of the config's own keys Megatron cannot compute, one reason each."""
-        for key in unknown_rotary_keys(spec):
+        if unknown := spec.unknown_keys:
+            said = " and ".join(f"{key}={json.dumps(value):.60}" for key, value in unknown.items())
+            yield (
+                f"{spec.architecture} with {said}, which no {spec.architecture} of transformers "
+                "has: correct the config, or convert as if it were without "
+                f"({' '.join(f'--accept-config-key {key}' for key in unknown)})"
+            )
+        for key in rotary.unknown_keys(spec):
             yield (
                 f"{spec.architecture} with {key} in rope_scaling or rope_parameters, a key that "
                 "no rotary embedding has: correct the config"
@@ -263,8 +254,8 @@ class TableConfig:
         theta, part = table.rotary_keys
 
         def compared(spec: ModelSpec) -> dict[str, Any]:
-            said = biases(spec)
-            switches = biases_to_config(said, table)
+            said = Biases.of(spec)
+            switches = table.bias_switches(said)
             return {
                 "model_type": spec.family,
                 **_settings(spec, table),
@@ -274,7 +265,7 @@ class TableConfig:
                 part: spec.rotary_percent,
                 "rope_scaling": spec.rotary_scaling,
                 "sliding_window": spec.extra.get("sliding_window"),
-                "layer_types": windowed_layers(spec),
+                "layer_types": windows.windowed_layers(spec),
                 "dtype": spec.dtype,
                 **_kept(spec, table),
             }
@@ -308,41 +299,6 @@ class TableConfig:
         )
 
 
-@dataclass(frozen=True)
-class NoConfig:
-    """The config of a family that has none, or none that ckptx can translate."""
-
-    reason: str
-
-    def from_config(self, config: Mapping[str, Any]) -> Any:
-        """Raise a SchemaError."""
-        raise SchemaError(self.reason)
-
-    def to_config(self, spec: ModelSpec) -> Any:
-        """Raise a SchemaError."""
-        raise SchemaError(self.reason)
-
-    def differences(self, config: Mapping[str, Any], spec: ModelSpec) -> Any:
-        """Raise a SchemaError."""
-        raise SchemaError(self.reason)
-
-    def merge_config(self, config: Mapping[str, Any], spec: ModelSpec) -> Any:
-        """Raise a SchemaError."""
-        raise SchemaError(self.reason)
-
-    def unsupported(self, spec: ModelSpec) -> list[str]:
-        """Return nothing: there is no config that could lack something."""
-        return []
-
-    def unsupported_by_megatron(self, spec: ModelSpec) -> list[str]:
-        """Return nothing: there are no keys of a config."""
-        return []
-
-    def of_family(self, spec: ModelSpec) -> ModelSpec:
-        """Return the spec as it is."""
-        return spec
-
-
 def _fields(table: ConfigTable) -> tuple[tuple[str, str], ...]:
     return (*FIELDS, *table.fields)
 
@@ -357,7 +313,7 @@ def _own_words(config: Mapping[str, Any], table: ConfigTable) -> dict[str, Any]:
     attribute_map @ v5.23.0.
     """
     found = dict(config)
-    for name in _ALIASED:
+    for name in ALIASED:
         key = table.key(name)
         if key is None or key == name or name not in config:
             continue

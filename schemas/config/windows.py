@@ -28,7 +28,7 @@ def windows_extra(window: int | None, layers: list[bool]) -> dict[str, Any]:
     return {"sliding_window": window, "layer_types": _types(layers)}
 
 
-def windows_from_config(config: Mapping[str, Any], traits: ConfigTable) -> dict[str, Any]:
+def from_config(config: Mapping[str, Any], traits: ConfigTable) -> dict[str, Any]:
     """Return the entries of ``extra`` that a config's keys say."""
     if traits.windows == "none":
         return {}
@@ -50,7 +50,7 @@ def windows_from_config(config: Mapping[str, Any], traits: ConfigTable) -> dict[
     return kept | windows_extra(window, inside)
 
 
-def windows_to_config(spec: ModelSpec, traits: ConfigTable) -> dict[str, Any]:
+def to_config(spec: ModelSpec, traits: ConfigTable) -> dict[str, Any]:
     """Return the keys of a config that say a spec's windows."""
     window = spec.extra.get("sliding_window")
     if traits.windows == "none":
@@ -69,7 +69,7 @@ def windows_to_config(spec: ModelSpec, traits: ConfigTable) -> dict[str, Any]:
     }
 
 
-def holds_windows(spec: ModelSpec, traits: ConfigTable) -> bool:
+def holds(spec: ModelSpec, traits: ConfigTable) -> bool:
     """Return whether a family's config can say a spec's windows."""
     inside = windowed_layers(spec)
     return (

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
-from ckptx.model.layout import Rule, Section, rule
+from ckptx.model.layout import LayerPredicate, Predicate, Rule, Section, always, rule
 from ckptx.model.spec import ModelSpec
-from ckptx.model.transforms import FUSED_QKV, GLU, QKV
+from ckptx.model.transforms import FUSED_QKV, GLU, IDENTITY, QKV, Transform
 
 Block: TypeAlias = Callable[[str], tuple[Rule, ...]]
 """The rules of a part of a layer, given the prefix of the layer's names."""
+GATE_UP = ("mlp l0 weight W", "mlp l0 weight V")
+"""The keys of gate and up projection."""
 
 
 def layer_norm_bias(spec: ModelSpec) -> bool:
@@ -53,43 +56,137 @@ def ungated(spec: ModelSpec) -> bool:
     return not spec.gated
 
 
+def learned_positions(spec: ModelSpec) -> bool:
+    """Whether positions have an embedding table."""
+    return spec.position_embedding_type == "learned_absolute"
+
+
+def shared_experts(spec: ModelSpec) -> bool:
+    """Whether mixtures have an expert that every token goes through."""
+    return bool(spec.moe_shared_expert_intermediate_size)
+
+
+def shared_gate(spec: ModelSpec) -> bool:
+    """Whether the shared expert has a gate."""
+    return spec.moe_shared_expert_gate
+
+
+def expert_bias(spec: ModelSpec) -> bool:
+    """Whether the router balances experts by a bias."""
+    return spec.moe_router_enable_expert_bias
+
+
+def moe(spec: ModelSpec, layer: int) -> bool:
+    """Whether a layer is a mixture of experts."""
+    return spec.is_moe(layer)
+
+
+def not_moe(spec: ModelSpec, layer: int) -> bool:
+    """Whether a layer has one MLP."""
+    return not spec.is_moe(layer)
+
+
+def latent_query(spec: ModelSpec) -> bool:
+    """Whether the query too goes through a latent vector."""
+    return spec.multi_latent_attention and spec.q_lora_rank is not None
+
+
+def direct_query(spec: ModelSpec) -> bool:
+    """Whether the query of latent attention is projected from the hidden state."""
+    return spec.multi_latent_attention and spec.q_lora_rank is None
+
+
+def both(*predicates: Predicate) -> Predicate:
+    """Return the predicate that all of these hold."""
+    return lambda spec: all(predicate(spec) for predicate in predicates)
+
+
+def only_for(when: Predicate, *rules: Rule) -> tuple[Rule, ...]:
+    """Return the rules for the models that ``when`` holds of."""
+    return tuple(replace(entry, when=both(when, entry.when)) for entry in rules)
+
+
+def linear(
+    key: str,
+    names: str | Sequence[str],
+    transform: Transform = IDENTITY,
+    *,
+    bias: Predicate = always,
+    tp: int | None = None,
+    when: Predicate = always,
+    layers: LayerPredicate | None = None,
+) -> tuple[Rule, Rule]:
+    """Return the rules of a matrix and of its bias, which some models have.
+
+    Names end in ``weight`` and ``bias``, and so does ``key``, unless it has ``{}`` where that
+    stands. Ranks that cut the rows of a matrix, ``tp=0``, cut its bias, too.
+    """
+    modules = [names] if isinstance(names, str) else names
+    keyed = key if "{}" in key else f"{key} {{}}".strip()
+
+    def one(kind: str, tp: int | None, when: Predicate) -> Rule:
+        named = [f"{name}.{kind}" for name in modules]
+        return rule(keyed.format(kind), named, transform, tp=tp, when=when, layers=layers)
+
+    return one("weight", tp, when), one("bias", None if tp else tp, both(when, bias))
+
+
+def norm(key: str, name: str, when: Predicate = always) -> tuple[Rule, Rule]:
+    """Return the rules of a norm called ``name``; ``key`` goes before ``weight`` and ``bias``."""
+    return linear(key, name, bias=layer_norm_bias, when=when)
+
+
+def layer_norms(names: Mapping[str, str]) -> Block:
+    """Return the block of a layer's norms: their keys, and what the layer calls them."""
+    return lambda prefix: tuple(
+        entry for key, name in names.items() for entry in norm(key, prefix + name)
+    )
+
+
+def embedding_tables(prefix: str) -> tuple[Rule, Rule]:
+    """Return the rules of Megatron's embeddings."""
+    words, positions = (f"{prefix}{table}_embeddings.weight" for table in ("word", "position"))
+    return (
+        rule("word embeddings", words, tp=0),
+        rule("position embeddings", positions, when=learned_positions),
+    )
+
+
+hf_norms = layer_norms({"input norm": "input_layernorm", "post norm": "post_attention_layernorm"})
+"""The norms of Llama's relatives."""
+
+
 def hf_attention(prefix: str) -> tuple[Rule, ...]:
     """Return the rules of ``self_attn`` as Llama's relatives name it."""
-    names = [f"{prefix}self_attn.{part}_proj" for part in "qkv"]
+    own = f"{prefix}self_attn."
     return (
-        rule("qkv weight", [f"{name}.weight" for name in names], QKV),
-        rule("qkv bias", [f"{name}.bias" for name in names], QKV, when=qkv_bias),
-        rule("dense weight", f"{prefix}self_attn.o_proj.weight"),
-        rule("dense bias", f"{prefix}self_attn.o_proj.bias", when=dense_bias),
-        rule("q norm weight", f"{prefix}self_attn.q_norm.weight", when=qk_norm),
-        rule("k norm weight", f"{prefix}self_attn.k_norm.weight", when=qk_norm),
+        *linear("qkv", [f"{own}{part}_proj" for part in "qkv"], QKV, bias=qkv_bias),
+        *linear("dense", f"{own}o_proj", bias=dense_bias),
+        *(rule(f"{part} norm weight", f"{own}{part}_norm.weight", when=qk_norm) for part in "qk"),
     )
 
 
-def qk_projection_norms(prefix: str) -> tuple[Rule, ...]:
-    """Return the rules of norms of query and key as wholes, not head by head."""
-    return (
-        rule("q projection norm weight", f"{prefix}self_attn.q_norm.weight"),
-        rule("k projection norm weight", f"{prefix}self_attn.k_norm.weight"),
-    )
+def hf_attention_whole_norms(prefix: str) -> tuple[Rule, ...]:
+    """Return the rules of ``self_attn`` with norms of query and key as wholes."""
+    own = f"{prefix}self_attn."
+    norms = (rule(f"{part} projection norm weight", f"{own}{part}_norm.weight") for part in "qk")
+    return (*hf_attention(prefix), *norms)
 
 
 def hf_gated_mlp(prefix: str) -> tuple[Rule, ...]:
     """Return the rules of a gated ``mlp`` as Llama's relatives name it."""
-    return (
-        rule("mlp l0 weight W", f"{prefix}mlp.gate_proj.weight"),
-        rule("mlp l0 bias W", f"{prefix}mlp.gate_proj.bias", when=mlp_bias),
-        rule("mlp l0 weight V", f"{prefix}mlp.up_proj.weight"),
-        rule("mlp l0 bias V", f"{prefix}mlp.up_proj.bias", when=mlp_bias),
-        rule("mlp l1 weight", f"{prefix}mlp.down_proj.weight"),
-        rule("mlp l1 bias", f"{prefix}mlp.down_proj.bias", when=mlp_bias),
+    names = {"mlp l0 {} W": "gate_proj", "mlp l0 {} V": "up_proj", "mlp l1": "down_proj"}
+    return tuple(
+        entry
+        for key, name in names.items()
+        for entry in linear(key, f"{prefix}mlp.{name}", bias=mlp_bias)
     )
 
 
 def hf_fused_gated_mlp(prefix: str) -> tuple[Rule, ...]:
     """Return the rules of a gated ``mlp`` without biases whose gate and up are one tensor."""
     return (
-        rule(["mlp l0 weight W", "mlp l0 weight V"], f"{prefix}mlp.gate_up_proj.weight", GLU),
+        rule(GATE_UP, f"{prefix}mlp.gate_up_proj.weight", GLU),
         rule("mlp l1 weight", f"{prefix}mlp.down_proj.weight"),
     )
 
@@ -99,22 +196,6 @@ def hf_fused_attention(prefix: str) -> tuple[Rule, ...]:
     return (
         rule("qkv weight", f"{prefix}self_attn.qkv_proj.weight", FUSED_QKV),
         rule("dense weight", f"{prefix}self_attn.o_proj.weight"),
-    )
-
-
-def norm(key: str, name: str) -> tuple[Rule, Rule]:
-    """Return the rules of a norm called ``name``; ``key`` goes before ``weight`` and ``bias``."""
-    return (
-        rule(f"{key} weight".strip(), f"{name}.weight"),
-        rule(f"{key} bias".strip(), f"{name}.bias", when=layer_norm_bias),
-    )
-
-
-def hf_norms(prefix: str) -> tuple[Rule, ...]:
-    """Return the rules of a layer's norms as Llama's relatives name them."""
-    return (
-        *norm("input norm", f"{prefix}input_layernorm"),
-        *norm("post norm", f"{prefix}post_attention_layernorm"),
     )
 
 

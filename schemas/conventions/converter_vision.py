@@ -5,13 +5,9 @@ Source: NVIDIA/Megatron-LM tools/checkpoint/{loader_llava,schema_hf}.py @ core_v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
-from ckptx.model.layout import Predicate, Rule, Section, always, rule
+from ckptx.model.layout import Rule, Section, rule
 from ckptx.model.transforms import FUSED_QKV
-from ckptx.schemas.conventions.blocks import dense_bias, qkv_bias
-from ckptx.schemas.conventions.mcore import both
+from ckptx.schemas.conventions.blocks import dense_bias, linear, only_for, qkv_bias
 from ckptx.schemas.conventions.vision import (
     EMBEDDINGS,
     VISION_LAYER,
@@ -36,24 +32,21 @@ def converter_sections(prefix: str) -> tuple[Section, ...]:
 
 
 def _embeddings(vit: str, radio: str) -> tuple[Rule, ...]:
-    generator = f"{radio}model.patch_generator."
+    own, generator = f"{vit}embeddings.", f"{radio}model.patch_generator."
     return (
-        *_only(
+        *only_for(
             of("internvit"),
-            rule("conv1 weight", f"{vit}embeddings.patch_embedding.weight"),
-            rule("conv1 bias", f"{vit}embeddings.patch_embedding.bias"),
-            rule("position embeddings", f"{vit}embeddings.position_embedding"),
-            rule("class token", f"{vit}embeddings.class_embedding"),
+            *linear("conv1", f"{own}patch_embedding"),
+            rule("position embeddings", f"{own}position_embedding"),
+            rule("class token", f"{own}class_embedding"),
         ),
-        *_only(
+        *only_for(
             of("siglip"),
-            rule("conv1 weight", f"{vit}embeddings.patch_embedding.weight"),
-            rule("conv1 bias", f"{vit}embeddings.patch_embedding.bias"),
-            rule("ln post weight", f"{vit}post_layernorm.weight"),
-            rule("ln post bias", f"{vit}post_layernorm.bias"),
-            rule("position embeddings", f"{vit}embeddings.position_embedding.weight"),
+            *linear("conv1", f"{own}patch_embedding"),
+            *linear("ln post", f"{vit}post_layernorm"),
+            rule("position embeddings", f"{own}position_embedding.weight"),
         ),
-        *_only(
+        *only_for(
             of("radio"),
             rule("embedder weight", f"{generator}embedder.weight"),
             rule("class token", f"{generator}cls_token.token"),
@@ -64,7 +57,7 @@ def _embeddings(vit: str, radio: str) -> tuple[Rule, ...]:
 
 def _layers(layer: str, block: str) -> tuple[Rule, ...]:
     return (
-        *_only(
+        *only_for(
             of("internvit"),
             rule("ls1", f"{layer}ls1"),
             rule("ls2", f"{layer}ls2"),
@@ -74,13 +67,13 @@ def _layers(layer: str, block: str) -> tuple[Rule, ...]:
             rule("q norm weight", f"{layer}attn.q_norm.weight"),
             rule("k norm weight", f"{layer}attn.k_norm.weight"),
         ),
-        *_only(
+        *only_for(
             of("siglip"),
             *tower_norms(f"{layer}layer_norm1", f"{layer}layer_norm2"),
             *separate_attention(layer),
             *tower_mlp(layer),
         ),
-        *_only(
+        *only_for(
             of("radio"),
             *tower_norms(f"{block}norm1", f"{block}norm2"),
             *_fused_attention(f"{block}attn."),
@@ -91,14 +84,6 @@ def _layers(layer: str, block: str) -> tuple[Rule, ...]:
 
 def _fused_attention(attention: str) -> tuple[Rule, ...]:
     return (
-        rule("qkv weight", f"{attention}qkv.weight", FUSED_QKV),
-        rule("qkv bias", f"{attention}qkv.bias", FUSED_QKV, when=qkv_bias),
-        rule("dense weight", f"{attention}proj.weight"),
-        rule("dense bias", f"{attention}proj.bias", when=dense_bias),
+        *linear("qkv", f"{attention}qkv", FUSED_QKV, bias=qkv_bias),
+        *linear("dense", f"{attention}proj", bias=dense_bias),
     )
-
-
-def _only(when: Predicate, *rules: Rule) -> Iterator[Rule]:
-    """Yield the rules for the models that ``when`` holds of."""
-    for entry in rules:
-        yield replace(entry, when=when if entry.when is always else both(when, entry.when))

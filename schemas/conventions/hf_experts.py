@@ -9,14 +9,13 @@ modeling_*.py, conversion_mapping.py @ v5.23.0.
 
 from __future__ import annotations
 
+from functools import partial
+
 from ckptx.model.layout import Rule, rule
 from ckptx.model.transforms import EXPERT_GLU, IDENTITY, per_expert
-from ckptx.schemas.conventions.blocks import hf_gated_mlp
-from ckptx.schemas.conventions.mcore import moe, not_moe
+from ckptx.schemas.conventions.blocks import GATE_UP, hf_gated_mlp, moe, not_moe, shared_experts
 
-_LAYER = "model.layers.{layer}."
-_MLP = f"{_LAYER}mlp."
-_GATE_UP = ["mlp l0 weight W", "mlp l0 weight V"]
+_FUSED = "model.layers.{layer}.mlp.experts."
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -25,25 +24,22 @@ def experts_of(prefix: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
 
     In memory they lie in ``mlp`` whatever ``prefix`` is.
     """
-    own = f"{prefix}experts.{{expert}}."
-    fused = f"{_MLP}experts."
+    gate, up, down = (f"{prefix}experts.{{expert}}.{part}.weight" for part in (gate, up, down))
+    experts = partial(rule, ep=0, layers=moe)
+    fused = [(f"{_FUSED}gate_up_proj", EXPERT_GLU)]
     return (
-        rule(
-            _GATE_UP,
-            [f"{own}{gate}.weight", f"{own}{up}.weight"],
-            per_expert(IDENTITY, 2),
-            ep=0,
-            layers=moe,
-            also=[(f"{fused}gate_up_proj", EXPERT_GLU)],
-        ),
-        rule(
-            "mlp l1 weight",
-            f"{own}{down}.weight",
-            per_expert(),
-            ep=0,
-            layers=moe,
-            also=[(f"{fused}down_proj", IDENTITY)],
-        ),
+        experts(GATE_UP, [gate, up], per_expert(width=2), also=fused),
+        experts("mlp l1 weight", down, per_expert(), also=[(f"{_FUSED}down_proj", IDENTITY)]),
+    )
+
+
+def shared_expert(prefix: str) -> tuple[Rule, ...]:
+    """Return the rules of the expert that every token goes through."""
+    keys = ("l0 weight W", "l0 weight V", "l1 weight")
+    shared = partial(rule, when=shared_experts, layers=moe)
+    return tuple(
+        shared(f"shared mlp {key}", f"{prefix}{part}.weight")
+        for key, part in zip(keys, PROJECTIONS, strict=True)
     )
 
 
@@ -57,10 +53,12 @@ def dense_layers(prefix: str) -> tuple[Rule, ...]:
     return tuple(entry.only_in(not_moe) for entry in hf_gated_mlp(prefix))
 
 
+def mixture(prefix: str) -> tuple[Rule, ...]:
+    """Return the rules of a mixture in ``mlp``."""
+    mlp = f"{prefix}mlp."
+    return (router(f"{mlp}gate.weight"), *experts_of(mlp, *PROJECTIONS))
+
+
 def qwen_experts(prefix: str) -> tuple[Rule, ...]:
     """Return the rules of a mixture, or of the MLP of a dense layer, as Qwen names them."""
-    return (
-        *dense_layers(prefix),
-        router(f"{prefix}mlp.gate.weight"),
-        *experts_of(f"{prefix}mlp.", *PROJECTIONS),
-    )
+    return (*dense_layers(prefix), *mixture(prefix))

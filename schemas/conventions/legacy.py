@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ckptx.errors import SchemaError
@@ -23,16 +24,8 @@ from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import FUSED_QKV, GLU, IDENTITY, Transform, per_expert
 from ckptx.registry.families import family_named
 from ckptx.schemas.config.windows import windowed_layers
-from ckptx.schemas.conventions.blocks import (
-    dense_bias,
-    gated,
-    mlp_bias,
-    norm,
-    qkv_bias,
-    ungated,
-    untied,
-)
-from ckptx.schemas.conventions.mcore import both, learned_positions, moe, not_moe
+from ckptx.schemas.conventions import blocks
+from ckptx.schemas.conventions.blocks import GATE_UP, both, linear, moe, norm, not_moe
 from ckptx.schemas.megatron_settings.activations import FUSION
 from ckptx.tensors.lazy import LazyTensor, Shape
 
@@ -129,33 +122,30 @@ def _with_order(entry: Rule, transform: Transform) -> Rule:
 
 
 def _fc1(kind: str) -> tuple[Rule, Rule]:
-    name, when = f"{_MLP}dense_h_to_4h.{kind}", mlp_bias if kind == "bias" else always
+    name, when = f"{_MLP}dense_h_to_4h.{kind}", blocks.mlp_bias if kind == "bias" else always
     keys = [f"mlp l0 {kind} W", f"mlp l0 {kind} V"]
+    gated, ungated = both(blocks.gated, when), both(blocks.ungated, when)
     return (
-        rule(keys, name, GLU, tp=0, when=both(gated, when), layers=not_moe),
-        rule(f"mlp l0 {kind}", name, tp=0, when=both(ungated, when), layers=not_moe),
+        rule(keys, name, GLU, tp=0, when=gated, layers=not_moe),
+        rule(f"mlp l0 {kind}", name, tp=0, when=ungated, layers=not_moe),
     )
 
 
 def transformer() -> tuple[Section, Section]:
     """Return the sections of the layers and of the final norm, in the order of registration."""
-    experts = ["mlp l0 weight W", "mlp l0 weight V"]
+    experts = partial(rule, ep=0, layers=moe)
+    fc1, fc2 = (f"{_EXPERT}dense_{sizes}.weight" for sizes in ("h_to_4h", "4h_to_h"))
     layer = (
         *norm("input norm", f"{_LAYER}input_norm"),
-        rule("qkv weight", f"{_ATTENTION}query_key_value.weight", tp=0),
-        rule("qkv bias", f"{_ATTENTION}query_key_value.bias", tp=0, when=qkv_bias),
-        rule("dense weight", f"{_ATTENTION}dense.weight", tp=1),
-        rule("dense bias", f"{_ATTENTION}dense.bias", when=dense_bias),
+        *linear("qkv", f"{_ATTENTION}query_key_value", tp=0, bias=blocks.qkv_bias),
+        *linear("dense", f"{_ATTENTION}dense", tp=1, bias=blocks.dense_bias),
         *norm("post norm", f"{_LAYER}post_attention_norm"),
         *_fc1("weight"),
         *_fc1("bias"),
-        rule("mlp l1 weight", f"{_MLP}dense_4h_to_h.weight", tp=1, layers=not_moe),
-        rule("mlp l1 bias", f"{_MLP}dense_4h_to_h.bias", when=mlp_bias, layers=not_moe),
+        *linear("mlp l1", f"{_MLP}dense_4h_to_h", tp=1, bias=blocks.mlp_bias, layers=not_moe),
         rule("router weight", f"{_MLP}router.weight", layers=moe),
-        rule(experts, f"{_EXPERT}dense_h_to_4h.weight", per_expert(GLU), ep=0, tp=1, layers=moe),
-        rule(
-            "mlp l1 weight", f"{_EXPERT}dense_4h_to_h.weight", per_expert(), ep=0, tp=2, layers=moe
-        ),
+        experts(GATE_UP, fc1, per_expert(GLU), tp=1),
+        experts("mlp l1 weight", fc2, per_expert(), tp=2),
     )
     return (
         Section("transformer layer {layer}", layer),
@@ -165,30 +155,13 @@ def transformer() -> tuple[Section, Section]:
 
 def embeddings(*more: Rule) -> Section:
     """Return the section of the embeddings."""
-    return Section(
-        "embeddings",
-        (
-            rule("word embeddings", f"{_EMBEDDING}word_embeddings.weight", tp=0),
-            rule(
-                "position embeddings",
-                f"{_EMBEDDING}position_embeddings.weight",
-                when=learned_positions,
-            ),
-            *more,
-        ),
-    )
+    return Section("embeddings", (*blocks.embedding_tables(_EMBEDDING), *more))
 
 
+_OUTPUT = rule("weight", f"{_MODEL}output_layer.weight", tp=0, when=blocks.untied)
 LEGACY = Layout(
     "legacy/gpt",
-    (
-        embeddings(),
-        *transformer(),
-        Section(
-            "output layer",
-            (rule("weight", f"{_MODEL}output_layer.weight", tp=0, when=untied),),
-        ),
-    ),
+    (embeddings(), *transformer(), Section("output layer", (_OUTPUT,))),
     ignored=("_extra_state",),
 )
 """A GPT model, as version 2 and later have it."""

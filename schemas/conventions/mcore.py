@@ -8,7 +8,7 @@ registers parameters.
 
 Source: NVIDIA/Megatron-LM megatron/core/models/gpt/gpt_layer_specs.py,
 megatron/core/transformer/{attention,mlp,transformer_layer}.py,
-megatron/core/transformer/moe/{router,experts,shared_experts}.py @ core_v0.16.1.
+megatron/core/transformer/moe/{router,experts,blocks.shared_experts}.py @ core_v0.16.1.
 """
 
 from __future__ import annotations
@@ -36,17 +36,8 @@ from ckptx.model.transforms import (
     Transform,
     per_expert,
 )
-from ckptx.schemas.conventions.blocks import (
-    dense_bias,
-    gated,
-    layer_norm_bias,
-    mlp_bias,
-    norm,
-    qk_norm,
-    qkv_bias,
-    ungated,
-    untied,
-)
+from ckptx.schemas.conventions import blocks
+from ckptx.schemas.conventions.blocks import both, linear, moe, norm, not_moe, qk_norm
 
 LAYER = "decoder.layers.{layer}."
 MTP = "mtp.layers.{layer}."
@@ -89,36 +80,6 @@ class Style:
         return Style(distributed=True) if self.distributed else self
 
 
-def learned_positions(spec: ModelSpec) -> bool:
-    """Whether positions have an embedding table."""
-    return spec.position_embedding_type == "learned_absolute"
-
-
-def shared_experts(spec: ModelSpec) -> bool:
-    """Whether mixtures have an expert that every token goes through."""
-    return bool(spec.moe_shared_expert_intermediate_size)
-
-
-def shared_gate(spec: ModelSpec) -> bool:
-    """Whether the shared expert has a gate."""
-    return spec.moe_shared_expert_gate
-
-
-def expert_bias(spec: ModelSpec) -> bool:
-    """Whether the router balances experts by a bias."""
-    return spec.moe_router_enable_expert_bias
-
-
-def moe(spec: ModelSpec, layer: int) -> bool:
-    """Whether a layer is a mixture of experts."""
-    return spec.is_moe(layer)
-
-
-def not_moe(spec: ModelSpec, layer: int) -> bool:
-    """Whether a layer has one MLP."""
-    return not spec.is_moe(layer)
-
-
 def latent(spec: ModelSpec) -> bool:
     """Whether attention goes through latent vectors."""
     return spec.multi_latent_attention
@@ -129,19 +90,7 @@ def plain(spec: ModelSpec) -> bool:
     return not spec.multi_latent_attention
 
 
-def latent_query(spec: ModelSpec) -> bool:
-    """Whether the query too goes through a latent vector."""
-    return spec.multi_latent_attention and spec.q_lora_rank is not None
-
-
-def direct_query(spec: ModelSpec) -> bool:
-    """Whether the query of latent attention is projected from the hidden state."""
-    return spec.multi_latent_attention and spec.q_lora_rank is None
-
-
-def both(*predicates: Predicate) -> Predicate:
-    """Return the predicate that all of these hold."""
-    return lambda spec: all(predicate(spec) for predicate in predicates)
+_heads_normed = both(plain, qk_norm)
 
 
 def _norm(
@@ -157,82 +106,55 @@ def _norm(
         also = [other + kind for other in others]
         return rule(f"{key} {kind}", name + kind, when=when, layers=layers, also=also)
 
-    return one("weight", when), one("bias", both(layer_norm_bias, when))
+    return one("weight", when), one("bias", both(blocks.layer_norm_bias, when))
 
 
 def _fc1(kind: str, when: Predicate) -> tuple[Rule, Rule]:
     name = f"{MLP}linear_fc1.{kind}"
+    # The halves are what singleton_local_shards writes.
     halves: list[tuple[list[str], Transform]] = [([f"{name}_w", f"{name}_v"], IDENTITY)]
     keys = [f"mlp l0 {kind} W", f"mlp l0 {kind} V"]
-    gate = both(gated, when)
-    plain = both(ungated, when)
+    gated, ungated = both(blocks.gated, when), both(blocks.ungated, when)
     return (
-        # The halves are what singleton_local_shards writes.
-        rule(keys, name, GLU, tp=0, when=gate, layers=not_moe, also=halves),
-        rule(f"mlp l0 {kind}", name, tp=0, when=plain, layers=not_moe),
+        rule(keys, name, GLU, tp=0, when=gated, layers=not_moe, also=halves),
+        rule(f"mlp l0 {kind}", name, tp=0, when=ungated, layers=not_moe),
     )
 
 
-def _experts(style: Style) -> tuple[Rule, Rule]:
-    """Return the rules of the experts' weights, [experts, rows, columns] in canonical space."""
-    single = EXPERTS + "experts.{expert}.linear_fc"
-    fc1: dict[Style, tuple[str | list[str], Transform]] = {
-        Style(distributed=True): (f"{EXPERTS}experts.linear_fc1.weight", EXPERT_GLU),
-        Style(grouped=True): (EXPERTS + "linear_fc1.weight{expert}", per_expert(GLU)),
-        Style(): (EXPERTS + "local_experts.{expert}.linear_fc1.weight", per_expert(GLU)),
-        Style(local=True, grouped=True): (f"{EXPERTS}weight1", GROUPED_FC1),
+def _experts(style: Style) -> Iterator[Rule]:
+    """Yield the rules of the experts' weights, [experts, rows, columns] in canonical space."""
+    known: dict[Style, tuple[str, tuple[Transform, Transform]]] = {
+        Style(distributed=True): ("experts.linear_fc#.weight", (EXPERT_GLU, IDENTITY)),
+        Style(grouped=True): ("linear_fc#.weight{expert}", (per_expert(GLU), per_expert())),
+        Style(): ("local_experts.{expert}.linear_fc#.weight", (per_expert(GLU), per_expert())),
+        Style(local=True, grouped=True): ("weight#", (GROUPED_FC1, GROUPED_FC2)),
     }
-    fc2: dict[Style, tuple[str | list[str], Transform]] = {
-        Style(distributed=True): (f"{EXPERTS}experts.linear_fc2.weight", IDENTITY),
-        Style(grouped=True): (EXPERTS + "linear_fc2.weight{expert}", per_expert()),
-        Style(): (EXPERTS + "local_experts.{expert}.linear_fc2.weight", per_expert()),
-        Style(local=True, grouped=True): (f"{EXPERTS}weight2", GROUPED_FC2),
-    }
-    halves = ([f"{single}1.weight_w", f"{single}1.weight_v"], per_expert(width=2))
     own = replace(style, local=style.local and style.grouped and not style.distributed)
-    keys = ["mlp l0 weight W", "mlp l0 weight V"]
-    others1 = [names for other, names in fc1.items() if other != own]
-    others2 = [names for other, names in fc2.items() if other != own]
-    return (
-        rule(keys, *fc1[own], ep=0, tp=1, layers=moe, also=[*others1, halves]),
-        rule(
-            "mlp l1 weight",
-            *fc2[own],
-            ep=0,
-            tp=2,
-            layers=moe,
-            also=[*others2, ([f"{single}2.weight"], per_expert())],
-        ),
-    )
+    ordered = [known.pop(own), *known.values()]
+    for number, keys, ends in ((1, blocks.GATE_UP, ("_w", "_v")), (2, ("mlp l1 weight",), ("",))):
+        first, *others = (
+            (EXPERTS + name.replace("#", str(number)), transforms[number - 1])
+            for name, transforms in ordered
+        )
+        # Those of singleton_local_shards.
+        single = [f"{EXPERTS}experts.{{expert}}.linear_fc{number}.weight{end}" for end in ends]
+        also = [*others, (single, per_expert(width=len(ends)))]
+        yield rule(keys, *first, ep=0, tp=number, layers=moe, also=also)
 
 
 def _mixture(style: Style) -> tuple[Rule, ...]:
-    shared = ["shared mlp l0 weight W", "shared mlp l0 weight V"]
-    halves: list[tuple[list[str], Transform]] = [
-        ([f"{SHARED}linear_fc1.weight_w", f"{SHARED}linear_fc1.weight_v"], IDENTITY)
-    ]
-    return (
-        rule("router weight", f"{MLP}router.weight", layers=moe),
-        rule("router expert bias", f"{MLP}router.expert_bias", layers=moe, when=expert_bias),
+    gate_up = [f"shared {key}" for key in blocks.GATE_UP]
+    fc1, fc2 = f"{SHARED}linear_fc1.weight", f"{SHARED}linear_fc2.weight"
+    halves: list[tuple[list[str], Transform]] = [([f"{fc1}_w", f"{fc1}_v"], IDENTITY)]
+    own = (
+        rule("router weight", f"{MLP}router.weight"),
+        rule("router expert bias", f"{MLP}router.expert_bias", when=blocks.expert_bias),
         *_experts(style),
-        rule("shared gate weight", f"{SHARED}gate_weight", layers=moe, when=shared_gate),
-        rule(
-            shared,
-            f"{SHARED}linear_fc1.weight",
-            GLU,
-            tp=0,
-            layers=moe,
-            when=shared_experts,
-            also=halves,
-        ),
-        rule(
-            "shared mlp l1 weight",
-            f"{SHARED}linear_fc2.weight",
-            tp=1,
-            layers=moe,
-            when=shared_experts,
-        ),
+        rule("shared gate weight", f"{SHARED}gate_weight", when=blocks.shared_gate),
+        rule(gate_up, fc1, GLU, tp=0, when=blocks.shared_experts, also=halves),
+        rule("shared mlp l1 weight", fc2, tp=1, when=blocks.shared_experts),
     )
+    return tuple(entry.only_in(moe) for entry in own)
 
 
 def _latent_attention() -> tuple[Rule, ...]:
@@ -244,29 +166,32 @@ def _latent_attention() -> tuple[Rule, ...]:
     Source: megatron/core/transformer/multi_latent_attention.py @ core_v0.16.1.
     """
 
-    def down(key: str, name: str, rows: Callable[[ModelSpec], int], when: Predicate) -> Rule:
-        return rule(f"{key} down weight", f"{ATTENTION}linear_{name}.weight", when=when, rows=rows)
+    def down(key: str, rows: Callable[[ModelSpec], int], when: Predicate) -> Rule:
+        name = f"{ATTENTION}linear_{key}_down_proj.weight"
+        return rule(f"{key} down weight", name, when=when, rows=rows)
 
-    def up(key: str, name: str, module: str, when: Predicate) -> tuple[Rule, Rule]:
-        linear = f"{ATTENTION}linear_{name}."
-        own = f"{ATTENTION}{module}.weight"
+    def up(key: str, when: Predicate) -> tuple[Rule, Rule]:
+        linear = f"{ATTENTION}linear_{key}_up_proj."
+        own = f"{ATTENTION}{key}_layernorm.weight"
         normed = both(when, qk_norm)
         return (
             rule(f"{key} down norm weight", f"{linear}layer_norm_weight", when=normed, also=[own]),
             rule(f"{key} up weight", f"{linear}weight", tp=0, when=when),
         )
 
+    def query(spec: ModelSpec) -> int:
+        return spec.q_lora_rank or 0
+
+    def key_value(spec: ModelSpec) -> int:
+        return spec.kv_lora_rank + spec.qk_pos_emb_head_dim
+
+    direct = f"{ATTENTION}linear_q_proj.weight"
     return (
-        rule("q projection weight", f"{ATTENTION}linear_q_proj.weight", tp=0, when=direct_query),
-        down("q", "q_down_proj", lambda spec: spec.q_lora_rank or 0, latent_query),
-        *up("q", "q_up_proj", "q_layernorm", latent_query),
-        down(
-            "kv",
-            "kv_down_proj",
-            lambda spec: spec.kv_lora_rank + spec.qk_pos_emb_head_dim,
-            latent,
-        ),
-        *up("kv", "kv_up_proj", "kv_layernorm", latent),
+        rule("q projection weight", direct, tp=0, when=blocks.direct_query),
+        down("q", query, blocks.latent_query),
+        *up("q", blocks.latent_query),
+        down("kv", key_value, latent),
+        *up("kv", latent),
     )
 
 
@@ -310,59 +235,33 @@ def _post_norm(style: Style) -> tuple[Rule, ...]:
 
 def mcore_gpt(style: Style) -> Layout:
     """Return the layout of a GPT model in one of Megatron's spellings."""
-    modules = _as_modules(style)
-    input_norm = _norm(
-        "input norm",
-        _ordered(style, f"{ATTENTION}linear_qkv.layer_norm_", f"{LAYER}input_layernorm."),
-        when=plain,
-    )
-    latent_norm = _norm("input norm", (f"{LAYER}input_layernorm.",), when=latent)
-    dense = (
-        rule("dense weight", f"{ATTENTION}linear_proj.weight", tp=1),
-        rule("dense bias", f"{ATTENTION}linear_proj.bias", when=dense_bias),
-    )
-    qkv = (
-        rule("qkv weight", f"{ATTENTION}linear_qkv.weight", tp=0, when=plain),
-        rule("qkv bias", f"{ATTENTION}linear_qkv.bias", tp=0, when=both(plain, qkv_bias)),
-    )
-    qk_norms = (
-        rule("q norm weight", f"{ATTENTION}q_layernorm.weight", when=both(plain, qk_norm)),
-        rule("k norm weight", f"{ATTENTION}k_layernorm.weight", when=both(plain, qk_norm)),
+    fused, module = f"{ATTENTION}linear_qkv.layer_norm_", f"{LAYER}input_layernorm."
+    input_norm = _norm("input norm", _ordered(style, fused, module), when=plain)
+    dense = linear("dense", f"{ATTENTION}linear_proj", tp=1, bias=blocks.dense_bias)
+    layer = (
+        *_norm("input norm", (module,), when=latent),
+        *((*input_norm, *dense) if _as_modules(style) else (*dense, *input_norm)),
+        *linear("qkv", f"{ATTENTION}linear_qkv", tp=0, when=plain, bias=blocks.qkv_bias),
+        *(
+            rule(f"{part} norm weight", f"{ATTENTION}{part}_layernorm.weight", when=_heads_normed)
+            for part in "qk"
+        ),
         *_latent_attention(),
-    )
-    mlp = (
+        *_post_norm(style),
         *_fc1("weight", always),
-        *_fc1("bias", mlp_bias),
-        rule("mlp l1 weight", f"{MLP}linear_fc2.weight", tp=1, layers=not_moe),
-        rule("mlp l1 bias", f"{MLP}linear_fc2.bias", when=mlp_bias, layers=not_moe),
+        *_fc1("bias", blocks.mlp_bias),
+        *linear("mlp l1", f"{MLP}linear_fc2", tp=1, bias=blocks.mlp_bias, layers=not_moe),
         *_mixture(style),
     )
-    attention = (*input_norm, *dense) if modules else (*dense, *input_norm)
-    layer = (*latent_norm, *attention, *qkv, *qk_norms, *_post_norm(style), *mlp)
+    output = rule("weight", "output_layer.weight", tp=0, when=blocks.untied)
     return Layout(
         style.name,
         (
-            Section(
-                "embeddings",
-                (
-                    rule("word embeddings", "embedding.word_embeddings.weight", tp=0),
-                    rule(
-                        "position embeddings",
-                        "embedding.position_embeddings.weight",
-                        when=learned_positions,
-                    ),
-                ),
-            ),
+            Section("embeddings", blocks.embedding_tables("embedding.")),
             Section("transformer layer {layer}", layer),
-            Section(
-                "final norm",
-                (
-                    rule("weight", "decoder.final_layernorm.weight"),
-                    rule("bias", "decoder.final_layernorm.bias", when=layer_norm_bias),
-                ),
-            ),
+            Section("final norm", norm("", "decoder.final_layernorm")),
             Section("mtp layer {layer}", _mtp_rules(layer)),
-            Section("output layer", (rule("weight", "output_layer.weight", tp=0, when=untied),)),
+            Section("output layer", (output,)),
         ),
         ignored=("_extra_state",),
         extra_states=tuple(extra_states(style.as_stored)),
@@ -397,15 +296,15 @@ def _layer_states(style: Style, *, further: bool = False) -> Iterator[ExtraState
         yield state(f"{ATTENTION}core_attention")
     yield state(f"{ATTENTION}linear_proj")
     yield state(f"{ATTENTION}linear_qkv", plain)
-    yield state(f"{ATTENTION}linear_q_proj", direct_query)
+    yield state(f"{ATTENTION}linear_q_proj", blocks.direct_query)
     for part in ("linear_q_down_proj", "linear_q_up_proj"):
-        yield state(ATTENTION + part, latent_query)
+        yield state(ATTENTION + part, blocks.latent_query)
     for part in ("linear_kv_down_proj", "linear_kv_up_proj"):
         yield state(ATTENTION + part, latent)
     if not style.local:
         yield state(f"{LAYER}input_layernorm", latent)
-        yield state(f"{ATTENTION}q_layernorm", both(plain, qk_norm))
-        yield state(f"{ATTENTION}k_layernorm", both(plain, qk_norm))
+        yield state(f"{ATTENTION}q_layernorm", _heads_normed)
+        yield state(f"{ATTENTION}k_layernorm", _heads_normed)
         yield state(f"{LAYER}pre_mlp_layernorm", layers=moe)
     for part in ("linear_fc1", "linear_fc2"):
         yield state(MLP + part, layers=not_moe)
@@ -415,7 +314,7 @@ def _layer_states(style: Style, *, further: bool = False) -> Iterator[ExtraState
             yield state(EXPERTS + "local_experts.{expert}." + part, layers=moe)
         elif not style.local:
             yield state(EXPERTS + part, layers=moe)
-        yield state(SHARED + part, shared_experts, moe)
+        yield state(SHARED + part, blocks.shared_experts, moe)
 
 
 def _further_states(style: Style) -> Iterator[ExtraState]:
@@ -437,8 +336,6 @@ STYLES = (
 )
 MCORE = {style.convention: mcore_gpt(style) for style in STYLES}
 """Megatron's layouts by convention: ``"mcore"`` is that of ``torch_dist``."""
-MCORE_LOCAL = tuple(style.convention for style in STYLES if style.local)
-"""The conventions of the spec without Transformer Engine, that of its ``torch_dist`` among them."""
 TIED_COPY = "output_layer.weight"
 """The copy of tied embeddings on the last stage of a per-rank checkpoint with several stages."""
 
@@ -446,3 +343,9 @@ TIED_COPY = "output_layer.weight"
 def not_in_megatron(reason: str) -> Mapping[str, str]:
     """Return the reason for which a family has no Megatron layout, by convention."""
     return dict.fromkeys((*MCORE, "legacy"), f"Megatron Core 0.16 has no {reason}")
+
+
+def not_local(reason: str) -> Mapping[str, str]:
+    """Return the reason for which a family has no layout of the spec without Transformer Engine."""
+    local = (style.convention for style in STYLES if style.local)
+    return dict.fromkeys(local, f"{reason}; write Transformer Engine's names")

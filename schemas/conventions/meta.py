@@ -22,44 +22,37 @@ from ckptx.errors import SchemaError, listing
 from ckptx.model.layout import Layout, Section, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import QKV, ROTARY_PAIRS, compose
-from ckptx.schemas.config.traits import biases
+from ckptx.schemas.config.traits import Biases
 from ckptx.schemas.config.windows import windowed_layers, windows_extra
 from ckptx.schemas.conventions.blocks import untied
 
 EMBEDDING = "tok_embeddings.weight"
 OUTPUT = "output.weight"
-_BUFFERS = ("rope.freqs",)
 
 
 def meta(name: str, *, embedding_axis: int) -> Layout:
     """Return the layout whose shards cut the embedding along ``embedding_axis``."""
     layer = "layers.{layer}."
     attention, mlp = f"{layer}attention.", f"{layer}feed_forward."
+    projections = [f"{attention}w{part}.weight" for part in "qkv"]
+    rules = (
+        rule("qkv weight", projections, compose(QKV, ROTARY_PAIRS), tp=0),
+        rule("dense weight", f"{attention}wo.weight", tp=1),
+        rule("mlp l0 weight W", f"{mlp}w1.weight", tp=0),
+        rule("mlp l1 weight", f"{mlp}w2.weight", tp=1),
+        rule("mlp l0 weight V", f"{mlp}w3.weight", tp=0),
+        rule("input norm weight", f"{layer}attention_norm.weight"),
+        rule("post norm weight", f"{layer}ffn_norm.weight"),
+    )
     return Layout(
         name,
         (
             Section("embeddings", (rule("word embeddings", EMBEDDING, tp=embedding_axis),)),
-            Section(
-                "transformer layer {layer}",
-                (
-                    rule(
-                        "qkv weight",
-                        [f"{attention}w{part}.weight" for part in "qkv"],
-                        compose(QKV, ROTARY_PAIRS),
-                        tp=0,
-                    ),
-                    rule("dense weight", f"{attention}wo.weight", tp=1),
-                    rule("mlp l0 weight W", f"{mlp}w1.weight", tp=0),
-                    rule("mlp l1 weight", f"{mlp}w2.weight", tp=1),
-                    rule("mlp l0 weight V", f"{mlp}w3.weight", tp=0),
-                    rule("input norm weight", f"{layer}attention_norm.weight"),
-                    rule("post norm weight", f"{layer}ffn_norm.weight"),
-                ),
-            ),
+            Section("transformer layer {layer}", rules),
             Section("final norm", (rule("weight", "norm.weight"),)),
             Section("output layer", (rule("weight", OUTPUT, tp=0, when=untied),)),
         ),
-        _BUFFERS,
+        ("rope.freqs",),
     )
 
 
@@ -201,7 +194,7 @@ def params_from_spec(spec: ModelSpec, *, by_width: bool) -> dict[str, Any]:
 
 def unsupported_by_meta(spec: ModelSpec) -> list[str]:
     """Return what a spec says that Meta's model cannot be, one reason each."""
-    said = biases(spec)
+    said = Biases.of(spec)
     window = windowed_layers(spec)
     llama = spec.family == "llama"
     scaling = spec.rotary_scaling

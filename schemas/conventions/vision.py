@@ -20,23 +20,22 @@ from ckptx.model.canonical_names import RADIO_CLASS
 from ckptx.model.layout import ExtraState, Predicate, Rule, Section, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import QKV, drop_unit_axes
-from ckptx.schemas.config.traits import Biases, from_biases
+from ckptx.schemas.config.traits import Biases
 from ckptx.schemas.conventions.blocks import (
+    both,
     dense_bias,
     gated,
+    hf_gated_mlp,
     layer_norm_bias,
+    linear,
     mlp_bias,
+    moe,
+    norm,
+    only_for,
     qkv_bias,
     ungated,
 )
-from ckptx.schemas.conventions.mcore import (
-    LAYER,
-    Style,
-    both,
-    extra_states,
-    mcore_gpt,
-    moe,
-)
+from ckptx.schemas.conventions.mcore import LAYER, Style, extra_states, mcore_gpt
 
 EMBEDDINGS, VISION_LAYER, HEAD = "vit embeddings", "vit transformer layer {layer}", "vit head"
 PROJECTION = "vision projection"
@@ -154,7 +153,7 @@ def tower_spec(
     Hugging Face's ``vision_feature_layer`` and ``vision_feature_select_strategy``.
     """
     tower = TOWERS[name]
-    switches, extra = from_biases(tower.biases)
+    switches, extra = tower.biases.to_spec()
     more = changes.pop("extra", {})
     assert isinstance(more, Mapping)
     values = {
@@ -255,33 +254,22 @@ def _gpt_layer(style: Style) -> list[Rule]:
 
 def megatron_sections(style: Style) -> tuple[Section, ...]:
     """Return the sections of tower and projection in one of Megatron's spellings."""
-    convolved = _CONVOLVED
     embeddings = (
         rule("mask token", "mask_token", when=of("radio-g")),
         rule("class token", "class_token", when=class_token),
         rule("position embeddings", "position_embeddings", when=_RADIO),
-        rule("embedder weight", "embedder.weight", tp=0, when=_RADIO),
-        rule("embedder bias", "embedder.bias", tp=0, when=of("radio-g")),
-        rule("ln pre weight", "ln_pre.weight", when=of("clip")),
-        rule("ln pre bias", "ln_pre.bias", when=of("clip")),
-        rule("ln post weight", "ln_post.weight", when=post_norm),
-        rule("ln post bias", "ln_post.bias", when=post_norm),
-        rule("conv1 weight", "conv1.weight", when=convolved),
-        rule("conv1 bias", "conv1.bias", when=_CONV_BIAS),
-        rule("position embeddings", "position_embeddings.weight", when=convolved),
+        *linear("embedder", "embedder", tp=0, when=_RADIO, bias=of("radio-g")),
+        *linear("ln pre", "ln_pre", when=of("clip")),
+        *linear("ln post", "ln_post", when=post_norm),
+        *linear("conv1", "conv1", when=_CONVOLVED, bias=_CONV_BIAS),
+        rule("position embeddings", "position_embeddings.weight", when=_CONVOLVED),
     )
-    key = f"{PROJECTION} "
+    key, normed = f"{PROJECTION} ", "linear_fc1.layer_norm_"
     projection = (
-        rule(f"{key}norm weight", "linear_fc1.layer_norm_weight", when=projection_norm),
-        rule(
-            f"{key}norm bias",
-            "linear_fc1.layer_norm_bias",
-            when=both(projection_norm, layer_norm_bias),
-        ),
-        rule(f"{key}l0 weight", "linear_fc1.weight", tp=0, when=two_layers),
-        rule(f"{key}l0 bias", "linear_fc1.bias", tp=0, when=both(two_layers, biased)),
-        rule(f"{key}l1 weight", "linear_fc2.weight", tp=1, when=two_layers),
-        rule(f"{key}l1 bias", "linear_fc2.bias", when=both(two_layers, biased)),
+        rule(f"{key}norm weight", f"{normed}weight", when=projection_norm),
+        rule(f"{key}norm bias", f"{normed}bias", when=both(projection_norm, layer_norm_bias)),
+        *linear(f"{key}l0", "linear_fc1", tp=0, when=two_layers, bias=biased),
+        *linear(f"{key}l1", "linear_fc2", tp=1, when=two_layers, bias=biased),
         rule(f"{key}l0 weight", "weight", tp=0, when=one_layer),
         rule(f"{key}l0 bias", "bias", tp=0, when=both(one_layer, biased)),
     )
@@ -317,93 +305,60 @@ def megatron_states(style: Style) -> Iterator[ExtraState]:
 
 def hf_sections(prefix: str, *others: str) -> tuple[Section, ...]:
     """Return the sections of a CLIP or SigLIP tower as transformers names them."""
-    layer = "encoder.layers.{layer}."
-    sections = (
-        Section(
-            EMBEDDINGS,
-            (
-                rule(
-                    "class token", "embeddings.class_embedding", drop_unit_axes(2), when=class_token
-                ),
-                rule("conv1 weight", "embeddings.patch_embedding.weight"),
-                rule("conv1 bias", "embeddings.patch_embedding.bias", when=_CONV_BIAS),
-                rule("position embeddings", "embeddings.position_embedding.weight"),
-                rule("ln pre weight", "pre_layrnorm.weight", when=of("clip")),
-                rule("ln pre bias", "pre_layrnorm.bias", when=of("clip")),
-                rule("ln post weight", "post_layernorm.weight", when=post_norm),
-                rule("ln post bias", "post_layernorm.bias", when=post_norm),
-            ),
-            part="vision",
-        ),
-        Section(
-            VISION_LAYER,
-            (
-                *separate_attention(layer),
-                *tower_norms(f"{layer}layer_norm1", f"{layer}layer_norm2"),
-                *tower_mlp(layer),
-            ),
-            part="vision",
-        ),
-        Section(
-            HEAD,
-            tuple(replace(entry, when=pooling_head) for entry in _pooling("head.")),
-            part="vision",
-        ),
+    layer, table = "encoder.layers.{layer}.", "embeddings."
+    embeddings = (
+        rule("class token", f"{table}class_embedding", drop_unit_axes(2), when=class_token),
+        *linear("conv1", f"{table}patch_embedding", bias=_CONV_BIAS),
+        rule("position embeddings", f"{table}position_embedding.weight"),
+        *linear("ln pre", "pre_layrnorm", when=of("clip")),
+        *linear("ln post", "post_layernorm", when=post_norm),
     )
-    return tuple(section.under("", prefix, *others) for section in sections)
+    layers = (
+        *separate_attention(layer),
+        *tower_norms(f"{layer}layer_norm1", f"{layer}layer_norm2"),
+        *tower_mlp(layer),
+    )
+    messages = {EMBEDDINGS: embeddings, VISION_LAYER: layers, HEAD: _pooling("head.")}
+    return tuple(
+        Section(message, rules, part="vision").under("", prefix, *others)
+        for message, rules in messages.items()
+    )
 
 
 def separate_attention(layer: str) -> tuple[Rule, ...]:
     """Return the rules of an attention with projections of their own, as CLIP has it."""
     names = [f"{layer}self_attn.{part}_proj" for part in "qkv"]
     return (
-        rule("qkv weight", [f"{name}.weight" for name in names], QKV),
-        rule("qkv bias", [f"{name}.bias" for name in names], QKV, when=qkv_bias),
-        rule("dense weight", f"{layer}self_attn.out_proj.weight"),
-        rule("dense bias", f"{layer}self_attn.out_proj.bias", when=dense_bias),
+        *linear("qkv", names, QKV, bias=qkv_bias),
+        *linear("dense", f"{layer}self_attn.out_proj", bias=dense_bias),
     )
 
 
 def tower_norms(before: str, after: str) -> tuple[Rule, ...]:
     """Return the rules of the norms before attention and MLP."""
-    return (
-        rule("input norm weight", f"{before}.weight"),
-        rule("input norm bias", f"{before}.bias", when=layer_norm_bias),
-        rule("pre mlp norm weight", f"{after}.weight"),
-        rule("pre mlp norm bias", f"{after}.bias", when=layer_norm_bias),
-    )
+    return (*norm("input norm", before), *norm("pre mlp norm", after))
 
 
 def tower_mlp(layer: str) -> tuple[Rule, ...]:
     """Return the rules of an MLP that is gated or not, as Megatron's converter names it."""
-    mlp = f"{layer}mlp."
-    return (
-        rule("mlp l0 weight W", f"{mlp}gate_proj.weight", when=gated),
-        rule("mlp l0 bias W", f"{mlp}gate_proj.bias", when=both(gated, mlp_bias)),
-        rule("mlp l0 weight V", f"{mlp}up_proj.weight", when=gated),
-        rule("mlp l0 bias V", f"{mlp}up_proj.bias", when=both(gated, mlp_bias)),
-        rule("mlp l1 weight", f"{mlp}down_proj.weight", when=gated),
-        rule("mlp l1 bias", f"{mlp}down_proj.bias", when=both(gated, mlp_bias)),
-        rule("mlp l0 weight", f"{mlp}fc1.weight", when=ungated),
-        rule("mlp l0 bias", f"{mlp}fc1.bias", when=both(ungated, mlp_bias)),
-        rule("mlp l1 weight", f"{mlp}fc2.weight", when=ungated),
-        rule("mlp l1 bias", f"{mlp}fc2.bias", when=both(ungated, mlp_bias)),
+    plain = (
+        *linear("mlp l0", f"{layer}mlp.fc1", bias=mlp_bias),
+        *linear("mlp l1", f"{layer}mlp.fc2", bias=mlp_bias),
     )
+    return (*only_for(gated, *hf_gated_mlp(layer)), *only_for(ungated, *plain))
 
 
 def _pooling(head: str) -> tuple[Rule, ...]:
-    return (
+    attention = f"{head}attention."
+    return only_for(
+        pooling_head,
         rule("probe", f"{head}probe"),
-        rule("qkv weight", f"{head}attention.in_proj_weight"),
-        rule("qkv bias", f"{head}attention.in_proj_bias"),
-        rule("dense weight", f"{head}attention.out_proj.weight"),
-        rule("dense bias", f"{head}attention.out_proj.bias"),
-        rule("norm weight", f"{head}layernorm.weight"),
-        rule("norm bias", f"{head}layernorm.bias"),
-        rule("mlp l0 weight", f"{head}mlp.fc1.weight"),
-        rule("mlp l0 bias", f"{head}mlp.fc1.bias"),
-        rule("mlp l1 weight", f"{head}mlp.fc2.weight"),
-        rule("mlp l1 bias", f"{head}mlp.fc2.bias"),
+        rule("qkv weight", f"{attention}in_proj_weight"),
+        rule("qkv bias", f"{attention}in_proj_bias"),
+        *linear("dense", f"{attention}out_proj"),
+        *linear("norm", f"{head}layernorm"),
+        *linear("mlp l0", f"{head}mlp.fc1"),
+        *linear("mlp l1", f"{head}mlp.fc2"),
     )
 
 
@@ -412,19 +367,11 @@ def projection_section(*names: str) -> Section:
 
     An empty name is a layer that the convention has not.
     """
-    norm, first, second = names
+    before, first, second = names
     key = f"{PROJECTION} "
-    normed = (
-        rule(f"{key}norm weight", f"{norm}.weight", when=projection_norm),
-        rule(f"{key}norm bias", f"{norm}.bias", when=both(projection_norm, layer_norm_bias)),
+    rules = (
+        *(norm(f"{key}norm", before, projection_norm) if before else ()),
+        *linear(f"{key}l0", first, bias=biased),
+        *linear(f"{key}l1", second, when=two_layers, bias=biased),
     )
-    layers = (
-        rule(f"{key}l0 weight", f"{first}.weight"),
-        rule(f"{key}l0 bias", f"{first}.bias", when=biased),
-        rule(f"{key}l1 weight", f"{second}.weight", when=two_layers),
-        rule(f"{key}l1 bias", f"{second}.bias", when=both(two_layers, biased)),
-    )
-    return Section(PROJECTION, ((*normed, *layers) if norm else layers), part="projection")
-
-
-# Hugging Face names as Megatron's converter writes them
+    return Section(PROJECTION, rules, part="projection")

@@ -15,45 +15,41 @@ from typing import Any
 from ckptx.errors import SchemaError
 from ckptx.model.spec import ModelSpec
 
-SWITCHES = {
-    "swiglu": "swiglu",
-    "squared_relu": "squared_relu",
-    "quick_geglu": "quick_geglu",
-}
-"""Switches of ``args`` and the activation each means; none of them means a form of Gelu."""
+SWITCHES = ("swiglu", "squared_relu", "quick_geglu")
+"""Switches of ``args`` for the activations of their names; none of them means a form of Gelu."""
 FUSION, GATED = "bias_gelu_fusion", "gated_linear_unit"
 
 
-def activation_from_args(args: Mapping[str, Any]) -> str:
+def from_args(args: Mapping[str, Any]) -> str:
     """Return the activation that args mean.
 
     Raises:
         SchemaError: they mean several.
 
     Examples:
-        >>> activation_from_args({"swiglu": True}), activation_from_args({})
+        >>> from_args({"swiglu": True}), from_args({})
         ('swiglu', 'gelu_tanh')
     """
     on = [switch for switch in SWITCHES if args.get(switch)]
     if len(on) > 1:
         raise SchemaError(f"{' and '.join(on)} are set in args; a model has one activation")
     if on:
-        return SWITCHES[on[0]]
+        return on[0]
     fused = args.get(FUSION)
     if fused is None:
         fused = args.get("add_bias_linear", True) and not args.get("disable_bias_linear")
     return ("geglu" if args.get(GATED) else "gelu") + ("_tanh" if fused else "")
 
 
-def activation_to_args(spec: ModelSpec) -> dict[str, Any]:
+def to_args(spec: ModelSpec) -> dict[str, Any]:
     """Return the arguments that say a spec's activation."""
-    said: dict[str, Any] = {s: spec.activation == name for s, name in SWITCHES.items()}
-    if spec.activation not in SWITCHES.values():
+    said: dict[str, Any] = {switch: spec.activation == switch for switch in SWITCHES}
+    if spec.activation not in SWITCHES:
         said[FUSION] = spec.activation.endswith("_tanh")
     return {**said, GATED: spec.gated}
 
 
-def activation_flags(spec: ModelSpec) -> list[str]:
+def launch_flags(spec: ModelSpec) -> list[str]:
     """Return the options for what Megatron does not take from a checkpoint."""
     match spec.activation:
         case "gelu" if spec.add_bias_linear:
@@ -66,7 +62,7 @@ def activation_flags(spec: ModelSpec) -> list[str]:
             return []
 
 
-def activation_notes(spec: ModelSpec) -> Iterator[str]:
+def notes(spec: ModelSpec) -> Iterator[str]:
     """Yield what Megatron's command line cannot say, one line each."""
     if spec.activation == "gelu_tanh" and not spec.add_bias_linear:
         yield (

@@ -1,6 +1,6 @@
 """Megatron's ``args`` and `ModelSpec`, in both directions.
 
-`FIELDS` pairs the names that mean the same. A checkpoint's ``args`` is a snapshot of Megatron's
+`FIELDS` are the names that mean the same. A checkpoint's ``args`` is a snapshot of Megatron's
 command line; what the command line cannot say of a model goes into one more entry, `NOTE`, which
 Megatron does not look at and which brings a converted model back as it was.
 
@@ -21,43 +21,29 @@ from ckptx.model.family import FUNCTION_SETTINGS, MEGATRON_SWITCHES, function_se
 from ckptx.model.pipeline_parallel import Pipeline
 from ckptx.model.spec import ModelSpec
 from ckptx.registry.families import family_named, family_noted, note_of, recognised_family
-from ckptx.schemas.config.traits import Biases, biases
+from ckptx.schemas.config.traits import Biases
 from ckptx.schemas.config.windows import windows_extra
-from ckptx.schemas.megatron_settings import experts, latent_attention, rope_scaling, sliding_windows
-from ckptx.schemas.megatron_settings.activations import (
-    activation_flags,
-    activation_from_args,
-    activation_notes,
-    activation_to_args,
+from ckptx.schemas.megatron_settings import (
+    activations,
+    experts,
+    latent_attention,
+    rope_scaling,
+    settings,
+    sliding_windows,
 )
 from ckptx.schemas.megatron_settings.row_blocks import SIZES
-from ckptx.schemas.megatron_settings.settings import changing
 from ckptx.storage.location import Location
 from ckptx.tensors.dtypes import dtype_name
 
 FIELDS = (
-    ("num_layers", "num_layers"),
-    ("hidden_size", "hidden_size"),
-    ("ffn_hidden_size", "ffn_hidden_size"),
-    ("num_attention_heads", "num_attention_heads"),
-    ("num_query_groups", "num_query_groups"),
-    ("kv_channels", "kv_channels"),
-    ("max_position_embeddings", "max_position_embeddings"),
-    ("normalization", "normalization"),
-    ("position_embedding_type", "position_embedding_type"),
-    ("rotary_base", "rotary_base"),
-    ("rotary_percent", "rotary_percent"),
-    ("add_bias_linear", "add_bias_linear"),
-    ("add_qkv_bias", "add_qkv_bias"),
-    ("qk_layernorm", "qk_layernorm"),
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("kv_channels", "max_position_embeddings", "normalization", "position_embedding_type"),
+    *("rotary_base", "rotary_percent", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
 )
-"""Pairs of an argument and the spec's attribute."""
+"""Arguments that the spec has under the same names."""
 
 ESSENTIAL = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
     "max_position_embeddings",
 )
 """Arguments that no default can stand for."""
@@ -72,54 +58,32 @@ DTYPE_FLAGS = {dtype_name(flag): flag for flag in ("bf16", "fp16")}
 NOTE = "ckptx"
 """The entry of ``args`` with what Megatron has no argument for."""
 
-DEFAULTS: Mapping[str, Any] = {
-    "add_position_embedding": True,
-    "apply_query_key_layer_scaling": False,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "hybrid_override_pattern": None,
-    "hybrid_attention_ratio": 0.0,
-    "hybrid_mlp_ratio": 0.0,
+_WRITTEN = (
+    *("add_position_embedding", "apply_query_key_layer_scaling", "attention_dropout"),
+    *("hidden_dropout", "hybrid_override_pattern", "hybrid_attention_ratio", "hybrid_mlp_ratio"),
+    *("is_hybrid_model", "spec", "num_experts", "moe_layer_freq", "moe_ffn_hidden_size"),
+    *("moe_router_topk", "moe_token_dispatcher_type", "moe_router_pre_softmax", "moe_grouped_gemm"),
+    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_score_function"),
+    *("moe_router_enable_expert_bias", "moe_router_num_groups", "moe_router_group_topk"),
+    *("moe_router_topk_scaling_factor", "moe_latent_size", "mamba_state_dim", "mamba_head_dim"),
+    *("mamba_num_groups", "mamba_num_heads", "heterogeneous_layers_config_path"),
+    *("heterogeneous_layers_config_encoded_json", "multi_latent_attention", "mtp_num_layers"),
+    *("bert_binary_head", "openai_gelu", "rotary_seq_len_interpolation_factor", "tokenizer_type"),
+    *("tokenizer_model", "tiktoken_pattern", "vocab_file", "use_legacy_models"),
+    *("sequence_parallel", "consumed_train_samples", "skipped_train_samples"),
+    *("consumed_valid_samples", "data_parallel_random_init"),
+)
+"""What args hold of a dense decoder where neither the model nor the source says otherwise."""
+_NOT_MEGATRONS: Mapping[str, Any] = {
+    **dict.fromkeys(("attention_dropout", "hidden_dropout"), 0.0),
     "is_hybrid_model": False,
-    "spec": None,
-    "num_experts": None,
-    "moe_layer_freq": 1,
-    "moe_ffn_hidden_size": None,
-    "moe_router_topk": 2,
-    "moe_token_dispatcher_type": "allgather",
-    "moe_router_pre_softmax": False,
-    "moe_grouped_gemm": False,
-    "moe_shared_expert_intermediate_size": None,
-    "moe_shared_expert_gate": False,
-    "moe_router_score_function": "softmax",
-    "moe_router_enable_expert_bias": False,
-    "moe_router_num_groups": None,
-    "moe_router_group_topk": None,
-    "moe_router_topk_scaling_factor": None,
-    "moe_latent_size": None,
-    "mamba_state_dim": 128,
-    "mamba_head_dim": 64,
-    "mamba_num_groups": 8,
-    "mamba_num_heads": None,
     "heterogeneous_layers_config_path": None,
     "heterogeneous_layers_config_encoded_json": None,
-    "multi_latent_attention": False,
-    "mtp_num_layers": None,
-    "bert_binary_head": True,
-    "openai_gelu": False,
-    "rotary_seq_len_interpolation_factor": None,
     "tokenizer_type": "HuggingFaceTokenizer",
-    "tokenizer_model": None,
-    "tiktoken_pattern": None,
-    "vocab_file": None,
-    "use_legacy_models": False,
-    "sequence_parallel": False,
-    "consumed_train_samples": 0,
+    **{f"consumed_{kind}_samples": 0 for kind in ("train", "valid")},
     "skipped_train_samples": 0,
-    "consumed_valid_samples": 0,
-    "data_parallel_random_init": False,
 }
-"""What a dense decoder has where neither the model nor the source says otherwise."""
+"""Those that are not Megatron's own default."""
 
 # There is no state to resume, whatever the source had: Megatron must not look for it.
 WEIGHTS_ONLY: Mapping[str, Any] = {
@@ -156,7 +120,7 @@ def args_from_spec(
     source = dict(source_args or {})
     source.pop("disable_bias_linear", None)  # load_args_from_checkpoint lets it overrule
     return {
-        **DEFAULTS,
+        **settings.defaults(_WRITTEN, _NOT_MEGATRONS),
         "seq_length": spec.max_position_embeddings,
         **source,
         **dict.fromkeys(source.keys() & SIZES.keys()),  # what is written has halves, no blocks
@@ -188,7 +152,7 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
             contradict ``family``.
     """
     _check_complete(args)
-    changed = changing(args)
+    changed = settings.changing(args)
     values = _with_defaults(args)
     note = args.get(NOTE) or {}
     extra = {
@@ -204,14 +168,10 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
     spec = ModelSpec(
         family="",
         architecture="",
-        **{
-            **{attribute: values[name] for name, attribute in FIELDS},
-            **experts.from_args(args),
-            **latent_attention.from_args(args),
-        },
+        **(values | experts.from_args(args) | latent_attention.from_args(args)),
         vocab_size=args.get("vocab_size"),
         norm_epsilon=float(_first(args, EPSILON)),
-        activation=activation_from_args(args),
+        activation=activations.from_args(args),
         rotary_scaling=note.get("rotary_scaling") or _scaling_from_args(args),
         tied=not args.get("untie_embeddings_and_output_weights"),
         dtype=_dtype_from_args(args),
@@ -240,7 +200,7 @@ def unsupported_by_megatron(spec: ModelSpec) -> list[str]:
 
 
 def _biases_inexpressible(spec: ModelSpec) -> Iterator[str]:
-    said = biases(spec)
+    said = Biases.of(spec)
     if said in (Biases(), Biases(qkv=True), Biases(True, True, True)):
         return
     parts = {"attention_bias": said.out, "mlp_bias": said.mlp}
@@ -257,9 +217,19 @@ def notes(spec: ModelSpec) -> list[str]:
         *sliding_windows.notes(spec),
         *([] if spec.multi_latent_attention else rope_scaling.notes(spec)),
         *latent_attention.notes(spec),
-        *activation_notes(spec),
+        *activations.notes(spec),
+        *_embedding_notes(spec),
         *family_named(spec.family).megatron.notes(spec),
     ]
+
+
+def _embedding_notes(spec: ModelSpec) -> Iterator[str]:
+    if spec.extra.get("scale_embeddings"):
+        yield (
+            f"{spec.architecture} multiplies embeddings by the square root of hidden_size, "
+            f"{spec.hidden_size**0.5:g}: Megatron (to core 0.16) has no setting for it; multiply "
+            "the output of GPTModel.embedding in a forward hook, or logits are wrong"
+        )
 
 
 def launch_flags(spec: ModelSpec) -> list[str]:
@@ -273,7 +243,7 @@ def launch_flags(spec: ModelSpec) -> list[str]:
     flags = ["--norm-epsilon", str(spec.norm_epsilon)]
     if spec.qk_layernorm:
         flags += ["--qk-layernorm"]
-    flags += activation_flags(spec)
+    flags += activations.launch_flags(spec)
     if spec.extra.get(ZERO_CENTERED[0]):
         flags += ["--apply-layernorm-1p"]
     flags += rope_scaling.launch_flags(spec)
@@ -289,14 +259,14 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
     """Return the entries that describe the model."""
     zero_centered = bool(spec.extra.get(ZERO_CENTERED[0]))
     return {
-        **{name: _plain(getattr(spec, attribute)) for name, attribute in FIELDS},
+        **{name: _plain(getattr(spec, name)) for name in FIELDS},
         "group_query_attention": spec.num_query_groups != spec.num_attention_heads,
         "untie_embeddings_and_output_weights": not spec.tied,
         "use_rotary_position_embeddings": spec.position_embedding_type == "rope",
         "rotary_interleaved": bool(spec.extra.get("rotary_interleaved")),
         **{name: spec.norm_epsilon for name in EPSILON},
         **{name: zero_centered for name in ZERO_CENTERED},
-        **activation_to_args(spec),
+        **activations.to_args(spec),
         **rope_scaling.to_args(spec),
         **experts.to_args(spec),
         **latent_attention.to_args(spec),
@@ -378,7 +348,7 @@ def _with_defaults(args: Mapping[str, Any]) -> dict[str, Any]:
         "add_qkv_bias": False,
         "qk_layernorm": False,
     }
-    said = {name: args[name] for name, _ in FIELDS if args.get(name) is not None}
+    said = {name: args[name] for name in FIELDS if args.get(name) is not None}
     values = defaults | said
     if not args.get("group_query_attention"):
         values["num_query_groups"] = heads

@@ -1,6 +1,6 @@
 """Mixtures of experts in Megatron's ``args``, in both directions.
 
-`ARGS` pairs Megatron's arguments with the spec's attributes. The rest of the args is in `args`,
+`FIELDS` are the arguments that a spec has, too. The rest of the args is in `args`,
 which calls this; how configs spell mixtures is in `ckptx.schemas.config.experts`.
 
 Source: NVIDIA/Megatron-LM megatron/core/transformer/moe/moe_utils.py,
@@ -17,20 +17,13 @@ from ckptx.errors import SchemaError
 from ckptx.model.spec import ModelSpec
 from ckptx.schemas.config.experts import BALANCING
 
-ARGS = (
-    ("num_experts", "num_experts"),
-    ("moe_ffn_hidden_size", "moe_ffn_hidden_size"),
-    ("moe_router_topk", "moe_router_topk"),
-    ("moe_shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
-    ("moe_shared_expert_gate", "moe_shared_expert_gate"),
-    ("moe_router_score_function", "moe_router_score_function"),
-    ("moe_router_pre_softmax", "moe_router_pre_softmax"),
-    ("moe_router_enable_expert_bias", "moe_router_enable_expert_bias"),
-    ("moe_router_num_groups", "moe_router_num_groups"),
-    ("moe_router_group_topk", "moe_router_group_topk"),
-    ("moe_router_topk_scaling_factor", "moe_router_topk_scaling_factor"),
+FIELDS = (
+    *("num_experts", "moe_ffn_hidden_size", "moe_router_topk"),
+    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_score_function"),
+    *("moe_router_pre_softmax", "moe_router_enable_expert_bias", "moe_router_num_groups"),
+    *("moe_router_group_topk", "moe_router_topk_scaling_factor"),
 )
-"""Pairs of an argument and the spec's attribute."""
+"""Arguments that the spec has under the same names."""
 
 _LOSSES = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
 """Ways to balance experts that act in training alone; others choose experts otherwise."""
@@ -42,7 +35,7 @@ def to_args(spec: ModelSpec) -> dict[str, Any]:
     if not spec.num_experts:
         return {}
     frequency = [int(moe) for moe in spec.moe_layers] or 1
-    said = {name: getattr(spec, attribute) for name, attribute in ARGS}
+    said = {name: getattr(spec, name) for name in FIELDS}
     return {**said, "moe_layer_freq": frequency}
 
 
@@ -73,7 +66,7 @@ def from_args(args: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not args.get("num_experts"):
         return {}
-    found = {attribute: args[name] for name, attribute in ARGS if args.get(name) is not None}
+    found = {name: args[name] for name in FIELDS if args.get(name) is not None}
     found.setdefault("moe_ffn_hidden_size", args["ffn_hidden_size"])
     layers = layer_pattern(args.get("moe_layer_freq") or 1, args["num_layers"])
     return {**found, "moe_layers": layers}

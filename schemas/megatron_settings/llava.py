@@ -11,7 +11,7 @@ Source: NVIDIA/Megatron-LM examples/multimodal/{config,model,multimodal_args}.py
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptx.errors import SchemaError
@@ -24,6 +24,7 @@ from ckptx.schemas.conventions.vision import (
     projection_spec,
     tower_spec,
 )
+from ckptx.schemas.megatron_settings import settings
 from ckptx.schemas.megatron_settings.args import NOTE
 from ckptx.tensors.lazy import LazyTensor, Shape
 
@@ -40,47 +41,39 @@ class Named:
     args: Mapping[str, Any]
     ffn_hidden_size: int
     num_layers: int | None
-    projection_ffn: int
     projection: Mapping[str, Any]
 
 
-def _projection(norm: str | None = None, **more: Any) -> dict[str, Any]:
-    """Return norm, bias and activation; without a norm of its own that of the language model."""
-    return {"normalization": norm, "bias": False, "activation": "gelu", **more}
+def _projection(ffn: int, norm: str | None = None, **more: Any) -> dict[str, Any]:
+    """Return a projection's dimensions; without a norm of its own that of the language model."""
+    known = {"add_bias_linear": False, "normalization": norm, "ffn_hidden_size": ffn}
+    return {**known, "activation": "gelu", **more}
 
 
+_NEMOTRON = _projection(21504, activation="squared_relu")
+_LLAMA31 = _projection(4096, "LayerNorm", add_bias_linear=True)
 LANGUAGES: Mapping[str, Named] = {
-    "llama3_8b": Named("llama", _SILU, 14336, 32, 14336, _projection()),
-    "llama3.1_8b": Named("llama", _SILU, 14336, 32, 4096, _projection("LayerNorm", bias=True)),
-    "llama3.1_70B": Named("llama", _SILU, 28672, 80, 0, {}),
-    "mistral_7b": Named("mistral", _SILU, 14336, 32, 14336, _projection("none")),
-    "nemotron5-8b": Named(
-        "gpt", _SQUARED, 21504, None, 21504, _projection(activation="squared_relu")
-    ),
-    "yi-34b": Named("llama", _SILU, 20480, 60, 20480, _projection("LayerNorm")),
-    "qwen2.0_72B": Named("qwen2", _QWEN, 29568, 80, 29568, _projection("LayerNorm")),
-    "qwen2.5_7B": Named("qwen2", _QWEN, 18944, 28, 3584, _projection()),
-    "qwen2.5_72B": Named("qwen2", _QWEN, 29568, 80, 29568, _projection("LayerNorm")),
-    "llama3.2_1b": Named("llama", _SILU, 8192, 16, 2048, _projection("LayerNorm")),
+    "llama3_8b": Named("llama", _SILU, 14336, 32, _projection(14336)),
+    "llama3.1_8b": Named("llama", _SILU, 14336, 32, _LLAMA31),
+    "llama3.1_70B": Named("llama", _SILU, 28672, 80, {}),
+    "mistral_7b": Named("mistral", _SILU, 14336, 32, _projection(14336, "none")),
+    "nemotron5-8b": Named("gpt", _SQUARED, 21504, None, _NEMOTRON),
+    "yi-34b": Named("llama", _SILU, 20480, 60, _projection(20480, "LayerNorm")),
+    "qwen2.0_72B": Named("qwen2", _QWEN, 29568, 80, _projection(29568, "LayerNorm")),
+    "qwen2.5_7B": Named("qwen2", _QWEN, 18944, 28, _projection(3584)),
+    "qwen2.5_72B": Named("qwen2", _QWEN, 29568, 80, _projection(29568, "LayerNorm")),
+    "llama3.2_1b": Named("llama", _SILU, 8192, 16, _projection(2048, "LayerNorm")),
 }
 """By ``language_model_type``."""
 
-DEFAULTS: Mapping[str, Any] = {
-    "tokenizer_prompt_format": "dummy",
-    "special_tokens": ["<image>"],
-    "use_tiling": False,
-    "max_num_tiles": 1,
-    "use_thumbnail": False,
-    "use_tile_tags": False,
-    "image_tag_type": "",
-    "allow_missing_vision_projection_checkpoint": False,
-    "freeze_LM": False,
-    "freeze_ViT": False,
-    "num_frames": 1,
-    "recompute_vision": False,
-    "force_system_message": False,
-}
+_WRITTEN = (
+    *("tokenizer_prompt_format", "special_tokens", "use_tiling", "max_num_tiles"),
+    *("use_thumbnail", "use_tile_tags", "image_tag_type"),
+    *("allow_missing_vision_projection_checkpoint", "freeze_LM", "freeze_ViT", "num_frames"),
+    *("recompute_vision", "force_system_message"),
+)
 """What Megatron's converter wants to find besides, where the source does not say."""
+_NOT_MEGATRONS = {"tokenizer_prompt_format": "dummy", "special_tokens": ["<image>"]}
 
 
 KEPT = ("image_size", "projection_dim")
@@ -296,10 +289,10 @@ def llava_args(parts: Parts, source: Mapping[str, Any], note: Mapping[str, Any])
     vision, projection = parts["vision"], parts["projection"]
     size = vision.extra.get("image_size")
     images = {"img_h": size, "img_w": size} if size else {}
-    kept = {part: asdict(parts[part]) for part in ("vision", "projection")}
+    kept = {part: parts[part].dimensions() for part in ("vision", "projection")}
     return {
-        **DEFAULTS,
-        **{key: source[key] for key in DEFAULTS if source.get(key) is not None},
+        **settings.defaults(_WRITTEN, _NOT_MEGATRONS),
+        **{key: source[key] for key in _WRITTEN if source.get(key) is not None},
         **images,
         "patch_dim": vision.extra["patch_size"],
         "vision_model_type": vision.family,
@@ -343,18 +336,10 @@ def notes(parts: Parts) -> Iterator[str]:
     """Yield what Megatron's examples must be told by hand although all weights are there."""
     vision, projection = parts["vision"], parts["projection"]
     tower = TOWERS[vision.family]
-    wanted = {
-        "num_layers": (tower.num_layers, vision.num_layers),
-        "hidden_size": (tower.hidden_size, vision.hidden_size),
-        "ffn_hidden_size": (tower.ffn_hidden_size, vision.ffn_hidden_size),
-        "kv_channels": (tower.kv_channels, vision.kv_channels),
-        "activation": (tower.activation, vision.activation),
-    }
-    if tower.norm_epsilon is not None:
-        wanted["layernorm_epsilon"] = (tower.norm_epsilon, vision.norm_epsilon)
-    elif vision.norm_epsilon != parts["language"].norm_epsilon:
-        theirs = parts["language"].norm_epsilon
-        wanted["layernorm_epsilon"] = (theirs, vision.norm_epsilon)
+    own = ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "activation")
+    wanted = {key: (getattr(tower, key), getattr(vision, key)) for key in own}
+    epsilon = parts["language"].norm_epsilon if tower.norm_epsilon is None else tower.norm_epsilon
+    wanted["layernorm_epsilon"] = (epsilon, vision.norm_epsilon)
     changed = [
         f"{key} {here} (not {there})" for key, (there, here) in wanted.items() if there != here
     ]
@@ -379,27 +364,14 @@ def notes(parts: Parts) -> Iterator[str]:
 
 
 def _projection_notes(projection: ModelSpec, named: Named | None) -> Iterator[str]:
-    if named is None or not named.projection:
-        known: Mapping[str, Any] = {}
-    else:
-        known = {
-            "bias": named.projection["bias"],
-            "normalization": named.projection["normalization"],
-            "ffn_hidden_size": named.projection_ffn,
-            "activation": named.projection["activation"],
-        }
-    found = {
-        "bias": projection.add_bias_linear,
-        "normalization": projection.normalization,
-        "ffn_hidden_size": projection.ffn_hidden_size,
-        "activation": projection.activation,
-    }
+    known = named.projection if named else {}
+    keys = ("add_bias_linear", "normalization", "ffn_hidden_size", "activation")
+    found = {key: getattr(projection, key) for key in keys}
     differing = {key: value for key, value in found.items() if known.get(key) != value}
     if differing.get("normalization") == "RMSNorm" and known.get("normalization", "") is None:
         del differing["normalization"]  # the language model's own
-    words = {"bias": "add_bias_linear"}
     if differing:
-        said = ", ".join(f"{words.get(key, key)} {value}" for key, value in differing.items())
+        said = ", ".join(f"{key} {value}" for key, value in differing.items())
         yield (
             f"the projection of this model has {said}: say so in get_vision_projection_config of "
             "examples/multimodal/config.py"

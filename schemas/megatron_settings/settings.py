@@ -12,7 +12,7 @@ releases fill it (``tests/versions/megatron_settings.py``). A name's class is a 
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +34,20 @@ class Setting:
     """The values that change nothing, of a function or a structure."""
     reason: str
     """What the other values do."""
+    defaults: str
+    """What releases have where it is not said, separated by bars."""
+    is_field: bool
+    """Whether a TransformerConfig has it."""
+
+    @property
+    def default(self) -> Any:
+        """The first of its defaults, None where there is none."""
+        return next(iter(_values(self.defaults)), None)
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether no value of it changes what weights compute."""
+        return self.kind == "harmless"
 
 
 @cache
@@ -41,9 +55,18 @@ def known() -> Mapping[str, Setting]:
     """Return the settings of all releases."""
     rows = (line.split("\t") for line in TABLE.read_text().splitlines()[1:])
     return {
-        name: Setting(kind, tuple(map(ast.literal_eval, filter(None, plain.split(" | ")))), reason)
-        for name, kind, _, _, _, plain, reason in rows
+        name: Setting(kind, _values(plain), reason, defaults, "config" in places)
+        for name, kind, _, places, defaults, plain, reason in rows
     }
+
+
+def _values(text: str) -> tuple[Any, ...]:
+    return tuple(map(ast.literal_eval, filter(None, text.split(" | "))))
+
+
+def defaults(names: Iterable[str], otherwise: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what names have where nothing says it: Megatron's default, unless ``otherwise``."""
+    return {name: otherwise[name] if name in otherwise else known()[name].default for name in names}
 
 
 def without(args: Mapping[str, Any], accepted: Collection[str]) -> dict[str, Any]:

@@ -5,20 +5,18 @@ Source: huggingface/transformers src/transformers/models/gemma2/*.py @ v5.23.0.
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout, Rule, rule
-from ckptx.schemas.config.traits import ConfigTable
-from ckptx.schemas.conventions.blocks import hf_decoder
+from ckptx.schemas.config.traits import ConfigTable, llama_defaults
+from ckptx.schemas.conventions.blocks import layer_norms
 from ckptx.schemas.conventions.mcore import not_in_megatron
 from ckptx.schemas.decoder import decoder_family
-from ckptx.schemas.families.dense.gemma import DEFAULTS, FIXED
+from ckptx.schemas.families.dense.gemma import FIXED
 
-_DEFAULTS = {key: value for key, value in DEFAULTS.items() if key != "hidden_act"} | {
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+_DEFAULTS = llama_defaults(
+    vocab=256000, hidden=2304, ffn=9216, layers=26, heads=8, groups=4, positions=8192
+) | {
+    "head_dim": 256,
     "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
     "sliding_window": 4096,
     "query_pre_attn_scalar": 256,
     "final_logit_softcapping": 30.0,
@@ -26,14 +24,13 @@ _DEFAULTS = {key: value for key, value in DEFAULTS.items() if key != "hidden_act
 }
 
 
-def _norms(prefix: str) -> tuple[Rule, ...]:
-    return (
-        rule("input norm weight", f"{prefix}input_layernorm.weight"),
-        rule("attention output norm weight", f"{prefix}post_attention_layernorm.weight"),
-        rule("post norm weight", f"{prefix}pre_feedforward_layernorm.weight"),
-        rule("mlp output norm weight", f"{prefix}post_feedforward_layernorm.weight"),
-    )
-
+_NORMS = {
+    "input norm": "input_layernorm",
+    "attention output norm": "post_attention_layernorm",
+    "post norm": "pre_feedforward_layernorm",
+    "mlp output norm": "post_feedforward_layernorm",
+}
+_CAPS = ("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping")
 
 FAMILY = decoder_family(
     "gemma2",
@@ -45,12 +42,9 @@ FAMILY = decoder_family(
         names={"hidden_act": "hidden_activation"},
         activations={"gelu_pytorch_tanh": "geglu_tanh"},
         fixed=FIXED,
-        passthrough_keys={
-            "query_pre_attn_scalar": None,
-            "final_logit_softcapping": None,
-            "attn_logit_softcapping": None,
-        },
+        harmless={"hidden_act": "gelu_pytorch_tanh", "use_bidirectional_attention": False},
+        passthrough_keys=dict.fromkeys(_CAPS),
     ),
-    Layout("hf/gemma2", hf_decoder(norms=_norms)),
+    norms=layer_norms(_NORMS),
     refused=not_in_megatron("norm of what attention and MLP return, and no soft cap on logits"),
 )

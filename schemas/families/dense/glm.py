@@ -8,25 +8,15 @@ Source: huggingface/transformers src/transformers/models/glm/*.py @ v5.23.0.
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout
-from ckptx.schemas.config.traits import LLAMA_DEFAULTS, SWITCHES, Biases, ConfigTable
-from ckptx.schemas.conventions.blocks import hf_decoder, hf_fused_gated_mlp
+from ckptx.schemas.config.traits import SWITCHES, Biases, ConfigTable, llama_defaults
+from ckptx.schemas.conventions.blocks import hf_fused_gated_mlp
 from ckptx.schemas.conventions.legacy import NOT_LEGACY
 from ckptx.schemas.decoder import decoder_family
 
 TABLE = ConfigTable(
     "GlmForCausalLM",
-    LLAMA_DEFAULTS
-    | {
-        "vocab_size": 151552,
-        "intermediate_size": 13696,
-        "num_hidden_layers": 40,
-        "num_key_value_heads": 2,
-        "head_dim": 128,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1.5625e-7,
-        "attention_bias": True,
-    },
+    llama_defaults(vocab=151552, ffn=13696, layers=40, groups=2, positions=131072)
+    | {"head_dim": 128, "rms_norm_eps": 1.5625e-7, "attention_bias": True},
     ("attention_bias",),
     switches={**SWITCHES, "attention_bias": Biases(qkv=True)},
     rotary_percent=0.5,
@@ -35,7 +25,7 @@ TABLE = ConfigTable(
 FAMILY = decoder_family(
     "glm",
     TABLE,
-    Layout("hf/glm", hf_decoder(mlp=hf_fused_gated_mlp)),
+    mlp=hf_fused_gated_mlp,
     refused={"legacy": NOT_LEGACY["rotary"]},
     recognition=130,
 )

@@ -7,25 +7,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ckptx.model.layout import Layout, Rule, rule
-from ckptx.schemas.conventions.blocks import hf_decoder, hf_fused_gated_mlp
+from ckptx.schemas.conventions.blocks import hf_fused_gated_mlp, layer_norms
 from ckptx.schemas.conventions.mcore import not_in_megatron
 from ckptx.schemas.decoder import decoder_family
 from ckptx.schemas.families.dense.glm import TABLE
 
-
-def _norms(prefix: str) -> tuple[Rule, ...]:
-    return (
-        rule("input norm weight", f"{prefix}input_layernorm.weight"),
-        rule("post norm weight", f"{prefix}post_attention_layernorm.weight"),
-        rule("attention output norm weight", f"{prefix}post_self_attn_layernorm.weight"),
-        rule("mlp output norm weight", f"{prefix}post_mlp_layernorm.weight"),
-    )
-
-
+_NORMS = {
+    "input norm": "input_layernorm",
+    "post norm": "post_attention_layernorm",
+    "attention output norm": "post_self_attn_layernorm",
+    "mlp output norm": "post_mlp_layernorm",
+}
 FAMILY = decoder_family(
     "glm4",
     replace(TABLE, architecture="Glm4ForCausalLM"),
-    Layout("hf/glm4", hf_decoder(mlp=hf_fused_gated_mlp, norms=_norms)),
+    mlp=hf_fused_gated_mlp,
+    norms=layer_norms(_NORMS),
     refused=not_in_megatron("norm of what attention and MLP return"),
 )

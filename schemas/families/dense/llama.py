@@ -5,9 +5,7 @@ Source: huggingface/transformers src/transformers/models/llama/*.py @ v5.23.0.
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout
 from ckptx.schemas.config.traits import LLAMA_DEFAULTS, ConfigTable
-from ckptx.schemas.conventions.blocks import hf_decoder
 from ckptx.schemas.conventions.meta import META, META_WIDTH
 from ckptx.schemas.conventions.torchtitan import TORCHTITAN_LLAMA
 from ckptx.schemas.decoder import decoder_family
@@ -16,7 +14,7 @@ FAMILY = decoder_family(
     "llama",
     ConfigTable("LlamaForCausalLM", LLAMA_DEFAULTS, ("attention_bias", "mlp_bias")),
     # Checkpoints of 2023 hold the rotary frequencies, which are computed anew from the config.
-    Layout("hf/llama", hf_decoder(), ("rotary_emb.inv_freq",)),
+    ignored=("rotary_emb.inv_freq",),
     more={"meta": META, "meta-width": META_WIDTH, **TORCHTITAN_LLAMA},
     recognition=80,
 )

@@ -7,33 +7,25 @@ Source: huggingface/transformers src/transformers/models/olmo2/*.py @ v5.23.0.
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout, Rule, rule
-from ckptx.schemas.config.traits import LLAMA_DEFAULTS, ConfigTable
-from ckptx.schemas.conventions.blocks import hf_attention, hf_decoder, qk_projection_norms
+from ckptx.schemas.config.traits import ConfigTable, llama_defaults
+from ckptx.schemas.conventions.blocks import hf_attention_whole_norms, layer_norms
 from ckptx.schemas.conventions.mcore import not_in_megatron
 from ckptx.schemas.decoder import decoder_family
 
-
-def _attention(prefix: str) -> tuple[Rule, ...]:
-    return (*hf_attention(prefix), *qk_projection_norms(prefix))
-
-
-def _norms(prefix: str) -> tuple[Rule, ...]:
-    return (
-        rule("attention output norm weight", f"{prefix}post_attention_layernorm.weight"),
-        rule("mlp output norm weight", f"{prefix}post_feedforward_layernorm.weight"),
-    )
-
-
+_NORMS = {
+    "attention output norm": "post_attention_layernorm",
+    "mlp output norm": "post_feedforward_layernorm",
+}
 FAMILY = decoder_family(
     "olmo2",
     ConfigTable(
         "Olmo2ForCausalLM",
-        LLAMA_DEFAULTS | {"vocab_size": 50304, "rms_norm_eps": 1e-5},
+        llama_defaults(vocab=50304, rms_norm_eps=1e-5),
         ("attention_bias",),
         names={"head_dim": None},
     ),
-    Layout("hf/olmo2", hf_decoder(_attention, norms=_norms)),
+    attention=hf_attention_whole_norms,
+    norms=layer_norms(_NORMS),
     refused=not_in_megatron(
         "norm of what attention and MLP return, and norms query and key head by head only"
     ),

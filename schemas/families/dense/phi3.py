@@ -7,16 +7,11 @@ Source: huggingface/transformers src/transformers/models/phi3/*.py @ v5.23.0.
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout
-from ckptx.schemas.config.traits import LLAMA_DEFAULTS, ConfigTable
-from ckptx.schemas.conventions.blocks import hf_decoder, hf_fused_attention, hf_fused_gated_mlp
+from ckptx.schemas.config.traits import ConfigTable, llama_defaults
+from ckptx.schemas.conventions.blocks import hf_fused_attention, hf_fused_gated_mlp
 from ckptx.schemas.decoder import decoder_family
 
-_DEFAULTS = LLAMA_DEFAULTS | {
-    "vocab_size": 32064,
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "max_position_embeddings": 4096,
+_DEFAULTS = llama_defaults(vocab=32064, hidden=3072, ffn=8192, positions=4096) | {
     "original_max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
     "sliding_window": None,
@@ -32,7 +27,8 @@ FAMILY = decoder_family(
         scalings={"su": "longrope", "yarn": "longrope"},
         passthrough_keys={"original_max_position_embeddings": 4096},
     ),
-    Layout("hf/phi3", hf_decoder(hf_fused_attention, hf_fused_gated_mlp)),
+    attention=hf_fused_attention,
+    mlp=hf_fused_gated_mlp,
     limits=("Megatron Core has no `longrope`: it is kept for the way back, and reported",),
     recognition=140,
 )

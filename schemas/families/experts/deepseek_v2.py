@@ -15,56 +15,47 @@ from typing import Any
 from ckptx.model.layout import Layout, Rule, Section, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.schemas.config.experts import BALANCING, Mixture, counted
-from ckptx.schemas.config.traits import LLAMA_DEFAULTS, ConfigTable
-from ckptx.schemas.conventions.blocks import hf_norms, norm, qk_norm, untied
-from ckptx.schemas.conventions.hf_experts import PROJECTIONS, dense_layers, experts_of, router
-from ckptx.schemas.conventions.mcore import (
-    MCORE_LOCAL,
+from ckptx.schemas.config.traits import ConfigTable, llama_defaults
+from ckptx.schemas.conventions.blocks import (
     both,
     direct_query,
     expert_bias,
+    hf_norms,
     latent_query,
     moe,
-    shared_experts,
+    norm,
+    qk_norm,
+    untied,
 )
+from ckptx.schemas.conventions.hf_experts import (
+    PROJECTIONS,
+    dense_layers,
+    experts_of,
+    router,
+    shared_expert,
+)
+from ckptx.schemas.conventions.mcore import not_local
 from ckptx.schemas.decoder import decoder_family
 
 LAYER = "model.layers.{layer}."
 _ATTENTION = LAYER + "self_attn."
 _MLP = LAYER + "mlp."
-
-_LATENT_ATTENTION = (
+_BIAS = f"{_MLP}gate.e_score_correction_bias"
+_QUERY_NORM = both(latent_query, qk_norm)
+_LAYER: tuple[Rule, ...] = (
     rule("q projection weight", f"{_ATTENTION}q_proj.weight", when=direct_query),
     rule("q down weight", f"{_ATTENTION}q_a_proj.weight", when=latent_query),
-    rule(
-        "q down norm weight",
-        f"{_ATTENTION}q_a_layernorm.weight",
-        when=both(latent_query, qk_norm),
-    ),
+    rule("q down norm weight", f"{_ATTENTION}q_a_layernorm.weight", when=_QUERY_NORM),
     rule("q up weight", f"{_ATTENTION}q_b_proj.weight", when=latent_query),
     rule("kv down weight", f"{_ATTENTION}kv_a_proj_with_mqa.weight"),
     rule("kv down norm weight", f"{_ATTENTION}kv_a_layernorm.weight", when=qk_norm),
     rule("kv up weight", f"{_ATTENTION}kv_b_proj.weight"),
     rule("dense weight", f"{_ATTENTION}o_proj.weight"),
-)
-_SHARED = tuple(
-    rule(
-        f"shared mlp {key}", f"{_MLP}shared_experts.{part}.weight", when=shared_experts, layers=moe
-    )
-    for key, part in zip(("l0 weight W", "l0 weight V", "l1 weight"), PROJECTIONS, strict=True)
-)
-_LAYER: tuple[Rule, ...] = (
-    *_LATENT_ATTENTION,
     *dense_layers(LAYER),
     router(f"{_MLP}gate.weight"),
-    rule(
-        "router expert bias",
-        f"{_MLP}gate.e_score_correction_bias",
-        layers=moe,
-        when=expert_bias,
-    ),
+    rule("router expert bias", _BIAS, layers=moe, when=expert_bias),
     *experts_of(_MLP, *PROJECTIONS),
-    *_SHARED,
+    *shared_expert(f"{_MLP}shared_experts."),
     *hf_norms(LAYER),
 )
 _MTP_LAYER = (
@@ -82,19 +73,21 @@ SECTIONS = (
     Section("output layer", (rule("weight", "lm_head.weight", when=untied),)),
 )
 IGNORED = ("rotary_emb.inv_freq",)
-REFUSED = dict.fromkeys(
-    MCORE_LOCAL,
-    "the attention of Megatron's local spec has one size for all heads, latent attention has two; "
-    "write Transformer Engine's names",
-) | {"legacy": "legacy Megatron has no multi-latent attention"}
-DEFAULTS = {key: value for key, value in LLAMA_DEFAULTS.items() if key != "head_dim"} | {
-    "vocab_size": 102400,
+REFUSED = {
+    **not_local(
+        "the attention of Megatron's local spec has one size for all heads, latent attention has "
+        "two"
+    ),
+    "legacy": "legacy Megatron has no multi-latent attention",
+}
+LATENT = {
     "kv_lora_rank": 512,
     "q_lora_rank": 1536,
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
+"""Defaults of the keys of latent attention."""
 FIELDS = (
     ("q_lora_rank", "q_lora_rank"),
     ("kv_lora_rank", "kv_lora_rank"),
@@ -176,7 +169,7 @@ FAMILY = decoder_family(
     "deepseek_v2",
     ConfigTable(
         "DeepseekV2ForCausalLM",
-        DEFAULTS,
+        llama_defaults(vocab=102400) | LATENT,
         ("attention_bias", "mlp_bias"),
         qk_layernorm=True,
         names={"head_dim": "v_head_dim"},

@@ -10,12 +10,12 @@ deepseek-ai/DeepSeek-V3 README_WEIGHTS.md, config.json and model.safetensors.ind
 from __future__ import annotations
 
 from ckptx.model.layout import Layout
-from ckptx.schemas.config.traits import ConfigTable
+from ckptx.schemas.config.traits import ConfigTable, llama_defaults
 from ckptx.schemas.decoder import decoder_family
 from ckptx.schemas.families.experts.deepseek_v2 import (
-    DEFAULTS,
     FIELDS,
     IGNORED,
+    LATENT,
     LAYER,
     REFUSED,
     SECTIONS,
@@ -26,16 +26,9 @@ _COPIES = (
     ("embeddings", "word embeddings", f"{LAYER}embed_tokens.weight"),
     ("output layer", "weight", f"{LAYER}shared_head.head.weight"),
 )
-_DEFAULTS = DEFAULTS | {
-    "vocab_size": 129280,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "max_position_embeddings": 4096,
-    "num_nextn_predict_layers": 1,
-}
+_DEFAULTS = llama_defaults(
+    vocab=129280, hidden=7168, ffn=18432, layers=61, heads=128, groups=128, positions=4096
+) | {**LATENT, "num_nextn_predict_layers": 1}
 
 FAMILY = decoder_family(
     "deepseek_v3",

@@ -7,10 +7,9 @@ Source: huggingface/transformers src/transformers/models/mixtral/*.py @ v5.23.0.
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout, Rule
+from ckptx.model.layout import Rule
 from ckptx.schemas.config.experts import Mixture
 from ckptx.schemas.config.traits import ConfigTable
-from ckptx.schemas.conventions.blocks import hf_decoder
 from ckptx.schemas.conventions.hf_experts import experts_of, router
 from ckptx.schemas.conventions.legacy import NOT_LEGACY
 from ckptx.schemas.decoder import decoder_family
@@ -39,7 +38,7 @@ FAMILY = decoder_family(
             normalized=True,
         ),
     ),
-    Layout("hf/mixtral", hf_decoder(mlp=_experts)),
+    mlp=_experts,
     refused={"legacy": NOT_LEGACY["experts"]},
     recognition=30,
 )

@@ -5,32 +5,15 @@ Source: huggingface/transformers src/transformers/models/olmoe/*.py @ v5.23.0.
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout, Rule
 from ckptx.schemas.config.experts import Mixture
-from ckptx.schemas.config.traits import LLAMA_DEFAULTS, ConfigTable
-from ckptx.schemas.conventions.blocks import hf_attention, hf_decoder, qk_projection_norms
-from ckptx.schemas.conventions.hf_experts import PROJECTIONS, experts_of, router
+from ckptx.schemas.config.traits import ConfigTable, llama_defaults
+from ckptx.schemas.conventions.blocks import hf_attention_whole_norms
+from ckptx.schemas.conventions.hf_experts import mixture
 from ckptx.schemas.decoder import MEGATRON, decoder_family
 
-_DEFAULTS = LLAMA_DEFAULTS | {
-    "vocab_size": 50304,
-    "hidden_size": 2048,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-}
-
-
-def _attention(prefix: str) -> tuple[Rule, ...]:
-    return (*hf_attention(prefix), *qk_projection_norms(prefix))
-
-
-def _experts(prefix: str) -> tuple[Rule, ...]:
-    mlp = f"{prefix}mlp."
-    return (router(f"{mlp}gate.weight"), *experts_of(mlp, *PROJECTIONS))
-
+_DEFAULTS = llama_defaults(
+    vocab=50304, hidden=2048, ffn=2048, layers=16, heads=16, positions=4096, rms_norm_eps=1e-5
+)
 
 FAMILY = decoder_family(
     "olmoe",
@@ -44,7 +27,8 @@ FAMILY = decoder_family(
             spellings=("num_local_experts",),
         ),
     ),
-    Layout("hf/olmoe", hf_decoder(_attention, _experts)),
+    attention=hf_attention_whole_norms,
+    mlp=mixture,
     refused=dict.fromkeys(
         MEGATRON, "Megatron Core 0.16 norms query and key head by head, OLMoE each as a whole"
     ),

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckptx.model.layout import Layout, Rule, rule
+from ckptx.model.layout import Rule, rule
 from ckptx.schemas.config.experts import Mixture
 from ckptx.schemas.config.traits import Biases, ConfigTable
-from ckptx.schemas.conventions.blocks import hf_decoder
-from ckptx.schemas.conventions.hf_experts import PROJECTIONS, qwen_experts
+from ckptx.schemas.conventions.blocks import moe, shared_gate
+from ckptx.schemas.conventions.hf_experts import qwen_experts, shared_expert
 from ckptx.schemas.conventions.legacy import NOT_LEGACY
-from ckptx.schemas.conventions.mcore import moe, shared_experts, shared_gate
 from ckptx.schemas.decoder import decoder_family
 from ckptx.schemas.families.dense.qwen2 import DEFAULTS as QWEN2
 
@@ -44,14 +43,9 @@ class _Mixture(Mixture):
 
 
 def _experts(prefix: str) -> tuple[Rule, ...]:
-    mlp = f"{prefix}mlp."
-    keys = ("l0 weight W", "l0 weight V", "l1 weight")
-    shared = (
-        rule(f"shared mlp {key}", f"{mlp}shared_expert.{part}.weight", when=shared_experts)
-        for key, part in zip(keys, PROJECTIONS, strict=True)
-    )
-    gate = rule("shared gate weight", f"{mlp}shared_expert_gate.weight", when=shared_gate)
-    return (*qwen_experts(prefix), *(entry.only_in(moe) for entry in (*shared, gate)))
+    own = f"{prefix}mlp.shared_expert"
+    gate = rule("shared gate weight", f"{own}_gate.weight", when=shared_gate, layers=moe)
+    return (*qwen_experts(prefix), *shared_expert(f"{own}."), gate)
 
 
 FAMILY = decoder_family(
@@ -73,7 +67,7 @@ FAMILY = decoder_family(
             only={"qkv_bias": True},
         ),
     ),
-    Layout("hf/qwen2_moe", hf_decoder(mlp=_experts)),
+    mlp=_experts,
     refused={"legacy": NOT_LEGACY["experts"]},
     recognition=20,
 )

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckptx.model.layout import Layout
 from ckptx.model.spec import ModelSpec
 from ckptx.schemas.config.experts import Mixture
 from ckptx.schemas.config.traits import ConfigTable
-from ckptx.schemas.conventions.blocks import hf_decoder
 from ckptx.schemas.conventions.hf_experts import qwen_experts
 from ckptx.schemas.conventions.legacy import NOT_LEGACY
 from ckptx.schemas.decoder import decoder_family
@@ -44,7 +42,7 @@ FAMILY = decoder_family(
             spellings=("num_local_experts",),
         ),
     ),
-    Layout("hf/qwen3_moe", hf_decoder(mlp=qwen_experts)),
+    mlp=qwen_experts,
     refused={"legacy": NOT_LEGACY["experts"]},
     recognition=10,
 )

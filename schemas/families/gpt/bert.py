@@ -17,14 +17,14 @@ from dataclasses import replace
 from typing import Any
 
 from ckptx.errors import SchemaError
-from ckptx.model.family import Family, MegatronModel
+from ckptx.model.family import Family, FamilyConfig, MegatronModel
 from ckptx.model.layout import ExtraState, Layout, Rule, Section, Spelling, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import QKV
-from ckptx.schemas.config.traits import NEW_GELU, NO_HEAD_KEYS, Biases, ConfigTable
-from ckptx.schemas.config.translate import NoConfig, TableConfig
+from ckptx.schemas.config.traits import NEW_GELU, NO_HEAD_KEYS, Biases, ConfigTable, llama_defaults
+from ckptx.schemas.config.translate import TableConfig
 from ckptx.schemas.conventions import legacy
-from ckptx.schemas.conventions.blocks import norm, untied
+from ckptx.schemas.conventions.blocks import linear, norm, only_for, untied
 from ckptx.schemas.conventions.mcore import STYLES, Style, extra_states, mcore_gpt
 from ckptx.tensors.lazy import LazyTensor, Shape, replicated
 
@@ -60,18 +60,6 @@ def _launch_flags(spec: ModelSpec, local: bool) -> list[str]:
 
 def _tokentypes(name: str) -> Rule:
     return rule("tokentype embeddings", name, when=token_types)
-
-
-def _linear(key: str, name: str) -> tuple[Rule, Rule]:
-    """Return the rules of a matrix and its bias, both replicated."""
-    return (
-        rule(f"{key} weight".strip(), f"{name}.weight"),
-        rule(f"{key} bias".strip(), f"{name}.bias"),
-    )
-
-
-def _when_binary(rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    return tuple(replace(entry, when=binary_head) for entry in rules)
 
 
 def _encoder(section: Section) -> Section:
@@ -114,12 +102,12 @@ def mcore_bert(style: Style) -> Layout:
                 "output layer",
                 (*gpt["output layer"].rules, rule("bias", "output_layer.bias", tp=0)),
             ),
-            Section("pooler", _when_binary(_linear("", "pooler.dense"))),
+            Section("pooler", only_for(binary_head, *linear("", "pooler.dense"))),
             Section(
                 "lm head",
-                (*_linear("dense", "lm_head.dense"), *norm("norm", "lm_head.layer_norm")),
+                (*linear("dense", "lm_head.dense"), *norm("norm", "lm_head.layer_norm")),
             ),
-            Section("binary head", _when_binary(_linear("", "binary_head"))),
+            Section("binary head", only_for(binary_head, *linear("", "binary_head"))),
         ),
         ignored=("_extra_state",),
         extra_states=tuple(_states(style.as_stored)),
@@ -133,9 +121,9 @@ LEGACY = Layout(
         legacy.embeddings(_tokentypes("language_model.embedding.tokentype_embeddings.weight")),
         *legacy.transformer(),
         Section("output layer", (rule("bias", "lm_head.bias", tp=0),)),
-        Section("pooler", _when_binary(_linear("", "language_model.pooler.dense"))),
-        Section("lm head", (*_linear("dense", "lm_head.dense"), *norm("norm", "lm_head.norm"))),
-        Section("binary head", _when_binary(_linear("", "binary_head"))),
+        Section("pooler", only_for(binary_head, *linear("", "language_model.pooler.dense"))),
+        Section("lm head", (*linear("dense", "lm_head.dense"), *norm("norm", "lm_head.norm"))),
+        Section("binary head", only_for(binary_head, *linear("", "binary_head"))),
     ),
     ignored=("_extra_state",),
 )
@@ -183,10 +171,10 @@ HF = Layout(
                 *norm("input norm", f"{_HF_LAYER}attention.ln"),
                 rule("qkv weight", [f"{name}.weight" for name in _HF_SELF], QKV),
                 rule("qkv bias", [f"{name}.bias" for name in _HF_SELF], QKV),
-                *_linear("dense", f"{_HF_LAYER}attention.output.dense"),
+                *linear("dense", f"{_HF_LAYER}attention.output.dense"),
                 *norm("post norm", f"{_HF_LAYER}ln"),
-                *_linear("mlp l0", f"{_HF_LAYER}intermediate.dense"),
-                *_linear("mlp l1", f"{_HF_LAYER}output.dense"),
+                *linear("mlp l0", f"{_HF_LAYER}intermediate.dense"),
+                *linear("mlp l1", f"{_HF_LAYER}output.dense"),
             ),
         ),
         Section("final norm", norm("", "bert.encoder.ln")),
@@ -198,15 +186,15 @@ HF = Layout(
                 rule("weight", f"{_HEAD}decoder.weight", when=untied),
             ),
         ),
-        Section("pooler", _when_binary(_linear("", "bert.pooler.dense"))),
+        Section("pooler", only_for(binary_head, *linear("", "bert.pooler.dense"))),
         Section(
             "lm head",
             (
-                *_linear("dense", f"{_HEAD}transform.dense"),
+                *linear("dense", f"{_HEAD}transform.dense"),
                 *norm("norm", f"{_HEAD}transform.LayerNorm"),
             ),
         ),
-        Section("binary head", _when_binary(_linear("", "cls.seq_relationship"))),
+        Section("binary head", only_for(binary_head, *linear("", "cls.seq_relationship"))),
     ),
     # What transformers before 4.31 saved of positions that are 0, 1, 2, ...
     ignored=("embeddings.position_ids",),
@@ -270,17 +258,9 @@ class _Config(TableConfig):
         return {**super().to_config(spec), TYPES: spec.extra[TYPES], "pad_token_id": 0}
 
 
-_DEFAULTS = {
-    "vocab_size": 29056,
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "hidden_act": "gelu",
-    "max_position_embeddings": 512,
-    "layer_norm_eps": 1e-12,
-    "tie_word_embeddings": True,
-}
+_DEFAULTS = llama_defaults(
+    vocab=29056, hidden=1024, ffn=4096, layers=24, heads=16, positions=512
+) | {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "tie_word_embeddings": True, TYPES: 2}
 MEGATRON_BERT = Family(
     name=NAME,
     architectures=(PRETRAINING, MASKED_LM),
@@ -336,7 +316,7 @@ BERT = Family(
     ),
     model_types=("bert",),
     layouts={},
-    config=NoConfig(f"Bert {_POST_NORM}"),
+    config=FamilyConfig(reason=f"Bert {_POST_NORM}"),
     refused=dict.fromkeys(("hf", *MCORE, "legacy"), _POST_NORM),
 )
 FAMILIES = (MEGATRON_BERT, BERT)

@@ -10,14 +10,13 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from ckptx.errors import SchemaError
-from ckptx.model.family import LAST, Family
+from ckptx.model.family import LAST, Family, FamilyConfig
 from ckptx.model.spec import ModelSpec
-from ckptx.schemas.config.translate import NoConfig
 from ckptx.schemas.decoder import MEGATRON
 from ckptx.schemas.families.dense import llama
 
 
-class _General(NoConfig):
+class _General(FamilyConfig):
     def to_config(self, spec: ModelSpec) -> NoReturn:
         """Raise a SchemaError that says what keeps the model from being one of Llama's manner."""
         reasons = llama.FAMILY.config.unsupported(spec)
@@ -38,6 +37,6 @@ FAMILY = Family(
     architectures=("GPTModel",),
     model_types=(),
     layouts=MEGATRON,
-    config=_General("a general Megatron GPT model has no Hugging Face config"),
+    config=_General(reason="a general Megatron GPT model has no Hugging Face config"),
     recognition=LAST,
 )

@@ -8,23 +8,14 @@ Source: huggingface/transformers src/transformers/models/gpt_neox/modeling_gpt_n
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout, Predicate, Rule, Section, rule
-from ckptx.schemas.config.traits import GELU, NO_HEAD_KEYS, Biases, ConfigTable
-from ckptx.schemas.conventions.blocks import dense_bias, mlp_bias, norm, qkv_bias, untied
+from ckptx.model.layout import Layout, Section, rule
+from ckptx.schemas.config.traits import GELU, NO_HEAD_KEYS, Biases, ConfigTable, llama_defaults
+from ckptx.schemas.conventions.blocks import dense_bias, linear, mlp_bias, norm, qkv_bias, untied
 from ckptx.schemas.decoder import decoder_family
 
 _LAYER = "gpt_neox.layers.{layer}."
 # Checkpoints of transformers before 4.31 hold masks and rotary frequencies.
 _BUFFERS = (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
-
-
-def _linear(key: str, name: str, bias: Predicate) -> tuple[Rule, Rule]:
-    return (
-        rule(f"{key} weight", f"{_LAYER}{name}.weight"),
-        rule(f"{key} bias", f"{_LAYER}{name}.bias", when=bias),
-    )
-
-
 _SECTIONS = (
     Section("embeddings", (rule("word embeddings", "gpt_neox.embed_in.weight"),)),
     Section(
@@ -32,10 +23,10 @@ _SECTIONS = (
         (
             *norm("input norm", f"{_LAYER}input_layernorm"),
             *norm("post norm", f"{_LAYER}post_attention_layernorm"),
-            *_linear("qkv", "attention.query_key_value", qkv_bias),
-            *_linear("dense", "attention.dense", dense_bias),
-            *_linear("mlp l0", "mlp.dense_h_to_4h", mlp_bias),
-            *_linear("mlp l1", "mlp.dense_4h_to_h", mlp_bias),
+            *linear("qkv", f"{_LAYER}attention.query_key_value", bias=qkv_bias),
+            *linear("dense", f"{_LAYER}attention.dense", bias=dense_bias),
+            *linear("mlp l0", f"{_LAYER}mlp.dense_h_to_4h", bias=mlp_bias),
+            *linear("mlp l1", f"{_LAYER}mlp.dense_4h_to_h", bias=mlp_bias),
         ),
     ),
     Section("final norm", norm("", "gpt_neox.final_layer_norm")),
@@ -45,16 +36,11 @@ _SECTIONS = (
         (rule("weight", "embed_out.weight", when=untied, also=["lm_head.weight"]),),
     ),
 )
-_DEFAULTS = {
-    "vocab_size": 50432,
-    "hidden_size": 6144,
-    "num_hidden_layers": 44,
-    "num_attention_heads": 64,
-    "intermediate_size": 24576,
+_DEFAULTS = llama_defaults(
+    vocab=50432, hidden=6144, ffn=24576, layers=44, heads=64, positions=2048
+) | {
     "hidden_act": "gelu",
-    "max_position_embeddings": 2048,
     "layer_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
     "use_parallel_residual": True,
     "attention_bias": True,
 }

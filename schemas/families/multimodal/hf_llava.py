@@ -9,7 +9,6 @@ Source: NVIDIA/Megatron-LM tools/checkpoint/{saver_hf_llava,schema_hf}.py @ core
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from ckptx.errors import SchemaError
@@ -68,7 +67,7 @@ def config_from_parts(parts: Parts) -> dict[str, Any]:
 
 
 def _plain(spec: ModelSpec) -> dict[str, Any]:
-    return {name: value for name, value in asdict(spec).items() if value not in (None, (), {})}
+    return {name: value for name, value in spec.dimensions().items() if value not in (None, (), {})}
 
 
 def parts_from(

@@ -19,11 +19,10 @@ from dataclasses import replace
 from typing import Any
 
 from ckptx.errors import SchemaError
-from ckptx.model.family import Composition, Family
+from ckptx.model.family import Composition, Family, FamilyConfig
 from ckptx.model.layout import ExtraState, Layout, Parts, Section
 from ckptx.model.spec import ModelSpec
 from ckptx.registry.families import family_named
-from ckptx.schemas.config.translate import NoConfig
 from ckptx.schemas.conventions.blocks import hf_decoder
 from ckptx.schemas.conventions.converter_vision import converter_sections
 from ckptx.schemas.conventions.mcore import (
@@ -180,7 +179,7 @@ def _layers_read(vision: ModelSpec) -> int:
     return layers
 
 
-class _LanguageConfig(NoConfig):
+class _LanguageConfig(FamilyConfig):
     """The config of the language part, which is that of its own family."""
 
     def from_config(self, config: Mapping[str, Any]) -> ModelSpec:
@@ -201,7 +200,7 @@ FAMILY = Family(
         **{style.convention: megatron_layout(style) for style in STYLES},
         CONVERTER: _converter_layout(),
     },
-    config=_LanguageConfig("a config of a LLaVA says more than its language part"),
+    config=_LanguageConfig(reason="a config of a LLaVA says more than its language part"),
     composition=Composition(
         from_config=parts_from_config,
         to_config=config_from_parts,

@@ -6,12 +6,14 @@ Source: huggingface/transformers src/transformers/models/llava/configuration_lla
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ckptx.errors import SchemaError
 from ckptx.model.layout import Parts
 from ckptx.model.spec import ModelSpec
 from ckptx.registry.families import family_named
+from ckptx.schemas.config.unknown_keys import unknown_among
 from ckptx.schemas.conventions.vision import TOWERS, projection_spec, tower_spec
 
 LANGUAGES = ("llama", "mistral", "qwen2", "qwen3")
@@ -66,6 +68,7 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
 }
+_WORDS = {meaning: word for word, meaning in reversed(_ACTIVATIONS.items())}
 _VISION_FIELDS = (
     ("hidden_size", "hidden_size"),
     ("intermediate_size", "ffn_hidden_size"),
@@ -77,6 +80,11 @@ _KEPT = ("projection_dim",)
 # transformers 5 reads features behind the last norm where the vision config has this key, true
 # (utils/output_capturing.py capture_outputs @ v5.23.0); earlier releases never do.
 _NORMED = "tie_last_hidden_states"
+_IGNORED = {
+    *("ignore_index", "image_token_id", "vocab_size", "image_grid_pinpoints", _NORMED),
+    *("attention_dropout", "dropout", "initializer_factor", "projection_dim"),
+}
+"""Known keys that say nothing of the weights or of what they compute, and `_NORMED`."""
 
 
 def parts_from_config(config: Mapping[str, Any]) -> dict[str, ModelSpec]:
@@ -103,10 +111,24 @@ def parts_from_config(config: Mapping[str, Any]) -> dict[str, ModelSpec]:
         activation=_ACTIVATIONS[values["projector_hidden_act"]],
         extra={key: values[key] for key in ("image_token_index", "image_seq_length")},
     )
+    unknown = {**language.unknown_keys, **_unknown_keys(config)}
+    language = replace(language, unknown_keys=unknown)
     return {"vision": vision, "projection": projection, "language": language}
 
 
-def _language_from_config(config: Mapping[str, Any]) -> ModelSpec:
+def _unknown_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of which nothing is known, of the whole and of its vision tower."""
+    seen = config.get("vision_config") or {}
+    tower = unknown_among(seen, {key for table in _VISION_DEFAULTS.values() for key in table})
+    own = {*_DEFAULTS, "text_config", "vision_config"}
+    return {
+        **unknown_among(config, own | _IGNORED),
+        **{f"vision_config.{key}": tower[key] for key in tower.keys() - _IGNORED},
+    }
+
+
+def _text_config(config: Mapping[str, Any], dtype: str = "") -> dict[str, Any]:
+    """Return the config of the language model, completed with what the whole says, or ``dtype``."""
     text = {"model_type": "llama", **(config.get("text_config") or {})}
     family = str(text["model_type"])
     if family not in LANGUAGES:
@@ -114,12 +136,19 @@ def _language_from_config(config: Mapping[str, Any]) -> ModelSpec:
             f"text_config: model_type {family!r} is no language model that a LLaVA can have here; "
             f"known are {', '.join(LANGUAGES)}"
         )
-    named = family_named(family)
-    text["architectures"] = list(named.architectures)
+    text["architectures"] = list(family_named(family).architectures)
     if config.get("tie_word_embeddings"):
         text["tie_word_embeddings"] = True
+    if dtype:
+        text.pop("torch_dtype", None)
+        text["dtype"] = dtype
+    return text
+
+
+def _language_from_config(config: Mapping[str, Any]) -> ModelSpec:
+    text = _text_config(config)
     try:
-        return named.from_config(text)
+        return family_named(text["model_type"]).from_config(text)
     except SchemaError as error:
         raise SchemaError(f"text_config: {error}") from error
 
@@ -240,11 +269,10 @@ def _vision_to_config(vision: ModelSpec) -> dict[str, Any]:
             "says one side only"
         )
     patch = vision.extra["patch_size"]
-    act = {meaning: word for word, meaning in reversed(_ACTIVATIONS.items())}
     head = {"vision_use_head": bool(vision.extra.get("pooling_head"))}
     return {
         **{key: getattr(vision, attribute) for key, attribute in _VISION_FIELDS},
-        "hidden_act": act[vision.activation],
+        "hidden_act": _WORDS[vision.activation],
         "image_size": vision.extra.get("image_size", side * patch),
         "patch_size": patch,
         "num_channels": 3,
@@ -257,14 +285,13 @@ def _vision_to_config(vision: ModelSpec) -> dict[str, Any]:
 def _own_to_config(parts: Parts) -> dict[str, Any]:
     """Return the keys of the config that are of no part alone."""
     vision, projection = parts["vision"], parts["projection"]
-    act = {meaning: word for word, meaning in reversed(_ACTIVATIONS.items())}
     patches = vision.max_position_embeddings - vision.extra["class_tokens"]
     seen = patches + (vision.extra["class_tokens"] if vision.extra["select"] == "full" else 0)
     token = projection.extra.get("image_token_index")
     return {
         "vision_feature_layer": vision.extra["feature_layer"],
         "vision_feature_select_strategy": vision.extra["select"],
-        "projector_hidden_act": act.get(projection.activation, projection.activation),
+        "projector_hidden_act": _WORDS.get(projection.activation, projection.activation),
         "multimodal_projector_bias": projection.add_bias_linear,
         "image_seq_length": projection.extra.get("image_seq_length", seen),
         **({} if token is None else {"image_token_index": token}),
@@ -274,9 +301,10 @@ def _own_to_config(parts: Parts) -> dict[str, Any]:
 def differences_of(config: Mapping[str, Any], parts: Parts) -> list[str]:
     """Return one line per key in which a config contradicts the parts of a checkpoint."""
     theirs = parts_from_config(config)
-    text = _text_config(config, parts)
-    own = family_named(parts["language"].family).config
-    lines = [f"text_config: {line}" for line in own.differences(text, parts["language"])]
+    language = parts["language"]
+    own = family_named(language.family).config
+    text = _text_config(config, language.dtype)
+    lines = [f"text_config: {line}" for line in own.differences(text, language)]
     for place, key, found, wanted in _contradictions(theirs, parts):
         lines.append(f"{place}{key}: config {found}, source {wanted}")
     return lines
@@ -287,27 +315,18 @@ def merged_config(config: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
     check(parts)
     theirs = parts_from_config(config)
     merged = dict(config)
-    said = _text_config(config, parts)
-    own = family_named(parts["language"].family).config
-    if own.differences(said, parts["language"]):
-        text = own.merge_config(said, parts["language"])
+    language = parts["language"]
+    said = _text_config(config, language.dtype)
+    own = family_named(language.family).config
+    if own.differences(said, language):
+        text = own.merge_config(said, language)
         merged["text_config"] = {k: value for k, value in text.items() if k != "architectures"}
     merged["vision_config"] = dict(config.get("vision_config") or _VISION_OF_LLAVA)
     for place, key, _, wanted in _contradictions(theirs, parts):
         (merged["vision_config"] if place else merged)[key] = wanted
-    if theirs["language"].tied != parts["language"].tied:
-        merged["tie_word_embeddings"] = parts["language"].tied
+    if theirs["language"].tied != language.tied:
+        merged["tie_word_embeddings"] = language.tied
     return merged
-
-
-def _text_config(config: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
-    """Return the language model's config; its dtype is that of the whole."""
-    text = {"model_type": "llama", **(config.get("text_config") or {})}
-    text["architectures"] = list(family_named(str(text["model_type"])).architectures)
-    if config.get("tie_word_embeddings"):
-        text["tie_word_embeddings"] = True
-    text.pop("torch_dtype", None)
-    return {**text, "dtype": parts["language"].dtype}
 
 
 def _contradictions(theirs: Parts, ours: Parts) -> Iterator[tuple[str, str, Any, Any]]:
