@@ -17,8 +17,9 @@ Source: volcengine/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ 01ee5
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -34,6 +35,7 @@ from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.plugins.pytorch.module_names import (
     file_names,
     nearest_config,
+    others_of_step,
     size_of,
     strip_option,
     trained_messages,
@@ -51,7 +53,7 @@ from ckptx.plugins.run_directory import (
 )
 from ckptx.plugins.verl import extra_state, megatron
 from ckptx.protocol.context import UNTOLD, Context, Options
-from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Messages, SourceTensor
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Messages, SourceTensor
 from ckptx.storage.location import Location
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import LazyTensor
@@ -123,7 +125,7 @@ class VerlLoader:
             )
         files = _rank_files(directory)
         with collector_paused():
-            found = _read(files, directory)
+            tensors, sources, dropped = _read(files, directory)
         states: dict[str, bytes] = {}
         if options.get("extra_state"):
             states, remarks = extra_state.merged(directory, len(files))
@@ -131,22 +133,13 @@ class VerlLoader:
         begin = replace(
             begin,
             files=tuple(str(file.absolute()) for file in files),
-            sources=found.sources,
+            sources=sources,
             sidecars={**begin.sidecars, **states},
             parallel={"world_size": len(files)},
         )
-        dropped = (*found.dropped, *left)
-        tensors, remarks = file_names(found.tensors, options, directory)
-        yield from trained_messages(begin, tensors, (*notes, *remarks), dropped, options, context)
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """The tensors of all ranks together, each rank's own, and what is none."""
-
-    tensors: Mapping[str, LazyTensor]
-    sources: tuple[SourceTensor, ...]
-    dropped: tuple[Dropped, ...]
+        tensors, remarks = file_names(tensors, options, directory)
+        end = End((*dropped, *left), (*notes, *remarks))
+        yield from trained_messages(begin, tensors, end, options, context)
 
 
 def _find(source: Location, actor: str) -> tuple[Location, tuple[str, ...]]:
@@ -234,15 +227,17 @@ def _said_world(config: Location) -> Any:
     return said["world_size"]
 
 
-def _read(files: list[Location], directory: Location) -> _Found:
-    """Return the tensors of which the ranks hold shares.
+def _read(
+    files: list[Location], directory: Location
+) -> tuple[dict[str, LazyTensor], tuple[SourceTensor, ...], tuple[Dropped, ...]]:
+    """Return the tensors of which the ranks hold shares, those of all ranks, and what is none.
 
     Raises:
         FormatError: a file is damaged, or the ranks do not hold shares of the same tensors.
     """
     shares: dict[str, list[Share]] = {}
     sources: list[SourceTensor] = []
-    dropped: dict[str, int] = {}
+    dropped: Counter[str] = Counter()
     for number, file in enumerate(files):
         rank = Rank(str(file), number, len(files))
         value = torch_zip.read(file, number)
@@ -250,8 +245,7 @@ def _read(files: list[Location], directory: Location) -> _Found:
             raise FormatError(f"{file}: expected a state dict, found {type(value).__name__}")
         for name, entry in value.items():
             if entry is None or str(name).endswith("_extra_state"):
-                size = entry.nbytes if isinstance(entry, LazyTensor) else 0
-                dropped[str(name)] = dropped.get(str(name), 0) + size
+                dropped[str(name)] += entry.nbytes if isinstance(entry, LazyTensor) else 0
                 continue
             found = share(entry, rank, str(name))
             shares.setdefault(str(name), []).append(found)
@@ -264,7 +258,7 @@ def _read(files: list[Location], directory: Location) -> _Found:
         raise FormatError(f"{directory}: the files of the {len(files)} ranks hold no weights")
     tensors = {name: whole(held, f"{directory}: {name!r}") for name, held in shares.items()}
     none = tuple(Dropped(name, TRAINING_STATE, size) for name, size in dropped.items())
-    return _Found(tensors, tuple(sources), none)
+    return tensors, tuple(sources), none
 
 
 def _left(
@@ -277,29 +271,17 @@ def _left(
     taken = {*_OWN, _HUGGINGFACE, *carried}
     if not _holds_ranks(directory):
         taken |= {next(name for name in _MODELS if (directory / name).is_dir())}
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for path in sorted(directory.iterdir()):
         if _MODEL_FILE.fullmatch(path.name) or path.name in taken:
             continue
         match = _STATE_FILE.fullmatch(path.name)
         if states and match and match[1].startswith("extra_state"):
             continue
-        name = f"{match[1]}*.pt" if match else path.name
-        sizes[name] = sizes.get(name, 0) + size_of(path)
+        sizes[f"{match[1]}*.pt" if match else path.name] += size_of(path)
     dropped = [Dropped(name, TRAINING_STATE, size) for name, size in sizes.items()]
-    if (directory / _HUGGINGFACE).is_dir():
-        dropped += (
-            Dropped(
-                f"{_HUGGINGFACE}/{path.name}",
-                "the weights of the ranks are converted",
-                size_of(path),
-            )
-            for path in sorted((directory / _HUGGINGFACE).iterdir())
-            if path.name.endswith(_WEIGHTS)
-        )
-    if source != directory:
-        others = (path for path in sorted(directory.parent.iterdir()) if path != directory)
-        dropped += (
-            Dropped(p.name, f"only {directory.name} is converted", size_of(p)) for p in others
-        )
-    return tuple(dropped)
+    beside, why = directory / _HUGGINGFACE, "the weights of the ranks are converted"
+    for path in sorted(beside.iterdir()) if beside.is_dir() else ():
+        if path.name.endswith(_WEIGHTS):
+            dropped.append(Dropped(f"{_HUGGINGFACE}/{path.name}", why, size_of(path)))
+    return (*dropped, *(others_of_step(directory) if source != directory else ()))
