@@ -363,7 +363,8 @@ class CoreSaver:
         args |= _grouping(spec, style, options)
         if seeing:
             args = llava.args_of_parts(model.parts, args, model.begin.training.get("args"))
-        target = torch_dist.Target(layout, layout.extra_states, stage, chunks, args, chosen.number)
+        states = tuple(writer.states(layout.extra_states))
+        target = torch_dist.Target(layout, states, stage, chunks, args, chosen.number)
         files = (
             torch_dist.plan(model, target)
             if ckpt_format == "torch_dist"

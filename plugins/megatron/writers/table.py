@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -11,10 +11,12 @@ import click
 from ckptx.conversion.options import option
 from ckptx.errors import PlanError, SchemaError
 from ckptx.model.family import Family
+from ckptx.model.layout import ExtraState
 from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.source import Source
 from ckptx.plugins.megatron.writers import bridge
 from ckptx.protocol.context import Options
+from ckptx.schemas.conventions.mcore import with_cores
 from ckptx.storage.location import Location
 
 Settings: TypeAlias = Callable[[Location, Collection[str]], Mapping[str, Any]]
@@ -37,11 +39,14 @@ class Writer:
     """Returns the files beside the tensors."""
     pointers: Mapping[str, str] = field(default_factory=dict)
     """Which of these are beside the iterations, too, by their names there."""
+    states: Callable[[Sequence[ExtraState]], Iterable[ExtraState]] = lambda states: states
+    """Returns the extra states that it looks for, of those of today's releases."""
     load_hint: str = ""
     """The code that loads an iteration, unless it is Megatron's own script."""
 
 
 MEGATRON_LM = Writer("megatron-lm")
+OLDER = Writer("megatron-lm-0.14", states=with_cores)
 BRIDGE = Writer(
     "bridge",
     lambda place: (place / bridge.RUN_CONFIG).is_file(),
@@ -53,29 +58,29 @@ BRIDGE = Writer(
     "tokenizer",
     bridge.files,
     {bridge.LATEST: bridge.TRAIN_STATE},
-    'megatron.bridge.training.model_load_save.load_megatron_model("{place}")',
+    load_hint='megatron.bridge.training.model_load_save.load_megatron_model("{place}")',
 )
-WRITERS = {writer.name: writer for writer in (BRIDGE, MEGATRON_LM)}
-TARGETS = (MEGATRON_LM.name, BRIDGE.name)
+SOURCES = {writer.name: writer for writer in (MEGATRON_LM, BRIDGE)}
+TARGETS = {writer.name: writer for writer in (MEGATRON_LM, OLDER, BRIDGE)}
 
 
 def writer_option() -> click.Option:
     """Return ``--writer``."""
     told = "Who wrote the checkpoint, where its files do not tell."
-    return option("--writer", click.Choice(sorted(WRITERS)), told)
+    return option("--writer", click.Choice([*SOURCES]), told)
 
 
 def target_writer_option() -> click.Option:
     """Return ``--target-writer``."""
     for_it = "Whose files to write beside the tensors, for it to load them."
-    return option("--target-writer", click.Choice(TARGETS), for_it, TARGETS[0])
+    return option("--target-writer", click.Choice([*TARGETS]), for_it, MEGATRON_LM.name)
 
 
 def writer_of(place: Location, options: Options) -> Writer:
     """Return the writer that was given, else the one that the files of an iteration tell."""
     if given := options.get("writer"):
-        return WRITERS[given]
-    return next((one for one in WRITERS.values() if one.wrote(place)), MEGATRON_LM)
+        return SOURCES[given]
+    return next((one for one in SOURCES.values() if one.wrote(place)), MEGATRON_LM)
 
 
 def described(writer: Writer, checkpoint: Source, options: Options) -> Source:
@@ -101,8 +106,8 @@ def target_writer(options: Options, ckpt_format: str) -> Writer:
     Raises:
         PlanError: it has no checkpoints of this format.
     """
-    writer = WRITERS[options.get("target_writer") or MEGATRON_LM.name]
-    if writer is not MEGATRON_LM and ckpt_format != "torch_dist":
+    writer = TARGETS[options.get("target_writer") or MEGATRON_LM.name]
+    if writer is BRIDGE and ckpt_format != "torch_dist":
         raise PlanError(
             f"--target-writer {writer.name} loads torch_dist only; leave --ckpt-format out"
         )
