@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import click
 
-from ckptx.cli.options import long_options, output_options, short_options, show_result
+from ckptx.cli.options import long_options, output_options, short_options, show_report, show_result
 from ckptx.cli.plugin_options import Chosen, PluginCommand, equal_options, scanned
 from ckptx.conversion.options import engine_options, megatron_options
 from ckptx.conversion.request import ConversionRequest
@@ -140,7 +140,7 @@ def convert(job: ConversionRequest, params: dict[str, Any]) -> None:
 
     shown = progress.choose(params["quiet"] or params["as_json"])
     report = supervisor.convert(job, shown)
-    show_result(report, params["as_json"], params["quiet"])
+    show_report(report, params["as_json"], params["quiet"])
 
 
 def plan(job: ConversionRequest, params: dict[str, Any]) -> None:

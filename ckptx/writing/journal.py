@@ -309,9 +309,15 @@ class Journal:
         """Wait for the writer of a killed run: its last system call may still be on its way."""
         deadline = time.monotonic() + _PATIENCE
         while True:
-            with contextlib.suppress(BlockingIOError):
+            try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    return  # nobody could tell
+                raise
             if time.monotonic() > deadline:
                 raise ConversionError(
                     f"{self.path}: a process of the killed run has not ended; end it and run again"

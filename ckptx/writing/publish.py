@@ -22,12 +22,12 @@ to it, and by removing what is left.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import logging
 import os
 import shutil
-import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Literal
 from ckptx.errors import ConversionError, CutShortError, PlanError
 from ckptx.protocol.contracts import SavePlan
 from ckptx.storage.file_plan import FilePlan
-from ckptx.storage.partial import MANIFEST, PARTIAL
+from ckptx.storage.partial import LOCK, MANIFEST, OWNER, PARTIAL
 from ckptx.text.sizes import size_text
 from ckptx.writing import journal
 from ckptx.writing.atomic import (
@@ -51,14 +51,25 @@ from ckptx.writing.atomic import (
 )
 from ckptx.writing.disk import occupied_bytes, shortage
 from ckptx.writing.existing import Existing, check_place, existing, is_taken, keep_permissions
+from ckptx.writing.lock import Lock
 
 if TYPE_CHECKING:
     from ckptx.writing.journal import Identity
 
 _PUBLISHING = "publishing"
-_LAST = (_PUBLISHING, "lock")
+_LAST = (_PUBLISHING, OWNER, LOCK)
 """What a partial directory loses last, in this order."""
+_REMOVED_OPEN = (".nfs", ".fuse_hidden")
+"""How names begin that a file system gives to open files that were removed."""
+_TRIES, _PAUSE = 20, 0.05  # seconds between two looks
 _log = logging.getLogger(__name__)
+
+
+def _homes() -> Iterator[Path]:
+    """Yield the working directory and the user's, where there are such."""
+    for find in (Path.cwd, Path.home):
+        with contextlib.suppress(OSError, RuntimeError):
+            yield find()
 
 
 def outline(plan: SavePlan) -> SavePlan:
@@ -119,7 +130,7 @@ class Target:
         self.inputs = [path.resolve() for path in inputs]
         self.overwrite = overwrite
         self._created: list[Path] = []
-        self._lock = -1
+        self._lock: Lock | None = None
         self._keep = False
         self.replaced: Existing | None = None
         """What `publish` deletes; known once a plan was checked."""
@@ -139,11 +150,11 @@ class Target:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._lock >= 0:
+        if self._lock is not None:
             self.kept = self._worth_keeping() if self._keep else None
             if self.kept is None:
                 self._clear()
-            os.close(self._lock)
+            self._release()
         for folder in reversed(self._created if kind else []):
             with contextlib.suppress(OSError):  # not empty: the work of someone else meanwhile
                 folder.rmdir()
@@ -155,6 +166,37 @@ class Target:
                 _remove(self._partial / name)
         shutil.rmtree(self._partial, ignore_errors=True)
 
+    def _acquire(self) -> None:
+        if self._lock is None:
+            lock = Lock(self._partial, self._path)
+            lock.acquire()
+            self._lock = lock
+
+    def _release(self) -> None:
+        """Let go of the partial directory, and of its last trace.
+
+        NFS and FUSE keep what is removed while it is open, under another name, until it is closed.
+        """
+        lock, self._lock = self._lock, None
+        if lock is None:
+            return
+        lock.release()
+        for _ in range(_TRIES):
+            left = self._names()
+            if left is None or not all(name.startswith(_REMOVED_OPEN) for name in left):
+                break
+            with contextlib.suppress(OSError):
+                self._partial.rmdir()
+                break
+            time.sleep(_PAUSE)
+
+    def _names(self) -> set[str] | None:
+        """Return the names in the partial directory, None if it cannot be listed."""
+        try:
+            return {path.name for path in self._partial.iterdir()}
+        except OSError:
+            return None
+
     def _clear_orphan(self) -> None:
         """Remove what a run has left that was killed while it removed the last of what it had.
 
@@ -165,17 +207,14 @@ class Target:
         """
         if not self._orphaned():
             return
-        self._acquire(self._partial)
+        self._acquire()
         if self._orphaned():  # still, now that nobody else can be at work here
             self._clear()
-        os.close(self._lock)
-        self._lock = -1
+        self._release()
 
     def _orphaned(self) -> bool:
-        try:
-            return {path.name for path in self._partial.iterdir()} <= set(_LAST)
-        except OSError:
-            return False
+        names = self._names()
+        return names is not None and names <= set(_LAST)
 
     @property
     def path(self) -> Path:
@@ -199,30 +238,50 @@ class Target:
         """
         self._name(plan)
         if self._was_published(identity):
-            self._acquire(self._partial)
+            self._acquire()
             if self._was_published(identity):
                 self.published = True
+                self._publish_manifest()  # if the run was killed before
                 _log.warning("resuming: %s is in place and whole", self._path)
                 return self._path.parent if plan.single_file else self._path
         if self._path.exists():
             self._clear_orphan()
         self._check_place()
         self._make(self._path.parent)
-        self._acquire(self._partial)
+        self._acquire()
         _rescue(self._partial, self._path)
+        self._probe()
         staging = self._partial / "new"
-        kept = {"lock", journal.NAME, "new"} if self._continues(identity) else {"lock"}
+        kept = {journal.NAME, "new"} if self._continues(identity) else set()
         for leftover in self._partial.iterdir():
-            if leftover.name not in kept:
+            if leftover.name not in {LOCK, OWNER, *kept}:
                 _remove(leftover)
         # After the leftovers of a killed run have made room.
         self._check_disk(occupied_bytes(staging))
         try:
-            self._sign()
+            if self._lock is not None:
+                self._lock.sign()
             staging.mkdir(exist_ok=True)
         except OSError as error:
             raise ConversionError(f"{staging}: {_reason(error, self._partial)}") from error
         return staging
+
+    def _probe(self) -> None:
+        """Try what makes the target appear, before a byte moves.
+
+        Raises:
+            PlanError: the file system cannot rename a directory.
+        """
+        before, after = self._partial / "probe", self._partial / "probed"
+        try:
+            before.mkdir(exist_ok=True)
+            before.rename(after)
+            after.rmdir()
+        except OSError as error:
+            raise PlanError(
+                f"{self._partial}: a directory cannot be renamed here ({error.strerror}), by which "
+                "a target appears; choose another target"
+            ) from error
 
     def _was_published(self, identity: Identity | None) -> bool:
         """Return whether a killed run of this conversion has put its target in place."""
@@ -235,7 +294,7 @@ class Target:
     def _publishing(self) -> str:
         """Return what a killed run was about to put in place; empty if it did not get so far."""
         try:
-            return (self._partial / _PUBLISHING).read_text()
+            return (self._partial / _PUBLISHING).read_text().partition(" of ")[0]
         except (OSError, ValueError):
             return ""
 
@@ -303,9 +362,14 @@ class Target:
                 sync_directory(folder.parent)
             return self._write_pointers()
         except OSError as error:
-            reason = _reason(error, self._partial)
+            missing = [
+                f"write {content.decode(errors='replace').strip()!r} into {self.save_dir / name}"
+                for name, content in self.plan.pointers.items()
+            ]
             raise CutShortError(
-                f"{self._path}: is whole and in place, but not all that belongs to it: {reason}"
+                f"{self._path}: is whole and in place, but not all that belongs to it: "
+                f"{_reason(error, self._partial)}{'; mend it, then ' * bool(missing)}"
+                f"{' and '.join(missing)}"
             ) from error
 
     def _put_in_place(self) -> None:
@@ -320,6 +384,8 @@ class Target:
                 self._publish_directory(staging)
         except OSError as error:
             reason = _reason(error, self._partial)
+            if error.errno == errno.EXDEV:
+                reason = "its file system cannot move what lies there; remove it, and run again"
             raise CutShortError(f"{self._path}: cannot be put in place: {reason}") from error
         self.published = True
 
@@ -376,8 +442,7 @@ class Target:
 
     def _check_replaceable(self, path: Path) -> None:
         """Refuse to replace a directory that is plainly more than one old checkpoint."""
-        here = Path.cwd()
-        if path in (here, Path.home()) or path in here.parents or path in Path.home().parents:
+        if any(path == own or path in own.parents for own in _homes()):
             raise PlanError(f"{path}: is or holds your working or home directory; not replaced")
         if os.path.ismount(path) or (path / ".git").exists():
             raise PlanError(f"{path}: is a file system or a repository of its own; not replaced")
@@ -401,41 +466,6 @@ class Target:
                 raise PlanError(f"{path}: cannot be created: {error.strerror}") from error
             self._created.append(path)
 
-    def _acquire(self, partial: Path) -> None:
-        while self._lock < 0:
-            try:
-                partial.mkdir(exist_ok=True)
-                lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            except FileNotFoundError:
-                continue  # the run that held it has just removed it
-            except OSError as error:
-                raise PlanError(f"{partial}: cannot be written: {error.strerror}") from error
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = os.pread(lock, 200, 0).decode(errors="replace").strip()
-                os.close(lock)
-                raise ConversionError(
-                    f"{self._path}: another conversion is writing it ({owner or 'just started'}); "
-                    "wait for it, or choose another target"
-                ) from None
-            except OSError as error:
-                os.close(lock)
-                raise PlanError(
-                    f"{partial}: its file system cannot lock files ({error.strerror}), so two runs "
-                    "could write one target; choose another target"
-                ) from error
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(lock), (partial / "lock").stat()):
-                    self._lock = lock
-                    break
-            os.close(lock)  # locked a file that its owner had removed: try again
-
-    def _sign(self) -> None:
-        """Say in the lock who holds it."""
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
     def _check_disk(self, occupied: int = 0) -> None:
         """Raise unless the plan fits; ``occupied`` bytes of it are there already."""
         found = shortage(_existing(self._path.parent), self.plan, occupied)
@@ -444,14 +474,18 @@ class Target:
 
     def _publish_file(self, staging: Path) -> None:
         name = self.plan.files[0].path
-        manifest = staging / manifest_path(self.plan)
         sync_directory(staging)
-        if manifest.exists():
-            manifest.replace(self._path.with_name(f"{self._path.name}.{MANIFEST}"))
         if self.overwrite:
             (staging / name).replace(self._path)
         else:
             rename_new(staging / name, self._path)
+        self._publish_manifest()
+
+    def _publish_manifest(self) -> None:
+        """Put the manifest of a single file beside it, unless that was done."""
+        manifest = self._partial / "new" / manifest_path(self.plan)
+        if self.plan.single_file and manifest.exists():
+            manifest.replace(self._path.with_name(f"{self._path.name}.{MANIFEST}"))
 
     def _publish_directory(self, staging: Path) -> None:
         sync_directory(staging)
@@ -462,8 +496,6 @@ class Target:
 
     def _replace_knowingly(self) -> None:
         """Look again at what is replaced, since much time may have passed; keep its permissions.
-
-        Before the manifest of a single file is moved: by that the old file is known.
 
         Raises:
             CutShortError: files of others have come.
