@@ -69,15 +69,12 @@ class Owner(Protocol):
 
     def prepare(self, plan: SavePlan, identity: Identity | None) -> tuple[str, bool]:
         """Return the staging directory, and whether an earlier run has published the target."""
-        ...
 
     def advance(self, count: int) -> None:
         """Count bytes that were written."""
-        ...
 
     def flush(self) -> None:
         """Take note that everything was written."""
-        ...
 
 
 class TargetOwner:

@@ -15,15 +15,8 @@ from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.export import exported
 from ckptx.model.family import Family
 from ckptx.model.layout import Parts
+from ckptx.protocol import from_names
 from ckptx.protocol.context import ADAPTERS, UNTOLD, Context
-from ckptx.protocol.from_names import (
-    begin_anyway,
-    name_among,
-    named_messages,
-    names_held,
-    passthrough,
-    tied_names,
-)
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import _architectures, family_of, parts_from_config, why_unknown
@@ -125,7 +118,7 @@ def hf_messages(
         SchemaError: tensors are missing, left over, or not of the shapes that the config says.
     """
     model = _Model(begin, tensors, notes, dropped, options or {}, context, renamer)
-    yield from begin_anyway(begin, model.messages(), context)
+    yield from from_names.begin_anyway(begin, model.messages(), context)
 
 
 @dataclass(slots=True)
@@ -165,7 +158,7 @@ class _Model:
         self.tensors = plain
         self._merge(held, family)
         parts, layout = self._with_every_row(family), family.layout("hf")
-        known = {name for group in layout.held(parts) for name in names_held(group)}
+        known = {name for group in layout.held(parts) for name in from_names.names_held(group)}
         self.tensors, around = task_heads.without_module(self.tensors, known)
         self.notes += around
         if own := task_heads.heads_of(self.tensors, known):
@@ -173,7 +166,9 @@ class _Model:
             yield from self._by_name(remark)
             return
         begin = replace(self.begin, family=family.name if family.composition else "")
-        yield from named_messages(begin, self.tensors, parts, layout, self.notes, self.dropped)
+        yield from from_names.named_messages(
+            begin, self.tensors, parts, layout, self.notes, self.dropped
+        )
 
     def _say(self, config: dict[str, Any]) -> None:
         """Let the model have another config beside its weights."""
@@ -184,7 +179,7 @@ class _Model:
     def _by_name(self, *notes: str) -> Iterator[Message]:
         """Yield the messages of tensors that pass through under their own names."""
         yield self.begin
-        yield passthrough(self.tensors)
+        yield from_names.passthrough(self.tensors)
         yield End(self.dropped, (*self.notes, *notes))
 
     def _adapter(self, held: extract.ExtractedAdapters) -> Iterator[Message]:
@@ -223,7 +218,7 @@ class _Model:
         config, tensors = self.config, self.tensors
         parts = parts_from_config(family, config)
         said = parts["language"].vocab_size if "language" in parts else None
-        name = name_among(tensors, family.layout("hf"), "embeddings", "word embeddings")
+        name = from_names.name_among(tensors, family.layout("hf"), "embeddings", "word embeddings")
         if said is None or name not in tensors or len(tensors[name].shape) != 2:
             return parts
         rows = tensors[name].shape[0]
@@ -254,7 +249,7 @@ def _tie(
     """Return the names of embedding and output layer if a model has one tensor for both."""
     if family is not None:
         tied = parts_from_config(family, config)["language"].tied
-        return tied_names(family.layout("hf"), tensors) if tied else None
+        return from_names.tied_names(family.layout("hf"), tensors) if tied else None
     return tie_by_names(config, tensors)
 
 

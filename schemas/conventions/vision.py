@@ -21,20 +21,8 @@ from ckptx.model.layout import ExtraState, Predicate, Rule, Section, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import QKV, drop_unit_axes
 from ckptx.schemas.config.traits import Biases
-from ckptx.schemas.conventions.blocks import (
-    both,
-    dense_bias,
-    gated,
-    hf_gated_mlp,
-    layer_norm_bias,
-    linear,
-    mlp_bias,
-    moe,
-    norm,
-    only_for,
-    qkv_bias,
-    ungated,
-)
+from ckptx.schemas.conventions import blocks
+from ckptx.schemas.conventions.blocks import both, linear, moe, norm, only_for
 from ckptx.schemas.conventions.mcore import LAYER, Style, extra_states, mcore_gpt
 
 EMBEDDINGS, VISION_LAYER, HEAD = "vit embeddings", "vit transformer layer {layer}", "vit head"
@@ -265,9 +253,10 @@ def megatron_sections(style: Style) -> tuple[Section, ...]:
         rule("position embeddings", "position_embeddings.weight", when=_CONVOLVED),
     )
     key, normed = f"{PROJECTION} ", "linear_fc1.layer_norm_"
+    with_bias = both(projection_norm, blocks.layer_norm_bias)
     projection = (
         rule(f"{key}norm weight", f"{normed}weight", when=projection_norm),
-        rule(f"{key}norm bias", f"{normed}bias", when=both(projection_norm, layer_norm_bias)),
+        rule(f"{key}norm bias", f"{normed}bias", when=with_bias),
         *linear(f"{key}l0", "linear_fc1", tp=0, when=two_layers, bias=biased),
         *linear(f"{key}l1", "linear_fc2", tp=1, when=two_layers, bias=biased),
         rule(f"{key}l0 weight", "weight", tp=0, when=one_layer),
@@ -329,8 +318,8 @@ def separate_attention(layer: str) -> tuple[Rule, ...]:
     """Return the rules of an attention with projections of their own, as CLIP has it."""
     names = [f"{layer}self_attn.{part}_proj" for part in "qkv"]
     return (
-        *linear("qkv", names, QKV, bias=qkv_bias),
-        *linear("dense", f"{layer}self_attn.out_proj", bias=dense_bias),
+        *linear("qkv", names, QKV, bias=blocks.qkv_bias),
+        *linear("dense", f"{layer}self_attn.out_proj", bias=blocks.dense_bias),
     )
 
 
@@ -342,10 +331,10 @@ def tower_norms(before: str, after: str) -> tuple[Rule, ...]:
 def tower_mlp(layer: str) -> tuple[Rule, ...]:
     """Return the rules of an MLP that is gated or not, as Megatron's converter names it."""
     plain = (
-        *linear("mlp l0", f"{layer}mlp.fc1", bias=mlp_bias),
-        *linear("mlp l1", f"{layer}mlp.fc2", bias=mlp_bias),
+        *linear("mlp l0", f"{layer}mlp.fc1", bias=blocks.mlp_bias),
+        *linear("mlp l1", f"{layer}mlp.fc2", bias=blocks.mlp_bias),
     )
-    return (*only_for(gated, *hf_gated_mlp(layer)), *only_for(ungated, *plain))
+    return (*only_for(blocks.gated, *blocks.hf_gated_mlp(layer)), *only_for(blocks.ungated, *plain))
 
 
 def _pooling(head: str) -> tuple[Rule, ...]:

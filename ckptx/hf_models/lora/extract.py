@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from ckptx.conversion.options import option
 from ckptx.errors import FormatError, listing
 from ckptx.hf_models.lora import config as adapter_config
 from ckptx.hf_models.lora import names as adapter_names
@@ -33,20 +34,15 @@ LAYOUT = "peft"
 
 def adapter_options() -> list[click.Option]:
     """Return the options of loaders that read models under Hugging Face's names."""
+    directory = click.Path(exists=True, file_okay=False, resolve_path=True)
+    adapter = (
+        "LoRA adapter, as peft saves it, to merge into the weights. Repeatable: merged one after "
+        "another."
+    )
+    alpha = f"The lora_alpha of LoRA weights in the source.  [as {ADAPTER_CONFIG} says]"
     return [
-        click.Option(
-            ["--adapter"],
-            multiple=True,
-            type=click.Path(exists=True, file_okay=False, resolve_path=True),
-            metavar="DIR",
-            help="LoRA adapter, as peft saves it, to merge into the weights. Repeatable: merged "
-            "one after another.",
-        ),
-        click.Option(
-            ["--lora-alpha"],
-            type=float,
-            help=f"The lora_alpha of LoRA weights in the source.  [as {ADAPTER_CONFIG} says]",
-        ),
+        option("--adapter", directory, adapter, multiple=True, metavar="DIR"),
+        option("--lora-alpha", float, alpha),
     ]
 
 

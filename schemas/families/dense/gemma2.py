@@ -3,8 +3,6 @@
 Source: huggingface/transformers src/transformers/models/gemma2/*.py @ v5.23.0.
 """
 
-from __future__ import annotations
-
 from ckptx.schemas.config.traits import ConfigTable, llama_defaults
 from ckptx.schemas.conventions.blocks import layer_norms
 from ckptx.schemas.conventions.mcore import not_in_megatron

@@ -6,8 +6,6 @@ head is a query group of its own.
 Source: huggingface/transformers src/transformers/models/gpt_neox/modeling_gpt_neox.py @ v5.23.0.
 """
 
-from __future__ import annotations
-
 from ckptx.model.layout import Layout, Section, rule
 from ckptx.schemas.config.traits import GELU, NO_HEAD_KEYS, Biases, ConfigTable, llama_defaults
 from ckptx.schemas.conventions.blocks import dense_bias, linear, mlp_bias, norm, qkv_bias, untied
