@@ -81,18 +81,9 @@ class Parametrized:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Parametrise the arguments that the tests of a class have."""
-        for argument in (
-            "model",
-            "case",
-            "change",
-            "layout",
-            "hf_layout",
-            "expert_layout",
-            "round_trip",
-        ):
-            if argument in metafunc.fixturenames:
-                found = list(getattr(self, f"_{argument}s")())
-                metafunc.parametrize(argument, found, ids=_label)
+        for argument in metafunc.fixturenames:
+            if found := getattr(self, f"_{argument}s", None):
+                metafunc.parametrize(argument, list(found()), ids=_label)
 
     def _models(self) -> Iterable[Any]:
         return self.models

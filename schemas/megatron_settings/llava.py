@@ -66,12 +66,12 @@ LANGUAGES: Mapping[str, Named] = {
 }
 """By ``language_model_type``."""
 
-_WRITTEN = (
-    *("tokenizer_prompt_format", "special_tokens", "use_tiling", "max_num_tiles"),
-    *("use_thumbnail", "use_tile_tags", "image_tag_type"),
-    *("allow_missing_vision_projection_checkpoint", "freeze_LM", "freeze_ViT", "num_frames"),
-    *("recompute_vision", "force_system_message"),
-)
+_NAMES = """
+    tokenizer_prompt_format special_tokens use_tiling max_num_tiles use_thumbnail use_tile_tags
+    image_tag_type allow_missing_vision_projection_checkpoint freeze_LM freeze_ViT num_frames
+    recompute_vision force_system_message
+"""
+_WRITTEN = _NAMES.split()
 """What Megatron's converter wants to find besides, where the source does not say."""
 _NOT_MEGATRONS = {"tokenizer_prompt_format": "dummy", "special_tokens": ["<image>"]}
 

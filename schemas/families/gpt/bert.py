@@ -18,7 +18,7 @@ from typing import Any
 
 from ckptx.errors import SchemaError
 from ckptx.model.family import Family, FamilyConfig, MegatronModel
-from ckptx.model.layout import ExtraState, Layout, Rule, Section, Spelling, rule
+from ckptx.model.layout import ExtraState, Layout, Rule, Section, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import QKV
 from ckptx.schemas.config.traits import NEW_GELU, NO_HEAD_KEYS, Biases, ConfigTable, llama_defaults
@@ -36,6 +36,12 @@ TYPES = "type_vocab_size"
 """The entry of a spec's ``extra`` for the rows of the token types' embedding; 0 without one."""
 
 _SCRIPT = "pretrain_bert.py"
+_ENCODER = ("decoder.", "encoder.")
+"""What the names of a GPT model's layers begin with, and those of a BERT."""
+_POST_NORM_CLASSES = """
+    Model ForPreTraining ForMaskedLM ForNextSentencePrediction ForSequenceClassification
+    ForTokenClassification ForQuestionAnswering ForMultipleChoice LMHeadModel
+"""
 
 
 def _recognised(names: Iterable[str]) -> bool:
@@ -62,28 +68,11 @@ def _tokentypes(name: str) -> Rule:
     return rule("tokentype embeddings", name, when=token_types)
 
 
-def _encoder(section: Section) -> Section:
-    """Return a section of a GPT model with the names of an encoder."""
-    rules = tuple(
-        replace(
-            entry,
-            spellings=tuple(
-                Spelling(
-                    tuple(name.replace("decoder.", "encoder.", 1) for name in s.names), s.transform
-                )
-                for s in entry.spellings
-            ),
-        )
-        for entry in section.rules
-    )
-    return replace(section, rules=rules)
-
-
 def _states(style: Style) -> Iterator[ExtraState]:
     """Yield the modules that keep an extra state; ``torch_dist`` has the last, too."""
     for state in extra_states(style):
         if state.message != "output layer" and not state.message.startswith("mtp"):
-            yield replace(state, module=state.module.replace("decoder.", "encoder.", 1))
+            yield replace(state, module=state.module.replace(*_ENCODER, 1))
     yield ExtraState("output layer", "output_layer", False)
 
 
@@ -96,8 +85,8 @@ def mcore_bert(style: Style) -> Layout:
         style.name.replace("gpt", "bert"),
         (
             replace(words, rules=(*words.rules, tokentypes)),
-            _encoder(gpt["transformer layer {layer}"]),
-            _encoder(gpt["final norm"]),
+            gpt["transformer layer {layer}"].under(*_ENCODER),
+            gpt["final norm"].under(*_ENCODER),
             Section(
                 "output layer",
                 (*gpt["output layer"].rules, rule("bias", "output_layer.bias", tp=0)),
@@ -300,20 +289,7 @@ _POST_NORM = (
 )
 BERT = Family(
     name="bert",
-    architectures=tuple(
-        f"Bert{kind}"
-        for kind in (
-            "Model",
-            "ForPreTraining",
-            "ForMaskedLM",
-            "ForNextSentencePrediction",
-            "ForSequenceClassification",
-            "ForTokenClassification",
-            "ForQuestionAnswering",
-            "ForMultipleChoice",
-            "LMHeadModel",
-        )
-    ),
+    architectures=tuple(f"Bert{kind}" for kind in _POST_NORM_CLASSES.split()),
     model_types=("bert",),
     layouts={},
     config=FamilyConfig(reason=f"Bert {_POST_NORM}"),

@@ -12,49 +12,42 @@ from __future__ import annotations
 from ckptx.model.layout import Layout, Rule, Section, rule
 from ckptx.model.transforms import FUSED_QKV, IDENTITY, Transform, Transposed
 from ckptx.schemas.config.traits import NEW_GELU, NO_HEAD_KEYS, Biases, ConfigTable
-from ckptx.schemas.conventions.blocks import norm, untied
+from ckptx.schemas.conventions.blocks import linear, untied
 from ckptx.schemas.decoder import decoder_family
 
 _LAYER = "transformer.h.{layer}."
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
 
 
-def _stored(key: str, name: str, transform: Transform = IDENTITY) -> Rule:
-    """Return a rule that finds a tensor with ``transformer.`` and without."""
-    return rule(key, name, transform, also=[name.removeprefix("transformer.")])
-
-
 def _linear(key: str, name: str, transform: Transform = IDENTITY) -> tuple[Rule, Rule]:
     return (
-        _stored(f"{key} weight", f"{_LAYER}{name}.weight", Transposed(transform)),
-        _stored(f"{key} bias", f"{_LAYER}{name}.bias", transform),
+        rule(f"{key} weight", f"{_LAYER}{name}.weight", Transposed(transform)),
+        rule(f"{key} bias", f"{_LAYER}{name}.bias", transform),
     )
 
 
-def _norm(key: str, name: str) -> tuple[Rule, ...]:
-    return tuple(_stored(r.keys[0], r.spellings[0].names[0]) for r in norm(key, name))
-
-
+_EMBEDDINGS = (
+    rule("word embeddings", "transformer.wte.weight"),
+    rule("position embeddings", "transformer.wpe.weight"),
+)
+_RULES = (
+    *linear("input norm", f"{_LAYER}ln_1"),
+    *_linear("qkv", "attn.c_attn", FUSED_QKV),
+    *_linear("dense", "attn.c_proj"),
+    *linear("post norm", f"{_LAYER}ln_2"),
+    *_linear("mlp l0", "mlp.c_fc"),
+    *_linear("mlp l1", "mlp.c_proj"),
+)
+_MESSAGES = {
+    "embeddings": _EMBEDDINGS,
+    "transformer layer {layer}": _RULES,
+    "final norm": linear("", "transformer.ln_f"),
+}
 _SECTIONS = (
-    Section(
-        "embeddings",
-        (
-            _stored("word embeddings", "transformer.wte.weight"),
-            _stored("position embeddings", "transformer.wpe.weight"),
-        ),
+    *(
+        Section(name, rules).under("transformer.", "transformer.", "")
+        for name, rules in _MESSAGES.items()
     ),
-    Section(
-        "transformer layer {layer}",
-        (
-            *_norm("input norm", f"{_LAYER}ln_1"),
-            *_linear("qkv", "attn.c_attn", FUSED_QKV),
-            *_linear("dense", "attn.c_proj"),
-            *_norm("post norm", f"{_LAYER}ln_2"),
-            *_linear("mlp l0", "mlp.c_fc"),
-            *_linear("mlp l1", "mlp.c_proj"),
-        ),
-    ),
-    Section("final norm", _norm("", "transformer.ln_f")),
     Section("output layer", (rule("weight", "lm_head.weight", when=untied),)),
 )
 _DEFAULTS = {
