@@ -21,6 +21,7 @@ from ckptx.schemas.conventions.vision import (
     TOWERS,
     VISION_MODEL,
     VISION_PROJECTION,
+    norm_among,
     projection_spec,
     tower_spec,
 )
@@ -263,9 +264,6 @@ def _projected(
             f"vision_projection gives {out} channels, the language model has "
             f"{language.hidden_size}; they are not of one model"
         )
-    norm = "none"
-    if f"{first}layer_norm_weight" in shapes.shapes:
-        norm = "LayerNorm" if f"{first}layer_norm_bias" in shapes.shapes else "RMSNorm"
     named = LANGUAGES.get(str(args.get("language_model_type")))
     kept = noted["extra"] if noted else config["projection"].extra if config else {}
     usual = named.projection.get("activation", "gelu") if named else "gelu"
@@ -274,8 +272,8 @@ def _projected(
         input_size=features,
         ffn_hidden_size=rows,
         hidden_size=out,
-        bias=bias,
-        normalization=norm,
+        add_bias_linear=bias,
+        normalization=norm_among(shapes.shapes, f"{first}layer_norm_"),
         activation=noted["activation"] if noted else usual,
         extra={key: value for key, value in kept.items() if key != "input_size"},
     )

@@ -9,7 +9,7 @@ src/transformers/pytorch_utils.py Conv1D @ v5.23.0.
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout, Rule, Section, rule
+from ckptx.model.layout import Layout, Rule, Section, rule, sections
 from ckptx.model.transforms import FUSED_QKV, IDENTITY, Transform, Transposed
 from ckptx.schemas.config.traits import NEW_GELU, NO_HEAD_KEYS, Biases, ConfigTable
 from ckptx.schemas.conventions.blocks import linear, untied
@@ -26,28 +26,23 @@ def _linear(key: str, name: str, transform: Transform = IDENTITY) -> tuple[Rule,
     )
 
 
-_EMBEDDINGS = (
-    rule("word embeddings", "transformer.wte.weight"),
-    rule("position embeddings", "transformer.wpe.weight"),
-)
-_RULES = (
-    *linear("input norm", f"{_LAYER}ln_1"),
-    *_linear("qkv", "attn.c_attn", FUSED_QKV),
-    *_linear("dense", "attn.c_proj"),
-    *linear("post norm", f"{_LAYER}ln_2"),
-    *_linear("mlp l0", "mlp.c_fc"),
-    *_linear("mlp l1", "mlp.c_proj"),
-)
-_MESSAGES = {
-    "embeddings": _EMBEDDINGS,
-    "transformer layer {layer}": _RULES,
+_RULES = {
+    "embeddings": (
+        rule("word embeddings", "transformer.wte.weight"),
+        rule("position embeddings", "transformer.wpe.weight"),
+    ),
+    "transformer layer {layer}": (
+        *linear("input norm", f"{_LAYER}ln_1"),
+        *_linear("qkv", "attn.c_attn", FUSED_QKV),
+        *_linear("dense", "attn.c_proj"),
+        *linear("post norm", f"{_LAYER}ln_2"),
+        *_linear("mlp l0", "mlp.c_fc"),
+        *_linear("mlp l1", "mlp.c_proj"),
+    ),
     "final norm": linear("", "transformer.ln_f"),
 }
 _SECTIONS = (
-    *(
-        Section(name, rules).under("transformer.", "transformer.", "")
-        for name, rules in _MESSAGES.items()
-    ),
+    *(section.under("transformer.", "transformer.", "") for section in sections(_RULES)),
     Section("output layer", (rule("weight", "lm_head.weight", when=untied),)),
 )
 _DEFAULTS = {

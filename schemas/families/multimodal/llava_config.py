@@ -107,7 +107,7 @@ def parts_from_config(config: Mapping[str, Any]) -> dict[str, ModelSpec]:
         input_size=vision.hidden_size * (1 if isinstance(chosen, int) else len(chosen)),
         ffn_hidden_size=language.hidden_size,
         hidden_size=language.hidden_size,
-        bias=bool(values["multimodal_projector_bias"]),
+        add_bias_linear=bool(values["multimodal_projector_bias"]),
         activation=_ACTIVATIONS[values["projector_hidden_act"]],
         extra={key: values[key] for key in ("image_token_index", "image_seq_length")},
     )
