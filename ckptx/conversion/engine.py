@@ -141,10 +141,7 @@ def _wanted_by(saver: str) -> Wants:
 
 
 def make_plan(
-    saver: Saver,
-    messages: Iterable[Message],
-    options: Mapping[str, Any],
-    context: Context = UNTOLD,
+    saver: Saver, messages: Iterable[Message], options: Mapping[str, Any], context: Context = UNTOLD
 ) -> Planned:
     """Return what a saver makes of messages, cast to the context's dtype before it sees them.
 

@@ -94,10 +94,7 @@ _heads_normed = both(plain, qk_norm)
 
 
 def _norm(
-    key: str,
-    names: tuple[str, ...],
-    layers: LayerPredicate | None = None,
-    when: Predicate = always,
+    key: str, names: tuple[str, ...], layers: LayerPredicate | None = None, when: Predicate = always
 ) -> tuple[Rule, Rule]:
     """Return the rules of a norm that goes by the first of several names, or by another."""
     name, *others = names

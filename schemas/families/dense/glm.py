@@ -21,9 +21,5 @@ TABLE = ConfigTable(
     fixed={"rotary_interleaved": True},
 )
 FAMILY = decoder_family(
-    "glm",
-    TABLE,
-    mlp=hf_fused_gated_mlp,
-    refused={"legacy": NOT_LEGACY["rotary"]},
-    recognition=130,
+    "glm", TABLE, mlp=hf_fused_gated_mlp, refused={"legacy": NOT_LEGACY["rotary"]}, recognition=130
 )
