@@ -45,6 +45,11 @@ _SECTIONS = (
     *(section.under("transformer.", "transformer.", "") for section in sections(_RULES)),
     Section("output layer", (rule("weight", "lm_head.weight", when=untied),)),
 )
+_ATTENTION = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+}
 _DEFAULTS = {
     "vocab_size": 50257,
     "n_positions": 1024,
@@ -55,9 +60,7 @@ _DEFAULTS = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
+    **_ATTENTION,
 }
 _SCALE = "Megatron scales the attention of every layer by the square root of the head size"
 
@@ -81,11 +84,7 @@ FAMILY = decoder_family(
         activations=NEW_GELU,
         position_embedding_type="learned_absolute",
         dropouts=("attn_pdrop", "embd_pdrop", "resid_pdrop"),
-        passthrough_keys={
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "reorder_and_upcast_attn": False,
-        },
+        passthrough_keys=_ATTENTION,
         megatron_lacks={"scale_attn_weights": _SCALE, "scale_attn_by_inverse_layer_idx": _SCALE},
     ),
     Layout("hf/gpt2", _SECTIONS, _BUFFERS),
