@@ -29,13 +29,7 @@ from ckptx.errors import FormatError, listing
 from ckptx.hf_models import float8
 from ckptx.hf_models.directory import base_sidecars, tie_by_names
 from ckptx.hf_models.lora.extract import adapter_options
-from ckptx.plugins.pytorch.module_names import (
-    file_names,
-    nearest_config,
-    size_of,
-    strip_option,
-    trained_messages,
-)
+from ckptx.plugins.pytorch import module_names
 from ckptx.plugins.run_directory import step_of
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
@@ -83,7 +77,7 @@ class DcpLoader:
             "Path of the model in the saved dictionary, as 'app.model'.  "
             "[default: the one that holds weights]"
         )
-        return [option("--container", str, about), strip_option(), *adapter_options()]
+        return [option("--container", str, about), module_names.strip_option(), *adapter_options()]
 
     def detect(self, source: Location) -> bool:
         """Return whether there is metadata, not Megatron's, or was about to be, or shards."""
@@ -110,13 +104,13 @@ class DcpLoader:
         files: list[str] = []
         stored = dcp.tensors(metadata, files, names, context.spool)
         named = {names[key]: tensor for key, tensor in stored.items()}
-        weights, remarks = file_names(named, options, source)
+        weights, remarks = module_names.file_names(named, options, source)
         begin = Begin(
             format=self.name,
             files=tuple(files),
             sources=inventory(stored),
             root=str(source),
-            sidecars={**nearest_config(source), **base_sidecars(context)},
+            sidecars={**module_names.nearest_config(source), **base_sidecars(context)},
             training={"iteration": "release", "container": container},
         )
         notes = (f"the weights are those of {container!r}",) if container else ()
@@ -134,9 +128,9 @@ def _of_safetensors(
         files=tuple(str(path.absolute()) for path in paths),
         sources=inventory(stored),
         root=str(source),
-        sidecars={**nearest_config(source), **base_sidecars(context)},
+        sidecars={**module_names.nearest_config(source), **base_sidecars(context)},
     )
-    weights, remarks = file_names(tensors, options, source)
+    weights, remarks = module_names.file_names(tensors, options, source)
     found = f"{len(paths)} shards were found; nothing in them says how many there are"
     yield from _messages(begin, weights, End(notes=(found, *remarks)), options, context)
 
@@ -146,7 +140,7 @@ def _messages(
 ) -> Messages:
     if torchtitan.EMBEDDING in tensors:
         return _torchtitan(begin, tensors, end)
-    return trained_messages(begin, tensors, end, options, context)
+    return module_names.trained_messages(begin, tensors, end, options, context)
 
 
 def _torchtitan(begin: Begin, tensors: Mapping[str, LazyTensor], end: End) -> Messages:
@@ -182,7 +176,7 @@ def _around(directory: Location, given: Location) -> tuple[Dropped, ...]:
     if directory == given:
         return ()
     return tuple(
-        Dropped(path.name, TRAINING_STATE, size_of(path))
+        Dropped(path.name, TRAINING_STATE, module_names.size_of(path))
         for path in sorted(directory.parent.iterdir())
         if path != directory and path.suffix not in (".json", ".txt", ".model", ".jinja")
     )
