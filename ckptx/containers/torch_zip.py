@@ -21,18 +21,13 @@ from operator import is_not
 from pathlib import PurePosixPath
 from typing import Any
 
-from ckptx.containers import pickle_reader
-from ckptx.containers.pickle_values import (
-    Namespace,
-    Record,
-    TensorRecord,
-    TorchSize,
-    UnhashableTuple,
-)
+from ckptx.containers import pickle_reader, pickle_values
+from ckptx.containers.pickle_values import Record, TensorRecord, TorchSize
 from ckptx.containers.pickle_writer import dumps
 from ckptx.containers.zip_archive import ArchiveWriter, Member, NewMember, read_members
 from ckptx.errors import FormatError, PlanError
-from ckptx.storage.file_plan import FilePlan
+from ckptx.storage import gather
+from ckptx.storage.file_plan import Crc32, FilePlan
 from ckptx.storage.location import Location
 from ckptx.storage.source_file import SourceFile
 from ckptx.tensors.dtypes import ITEMSIZE
@@ -123,6 +118,18 @@ def plan_file(path: str, value: Any) -> FilePlan:
     _add_members(writer, pickled, storages, dict(_labels(value, "")))
     size, regions = writer.finish()
     return FilePlan(path, size, regions)
+
+
+def small_file(path: str, value: Any) -> bytes:
+    """Return the bytes of what `plan_file` plans; no tensor of ``value`` lies in a file."""
+    writer = ArchiveWriter(PurePosixPath(path).stem, checksums=False)
+    _add_members(writer, *_pickled(value))
+    contents = (region.content for region in writer.finish()[1])
+    return b"".join(
+        gather.read(content, []).tobytes() if isinstance(content, LazyTensor) else content
+        for content in contents
+        if not isinstance(content, Crc32)
+    )
 
 
 def plan_files(files: Iterable[tuple[str, Any]]) -> Iterator[FilePlan]:
@@ -365,7 +372,7 @@ class _Resolver:
         kind = type(value)
         if kind is TensorRecord:
             return self._extent(value)
-        if not isinstance(value, dict | list | tuple | Namespace | Record):
+        if not isinstance(value, dict | list | tuple | pickle_values.Namespace | Record):
             return value
         done = self._done.get(id(value))
         if done is not None:
@@ -405,7 +412,7 @@ class _Resolver:
             value[:] = [self.resolve(item) for item in value]
         elif isinstance(value, tuple):
             return self._tuple(value)
-        elif isinstance(value, Namespace):
+        elif isinstance(value, pickle_values.Namespace):
             self._mapping(vars(value))
         else:
             self._records += 1
@@ -431,7 +438,7 @@ class _Resolver:
                 raise _TangledError("a torch.Size of it holds something else than numbers")
             return value
         items = tuple([self.resolve(item) for item in value])
-        if isinstance(value, UnhashableTuple) or any(map(is_not, items, value)):
+        if isinstance(value, pickle_values.UnhashableTuple) or any(map(is_not, items, value)):
             self._done[id(value)] = value, items
             return items
         return value

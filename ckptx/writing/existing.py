@@ -13,7 +13,7 @@ from ckptx.storage.partial import MANIFEST
 from ckptx.storage.source_file import read_json
 from ckptx.text.sizes import size_text
 
-_TRACKERS = frozenset({"latest_checkpointed_iteration.txt"})
+_TRACKERS = frozenset({"latest_checkpointed_iteration.txt", "latest_train_state.pt"})
 """What points to the iteration in a Megatron root, and is in no manifest."""
 _LARGEST = 1 << 30  # bytes of a manifest: some 300 for a tensor
 

@@ -30,6 +30,7 @@ from ckptx.model.layout import Layout, Parts, Rule, Spelling, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import FUSED_QKV, GLU, IDENTITY, QKV
 from ckptx.plugins.megatron.source import Source
+from ckptx.plugins.megatron.writers import bridge
 from ckptx.protocol.context import Context, Options
 from ckptx.protocol.from_names import passthrough
 from ckptx.protocol.messages import Begin, Dropped, End, Message, Tensors
@@ -37,8 +38,6 @@ from ckptx.protocol.sidecars import dump_config
 from ckptx.registry.families import family_named
 from ckptx.schemas.megatron_settings import row_blocks
 from ckptx.schemas.megatron_settings.llava import is_llava
-from ckptx.storage.source_file import read_small
-from ckptx.storage.yaml_text import yaml_value
 from ckptx.tensors.dtypes import DTYPES, dtype_name
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.tensors.low_rank import updated
@@ -51,9 +50,9 @@ _NAMES = {
 _SETTINGS = ("lora_alpha", "lora_rank", "use_rslora")
 """The args of ms-swift that say the scale."""
 _MARKS = (".adapter.", ".lora_", ".modules_to_save.")
-_WRAPPER = re.compile(r"\.(base_layer|to_wrap)(?=\.)")
+_WRAPPER = re.compile(r"^(module\.)+|\.(base_layer|to_wrap)(?=\.)")
+"""What NeMo 2 and data parallelism put before names, and adapters into them."""
 _LAYER = re.compile(r"layers\.(\d+|\{layer\})\.")
-_LARGEST = 4 << 20  # bytes of a run_config.yaml
 _ROWS_KEPT = (IDENTITY, QKV, FUSED_QKV, GLU)
 """Transforms that move rows and nothing else, so that they do to B what they do to a weight."""
 
@@ -65,7 +64,7 @@ def lora_alpha_option() -> click.Option:
 
 
 def unwrapped(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a rank's tensors under the names that they have without the wrappers of adapters.
+    """Return a rank's tensors under the names that they have without wrappers.
 
     Examples:
         >>> list(unwrapped({"mlp.linear_fc1.base_layer.weight": 1, "mlp.linear_fc2.weight": 2}))
@@ -74,7 +73,9 @@ def unwrapped(named: Mapping[str, Any]) -> dict[str, Any]:
     found = {_WRAPPER.sub("", name): entry for name, entry in named.items()}
     if len(found) < len(named):
         twice = [name for name in named if _WRAPPER.sub("", name) != name]
-        raise SchemaError(f"{listing(twice)} are there twice, with and without the wrapper of LoRA")
+        raise SchemaError(
+            f"{listing(twice)} are there twice, with and without a wrapper (LoRA's, or module.)"
+        )
     return found
 
 
@@ -282,13 +283,10 @@ def adapters_of(checkpoint: Source, options: Options, context: Context) -> Adapt
 def _config(checkpoint: Source, alpha: float | None) -> AdapterConfig:
     """Return what is known of the scale: by the user, ms-swift's args, or Bridge's run_config."""
     said: dict[str, Any] = {"peft_type": "LORA"}
-    path = checkpoint.place / "run_config.yaml"
+    path = checkpoint.place / bridge.RUN_CONFIG
     args = checkpoint.args
     if path.is_file():
-        settings = yaml_value(read_small(path, _LARGEST), f"{path}: not valid YAML")
-        peft = settings.get("peft") or {} if isinstance(settings, dict) else None
-        if not isinstance(peft, dict):
-            raise FormatError(f"{path}: expected a mapping, and one at 'peft' if it is there")
+        peft = bridge.section(path, "peft")
         said |= {"lora_alpha": peft.get("alpha"), "r": peft.get("dim")}
         place = str(path)
     else:

@@ -18,18 +18,15 @@ from ckptx.model.layout import Layout, Parts
 from ckptx.model.pipeline_parallel import Pipeline, describe, stage_ranks
 from ckptx.model.spec import ModelSpec
 from ckptx.plugins.megatron import adapters, directory, llava, per_rank, rank_names, torch_dist
-from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.forms import LEGACY, Generation
 from ckptx.plugins.megatron.options import (
     accept_arg_option,
     accept_config_key_option,
     heed_config,
     iteration_option,
-    parallel_options,
-    tokenizer_model_option,
+    target_options,
     transformer_impl_option,
     true_vocab_size,
-    vocabulary_multiple_option,
     vocabulary_options,
 )
 from ckptx.plugins.megatron.source import Source
@@ -40,6 +37,8 @@ from ckptx.plugins.megatron.target_parallelism import (
     parallel_sizes,
     repad,
 )
+from ckptx.plugins.megatron.writers import table
+from ckptx.plugins.megatron.writers.table import Writer
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import begin_anyway, resolve_tie, tied_names
@@ -85,6 +84,7 @@ class CoreLoader:
             transformer_impl_option("loader"),
             accept_arg_option(),
             adapters.lora_alpha_option(),
+            table.writer_option(),
         ]
 
     def detect(self, source: Location) -> bool:
@@ -99,8 +99,9 @@ class CoreLoader:
                 "source has not; convert it to hf first, then fill"
             )
         place = directory.find(source)
-        checkpoint = self.read(place)
-        beside = place.path / directory.SIDECARS
+        writer = table.writer_of(place.path, options)
+        checkpoint = table.described(writer, self.read(place), options)
+        beside = place.path / writer.sidecars
         files = {**(sidecars(beside) if beside.is_dir() else {}), **base_sidecars(context)}
         args = checkpoint.args
         begin = Begin(
@@ -310,11 +311,8 @@ class CoreSaver:
         root = "Write the files to DST itself, without tracker: verl's dist_checkpointing_path."
         return [
             option("--ckpt-format", click.Choice(["torch_dist", "torch"]), form, "torch_dist"),
-            *parallel_options(),
-            *vocabulary_options(),
-            vocabulary_multiple_option(),
-            tokenizer_model_option(),
-            transformer_impl_option("saver"),
+            table.target_writer_option(),
+            *target_options(),
             click.Option(
                 ["--moe-grouped-gemm/--no-moe-grouped-gemm"],
                 default=None,
@@ -335,9 +333,9 @@ class CoreSaver:
         spec = model.spec
         style = _style(model, options)
         ckpt_format = options.get("ckpt_format") or "torch_dist"
+        writer = table.target_writer(options, ckpt_format)
         # torch_dist has one spelling, but a family may refuse the local spec altogether.
         layout = family_named(model.family).layout(style.convention)
-        megatron = family_named(spec.family).megatron
         tp, pipeline = parallel_sizes(model, options)
         seeing = model.family == llava.FAMILY
         unused, remarked = llava.prepare(model, tp, pipeline) if seeing else ((), ())
@@ -345,6 +343,8 @@ class CoreSaver:
         _widen_biases(model)
         notes = [*check_tensor_parallel(spec, tp), *_check_expressible(spec, style.local)]
         chosen = choose_parallelism(model, options)
+        if writer.pointers:  # they say a number
+            chosen = replace(chosen, iteration=chosen.number)
         dropped = (*unused, *repad(model, chosen))
         chunks = chosen.chunks(spec)
         stored = stage_ranks if ckpt_format == "torch_dist" else rank_names.stored_ranks
@@ -357,35 +357,51 @@ class CoreSaver:
         args |= _grouping(spec, style, options)
         if seeing:
             args = llava.args_of_parts(model.parts, args, model.begin.training.get("args"))
-        target = torch_dist.Target(layout, layout.extra_states, stage, chunks, args, chosen.number)
+        states = tuple(writer.states(layout.extra_states))
+        target = torch_dist.Target(layout, states, stage, chunks, args, chosen.number)
         files = (
             torch_dist.plan(model, target)
             if ckpt_format == "torch_dist"
             else per_rank.plan(model, target, pipeline.pp)
         )
-        launch = [
-            llava.SCRIPT if seeing else megatron.script,
-            "--load {target} --use-checkpoint-args",
-            f"--ckpt-format {ckpt_format} --tensor-model-parallel-size {tp}",
-            *pipeline.flags(),
-            *_expert_flags(spec, chosen),
-            *launch_flags(spec),
-            *megatron.launch_flags(spec, style.local),
-        ]
         rooted = options.get("iteration_directory", True)
+        own = writer.files(args, family_named(model.family))
+        pointers = {name: own[file] for name, file in writer.pointers.items()}
         return SavePlan(
-            [*files, *literal_files(model.begin.sidecars, SIDECARS)],
+            [*files, *literal_files(own), *literal_files(model.begin.sidecars, writer.sidecars)],
             directory=chosen.directory if rooted else "",
-            pointers=chosen.pointers if rooted else {},
+            pointers={**chosen.pointers, **pointers} if rooted else {},
             dropped=dropped,
             notes=(*remarks, *notes, *remarked),
             accepted=tuple(options.get("accept_config_key") or ()),
             stages=llava.describe(chunks) if seeing else describe(chunks),
-            load_hint=" ".join([*launch, *(llava.launch_flags(args) if seeing else ())])
-            if rooted
-            else 'megatron.core.dist_checkpointing.load(sharded_state_dict, "{target}")',
+            load_hint=_load_hint(model, args, chosen, writer, rooted),
             details={"ckpt_format": ckpt_format, **chosen.details()},
         )
+
+
+def _load_hint(
+    model: Model, args: Mapping[str, Any], chosen: TargetParallelism, writer: Writer, rooted: bool
+) -> str:
+    """Return what loads the target: the code of its writer, or a command of Megatron's."""
+    if writer.load_hint:
+        place = f"{{target}}/{chosen.directory}" if rooted else "{target}"
+        return writer.load_hint.replace("{place}", place)
+    if not rooted:
+        return 'megatron.core.dist_checkpointing.load(sharded_state_dict, "{target}")'
+    spec, seeing = model.spec, model.family == llava.FAMILY
+    megatron = family_named(spec.family).megatron
+    launch = [
+        llava.SCRIPT if seeing else megatron.script,
+        "--load {target} --use-checkpoint-args",
+        f"--ckpt-format {args['ckpt_format']} --tensor-model-parallel-size {chosen.tp}",
+        *chosen.pipeline.flags(),
+        *_expert_flags(spec, chosen),
+        *launch_flags(spec),
+        *megatron.launch_flags(spec, args["transformer_impl"] == "local"),
+        *(llava.launch_flags(args) if seeing else ()),
+    ]
+    return " ".join(launch)
 
 
 def _widen_biases(model: Model) -> None:

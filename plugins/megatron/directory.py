@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ckptx.errors import FormatError, PlanError
+from ckptx.plugins.megatron.writers.bridge import LATEST, step
+from ckptx.plugins.megatron.writers.nemo import weights_of
 from ckptx.plugins.run_directory import TRACKER, tracked
 from ckptx.storage.location import Location
 
@@ -63,9 +65,14 @@ def looks_like(source: Location) -> bool:
     """Return whether ``source`` is a Megatron root or an iteration directory."""
     if not source.is_dir():
         return False
-    if (source / TRACKER).is_file():
+    if _tracker(source):
         return not any(source.glob("global_step_*"))  # verl's roots have such a tracker, too
-    return _format(source) not in (None, "fsdp_dtensor")
+    return _format(weights_of(source)) not in (None, "fsdp_dtensor")
+
+
+def _tracker(source: Location) -> Location | None:
+    """Return the file that names an iteration of a root; Bridge's first releases have their own."""
+    return next((source / name for name in (TRACKER, LATEST) if (source / name).is_file()), None)
 
 
 def find(source: Location) -> IterationDirectory:
@@ -74,11 +81,11 @@ def find(source: Location) -> IterationDirectory:
     Raises:
         FormatError: there is none, or it is incomplete.
     """
-    directory = source
-    if (source / TRACKER).is_file():
-        tracker = source / TRACKER
+    directory = weights_of(source)
+    if tracker := _tracker(source):
         try:
-            iteration = parse_iteration(tracked(tracker))
+            bridges = tracker.name == LATEST
+            iteration = step(tracker) if bridges else parse_iteration(tracked(tracker))
         except PlanError as error:
             raise FormatError(f"{tracker}: {error}") from error
         directory = source / iteration_name(iteration)

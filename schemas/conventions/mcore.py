@@ -13,7 +13,7 @@ megatron/core/transformer/moe/{router,experts,blocks.shared_experts}.py @ core_v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ckptx.model.layout import (
@@ -262,6 +262,23 @@ def extra_states(style: Style) -> Iterator[ExtraState]:
         yield replace(state, message="mtp layer {layer}")
     if not style.distributed:
         yield ExtraState("output layer", "output_layer", False)
+
+
+def with_cores(states: Iterable[ExtraState]) -> Iterator[ExtraState]:
+    """Yield states and those of the cores of attention, which releases up to 0.14 look for.
+
+    Later ones neither save them nor look for them in ``torch_dist``, and refuse them at
+    ``--dist-ckpt-strictness raise_all``.
+
+    Source: NVIDIA/Megatron-LM megatron/core/extensions/transformer_engine.py
+    (TEDotProductAttention.sharded_state_dict) @ core_v0.14.0 and core_v0.15.3.
+    """
+    states = tuple(states)
+    for state in states:
+        yield state
+        module = state.module.replace("attention.linear_proj", "attention.core_attention")
+        if state.engine and module not in {one.module for one in states}:
+            yield replace(state, module=module)
 
 
 def _layer_states(style: Style, *, further: bool = False) -> Iterator[ExtraState]:

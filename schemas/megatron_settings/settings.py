@@ -36,11 +36,18 @@ class Setting:
     """What the other values do."""
     defaults: str
     """What releases have where it is not said, separated by bars."""
+    is_field: bool
+    """Whether a TransformerConfig has it."""
 
     @property
     def default(self) -> Any:
         """The first of its defaults, None where there is none."""
         return next(iter(_values(self.defaults)), None)
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether no value of it changes what weights compute."""
+        return self.kind == "harmless"
 
 
 @cache
@@ -48,8 +55,8 @@ def known() -> Mapping[str, Setting]:
     """Return the settings of all releases."""
     rows = (line.split("\t") for line in TABLE.read_text().splitlines()[1:])
     return {
-        name: Setting(kind, _values(plain), reason, defaults)
-        for name, kind, _, _, defaults, plain, reason in rows
+        name: Setting(kind, _values(plain), reason, defaults, "config" in places)
+        for name, kind, _, places, defaults, plain, reason in rows
     }
 
 

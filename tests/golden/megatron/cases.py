@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+BRIDGE = "bridge-0.3.1"
 VERSIONS = ("0.12.3", "0.14.0", "0.15.3", "0.19.2")
 
 DENSE: dict[str, Any] = {

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from tests.oracles import mcore, mcore_versions
+from tests.oracles import bridge, mcore, mcore_versions
 
-from .cases import BASES, CASES, DENSE, MIXTURE, VERSIONS, Case
+from .cases import BASES, BRIDGE, CASES, DENSE, MIXTURE, VERSIONS, Case
 
 GPT: dict[str, Any] = {
     "vocab_size": DENSE["vocab_size"],
@@ -62,7 +62,33 @@ def make(version: str, name: str, target: Path) -> None:
         shutil.copytree(written, target / name)
 
 
+def make_bridge(target: Path) -> None:
+    """Write the dense model with Megatron-Bridge, which saves at iteration 0."""
+    silu = {"_target_": "torch.nn.functional.silu", "_call_": False}
+    fields = {
+        **DENSE,
+        "seq_length": 16,
+        "should_pad_vocab": False,
+        "position_embedding_type": "rope",
+        "share_embeddings_and_output_weights": False,
+        "add_bias_linear": False,
+        "activation_func": silu,
+        "gated_linear_unit": True,
+        "normalization": "RMSNorm",
+    }
+    with tempfile.TemporaryDirectory() as scratch:  # a path that says nothing of this machine
+        written = Path(scratch) / "bridge"
+        tokens = torch.arange(4).reshape(1, 4)
+        bridge.write(written, "gpt_provider.GPTModelProvider", fields, tokens, BASES)
+        config = written / "iter_0000000/run_config.yaml"
+        config.write_text(config.read_text().replace(str(written), "/checkpoints"))
+        shutil.copytree(written, target, dirs_exist_ok=True)
+
+
 if __name__ == "__main__":
+    if sys.argv[2:] == [BRIDGE]:
+        make_bridge(Path(sys.argv[1]) / BRIDGE)
+        sys.exit()
     for chosen in sys.argv[2:] or VERSIONS:
         for case_name in CASES:
             make(chosen, case_name, Path(sys.argv[1]) / chosen)

@@ -1,0 +1,1 @@
+"""What the projects that save Megatron Core models write beside the tensors."""
