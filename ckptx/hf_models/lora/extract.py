@@ -15,7 +15,6 @@ from pathlib import Path
 
 import click
 
-from ckptx.conversion.options import option
 from ckptx.errors import FormatError, listing
 from ckptx.hf_models.lora import config as adapter_config
 from ckptx.hf_models.lora import names as adapter_names
@@ -41,8 +40,8 @@ def adapter_options() -> list[click.Option]:
     )
     alpha = f"The lora_alpha of LoRA weights in the source.  [as {ADAPTER_CONFIG} says]"
     return [
-        option("--adapter", directory, adapter, multiple=True, metavar="DIR"),
-        option("--lora-alpha", float, alpha),
+        click.Option(["--adapter"], type=directory, help=adapter, multiple=True, metavar="DIR"),
+        click.Option(["--lora-alpha"], type=float, help=alpha),
     ]
 
 
