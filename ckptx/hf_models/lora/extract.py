@@ -53,6 +53,16 @@ class Adapter:
     config: AdapterConfig
     place: str
 
+    def names(self) -> dict[str, adapter_names.Name]:
+        """Return what the names of its tensors say."""
+        return {key: adapter_names.parse(key) for key in self.tensors}
+
+    def ranks(self) -> dict[str, int]:
+        """Return the modules that have matrices, and the ranks of these."""
+        first = (f"{adapter_names.MATRICES[0]}.weight", adapter_names.VECTORS[0])
+        said = self.names().items()
+        return {name.module: self.tensors[k].shape[0] for k, name in said if name.kind in first}
+
 
 @dataclass(slots=True)
 class ExtractedAdapters:

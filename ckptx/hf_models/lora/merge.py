@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 from ckptx.errors import SchemaError, listing
 from ckptx.hf_models import task_heads
-from ckptx.hf_models.lora import names as adapter_names
 from ckptx.hf_models.lora.completeness import check_saved, check_targets
 from ckptx.hf_models.lora.extract import Adapter, ExtractedAdapters
 from ckptx.hf_models.lora.names import MATRICES, TOKENS, plain
@@ -137,12 +136,11 @@ class _Merge:
         config = self.adapter.config
         groups: dict[str, dict[str, LazyTensor]] = {}
         whole: dict[str, LazyTensor] = {}
-        for key, tensor in self.adapter.tensors.items():
-            said = adapter_names.parse(key)
+        for key, said in self.adapter.names().items():
             if said.kind in ("", "saved"):
-                whole[plain(said.path)] = tensor
+                whole[said.module] = self.adapter.tensors[key]
             else:
-                groups.setdefault(said.path, {})[said.kind] = tensor
+                groups.setdefault(said.path, {})[said.kind] = self.adapter.tensors[key]
         check_saved(self.adapter, self.merged.tensors, whole, bool(self.tied))
         self._untie(whole, groups)
         for name, tensor in whole.items():
