@@ -148,7 +148,7 @@ def _fitting(
         found = taker.take([entry], [shard], group.layer)
     except (SchemaError, PlanError):
         return {}
-    for name in (set(left) - set(shard)) if found else ():
+    for name in left.keys() - shard.keys() if found else ():
         del left[name]
     return found
 

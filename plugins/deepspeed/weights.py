@@ -85,7 +85,8 @@ def of_module(checkpoint: Checkpoint) -> Weights:
     weights = Weights(label=checkpoint.label)
     module = _module(checkpoint, weights)
     weights.tensors |= module
-    _drop_fragments(checkpoint, weights)
+    fragments = [one for _, _, pieces in _fragments(checkpoint, weights) for one in pieces]
+    weights.drop("frozen_param_fragments", "copies of weights of the module", fragments)
     return weights
 
 
@@ -404,11 +405,6 @@ def _fragments(
             weights.declare(f"rank {rank}", {f"frozen {name}": fragment})
             pieces.append(fragment)
         yield name, tuple(shape), pieces
-
-
-def _drop_fragments(checkpoint: Checkpoint, weights: Weights) -> None:
-    fragments = [one for _, _, pieces in _fragments(checkpoint, weights) for one in pieces]
-    weights.drop("frozen_param_fragments", "copies of weights of the module", fragments)
 
 
 def _trained(checkpoint: Checkpoint) -> Iterator[tuple[str, Shape]]:

@@ -24,11 +24,9 @@ from ckptx.plugins.megatron.options import (
     accept_config_key_option,
     heed_config,
     iteration_option,
-    parallel_options,
-    tokenizer_model_option,
+    target_options,
     transformer_impl_option,
     true_vocab_size,
-    vocabulary_multiple_option,
     vocabulary_options,
 )
 from ckptx.plugins.megatron.source import Source
@@ -314,11 +312,7 @@ class CoreSaver:
         return [
             option("--ckpt-format", click.Choice(["torch_dist", "torch"]), form, "torch_dist"),
             table.target_writer_option(),
-            *parallel_options(),
-            *vocabulary_options(),
-            vocabulary_multiple_option(),
-            tokenizer_model_option(),
-            transformer_impl_option("saver"),
+            *target_options(),
             click.Option(
                 ["--moe-grouped-gemm/--no-moe-grouped-gemm"],
                 default=None,
@@ -363,7 +357,8 @@ class CoreSaver:
         args |= _grouping(spec, style, options)
         if seeing:
             args = llava.args_of_parts(model.parts, args, model.begin.training.get("args"))
-        target = torch_dist.Target(layout, layout.extra_states, stage, chunks, args, chosen.number)
+        states = tuple(writer.states(layout.extra_states))
+        target = torch_dist.Target(layout, states, stage, chunks, args, chosen.number)
         files = (
             torch_dist.plan(model, target)
             if ckpt_format == "torch_dist"
@@ -373,11 +368,7 @@ class CoreSaver:
         own = writer.files(args, family_named(model.family))
         pointers = {name: own[file] for name, file in writer.pointers.items()}
         return SavePlan(
-            [
-                *files,
-                *literal_files(own),
-                *literal_files(model.begin.sidecars, writer.sidecars),
-            ],
+            [*files, *literal_files(own), *literal_files(model.begin.sidecars, writer.sidecars)],
             directory=chosen.directory if rooted else "",
             pointers={**chosen.pointers, **pointers} if rooted else {},
             dropped=dropped,

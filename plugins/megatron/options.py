@@ -124,6 +124,17 @@ def vocabulary_multiple_option() -> click.Option:
     return option("--make-vocab-size-divisible-by", click.IntRange(1), about)
 
 
+def target_options(implementation: str = "transformer_engine") -> list[click.Option]:
+    """Return what every saver asks: parallel layout, vocabulary, tokenizer, spelling of names."""
+    return [
+        *parallel_options(),
+        *vocabulary_options(),
+        vocabulary_multiple_option(),
+        tokenizer_model_option(),
+        transformer_impl_option("saver", implementation),
+    ]
+
+
 def parallel_options() -> list[click.Option]:
     """Return the options that choose the parallel layout of a target."""
     size = click.IntRange(1)

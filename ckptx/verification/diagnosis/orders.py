@@ -57,8 +57,7 @@ def order_named(order: Order, what: str) -> str:
     moved = {i: j for i, j in sorted(order.items()) if i != j}
     size = max([*order, *order.values()]) + 1
     listed = [order.get(i, i) for i in range(size)]
-    known = _known_order(listed, what)
-    if known:
+    if known := _known_order(listed, what):
         return known
     shifts = {j - i for i, j in moved.items()}
     if len(shifts) == 1:

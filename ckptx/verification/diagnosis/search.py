@@ -251,11 +251,10 @@ class _Search:
         ]
         for name in halves:
             del explained[name]
-            pair = self.evidence.pair(name)
-            if pair is None:
+            if (pair := self.evidence.pair(name)) is None:
                 continue
-            other = self._among(pair, ((form,) for form in orders.MISPLACED.variants(pair)))
-            if other is not None:
+            moved = ((form,) for form in orders.MISPLACED.variants(pair))
+            if (other := self._among(pair, moved)) is not None:
                 explained[name] = (other,)
 
     def _findings(self, explained: Mapping[Name, tuple[_Explanation, ...]]) -> Iterator[Finding]:
@@ -267,8 +266,7 @@ class _Search:
             hypotheses = [KNOWN[mistake] for mistake in names]
             every = [one for found in members.values() for one in found]
             details = list(dict.fromkeys(detail for one in every for detail in one.details))
-            if len(details) > _SHOWN_DETAILS:
-                more = len(details) - _SHOWN_DETAILS
+            if (more := len(details) - _SHOWN_DETAILS) > 0:
                 details[_SHOWN_DETAILS:] = [f"and {more} more of the kind"]
             yield Finding(
                 names,
@@ -288,11 +286,7 @@ class _Search:
             spec = lacks.parts.get("language")
             if head is None or output in lacks.tensors or spec is None or not spec.tied:
                 continue
-            copied = (
-                embedding is not None
-                and embedding.shape == head.shape
-                and equal(head, embedding, has.files)
-            )
+            copied = embedding is not None and equal(head, embedding, has.files)
             lacking, having = "BA" if has is self.evidence.sides[0] else "AB"
             what = "equals its embedding, so both compute the same"
             detail = (

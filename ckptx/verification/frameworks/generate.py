@@ -48,26 +48,24 @@ class Generated:
             lines.append("")
         count = sum(len(one["tokens"]) for one in self.answer["generations"])
         sampling = self.answer["sampling"]
+        sampled = f", sampled with seed {sampling['seed']}" if sampling else ""
         last = (
             f"{self.answer['class']}, {self.answer['parameters']:,} parameters, "
             f"{self.answer['dtype']} on {self.answer['device']}: every weight was found; loaded in "
-            f"{self.answer['load_seconds']:.1f} s; {count} tokens generated"
-            f"{', sampled with seed ' + str(sampling['seed']) if sampling else ''}"
+            f"{self.answer['load_seconds']:.1f} s; {count} tokens generated{sampled}"
         )
         return "\n".join([*lines, *textwrap.wrap(last, width)])
 
 
 def _beside(label: str, text: str, width: int) -> list[str]:
     """Return a text beside its label: its own lines and blanks, and long lines broken."""
+    columns = max(width - _COLUMN, _COLUMN)
+    as_it_is = textwrap.TextWrapper(
+        columns, expand_tabs=False, replace_whitespace=False, break_on_hyphens=False
+    )
     found = []
     for line in text.split("\n"):
-        found += textwrap.wrap(
-            line,
-            max(width - _COLUMN, _COLUMN),
-            expand_tabs=False,
-            replace_whitespace=False,
-            break_on_hyphens=False,
-        ) or [""]
+        found += as_it_is.wrap(line) or [""]
     labels = (label, *[""] * (len(found) - 1))
     return [f"{head:<{_COLUMN}}{line}".rstrip() for head, line in zip(labels, found, strict=True)]
 

@@ -21,8 +21,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         if tokenizer is None:
             raise SideError(f"{directory}: holds no tokenizer; use --tokens instead of --prompt")
         return {"tokens": [list(map(int, tokenizer(job["prompt"])["input_ids"]))]}
-    model = transformers_model.load(directory, "float32", "cpu")
-    return save_logits(model, job)
+    return save_logits(transformers_model.load(directory, "float32", "cpu"), job)
 
 
 def save_logits(model: Any, job: Mapping[str, Any]) -> dict[str, Any]:
