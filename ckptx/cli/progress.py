@@ -16,7 +16,7 @@ import time
 from collections import deque
 from typing import Any
 
-from ckptx.protocol.progress import Progress, Silent
+from ckptx.protocol.progress import Progress
 from ckptx.text.sizes import size_text
 
 _log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Meter:
         return f"{size_text(self.done)} of {size_text(self.total)}, {speed / 1e9:.2f} GB/s, {left}"
 
 
-class _Metered:
+class _Metered(Progress):
     """A progress that is counted by a meter."""
 
     def __init__(self) -> None:
@@ -205,13 +205,13 @@ class Bar(_Metered):
 
 def bar(quiet: bool) -> Progress:
     """Return a bar on a terminal, nothing elsewhere or if ``quiet``."""
-    return Bar() if sys.stderr.isatty() and not quiet else Silent()
+    return Bar() if sys.stderr.isatty() and not quiet else Progress()
 
 
 def choose(quiet: bool) -> Progress:
     """Return a bar on a terminal, lines elsewhere, nothing if ``quiet``."""
     if quiet:
-        return Silent()
+        return Progress()
     clever = os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
     return Bar() if sys.stderr.isatty() and clever else Lines()
 

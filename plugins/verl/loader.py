@@ -90,9 +90,6 @@ class VerlLoader:
             sidecars={**small, **base_sidecars(context)},
             training={"iteration": run_directory.step_of(directory, run_directory.GLOBAL_STEP, 1)},
         )
-        wishes = megatron.Wishes(
-            bool(options.get("is_value_model")), bool(options.get("tie_word_embedding"))
-        )
         left = _left(directory, source, begin.sidecars, bool(options.get("extra_state")))
         if not _holds_ranks(directory):
             if options.get("extra_state"):
@@ -100,9 +97,9 @@ class VerlLoader:
                     f"{directory}: was saved by Megatron workers; --extra-state is for those of "
                     "FSDP"
                 )
-            yield from megatron.messages(directory, begin, wishes, notes, left, options, context)
+            yield from megatron.messages(directory, begin, End(left, notes), options, context)
             return
-        if wishes != megatron.Wishes():
+        if options.get("is_value_model") or options.get("tie_word_embedding"):
             raise FormatError(
                 f"{directory}: was saved by FSDP workers; --is-value-model and "
                 "--tie-word-embedding are for those of Megatron"
