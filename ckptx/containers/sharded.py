@@ -257,7 +257,8 @@ def _mesh_sizes(mesh: Mapping[str, Any]) -> Shape:
     layout = _attributes(mesh["_layout"])
     axes = [_attributes(axis)["shape"] for axis in layout["axes"]] if "axes" in layout else None
     shape = layout["shape"] if axes is None else axes
-    return tuple(math.prod(_numbers(_flat(size))) for size in _as_tuple(shape))
+    sizes = shape if isinstance(shape, list | tuple) else (shape,)
+    return tuple(math.prod(_numbers(_flat(size))) for size in sizes)
 
 
 def _check_mesh(mesh: Mapping[str, Any], sizes: Shape, rank: Rank, where: str) -> None:
@@ -290,10 +291,6 @@ def _attributes(value: Any) -> Mapping[str, Any]:
     for part in state if isinstance(state, tuple) else (state,):
         found.update(part or {})
     return found
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _flat(value: Any) -> tuple[Any, ...]:

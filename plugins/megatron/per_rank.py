@@ -10,6 +10,7 @@ Source: NVIDIA/Megatron-LM megatron/training/checkpointing.py @ core_v0.16.1.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -395,12 +396,11 @@ def _dropped(grid: list[RankFile]) -> Iterator[Dropped]:
     states = sum(rank.states for rank in grid)
     if states:
         yield Dropped("_extra_state tensors", ENGINE_STATE, states)
-    totals: dict[str, int] = {}
+    totals: Counter[str] = Counter()
     for rank in grid:
-        for key, size in rank.other.items():
-            totals[key] = totals.get(key, 0) + size
+        totals.update(rank.other)
         for file in rank.path.parent.iterdir():
             if file != rank.path and file.is_file():
-                totals[file.name] = totals.get(file.name, 0) + file.stat().st_size
+                totals[file.name] += file.stat().st_size
     for key, size in totals.items():
         yield Dropped(key, MADE_ANEW if key.endswith(BUFFERS) else TRAINING_STATE, size)

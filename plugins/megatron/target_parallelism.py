@@ -122,7 +122,9 @@ def choose_parallelism(model: Model, options: Options) -> TargetParallelism:
     tp, pipeline = parallel_sizes(model, options)
     ep, etp = expert_sizes(model, options, tp)
     true_rows = true_vocab_size(options, model.spec.vocab_size)
-    multiple = _vocabulary_multiple(model, options)
+    args = model.begin.training.get("args") or {}
+    asked = options.get("make_vocab_size_divisible_by")
+    multiple = int(asked or args.get("make_vocab_size_divisible_by") or 128)
     padded = _padded_rows(model, true_rows, multiple, tp)
     return TargetParallelism(
         *(tp, pipeline, ep, etp, true_rows, multiple, padded), _chosen_iteration(model, options)
@@ -198,13 +200,6 @@ def check_tensor_parallel(spec: ModelSpec, tp: int) -> list[str]:
             "later load this, older ones do not"
         ]
     return []
-
-
-def _vocabulary_multiple(model: Model, options: Options) -> int:
-    """Return what a padded vocabulary is a multiple of, per tensor-parallel rank."""
-    args = model.begin.training.get("args") or {}
-    chosen = options.get("make_vocab_size_divisible_by")
-    return int(chosen or args.get("make_vocab_size_divisible_by") or 128)
 
 
 def _padded_rows(model: Model, true_rows: int | None, multiple: int, tp: int) -> int:
