@@ -69,15 +69,12 @@ class Owner(Protocol):
 
     def prepare(self, plan: SavePlan, identity: Identity | None) -> tuple[str, bool]:
         """Return the staging directory, and whether an earlier run has published the target."""
-        ...
 
     def advance(self, count: int) -> None:
         """Count bytes that were written."""
-        ...
 
     def flush(self) -> None:
         """Take note that everything was written."""
-        ...
 
 
 class TargetOwner:
@@ -144,10 +141,7 @@ def _wanted_by(saver: str) -> Wants:
 
 
 def make_plan(
-    saver: Saver,
-    messages: Iterable[Message],
-    options: Mapping[str, Any],
-    context: Context = UNTOLD,
+    saver: Saver, messages: Iterable[Message], options: Mapping[str, Any], context: Context = UNTOLD
 ) -> Planned:
     """Return what a saver makes of messages, cast to the context's dtype before it sees them.
 

@@ -201,9 +201,7 @@ class Wanted:
 
 
 def inspect(
-    source: Checkpoint | Path,
-    wanted: Wanted | None = None,
-    progress: Progress | None = None,
+    source: Checkpoint | Path, wanted: Wanted | None = None, progress: Progress | None = None
 ) -> Inspection:
     """Return what a checkpoint holds, an open one or the one at a path.
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 RECOGNISED = {
     "fsdp_dtensor": "Megatron FSDP checkpoints",
-    "nemo": "NeMo checkpoints",
+    "nemo": "NeMo 1 archives",
     "gguf": "GGUF files",
 }
 """Formats that ckptx knows of and has no plugin for yet."""
