@@ -36,15 +36,12 @@ from ckptx.tensors.dtypes import SPELLINGS
 
 _MERGE = ("merge_lora_weighs", "merge_lora_weights")
 """RLinf's spelling, and what a user would take for it."""
-_CONVERTOR = frozenset(
-    {
-        *_MERGE,
-        *("ckpt_path", "save_path", "torch_dtype"),
-        *("strict_load", "train_config_path", "auto_find_train_config", "model_overrides"),
-    }
-)
-_MODEL = frozenset({"model_path", "is_lora"})
-_ADAPTER = frozenset({"lora_rank", "lora_path"})
+_CONVERTOR = {
+    *_MERGE,
+    *("ckpt_path", "save_path", "torch_dtype"),
+    *("strict_load", "train_config_path", "auto_find_train_config", "model_overrides"),
+}
+_MODEL, _ADAPTER = {"model_path", "is_lora"}, {"lora_rank", "lora_path"}
 _ADAPTER_FOLDER = "lora_adapter"
 """Where RLinf puts an adapter that is not merged, below ``save_path``."""
 _SETTING = re.compile(r"((?:convertor|model|actor)\.[\w.]+)=(.*)", re.DOTALL)
@@ -187,13 +184,11 @@ def _model(
 
 def _near(source: Path) -> Path | None:
     """Return the training configuration in a folder of the checkpoint or above it."""
-    for folder in list(source.absolute().parents)[:_PARENTS]:
-        for name in _TRAINING:
-            place = folder / name
-            if place.is_file():
-                actor = _loaded(place).get("actor")
-                if isinstance(actor, dict) and "model" in actor:
-                    return place
+    folders = list(source.absolute().parents)[:_PARENTS]
+    for place in (folder / name for folder in folders for name in _TRAINING):
+        actor = _loaded(place).get("actor") if place.is_file() else None
+        if isinstance(actor, dict) and "model" in actor:
+            return place
     return None
 
 

@@ -193,11 +193,6 @@ class Envelope:
     nbytes: int
     suffix: bytes
 
-    @property
-    def size(self) -> int:
-        """Bytes of the whole archive."""
-        return len(self.prefix) + self.nbytes + len(self.suffix)
-
 
 @lru_cache(maxsize=65536)
 def plan_item(dtype: str, shape: Shape) -> Envelope:
