@@ -131,7 +131,10 @@ def execute(
             executor.inexact = frozenset(inexact)
             executor.run()
             for output in outputs:
-                written.digests[output.plan.path] = _digests(output, options.digest)
+                written.digests[output.plan.path] = {
+                    number: tensor_digest(options.digest, leaves)
+                    for number, leaves in output.leaves.items()
+                }
             sync_directories(directory, outputs)
         written.resumed = executor.resumed
         written.infinite = dict(sorted(executor.infinite.items()))
@@ -373,10 +376,6 @@ def _wait(futures: Sequence[Future[None]]) -> None:
         future.cancel()
     for future in done:
         future.result()
-
-
-def _digests(output: Output, name: str) -> dict[int, str]:
-    return {number: tensor_digest(name, leaves) for number, leaves in output.leaves.items()}
 
 
 def _infinite(dtype: str, data: memoryview) -> int:
