@@ -90,8 +90,7 @@ def command_line(file: Path, settings: Sequence[str] = ()) -> tuple[list[str], l
     for setting in settings:
         _set(config, setting)
     convertor = _section(config, "convertor", file)
-    unknown = sorted(set(map(str, convertor)) - _CONVERTOR)
-    if unknown:
+    if unknown := sorted(set(map(str, convertor)) - _CONVERTOR):
         raise FormatError(
             f"{file}: convertor.{unknown[0]} is no setting of RLinf's converter; known: "
             f"{', '.join(sorted(_CONVERTOR))}"
@@ -162,8 +161,7 @@ def _model(
     A training configuration that is named comes first, then sections of the file itself, then a
     configuration near the checkpoint.
     """
-    named = convertor.get("train_config_path")
-    if named:
+    if named := convertor.get("train_config_path"):
         origin = Path(_text(named, "convertor.train_config_path", file))
         if not origin.is_file():
             raise FormatError(f"{file}: convertor.train_config_path {origin}: no such file")

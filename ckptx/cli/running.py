@@ -139,8 +139,7 @@ def check_inputs(logits: bool) -> None:
     if "logits" in given and not logits:
         raise click.UsageError("--logits compares two checkpoints; give both")
     others = ("rtol", "atol", "ignore_dtype", "diagnosis")
-    wrong = sorted(given & set(others if logits else _LOGITS))
-    if wrong:
+    if wrong := sorted(given & set(others if logits else _LOGITS)):
         options = {param.name: param.opts[0] for param in ctx.command.params}
         word = "does not go with" if logits else "needs"
         raise click.UsageError(f"{options[wrong[0]]} {word} --logits")

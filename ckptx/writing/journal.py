@@ -199,8 +199,7 @@ def read(path: Path) -> Recorded | None:
     except (StopIteration, TypeError, ValueError):
         return None
     for payload, end, seal in records:
-        leaves = _unpacked(payload)
-        if leaves is None:
+        if (leaves := _unpacked(payload)) is None:
             break
         found.leaves.update(leaves)
         found.durable = _NUMBER.unpack_from(payload)[0]

@@ -380,8 +380,7 @@ def _wait(futures: Sequence[Future[None]]) -> None:
 
 def _infinite(dtype: str, data: memoryview) -> int:
     """Return how many elements are infinite; 0 for dtypes that ends of casts seldom are."""
-    code = {"float16": 0x7C00, "bfloat16": 0x7F80}.get(dtype)
-    if code is None:
+    if (code := {"float16": 0x7C00, "bfloat16": 0x7F80}.get(dtype)) is None:
         return 0
     return int(np.count_nonzero(np.frombuffer(data, np.uint16) & 0x7FFF == code))
 

@@ -93,8 +93,7 @@ def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
     Raises:
         FormatError: the experts do not divide by them.
     """
-    experts = args.get("num_experts")
-    if not experts:
+    if not (experts := args.get("num_experts")):
         return 1, tp
     ep = args.get("expert_model_parallel_size") or 1
     if experts % ep:

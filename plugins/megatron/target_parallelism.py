@@ -152,8 +152,7 @@ def expert_sizes(model: Model, options: Options, tp: int) -> tuple[int, int]:
     """
     spec, before = model.spec, model.begin.parallel
     ep = options.get("target_expert_parallel_size") or before.get("ep") or 1
-    etp = options.get("target_expert_tensor_parallel_size")
-    if etp is None:
+    if (etp := options.get("target_expert_tensor_parallel_size")) is None:
         # Megatron's default follows TP, so a source's own choice holds only while TP does.
         etp = (before.get("etp") if tp == before.get("tp") else None) or tp
     if not spec.num_experts:
@@ -233,8 +232,7 @@ def repad(model: Model, chosen: TargetParallelism) -> tuple[Dropped, ...]:
 
 def _chosen_iteration(model: Model, options: Options) -> Iteration:
     """Return the iteration that was asked for, else the source's, else ``release``."""
-    chosen = options.get("iteration")
-    if chosen is not None:
+    if (chosen := options.get("iteration")) is not None:
         return parse_iteration(str(chosen))
     iteration: Iteration = model.begin.training.get("iteration") or "release"
     return iteration

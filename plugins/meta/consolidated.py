@@ -323,8 +323,7 @@ class MetaSaver:
 
 
 def _by_width(model: Model, options: Options) -> bool:
-    chosen = options.get("embedding_split")
-    if chosen is not None:
+    if (chosen := options.get("embedding_split")) is not None:
         return bool(chosen == "width")
     if model.begin.format == "meta" and model.begin.parallel.get("tp", 1) > 1:
         return model.begin.layout == META_WIDTH.name

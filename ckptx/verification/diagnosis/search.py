@@ -123,8 +123,7 @@ class _Search:
         return sorted(findings, key=lambda one: -len(one.tensors))
 
     def _explain_whole(self, name: Name, *, pairs: bool = True) -> _Explanation | None:
-        pair = self.evidence.pair(name)
-        if pair is None:
+        if (pair := self.evidence.pair(name)) is None:
             return None
         kind = re.sub(r"\d+", "#", label(name))
         found = self._among(pair, self._choices(pair, self.failures[kind], pairs))
@@ -147,8 +146,7 @@ class _Search:
                 return ()
             if a.dtype == b.dtype and self._confirmed(_Candidate((a, b)), SAME):
                 continue
-            explanation = self._explain_whole(part, pairs=False)
-            if explanation is None:
+            if (explanation := self._explain_whole(part, pairs=False)) is None:
                 return ()
             found.append(explanation)
         return tuple(found)
@@ -308,8 +306,7 @@ def _is_half(
 ) -> bool:
     """Return whether the partner of an exchange has another explanation, or none."""
     for form in explanation.forms:
-        partner = form.partner(name)
-        if partner is None:
+        if (partner := form.partner(name)) is None:
             continue
         others = (other for one in explained.get(partner, ()) for other in one.forms)
         if form.mistake not in {other.mistake for other in others}:

@@ -72,8 +72,7 @@ def build(job: Mapping[str, Any]) -> Any:
             qk_layernorm=config.qk_layernorm, normalization=config.normalization
         )
     model = GPTModel(config, spec, **gpt).eval()
-    scale = job["embedding_scale"]
-    if scale is not None:
+    if (scale := job["embedding_scale"]) is not None:
         model.embedding.register_forward_hook(lambda _module, _inputs, output: output * scale)
     return model
 
