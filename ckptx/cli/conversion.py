@@ -139,8 +139,7 @@ def convert(job: ConversionRequest, params: dict[str, Any]) -> None:
     from ckptx.conversion import supervisor
 
     shown = progress.choose(params["quiet"] or params["as_json"])
-    report = supervisor.convert(job, shown)
-    show_result(report, params["as_json"], params["quiet"])
+    show_result(supervisor.convert(job, shown), params["as_json"], params["quiet"])
 
 
 def plan(job: ConversionRequest, params: dict[str, Any]) -> None:

@@ -84,8 +84,7 @@ def _generate(
     from ckptx.cli.progress import bar
     from ckptx.verification.frameworks.generate import generate
 
-    shown = bar(quiet or as_json or verbose)
-    result = generate(model, _job(given), output_file, shown)
+    result = generate(model, _job(given), output_file, bar(quiet or as_json or verbose))
     show_result(result, as_json, quiet)
 
 

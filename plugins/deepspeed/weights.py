@@ -82,8 +82,7 @@ def of_module(checkpoint: Checkpoint) -> Weights:
             "masters: leave --weights module out"
         )
     weights = Weights(label=checkpoint.label)
-    module = _module(checkpoint, weights)
-    weights.tensors |= module
+    weights.tensors |= _module(checkpoint, weights)
     fragments = [one for _, _, pieces in _fragments(checkpoint, weights) for one in pieces]
     weights.drop("frozen_param_fragments", "copies of weights of the module", fragments)
     return weights

@@ -59,8 +59,7 @@ def build(job: Mapping[str, Any]) -> Any:
         get_gpt_layer_local_spec,
     )
 
-    args = Namespace(**job["args"])
-    settings, gpt = arguments(args)
+    settings, gpt = arguments(Namespace(**job["args"]))
     config = _config(settings)
     if config.num_moe_experts:
         spec = get_gpt_decoder_block_spec(
