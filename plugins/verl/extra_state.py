@@ -64,17 +64,14 @@ def merged(directory: Location, world: int) -> tuple[dict[str, bytes], tuple[str
 
 def _check_same_step(directory: Location, world: int, states: list[dict[str, Any]]) -> None:
     """Raise where ranks are not at the same place of their schedules, which all have."""
-    steps = [_step(state.get("lr_scheduler")) for state in states]
+    schedules = [state.get("lr_scheduler") for state in states]
+    steps = [one.get("last_epoch") if isinstance(one, Mapping) else None for one in schedules]
     for rank, step in enumerate(steps):
         if step != steps[0]:
             raise FormatError(
                 f"{directory / name_of(world, rank)}: its scheduler is at step {step!r:.40}, that "
                 f"of rank 0 at {steps[0]!r:.40}; the files are of different steps"
             )
-
-
-def _step(scheduler: Any) -> Any:
-    return scheduler.get("last_epoch") if isinstance(scheduler, Mapping) else None
 
 
 def _state(path: Location, number: int) -> dict[str, Any]:
