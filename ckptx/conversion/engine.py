@@ -28,7 +28,7 @@ from ckptx.processes.interrupts import Interrupted
 from ckptx.processes.supervision import Failure
 from ckptx.protocol.context import UNTOLD, WEIGHTS, Context, Wants
 from ckptx.protocol.messages import Begin, End, Message
-from ckptx.protocol.progress import Progress, Silent
+from ckptx.protocol.progress import Progress
 from ckptx.protocol.sidecars import check_sidecars
 from ckptx.registry import registry
 from ckptx.registry.open import checkpoint_messages
@@ -219,7 +219,7 @@ def convert(
         CkptxError: the first cause of a failure.
         Interrupted: a process that supervises others was stopped by a signal.
     """
-    progress = progress or Silent()
+    progress = progress or Progress()
     started = time.monotonic()
     target = Target(request.target, request.inputs, request.overwrite)
     try:

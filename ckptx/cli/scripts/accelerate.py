@@ -3,8 +3,6 @@
 Source: huggingface/accelerate src/accelerate/commands/merge.py @ v1.15.0.
 """
 
-from __future__ import annotations
-
 from ckptx.cli.scripts.script import SOURCE, TARGET, Script, flag, switch
 
 MERGE_WEIGHTS = Script(
