@@ -139,8 +139,7 @@ def convert(job: ConversionRequest, params: dict[str, Any]) -> None:
     from ckptx.conversion import supervisor
 
     shown = progress.choose(params["quiet"] or params["as_json"])
-    report = supervisor.convert(job, shown)
-    show_report(report, params["as_json"], params["quiet"])
+    show_report(supervisor.convert(job, shown), params["as_json"], params["quiet"])
 
 
 def plan(job: ConversionRequest, params: dict[str, Any]) -> None:
@@ -152,12 +151,9 @@ def plan(job: ConversionRequest, params: dict[str, Any]) -> None:
 
 
 def _section(
-    ctx: click.Context,
-    formatter: click.HelpFormatter,
-    title: str,
-    params: Sequence[click.Parameter],
+    ctx: click.Context, out: click.HelpFormatter, title: str, params: Sequence[click.Parameter]
 ) -> None:
     rows = [row for param in params if (row := param.get_help_record(ctx)) is not None]
     if rows:
-        with formatter.section(title):
-            formatter.write_dl(rows)
+        with out.section(title):
+            out.write_dl(rows)

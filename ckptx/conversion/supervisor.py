@@ -65,9 +65,8 @@ def _queue(context: Any, size: int) -> worker.Bytes:
     try:
         queue: worker.Bytes = context.Queue(size)
     except OSError as error:
-        reason = error.strerror or error
         logging.getLogger(__name__).warning(
-            "no multiprocessing.Queue here (/dev/shm: %s): a pipe does", reason
+            "a pipe stands in for the queue, which needs /dev/shm: %s", error.strerror or error
         )
         return worker.PipeQueue(*context.Pipe(duplex=False))
     return queue

@@ -243,7 +243,12 @@ def _turned(part: Tensor, spec: ModelSpec, inner: int) -> Tensor:
             f"heads of {spec.kv_channels} rows of which {spec.rotary_percent:g} rotate: only whole "
             "heads of even size have rotary pairs"
         )
-    heads = part.split(0, spec.kv_channels).split(1, inner)
+    return exchanged(part, spec.kv_channels, inner)
+
+
+def exchanged(tensor: Tensor, outer: int, inner: int) -> Tensor:
+    """Return rows seen as [-1, outer / inner, inner] with the last two axes exchanged."""
+    heads = tensor.split(0, outer).split(1, inner)
     rest = range(3, len(heads.shape))
     return heads.permute((0, 2, 1, *rest)).merge(1).merge(0)
 

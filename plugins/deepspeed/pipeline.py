@@ -108,8 +108,7 @@ def _mapped(found: Checkpoint, tensors: Mapping[str, Stored]) -> list[dict[str, 
 
 def _named(saved: Saved, found: Checkpoint) -> list[dict[str, Any]] | None:
     """Return the shapes of a stage with tied modules under the names of their first layer."""
-    groups = found.model.get("param_shapes")
-    if not groups:
+    if not (groups := found.model.get("param_shapes")):
         return None
     named = {n for rank in saved.ranks for own in rank.model["param_shapes"] or () for n in own}
     own = {layer for layer in saved.layers if not any(n.startswith(f"{layer}.") for n in named)}
@@ -157,8 +156,7 @@ def renamed(
         FormatError: the map is not sound or incomplete, or none was given and none can be made.
     """
     names = _from_file(Path(file), saved) if file else _automatic(saved, known)
-    left = [name for name in tensors if name not in names]
-    if left:
+    if left := [name for name in tensors if name not in names]:
         raise FormatError(f"{file or saved.directory}: no name for {listing(left)}; {_NEEDED}")
     found: dict[str, LazyTensor] = {}
     for own, tensor in tensors.items():

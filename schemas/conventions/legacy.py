@@ -19,13 +19,13 @@ from typing import Any
 
 from ckptx.errors import SchemaError
 from ckptx.model.family import FUNCTION_SETTINGS
-from ckptx.model.layout import Layout, Rule, Section, Spelling, always, rule
+from ckptx.model.layout import Layout, Rule, Section, Spelling, rule
 from ckptx.model.spec import ModelSpec
-from ckptx.model.transforms import FUSED_QKV, GLU, IDENTITY, Transform, per_expert
+from ckptx.model.transforms import FUSED_QKV, GLU, IDENTITY, Transform, exchanged, per_expert
 from ckptx.registry.families import family_named
 from ckptx.schemas.config.windows import windowed_layers
 from ckptx.schemas.conventions import blocks
-from ckptx.schemas.conventions.blocks import GATE_UP, both, linear, moe, norm, not_moe
+from ckptx.schemas.conventions.blocks import GATE_UP, linear, moe, norm, not_moe
 from ckptx.schemas.megatron_settings.activations import FUSION
 from ckptx.tensors.lazy import LazyTensor, Shape
 
@@ -79,9 +79,7 @@ def _exchanged(tensors: Sequence[LazyTensor], outer: int, inner: int) -> LazyTen
         raise SchemaError(
             f"{fused.shape[0]} rows are no whole heads of query, key and value, {outer} rows each"
         )
-    heads = fused.split(0, outer).split(1, inner)
-    rest = range(3, len(heads.shape))
-    return heads.permute((0, 2, 1, *rest)).merge(1).merge(0)
+    return exchanged(fused, outer, inner)
 
 
 ORDERS: Mapping[float, Transform] = {0: FUSED_QKV, 1: _InnermostQkv(), 2: IDENTITY, 3: IDENTITY}
@@ -121,16 +119,6 @@ def _with_order(entry: Rule, transform: Transform) -> Rule:
     return replace(entry, spellings=tuple(Spelling(s.names, transform) for s in entry.spellings))
 
 
-def _fc1(kind: str) -> tuple[Rule, Rule]:
-    name, when = f"{_MLP}dense_h_to_4h.{kind}", blocks.mlp_bias if kind == "bias" else always
-    keys = [f"mlp l0 {kind} W", f"mlp l0 {kind} V"]
-    gated, ungated = both(blocks.gated, when), both(blocks.ungated, when)
-    return (
-        rule(keys, name, GLU, tp=0, when=gated, layers=not_moe),
-        rule(f"mlp l0 {kind}", name, tp=0, when=ungated, layers=not_moe),
-    )
-
-
 def transformer() -> tuple[Section, Section]:
     """Return the sections of the layers and of the final norm, in the order of registration."""
     experts = partial(rule, ep=0, layers=moe)
@@ -140,8 +128,7 @@ def transformer() -> tuple[Section, Section]:
         *linear("qkv", f"{_ATTENTION}query_key_value", tp=0, bias=blocks.qkv_bias),
         *linear("dense", f"{_ATTENTION}dense", tp=1, bias=blocks.dense_bias),
         *norm("post norm", f"{_LAYER}post_attention_norm"),
-        *_fc1("weight"),
-        *_fc1("bias"),
+        *blocks.megatron_fc1(f"{_MLP}dense_h_to_4h"),
         *linear("mlp l1", f"{_MLP}dense_4h_to_h", tp=1, bias=blocks.mlp_bias, layers=not_moe),
         rule("router weight", f"{_MLP}router.weight", layers=moe),
         experts(GATE_UP, fc1, per_expert(GLU), tp=1),

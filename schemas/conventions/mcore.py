@@ -94,10 +94,7 @@ _heads_normed = both(plain, qk_norm)
 
 
 def _norm(
-    key: str,
-    names: tuple[str, ...],
-    layers: LayerPredicate | None = None,
-    when: Predicate = always,
+    key: str, names: tuple[str, ...], layers: LayerPredicate | None = None, when: Predicate = always
 ) -> tuple[Rule, Rule]:
     """Return the rules of a norm that goes by the first of several names, or by another."""
     name, *others = names
@@ -107,18 +104,6 @@ def _norm(
         return rule(f"{key} {kind}", name + kind, when=when, layers=layers, also=also)
 
     return one("weight", when), one("bias", both(blocks.layer_norm_bias, when))
-
-
-def _fc1(kind: str, when: Predicate) -> tuple[Rule, Rule]:
-    name = f"{MLP}linear_fc1.{kind}"
-    # The halves are what singleton_local_shards writes.
-    halves: list[tuple[list[str], Transform]] = [([f"{name}_w", f"{name}_v"], IDENTITY)]
-    keys = [f"mlp l0 {kind} W", f"mlp l0 {kind} V"]
-    gated, ungated = both(blocks.gated, when), both(blocks.ungated, when)
-    return (
-        rule(keys, name, GLU, tp=0, when=gated, layers=not_moe, also=halves),
-        rule(f"mlp l0 {kind}", name, tp=0, when=ungated, layers=not_moe),
-    )
 
 
 def _experts(style: Style) -> Iterator[Rule]:
@@ -248,8 +233,8 @@ def mcore_gpt(style: Style) -> Layout:
         ),
         *_latent_attention(),
         *_post_norm(style),
-        *_fc1("weight", always),
-        *_fc1("bias", blocks.mlp_bias),
+        # The halves are what singleton_local_shards writes.
+        *blocks.megatron_fc1(f"{MLP}linear_fc1", ("_w", "_v")),
         *linear("mlp l1", f"{MLP}linear_fc2", tp=1, bias=blocks.mlp_bias, layers=not_moe),
         *_mixture(style),
     )

@@ -25,6 +25,7 @@ from ckptx.model.transforms import QKV, ROTARY_PAIRS, compose
 from ckptx.schemas.config.traits import Biases
 from ckptx.schemas.config.windows import windowed_layers, windows_extra
 from ckptx.schemas.conventions.blocks import untied
+from ckptx.schemas.megatron_settings.rope_scaling import LLAMA3_CONSTANTS
 
 EMBEDDING = "tok_embeddings.weight"
 OUTPUT = "output.weight"
@@ -91,13 +92,8 @@ _ESSENTIAL = ("dim", "n_layers", "n_heads", "norm_eps")
 _OLD_THETA = 10000.0
 _DEFAULT_MULTIPLE = 256
 
-# llama-models llama3/model.py, apply_scaling. The file says no factor; that of Llama 3.2 is known
-# from its two text models, as transformers' conversion script knows it.
-_LLAMA3 = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+# llama-models llama3/model.py, apply_scaling, has the constants of Megatron. The file says no
+# factor; that of Llama 3.2 is known from its two text models, as in transformers' script.
 _FACTOR, _FACTOR_OF_32 = 8.0, 32.0
 _LLAMA_32_SIZES = {(2048, 16), (3072, 28)}
 """``(dim, n_layers)`` of Llama 3.2 1B and 3B."""
@@ -198,7 +194,7 @@ def unsupported_by_meta(spec: ModelSpec) -> list[str]:
     window = windowed_layers(spec)
     llama = spec.family == "llama"
     scaling = spec.rotary_scaling
-    constants = {"rope_type": "llama3", **_LLAMA3}
+    constants = {"rope_type": "llama3", **LLAMA3_CONSTANTS}
     scaled = {key: value for key, value in (scaling or {}).items() if key != "factor"}
     held = (
         (spec.normalization == "RMSNorm", f"normalization {spec.normalization}"),
@@ -283,7 +279,7 @@ def _scaling_from_params(said: Mapping[str, Any]) -> dict[str, Any] | None:
     if not said.get("use_scaled_rope"):
         return None
     scaling = {"rope_type": "llama3", "factor": _implied_factor(said["dim"], said["n_layers"])}
-    scaling |= _LLAMA3
+    scaling |= LLAMA3_CONSTANTS
     if said.get("rope_scaling_factor") is not None:
         scaling["factor"] = float(said["rope_scaling_factor"])
     if said.get("rope_high_freq_factor") is not None:

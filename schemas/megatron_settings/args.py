@@ -35,17 +35,15 @@ from ckptx.schemas.megatron_settings.row_blocks import SIZES
 from ckptx.storage.location import Location
 from ckptx.tensors.dtypes import dtype_name
 
-FIELDS = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
-    *("kv_channels", "max_position_embeddings", "normalization", "position_embedding_type"),
-    *("rotary_base", "rotary_percent", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
-)
+_SAME_NAMES = """
+    num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
+    max_position_embeddings normalization position_embedding_type rotary_base rotary_percent
+    add_bias_linear add_qkv_bias qk_layernorm
+"""
+FIELDS = _SAME_NAMES.split()
 """Arguments that the spec has under the same names."""
 
-ESSENTIAL = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
-    "max_position_embeddings",
-)
+ESSENTIAL = (*FIELDS[:4], "max_position_embeddings")
 """Arguments that no default can stand for."""
 
 # Up to core 0.15 args say norm_epsilon and apply_layernorm_1p; from 0.16 the parser is generated
@@ -58,21 +56,19 @@ DTYPE_FLAGS = {dtype_name(flag): flag for flag in ("bf16", "fp16")}
 NOTE = "ckptx"
 """The entry of ``args`` with what Megatron has no argument for."""
 
-_WRITTEN = (
-    *("add_position_embedding", "apply_query_key_layer_scaling", "attention_dropout"),
-    *("hidden_dropout", "hybrid_override_pattern", "hybrid_attention_ratio", "hybrid_mlp_ratio"),
-    *("is_hybrid_model", "spec", "num_experts", "moe_layer_freq", "moe_ffn_hidden_size"),
-    *("moe_router_topk", "moe_token_dispatcher_type", "moe_router_pre_softmax", "moe_grouped_gemm"),
-    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_score_function"),
-    *("moe_router_enable_expert_bias", "moe_router_num_groups", "moe_router_group_topk"),
-    *("moe_router_topk_scaling_factor", "moe_latent_size", "mamba_state_dim", "mamba_head_dim"),
-    *("mamba_num_groups", "mamba_num_heads", "heterogeneous_layers_config_path"),
-    *("heterogeneous_layers_config_encoded_json", "multi_latent_attention", "mtp_num_layers"),
-    *("bert_binary_head", "openai_gelu", "rotary_seq_len_interpolation_factor", "tokenizer_type"),
-    *("tokenizer_model", "tiktoken_pattern", "vocab_file", "use_legacy_models"),
-    *("sequence_parallel", "consumed_train_samples", "skipped_train_samples"),
-    *("consumed_valid_samples", "data_parallel_random_init"),
-)
+_WRITTEN = """
+    add_position_embedding apply_query_key_layer_scaling attention_dropout hidden_dropout
+    hybrid_override_pattern hybrid_attention_ratio hybrid_mlp_ratio is_hybrid_model spec num_experts
+    moe_layer_freq moe_ffn_hidden_size moe_router_topk moe_token_dispatcher_type
+    moe_router_pre_softmax moe_grouped_gemm moe_shared_expert_intermediate_size
+    moe_shared_expert_gate moe_router_score_function moe_router_enable_expert_bias
+    moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor moe_latent_size
+    mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads heterogeneous_layers_config_path
+    heterogeneous_layers_config_encoded_json multi_latent_attention mtp_num_layers bert_binary_head
+    openai_gelu rotary_seq_len_interpolation_factor tokenizer_type tokenizer_model tiktoken_pattern
+    vocab_file use_legacy_models sequence_parallel consumed_train_samples skipped_train_samples
+    consumed_valid_samples data_parallel_random_init
+"""
 """What args hold of a dense decoder where neither the model nor the source says otherwise."""
 _NOT_MEGATRONS: Mapping[str, Any] = {
     **dict.fromkeys(("attention_dropout", "hidden_dropout"), 0.0),
@@ -120,7 +116,7 @@ def args_from_spec(
     source = dict(source_args or {})
     source.pop("disable_bias_linear", None)  # load_args_from_checkpoint lets it overrule
     return {
-        **settings.defaults(_WRITTEN, _NOT_MEGATRONS),
+        **settings.defaults(_WRITTEN.split(), _NOT_MEGATRONS),
         "seq_length": spec.max_position_embeddings,
         **source,
         **dict.fromkeys(source.keys() & SIZES.keys()),  # what is written has halves, no blocks
@@ -152,6 +148,28 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
             contradict ``family``.
     """
     _check_complete(args)
+    _check_types(args)
+    try:
+        spec, changed = _described(args)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise SchemaError(
+            "a value of the checkpoint's args is not what Megatron has there "
+            f"({type(error).__name__}: {error!s:.200}); copy the checkpoint again"
+        ) from error
+    if family is not None:
+        found = family_named(family)
+        _check_config_at_hand(spec, family)
+    else:
+        found = family_noted(args.get(NOTE) or {}) or recognised_family(spec)
+        if changed and found.model_types:
+            found = recognised_family(spec)  # with these settings it is not what it was noted as
+    if changed and found.model_types:
+        raise SchemaError(f"args say {function_settings(spec)}, which no {found.name} has")
+    return found.megatron.from_args(found.config.of_family(spec), args)
+
+
+def _described(args: Mapping[str, Any]) -> tuple[ModelSpec, bool]:
+    """Return what args say of a model of any family, and whether a setting changes its function."""
     changed = settings.changing(args)
     values = _with_defaults(args)
     note = args.get(NOTE) or {}
@@ -177,16 +195,7 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
         dtype=_dtype_from_args(args),
         extra=extra,
     )
-    if family is not None:
-        found = family_named(family)
-        _check_config_at_hand(spec, family)
-    else:
-        found = family_noted(note) or recognised_family(spec)
-        if changed and found.model_types:
-            found = recognised_family(spec)  # with these settings it is not what it was noted as
-    if changed and found.model_types:
-        raise SchemaError(f"args say {function_settings(spec)}, which no {found.name} has")
-    return found.megatron.from_args(found.config.of_family(spec), args)
+    return spec, bool(changed)
 
 
 def unsupported_by_megatron(spec: ModelSpec) -> list[str]:
@@ -331,6 +340,31 @@ def _check_complete(args: Mapping[str, Any]) -> None:
         raise SchemaError(
             f"the checkpoint's args do not say {', '.join(missing)}; give the model's config with "
             "--hf-base"
+        )
+
+
+_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool, int), "true or false"),
+    "str": ((str,), "a word"),
+}
+"""The types that an argument may have, by that of its attribute in a spec."""
+
+
+def _check_types(args: Mapping[str, Any]) -> None:
+    """Raise for an argument of another type than its attribute's, and for a negative number."""
+    named = {**{name: name for name in (*FIELDS, *experts.FIELDS)}, **dict(latent_attention.ARGS)}
+    kinds = {name: ModelSpec.__annotations__[own].split()[0] for name, own in named.items()}
+    for name, kind in {**kinds, **dict.fromkeys(EPSILON, "float")}.items():
+        value = args.get(name)
+        types, expected = _TYPES[kind]
+        least = 1 if name in ESSENTIAL else 0
+        if value is None or (type(value) in types and (kind == "str" or value >= least)):
+            continue
+        raise SchemaError(
+            f"{name} is {value!r:.60} in the checkpoint's args, expected {expected}"
+            f"{f' of at least {least}' * (kind in ('int', 'float'))}; copy the checkpoint again"
         )
 
 

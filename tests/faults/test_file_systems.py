@@ -13,7 +13,7 @@ import pytest
 
 from .scene import CORE, PATIENCE, ROOT, digests
 
-COMMAND = [sys.executable, "-c", "from ckptx.cli.main import main; main()", "convert"]
+COMMAND = [sys.executable, "-c", "from ckptx.__main__ import main; main()", "convert"]
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,9 @@ def convert(shim, sources, tmp_path):
     """The command, where calls fail as told; the target, and what is left beside it."""
     (tmp_path / "work").mkdir()
 
-    def run(fault: str, *options: str, **more: object) -> subprocess.CompletedProcess[str]:
+    def run(
+        fault: str, *options: str, name: str = "target", **more: object
+    ) -> subprocess.CompletedProcess[str]:
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -41,7 +43,7 @@ def convert(shim, sources, tmp_path):
             "CKPTX_SHIM": fault,
             "CKPTX_SHIM_LOG": str(tmp_path / "bytes"),
         }
-        target = str(tmp_path / "work" / "target")
+        target = str(tmp_path / "work" / name)
         command = [*COMMAND, str(sources[0]), target, *(options or CORE)]
         return subprocess.run(
             command,
@@ -84,8 +86,7 @@ def test_a_file_system_that_renames_no_directory_is_refused_before_a_byte_moves(
 
 
 def test_a_single_file_whose_rename_fails_leaves_nothing(convert, tmp_path):
-    # EEXIST stands for what no fall-back mends.
-    result = convert(f"renameat2:{errno.EIO}", "--to", "pytorch")
+    result = convert(f"renameat2:{errno.EIO}", "--to", "pytorch", name="model.pt")
     assert result.returncode == 1, result.stdout
     assert "nothing was written" in result.stderr
     assert not any((tmp_path / "work").iterdir())
@@ -167,14 +168,14 @@ def test_without_shared_memory_a_pipe_stands_in(convert, sources, tmp_path):
     assert digests(target) == sources[1]
 
 
-def test_no_working_and_no_home_directory(convert, sources, tmp_path):
+def test_no_working_and_no_home_directory(convert, sources, tmp_path, monkeypatch):
+    monkeypatch.delenv("HOME")
     gone = tmp_path / "gone"
-    gone.mkdir()
 
     def enter() -> None:
+        gone.mkdir()
         os.chdir(gone)
         gone.rmdir()
-        os.environ.pop("HOME", None)
 
     for _ in range(2):
         result = convert("", *CORE, "--overwrite", preexec_fn=enter)

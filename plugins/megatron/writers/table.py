@@ -14,7 +14,7 @@ from ckptx.model.family import Family
 from ckptx.model.layout import ExtraState
 from ckptx.plugins.megatron.directory import SIDECARS
 from ckptx.plugins.megatron.source import Source
-from ckptx.plugins.megatron.writers import bridge
+from ckptx.plugins.megatron.writers import bridge, nemo
 from ckptx.protocol.context import Options
 from ckptx.schemas.conventions.mcore import with_cores
 from ckptx.storage.location import Location
@@ -31,8 +31,6 @@ class Writer:
     """Whether files of an iteration tell that it is the writer."""
     settings: Settings = lambda place, accepted: {}
     """Returns what its files say of the model, as args; the args to be ignored are given."""
-    notes: tuple[str, ...] = ()
-    """Remarks on a model whose settings came from its files."""
     sidecars: str = SIDECARS
     """The folder with the tokenizer."""
     files: Callable[[Mapping[str, Any], Family], Mapping[str, bytes]] = lambda args, family: {}
@@ -45,22 +43,23 @@ class Writer:
     """The code that loads an iteration, unless it is Megatron's own script."""
 
 
+_LENGTH = (
+    "max_position_embeddings is seq_length of the run, with which the model was trained; "
+    "--hf-base takes that of a config"
+)
 MEGATRON_LM = Writer("megatron-lm")
 OLDER = Writer("megatron-lm-0.14", states=with_cores)
 BRIDGE = Writer(
     "bridge",
     lambda place: (place / bridge.RUN_CONFIG).is_file(),
     bridge.settings,
-    (
-        f"max_position_embeddings is seq_length of {bridge.RUN_CONFIG}, with which the model was "
-        "trained; --hf-base takes that of a config",
-    ),
-    "tokenizer",
-    bridge.files,
-    {bridge.LATEST: bridge.TRAIN_STATE},
+    sidecars="tokenizer",
+    files=bridge.files,
+    pointers={bridge.LATEST: bridge.TRAIN_STATE},
     load_hint='megatron.bridge.training.model_load_save.load_megatron_model("{place}")',
 )
-SOURCES = {writer.name: writer for writer in (MEGATRON_LM, BRIDGE)}
+NEMO = Writer("nemo2", nemo.wrote, nemo.settings, sidecars=nemo.TOKENIZER)
+SOURCES = {writer.name: writer for writer in (MEGATRON_LM, BRIDGE, NEMO)}
 TARGETS = {writer.name: writer for writer in (MEGATRON_LM, OLDER, BRIDGE)}
 
 
@@ -96,7 +95,7 @@ def described(writer: Writer, checkpoint: Source, options: Options) -> Source:
         args = writer.settings(checkpoint.place, options.get("accept_arg") or ())
     except SchemaError as error:
         raise SchemaError(f"{checkpoint.place}: {error}") from error
-    notes = (*checkpoint.notes, *writer.notes) if args else checkpoint.notes
+    notes = (*checkpoint.notes, *[_LENGTH] * bool(args))
     return replace(checkpoint, args=args, notes=notes)
 
 
