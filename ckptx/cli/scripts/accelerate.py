@@ -23,7 +23,7 @@ MERGE_WEIGHTS = Script(
         ),
     ),
     # accelerate writes one file, whatever its size.
-    always=("--from", "dcp", "--to", "hf", "--max-shard-size", "1000000GB"),
+    always=("--from", "dcp", "--to", "hf", "--no-config", "--max-shard-size", "1000000GB"),
 )
 
 SCRIPTS = (MERGE_WEIGHTS,)

@@ -177,6 +177,8 @@ def _convert(source: Source, saver: str, target: Path) -> None:
 
     assert source.format is not None  # detected by now
     request = ConversionRequest(
-        source.format, saver, source.path, target, source.options, hf_base=source.hf_base
+        *(source.format, saver, source.path, target, source.options),
+        {"no_config": True},  # whoever runs the model misses it
+        hf_base=source.hf_base,
     )
     supervisor.convert(request)
