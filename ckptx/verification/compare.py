@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptx.model.canonical_names import keys_of
-from ckptx.protocol.progress import Progress, Silent
+from ckptx.protocol.progress import Progress
 from ckptx.registry.open import Checkpoint, opened
 from ckptx.storage.blocks import BlockReader
 from ckptx.tensors.lazy import LazyTensor
@@ -154,7 +154,7 @@ def compare(
         sides = [stack.enter_context(opened(one)) for one in (left, right)]
         paired = pair(*sides)
         reader = BlockReader(*(stack.enter_context(closing(side.files())) for side in sides))
-        deviations = _deviations(paired, reader, tolerance, progress or Silent())
+        deviations = _deviations(paired, reader, tolerance, progress or Progress())
         a, b = paired.left.tensors, paired.right.tensors
         differences = {
             name: found

@@ -48,7 +48,7 @@ def exchange(new: Path, old: Path, aside: Path) -> None:
     """Let two directories trade places at once; without kernel support ``old`` moves ``aside``."""
     if _renameat2(new, old, _RENAME_EXCHANGE):
         return
-    old.rename(aside)  # `_rescue` undoes this if we are killed before the next line
+    old.rename(aside)  # `rescue` undoes this if we are killed before the next line
     try:
         new.rename(old)
     except OSError:
@@ -80,7 +80,7 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
     raise OSError(code, os.strerror(code), str(target))
 
 
-def _rescue(partial: Path, target: Path) -> None:
+def rescue(partial: Path, target: Path) -> None:
     """Put an old target back that a killed run had moved aside and not yet replaced."""
     if (partial / "old").exists() and not target.exists():
         (partial / "old").rename(target)
@@ -95,11 +95,11 @@ def keep_only(root: Path, files: Collection[str]) -> None:
             path = Path(place, name)
             wanted = path.is_dir() if here / name in folders else str(here / name) in files
             if path.is_symlink() or not wanted or (path.is_dir() and here / name not in folders):
-                _remove(path)
+                remove(path)
         names[:] = [name for name in names if here / name in folders]
 
 
-def _inode(path: Path) -> str:
+def inode(path: Path) -> str:
     """Return the inode of a path in words, which a rename does not change; empty if none."""
     try:
         status = path.lstat()
@@ -108,7 +108,7 @@ def _inode(path: Path) -> str:
     return f"inode {status.st_ino} of device {status.st_dev}"
 
 
-def _reason(error: OSError, folder: Path) -> str:
+def reason_of(error: OSError, folder: Path) -> str:
     """Return what the system says about a file, and which disk is full if one is."""
     if error.errno != errno.ENOSPC:
         return str(error)
@@ -116,7 +116,12 @@ def _reason(error: OSError, folder: Path) -> str:
     return f"{error.strerror}{found and ': '}{found}; free space, and run the same command again"
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove what a killed run has left, a file or a directory.
+
+    Raises:
+        ConversionError: it cannot be removed.
+    """
     try:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except FileNotFoundError:
@@ -127,7 +132,8 @@ def _remove(path: Path) -> None:
         ) from error
 
 
-def _existing(folder: Path) -> Path:
+def existing_folder(folder: Path) -> Path:
+    """Return the nearest directory that is there: this one, or one above."""
     while not folder.exists():
         folder = folder.parent
     return folder

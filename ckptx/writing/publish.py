@@ -37,18 +37,8 @@ from ckptx.protocol.contracts import SavePlan
 from ckptx.storage.file_plan import FilePlan
 from ckptx.storage.partial import MANIFEST, PARTIAL
 from ckptx.text.sizes import size_text
-from ckptx.writing import journal
-from ckptx.writing.atomic import (
-    _existing,
-    _inode,
-    _reason,
-    _remove,
-    _rescue,
-    exchange,
-    rename_new,
-    sync_directory,
-    write_durable,
-)
+from ckptx.writing import atomic, journal
+from ckptx.writing.atomic import sync_directory, write_durable
 from ckptx.writing.disk import occupied_bytes, shortage
 from ckptx.writing.existing import Existing, check_place, existing, is_taken, keep_permissions
 
@@ -118,6 +108,8 @@ class Target:
         self.save_dir = save_dir.resolve()
         self.inputs = [path.resolve() for path in inputs]
         self.overwrite = overwrite
+        self.path = self.save_dir
+        """What appears in the end; known once `prepare` has seen the plan."""
         self._created: list[Path] = []
         self._lock = -1
         self._keep = False
@@ -129,7 +121,7 @@ class Target:
         """What is left for another run; known once the context has ended."""
         if self.save_dir in self.inputs:
             raise PlanError(f"{self.save_dir}: is the source itself; choose another target")
-        folder = _existing(self.save_dir.parent)
+        folder = atomic.existing_folder(self.save_dir.parent)
         if not folder.is_dir():
             raise PlanError(f"{folder}: is a file; the target would lie below it")
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -152,7 +144,7 @@ class Target:
         """Remove the partial directory: what another run can use last, and the lock after it."""
         for name in ("new", "old", journal.NAME, *_LAST):
             with contextlib.suppress(ConversionError):
-                _remove(self._partial / name)
+                atomic.remove(self._partial / name)
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def _clear_orphan(self) -> None:
@@ -177,11 +169,6 @@ class Target:
         except OSError:
             return False
 
-    @property
-    def path(self) -> Path:
-        """What appears in the end; known once `prepare` has seen the plan."""
-        return self._path
-
     def keep(self) -> None:
         """Leave what is recorded in the journal for another run, if anything is."""
         self._keep = True
@@ -202,32 +189,32 @@ class Target:
             self._acquire(self._partial)
             if self._was_published(identity):
                 self.published = True
-                _log.warning("resuming: %s is in place and whole", self._path)
-                return self._path.parent if plan.single_file else self._path
-        if self._path.exists():
+                _log.warning("resuming: %s is in place and whole", self.path)
+                return self.path.parent if plan.single_file else self.path
+        if self.path.exists():
             self._clear_orphan()
         self._check_place()
-        self._make(self._path.parent)
+        self._make(self.path.parent)
         self._acquire(self._partial)
-        _rescue(self._partial, self._path)
+        atomic.rescue(self._partial, self.path)
         staging = self._partial / "new"
         kept = {"lock", journal.NAME, "new"} if self._continues(identity) else {"lock"}
         for leftover in self._partial.iterdir():
             if leftover.name not in kept:
-                _remove(leftover)
+                atomic.remove(leftover)
         # After the leftovers of a killed run have made room.
         self._check_disk(occupied_bytes(staging))
         try:
             self._sign()
             staging.mkdir(exist_ok=True)
         except OSError as error:
-            raise ConversionError(f"{staging}: {_reason(error, self._partial)}") from error
+            raise ConversionError(f"{staging}: {atomic.reason_of(error, self._partial)}") from error
         return staging
 
     def _was_published(self, identity: Identity | None) -> bool:
         """Return whether a killed run of this conversion has put its target in place."""
         named = self._publishing()
-        if identity is None or not named or named != _inode(self._path):
+        if identity is None or not named or named != atomic.inode(self.path):
             return False
         found = journal.read(self._partial / journal.NAME)
         return found is not None and not found.identity.difference(identity)
@@ -247,7 +234,7 @@ class Target:
         staging = self._partial / "new"
         if not staging.is_dir() or staging.is_symlink():
             return False
-        if self._publishing() not in ("", _inode(self._staged())):
+        if self._publishing() not in ("", atomic.inode(self._staged())):
             return False  # it did, and what lies here is the target that it replaced
         reason = found.identity.difference(identity) if identity else "it is not to be continued"
         if reason:
@@ -277,11 +264,11 @@ class Target:
     def _name(self, plan: SavePlan) -> None:
         """Learn from a plan where the target and its partial directory are."""
         self.plan = plan
-        self._path = self.save_dir / plan.directory if plan.directory else self.save_dir
+        self.path = self.save_dir / plan.directory if plan.directory else self.save_dir
         for path in (plan.directory, *plan.pointers, *(file.path for file in plan.files)):
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise PlanError(f"{path!r}: an output path must stay inside the target")
-        self._partial = self._path.parent / f"{self._path.name}{PARTIAL}"
+        self._partial = self.path.parent / f"{self.path.name}{PARTIAL}"
 
     def _staged(self) -> Path:
         """Return what becomes the target by a rename."""
@@ -299,32 +286,32 @@ class Target:
             self._put_in_place()
         created, self._created = self._created, []
         try:
-            for folder in (self._path, *reversed(created)):
+            for folder in (self.path, *reversed(created)):
                 sync_directory(folder.parent)
             return self._write_pointers()
         except OSError as error:
-            reason = _reason(error, self._partial)
+            reason = atomic.reason_of(error, self._partial)
             raise CutShortError(
-                f"{self._path}: is whole and in place, but not all that belongs to it: {reason}"
+                f"{self.path}: is whole and in place, but not all that belongs to it: {reason}"
             ) from error
 
     def _put_in_place(self) -> None:
         staging = self._partial / "new"
         try:
-            if self.overwrite and self._path.exists():
+            if self.overwrite and self.path.exists():
                 self._replace_knowingly()
-            write_durable(self._partial / _PUBLISHING, _inode(self._staged()).encode())
+            write_durable(self._partial / _PUBLISHING, atomic.inode(self._staged()).encode())
             if self.plan.single_file:
                 self._publish_file(staging)
             else:
                 self._publish_directory(staging)
         except OSError as error:
-            reason = _reason(error, self._partial)
-            raise CutShortError(f"{self._path}: cannot be put in place: {reason}") from error
+            reason = atomic.reason_of(error, self._partial)
+            raise CutShortError(f"{self.path}: cannot be put in place: {reason}") from error
         self.published = True
 
     def _check_place(self) -> None:
-        path = self._path
+        path = self.path
         for source in self.inputs:
             if path == source:
                 raise PlanError(f"{path}: is the source itself; choose another target")
@@ -367,9 +354,9 @@ class Target:
             PlanError: files that ckptx did not write are among it, and nobody asked for that.
         """
         try:
-            found = existing(self._path)
+            found = existing(self.path)
         except OSError as error:
-            raise PlanError(f"{self._path}: cannot be listed: {error}") from error
+            raise PlanError(f"{self.path}: cannot be listed: {error}") from error
         if found.foreign and self.overwrite != "foreign":
             raise PlanError(found.refusal())
         return found
@@ -416,7 +403,7 @@ class Target:
                 owner = os.pread(lock, 200, 0).decode(errors="replace").strip()
                 os.close(lock)
                 raise ConversionError(
-                    f"{self._path}: another conversion is writing it ({owner or 'just started'}); "
+                    f"{self.path}: another conversion is writing it ({owner or 'just started'}); "
                     "wait for it, or choose another target"
                 ) from None
             except OSError as error:
@@ -438,27 +425,27 @@ class Target:
 
     def _check_disk(self, occupied: int = 0) -> None:
         """Raise unless the plan fits; ``occupied`` bytes of it are there already."""
-        found = shortage(_existing(self._path.parent), self.plan, occupied)
+        found = shortage(atomic.existing_folder(self.path.parent), self.plan, occupied)
         if found:
-            raise ConversionError(f"{self._path}: {found}; free space or choose another target")
+            raise ConversionError(f"{self.path}: {found}; free space or choose another target")
 
     def _publish_file(self, staging: Path) -> None:
         name = self.plan.files[0].path
         manifest = staging / manifest_path(self.plan)
         sync_directory(staging)
         if manifest.exists():
-            manifest.replace(self._path.with_name(f"{self._path.name}.{MANIFEST}"))
+            manifest.replace(self.path.with_name(f"{self.path.name}.{MANIFEST}"))
         if self.overwrite:
-            (staging / name).replace(self._path)
+            (staging / name).replace(self.path)
         else:
-            rename_new(staging / name, self._path)
+            atomic.rename_new(staging / name, self.path)
 
     def _publish_directory(self, staging: Path) -> None:
         sync_directory(staging)
-        if self.overwrite and self._path.exists():
-            exchange(staging, self._path, staging.with_name("old"))
+        if self.overwrite and self.path.exists():
+            atomic.exchange(staging, self.path, staging.with_name("old"))
         else:
-            staging.rename(self._path)  # fails if a directory with anything in it is there now
+            staging.rename(self.path)  # fails if a directory with anything in it is there now
 
     def _replace_knowingly(self) -> None:
         """Look again at what is replaced, since much time may have passed; keep its permissions.
@@ -469,13 +456,13 @@ class Target:
             CutShortError: files of others have come.
         """
         try:
-            self.replaced = self._what_goes() if is_taken(self._path) else None
+            self.replaced = self._what_goes() if is_taken(self.path) else None
         except PlanError as error:
             raise CutShortError(str(error)) from error
-        keep_permissions(self._path, self._staged())
+        keep_permissions(self.path, self._staged())
 
     def _write_pointers(self) -> list[str]:
-        notes = [f"replaced {self._path}: {self.replaced}"] if self.replaced else []
+        notes = [f"replaced {self.path}: {self.replaced}"] if self.replaced else []
         for name, content in self.plan.pointers.items():
             pointer = self.save_dir / name
             if pointer.exists() and not self.overwrite:

@@ -96,8 +96,7 @@ def find(source: Location) -> IterationDirectory:
             )
     else:
         iteration = _iteration_of(directory)
-    stored = _format(directory)
-    if stored is None:
+    if (stored := _format(directory)) is None:
         raise FormatError(
             f"{directory}: neither metadata.json nor mp_rank_* is there; not a Megatron "
             "checkpoint, or one whose saving was interrupted"

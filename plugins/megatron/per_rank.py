@@ -10,6 +10,7 @@ Source: NVIDIA/Megatron-LM megatron/training/checkpointing.py @ core_v0.16.1.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -272,8 +273,7 @@ def _join_tied(
     held = any(name in shard for copies in shards.dense for shard in copies)
     if "word embeddings" not in embeddings or not held:
         return
-    copy = taker.take([rule("weight", name, tp=0)], shards, None, "tied copy: ")
-    if copy:
+    if copy := taker.take([rule("weight", name, tp=0)], shards, None, "tied copy: "):
         pair = [embeddings["word embeddings"], copy["weight"]]
         embeddings["word embeddings"] = replicated(pair)
 
@@ -392,15 +392,13 @@ def _laid_out(counts: list[int], further: int) -> str:
 
 
 def _dropped(grid: list[RankFile]) -> Iterator[Dropped]:
-    states = sum(rank.states for rank in grid)
-    if states:
+    if states := sum(rank.states for rank in grid):
         yield Dropped("_extra_state tensors", ENGINE_STATE, states)
-    totals: dict[str, int] = {}
+    totals: Counter[str] = Counter()
     for rank in grid:
-        for key, size in rank.other.items():
-            totals[key] = totals.get(key, 0) + size
+        totals.update(rank.other)
         for file in rank.path.parent.iterdir():
             if file != rank.path and file.is_file():
-                totals[file.name] = totals.get(file.name, 0) + file.stat().st_size
+                totals[file.name] += file.stat().st_size
     for key, size in totals.items():
         yield Dropped(key, MADE_ANEW if key.endswith(BUFFERS) else TRAINING_STATE, size)

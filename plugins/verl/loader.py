@@ -90,9 +90,6 @@ class VerlLoader:
             sidecars={**small, **base_sidecars(context)},
             training={"iteration": run_directory.step_of(directory, run_directory.GLOBAL_STEP, 1)},
         )
-        wishes = megatron.Wishes(
-            bool(options.get("is_value_model")), bool(options.get("tie_word_embedding"))
-        )
         left = _left(directory, source, begin.sidecars, bool(options.get("extra_state")))
         if not _holds_ranks(directory):
             if options.get("extra_state"):
@@ -100,9 +97,9 @@ class VerlLoader:
                     f"{directory}: was saved by Megatron workers; --extra-state is for those of "
                     "FSDP"
                 )
-            yield from megatron.messages(directory, begin, wishes, notes, left, options, context)
+            yield from megatron.messages(directory, begin, End(left, notes), options, context)
             return
-        if wishes != megatron.Wishes():
+        if options.get("is_value_model") or options.get("tie_word_embedding"):
             raise FormatError(
                 f"{directory}: was saved by FSDP workers; --is-value-model and "
                 "--tie-word-embedding are for those of Megatron"
@@ -148,8 +145,7 @@ def _find(source: Location, actor: str) -> tuple[Location, tuple[str, ...]]:
         notes = (f"{step.name} was converted, the latest by {run_directory.TRACKER}",)
     directory = step / actor
     if not _holds_model(directory):
-        others = sorted(path.name for path in step.iterdir() if _holds_model(path))
-        if others:
+        if others := sorted(path.name for path in step.iterdir() if _holds_model(path)):
             raise FormatError(
                 f"{source}: {step.name} holds {listing(others)} and no {actor}; convert it with "
                 f"--actor-dir {others[0]}"
@@ -192,8 +188,7 @@ def _rank_files(directory: Location) -> list[Location]:
             f"{directory / _CONFIG}: says {said!r:.40} ranks, the names of the files {world}; they "
             "are of different runs"
         )
-    beyond = sorted(rank for rank in ranks if rank >= world)
-    if beyond:
+    if beyond := sorted(rank for rank in ranks if rank >= world):
         raise FormatError(
             f"{ranks[beyond[0]]}: expected ranks 0 to {world - 1}; move away the file, which is of "
             "another run"

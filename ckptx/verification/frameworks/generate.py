@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptx.containers.safetensors import read_header
 from ckptx.errors import CkptxError, ConversionError, FormatError
-from ckptx.protocol.progress import Progress, Silent
+from ckptx.protocol.progress import Progress
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry import registry
 from ckptx.storage.source_file import read_small
@@ -95,7 +95,7 @@ def generate(
         read_header(path)  # whose errors name the file and what to do
     if output is not None and not output.resolve().parent.is_dir():
         raise FormatError(f"--output-file {output}: its directory does not exist")
-    progress = progress or Silent()
+    progress = progress or Progress()
     progress.stage(f"transformers runs {model.absolute().name}")
     try:
         result = Generated(child.ask("generation", {**job, "model": str(model)}))
