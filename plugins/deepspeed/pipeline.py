@@ -23,7 +23,7 @@ from typing import Any
 
 from ckptx.errors import FormatError, listing
 from ckptx.plugins.deepspeed.directory import Checkpoint, Saved
-from ckptx.plugins.deepspeed.weights import has_masters, together
+from ckptx.plugins.deepspeed.weights import together
 from ckptx.storage.blocks import equal
 from ckptx.storage.location import Location
 from ckptx.storage.source_file import read_json
@@ -51,9 +51,8 @@ def stages(saved: Saved) -> Iterator[Checkpoint]:
     if not saved.ranks[0].stage:
         # Masters without ZeRO have no names of their own: they are those of all stages.
         model = {**models[0], "module": tensors, "param_shapes": None}
-        masters = [entry for entry in (m.get("optimizer") for m in models) if has_masters(entry)]
-        if len(masters) == len(models):
-            model["optimizer"] = together(masters)
+        if one := together([model.get("optimizer") for model in models]):
+            model["optimizer"] = one
         yield replace(saved.ranks[0], models=[model], label="")
         return
     trained = [{n for shapes in model["param_shapes"] for n in shapes} for model in models]

@@ -324,8 +324,10 @@ def has_masters(optimizer: Any) -> TypeGuard[Mapping[str, Any]]:
     )
 
 
-def together(optimizers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the optimizers without ZeRO of several ranks as one, with the masters of all."""
+def together(optimizers: Sequence[Any]) -> dict[str, Any] | None:
+    """Return the optimizers without ZeRO of several ranks as one, None unless all have masters."""
+    if not optimizers or not all(map(has_masters, optimizers)):
+        return None
     key = _masters_key(optimizers[0])
     return {key: [group for one in optimizers for group in one.get(key) or ()]}
 
