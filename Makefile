@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-NEWEST_MEGATRON := $(VENV)/megatron-core/0.19.2
+MEGATRONS := $(VENV)/megatron-core/0.14.0 $(VENV)/megatron-core/0.19.2
 BRIDGE := $(VENV)/megatron-bridge/0.3.1
 
 .PHONY: demo test test-full nightly lint types bench docs clean
@@ -47,17 +47,17 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hf,megatron,dev]"
-	$(MAKE) --no-print-directory VENV=$(VENV) $(NEWEST_MEGATRON) || echo "its tests will be skipped"
+	$(MAKE) --no-print-directory VENV=$(VENV) $(MEGATRONS) || echo "its tests will be skipped"
 	$(MAKE) --no-print-directory VENV=$(VENV) $(BRIDGE) || echo "its tests will be skipped"
 	touch $(READY)
 
-# It asks for Python 3.12, so it is unpacked beside the installed one; the tests put it on the path.
-$(NEWEST_MEGATRON):
+# They are unpacked beside the installed one, and 0.19 asks for Python 3.12; the tests put one on the path.
+$(VENV)/megatron-core/%:
 	mkdir -p $(VENV)/wheels
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
-		--python-version 3.12 --require-hashes -d $(VENV)/wheels \
-		-r tests/oracles/megatron-core-0.19.2.txt
-	$(BIN)/python -m zipfile -e $(VENV)/wheels/megatron_core-0.19.2-*.whl $@
+		--python-version $(if $(filter 0.19.2,$*),3.12,3.11) --require-hashes -d $(VENV)/wheels \
+		-r tests/oracles/megatron-core-$*.txt
+	$(BIN)/python -m zipfile -e $(VENV)/wheels/megatron_core-$*-*.whl $@
 
 # Its requirements are hundreds of packages; the tests bring what stands for those that they meet.
 $(BRIDGE):

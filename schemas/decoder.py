@@ -15,13 +15,8 @@ from ckptx.model.family import Family
 from ckptx.model.layout import Layout
 from ckptx.schemas.config.traits import ConfigTable
 from ckptx.schemas.config.translate import TableConfig
-from ckptx.schemas.conventions.blocks import (
-    Block,
-    hf_attention,
-    hf_decoder,
-    hf_gated_mlp,
-    hf_norms,
-)
+from ckptx.schemas.conventions import blocks
+from ckptx.schemas.conventions.blocks import Block
 from ckptx.schemas.conventions.legacy import LEGACY
 from ckptx.schemas.conventions.mcore import MCORE
 
@@ -34,9 +29,9 @@ def decoder_family(
     table: ConfigTable,
     hf: Layout | None = None,
     *,
-    attention: Block = hf_attention,
-    mlp: Block = hf_gated_mlp,
-    norms: Block = hf_norms,
+    attention: Block = blocks.hf_attention,
+    mlp: Block = blocks.hf_gated_mlp,
+    norms: Block = blocks.hf_norms,
     ignored: tuple[str, ...] = (),
     refused: Mapping[str, str] | None = None,
     more: Mapping[str, Layout] | None = None,
@@ -64,7 +59,7 @@ def decoder_family(
         architectures=(table.architecture,),
         model_types=(name, *model_types),
         layouts={
-            "hf": hf or Layout(f"hf/{name}", hf_decoder(attention, mlp, norms), ignored),
+            "hf": hf or Layout(f"hf/{name}", blocks.hf_decoder(attention, mlp, norms), ignored),
             **{kind: layout for kind, layout in MEGATRON.items() if kind not in refused},
             **(more or {}),
         },

@@ -19,17 +19,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from ckptx.containers import torch_zip
-from ckptx.containers.dcp_metadata import (
-    METADATA_NAME,
-    Chunk,
-    DcpMetadata,
-    ItemRange,
-    Named,
-    Placed,
-    TensorEntry,
-    dump_metadata,
-)
+from ckptx.containers import dcp_metadata, torch_zip
+from ckptx.containers.dcp_metadata import METADATA_NAME, Chunk, DcpMetadata, ItemRange
 from ckptx.containers.dcp_metadata import read_metadata as read_metadata
 from ckptx.containers.pickle_values import TensorRecord, TorchSize, collector_paused
 from ckptx.containers.zip_archive import ENDS_SIZE
@@ -86,8 +77,7 @@ def read_object(metadata: DcpMetadata, key: str, files: list[str]) -> Any:
 
 def _assemble(metadata: DcpMetadata, key: str, items: _Items) -> LazyTensor:
     where = f"{metadata.directory / METADATA_NAME}: {key!r}"
-    entry = metadata.tensors.get(key)
-    if entry is None:
+    if (entry := metadata.tensors.get(key)) is None:
         raise FormatError(f"{where} is not in the checkpoint")
     if entry.dtype not in ITEMSIZE:
         raise FormatError(f"{where}: found dtype {entry.dtype}, which ckptx does not convert")
@@ -294,8 +284,8 @@ def plan_directory(
     plans: list[FilePlan] = []
     shapes: dict[str, tuple[str, Shape]] = {}
     chunks: dict[str, list[Chunk]] = {}
-    placed: list[Placed] = []
-    named: list[Named] = []
+    placed: list[dcp_metadata.Placed] = []
+    named: list[dcp_metadata.Named] = []
     encoded: dict[int, bytes] = {}
     sizes: dict[Shape, TorchSize] = {}
     between: dict[tuple[bytes, bytes], bytes] = {}
@@ -328,11 +318,11 @@ def plan_directory(
         if regions:
             plans.append(FilePlan(name, position, regions))
     tensors = {
-        key: TensorEntry(shapes[key][0], _size(shapes[key][1], sizes), tuple(boxes))
+        key: dcp_metadata.TensorEntry(shapes[key][0], _size(shapes[key][1], sizes), tuple(boxes))
         for key, boxes in chunks.items()
     }
     _check(tensors, [key for key, *_ in named])
-    data = dump_metadata(tensors, placed, named, planner_data)
+    data = dcp_metadata.dump_metadata(tensors, placed, named, planner_data)
     plans.append(FilePlan(METADATA_NAME, len(data), [Region(0, len(data), data)]))
     return plans
 
@@ -370,10 +360,9 @@ def _add_tensor(
     return end + len(suffix)
 
 
-def _check(tensors: Mapping[str, TensorEntry], objects: Sequence[str]) -> None:
+def _check(tensors: Mapping[str, dcp_metadata.TensorEntry], objects: Sequence[str]) -> None:
     for key, entry in tensors.items():
-        fault = tiling.fault(entry.shape, entry.chunks)
-        if fault:
+        if fault := tiling.fault(entry.shape, entry.chunks):
             raise PlanError(f"{METADATA_NAME}: {key!r}: {fault}")
     for key, count in Counter(objects).items():
         if count > 1 or key in tensors:

@@ -12,20 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from ckptx.containers import pickle_reader
-from ckptx.containers.pickle_values import (
-    Call,
-    EnumValue,
-    Global,
-    Instance,
-    Record,
-    RowList,
-    RowMap,
-    Rows,
-    TorchDtype,
-    TorchSize,
-    collector_paused,
-)
+from ckptx.containers import pickle_reader, pickle_values
+from ckptx.containers.pickle_values import Global, Instance, Record, TorchDtype, TorchSize
 from ckptx.containers.pickle_writer import dumps
 from ckptx.errors import FormatError
 from ckptx.storage.location import Location
@@ -42,8 +30,8 @@ _CHUNK = Global(_METADATA_MODULE, "ChunkStorageMetadata")
 _TENSOR = Global(_METADATA_MODULE, "TensorStorageMetadata")
 _PROPERTIES = Global(_METADATA_MODULE, "TensorProperties")
 _BYTES = Instance(Global(_METADATA_MODULE, "BytesStorageMetadata"), None, shared=True)
-_STRIDED = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
-_CONTIGUOUS = EnumValue(_METADATA_MODULE, "_MEM_FORMAT_ENCODING", 0)
+_STRIDED = pickle_values.Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+_CONTIGUOUS = pickle_values.EnumValue(_METADATA_MODULE, "_MEM_FORMAT_ENCODING", 0)
 
 _BOX = ("offsets", "sizes")
 _EXTENT = ("relative_path", "offset", "length")
@@ -116,7 +104,7 @@ def read_metadata(directory: Location) -> DcpMetadata:
         value = pickle_reader.loads(file.read(0, file.size), file=str(path))
     state = _fields_of(path, value)
     try:
-        with collector_paused():
+        with pickle_values.collector_paused():
             return _metadata(directory, state, file.size // _CHUNK_BYTES)
     except FormatError:
         raise
@@ -259,14 +247,14 @@ def dump_metadata(
         fields = {
             "properties": properties[entry.dtype],
             "size": entry.shape,
-            "chunks": RowList(_CHUNK, _BOX, entry.chunks),
+            "chunks": pickle_values.RowList(_CHUNK, _BOX, entry.chunks),
         }
         entries[key] = Instance(_TENSOR, fields)
     entries.update((key, _BYTES) for key, *_ in named)
-    storage = RowMap(
+    storage = pickle_values.RowMap(
         (
-            Rows(_INDEX, _PLACE, _STORAGE_INFO, _EXTENT, placed),
-            Rows(_INDEX, _OBJECT, _STORAGE_INFO, _EXTENT, named),
+            pickle_values.Rows(_INDEX, _PLACE, _STORAGE_INFO, _EXTENT, placed),
+            pickle_values.Rows(_INDEX, _OBJECT, _STORAGE_INFO, _EXTENT, named),
         )
     )
     metadata = {

@@ -22,15 +22,7 @@ from typing import Any
 
 from ckptx.containers import pickle_values
 from ckptx.containers.pickle_scan import SMALL, WEIGH, scan
-from ckptx.containers.pickle_values import (
-    FrozenClass,
-    Record,
-    StorageRef,
-    StubClass,
-    TensorRecord,
-    TorchSize,
-    stub,
-)
+from ckptx.containers.pickle_values import Record, StorageRef, TensorRecord, TorchSize, stub
 from ckptx.errors import FormatError
 from ckptx.tensors.lazy import MAX_AXES
 
@@ -42,18 +34,16 @@ MAX_KEY = 1000
 MAX_TUPLE_DEPTH = 100
 """How deep tuples and frozen sets may nest."""
 
-KNOWN_GLOBALS = frozenset(
-    {
-        *("_io.BytesIO", "io.BytesIO", "signal.Signals", "uuid.UUID", "enum.Enum"),
-        *("decimal.Decimal", "collections.defaultdict", "collections.Counter"),
-        *("collections.deque", "functools.partial"),
-        *("pathlib.PosixPath", "pathlib.Path", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
-        *("pathlib._local.PosixPath", "pathlib._local.Path", "fractions.Fraction"),
-        *("datetime.datetime", "datetime.date", "datetime.timedelta", "datetime.timezone"),
-        *(f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "tuple")),
-        *(f"builtins.{name}" for name in ("object", "slice", "range", "type", "NoneType")),
-    }
-)
+KNOWN_GLOBALS = {
+    *("_io.BytesIO", "io.BytesIO", "signal.Signals", "uuid.UUID", "enum.Enum"),
+    *("decimal.Decimal", "collections.defaultdict", "collections.Counter"),
+    *("collections.deque", "functools.partial"),
+    *("pathlib.PosixPath", "pathlib.Path", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
+    *("pathlib._local.PosixPath", "pathlib._local.Path", "fractions.Fraction"),
+    *("datetime.datetime", "datetime.date", "datetime.timedelta", "datetime.timezone"),
+    *(f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "tuple")),
+    *(f"builtins.{name}" for name in ("object", "slice", "range", "type", "NoneType")),
+}
 """Globals of the standard library that become stubs; those of other packages all do.
 
 What could do harm is in the standard library. Checkpoints hold objects of whatever their trainer
@@ -74,7 +64,7 @@ FORBIDDEN = re.compile(
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+", re.ASCII)
 
 
-class _Function(metaclass=FrozenClass):
+class _Function(metaclass=pickle_values.FrozenClass):
     """A function that pickles may call; like its class, it cannot be changed by them."""
 
     __slots__ = ("_call",)
@@ -326,7 +316,7 @@ def _from_type(function: Any, kind: Any, args: tuple[Any, ...], state: Any) -> A
 
 def _attribute(owner: Any, name: Any) -> type[Record]:
     """Stand for ``getattr``: nested classes, and enum members of Python 3.11.0 to 3.11.3."""
-    if not isinstance(owner, StubClass) or type(name) is not str:
+    if not isinstance(owner, pickle_values.StubClass) or type(name) is not str:
         raise TypeError("getattr of something that is no foreign class")
     return stub(owner.module, f"{owner.name}.{name}")
 
@@ -359,7 +349,7 @@ def _collected(kind: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reconstructed(cls: Any, _base: Any, _state: Any) -> Any:
     """Stand for ``copyreg._reconstructor``: objects of protocols 0 and 1."""
-    if not isinstance(cls, FrozenClass):
+    if not isinstance(cls, pickle_values.FrozenClass):
         raise TypeError("reconstruction of something that is no foreign class")
     kind: Any = cls
     return kind.__new__(kind)

@@ -13,22 +13,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ckptx.containers.pickle_values import (
-    STORAGE_CLASSES,
-    WIDTHS,
-    Call,
-    EnumValue,
-    Global,
-    Instance,
-    Namespace,
-    RowList,
-    RowMap,
-    Rows,
-    TensorRecord,
-    TorchDtype,
-    TorchSize,
-    collector_paused,
-)
+from ckptx.containers import pickle_values
+from ckptx.containers.pickle_values import Global, Instance, TensorRecord, TorchSize
 from ckptx.errors import PlanError
 from ckptx.tensors.lazy import LazyTensor
 
@@ -45,7 +31,7 @@ _ENCODE = Global("_codecs", "encode")
 _SET = Global("__builtin__", "set")
 _SIZE = Global("torch", "Size")
 _NAMESPACE = Global("argparse", "Namespace")
-_STORAGES = {dtype: Global("torch", name) for dtype, name in STORAGE_CLASSES.items()}
+_STORAGES = {dtype: Global("torch", name) for dtype, name in pickle_values.STORAGE_CLASSES.items()}
 
 
 def dumps(value: Any, tensor: Callable[[LazyTensor], TensorRecord] | None = None) -> bytes:
@@ -61,7 +47,7 @@ def dumps(value: Any, tensor: Callable[[LazyTensor], TensorRecord] | None = None
     """
     writer = _Writer(tensor)
     try:
-        with collector_paused():
+        with pickle_values.collector_paused():
             writer.emit(value)
     except RecursionError as error:
         raise PlanError("a value to be pickled is nested too deeply, or holds itself") from error
@@ -93,23 +79,24 @@ class _Writer:
             dict: self._dict,
             OrderedDict: self._ordered,
             set: lambda value: self._call(_SET, (sorted(value, key=_set_order),)),
-            Namespace: self._namespace,
+            pickle_values.Namespace: self._namespace,
             argparse.Namespace: self._namespace,
             Global: self._global,
-            Call: self._called,
-            EnumValue: lambda value: self._call(Global(value.module, value.name), (value.value,)),
+            pickle_values.Call: self._called,
+            pickle_values.EnumValue: lambda value: self._call(
+                Global(value.module, value.name), (value.value,)
+            ),
             Instance: self._instance,
-            TorchDtype: lambda value: self._global(Global("torch", value.name)),
+            pickle_values.TorchDtype: lambda value: self._global(Global("torch", value.name)),
             TorchSize: self._size,
             TensorRecord: self._record,
-            RowList: self._row_list,
-            RowMap: self._row_map,
+            pickle_values.RowList: self._row_list,
+            pickle_values.RowMap: self._row_map,
         }
 
     def emit(self, value: Any) -> None:
         """Append the opcodes that push ``value``."""
-        emitter = self._emitters.get(type(value))
-        if emitter is not None:
+        if (emitter := self._emitters.get(type(value))) is not None:
             emitter(value)
         elif isinstance(value, LazyTensor) and self._tensor is not None:
             self._record(self._tensor(value))
@@ -132,8 +119,7 @@ class _Writer:
         return b"j" + packed
 
     def _str(self, value: str) -> None:
-        get = self._memo.get(value)
-        if get is not None:
+        if (get := self._memo.get(value)) is not None:
             self._write(get)
             return
         data = value.encode("utf-8", "surrogatepass")
@@ -141,8 +127,7 @@ class _Writer:
         self._memo[value] = self._put()
 
     def _global(self, value: Global) -> None:
-        get = self._memo.get(value)
-        if get is not None:
+        if (get := self._memo.get(value)) is not None:
             self._write(get)
             return
         if "\n" in value.module + value.name:
@@ -191,18 +176,16 @@ class _Writer:
         self._tuple(args)
         self._write(b"R")
 
-    def _called(self, value: Call) -> None:
+    def _called(self, value: pickle_values.Call) -> None:
         self._call(value.function, value.args)
         if value.state is not None:
             self.emit(value.state)
             self._write(b"b")
 
     def _instance(self, value: Instance) -> None:
-        if value.shared:
-            get = self._shared.get(value)
-            if get is not None:
-                self._write(get)
-                return
+        if value.shared and (get := self._shared.get(value)) is not None:
+            self._write(get)
+            return
         state = value.state
         plain = type(state) is dict and state and all(type(name) is str for name in state)
         if plain and not value.args:
@@ -220,8 +203,7 @@ class _Writer:
     def _fields(self, cls: Global, names: tuple[str, ...], values: Iterable[Any]) -> None:
         """Push an object and its attributes; the opcodes around them are made once per class."""
         write, memo = self._write, self._memo
-        around = self._around.get((cls, names))
-        if around is None:
+        if (around := self._around.get((cls, names))) is None:
             self._global(cls)
             write(b")\x81")
             self._dict(dict(zip(names, values, strict=True)))
@@ -244,7 +226,7 @@ class _Writer:
                 write(known)
         write(b"ub")
 
-    def _row_list(self, value: RowList) -> None:
+    def _row_list(self, value: pickle_values.RowList) -> None:
         self._write(b"]")
         if value.rows:
             self._write(b"(")
@@ -253,14 +235,14 @@ class _Writer:
             self._repeated(self._around[value.cls, value.names], others)
             self._write(b"e")
 
-    def _row_map(self, value: RowMap) -> None:
+    def _row_map(self, value: pickle_values.RowMap) -> None:
         self._write(b"}(")
         for entries in value:
             if entries.rows:
                 self._rows(entries)
         self._write(b"u")
 
-    def _rows(self, entries: Rows) -> None:
+    def _rows(self, entries: pickle_values.Rows) -> None:
         """Push keys and values in turn; all but the first are mostly fetched from the memo."""
         width = len(entries.key_names)
         first, *others = entries.rows
@@ -282,8 +264,7 @@ class _Writer:
         memo, out = self._memo, self.out
         for row in rows:
             for (opcodes, seen), item in zip(columns, row, strict=True):
-                code = seen.get(item)
-                if code is None:
+                if (code := seen.get(item)) is None:
                     if type(item) is int:
                         code = opcodes + (
                             _BYTE_INTS[item] if 0 <= item < 256 else _int_opcode(item)
@@ -303,8 +284,7 @@ class _Writer:
         self._instance(Instance(_NAMESPACE, vars(value)))
 
     def _size(self, value: TorchSize) -> None:
-        get = self._memo.get(value)
-        if get is None:
+        if (get := self._memo.get(value)) is None:
             self._call(_SIZE, (tuple(value),))
             self._memo[value] = self._put()
         else:
@@ -328,7 +308,7 @@ class _Writer:
         self._global(_UNTYPED if storage is None else storage)
         self._str(value.key)
         self._str("cpu")
-        width = 1 if storage is None else WIDTHS[value.dtype]
+        width = 1 if storage is None else pickle_values.WIDTHS[value.dtype]
         self._int(value.storage_nbytes // width)
         self._write(b"tQ")
         self._int(value.storage_offset)

@@ -116,8 +116,7 @@ def whole(shares: Sequence[Share], where: str) -> LazyTensor:
         for offsets, local in one.boxes:
             if local.numel:
                 copies.setdefault((offsets, local.shape), []).append(local)
-    fault = tiling.fault(first.shape, list(copies))
-    if fault:
+    if fault := tiling.fault(first.shape, list(copies)):
         raise FormatError(f"{where}: {fault}; the rank files are not those of one checkpoint")
     if not copies:
         return Filled(first.dtype, first.shape)
@@ -146,8 +145,7 @@ def local_box(
     order = [a for a in axes if placements[a].split_factor == 1]
     order += [a for a in reversed(axes) if placements[a].split_factor > 1]
     for mesh_axis in order:
-        axis = placements[mesh_axis].axis
-        if axis is None:
+        if (axis := placements[mesh_axis].axis) is None:
             continue
         full = -(-sizes[axis] // mesh[mesh_axis])
         start = min(sizes[axis], coordinates[mesh_axis] * full)
@@ -257,7 +255,8 @@ def _mesh_sizes(mesh: Mapping[str, Any]) -> Shape:
     layout = _attributes(mesh["_layout"])
     axes = [_attributes(axis)["shape"] for axis in layout["axes"]] if "axes" in layout else None
     shape = layout["shape"] if axes is None else axes
-    return tuple(math.prod(_numbers(_flat(size))) for size in _as_tuple(shape))
+    sizes = shape if isinstance(shape, list | tuple) else (shape,)
+    return tuple(math.prod(_numbers(_flat(size))) for size in sizes)
 
 
 def _check_mesh(mesh: Mapping[str, Any], sizes: Shape, rank: Rank, where: str) -> None:
@@ -290,10 +289,6 @@ def _attributes(value: Any) -> Mapping[str, Any]:
     for part in state if isinstance(state, tuple) else (state,):
         found.update(part or {})
     return found
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _flat(value: Any) -> tuple[Any, ...]:

@@ -21,14 +21,8 @@ from operator import is_not
 from pathlib import PurePosixPath
 from typing import Any
 
-from ckptx.containers import pickle_reader
-from ckptx.containers.pickle_values import (
-    Namespace,
-    Record,
-    TensorRecord,
-    TorchSize,
-    UnhashableTuple,
-)
+from ckptx.containers import pickle_reader, pickle_values
+from ckptx.containers.pickle_values import Record, TensorRecord, TorchSize
 from ckptx.containers.pickle_writer import dumps
 from ckptx.containers.zip_archive import ArchiveWriter, Member, NewMember, read_members
 from ckptx.errors import FormatError, PlanError
@@ -198,11 +192,6 @@ class Envelope:
     prefix: bytes
     nbytes: int
     suffix: bytes
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole archive."""
-        return len(self.prefix) + self.nbytes + len(self.suffix)
 
 
 @lru_cache(maxsize=65536)
@@ -378,10 +367,9 @@ class _Resolver:
         kind = type(value)
         if kind is TensorRecord:
             return self._extent(value)
-        if not isinstance(value, dict | list | tuple | Namespace | Record):
+        if not isinstance(value, dict | list | tuple | pickle_values.Namespace | Record):
             return value
-        done = self._done.get(id(value))
-        if done is not None:
+        if (done := self._done.get(id(value))) is not None:
             self._meet_again(id(value))
             return done[1]
         self._done[id(value)] = value, value
@@ -418,7 +406,7 @@ class _Resolver:
             value[:] = [self.resolve(item) for item in value]
         elif isinstance(value, tuple):
             return self._tuple(value)
-        elif isinstance(value, Namespace):
+        elif isinstance(value, pickle_values.Namespace):
             self._mapping(vars(value))
         else:
             self._records += 1
@@ -444,7 +432,7 @@ class _Resolver:
                 raise _TangledError("a torch.Size of it holds something else than numbers")
             return value
         items = tuple([self.resolve(item) for item in value])
-        if isinstance(value, UnhashableTuple) or any(map(is_not, items, value)):
+        if isinstance(value, pickle_values.UnhashableTuple) or any(map(is_not, items, value)):
             self._done[id(value)] = value, items
             return items
         return value

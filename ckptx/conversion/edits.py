@@ -12,14 +12,16 @@ import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ckptx.conversion.casting import cast_float
 from ckptx.conversion.request import Edits
-from ckptx.errors import PlanError, SchemaError, listing
-from ckptx.hf_models.config_check import _config_notes
-from ckptx.protocol.from_names import passthrough
+from ckptx.errors import CkptxError, PlanError, SchemaError, listing
+from ckptx.hf_models.directory import hf_messages
+from ckptx.protocol.from_names import main_dtype, passthrough
 from ckptx.protocol.messages import Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import CONFIG, read_config
+from ckptx.registry.families import family_of
 from ckptx.tensors.lazy import LazyTensor
 
 _MODIFIED = ("hf", "pytorch", "dcp")
@@ -72,8 +74,35 @@ def edited(messages: Iterator[Message], edits: Edits, loader: str) -> Iterator[M
     begin = replace(begin, layout="hf", parts={}, family="", training=training)
     yield begin
     yield passthrough(tensors)
-    notes = _config_notes(begin, tensors) if config is not None else ()
+    notes = _config_notes(begin, config, tensors) if config is not None else ()
     yield End((*removed, *left), notes)
+
+
+def _config_notes(
+    begin: Begin, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
+) -> tuple[str, ...]:
+    """Return what is to be checked in the config that stays beside the tensors."""
+    if family_of(config) is None:
+        named = ", ".join(map(str, config.get("architectures") or ["nothing"]))
+        return (
+            f"{CONFIG} is kept and says {named}, which no schema knows: check that it still "
+            "describes the tensors",
+        )
+    notes: list[str] = []
+    said = config.get("dtype") or config.get("torch_dtype")
+    dtype = main_dtype(tensors)
+    if said not in (None, dtype) and "quantization_config" not in config:
+        notes.append(f"{CONFIG}: dtype was {said} and is now {dtype}, as most weights are")
+    try:
+        for message in hf_messages(begin, tensors):
+            if isinstance(message, End):
+                notes += message.notes
+    except CkptxError as error:
+        notes.append(
+            f"{CONFIG} is kept and no longer describes the tensors: {error}. Change it before the "
+            "model is loaded by it"
+        )
+    return tuple(notes)
 
 
 def apply(

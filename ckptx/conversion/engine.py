@@ -28,7 +28,7 @@ from ckptx.processes.interrupts import Interrupted
 from ckptx.processes.supervision import Failure
 from ckptx.protocol.context import UNTOLD, WEIGHTS, Context, Wants
 from ckptx.protocol.messages import Begin, End, Message
-from ckptx.protocol.progress import Progress, Silent
+from ckptx.protocol.progress import Progress
 from ckptx.protocol.sidecars import check_sidecars
 from ckptx.registry import registry
 from ckptx.registry.open import checkpoint_messages
@@ -70,15 +70,12 @@ class Owner(Protocol):
 
     def prepare(self, plan: SavePlan, identity: Identity | None) -> tuple[str, bool]:
         """Return the staging directory, and whether an earlier run has published the target."""
-        ...
 
     def advance(self, count: int) -> None:
         """Count bytes that were written."""
-        ...
 
     def flush(self) -> None:
         """Take note that everything was written."""
-        ...
 
 
 class TargetOwner:
@@ -145,10 +142,7 @@ def _wanted_by(saver: str) -> Wants:
 
 
 def make_plan(
-    saver: Saver,
-    messages: Iterable[Message],
-    options: Mapping[str, Any],
-    context: Context = UNTOLD,
+    saver: Saver, messages: Iterable[Message], options: Mapping[str, Any], context: Context = UNTOLD
 ) -> Planned:
     """Return what a saver makes of messages, cast to the context's dtype before it sees them.
 
@@ -225,7 +219,7 @@ def convert(
         CkptxError: the first cause of a failure.
         Interrupted: a process that supervises others was stopped by a signal.
     """
-    progress = progress or Silent()
+    progress = progress or Progress()
     started = time.monotonic()
     target = Target(request.target, request.inputs, request.overwrite)
     try:
@@ -240,7 +234,8 @@ def convert(
                 target.keep()
                 raise
     except CutShortError as error:
-        error.args = (f"{error}; {target.kept or 'nothing was written'}",)
+        if not target.published:
+            error.args = (f"{error}; {target.kept or 'nothing was written'}",)
         raise
     except Interrupted as error:
         if target.kept is None:

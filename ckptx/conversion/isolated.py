@@ -20,13 +20,8 @@ from multiprocessing.connection import Connection
 from ckptx.conversion.keywords import Call
 from ckptx.conversion.report import Plan, Report
 from ckptx.errors import ConversionError
-from ckptx.processes.supervision import (
-    Channel,
-    Failure,
-    manner_of_death,
-    module_command,
-    settle_child,
-)
+from ckptx.processes import supervision
+from ckptx.processes.supervision import Failure
 
 
 def run(call: Call) -> Report | Plan:
@@ -38,7 +33,7 @@ def run(call: Call) -> Report | Plan:
     """
     ours, theirs = Pipe()
     descriptor = theirs.fileno()
-    command, env = module_command(__name__, str(descriptor), str(os.getpid()))
+    command, env = supervision.module_command(__name__, str(descriptor), str(os.getpid()))
     with ours:
         with theirs:
             process = subprocess.Popen(
@@ -48,7 +43,7 @@ def run(call: Call) -> Report | Plan:
             ours.send((call, sys.path, logging.getLogger().getEffectiveLevel()))
             outcome = _outcome(ours)
         except (EOFError, OSError) as error:
-            how = manner_of_death(process.wait())
+            how = supervision.manner_of_death(process.wait())
             raise ConversionError(f"the isolated process {how}; nothing was written") from error
         except BaseException:
             process.terminate()
@@ -77,8 +72,8 @@ def main(descriptor: int, parent: int) -> None:
 
     connection = Connection(descriptor)
     call, sys.path[:], level = connection.recv()
-    line = Channel(connection)
-    settle_child(parent, line, level)
+    line = supervision.Channel(connection)
+    supervision.settle_child(parent, line, level)
     megatron_modules.install()
     try:
         request = call.request()

@@ -81,11 +81,7 @@ def build(
     content = {
         "version": VERSION,
         "written_by": dict(sorted(versions.items())),
-        "source": {
-            "format": begin.format,
-            "layout": begin.layout,
-            **_accepted(begin, plan),
-        },
+        "source": {"format": begin.format, "layout": begin.layout, **_accepted(begin, plan)},
         "digest": digest,
         "files": files,
     }

@@ -22,27 +22,15 @@ from ckptx.errors import PlanError, listing
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.messages import Begin, Dropped, End, SourceTensor
 from ckptx.storage.file_plan import Crc32, FilePlan
+from ckptx.tensors import lazy
 from ckptx.tensors.dtypes import ITEMSIZE, is_widening
-from ckptx.tensors.lazy import (
-    Box,
-    Cast,
-    Computed,
-    LazyTensor,
-    Merged,
-    Permuted,
-    Replicated,
-    Shape,
-    Sliced,
-    Split,
-    Stored,
-    Tiled,
-)
+from ckptx.tensors.lazy import Box, Computed, LazyTensor, Shape, Sliced, Stored
 from ckptx.tensors.operations import OPERATIONS
 from ckptx.tensors.pieces import leaves
 
 Cells: TypeAlias = NDArray[np.bool_]
 _MAX_CELLS = 1 << 28
-_VIEWS = {Sliced: "slice", Permuted: "permute", Split: "split", Merged: "merge"}
+_VIEWS = {Sliced: "slice", lazy.Permuted: "permute", lazy.Split: "split", lazy.Merged: "merge"}
 
 
 @dataclass(slots=True)
@@ -180,9 +168,9 @@ class _Steps:
         match tensor:
             case Stored():
                 return (), 0
-            case Sliced() | Permuted() | Split() | Merged():
+            case Sliced() | lazy.Permuted() | lazy.Split() | lazy.Merged():
                 return self._after(_VIEWS[type(tensor)], tensor.base)
-            case Cast(base=base):
+            case lazy.Cast(base=base):
                 return self._after(f"cast {base.dtype} -> {tensor.dtype}", base)
             case Computed():
                 known = self._computed.get(id(tensor))
@@ -191,9 +179,9 @@ class _Steps:
                     known = tensor, *self._all(label, tensor.inputs)
                     self._computed[id(tensor)] = known
                 return known[1:]
-            case Tiled(tiles=tiles):
+            case lazy.Tiled(tiles=tiles):
                 return self._all("tile", [part for _, part in tiles])
-            case Replicated(copies=copies):
+            case lazy.Replicated(copies=copies):
                 steps, _ = self._after("replicated", copies[0])
                 return steps, len(copies) - 1 + sum(self.of(copy)[1] for copy in copies)
         return ("fill",), 0
@@ -253,7 +241,7 @@ def _account(name: str, tensor: LazyTensor, steps: _Steps, proof: Proof, used: _
         used.leaves.append(tensor)
         return
     read = tensor
-    while isinstance(read, Split | Merged | Permuted):
+    while isinstance(read, lazy.Split | lazy.Merged | lazy.Permuted):
         read = read.base  # what is read stays the same
     through, rest = tensor, leaves(tensor, computed=False)
     match read:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,15 +16,8 @@ from ckptx.hf_models.lora.export import exported
 from ckptx.hf_models.spellings import with_old_keys
 from ckptx.model.family import Family
 from ckptx.model.layout import Parts
+from ckptx.protocol import from_names
 from ckptx.protocol.context import ADAPTERS, UNTOLD, Context
-from ckptx.protocol.from_names import (
-    begin_anyway,
-    name_among,
-    named_messages,
-    names_held,
-    passthrough,
-    tied_names,
-)
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import _architectures, family_of, parts_from_config, why_unknown
@@ -35,6 +28,7 @@ from ckptx.tensors.lazy import LazyTensor
 
 _SUFFIXES = {".json", ".txt", ".model", ".py", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm"}
 _LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")
+_NO_ARCHITECTURE = "no config names an architecture"
 _VOCABULARY = "vocab_size"
 _TIE = "tie_word_embeddings"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -127,144 +121,130 @@ def hf_messages(
     Raises:
         SchemaError: tensors are missing, left over, or not of the shapes that the config says.
     """
-    messages = _model_messages(begin, tensors, notes, dropped, options, context, renamer)
-    yield from begin_anyway(begin, messages, context)
+    model = _Model(begin, tensors, notes, dropped, options or {}, context, renamer)
+    yield from from_names.begin_anyway(begin, model.messages(), context)
 
 
-def _model_messages(
-    begin: Begin,
-    tensors: Mapping[str, LazyTensor],
-    notes: tuple[str, ...],
-    dropped: tuple[Dropped, ...],
-    options: Mapping[str, Any] | None,
-    context: Context,
-    renamer: Renamer | None,
-) -> Iterator[Message]:
-    held = extract.extract_adapters(begin, tensors, options or {})
-    dtype = context.dtype
-    if context.wants == ADAPTERS:
-        yield from _adapter_messages(held, notes, dropped)
-        return
-    if ADAPTER_CONFIG in begin.sidecars and not held.adapters:
-        notes = (*notes, _ADAPTER_BESIDE)
-    begin, tensors = held.begin, held.tensors
-    config = read_config(begin.sidecars, begin.root)
-    family = family_of(config) if config else None
-    if config is None or family is None:
-        begin, tensors, _, more, gone = _merged(
-            held, begin, tensors, config or {}, None, dtype, renamer
+@dataclass(slots=True)
+class _Model:
+    """A model on its way from its files to messages; see `hf_messages`."""
+
+    begin: Begin
+    tensors: Mapping[str, LazyTensor]
+    notes: tuple[str, ...]
+    dropped: tuple[Dropped, ...]
+    options: Mapping[str, Any]
+    context: Context
+    renamer: Renamer | None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def messages(self) -> Iterator[Message]:
+        """Yield the messages."""
+        held = extract.extract_adapters(self.begin, self.tensors, self.options)
+        if self.context.wants == ADAPTERS:
+            yield from self._adapter(held)
+            return
+        if ADAPTER_CONFIG in self.begin.sidecars and not held.adapters:
+            self.notes += (_ADAPTER_BESIDE,)
+        self.begin, self.tensors = held.begin, held.tensors
+        self.config = read_config(self.begin.sidecars, self.begin.root) or {}
+        family = family_of(self.config) if self.config else None
+        if family is None:
+            self._merge(held, None)
+            named = ", ".join(self.config.get("architectures") or ())
+            why = f"{named}: {why_unknown(self.config)}" if named else _NO_ARCHITECTURE
+            yield from self._by_name(f"{why}; tensors pass through by name")
+            return
+        plain = float8.dequantise(self.tensors, self.config, self.context.dtype)
+        if len(plain) < len(self.tensors):
+            self._say({key: value for key, value in self.config.items() if key != float8.KEY})
+            self.notes += (f"{float8.KEY} was taken out of {CONFIG}: no weight is quantised now",)
+        self.tensors = plain
+        self._merge(held, family)
+        parts, layout = self._with_every_row(family), family.layout("hf")
+        known = {name for group in layout.held(parts) for name in from_names.names_held(group)}
+        self.tensors, around = task_heads.without_module(self.tensors, known)
+        self.notes += around
+        if own := task_heads.heads_of(self.tensors, known):
+            remark = task_heads.remark(own, ", ".join(_architectures(self.config)))
+            yield from self._by_name(remark)
+            return
+        begin = replace(self.begin, family=family.name if family.composition else "")
+        yield from from_names.named_messages(
+            begin, self.tensors, parts, layout, self.notes, self.dropped
         )
-        named = ", ".join((config or {}).get("architectures") or ())
-        why = why_unknown(config or {}) if named else "no config names an architecture"
-        why = f"{named}: {why}" if named else why
-        notes = (*notes, *more, f"{why}; tensors pass through by name")
-        yield from _by_name(begin, tensors, (*dropped, *gone), notes)
-        return
-    before, tensors = tensors, float8.dequantise(tensors, config, dtype)
-    if len(tensors) < len(before):
-        plain = {key: value for key, value in config.items() if key != float8.KEY}
-        begin = replace(begin, sidecars={**begin.sidecars, CONFIG: dump_config(plain)})
-        notes = (*notes, f"{float8.KEY} was taken out of {CONFIG}: no weight is quantised now")
-    begin, tensors, config, more, gone = _merged(
-        held, begin, tensors, config, family, dtype, renamer
-    )
-    notes, dropped = (*notes, *more), (*dropped, *gone)
-    composed = family.name if family.composition else ""
-    parts, begin, grown = _with_every_row(family, config, begin, tensors)
-    notes = (*notes, *grown)
-    known = {name for held in family.layout("hf").held(parts) for name in names_held(held)}
-    tensors, around = task_heads.without_module(tensors, known)
-    notes = (*notes, *around)
-    if own := task_heads.heads_of(tensors, known):
-        remark = task_heads.remark(own, ", ".join(_architectures(config)))
-        yield from _by_name(begin, tensors, dropped, (*notes, remark))
-        return
-    yield from named_messages(
-        replace(begin, family=composed), tensors, parts, family.layout("hf"), notes, dropped
-    )
 
+    def _say(self, config: dict[str, Any]) -> None:
+        """Let the model have another config beside its weights."""
+        self.config = config
+        sidecars = {**self.begin.sidecars, CONFIG: dump_config(config)}
+        self.begin = replace(self.begin, sidecars=sidecars)
 
-def _with_every_row(
-    family: Family, config: dict[str, Any], begin: Begin, tensors: Mapping[str, LazyTensor]
-) -> tuple[Parts, Begin, Sequence[str]]:
-    """Return the dimensions of a model whose vocabulary is all rows of its embedding, and remarks.
+    def _by_name(self, *notes: str) -> Iterator[Message]:
+        """Yield the messages of tensors that pass through under their own names."""
+        yield self.begin
+        yield from_names.passthrough(self.tensors)
+        yield End(self.dropped, (*self.notes, *notes))
 
-    Under Hugging Face's names no row is padding: those beyond the vocabulary of the config were
-    added and trained. The config is given their number.
+    def _adapter(self, held: extract.ExtractedAdapters) -> Iterator[Message]:
+        """Yield the messages of the adapter alone."""
+        model = read_config(held.begin.sidecars, held.begin.root) or {}
+        self.tensors, config, rest, notes = exported(held, model)
+        files = {ADAPTER_CONFIG: dump_config(config)}
+        self.begin = replace(held.begin, layout=extract.LAYOUT, sidecars=files)
+        self.dropped += rest
+        yield from self._by_name(*notes)
 
-    Raises:
-        SchemaError: there are fewer rows than the config says.
-    """
-    parts = parts_from_config(family, config)
-    said = parts["language"].vocab_size if "language" in parts else None
-    name = name_among(tensors, family.layout("hf"), "embeddings", "word embeddings")
-    if said is None or name not in tensors or len(tensors[name].shape) != 2:
-        return parts, begin, ()
-    rows = tensors[name].shape[0]
-    if type(said) is not int or said < 1:
-        raise SchemaError(f"{CONFIG}: vocab_size is {said!r:.60}, expected a number above 0")
-    if rows == said:
-        return parts, begin, ()
-    text = config.get("text_config")
-    if rows < said or not (_VOCABULARY in config or isinstance(text, dict)):
-        raise SchemaError(
-            f"{name} has {rows} rows, and {CONFIG} says {said}: it is the config of another model; "
-            f"take the one of these weights, or write {rows} into it"
+    def _merge(self, held: extract.ExtractedAdapters, family: Family | None) -> None:
+        """Merge the adapters, if there are any."""
+        if not held.adapters:
+            return
+        tied = _tie(self.config, family, self.tensors)
+        held = replace(held, tensors=dict(self.tensors))
+        kind = str(self.config.get("model_type") or "")
+        renamed = self.renamer and self.renamer(self.config)
+        merged = adapter_merge.merge(held, kind, tied, self.context.dtype, renamed)
+        if merged.untied and self.config:
+            self._say(_untied(self.config))
+        self.tensors = merged.tensors
+        self.notes += tuple(merged.notes)
+        self.dropped += tuple(merged.dropped)
+
+    def _with_every_row(self, family: Family) -> Parts:
+        """Return the dimensions of a model whose vocabulary is all rows of its embedding.
+
+        Under Hugging Face's names no row is padding: those beyond the vocabulary of the config were
+        added and trained. The config is given their number.
+
+        Raises:
+            SchemaError: there are fewer rows than the config says.
+        """
+        config, tensors = self.config, self.tensors
+        parts = parts_from_config(family, config)
+        said = parts["language"].vocab_size if "language" in parts else None
+        name = from_names.name_among(tensors, family.layout("hf"), "embeddings", "word embeddings")
+        if said is None or name not in tensors or len(tensors[name].shape) != 2:
+            return parts
+        rows = tensors[name].shape[0]
+        if type(said) is not int or said < 1:
+            raise SchemaError(f"{CONFIG}: vocab_size is {said!r:.60}, expected a number above 0")
+        if rows == said:
+            return parts
+        text = config.get("text_config")
+        if rows < said or not (_VOCABULARY in config or isinstance(text, dict)):
+            raise SchemaError(
+                f"{name} has {rows} rows, and {CONFIG} says {said}: it is the config of another "
+                f"model; take the one of these weights, or write {rows} into it"
+            )
+        own: dict[str, Any] = {_VOCABULARY: rows}
+        if _VOCABULARY not in config:
+            own = {"text_config": {**(text or {}), _VOCABULARY: rows}}
+        self._say({**config, **own})
+        self.notes += (
+            f"{name} has {rows} rows, and {CONFIG} said {said}: all rows are kept, and "
+            f"{_VOCABULARY} is {rows} now",
         )
-    if _VOCABULARY in config:
-        config = {**config, _VOCABULARY: rows}
-    else:
-        config = {**config, "text_config": {**(text or {}), _VOCABULARY: rows}}
-    begin = replace(begin, sidecars={**begin.sidecars, CONFIG: dump_config(config)})
-    note = (
-        f"{name} has {rows} rows, and {CONFIG} said {said}: all rows are kept, and {_VOCABULARY} "
-        f"is {rows} now"
-    )
-    return parts_from_config(family, config), begin, (note,)
-
-
-def _adapter_messages(
-    held: extract.ExtractedAdapters, notes: tuple[str, ...], dropped: tuple[Dropped, ...]
-) -> Iterator[Message]:
-    model = read_config(held.begin.sidecars, held.begin.root) or {}
-    tensors, config, rest, more = exported(held, model)
-    files = {ADAPTER_CONFIG: dump_config(config)}
-    begin = replace(held.begin, layout=extract.LAYOUT, sidecars=files)
-    yield from _by_name(begin, tensors, (*dropped, *rest), (*notes, *more))
-
-
-def _by_name(
-    begin: Begin,
-    tensors: Mapping[str, LazyTensor],
-    dropped: tuple[Dropped, ...],
-    notes: tuple[str, ...],
-) -> Iterator[Message]:
-    """Yield the messages of tensors that pass through under their own names."""
-    yield begin
-    yield passthrough(tensors)
-    yield End(dropped, notes)
-
-
-def _merged(
-    held: extract.ExtractedAdapters,
-    begin: Begin,
-    tensors: Mapping[str, LazyTensor],
-    config: dict[str, Any],
-    family: Family | None,
-    dtype: str | None,
-    renamer: Renamer | None,
-) -> tuple[Begin, Mapping[str, LazyTensor], dict[str, Any], Sequence[str], Sequence[Dropped]]:
-    """Return the model with its adapters merged, its config, remarks, and what was dropped."""
-    if not held.adapters:
-        return begin, tensors, config, (), ()
-    tied = _tie(config, family, tensors)
-    held = replace(held, tensors=dict(tensors))
-    kind, renamed = str(config.get("model_type") or ""), renamer and renamer(config)
-    merged = adapter_merge.merge(held, kind, tied, dtype, renamed)
-    if merged.untied and config:
-        config = _untied(config)
-        begin = replace(begin, sidecars={**begin.sidecars, CONFIG: dump_config(config)})
-    return begin, merged.tensors, config, merged.notes, merged.dropped
+        return parts_from_config(family, self.config)
 
 
 def _tie(
@@ -273,7 +253,7 @@ def _tie(
     """Return the names of embedding and output layer if a model has one tensor for both."""
     if family is not None:
         tied = parts_from_config(family, config)["language"].tied
-        return tied_names(family.layout("hf"), tensors) if tied else None
+        return from_names.tied_names(family.layout("hf"), tensors) if tied else None
     return tie_by_names(config, tensors)
 
 

@@ -14,7 +14,7 @@ from ckptx.inspection.statistics import Statistics, statistics_of
 from ckptx.model.pipeline_parallel import Pipeline, describe
 from ckptx.protocol.messages import TRAINING_STATE, Begin
 from ckptx.protocol.model import Model
-from ckptx.protocol.progress import Progress, Silent
+from ckptx.protocol.progress import Progress
 from ckptx.registry.open import Checkpoint, Problem, opened
 from ckptx.storage.partial import PARTIAL
 from ckptx.tensors.lazy import Filled, LazyTensor
@@ -201,9 +201,7 @@ class Wanted:
 
 
 def inspect(
-    source: Checkpoint | Path,
-    wanted: Wanted | None = None,
-    progress: Progress | None = None,
+    source: Checkpoint | Path, wanted: Wanted | None = None, progress: Progress | None = None
 ) -> Inspection:
     """Return what a checkpoint holds, an open one or the one at a path.
 
@@ -226,7 +224,7 @@ def inspect(
         tensors = _chosen(path, whole, wanted)
         statistics: dict[str, Statistics] = {}
         if wanted.stats:
-            progress = progress or Silent()
+            progress = progress or Progress()
             progress.begin(sum(tensor.nbytes for tensor in tensors.values()), "reading")
             statistics = statistics_of(tensors, model.begin.files, progress.advance)
             problems += _values(statistics)

@@ -79,10 +79,7 @@ class Values:
 
 
 def look_up(
-    source: Checkpoint | Path,
-    name: str,
-    part: str | None = None,
-    full: bool = False,
+    source: Checkpoint | Path, name: str, part: str | None = None, full: bool = False
 ) -> Values:
     """Return the values of the one tensor that ``name`` means: a name, or a glob of one.
 

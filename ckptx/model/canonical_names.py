@@ -64,17 +64,38 @@ SYMBOLS = {
     "class tokens": "tokens before those of the patches",
     "features": "what the projection takes: hidden_size of the vision tower, or a multiple",
 }
-"""What the symbols in shapes stand for."""
+"""What the symbols in shapes stand for: an attribute of a `ModelSpec`, or words."""
 
 _NORM = ("hidden",)
 
+
+def _linear(
+    name: str, shape: tuple[str, ...], tp: int | None, meaning: str, bias: str = "its bias"
+) -> tuple[Key, Key]:
+    """Return the keys of a weight and of its bias, which is as long as the weight has rows."""
+    weight = Key(f"{name} weight".strip(), shape, tp, meaning)
+    return weight, Key(f"{name} bias".strip(), shape[:1], None if tp else tp, bias)
+
+
+def _norm(name: str, meaning: str, shape: tuple[str, ...] = _NORM) -> tuple[Key, Key]:
+    return _linear(name, shape, None, meaning)
+
+
+_SAME_ORDER = "its bias, in the same order"
+_DENSE = _linear("dense", ("hidden", "heads"), 1, "output projection of attention")
+_MLP = (
+    Key("mlp l0 weight W", ("ffn", "hidden"), 0, "gate projection of a gated MLP"),
+    Key("mlp l0 weight V", ("ffn", "hidden"), 0, "up projection of a gated MLP"),
+    Key("mlp l0 bias W", ("ffn",), 0, "bias of the gate"),
+    Key("mlp l0 bias V", ("ffn",), 0, "bias of the up projection"),
+    *_linear("mlp l0", ("ffn", "hidden"), 0, "first projection of a plain MLP"),
+    *_linear("mlp l1", ("hidden", "ffn"), 1, "down projection"),
+)
 _LAYER = (
-    Key("input norm weight", _NORM, None, "norm before attention"),
-    Key("input norm bias", _NORM, None, "its bias"),
-    Key("qkv weight", ("qkv", "hidden"), 0, "query, key, value, fused group by group"),
-    Key("qkv bias", ("qkv",), 0, "its bias, in the same order"),
-    Key("q norm weight", ("head",), None, "norm of every query head", since=1),
-    Key("k norm weight", ("head",), None, "norm of every key head", since=1),
+    *_norm("input norm", "norm before attention"),
+    *_linear("qkv", ("qkv", "hidden"), 0, "query, key, value, fused group by group", _SAME_ORDER),
+    Key("q norm weight", ("head",), None, "norm of every query head"),
+    Key("k norm weight", ("head",), None, "norm of every key head"),
     Key("q projection weight", ("query", "hidden"), 0, "query of latent attention, no rank"),
     Key("q down weight", ("query rank", "hidden"), None, "hidden state to latent query"),
     Key("q down norm weight", ("query rank",), None, "norm of the latent query"),
@@ -82,18 +103,9 @@ _LAYER = (
     Key("kv down weight", ("latent", "hidden"), None, "to latent key and value, rotary key last"),
     Key("kv down norm weight", ("latent rank",), None, "norm of the latent key and value"),
     Key("kv up weight", ("key value", "latent rank"), 0, "latent to key and value, head by head"),
-    Key("dense weight", ("hidden", "heads"), 1, "output projection of attention"),
-    Key("dense bias", ("hidden",), None, "its bias"),
-    Key("post norm weight", _NORM, None, "norm before the MLP"),
-    Key("post norm bias", _NORM, None, "its bias"),
-    Key("mlp l0 weight W", ("ffn", "hidden"), 0, "gate projection of a gated MLP"),
-    Key("mlp l0 weight V", ("ffn", "hidden"), 0, "up projection of a gated MLP"),
-    Key("mlp l0 bias W", ("ffn",), 0, "bias of the gate"),
-    Key("mlp l0 bias V", ("ffn",), 0, "bias of the up projection"),
-    Key("mlp l0 weight", ("ffn", "hidden"), 0, "first projection of a plain MLP"),
-    Key("mlp l0 bias", ("ffn",), 0, "its bias"),
-    Key("mlp l1 weight", ("hidden", "ffn"), 1, "down projection"),
-    Key("mlp l1 bias", ("hidden",), None, "its bias"),
+    *_DENSE,
+    *_norm("post norm", "norm before the MLP"),
+    *_MLP,
     Key("q projection norm weight", ("heads",), None, "norm of the whole query"),
     Key("k projection norm weight", ("groups",), None, "norm of the whole key"),
     Key("attention output norm weight", _NORM, None, "norm after attention, before adding"),
@@ -105,6 +117,7 @@ _LAYER = (
     Key("shared mlp l0 weight V", ("shared", "hidden"), 0, "its up projection"),
     Key("shared mlp l1 weight", ("hidden", "shared"), 1, "its down projection"),
 )
+_SQUARE = ("hidden", "hidden")
 
 MESSAGES: Mapping[str, tuple[Key, ...]] = {
     "embeddings": (
@@ -114,92 +127,56 @@ MESSAGES: Mapping[str, tuple[Key, ...]] = {
     ),
     "transformer layer N": _LAYER,
     "mtp layer N": (
-        Key("embedding norm weight", _NORM, None, "norm of the next token's embedding"),
-        Key("embedding norm bias", _NORM, None, "its bias"),
-        Key("hidden norm weight", _NORM, None, "norm of the hidden state"),
-        Key("hidden norm bias", _NORM, None, "its bias"),
+        *_norm("embedding norm", "norm of the next token's embedding"),
+        *_norm("hidden norm", "norm of the hidden state"),
         Key("projection weight", ("hidden", "two hidden"), 0, "of embedding and hidden state"),
         *_LAYER,
-        Key("final norm weight", _NORM, None, "norm before the output layer"),
-        Key("final norm bias", _NORM, None, "its bias"),
+        *_norm("final norm", "norm before the output layer"),
     ),
-    "final norm": (
-        Key("weight", _NORM, None, "norm after the last layer"),
-        Key("bias", _NORM, None, "its bias"),
+    "final norm": _norm("", "norm after the last layer"),
+    "output layer": _linear(
+        "", ("vocab", "hidden"), 0, "output projection, absent when tied", "its bias, in BERT"
     ),
-    "output layer": (
-        Key("weight", ("vocab", "hidden"), 0, "output projection, absent when tied"),
-        Key("bias", ("vocab",), 0, "its bias, in BERT"),
-    ),
-    "pooler": (
-        Key("weight", ("hidden", "hidden"), None, "projection of BERT's first token"),
-        Key("bias", _NORM, None, "its bias"),
-    ),
+    "pooler": _linear("", _SQUARE, None, "projection of BERT's first token"),
     "lm head": (
-        Key("dense weight", ("hidden", "hidden"), None, "projection before BERT's output layer"),
-        Key("dense bias", _NORM, None, "its bias"),
-        Key("norm weight", _NORM, None, "norm before the output layer"),
-        Key("norm bias", _NORM, None, "its bias"),
+        *_linear("dense", _SQUARE, None, "projection before BERT's output layer"),
+        *_norm("norm", "norm before the output layer"),
     ),
-    "binary head": (
-        Key("weight", ("two", "hidden"), None, "whether the second sentence follows the first"),
-        Key("bias", ("two",), None, "its bias"),
+    "binary head": _linear(
+        "", ("two", "hidden"), None, "whether the second sentence follows the first"
     ),
     "vit embeddings": (
-        Key("conv1 weight", ("hidden", "channels", "patch", "patch"), None, "of every patch"),
-        Key("conv1 bias", _NORM, None, "its bias"),
-        Key("embedder weight", ("hidden", "patch values"), 0, "of every patch, in RADIO"),
-        Key("embedder bias", _NORM, 0, "its bias"),
+        *_linear("conv1", ("hidden", "channels", "patch", "patch"), None, "of every patch"),
+        *_linear("embedder", ("hidden", "patch values"), 0, "of every patch, in RADIO"),
         Key("position embeddings", ("positions", "hidden"), None, "learned positions"),
         Key("class token", ("one", "class tokens", "hidden"), None, "before the patches"),
         Key("mask token", ("one", "hidden"), None, "in place of a patch"),
-        Key("ln pre weight", _NORM, None, "norm before the first layer"),
-        Key("ln pre bias", _NORM, None, "its bias"),
-        Key("ln post weight", _NORM, None, "norm after the last layer"),
-        Key("ln post bias", _NORM, None, "its bias"),
+        *_norm("ln pre", "norm before the first layer"),
+        *_norm("ln post", "norm after the last layer"),
     ),
     "vit transformer layer N": (
-        Key("input norm weight", _NORM, None, "norm before attention"),
-        Key("input norm bias", _NORM, None, "its bias"),
-        Key("qkv weight", ("qkv", "hidden"), 0, "query, key, value, fused head by head"),
-        Key("qkv bias", ("qkv",), 0, "its bias, in the same order"),
+        *_norm("input norm", "norm before attention"),
+        *_linear("qkv", ("qkv", "hidden"), 0, "query, key, value, fused head by head", _SAME_ORDER),
         Key("q norm weight", ("heads",), 0, "norm of the whole query, in InternViT"),
         Key("k norm weight", ("heads",), 0, "norm of the whole key, in InternViT"),
-        Key("dense weight", ("hidden", "heads"), 1, "output projection of attention"),
-        Key("dense bias", ("hidden",), None, "its bias"),
+        *_DENSE,
         Key("ls1", _NORM, None, "scale of attention's output"),
-        Key("pre mlp norm weight", _NORM, None, "norm before the MLP"),
-        Key("pre mlp norm bias", _NORM, None, "its bias"),
-        Key("mlp l0 weight W", ("ffn", "hidden"), 0, "gate projection of a gated MLP"),
-        Key("mlp l0 weight V", ("ffn", "hidden"), 0, "up projection of a gated MLP"),
-        Key("mlp l0 bias W", ("ffn",), 0, "bias of the gate"),
-        Key("mlp l0 bias V", ("ffn",), 0, "bias of the up projection"),
-        Key("mlp l0 weight", ("ffn", "hidden"), 0, "first projection of a plain MLP"),
-        Key("mlp l0 bias", ("ffn",), 0, "its bias"),
-        Key("mlp l1 weight", ("hidden", "ffn"), 1, "down projection"),
-        Key("mlp l1 bias", ("hidden",), None, "its bias"),
+        *_norm("pre mlp norm", "norm before the MLP"),
+        *_MLP,
         Key("ls2", _NORM, None, "scale of the MLP's output"),
     ),
     "vit head": (
         Key("probe", ("one", "one", "hidden"), None, "query of SigLIP's pooling"),
-        Key("qkv weight", ("three hidden", "hidden"), None, "all of query, then key, then value"),
-        Key("qkv bias", ("three hidden",), None, "its bias"),
-        Key("dense weight", ("hidden", "hidden"), None, "output projection of the pooling"),
-        Key("dense bias", _NORM, None, "its bias"),
-        Key("norm weight", _NORM, None, "norm before the MLP"),
-        Key("norm bias", _NORM, None, "its bias"),
-        Key("mlp l0 weight", ("ffn", "hidden"), None, "first projection"),
-        Key("mlp l0 bias", ("ffn",), None, "its bias"),
-        Key("mlp l1 weight", ("hidden", "ffn"), None, "down projection"),
-        Key("mlp l1 bias", _NORM, None, "its bias"),
+        *_linear("qkv", ("three hidden", "hidden"), None, "all of query, then key, then value"),
+        *_linear("dense", _SQUARE, None, "output projection of the pooling"),
+        *_norm("norm", "norm before the MLP"),
+        *_linear("mlp l0", ("ffn", "hidden"), None, "first projection"),
+        *_linear("mlp l1", ("hidden", "ffn"), None, "down projection"),
     ),
     "vision projection": (
-        Key("vision projection norm weight", ("features",), None, "norm before the projection"),
-        Key("vision projection norm bias", ("features",), None, "its bias"),
-        Key("vision projection l0 weight", ("ffn", "features"), 0, "first, or only, projection"),
-        Key("vision projection l0 bias", ("ffn",), 0, "its bias"),
-        Key("vision projection l1 weight", ("hidden", "ffn"), 1, "second projection"),
-        Key("vision projection l1 bias", ("hidden",), None, "its bias"),
+        *_norm("vision projection norm", "norm before the projection", ("features",)),
+        *_linear("vision projection l0", ("ffn", "features"), 0, "first, or only, projection"),
+        *_linear("vision projection l1", ("hidden", "ffn"), 1, "second projection"),
     ),
 }
 """Keys by message; ``N`` is the global layer number, or that of a layer for further tokens."""
@@ -259,27 +236,20 @@ def position_of(message: str, spec: ModelSpec) -> int | None:
 
 def dimensions(spec: ModelSpec) -> dict[str, int]:
     """Return the value of every symbol that a spec determines."""
+    heads, rotary = spec.num_attention_heads, spec.qk_pos_emb_head_dim
     return {
-        "positions": spec.max_position_embeddings,
-        "hidden": spec.hidden_size,
+        **{name: getattr(spec, said) or 0 for name, said in SYMBOLS.items() if hasattr(spec, said)},
         "qkv": spec.qkv_rows,
-        "heads": spec.num_attention_heads * spec.kv_channels,
-        "head": spec.kv_channels,
+        "heads": heads * spec.kv_channels,
         "groups": spec.num_query_groups * spec.kv_channels,
-        "ffn": spec.ffn_hidden_size,
-        "experts": spec.num_experts or 0,
-        "moe ffn": spec.moe_ffn_hidden_size or 0,
-        "shared": spec.moe_shared_expert_intermediate_size or 0,
         "one": 1,
         "two": 2,
         "token types": spec.extra.get("type_vocab_size") or 0,
         "two hidden": 2 * spec.hidden_size,
         "three hidden": 3 * spec.hidden_size,
-        "query": spec.num_attention_heads * (spec.qk_head_dim + spec.qk_pos_emb_head_dim),
-        "query rank": spec.q_lora_rank or 0,
-        "latent": spec.kv_lora_rank + spec.qk_pos_emb_head_dim,
-        "latent rank": spec.kv_lora_rank,
-        "key value": spec.num_attention_heads * (spec.qk_head_dim + spec.kv_channels),
+        "query": heads * (spec.qk_head_dim + rotary),
+        "latent": spec.kv_lora_rank + rotary,
+        "key value": heads * (spec.qk_head_dim + spec.kv_channels),
         "channels": 3,
         **_of_images(spec),
     }

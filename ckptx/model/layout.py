@@ -142,6 +142,11 @@ class Section:
         return replace(self, rules=tuple(entry.under(prefix, *others) for entry in self.rules))
 
 
+def sections(rules: Mapping[str, tuple[Rule, ...]]) -> tuple[Section, ...]:
+    """Return the sections of a language model, given the rules of its messages."""
+    return tuple(Section(message, own) for message, own in rules.items())
+
+
 @dataclass(frozen=True, slots=True)
 class RuleGroup:
     """One message of a model of one or several parts, and the rules of what it holds."""

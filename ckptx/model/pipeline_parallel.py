@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,18 @@ class Chunk:
     output: bool
     mtp: bool = False
     """Whether it holds the layers of multi-token prediction, all of them."""
+
+
+ARGS = {
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "first": "decoder_first_pipeline_num_layers",
+    "last": "decoder_last_pipeline_num_layers",
+    "layout": "pipeline_model_parallel_layout",
+    "embedding_in_split": "account_for_embedding_in_pipeline_split",
+    "loss_in_split": "account_for_loss_in_pipeline_split",
+}
+"""Megatron's arguments by the field of a `Pipeline`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +85,20 @@ class Pipeline:
                 f"{sum(counts)}; choose sizes that divide, --decoder-first-pipeline-num-layers, "
                 "--decoder-last-pipeline-num-layers or --pipeline-model-parallel-layout"
             )
-        return tuple(_numbered(counts, self.pp, bool(mtp_num_layers)))
+        stages = ["t" * count for count in counts]
+        stages[0] = f"E{stages[0]}"
+        stages[-1] += "m" * bool(mtp_num_layers) + "L"
+        return _placed(stages, self.pp)
 
     def __str__(self) -> str:
         """Return the settings as a user would say them."""
-        parts = [f"pipeline size {self.pp}"]
-        for text, value in (
-            ("virtual size", self.vpp),
-            ("first stage", self.first),
-            ("last stage", self.last),
-            ("layout", self.layout),
-        ):
-            if value is not None:
-                parts.append(f"{text} {value}")
-        return ", ".join(parts)
+        words: dict[str, Any] = {
+            "pipeline size": self.pp,
+            "virtual size": self.vpp,
+            "first stage": self.first,
+        }
+        words |= {"first stage": self.first, "last stage": self.last, "layout": self.layout}
+        return ", ".join(f"{word} {value}" for word, value in words.items() if value is not None)
 
     def _counts(self, num_layers: int) -> list[int]:
         """Return the layers per chunk in execution order; not divisible shows as a wrong sum."""
@@ -116,23 +128,16 @@ class Pipeline:
     @classmethod
     def from_args(cls, args: Mapping[str, Any]) -> Pipeline:
         """Return the settings that a checkpoint's ``args`` hold."""
-        pp = args.get("pipeline_model_parallel_size") or 1
-        vpp = args.get("virtual_pipeline_model_parallel_size") or args.get(
-            "num_virtual_stages_per_pipeline_rank"
-        )
-        per_stage = args.get("num_layers_per_virtual_pipeline_stage")
-        layout = args.get("pipeline_model_parallel_layout")
+        said: dict[str, Any] = {field: args.get(name) for field, name in ARGS.items()}
+        pp, per_stage = said["pp"] or 1, args.get("num_layers_per_virtual_pipeline_stage")
+        vpp = said["vpp"] or args.get("num_virtual_stages_per_pipeline_rank")
         if vpp is None and per_stage and pp > 1:
             vpp = args["num_layers"] // pp // per_stage
-        return cls(
-            pp,
-            vpp,
-            args.get("decoder_first_pipeline_num_layers"),
-            args.get("decoder_last_pipeline_num_layers"),
-            layout if layout is None or isinstance(layout, str) else _spelled(layout),
-            bool(args.get("account_for_embedding_in_pipeline_split")),
-            bool(args.get("account_for_loss_in_pipeline_split")),
-        )
+        layout = said["layout"]
+        if layout is not None and not isinstance(layout, str):
+            layout = _spelled(layout)
+        said |= {field: bool(said[field]) for field in ("embedding_in_split", "loss_in_split")}
+        return cls(**{**said, "pp": pp, "vpp": vpp, "layout": layout})
 
     def flags(self) -> list[str]:
         """Return the options that tell Megatron the same: it restores none of them by itself."""
@@ -150,15 +155,7 @@ class Pipeline:
 
     def to_args(self) -> dict[str, Any]:
         """Return the settings as entries of ``args``."""
-        return {
-            "pipeline_model_parallel_size": self.pp,
-            "virtual_pipeline_model_parallel_size": self.vpp,
-            "decoder_first_pipeline_num_layers": self.first,
-            "decoder_last_pipeline_num_layers": self.last,
-            "pipeline_model_parallel_layout": self.layout,
-            "account_for_embedding_in_pipeline_split": self.embedding_in_split,
-            "account_for_loss_in_pipeline_split": self.loss_in_split,
-        }
+        return {name: getattr(self, field) for field, name in ARGS.items()}
 
 
 def stage_ranks(tp: int, ep: int = 1, etp: int | None = None) -> list[Rank]:
@@ -198,13 +195,16 @@ def describe(chunks: Sequence[Chunk]) -> list[str]:
     return lines
 
 
-def _numbered(counts: Sequence[int], pp: int, mtp: bool) -> Iterator[Chunk]:
+def _placed(stages: Sequence[str], pp: int) -> tuple[Chunk, ...]:
+    """Return the chunks of stages that are spelt in the letters of a layout."""
+    chunks = []
     position = 0
-    for number, count in enumerate(counts):
-        layers = tuple(range(position, position + count))
-        position += count
-        last = number == len(counts) - 1
-        yield Chunk(number % pp, number // pp, layers, number == 0, last, mtp and last)
+    for number, stage in enumerate(stages):
+        layers = range(position, position + stage.count("t"))
+        position = layers.stop
+        held = (letter in stage for letter in "ELm")
+        chunks.append(Chunk(number % pp, number // pp, tuple(layers), *held))
+    return tuple(chunks)
 
 
 def _from_layout(
@@ -236,15 +236,7 @@ def _from_layout(
             f"pipeline layout {layout!r} places {sum(further)} layers of multi-token prediction in "
             f"{len(further)} stages, the model has {mtp_num_layers}, which one stage must hold"
         )
-    chunks = []
-    position = 0
-    for number, stage in enumerate(stages):
-        layers = tuple(range(position, position + stage.count("t")))
-        position += len(layers)
-        chunks.append(
-            Chunk(number % pp, number // pp, layers, "E" in stage, "L" in stage, "m" in stage)
-        )
-    return tuple(chunks)
+    return _placed(stages, pp)
 
 
 def _expand(layout: str) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
 
+class Progress:
+    """Told what is being done, how many bytes there are, and how many more are done.
 
-class Progress(Protocol):
-    """Told what is being done, how many bytes there are, and how many more are done."""
+    This one shows nothing.
+    """
 
     def stage(self, name: str) -> None:
         """Something begins that is not measured in bytes, as ``"planning"``."""
@@ -19,19 +20,3 @@ class Progress(Protocol):
 
     def close(self) -> None:
         """Nothing more comes, for better or worse; called once, even without `begin`."""
-
-
-class Silent:
-    """Shows nothing."""
-
-    def stage(self, name: str) -> None:
-        """Do nothing."""
-
-    def begin(self, total: int, stage: str = "writing") -> None:
-        """Do nothing."""
-
-    def advance(self, count: int) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""

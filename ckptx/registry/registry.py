@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 RECOGNISED = {
     "fsdp_dtensor": "Megatron FSDP checkpoints",
-    "nemo": "NeMo checkpoints",
+    "nemo": "NeMo 1 archives",
     "gguf": "GGUF files",
 }
 """Formats that ckptx knows of and has no plugin for yet."""
@@ -60,10 +61,11 @@ def canonical(name: str) -> str:
 
 def _behind(alias: str) -> tuple[str, ...]:
     """Return the formats that a name stands for, by name: itself, where it is no alias."""
-    found: dict[str, None] = {}
-    for entry in entries().values():
-        if entry.declared is not None and alias in entry.declared.aliases:
-            found[entry.name] = None
+    found = dict.fromkeys(
+        entry.name
+        for entry in entries().values()
+        if entry.declared is not None and alias in entry.declared.aliases
+    )
     return tuple(found) or (alias,)
 
 
@@ -156,20 +158,14 @@ def side_files(
     found: list[SideFile] = []
     families()  # warns about plugins that cannot be used
     for entry in entries().values():
-        if entry.kind != "schema" or not _usable(entry):
-            continue
-        with blamed(entry):
-            for files in _hooks(entry).side_files(config=config, names=names, iteration=iteration):
-                found += files
+        hooks: Any = None
+        with suppress(PluginError):
+            hooks = _hooks(entry) if entry.kind == "schema" else None
+        if hooks is not None:
+            with blamed(entry):
+                for files in hooks.side_files(config=config, names=names, iteration=iteration):
+                    found += files
     return found
-
-
-def _usable(entry: Entry) -> bool:
-    try:
-        _hooks(entry)
-    except PluginError:
-        return False
-    return True
 
 
 def detect(source: Path) -> str:
@@ -264,8 +260,7 @@ def versions(*chosen: tuple[Kind, str]) -> dict[str, str]:
     """Return the versions of the distributions behind the chosen plugins, for the manifest."""
     found = {}
     for kind, name in chosen:
-        entry = entries().get(f"{kind}_{canonical(name)}")
-        if entry is not None:
+        if (entry := entries().get(f"{kind}_{canonical(name)}")) is not None:
             found[entry.distribution] = entry.version
     return found
 
@@ -310,18 +305,13 @@ def _named(entry: Entry, registered: list[Any]) -> Any:
 @cache
 def _registered(entry: Entry) -> list[Any]:
     """Import a plugin and return what it registers for its kind, or the one that it declares."""
-    if entry.declared is not None:
-        return [_made(entry)]
     found: list[Any] = []
     hook = {"loader": "register_loaders", "saver": "register_savers", "schema": "register_families"}
     with blamed(entry):
+        if entry.declared is not None:
+            return [entry.point.load()()]
         getattr(_hooks(entry), hook[entry.kind])(register=found.append)
     return found
-
-
-def _made(entry: Entry) -> Any:
-    with blamed(entry):
-        return entry.point.load()()
 
 
 @cache

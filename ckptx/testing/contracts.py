@@ -37,28 +37,8 @@ from ckptx.protocol.contracts import Loader, Saver
 from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, Tensors
 from ckptx.registry import registry
 from ckptx.registry.open import checkpoint_messages
-from ckptx.testing import faults
-from ckptx.testing.conversion import (
-    checked,
-    end_of,
-    loaded,
-    loaded_by_name,
-    plan_of_messages,
-    save,
-    values,
-)
-from ckptx.testing.models import (
-    MODELS,
-    Arrays,
-    Canonical,
-    TinyModel,
-    divides,
-    messages,
-    passthrough_messages,
-    tiny,
-    write_config,
-    write_safetensors,
-)
+from ckptx.testing import conversion, faults, models
+from ckptx.testing.models import MODELS, Arrays, Canonical, TinyModel
 from ckptx.testing.tagged import assert_same, tagged
 
 if TYPE_CHECKING:
@@ -101,18 +81,9 @@ class Parametrized:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Parametrise the arguments that the tests of a class have."""
-        for argument in (
-            "model",
-            "case",
-            "change",
-            "layout",
-            "hf_layout",
-            "expert_layout",
-            "round_trip",
-        ):
-            if argument in metafunc.fixturenames:
-                found = list(getattr(self, f"_{argument}s")())
-                metafunc.parametrize(argument, found, ids=_label)
+        for argument in metafunc.fixturenames:
+            if found := getattr(self, f"_{argument}s", None):
+                metafunc.parametrize(argument, list(found()), ids=_label)
 
     def _models(self) -> Iterable[Any]:
         return self.models
@@ -155,7 +126,7 @@ class LoaderTests(Parametrized):
     def test_finds_every_value(self, model: TinyModel, tmp_path: Path) -> None:
         """Messages, keys, dtypes, shapes and bytes are those that were written."""
         checkpoint = self.write(tmp_path, model)
-        assert_equal(values(self._load(checkpoint)), checkpoint.expected)
+        assert_equal(conversion.values(self._load(checkpoint)), checkpoint.expected)
 
     def test_declares_every_source(self, model: TinyModel, tmp_path: Path) -> None:
         """All bytes of the declared sources are sent or dropped by name, and no others are."""
@@ -163,7 +134,7 @@ class LoaderTests(Parametrized):
         begin = sent[0]
         assert isinstance(begin, Begin)
         assert all(Path(file).is_absolute() and Path(file).is_file() for file in begin.files)
-        checked(plan_of_messages(sent), sent)
+        conversion.checked(conversion.plan_of_messages(sent), sent)
 
     def test_detects_its_own_alone(self, tmp_path: Path) -> None:
         """``detect`` is true for this format and false for what is something else."""
@@ -217,12 +188,12 @@ class LoaderTests(Parametrized):
     def _check_damaged(self, damaged: Checkpoint, expected: Canonical, what: str) -> None:
         try:
             sent = self._load(damaged)
-            found = values(sent)
+            found = conversion.values(sent)
         except CkptxError as error:
             assert_one_line(error)
             return
         if PASSTHROUGH in found and PASSTHROUGH not in expected:
-            assert end_of(sent).notes, f"{what}: passes through without a remark"
+            assert conversion.end_of(sent).notes, f"{what}: passes through without a remark"
             return
         assert_equal(found, expected)
 
@@ -244,19 +215,19 @@ class SaverTests(Parametrized):
     def test_reads_back(self, case: tuple[TinyModel, Options], tmp_path: Path) -> None:
         """The plan is proved, written, and read back: byte for byte the same model."""
         model, options = case
-        sent = messages(model, tmp_path / "source")
-        result = save(self.saver, sent, tmp_path / "target", options)
-        found = loaded(self.loader, result)
+        sent = models.messages(model, tmp_path / "source")
+        result = conversion.save(self.saver, sent, tmp_path / "target", options)
+        found = conversion.loaded(self.loader, result)
         assert_equal(unpadded(found, model), model.canonical(padded=False))
 
     def test_writes_the_same_twice(self, case: tuple[TinyModel, Options], tmp_path: Path) -> None:
         """The output depends on nothing but the messages and the options."""
         model, options = case
-        sent = messages(model, tmp_path / "source")
+        sent = models.messages(model, tmp_path / "source")
         first, second = (tmp_path / name / "target" for name in ("first", "second"))
         for target in (first, second):
             target.parent.mkdir()
-            save(self.saver, sent, target, options)
+            conversion.save(self.saver, sent, target, options)
         assert_same_files(first, second)
 
     def test_plans_from_metadata_alone(
@@ -264,7 +235,7 @@ class SaverTests(Parametrized):
     ) -> None:
         """Planning reads no weight: the files may be gone."""
         model, options = case
-        sent = messages(model, tmp_path / "source")
+        sent = models.messages(model, tmp_path / "source")
         faults.drop(tmp_path / "source" / "tiny.bin")
         planned = make_plan(self.saver, sent, options, Context(target=tmp_path / "target"))
         assert planned.prove().tensors
@@ -273,7 +244,7 @@ class SaverTests(Parametrized):
         self, change: Callable[[list[Message]], list[Message]], tmp_path: Path
     ) -> None:
         """What the format cannot hold, and what it needs and does not get, is one line of error."""
-        sent = change(messages(_first(self.models), tmp_path / "source"))
+        sent = change(models.messages(_first(self.models), tmp_path / "source"))
         with pytest.raises(CkptxError) as error:
             make_plan(self.saver, sent, {}, Context(target=tmp_path / "target")).prove()
         assert_one_line(error.value)
@@ -288,9 +259,9 @@ class SaverTests(Parametrized):
             name: tagged(name, dtype, shape)
             for name, dtype, shape in zip(names, dtypes, (*sizes, (), (0, 4)), strict=True)
         }
-        sent = passthrough_messages(arrays, tmp_path / "source")
-        result = save(self.saver, sent, tmp_path / "target", {})
-        assert_equal_arrays(loaded_by_name(self.loader, result), arrays, PASSTHROUGH)
+        sent = models.passthrough_messages(arrays, tmp_path / "source")
+        result = conversion.save(self.saver, sent, tmp_path / "target", {})
+        assert_equal_arrays(conversion.loaded_by_name(self.loader, result), arrays, PASSTHROUGH)
 
     def _cases(self) -> Iterable[Any]:
         return self.cases()
@@ -320,7 +291,7 @@ def fits(model: TinyModel, options: Options) -> bool:
     """Return whether a model divides by these parallel sizes, by Megatron's rules."""
     tp = options.get(PARALLEL["tp"]) or 1
     stages = (options.get(PARALLEL["pp"]) or 1) * (options.get(PARALLEL["vpp"]) or 1)
-    return divides(model.spec, tp) and not model.spec.num_layers % stages
+    return models.divides(model.spec, tp) and not model.spec.num_layers % stages
 
 
 def paired(
@@ -414,11 +385,13 @@ def _first(models: Sequence[TinyModel | ParameterSet]) -> TinyModel:
 
 def _strangers(directory: Path) -> Iterator[tuple[str, Path]]:
     """Yield sources of some format or none, each with the name of the loader it is for."""
-    model = tiny(num_layers=1)
+    model = models.tiny(num_layers=1)
     places = {name: directory / name for name in ("hf", "core", "core-ranks", "text", "empty")}
     for path in places.values():
         path.mkdir(parents=True)
-    write_safetensors(write_config(places["hf"], model) / "model.safetensors", model.hf())
+    models.write_safetensors(
+        models.write_config(places["hf"], model) / "model.safetensors", model.hf()
+    )
     (places["core"] / "latest_checkpointed_iteration.txt").write_text("release")
     (places["core-ranks"] / "mp_rank_00").mkdir()
     (places["text"] / "README.md").write_text("no checkpoint\n")

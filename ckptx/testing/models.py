@@ -293,17 +293,9 @@ def tiny(family: str = "llama", name: str | None = None, **changes: Any) -> Tiny
     return TinyModel(name or family, spec, **own)
 
 
-SQUARE = tiny(
-    "llama",
-    "square",
-    hidden_size=16,
-    ffn_hidden_size=16,
-    num_attention_heads=4,
-    num_query_groups=4,
-    kv_channels=4,
-    vocab_size=16,
-    num_layers=2,
-)
+_SIXTEEN = dict.fromkeys(("hidden_size", "ffn_hidden_size", "vocab_size"), 16)
+_FOUR = dict.fromkeys(("num_attention_heads", "num_query_groups", "kv_channels"), 4)
+SQUARE = tiny("llama", "square", num_layers=2, **_SIXTEEN, **_FOUR)
 """Square matrices throughout, and a fused attention of three equal parts."""
 
 MODELS: Sequence[TinyModel] = (
@@ -459,7 +451,9 @@ def passthrough_messages(
     path = directory / "tiny.bin"
     tensors = lazy(path, arrays)
     sources = tuple(SourceTensor(name, tensor) for name, tensor in tensors.items())
-    begin = Begin("tiny", layout, {}, (str(path),), sources, root=str(directory))
+    config = {"architectures": ["UnheardOfForCausalLM"], "model_type": "unheard-of"}
+    beside = {"config.json": json.dumps(config).encode()}
+    begin = Begin("tiny", layout, {}, (str(path),), sources, str(directory), beside)
     return [begin, Tensors(PASSTHROUGH, tensors), End()]
 
 

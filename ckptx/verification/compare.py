@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptx.model.canonical_names import keys_of
-from ckptx.protocol.progress import Progress, Silent
+from ckptx.protocol.progress import Progress
 from ckptx.registry.open import Checkpoint, opened
 from ckptx.storage.blocks import BlockReader
 from ckptx.tensors.lazy import LazyTensor
@@ -128,9 +128,8 @@ class Comparison(Shown):
             return f"equal: {self.compared} tensors, {size}{how}"
         counts = Counter(entry.kind for entry in self.differences)
         summary = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-        unexplained = len(self.differences) - len(
-            {name for finding in self.diagnoses for name in finding.tensors}
-        )
+        explained = {name for finding in self.diagnoses for name in finding.tensors}
+        unexplained = len(self.differences) - len(explained)
         rest = f"; {unexplained} unexplained" if self.diagnoses and unexplained else ""
         return f"not equal: {summary or 'nothing to compare'} of {self.compared} tensors{rest}"
 
@@ -155,7 +154,7 @@ def compare(
         sides = [stack.enter_context(opened(one)) for one in (left, right)]
         paired = pair(*sides)
         reader = BlockReader(*(stack.enter_context(closing(side.files())) for side in sides))
-        deviations = _deviations(paired, reader, tolerance, progress or Silent())
+        deviations = _deviations(paired, reader, tolerance, progress or Progress())
         a, b = paired.left.tensors, paired.right.tensors
         differences = {
             name: found
@@ -192,11 +191,9 @@ def _deviations(
     """Return how far the tensors are apart that have one shape on both sides."""
     a, b = paired.left.tensors, paired.right.tensors
     pairs = {name: (a[name], b[name]) for name in a if name in b and a[name].shape == b[name].shape}
-    try:
+    with closing(progress):
         progress.begin(sum(tensor.nbytes for tensor, _ in pairs.values()))
         apart = measure(reader, list(pairs.values()), tolerance, progress.advance)
-    finally:
-        progress.close()
     return dict(zip(pairs, apart, strict=True))
 
 

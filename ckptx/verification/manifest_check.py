@@ -153,8 +153,7 @@ def _read(manifest: Path) -> Mapping[str, Any]:
         parts = PurePosixPath(path).parts
         if not parts or path.startswith("/") or ".." in parts:
             raise FormatError(f"{manifest}: {path!r} does not lie inside the checkpoint")
-    found: Mapping[str, Any] = content
-    return found
+    return dict(content)
 
 
 def _places(target: Path, files: Mapping[str, Any]) -> dict[str, Path]:

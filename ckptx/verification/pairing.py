@@ -106,8 +106,7 @@ def _side(model: Model, tensors: dict[Name, LazyTensor]) -> Side:
 
 
 def _loaded(checkpoint: Checkpoint) -> _Loaded:
-    misfit = checkpoint.misfit
-    if misfit is None:
+    if (misfit := checkpoint.misfit) is None:
         return _Loaded(checkpoint.model)
     if isinstance(misfit, SchemaError) and (found := _misfit(checkpoint.begin, str(misfit))):
         return found
@@ -148,7 +147,7 @@ def _fitting(
         found = taker.take([entry], [shard], group.layer)
     except (SchemaError, PlanError):
         return {}
-    for name in (set(left) - set(shard)) if found else ():
+    for name in left.keys() - shard.keys() if found else ():
         del left[name]
     return found
 

@@ -12,6 +12,8 @@ from pathlib import Path, PurePosixPath
 from ckptx.errors import ConversionError
 from ckptx.writing.disk import shortage
 
+_NOT_THERE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
+"""What a file system returns for what it does not have."""
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux include/uapi/linux/fs.h
 
 
@@ -28,6 +30,9 @@ def sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # a file system that has no such thing has nothing to wait for
+        if error.errno not in _NOT_THERE:
+            raise
     finally:
         os.close(descriptor)
 
@@ -48,7 +53,7 @@ def exchange(new: Path, old: Path, aside: Path) -> None:
     """Let two directories trade places at once; without kernel support ``old`` moves ``aside``."""
     if _renameat2(new, old, _RENAME_EXCHANGE):
         return
-    old.rename(aside)  # `_rescue` undoes this if we are killed before the next line
+    old.rename(aside)  # `rescue` undoes this if we are killed before the next line
     try:
         new.rename(old)
     except OSError:
@@ -75,12 +80,12 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
     if function(at_fdcwd, paths[0], at_fdcwd, paths[1], flags) == 0:
         return True
     code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL):
+    if code in _NOT_THERE:
         return False
     raise OSError(code, os.strerror(code), str(target))
 
 
-def _rescue(partial: Path, target: Path) -> None:
+def rescue(partial: Path, target: Path) -> None:
     """Put an old target back that a killed run had moved aside and not yet replaced."""
     if (partial / "old").exists() and not target.exists():
         (partial / "old").rename(target)
@@ -95,20 +100,20 @@ def keep_only(root: Path, files: Collection[str]) -> None:
             path = Path(place, name)
             wanted = path.is_dir() if here / name in folders else str(here / name) in files
             if path.is_symlink() or not wanted or (path.is_dir() and here / name not in folders):
-                _remove(path)
+                remove(path)
         names[:] = [name for name in names if here / name in folders]
 
 
-def _inode(path: Path) -> str:
+def inode(path: Path) -> str:
     """Return the inode of a path in words, which a rename does not change; empty if none."""
     try:
         status = path.lstat()
     except OSError:
         return ""
-    return f"inode {status.st_ino} of device {status.st_dev}"
+    return f"inode {status.st_ino}"  # the device has another number after a remount
 
 
-def _reason(error: OSError, folder: Path) -> str:
+def reason_of(error: OSError, folder: Path) -> str:
     """Return what the system says about a file, and which disk is full if one is."""
     if error.errno != errno.ENOSPC:
         return str(error)
@@ -116,7 +121,12 @@ def _reason(error: OSError, folder: Path) -> str:
     return f"{error.strerror}{found and ': '}{found}; free space, and run the same command again"
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove what a killed run has left, a file or a directory.
+
+    Raises:
+        ConversionError: it cannot be removed.
+    """
     try:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except FileNotFoundError:
@@ -127,7 +137,8 @@ def _remove(path: Path) -> None:
         ) from error
 
 
-def _existing(folder: Path) -> Path:
+def existing_folder(folder: Path) -> Path:
+    """Return the nearest directory that is there: this one, or one above."""
     while not folder.exists():
         folder = folder.parent
     return folder

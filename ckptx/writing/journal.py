@@ -17,7 +17,6 @@ plan.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import io
@@ -43,6 +42,7 @@ from ckptx.protocol.contracts import SavePlan
 from ckptx.storage.file_plan import Crc32
 from ckptx.storage.open_files import write_all
 from ckptx.tensors import lazy
+from ckptx.writing.lock import NO_LOCKS
 
 NAME = "journal"
 """The file's name in the partial directory of a target."""
@@ -55,16 +55,10 @@ _NUMBER = struct.Struct("<Q")
 _PATIENCE = 30.0  # seconds that the last system call of a killed writer may take
 _BLOCK = 1 << 20  # bytes of a pickled plan that are hashed at once
 _REGIONS = 256  # that are pickled at once
-_CONTENTS = (
-    lazy.Stored,
-    lazy.Sliced,
-    lazy.Tiled,
-    lazy.Permuted,
-    lazy.Split,
-    lazy.Merged,
-    lazy.Computed,
-    Crc32,
-)  # what plans are full of
+_CONTENTS = (  # what plans are full of
+    *(lazy.Stored, lazy.Sliced, lazy.Tiled, lazy.Permuted, lazy.Split, lazy.Merged),
+    *(lazy.Computed, Crc32),
+)
 _FIRST_NAMES: Mapping[str, tuple[type, ...]] = {
     "ckptx.lazy": (*_CONTENTS[:-1], lazy.Cast, lazy.Filled, lazy.Replicated),
     "ckptx.plan": (Crc32,),
@@ -199,8 +193,7 @@ def read(path: Path) -> Recorded | None:
     except (StopIteration, TypeError, ValueError):
         return None
     for payload, end, seal in records:
-        leaves = _unpacked(payload)
-        if leaves is None:
+        if (leaves := _unpacked(payload)) is None:
             break
         found.leaves.update(leaves)
         found.durable = _NUMBER.unpack_from(payload)[0]
@@ -309,9 +302,15 @@ class Journal:
         """Wait for the writer of a killed run: its last system call may still be on its way."""
         deadline = time.monotonic() + _PATIENCE
         while True:
-            with contextlib.suppress(BlockingIOError):
+            try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    return  # nobody could tell
+                raise
             if time.monotonic() > deadline:
                 raise ConversionError(
                     f"{self.path}: a process of the killed run has not ended; end it and run again"

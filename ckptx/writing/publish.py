@@ -22,42 +22,44 @@ to it, and by removing what is left.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import logging
 import os
 import shutil
-import socket
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from ckptx.errors import ConversionError, CutShortError, PlanError
 from ckptx.protocol.contracts import SavePlan
 from ckptx.storage.file_plan import FilePlan
-from ckptx.storage.partial import MANIFEST, PARTIAL
+from ckptx.storage.partial import LOCK, MANIFEST, OWNER, PARTIAL
 from ckptx.text.sizes import size_text
-from ckptx.writing import journal
-from ckptx.writing.atomic import (
-    _existing,
-    _inode,
-    _reason,
-    _remove,
-    _rescue,
-    exchange,
-    rename_new,
-    sync_directory,
-    write_durable,
-)
+from ckptx.writing import atomic, journal
+from ckptx.writing.atomic import sync_directory, write_durable
 from ckptx.writing.disk import occupied_bytes, shortage
-from ckptx.writing.existing import Existing, check_place, existing, is_taken, keep_permissions
+from ckptx.writing.existing import (
+    Existing,
+    Leftover,
+    check_directory,
+    check_place,
+    existing,
+    is_taken,
+    keep_permissions,
+)
+from ckptx.writing.lock import Lock
 
 if TYPE_CHECKING:
     from ckptx.writing.journal import Identity
 
 _PUBLISHING = "publishing"
-_LAST = (_PUBLISHING, "lock")
+_LAST = (_PUBLISHING, OWNER, LOCK)
 """What a partial directory loses last, in this order."""
+_REMOVED_OPEN = (".nfs", ".fuse_hidden")
+"""How names begin that a file system gives to open files that were removed."""
+_TRIES, _PAUSE = 20, 0.05  # seconds between two looks
 _log = logging.getLogger(__name__)
 
 
@@ -85,22 +87,6 @@ def manifest_path(plan: SavePlan) -> str:
     return f"{plan.files[0].path}.{MANIFEST}" if plan.single_file else MANIFEST
 
 
-@dataclass(frozen=True, slots=True)
-class Leftover:
-    """What a run that was cut short has left for the next one; sizes in bytes."""
-
-    place: Path
-    durable: int
-    total: int
-
-    def __str__(self) -> str:
-        """Return it for the user who has to know."""
-        return (
-            f"{size_text(self.durable)} of {size_text(self.total)} are kept in {self.place}: run "
-            "the same command again to continue, or remove it"
-        )
-
-
 class Target:
     """The place a conversion writes to; a context that cleans up unless `publish` succeeded.
 
@@ -118,8 +104,10 @@ class Target:
         self.save_dir = save_dir.resolve()
         self.inputs = [path.resolve() for path in inputs]
         self.overwrite = overwrite
+        self.path = self.save_dir
+        """What appears in the end; known once `prepare` has seen the plan."""
         self._created: list[Path] = []
-        self._lock = -1
+        self._lock: Lock | None = None
         self._keep = False
         self.replaced: Existing | None = None
         """What `publish` deletes; known once a plan was checked."""
@@ -129,7 +117,7 @@ class Target:
         """What is left for another run; known once the context has ended."""
         if self.save_dir in self.inputs:
             raise PlanError(f"{self.save_dir}: is the source itself; choose another target")
-        folder = _existing(self.save_dir.parent)
+        folder = atomic.existing_folder(self.save_dir.parent)
         if not folder.is_dir():
             raise PlanError(f"{folder}: is a file; the target would lie below it")
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -139,11 +127,11 @@ class Target:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._lock >= 0:
+        if self._lock is not None:
             self.kept = self._worth_keeping() if self._keep else None
             if self.kept is None:
                 self._clear()
-            os.close(self._lock)
+            self._release()
         for folder in reversed(self._created if kind else []):
             with contextlib.suppress(OSError):  # not empty: the work of someone else meanwhile
                 folder.rmdir()
@@ -152,8 +140,39 @@ class Target:
         """Remove the partial directory: what another run can use last, and the lock after it."""
         for name in ("new", "old", journal.NAME, *_LAST):
             with contextlib.suppress(ConversionError):
-                _remove(self._partial / name)
+                atomic.remove(self._partial / name)
         shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _acquire(self) -> None:
+        if self._lock is None:
+            lock = Lock(self._partial, self.path)
+            lock.acquire()
+            self._lock = lock
+
+    def _release(self) -> None:
+        """Let go of the partial directory, and of its last trace.
+
+        NFS and FUSE keep what is removed while it is open, under another name, until it is closed.
+        """
+        lock, self._lock = self._lock, None
+        if lock is None:
+            return
+        lock.release()
+        for _ in range(_TRIES):
+            left = self._names()
+            if left is None or not all(name.startswith(_REMOVED_OPEN) for name in left):
+                break
+            with contextlib.suppress(OSError):
+                self._partial.rmdir()
+                break
+            time.sleep(_PAUSE)
+
+    def _names(self) -> set[str] | None:
+        """Return the names in the partial directory, None if it cannot be listed."""
+        try:
+            return {path.name for path in self._partial.iterdir()}
+        except OSError:
+            return None
 
     def _clear_orphan(self) -> None:
         """Remove what a run has left that was killed while it removed the last of what it had.
@@ -165,22 +184,14 @@ class Target:
         """
         if not self._orphaned():
             return
-        self._acquire(self._partial)
+        self._acquire()
         if self._orphaned():  # still, now that nobody else can be at work here
             self._clear()
-        os.close(self._lock)
-        self._lock = -1
+        self._release()
 
     def _orphaned(self) -> bool:
-        try:
-            return {path.name for path in self._partial.iterdir()} <= set(_LAST)
-        except OSError:
-            return False
-
-    @property
-    def path(self) -> Path:
-        """What appears in the end; known once `prepare` has seen the plan."""
-        return self._path
+        names = self._names()
+        return names is not None and names <= set(_LAST)
 
     def keep(self) -> None:
         """Leave what is recorded in the journal for another run, if anything is."""
@@ -199,35 +210,55 @@ class Target:
         """
         self._name(plan)
         if self._was_published(identity):
-            self._acquire(self._partial)
+            self._acquire()
             if self._was_published(identity):
                 self.published = True
-                _log.warning("resuming: %s is in place and whole", self._path)
-                return self._path.parent if plan.single_file else self._path
-        if self._path.exists():
+                self._publish_manifest()  # if the run was killed before
+                _log.warning("resuming: %s is in place and whole", self.path)
+                return self.path.parent if plan.single_file else self.path
+        if self.path.exists():
             self._clear_orphan()
         self._check_place()
-        self._make(self._path.parent)
-        self._acquire(self._partial)
-        _rescue(self._partial, self._path)
+        self._make(self.path.parent)
+        self._acquire()
+        atomic.rescue(self._partial, self.path)
+        self._probe()
         staging = self._partial / "new"
-        kept = {"lock", journal.NAME, "new"} if self._continues(identity) else {"lock"}
+        kept = {journal.NAME, "new"} if self._continues(identity) else set()
         for leftover in self._partial.iterdir():
-            if leftover.name not in kept:
-                _remove(leftover)
+            if leftover.name not in {LOCK, OWNER, *kept}:
+                atomic.remove(leftover)
         # After the leftovers of a killed run have made room.
         self._check_disk(occupied_bytes(staging))
         try:
-            self._sign()
+            if self._lock is not None:
+                self._lock.sign()
             staging.mkdir(exist_ok=True)
         except OSError as error:
-            raise ConversionError(f"{staging}: {_reason(error, self._partial)}") from error
+            raise ConversionError(f"{staging}: {atomic.reason_of(error, self._partial)}") from error
         return staging
+
+    def _probe(self) -> None:
+        """Try what makes the target appear, before a byte moves.
+
+        Raises:
+            PlanError: the file system cannot rename a directory.
+        """
+        before, after = self._partial / "probe", self._partial / "probed"
+        try:
+            before.mkdir(exist_ok=True)
+            before.rename(after)
+            after.rmdir()
+        except OSError as error:
+            raise PlanError(
+                f"{self._partial}: a directory cannot be renamed here ({error.strerror}), by which "
+                "a target appears; choose another target"
+            ) from error
 
     def _was_published(self, identity: Identity | None) -> bool:
         """Return whether a killed run of this conversion has put its target in place."""
         named = self._publishing()
-        if identity is None or not named or named != _inode(self._path):
+        if identity is None or not named or named != atomic.inode(self.path):
             return False
         found = journal.read(self._partial / journal.NAME)
         return found is not None and not found.identity.difference(identity)
@@ -235,7 +266,7 @@ class Target:
     def _publishing(self) -> str:
         """Return what a killed run was about to put in place; empty if it did not get so far."""
         try:
-            return (self._partial / _PUBLISHING).read_text()
+            return (self._partial / _PUBLISHING).read_text().partition(" of ")[0]
         except (OSError, ValueError):
             return ""
 
@@ -247,7 +278,7 @@ class Target:
         staging = self._partial / "new"
         if not staging.is_dir() or staging.is_symlink():
             return False
-        if self._publishing() not in ("", _inode(self._staged())):
+        if self._publishing() not in ("", atomic.inode(self._staged())):
             return False  # it did, and what lies here is the target that it replaced
         reason = found.identity.difference(identity) if identity else "it is not to be continued"
         if reason:
@@ -277,11 +308,11 @@ class Target:
     def _name(self, plan: SavePlan) -> None:
         """Learn from a plan where the target and its partial directory are."""
         self.plan = plan
-        self._path = self.save_dir / plan.directory if plan.directory else self.save_dir
+        self.path = self.save_dir / plan.directory if plan.directory else self.save_dir
         for path in (plan.directory, *plan.pointers, *(file.path for file in plan.files)):
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise PlanError(f"{path!r}: an output path must stay inside the target")
-        self._partial = self._path.parent / f"{self._path.name}{PARTIAL}"
+        self._partial = self.path.parent / f"{self.path.name}{PARTIAL}"
 
     def _staged(self) -> Path:
         """Return what becomes the target by a rename."""
@@ -299,32 +330,39 @@ class Target:
             self._put_in_place()
         created, self._created = self._created, []
         try:
-            for folder in (self._path, *reversed(created)):
+            for folder in (self.path, *reversed(created)):
                 sync_directory(folder.parent)
             return self._write_pointers()
         except OSError as error:
-            reason = _reason(error, self._partial)
+            missing = [
+                f"write {content.decode(errors='replace').strip()!r} into {self.save_dir / name}"
+                for name, content in self.plan.pointers.items()
+            ]
             raise CutShortError(
-                f"{self._path}: is whole and in place, but not all that belongs to it: {reason}"
+                f"{self.path}: is whole and in place, but not all that belongs to it: "
+                f"{atomic.reason_of(error, self._partial)}{'; mend it, then ' * bool(missing)}"
+                f"{' and '.join(missing)}"
             ) from error
 
     def _put_in_place(self) -> None:
         staging = self._partial / "new"
         try:
-            if self.overwrite and self._path.exists():
+            if self.overwrite and self.path.exists():
                 self._replace_knowingly()
-            write_durable(self._partial / _PUBLISHING, _inode(self._staged()).encode())
+            write_durable(self._partial / _PUBLISHING, atomic.inode(self._staged()).encode())
             if self.plan.single_file:
                 self._publish_file(staging)
             else:
                 self._publish_directory(staging)
         except OSError as error:
-            reason = _reason(error, self._partial)
-            raise CutShortError(f"{self._path}: cannot be put in place: {reason}") from error
+            reason = atomic.reason_of(error, self._partial)
+            if error.errno == errno.EXDEV:
+                reason = "its file system cannot move what lies there; remove it, and run again"
+            raise CutShortError(f"{self.path}: cannot be put in place: {reason}") from error
         self.published = True
 
     def _check_place(self) -> None:
-        path = self._path
+        path = self.path
         for source in self.inputs:
             if path == source:
                 raise PlanError(f"{path}: is the source itself; choose another target")
@@ -367,20 +405,16 @@ class Target:
             PlanError: files that ckptx did not write are among it, and nobody asked for that.
         """
         try:
-            found = existing(self._path)
+            found = existing(self.path)
         except OSError as error:
-            raise PlanError(f"{self._path}: cannot be listed: {error}") from error
+            raise PlanError(f"{self.path}: cannot be listed: {error}") from error
         if found.foreign and self.overwrite != "foreign":
             raise PlanError(found.refusal())
         return found
 
     def _check_replaceable(self, path: Path) -> None:
         """Refuse to replace a directory that is plainly more than one old checkpoint."""
-        here = Path.cwd()
-        if path in (here, Path.home()) or path in here.parents or path in Path.home().parents:
-            raise PlanError(f"{path}: is or holds your working or home directory; not replaced")
-        if os.path.ismount(path) or (path / ".git").exists():
-            raise PlanError(f"{path}: is a file system or a repository of its own; not replaced")
+        check_directory(path)
         if not self.plan.directory:
             found = sorted(p.name for p in path.iterdir() if p.name.startswith("iter_"))
             if found:
@@ -401,81 +435,48 @@ class Target:
                 raise PlanError(f"{path}: cannot be created: {error.strerror}") from error
             self._created.append(path)
 
-    def _acquire(self, partial: Path) -> None:
-        while self._lock < 0:
-            try:
-                partial.mkdir(exist_ok=True)
-                lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            except FileNotFoundError:
-                continue  # the run that held it has just removed it
-            except OSError as error:
-                raise PlanError(f"{partial}: cannot be written: {error.strerror}") from error
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = os.pread(lock, 200, 0).decode(errors="replace").strip()
-                os.close(lock)
-                raise ConversionError(
-                    f"{self._path}: another conversion is writing it ({owner or 'just started'}); "
-                    "wait for it, or choose another target"
-                ) from None
-            except OSError as error:
-                os.close(lock)
-                raise PlanError(
-                    f"{partial}: its file system cannot lock files ({error.strerror}), so two runs "
-                    "could write one target; choose another target"
-                ) from error
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(lock), (partial / "lock").stat()):
-                    self._lock = lock
-                    break
-            os.close(lock)  # locked a file that its owner had removed: try again
-
-    def _sign(self) -> None:
-        """Say in the lock who holds it."""
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
     def _check_disk(self, occupied: int = 0) -> None:
         """Raise unless the plan fits; ``occupied`` bytes of it are there already."""
-        found = shortage(_existing(self._path.parent), self.plan, occupied)
+        found = shortage(atomic.existing_folder(self.path.parent), self.plan, occupied)
         if found:
-            raise ConversionError(f"{self._path}: {found}; free space or choose another target")
+            raise ConversionError(f"{self.path}: {found}; free space or choose another target")
 
     def _publish_file(self, staging: Path) -> None:
         name = self.plan.files[0].path
-        manifest = staging / manifest_path(self.plan)
         sync_directory(staging)
-        if manifest.exists():
-            manifest.replace(self._path.with_name(f"{self._path.name}.{MANIFEST}"))
         if self.overwrite:
-            (staging / name).replace(self._path)
+            (staging / name).replace(self.path)
         else:
-            rename_new(staging / name, self._path)
+            atomic.rename_new(staging / name, self.path)
+        self._publish_manifest()
+
+    def _publish_manifest(self) -> None:
+        """Put the manifest of a single file beside it, unless that was done."""
+        manifest = self._partial / "new" / manifest_path(self.plan)
+        if self.plan.single_file and manifest.exists():
+            manifest.replace(self.path.with_name(f"{self.path.name}.{MANIFEST}"))
 
     def _publish_directory(self, staging: Path) -> None:
         sync_directory(staging)
-        if self.overwrite and self._path.exists():
-            exchange(staging, self._path, staging.with_name("old"))
+        if self.overwrite and self.path.exists():
+            atomic.exchange(staging, self.path, staging.with_name("old"))
         else:
-            staging.rename(self._path)  # fails if a directory with anything in it is there now
+            staging.rename(self.path)  # fails if a directory with anything in it is there now
 
     def _replace_knowingly(self) -> None:
         """Look again at what is replaced, since much time may have passed; keep its permissions.
-
-        Before the manifest of a single file is moved: by that the old file is known.
 
         Raises:
             CutShortError: files of others have come.
         """
         try:
-            self.replaced = self._what_goes() if is_taken(self._path) else None
+            self.replaced = self._what_goes() if is_taken(self.path) else None
         except PlanError as error:
             raise CutShortError(str(error)) from error
-        keep_permissions(self._path, self._staged())
+        keep_permissions(self.path, self._staged())
 
     def _write_pointers(self) -> list[str]:
-        notes = [f"replaced {self._path}: {self.replaced}"] if self.replaced else []
+        notes = [f"replaced {self.path}: {self.replaced}"] if self.replaced else []
         for name, content in self.plan.pointers.items():
             pointer = self.save_dir / name
             if pointer.exists() and not self.overwrite:

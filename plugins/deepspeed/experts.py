@@ -21,7 +21,7 @@ from typing import Any
 
 from ckptx.errors import FormatError
 from ckptx.plugins.deepspeed.directory import Checkpoint, Saved
-from ckptx.plugins.deepspeed.weights import has_masters, together
+from ckptx.plugins.deepspeed.weights import together
 
 _NUMBER = re.compile(r"(?P<before>.*\.deepspeed_experts\.)(?P<number>\d+)(?P<after>\..*)")
 _BY_GROUP = ("single_partition_of_fp32_groups", "param_alignment_paddings")
@@ -31,11 +31,9 @@ def with_module(saved: Saved) -> Checkpoint:
     """Return the checkpoint with the experts among the module's weights."""
     (found,) = saved.ranks
     model = {**found.model, "module": {**found.module, **saved.experts}}
-    optimizers = [entry.get("optimizer") for entry in saved.expert_optimizers]
-    masters = [entry for entry in optimizers if has_masters(entry)]
-    if masters and len(masters) == len(optimizers):
-        # The optimizers of all ranks are one: by their values it is known whose masters they hold.
-        model["optimizer"] = together(masters)
+    # The optimizers of all ranks are one: by their values it is known whose masters they hold.
+    if one := together([entry.get("optimizer") for entry in saved.expert_optimizers]):
+        model["optimizer"] = one
     return replace(found, models=[model])
 
 
@@ -62,10 +60,8 @@ def shares(saved: Saved) -> Iterator[Checkpoint]:
             taken |= module
             model = {**whole.model, "param_shapes": [own], "module": module}
             model |= {"frozen_param_shapes": {}, "frozen_param_fragments": {}, "shared_params": {}}
-            label = f"group {g} of expert-parallel rank {rank}: "
-            found.append(
-                replace(whole, models=[model], optimizers=_cut(optimizers, [g]), label=label)
-            )
+            label, cut = f"group {g} of expert-parallel rank {rank}: ", _cut(optimizers, [g])
+            found.append(replace(whole, models=[model], optimizers=cut, label=label))
     frozen = whole.model.get("frozen_param_shapes") or {}
     model = {
         **whole.model,
@@ -98,29 +94,21 @@ def _ranks(
     for rank in range(parallel):
         own = {}
         for name, shape in shapes.items():
-            match = _number(name)
-            number = int(match["number"]) + rank * local.get(match["before"], 0)
-            own[f"{match['before']}{number}{match['after']}"] = shape
+            parts = _NUMBER.fullmatch(name)
+            assert parts is not None  # no other names are in a group of experts
+            number = int(parts["number"]) + rank * local.get(parts["before"], 0)
+            own[f"{parts['before']}{number}{parts['after']}"] = shape
         yield own, [states[dp] for dp in range(rank, len(states), parallel)]
-
-
-def _number(name: str) -> re.Match[str]:
-    match = _NUMBER.fullmatch(name)
-    assert match is not None  # no other names are in a group of experts
-    return match
 
 
 def _cut(optimizers: Sequence[Mapping[str, Any]], groups: Sequence[int]) -> list[Mapping[str, Any]]:
     """Return the optimizers of the ranks with some of their groups."""
-    return [
-        {**state, "optimizer_state_dict": _of_groups(state["optimizer_state_dict"], groups)}
-        for state in optimizers
-    ]
-
-
-def _of_groups(state: Mapping[str, Any], groups: Sequence[int]) -> dict[str, Any]:
-    def chosen(value: Any) -> Any:
-        kept = isinstance(value, list) and len(value) > max(groups, default=0)
-        return [value[g] for g in groups] if kept else value
-
-    return {key: chosen(value) if key in _BY_GROUP else value for key, value in state.items()}
+    cut: list[Mapping[str, Any]] = []
+    for state in optimizers:
+        own = dict(state["optimizer_state_dict"])
+        for key in _BY_GROUP:
+            value = own.get(key)
+            if isinstance(value, list) and len(value) > max(groups, default=0):
+                own[key] = [value[g] for g in groups]
+        cut.append({**state, "optimizer_state_dict": own})
+    return cut

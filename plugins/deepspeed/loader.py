@@ -29,26 +29,22 @@ from ckptx.plugins.pytorch.module_names import (
     trained_messages,
 )
 from ckptx.protocol.context import UNTOLD, Context, Options
-from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Messages
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Messages
 from ckptx.storage.location import Location
 from ckptx.tensors.lazy import LazyTensor, Shape, Stored
 
-_CONSUMED = frozenset(
-    {
-        *("module", "buffer_names", "param_shapes", "frozen_param_shapes", "shared_params"),
-        *("frozen_param_fragments", "dp_world_size", "mp_world_size", "num_experts"),
-        *("checkpoint_parallel_dimensions", "ds_config", "ds_version", "ds_autoep_layers"),
-        "universal_checkpoint_info",
-    }
-)
+_CONSUMED = {
+    *("module", "buffer_names", "param_shapes", "frozen_param_shapes", "shared_params"),
+    *("frozen_param_fragments", "dp_world_size", "mp_world_size", "num_experts"),
+    *("checkpoint_parallel_dimensions", "ds_config", "ds_version", "ds_autoep_layers"),
+    "universal_checkpoint_info",
+}
 """What the model states say about the weights; all else is the state of the training."""
-_PIECES = frozenset(
-    {
-        *("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups", "fp32_groups_flat"),
-        *("zero_stage", "partition_count", "group_paddings", "param_alignment_paddings"),
-        *("param_slice_mappings", "ds_version"),
-    }
-)
+_PIECES = {
+    *("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups", "fp32_groups_flat"),
+    *("zero_stage", "partition_count", "group_paddings", "param_alignment_paddings"),
+    *("param_slice_mappings", "ds_version"),
+}
 """What the optimizer states say about the weights."""
 
 
@@ -105,21 +101,21 @@ class DeepspeedLoader:
         if trained and found.frozen and not filled:
             small = {}  # a config would say that this is the whole model
             remarks = (*remarks, "only what was trained is here, so no config was written beside")
+        steps = saved.ranks[0].model.get("global_steps")
         begin = Begin(
             format=self.name,
             files=tuple(map(str, files)),
             sources=tuple(found.sources),
             root=str(saved.directory),
             sidecars=small,
-            training={
-                "iteration": "release",
-                "global_steps": saved.ranks[0].model.get("global_steps"),
-            },
+            training={"iteration": "release", "global_steps": steps},
             parallel=_parallel_sizes(saved),
         )
         notes = (*found.notes, *renamed, *remarks)
-        dropped = (*found.dropped, *left, *_beside_tag(saved.directory))
-        yield from trained_messages(begin, found.tensors, notes, dropped, options, context)
+        root = saved.directory.parent  # what a trainer has left beside, where the tag is its own
+        beside = training_state(root) if (root / "latest").is_file() else ()
+        end = End((*found.dropped, *left, *beside), notes)
+        yield from trained_messages(begin, found.tensors, end, options, context)
 
 
 def _shapes(
@@ -152,12 +148,6 @@ def _without(
     if len(found) < len(tensors):
         raise FormatError(f"{source}: --prefix {prefix!r}: two tensors would have one name")
     return found
-
-
-def _beside_tag(directory: Location) -> tuple[Dropped, ...]:
-    """Return what a trainer has left beside ``latest``, where the tag is one of its own."""
-    root = directory.parent
-    return training_state(root) if (root / "latest").is_file() else ()
 
 
 def _left(saved: directory.Saved) -> tuple[Dropped, ...]:

@@ -16,14 +16,14 @@ Source: deepspeedai/DeepSpeed deepspeed/runtime/pipe/module.py @ v0.19.8.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ckptx.errors import FormatError, listing
 from ckptx.plugins.deepspeed.directory import Checkpoint, Saved
-from ckptx.plugins.deepspeed.weights import has_masters, together
+from ckptx.plugins.deepspeed.weights import together
 from ckptx.storage.blocks import equal
 from ckptx.storage.location import Location
 from ckptx.storage.source_file import read_json
@@ -47,11 +47,13 @@ def stages(saved: Saved) -> Iterator[Checkpoint]:
         if not found.stage and found.optimizers:
             found.models = [{**found.model, "param_shapes": _mapped(found, tensors)}]
             found.stage = 2
-    models = [
-        {**found.model, "param_shapes": _named(saved, found, tensors)} for found in saved.ranks
-    ]
+    models = [{**found.model, "param_shapes": _named(saved, found)} for found in saved.ranks]
     if not saved.ranks[0].stage:
-        yield replace(saved.ranks[0], models=[_together(models, tensors)], label="")
+        # Masters without ZeRO have no names of their own: they are those of all stages.
+        model = {**models[0], "module": tensors, "param_shapes": None}
+        if one := together([model.get("optimizer") for model in models]):
+            model["optimizer"] = one
+        yield replace(saved.ranks[0], models=[model], label="")
         return
     trained = [{n for shapes in model["param_shapes"] for n in shapes} for model in models]
     for name in sorted(name for own in trained for name in own):
@@ -77,15 +79,6 @@ def numbered(saved: Saved) -> dict[str, Stored]:
     }
 
 
-def _together(models: Sequence[Mapping[str, Any]], tensors: Mapping[str, Stored]) -> dict[str, Any]:
-    """Return one model of the stages without ZeRO, whose masters have no names of their own."""
-    model = {**models[0], "module": tensors, "param_shapes": None}
-    masters = [entry for entry in (m.get("optimizer") for m in models) if has_masters(entry)]
-    if len(masters) == len(models):
-        model["optimizer"] = together(masters)
-    return model
-
-
 def _mapped(found: Checkpoint, tensors: Mapping[str, Stored]) -> list[dict[str, Shape]]:
     """Return the shapes of a stage whose optimizer has cut its masters, and ZeRO is off.
 
@@ -95,7 +88,8 @@ def _mapped(found: Checkpoint, tensors: Mapping[str, Stored]) -> list[dict[str, 
     groups: list[dict[str, Shape]] = []
     for state in found.optimizers:
         mappings = state["optimizer_state_dict"].get("param_slice_mappings")
-        if not (mappings and isinstance(mappings, list) and all(map(_is_mapping, mappings))):
+        sound = isinstance(mappings, list) and all(isinstance(one, Mapping) for one in mappings)
+        if not (mappings and sound):
             raise FormatError(
                 f"{found.directory}: no param_slice_mappings say whose the masters are; take the "
                 "module's weights with --weights module"
@@ -111,16 +105,9 @@ def _mapped(found: Checkpoint, tensors: Mapping[str, Stored]) -> list[dict[str, 
     return groups
 
 
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _named(
-    saved: Saved, found: Checkpoint, tensors: Mapping[str, Stored]
-) -> list[dict[str, Any]] | None:
+def _named(saved: Saved, found: Checkpoint) -> list[dict[str, Any]] | None:
     """Return the shapes of a stage with tied modules under the names of their first layer."""
-    groups = found.model.get("param_shapes")
-    if not groups:
+    if not (groups := found.model.get("param_shapes")):
         return None
     named = {n for rank in saved.ranks for own in rank.model["param_shapes"] or () for n in own}
     own = {layer for layer in saved.layers if not any(n.startswith(f"{layer}.") for n in named)}
@@ -138,14 +125,11 @@ def _named(
 
 def _layer_of(saved: Saved, key: str, shapes: Mapping[str, Shape], among: set[int]) -> int:
     """Return the first of the layers that a tied module may be; they must be equal."""
-    fitting = [
-        layer
-        for layer in sorted(among)
-        if all(
-            name in saved.layers[layer] and saved.layers[layer][name].shape == shape
-            for name, shape in shapes.items()
-        )
-    ]
+    fitting = []
+    for layer in sorted(among):
+        held = {name: tensor.shape for name, tensor in saved.layers[layer].items()}
+        if held.items() >= shapes.items():
+            fitting.append(layer)
     files = [str(path) for path in saved.files]
     same = fitting and all(
         equal(saved.layers[layer][name], saved.layers[fitting[0]][name], files)
@@ -171,8 +155,7 @@ def renamed(
         FormatError: the map is not sound or incomplete, or none was given and none can be made.
     """
     names = _from_file(Path(file), saved) if file else _automatic(saved, known)
-    left = [name for name in tensors if name not in names]
-    if left:
+    if left := [name for name in tensors if name not in names]:
         raise FormatError(f"{file or saved.directory}: no name for {listing(left)}; {_NEEDED}")
     found: dict[str, LazyTensor] = {}
     for own, tensor in tensors.items():
@@ -250,10 +233,8 @@ def _automatic(saved: Saved, known: Mapping[str, Shape]) -> dict[str, str]:
     every = [f"{layer}.{own}" for layer, own_names in saved.layers.items() for own in own_names]
     unnamed = [name for name in every if name not in names]
     if unnamed or count < len(layers) or not known:
-        reason = (
-            f"no name is known for {listing(unnamed, 3)}" if known else "the model is not known"
-        )
+        why = f"no name is known for {listing(unnamed, 3)}" if known else "the model is not known"
         raise FormatError(
-            f"{saved.directory}: the layers of a PipelineModule, and {reason}; {_NEEDED}"
+            f"{saved.directory}: the layers of a PipelineModule, and {why}; {_NEEDED}"
         )
     return names

@@ -97,11 +97,7 @@ def _accounts(parts: Sequence[Weights]) -> Weights:
         whole.sources += part.sources
         whole.frozen |= part.frozen
         whole.notes += [note for note in part.notes if note not in whole.notes]
-    whole.dropped = [_together(found) for found in dropped.values()]
+    for (name, reason), found in dropped.items():
+        tensors = tuple(dict.fromkeys(tensor for one in found for tensor in one.tensors))
+        whole.dropped.append(Dropped(name, reason, sum(t.nbytes for t in tensors), tensors))
     return whole
-
-
-def _together(dropped: Sequence[Dropped]) -> Dropped:
-    tensors = tuple(dict.fromkeys(tensor for one in dropped for tensor in one.tensors))
-    size = sum(tensor.nbytes for tensor in tensors)
-    return Dropped(dropped[0].name, dropped[0].reason, size, tensors)

@@ -262,13 +262,24 @@ def weight_files(tensors: Mapping[str, LazyTensor], options: Options) -> Iterato
     shards = list(_shards(tensors, _shard_size(options.get("max_shard_size") or "5GB")))
     as_bin = options.get("weight_files") == "bin"
     stem, suffix = ("pytorch_model", ".bin") if as_bin else ("model", ".safetensors")
-    paths = _shard_names(stem, suffix, len(shards))
+    count = len(shards)
+    paths = [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)]
+    if count == 1:
+        paths = [f"{stem}{suffix}"]
     for path, shard in zip(paths, shards, strict=True):
         if as_bin:
             yield torch_zip.plan_file(path, shard)
         else:
             yield safetensors.plan_file(path, in_library_order(shard))
-    yield from _index(f"{stem}{suffix}.index.json", paths, shards, tensors)
+    if count > 1:  # the index: where every tensor is, and the size of all
+        homes = {key: path for path, shard in zip(paths, shards, strict=True) for key in shard}
+        totals = {
+            "total_parameters": sum(tensor.numel for tensor in tensors.values()),
+            "total_size": sum(tensor.nbytes for tensor in tensors.values()),
+        }
+        index = {"metadata": totals, "weight_map": dict(sorted(homes.items()))}
+        content = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+        yield from literal_files({f"{stem}{suffix}.index.json": content})
 
 
 def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[dict[str, LazyTensor]]:
@@ -282,31 +293,6 @@ def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> Iterator[dict[str,
         shard[name] = tensor
         size += tensor.nbytes
     yield shard
-
-
-def _shard_names(stem: str, suffix: str, count: int) -> list[str]:
-    if count == 1:
-        return [f"{stem}{suffix}"]
-    return [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)]
-
-
-def _index(
-    name: str,
-    paths: list[str],
-    shards: list[dict[str, LazyTensor]],
-    tensors: Mapping[str, LazyTensor],
-) -> Iterator[FilePlan]:
-    """Yield the index of several shards: where every tensor is, and the size of all."""
-    if len(shards) == 1:
-        return
-    homes = {key: path for path, shard in zip(paths, shards, strict=True) for key in shard}
-    totals = {
-        "total_parameters": sum(tensor.numel for tensor in tensors.values()),
-        "total_size": sum(tensor.nbytes for tensor in tensors.values()),
-    }
-    index = {"metadata": totals, "weight_map": dict(sorted(homes.items()))}
-    content = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-    yield from literal_files({name: content})
 
 
 def in_library_order(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

@@ -50,7 +50,8 @@ _NAMES = {
 _SETTINGS = ("lora_alpha", "lora_rank", "use_rslora")
 """The args of ms-swift that say the scale."""
 _MARKS = (".adapter.", ".lora_", ".modules_to_save.")
-_WRAPPER = re.compile(r"\.(base_layer|to_wrap)(?=\.)")
+_WRAPPER = re.compile(r"^(module\.)+|\.(base_layer|to_wrap)(?=\.)")
+"""What NeMo 2 and data parallelism put before names, and adapters into them."""
 _LAYER = re.compile(r"layers\.(\d+|\{layer\})\.")
 _ROWS_KEPT = (IDENTITY, QKV, FUSED_QKV, GLU)
 """Transforms that move rows and nothing else, so that they do to B what they do to a weight."""
@@ -63,7 +64,7 @@ def lora_alpha_option() -> click.Option:
 
 
 def unwrapped(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a rank's tensors under the names that they have without the wrappers of adapters.
+    """Return a rank's tensors under the names that they have without wrappers.
 
     Examples:
         >>> list(unwrapped({"mlp.linear_fc1.base_layer.weight": 1, "mlp.linear_fc2.weight": 2}))
@@ -72,7 +73,9 @@ def unwrapped(named: Mapping[str, Any]) -> dict[str, Any]:
     found = {_WRAPPER.sub("", name): entry for name, entry in named.items()}
     if len(found) < len(named):
         twice = [name for name in named if _WRAPPER.sub("", name) != name]
-        raise SchemaError(f"{listing(twice)} are there twice, with and without the wrapper of LoRA")
+        raise SchemaError(
+            f"{listing(twice)} are there twice, with and without a wrapper (LoRA's, or module.)"
+        )
     return found
 
 

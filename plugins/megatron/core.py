@@ -24,11 +24,9 @@ from ckptx.plugins.megatron.options import (
     accept_config_key_option,
     heed_config,
     iteration_option,
-    parallel_options,
-    tokenizer_model_option,
+    target_options,
     transformer_impl_option,
     true_vocab_size,
-    vocabulary_multiple_option,
     vocabulary_options,
 )
 from ckptx.plugins.megatron.source import Source
@@ -148,8 +146,7 @@ class CoreLoader:
         parts: Parts = {"language": _spec(replace(checkpoint, args=heeded), said, options)}
         lora = adapters.adapters_of(checkpoint, options, context)
         _refuse_head(checkpoint)
-        seeing = is_llava(checkpoint.weights)
-        if seeing:
+        if seeing := is_llava(checkpoint.weights):
             known = said if said and "vision" in said else None
             if known is None:
                 files.pop(CONFIG, None)  # the language model's own says nothing of the whole
@@ -270,8 +267,7 @@ def _check_dummies(options: Options, dummies: int, checkpoint: Source) -> None:
 def _spec(checkpoint: Source, said: Parts | None, options: Options) -> ModelSpec:
     """Return the language model's dimensions: args say what was trained, a config the rest."""
     named = said["language"] if said else None
-    args = language_args(checkpoint.args)
-    if not args:
+    if not (args := language_args(checkpoint.args)):
         if named is None:
             raise SchemaError(
                 f"{checkpoint.place}: holds no args that describe the model; give --hf-base with a "
@@ -314,11 +310,7 @@ class CoreSaver:
         return [
             option("--ckpt-format", click.Choice(["torch_dist", "torch"]), form, "torch_dist"),
             table.target_writer_option(),
-            *parallel_options(),
-            *vocabulary_options(),
-            vocabulary_multiple_option(),
-            tokenizer_model_option(),
-            transformer_impl_option("saver"),
+            *target_options(),
             click.Option(
                 ["--moe-grouped-gemm/--no-moe-grouped-gemm"],
                 default=None,
@@ -363,7 +355,8 @@ class CoreSaver:
         args |= _grouping(spec, style, options)
         if seeing:
             args = llava.args_of_parts(model.parts, args, model.begin.training.get("args"))
-        target = torch_dist.Target(layout, layout.extra_states, stage, chunks, args, chosen.number)
+        states = tuple(writer.states(layout.extra_states))
+        target = torch_dist.Target(layout, states, stage, chunks, args, chosen.number)
         files = (
             torch_dist.plan(model, target)
             if ckpt_format == "torch_dist"
@@ -373,11 +366,7 @@ class CoreSaver:
         own = writer.files(args, family_named(model.family))
         pointers = {name: own[file] for name, file in writer.pointers.items()}
         return SavePlan(
-            [
-                *files,
-                *literal_files(own),
-                *literal_files(model.begin.sidecars, writer.sidecars),
-            ],
+            [*files, *literal_files(own), *literal_files(model.begin.sidecars, writer.sidecars)],
             directory=chosen.directory if rooted else "",
             pointers={**chosen.pointers, **pointers} if rooted else {},
             dropped=dropped,
@@ -427,8 +416,7 @@ def _style(model: Model, options: Options) -> Style:
     if (options.get("ckpt_format") or "torch_dist") == "torch_dist":
         return Style(local, distributed=True)
     args = model.begin.training.get("args") or {}
-    grouped = options.get("moe_grouped_gemm")
-    if grouped is None:
+    if (grouped := options.get("moe_grouped_gemm")) is None:
         grouped = bool(args.get("moe_grouped_gemm"))
     return Style(local, bool(grouped))
 

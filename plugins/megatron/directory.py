@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 from ckptx.errors import FormatError, PlanError
 from ckptx.plugins.megatron.writers.bridge import LATEST, step
+from ckptx.plugins.megatron.writers.nemo import weights_of
 from ckptx.plugins.run_directory import TRACKER, tracked
 from ckptx.storage.location import Location
 
@@ -66,7 +67,7 @@ def looks_like(source: Location) -> bool:
         return False
     if _tracker(source):
         return not any(source.glob("global_step_*"))  # verl's roots have such a tracker, too
-    return _format(source) not in (None, "fsdp_dtensor")
+    return _format(weights_of(source)) not in (None, "fsdp_dtensor")
 
 
 def _tracker(source: Location) -> Location | None:
@@ -80,7 +81,7 @@ def find(source: Location) -> IterationDirectory:
     Raises:
         FormatError: there is none, or it is incomplete.
     """
-    directory = source
+    directory = weights_of(source)
     if tracker := _tracker(source):
         try:
             bridges = tracker.name == LATEST
@@ -95,8 +96,7 @@ def find(source: Location) -> IterationDirectory:
             )
     else:
         iteration = _iteration_of(directory)
-    stored = _format(directory)
-    if stored is None:
+    if (stored := _format(directory)) is None:
         raise FormatError(
             f"{directory}: neither metadata.json nor mp_rank_* is there; not a Megatron "
             "checkpoint, or one whose saving was interrupted"

@@ -18,11 +18,7 @@ from ckptx.plugins.megatron.options import (
     accept_config_key_option,
     heed_config,
     iteration_option,
-    parallel_options,
-    tokenizer_model_option,
-    transformer_impl_option,
-    vocabulary_multiple_option,
-    vocabulary_options,
+    target_options,
 )
 from ckptx.plugins.megatron.source import Source
 from ckptx.plugins.megatron.target_parallelism import (
@@ -96,15 +92,7 @@ class LegacySaver:
 
     def options(self) -> list[click.Option]:
         """Return the options for parallel layout and vocabulary."""
-        return [
-            *parallel_options(),
-            *vocabulary_options(),
-            vocabulary_multiple_option(),
-            tokenizer_model_option(),
-            transformer_impl_option("saver", "local"),
-            iteration_option(),
-            accept_config_key_option(),
-        ]
+        return [*target_options("local"), iteration_option(), accept_config_key_option()]
 
     def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
         """Return the plan of one iteration directory below the target root.

@@ -42,8 +42,7 @@ def true_vocab_size(options: Options, known: int | None) -> int | None:
 
 def _given(options: Options) -> int | None:
     given: int | None = options.get("true_vocab_size")
-    path = options.get("vocab_file")
-    if path is None:
+    if (path := options.get("vocab_file")) is None:
         return given
     try:
         length = len(json.loads(Path(path).read_bytes()))
@@ -122,6 +121,17 @@ def vocabulary_multiple_option() -> click.Option:
     """Return ``--make-vocab-size-divisible-by``; loader and saver declare it alike."""
     about = "Pad the vocabulary to a multiple of this times TP.  [default: the source's, else 128]"
     return option("--make-vocab-size-divisible-by", click.IntRange(1), about)
+
+
+def target_options(implementation: str = "transformer_engine") -> list[click.Option]:
+    """Return what every saver asks: parallel layout, vocabulary, tokenizer, spelling of names."""
+    return [
+        *parallel_options(),
+        *vocabulary_options(),
+        vocabulary_multiple_option(),
+        tokenizer_model_option(),
+        transformer_impl_option("saver", implementation),
+    ]
 
 
 def parallel_options() -> list[click.Option]:

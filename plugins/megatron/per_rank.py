@@ -10,6 +10,7 @@ Source: NVIDIA/Megatron-LM megatron/training/checkpointing.py @ core_v0.16.1.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,25 +22,10 @@ from ckptx.model.layout import Layout, Parts, rule
 from ckptx.model.pipeline_parallel import Chunk, Pipeline
 from ckptx.model.sharding import Gatherer, Rank, Shards, shard_tensors
 from ckptx.model.spec import ModelSpec
+from ckptx.plugins.megatron import rank_checks, rank_names
 from ckptx.plugins.megatron.directory import RANK_FILES, IterationDirectory
 from ckptx.plugins.megatron.forms import CORE, Generation, form_of
-from ckptx.plugins.megatron.rank_checks import (
-    RankFile,
-    check_copies,
-    check_directories,
-    check_order,
-    check_same_run,
-)
-from ckptx.plugins.megatron.rank_names import (
-    MEGATRON_FILES,
-    Files,
-    directory_name,
-    models_in,
-    parallel_sizes,
-    rank_directories,
-    rank_file,
-    stored_ranks,
-)
+from ckptx.plugins.megatron.rank_checks import RankFile
 from ckptx.plugins.megatron.source import (
     BUFFERS,
     ENGINE_STATE,
@@ -72,17 +58,19 @@ def form_in(checkpoint: IterationDirectory) -> Generation:
     Raises:
         FormatError: the file is damaged or holds no model.
     """
-    path = rank_file(rank_directories(checkpoint.path)[0], MEGATRON_FILES)
+    path = rank_names.rank_file(
+        rank_names.rank_directories(checkpoint.path)[0], rank_names.MEGATRON_FILES
+    )
     state = _state_of(path, 0)
     args_of(state, path)
-    return form_of(next(models_in(state, path))[1])
+    return form_of(next(rank_names.models_in(state, path))[1])
 
 
 def read(
     checkpoint: IterationDirectory,
     form: Generation = CORE,
     completed: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
-    kind: Files = MEGATRON_FILES,
+    kind: rank_names.Files = rank_names.MEGATRON_FILES,
     apart: Excluded = exclude_nothing,
 ) -> Source:
     """Read the pickles of every rank; ``completed`` returns their args as they are to be taken.
@@ -91,23 +79,25 @@ def read(
         FormatError: a rank is missing, superfluous, damaged or of another run.
     """
     directory = checkpoint.path
-    found = rank_directories(directory)
-    first = _read_rank(rank_file(found[0], kind), 0, form, kind)
+    found = rank_names.rank_directories(directory)
+    first = _read_rank(rank_names.rank_file(found[0], kind), 0, form, kind)
     args = dict(completed(first.args))
-    tp, pp, ep, etp = parallel_sizes(args, found, kind)
-    ranks = stored_ranks(tp, ep, etp)
-    names = [directory_name(rank, pp_rank, pp) for pp_rank in range(pp) for rank in ranks]
-    check_directories(directory, names, [path.name for path in found])
-    paths = [rank_file(directory / name, kind) for name in names]
+    tp, pp, ep, etp = rank_names.parallel_sizes(args, found, kind)
+    ranks = rank_names.stored_ranks(tp, ep, etp)
+    names = [
+        rank_names.directory_name(rank, pp_rank, pp) for pp_rank in range(pp) for rank in ranks
+    ]
+    rank_checks.check_directories(directory, names, [path.name for path in found])
+    paths = [rank_names.rank_file(directory / name, kind) for name in names]
     grid = [
         _read_rank(path, number, form, kind) if number or path != first.path else first
         for number, path in enumerate(paths)
     ]
     for rank in grid:
-        check_same_run(first, rank)
+        rank_checks.check_same_run(first, rank)
     args |= _placement(args, grid, len(ranks))
-    notes = check_copies(grid, ranks)
-    check_order(grid, ranks)
+    notes = rank_checks.check_copies(grid, ranks)
+    rank_checks.check_order(grid, ranks)
     weights = {
         f"{rank.path.parent.name}:{index}:{name}": tensor
         for rank in grid
@@ -168,8 +158,7 @@ def _states_of_ranks(
             for chunk, shared in zip(chunks, shares, strict=True):
                 key = f"model{chunk.vpp_rank}" if virtual else "model"
                 state[key] = form.stored(_state_dict(model, target, chunk, rank, form, shared))
-            path = f"{directory_name(rank, pp_rank, pp)}/{RANK_FILES[0]}"
-            yield path, state
+            yield f"{rank_names.directory_name(rank, pp_rank, pp)}/{RANK_FILES[0]}", state
 
 
 def _state_dict(
@@ -284,19 +273,18 @@ def _join_tied(
     held = any(name in shard for copies in shards.dense for shard in copies)
     if "word embeddings" not in embeddings or not held:
         return
-    copy = taker.take([rule("weight", name, tp=0)], shards, None, "tied copy: ")
-    if copy:
+    if copy := taker.take([rule("weight", name, tp=0)], shards, None, "tied copy: "):
         pair = [embeddings["word embeddings"], copy["weight"]]
         embeddings["word embeddings"] = replicated(pair)
 
 
-def _read_rank(path: Location, number: int, form: Generation, kind: Files) -> RankFile:
+def _read_rank(path: Location, number: int, form: Generation, kind: rank_names.Files) -> RankFile:
     state = kind.state(_state_of(path, number), path)
     args = args_of(state, path)
     models: list[dict[str, LazyTensor]] = []
     states = 0
     rest: dict[str, int] = {}
-    held = dict(models_in(state, path))
+    held = dict(rank_names.models_in(state, path))
     for key, entries in held.items():
         other = form_of(entries)
         if other is not form:
@@ -404,15 +392,13 @@ def _laid_out(counts: list[int], further: int) -> str:
 
 
 def _dropped(grid: list[RankFile]) -> Iterator[Dropped]:
-    states = sum(rank.states for rank in grid)
-    if states:
+    if states := sum(rank.states for rank in grid):
         yield Dropped("_extra_state tensors", ENGINE_STATE, states)
-    totals: dict[str, int] = {}
+    totals: Counter[str] = Counter()
     for rank in grid:
-        for key, size in rank.other.items():
-            totals[key] = totals.get(key, 0) + size
+        totals.update(rank.other)
         for file in rank.path.parent.iterdir():
             if file != rank.path and file.is_file():
-                totals[file.name] = totals.get(file.name, 0) + file.stat().st_size
+                totals[file.name] += file.stat().st_size
     for key, size in totals.items():
         yield Dropped(key, MADE_ANEW if key.endswith(BUFFERS) else TRAINING_STATE, size)

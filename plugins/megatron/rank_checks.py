@@ -15,13 +15,8 @@ from ckptx.storage.location import Location
 from ckptx.tensors.lazy import LazyTensor
 
 _SAME = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "num_layers",
-    "hidden_size",
-    "num_experts",
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"),
+    *("expert_tensor_parallel_size", "num_layers", "hidden_size", "num_experts"),
 )
 
 _COLUMN_PARALLEL = re.compile(
@@ -73,18 +68,16 @@ def check_directories(directory: Location, expected: list[str], found: list[str]
 
 def check_same_run(first: RankFile, rank: RankFile) -> None:
     """Raise a FormatError unless a file is of the first one's run."""
-    for name in _SAME:
-        here, there = first.args.get(name), rank.args.get(name)
-        if here != there:
+    here, there = (
+        {**{name: file.args.get(name) for name in _SAME}, "checkpoint_version": file.version}
+        for file in (first, rank)
+    )
+    for name, value in there.items():
+        if value != here[name]:
             raise FormatError(
-                f"{rank.path}: {name} is {there}, in {first.path.parent.name} it is {here}; the "
-                "rank files are of different runs"
+                f"{rank.path}: {name} is {value}, in {first.path.parent.name} it is {here[name]}; "
+                "the rank files are of different runs"
             )
-    if first.version != rank.version:
-        raise FormatError(
-            f"{rank.path}: checkpoint_version is {rank.version}, in {first.path.parent.name} it is "
-            f"{first.version}; the rank files are of different runs"
-        )
     if first.iteration != rank.iteration:
         raise FormatError(
             f"{rank.path}: is of iteration {rank.iteration}, {first.path.parent.name} of "
@@ -185,12 +178,8 @@ def _routed_apart(
     for model in file.models:
         for name, router in model.items():
             if name.endswith("router.weight") and router.shape[0] % ep == 0:
-                share = router.shape[0] // ep
-                one, other = (
-                    read(router.narrow(0, rank * share, (rank + 1) * share), files).tobytes()
-                    for rank in ep_ranks
-                )
-                if one != other:
+                one, other = (router.chunk(0, ep, rank) for rank in ep_ranks)
+                if read(one, files).tobytes() != read(other, files).tobytes():
                     return True
     return False
 

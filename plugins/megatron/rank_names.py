@@ -81,7 +81,8 @@ def parallel_sizes(
         FormatError: args or names contradict themselves.
     """
     if args:
-        tp = args.get("tensor_model_parallel_size") or _numbers(found, 2)
+        tp = args.get("tensor_model_parallel_size")
+        tp = tp or len({tuple(path.name.split("_")[2:3]) for path in found})
         return tp, args.get("pipeline_model_parallel_size") or 1, *expert_sizes(args, tp)
     tp, pp, ep = _sizes_by_name(found, kind)
     return tp, pp, ep, tp
@@ -93,8 +94,7 @@ def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
     Raises:
         FormatError: the experts do not divide by them.
     """
-    experts = args.get("num_experts")
-    if not experts:
+    if not (experts := args.get("num_experts")):
         return 1, tp
     ep = args.get("expert_model_parallel_size") or 1
     if experts % ep:
@@ -107,7 +107,7 @@ def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
 
 def models_in(state: Mapping[str, Any], path: Location) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the entries of a file that hold its virtual stages, in order."""
-    keys = [key for key in state if key == "model" or _is_virtual(key)]
+    keys = [key for key in state if isinstance(key, str) and re.fullmatch(r"model\d*", key)]
     if not keys:
         raise FormatError(f"{path}: holds no model ({listing(map(str, state))})")
     for key in sorted(keys, key=lambda key: int(key.removeprefix("model") or 0)):
@@ -115,10 +115,6 @@ def models_in(state: Mapping[str, Any], path: Location) -> Iterator[tuple[str, M
         if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
             raise FormatError(f"{path}: {key!r} is no dictionary of tensors")
         yield key, state[key]
-
-
-def _is_virtual(key: object) -> bool:
-    return isinstance(key, str) and key.startswith("model") and key[5:].isdigit()
 
 
 def rank_file(directory: Location, kind: Files) -> Location:
@@ -136,11 +132,6 @@ def rank_file(directory: Location, kind: Files) -> Location:
 def rank_directories(directory: Location) -> list[Location]:
     """Return the directories of all ranks by name."""
     return sorted(path for path in directory.glob("mp_rank_*") if path.is_dir())
-
-
-def _numbers(found: list[Location], part: int) -> int:
-    """Return how many numbers a part of the ranks' names has; 1 where names have no such part."""
-    return len({tuple(path.name.split("_")[part : part + 1]) for path in found})
 
 
 def _sizes_by_name(found: list[Location], kind: Files) -> tuple[int, int, int]:

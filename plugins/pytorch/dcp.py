@@ -14,6 +14,7 @@ rlinf/hybrid_engines/fsdp/ @ main write them.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,18 +29,12 @@ from ckptx.errors import FormatError, listing
 from ckptx.hf_models import float8
 from ckptx.hf_models.directory import base_sidecars, tie_by_names
 from ckptx.hf_models.lora.extract import adapter_options
-from ckptx.plugins.pytorch.module_names import (
-    file_names,
-    nearest_config,
-    size_of,
-    strip_option,
-    trained_messages,
-)
+from ckptx.plugins.pytorch import module_names
 from ckptx.plugins.run_directory import step_of
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype, named_messages, tied_names
-from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Messages
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Messages
 from ckptx.protocol.model import Model, collect, named_tensors
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry.families import (
@@ -82,7 +77,7 @@ class DcpLoader:
             "Path of the model in the saved dictionary, as 'app.model'.  "
             "[default: the one that holds weights]"
         )
-        return [option("--container", str, about), strip_option(), *adapter_options()]
+        return [option("--container", str, about), module_names.strip_option(), *adapter_options()]
 
     def detect(self, source: Location) -> bool:
         """Return whether there is metadata, not Megatron's, or was about to be, or shards."""
@@ -109,18 +104,18 @@ class DcpLoader:
         files: list[str] = []
         stored = dcp.tensors(metadata, files, names, context.spool)
         named = {names[key]: tensor for key, tensor in stored.items()}
-        weights, remarks = file_names(named, options, source)
+        weights, remarks = module_names.file_names(named, options, source)
         begin = Begin(
             format=self.name,
             files=tuple(files),
             sources=inventory(stored),
             root=str(source),
-            sidecars={**nearest_config(source), **base_sidecars(context)},
+            sidecars={**module_names.nearest_config(source), **base_sidecars(context)},
             training={"iteration": "release", "container": container},
         )
-        dropped = (*_left(metadata, names), *_around(source, given))
         notes = (f"the weights are those of {container!r}",) if container else ()
-        yield from _messages(begin, weights, (*notes, *remarks), options, context, dropped)
+        end = End((*_left(metadata, names), *_around(source, given)), (*notes, *remarks))
+        yield from _messages(begin, weights, end, options, context)
 
 
 def _of_safetensors(
@@ -133,32 +128,22 @@ def _of_safetensors(
         files=tuple(str(path.absolute()) for path in paths),
         sources=inventory(stored),
         root=str(source),
-        sidecars={**nearest_config(source), **base_sidecars(context)},
+        sidecars={**module_names.nearest_config(source), **base_sidecars(context)},
     )
-    weights, remarks = file_names(tensors, options, source)
+    weights, remarks = module_names.file_names(tensors, options, source)
     found = f"{len(paths)} shards were found; nothing in them says how many there are"
-    yield from _messages(begin, weights, (found, *remarks), options, context)
+    yield from _messages(begin, weights, End(notes=(found, *remarks)), options, context)
 
 
 def _messages(
-    begin: Begin,
-    tensors: Mapping[str, LazyTensor],
-    notes: tuple[str, ...],
-    options: Options,
-    context: Context,
-    dropped: tuple[Dropped, ...] = (),
+    begin: Begin, tensors: Mapping[str, LazyTensor], end: End, options: Options, context: Context
 ) -> Messages:
     if torchtitan.EMBEDDING in tensors:
-        return _torchtitan(begin, tensors, notes, dropped)
-    return trained_messages(begin, tensors, notes, dropped, options, context)
+        return _torchtitan(begin, tensors, end)
+    return module_names.trained_messages(begin, tensors, end, options, context)
 
 
-def _torchtitan(
-    begin: Begin,
-    tensors: Mapping[str, LazyTensor],
-    notes: tuple[str, ...],
-    dropped: tuple[Dropped, ...],
-) -> Messages:
+def _torchtitan(begin: Begin, tensors: Mapping[str, LazyTensor], end: End) -> Messages:
     """Yield the messages of a model that has torchtitan's names.
 
     Raises:
@@ -176,7 +161,7 @@ def _torchtitan(
     parts = parts_from_config(family, config)
     training = {**begin.training, "iteration": step_of(Path(begin.root), _STEP, 0)}
     begin = replace(begin, training=training)
-    yield from named_messages(begin, tensors, parts, layout, notes, dropped)
+    yield from named_messages(begin, tensors, parts, layout, end.notes, end.dropped)
 
 
 def _find(source: Location) -> Location:
@@ -191,7 +176,7 @@ def _around(directory: Location, given: Location) -> tuple[Dropped, ...]:
     if directory == given:
         return ()
     return tuple(
-        Dropped(path.name, TRAINING_STATE, size_of(path))
+        Dropped(path.name, TRAINING_STATE, module_names.size_of(path))
         for path in sorted(directory.parent.iterdir())
         if path != directory and path.suffix not in (".json", ".txt", ".model", ".jinja")
     )
@@ -257,11 +242,10 @@ def _guessed(key: str) -> tuple[str, ...]:
 
 def _left(metadata: DcpMetadata, taken: Mapping[str, str]) -> tuple[Dropped, ...]:
     """Return what stays behind, by the first word of its key, with its bytes."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for (key, _), location in metadata.items.items():
         if key not in taken:
-            group = key.partition(".")[0]
-            sizes[group] = sizes.get(group, 0) + location.length
+            sizes[key.partition(".")[0]] += location.length
     return tuple(Dropped(group, TRAINING_STATE, size) for group, size in sizes.items())
 
 
@@ -296,8 +280,7 @@ class DcpSaver:
         if convention == "hf":
             tensors, dropped = hf_tensors(model)
         else:
-            layout = family_named(model.family).layout(convention)
-            tensors, dropped = named_tensors(model, layout)
+            tensors, dropped = named_tensors(model, family_named(model.family).layout(convention))
         if model.passthrough is None and model.spec.tied:
             # The state dict of a tied model has both names.
             embedding, output = tied_names(family_named(model.family).layout(convention), tensors)

@@ -18,7 +18,7 @@ from ckptx.hf_models.directory import hf_messages, sidecars
 from ckptx.model.canonical_names import dimensions, keys_of
 from ckptx.model.sharding import shard_tensors
 from ckptx.protocol.context import Context, Options
-from ckptx.protocol.messages import Begin, Dropped, Messages
+from ckptx.protocol.messages import Begin, Dropped, End, Messages
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry.families import family_of, parts_from_config
 from ckptx.schemas.conventions import transformers_memory
@@ -50,19 +50,15 @@ def strip_wrappers(tensors: Mapping[str, T], source: Location) -> dict[str, T]:
 
 
 def trained_messages(
-    begin: Begin,
-    tensors: Mapping[str, LazyTensor],
-    notes: tuple[str, ...],
-    dropped: tuple[Dropped, ...],
-    options: Options,
-    context: Context,
+    begin: Begin, tensors: Mapping[str, LazyTensor], end: End, options: Options, context: Context
 ) -> Messages:
-    """Yield the messages of a model whose tensors have the names of memory, as `hf_messages`."""
+    """Yield the messages of a model whose tensors have the names of memory, as `hf_messages`.
+
+    ``end`` is what stays behind, and remarks.
+    """
     tensors, remarks = named_as_in_files(tensors, begin.sidecars, begin.root)
-    notes = (*notes, *remarks)
-    yield from hf_messages(
-        *(begin, tensors, notes, dropped, options, context), transformers_memory.renamer
-    )
+    notes, renamer = (*end.notes, *remarks), transformers_memory.renamer
+    yield from hf_messages(begin, tensors, notes, end.dropped, options, context, renamer)
 
 
 def named_as_in_files(
@@ -75,8 +71,7 @@ def named_as_in_files(
     Raises:
         SchemaError: two tensors have one name then.
     """
-    config = read_config(files, place)
-    if config is None:
+    if (config := read_config(files, place)) is None:
         return tensors, ()
     found = transformers_memory.in_files(tensors, config)
     return found, transformers_memory.remarks(
@@ -106,8 +101,7 @@ def file_names(
     notes: list[str] = []
     named = dict(tensors)
     for prefix in options.get("strip_prefix") or ():
-        count = sum(name.startswith(prefix) for name in named)
-        if not count:
+        if not (count := sum(name.startswith(prefix) for name in named)):
             raise FormatError(
                 f"{source}: no name starts with --strip-prefix {prefix!r}; names are as "
                 f"{listing(named, 2)}"
@@ -163,6 +157,12 @@ def shapes_of_config(files: Mapping[str, bytes], place: object) -> dict[str, Sha
         given = shard_tensors(held.rules, message, held.spec, held.layer)
         shapes |= {name: tensor.shape for name, tensor in given.items()}
     return shapes
+
+
+def others_of_step(folder: Location) -> tuple[Dropped, ...]:
+    """Return what lies beside the folder of a step that is converted."""
+    others = [path for path in sorted(folder.parent.iterdir()) if path != folder]
+    return tuple(Dropped(p.name, f"only {folder.name} is converted", size_of(p)) for p in others)
 
 
 def size_of(path: Location) -> int:

@@ -107,7 +107,8 @@ class PytorchLoader:
             raise FormatError(f"{source}: --strip-prefix is for Hugging Face's names")
         weights = Weights([source], tensors, dict.fromkeys(tensors, source.name))
         filled = fill_from_base(weights, context)
-        files = {**_beside(source), **base_sidecars(context)}
+        of_model = (source.parent / "config.json").is_file()  # not just any directory
+        files = {**(sidecars(source.parent) if of_model else {}), **base_sidecars(context)}
         begin = Begin(
             format="pytorch",
             layout=layout_option_value(options) or layout_of(tensors),
@@ -119,12 +120,8 @@ class PytorchLoader:
         )
         version = value.get("checkpoint_version", 0)
         args = args_of(value, source)
-        for message in _messages(
-            begin, dict(weights.tensors), args, version, others, options, context
-        ):
-            if isinstance(message, End):
-                message = replace(message, notes=(*remarks, *filled, *message.notes))
-            yield message
+        end = End(others, (*remarks, *filled))
+        yield from _messages(begin, dict(weights.tensors), args, version, end, options, context)
 
 
 def state_dict(
@@ -147,8 +144,7 @@ def state_dict(
     if "language_model" in inner:
         inner = legacy.flattened(inner)
     tensors = {str(name): entry for name, entry in inner.items() if isinstance(entry, Stored)}
-    shares = [name for name, entry in inner.items() if is_sharded(entry)]
-    if shares:
+    if shares := [name for name, entry in inner.items() if is_sharded(entry)]:
         raise FormatError(
             f"{source}: {shares[0]!r} is what one rank holds of a tensor; give the directory with "
             "the files of all ranks to --loader verl"
@@ -188,13 +184,13 @@ def _messages(
     tensors: dict[str, LazyTensor],
     args: Mapping[str, Any],
     version: Any,
-    others: tuple[Dropped, ...],
+    end: End,
     options: Options,
     context: Context,
 ) -> Messages:
     convention = _CONVENTIONS[begin.layout]
     if convention == "hf":
-        yield from trained_messages(begin, tensors, (), others, options, context)
+        yield from trained_messages(begin, tensors, end, options, context)
         return
     config = read_config(begin.sidecars, begin.root)
     family = family_of(config) if config else None
@@ -209,7 +205,7 @@ def _messages(
         yield begin
         yield passthrough(tensors)
         note = "no config or args name the model: tensors pass through by name"
-        yield End(others, (note,))
+        yield replace(end, notes=(*end.notes, note))
         return
     composed = family.name if family is not None and "vision" in parts else ""
     layout = family_named(composed or parts["language"].family).layout(convention)
@@ -217,17 +213,12 @@ def _messages(
         layout = legacy.ordered(layout, version, parts["language"])
     training = {**begin.training, "args": args or None}
     begin = replace(begin, training=training, family=composed)
-    yield from named_messages(begin, tensors, parts, layout, dropped=others)
+    yield from named_messages(begin, tensors, parts, layout, end.notes, end.dropped)
 
 
 def _file_of(source: Location) -> Location:
     """Return the file that is meant: a directory is one that the saver has written."""
     return source / DIRECTORY_FILE if source.is_dir() else source
-
-
-def _beside(source: Location) -> dict[str, bytes]:
-    """Return the sidecars of the directory, if it is a model's and not just any."""
-    return sidecars(source.parent) if (source.parent / "config.json").is_file() else {}
 
 
 class PytorchSaver:
@@ -252,12 +243,10 @@ class PytorchSaver:
         name = target.name if single and target is not None else DIRECTORY_FILE
         files = [torch_zip.plan_file(name, value)]
         notes: tuple[str, ...] = ()
-        if single:
-            left = sorted(model.begin.sidecars)
-            if left:
-                notes = (f"one file cannot hold {', '.join(left)}; name a directory to keep them",)
-        else:
+        if not single:
             files += literal_files(model.begin.sidecars)
+        elif left := sorted(model.begin.sidecars):
+            notes = (f"one file cannot hold {', '.join(left)}; name a directory to keep them",)
         place = "{target}" if single else f"{{target}}/{DIRECTORY_FILE}"
         return SavePlan(
             files,

@@ -29,6 +29,7 @@ from ckptx.plugins.pytorch.module_names import (
     file_names,
     named_as_in_files,
     nearest_config,
+    others_of_step,
     shapes_of_config,
     size_of,
     strip_option,
@@ -135,17 +136,14 @@ def _from_shards(
     )
     confirmed = config is not None and family_of(config) is not None
     sure = "the config of the model confirms their sizes"
-    unsure = "nothing says whether there were more"
-    notes = (
-        f"{len(files)} local shards were joined as RLinf's FSDP cuts them; "
-        f"{sure if confirmed else unsure}",
-        *remarks,
-    )
-    left = (*dropped, *_left(directory, source))
+    sizes = sure if confirmed else "nothing says whether there were more"
+    joined = f"{len(files)} local shards were joined as RLinf's FSDP cuts them; {sizes}"
+    notes = (joined, *remarks)
+    end = End((*dropped, *_left(directory, source)), notes)
     try:
         if confirmed:
             _check_sizes(tensors, sidecars, directory)
-        yield from trained_messages(begin, tensors, notes, left, options, context)
+        yield from trained_messages(begin, tensors, end, options, context)
     except SchemaError as error:
         raise SchemaError(
             f"{directory}: the shares of {len(files)} ranks do not make the config's model: a rank "
@@ -183,6 +181,4 @@ def _left(place: Location, source: Location) -> Iterator[Dropped]:
         if name != own.name and (folder / name).is_dir():
             yield Dropped(name, f"the weights of {own.name} are converted", size_of(folder / name))
     if folder.parent == source:
-        for path in sorted(source.iterdir()):
-            if path != folder:
-                yield Dropped(path.name, f"only {folder.name} is converted", size_of(path))
+        yield from others_of_step(folder)

@@ -46,7 +46,9 @@ def read(
     Raises:
         FormatError: ranks are missing, damaged, or do not hold shares of the same tensors.
     """
-    files = _files(directory)
+    ranks = {int(m[1]): directory / m[0] for m in map(_FILE.fullmatch, names_in(directory)) if m}
+    named = "checkpoint_rank_{}.pt"
+    files = all_ranks(directory, ranks, max(ranks) + 1, named, "at least ")
     held: dict[str, list[Stored]] = {}
     sources: list[SourceTensor] = []
     kinds: dict[str, Location] = {}
@@ -74,11 +76,6 @@ def read(
     tensors = {name: join(parts, f"{directory}: {name!r}") for name, parts in held.items()}
     dropped = tuple(Dropped(key, TRAINING_STATE) for key in left)
     return tensors, tuple(sources), tuple(str(file.absolute()) for file in files), dropped
-
-
-def _files(directory: Location) -> list[Location]:
-    ranks = {int(m[1]): directory / m[0] for m in map(_FILE.fullmatch, names_in(directory)) if m}
-    return all_ranks(directory, ranks, max(ranks) + 1, "checkpoint_rank_{}.pt", "at least ")
 
 
 def _state(value: Any, file: Location) -> Mapping[Any, Any]:

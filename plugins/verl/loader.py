@@ -17,8 +17,9 @@ Source: volcengine/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ 01ee5
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -31,27 +32,11 @@ from ckptx.errors import FormatError, listing
 from ckptx.hf_models.directory import base_sidecars
 from ckptx.hf_models.lora.config import TRAINED_LORA
 from ckptx.hf_models.lora.extract import adapter_options
-from ckptx.plugins.pytorch.module_names import (
-    file_names,
-    nearest_config,
-    size_of,
-    strip_option,
-    trained_messages,
-)
-from ckptx.plugins.run_directory import (
-    ACTOR,
-    GLOBAL_STEP,
-    TRACKER,
-    actor_option,
-    all_ranks,
-    check_same_tensors,
-    names_in,
-    step_of,
-    tracked,
-)
+from ckptx.plugins import run_directory
+from ckptx.plugins.pytorch import module_names
 from ckptx.plugins.verl import extra_state, megatron
 from ckptx.protocol.context import UNTOLD, Context, Options
-from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, Messages, SourceTensor
+from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Messages, SourceTensor
 from ckptx.storage.location import Location
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import LazyTensor
@@ -77,9 +62,9 @@ class VerlLoader:
         value = "Of Megatron workers: insist on a head with one output, which is seen anyway."
         tied = "Of Megatron workers: leave the output layer out; the model is tied."
         return [
-            actor_option(),
+            run_directory.actor_option(),
             *adapter_options(),
-            strip_option(),
+            module_names.strip_option(),
             switch("--extra-state", states),
             switch("--is-value-model", value),
             switch("--tie-word-embedding", tied),
@@ -88,24 +73,22 @@ class VerlLoader:
     def detect(self, source: Location) -> bool:
         """Return whether there are rank files: here, or in the actor of a step."""
         try:
-            directory, _ = _find(source, ACTOR)
+            directory, _ = _find(source, run_directory.ACTOR)
         except FormatError:
             # A run whose tracker points nowhere, which `load` will say.
-            return (source / TRACKER).is_file() and any(source.glob("global_step_*"))
+            return (source / run_directory.TRACKER).is_file() and any(source.glob("global_step_*"))
         return _holds_model(directory)
 
     def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
-        directory, notes = _find(source, options.get("actor_dir") or ACTOR)
-        small = {name: data for name, data in nearest_config(directory).items() if name not in _OWN}
+        directory, notes = _find(source, options.get("actor_dir") or run_directory.ACTOR)
+        beside = module_names.nearest_config(directory)
+        small = {name: data for name, data in beside.items() if name not in _OWN}
         begin = Begin(
             format=self.name,
             root=str(directory),
             sidecars={**small, **base_sidecars(context)},
-            training={"iteration": step_of(directory, GLOBAL_STEP, 1)},
-        )
-        wishes = megatron.Wishes(
-            bool(options.get("is_value_model")), bool(options.get("tie_word_embedding"))
+            training={"iteration": run_directory.step_of(directory, run_directory.GLOBAL_STEP, 1)},
         )
         left = _left(directory, source, begin.sidecars, bool(options.get("extra_state")))
         if not _holds_ranks(directory):
@@ -114,16 +97,16 @@ class VerlLoader:
                     f"{directory}: was saved by Megatron workers; --extra-state is for those of "
                     "FSDP"
                 )
-            yield from megatron.messages(directory, begin, wishes, notes, left, options, context)
+            yield from megatron.messages(directory, begin, End(left, notes), options, context)
             return
-        if wishes != megatron.Wishes():
+        if options.get("is_value_model") or options.get("tie_word_embedding"):
             raise FormatError(
                 f"{directory}: was saved by FSDP workers; --is-value-model and "
                 "--tie-word-embedding are for those of Megatron"
             )
         files = _rank_files(directory)
         with collector_paused():
-            found = _read(files, directory)
+            tensors, sources, dropped = _read(files, directory)
         states: dict[str, bytes] = {}
         if options.get("extra_state"):
             states, remarks = extra_state.merged(directory, len(files))
@@ -131,22 +114,13 @@ class VerlLoader:
         begin = replace(
             begin,
             files=tuple(str(file.absolute()) for file in files),
-            sources=found.sources,
+            sources=sources,
             sidecars={**begin.sidecars, **states},
             parallel={"world_size": len(files)},
         )
-        dropped = (*found.dropped, *left)
-        tensors, remarks = file_names(found.tensors, options, directory)
-        yield from trained_messages(begin, tensors, (*notes, *remarks), dropped, options, context)
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """The tensors of all ranks together, each rank's own, and what is none."""
-
-    tensors: Mapping[str, LazyTensor]
-    sources: tuple[SourceTensor, ...]
-    dropped: tuple[Dropped, ...]
+        tensors, remarks = module_names.file_names(tensors, options, directory)
+        end = End((*dropped, *left), (*notes, *remarks))
+        yield from module_names.trained_messages(begin, tensors, end, options, context)
 
 
 def _find(source: Location, actor: str) -> tuple[Location, tuple[str, ...]]:
@@ -159,20 +133,19 @@ def _find(source: Location, actor: str) -> tuple[Location, tuple[str, ...]]:
         return source, ()
     step = source
     notes: tuple[str, ...] = ()
-    tracker = source / TRACKER
+    tracker = source / run_directory.TRACKER
     if tracker.is_file():
-        number = tracked(tracker)
+        number = run_directory.tracked(tracker)
         step = source / f"global_step_{number}"
         if not number.isdigit() or not step.is_dir():
             raise FormatError(
                 f"{tracker}: points to global_step_{number:.20}, which is not there; give the "
                 "directory of a step itself"
             )
-        notes = (f"{step.name} was converted, the latest by {TRACKER}",)
+        notes = (f"{step.name} was converted, the latest by {run_directory.TRACKER}",)
     directory = step / actor
     if not _holds_model(directory):
-        others = sorted(path.name for path in step.iterdir() if _holds_model(path))
-        if others:
+        if others := sorted(path.name for path in step.iterdir() if _holds_model(path)):
             raise FormatError(
                 f"{source}: {step.name} holds {listing(others)} and no {actor}; convert it with "
                 f"--actor-dir {others[0]}"
@@ -190,7 +163,7 @@ def _holds_model(directory: Location) -> bool:
 
 
 def _holds_ranks(directory: Location) -> bool:
-    return any(map(_MODEL_FILE.fullmatch, names_in(directory)))
+    return any(map(_MODEL_FILE.fullmatch, run_directory.names_in(directory)))
 
 
 def _rank_files(directory: Location) -> list[Location]:
@@ -200,7 +173,7 @@ def _rank_files(directory: Location) -> list[Location]:
         FormatError: ranks are missing or too many, or the number of ranks is contradicted.
     """
     worlds: dict[int, dict[int, Location]] = {}
-    for match in filter(None, map(_MODEL_FILE.fullmatch, names_in(directory))):
+    for match in filter(None, map(_MODEL_FILE.fullmatch, run_directory.names_in(directory))):
         world, rank = map(int, match.groups())
         worlds.setdefault(world, {})[rank] = directory / match[0]
     if len(worlds) > 1:
@@ -215,13 +188,14 @@ def _rank_files(directory: Location) -> list[Location]:
             f"{directory / _CONFIG}: says {said!r:.40} ranks, the names of the files {world}; they "
             "are of different runs"
         )
-    beyond = sorted(rank for rank in ranks if rank >= world)
-    if beyond:
+    if beyond := sorted(rank for rank in ranks if rank >= world):
         raise FormatError(
             f"{ranks[beyond[0]]}: expected ranks 0 to {world - 1}; move away the file, which is of "
             "another run"
         )
-    return all_ranks(directory, ranks, world, f"model_world_size_{world}_rank_{{}}.pt")
+    return run_directory.all_ranks(
+        directory, ranks, world, f"model_world_size_{world}_rank_{{}}.pt"
+    )
 
 
 def _said_world(config: Location) -> Any:
@@ -234,15 +208,17 @@ def _said_world(config: Location) -> Any:
     return said["world_size"]
 
 
-def _read(files: list[Location], directory: Location) -> _Found:
-    """Return the tensors of which the ranks hold shares.
+def _read(
+    files: list[Location], directory: Location
+) -> tuple[dict[str, LazyTensor], tuple[SourceTensor, ...], tuple[Dropped, ...]]:
+    """Return the tensors of which the ranks hold shares, those of all ranks, and what is none.
 
     Raises:
         FormatError: a file is damaged, or the ranks do not hold shares of the same tensors.
     """
     shares: dict[str, list[Share]] = {}
     sources: list[SourceTensor] = []
-    dropped: dict[str, int] = {}
+    dropped: Counter[str] = Counter()
     for number, file in enumerate(files):
         rank = Rank(str(file), number, len(files))
         value = torch_zip.read(file, number)
@@ -250,8 +226,7 @@ def _read(files: list[Location], directory: Location) -> _Found:
             raise FormatError(f"{file}: expected a state dict, found {type(value).__name__}")
         for name, entry in value.items():
             if entry is None or str(name).endswith("_extra_state"):
-                size = entry.nbytes if isinstance(entry, LazyTensor) else 0
-                dropped[str(name)] = dropped.get(str(name), 0) + size
+                dropped[str(name)] += entry.nbytes if isinstance(entry, LazyTensor) else 0
                 continue
             found = share(entry, rank, str(name))
             shares.setdefault(str(name), []).append(found)
@@ -259,12 +234,12 @@ def _read(files: list[Location], directory: Location) -> _Found:
                 SourceTensor(f"rank {number}: {name} at {list(offsets)}", local)
                 for offsets, local in found.boxes
             )
-        check_same_tensors(shares, number + 1, file)
+        run_directory.check_same_tensors(shares, number + 1, file)
     if not shares:
         raise FormatError(f"{directory}: the files of the {len(files)} ranks hold no weights")
     tensors = {name: whole(held, f"{directory}: {name!r}") for name, held in shares.items()}
     none = tuple(Dropped(name, TRAINING_STATE, size) for name, size in dropped.items())
-    return _Found(tensors, tuple(sources), none)
+    return tensors, tuple(sources), none
 
 
 def _left(
@@ -277,29 +252,17 @@ def _left(
     taken = {*_OWN, _HUGGINGFACE, *carried}
     if not _holds_ranks(directory):
         taken |= {next(name for name in _MODELS if (directory / name).is_dir())}
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for path in sorted(directory.iterdir()):
         if _MODEL_FILE.fullmatch(path.name) or path.name in taken:
             continue
         match = _STATE_FILE.fullmatch(path.name)
         if states and match and match[1].startswith("extra_state"):
             continue
-        name = f"{match[1]}*.pt" if match else path.name
-        sizes[name] = sizes.get(name, 0) + size_of(path)
+        sizes[f"{match[1]}*.pt" if match else path.name] += module_names.size_of(path)
     dropped = [Dropped(name, TRAINING_STATE, size) for name, size in sizes.items()]
-    if (directory / _HUGGINGFACE).is_dir():
-        dropped += (
-            Dropped(
-                f"{_HUGGINGFACE}/{path.name}",
-                "the weights of the ranks are converted",
-                size_of(path),
-            )
-            for path in sorted((directory / _HUGGINGFACE).iterdir())
-            if path.name.endswith(_WEIGHTS)
-        )
-    if source != directory:
-        others = (path for path in sorted(directory.parent.iterdir()) if path != directory)
-        dropped += (
-            Dropped(p.name, f"only {directory.name} is converted", size_of(p)) for p in others
-        )
-    return tuple(dropped)
+    beside, why = directory / _HUGGINGFACE, "the weights of the ranks are converted"
+    for path in sorted(beside.iterdir()) if beside.is_dir() else ():
+        if path.name.endswith(_WEIGHTS):
+            dropped.append(Dropped(f"{_HUGGINGFACE}/{path.name}", why, module_names.size_of(path)))
+    return (*dropped, *(module_names.others_of_step(directory) if source != directory else ()))

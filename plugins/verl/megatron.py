@@ -20,7 +20,7 @@ verl/models/llama/megatron/layers/parallel_linear.py @ c3b2057.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ckptx.errors import FormatError, SchemaError, listing
@@ -57,24 +57,12 @@ def holds_model(directory: Location) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """What the user says of the model beyond its config."""
-
-    value_model: bool = False
-    tied: bool = False
-
-
 def messages(
-    directory: Location,
-    begin: Begin,
-    wishes: Wishes,
-    notes: tuple[str, ...],
-    dropped: tuple[Dropped, ...],
-    options: Options,
-    context: Context,
+    directory: Location, begin: Begin, end: End, options: Options, context: Context
 ) -> Messages:
     """Yield the model; ``begin`` has its format, sidecars and iteration.
+
+    ``end`` is what else stays behind, and remarks.
 
     A value model has no Megatron layout of its own: its tensors travel under Hugging Face's names.
 
@@ -86,7 +74,10 @@ def messages(
     parts = parts_from_config(family, config)
     layout = family.layout("mcore")
     place = _place(directory, begin.training["iteration"])
-    source = _read(place, lambda name, tensor: _is_head(name, tensor) or _drops(name, wishes))
+    notes, dropped, no_output = end.notes, end.dropped, bool(options.get("tie_word_embedding"))
+    source = _read(
+        place, lambda name, tensor: _is_head(name, tensor) or (no_output and name == _HEAD)
+    )
     begin = replace(begin, files=source.files, sources=source.sources)
     spec = replace(parts["language"], dtype=source.dtype)
     if spec.tied and _HEAD in source.weights and place.format == "torch_dist":
@@ -94,17 +85,17 @@ def messages(
         tied, copies, remarks = resolve_tie(pair, *tied_names(layout, pair), begin.files)
         spec, dropped, notes = replace(spec, tied=tied), (*dropped, *copies), (*notes, *remarks)
         source = _read(place, lambda name, _: tied and name == _HEAD)
-    head = {} if wishes.tied else _head(source)
-    if wishes.value_model and not head:
+    head = {} if no_output else _head(source)
+    if options.get("is_value_model") and not head:
         raise SchemaError(
             f"{place.path}: --is-value-model was given, but there is no {_HEAD} with one row"
         )
-    if wishes.tied:
+    if no_output:
         dropped += tuple(
             Dropped(name, "left out: --tie-word-embedding", 0, tuple(tensors))
             for name, tensors in source.apart.items()
         )
-    if head or wishes.tied:
+    if head or no_output:
         spec = replace(spec, tied=True)  # to layouts: without an output layer of its own
     parts = {**parts, "language": spec}
     lora = adapters_of(source, options, context)
@@ -117,7 +108,8 @@ def messages(
         check_shapes(message.name, message.tensors, parts[message.part])
         found.append(message)
     if head:
-        yield from _value_model(begin, family, config, parts, found, head, notes, dropped)
+        end = End(dropped, notes)
+        yield from _value_model(begin, family, config, parts, found, head, end)
         return
     yield replace(begin, layout=layout.name, parts=parts)
     yield from found
@@ -159,10 +151,6 @@ def _is_head(name: str, tensor: LazyTensor) -> bool:
     return name == _HEAD_BIAS or (name == _HEAD and tensor.shape[:1] == (1,))
 
 
-def _drops(name: str, wishes: Wishes) -> bool:
-    return wishes.tied and name == _HEAD
-
-
 def _stages(value: Any, path: Location) -> Any:
     """Return the list of a rank's virtual stages as Megatron has it."""
     if isinstance(value, Mapping) and "model" not in value:
@@ -176,16 +164,14 @@ def _stages(value: Any, path: Location) -> Any:
 
 def _family(begin: Begin, directory: Location) -> tuple[Family, dict[str, Any]]:
     """Return the family, and the config as that of a causal model."""
-    config = read_config(begin.sidecars, directory)
-    if config is None:
+    if (config := read_config(begin.sidecars, directory)) is None:
         raise SchemaError(
             f"{directory}: holds no huggingface/{CONFIG}, and Megatron's workers save no args; "
             "give --hf-base with the config of this model"
         )
     names = config.get("architectures") or []
     causal = [_in_class(str(name), _CAUSAL) for name in names]
-    family = family_of({**config, "architectures": causal})
-    if family is None:
+    if (family := family_of({**config, "architectures": causal})) is None:
         raise SchemaError(
             f"{directory}: no schema knows {listing(map(str, names)) or 'a config without class'}, "
             "so Megatron's names cannot be told apart"
@@ -229,29 +215,24 @@ def _value_model(
     parts: Parts,
     found: list[Tensors],
     head: Mapping[str, LazyTensor],
-    notes: tuple[str, ...],
-    dropped: tuple[Dropped, ...],
+    end: End,
 ) -> Messages:
     """Yield a value model as transformers' class for values of tokens: a body and ``score``."""
     model = collect(iter([replace(begin, parts=parts), *found, End()]))
     named, padding = named_tensors(model, family.layout("hf"))
     known = [str(name) for name in config.get("architectures") or [f"X{_CAUSAL}"]]
-    score = dict(head)
+    score, notes = dict(head), end.notes
     of_sequences = known[0].endswith(_CLASSES[1]) and "score.bias" not in head
     if not of_sequences and "score.bias" not in score:
         score["score.bias"] = Filled(parts["language"].dtype, (1,))
         notes += ("score.bias: the head has none, filled with 0",)
     if not of_sequences:
         known = [_in_class(name, _VALUE) for name in known]
-    config = {
-        **config,
-        "architectures": known,
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
-    }
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    config = {**config, "architectures": known, **labels}
     note = f"a value model: its output layer became score, the architecture {known[0]}"
     yield replace(
         begin, layout="hf", parts={}, sidecars={**begin.sidecars, CONFIG: dump_config(config)}
     )
     yield passthrough({**named, **score})
-    yield End((*dropped, *padding), (*notes, note))
+    yield End((*end.dropped, *padding), (*notes, note))

@@ -16,12 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptx.errors import SchemaError
-from ckptx.model.family import (
-    FUNCTION_SETTINGS,
-    MEGATRON_SWITCHES,
-    FamilyConfig,
-    function_settings,
-)
+from ckptx.model.family import FUNCTION_SETTINGS, MEGATRON_SWITCHES, FamilyConfig, function_settings
 from ckptx.model.spec import ModelSpec
 from ckptx.registry import registry
 from ckptx.schemas.config import rotary, windows

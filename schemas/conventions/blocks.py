@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeAlias
 
 from ckptx.model.layout import LayerPredicate, Predicate, Rule, Section, always, rule
@@ -129,6 +130,21 @@ def linear(
         return rule(keyed.format(kind), named, transform, tp=tp, when=when, layers=layers)
 
     return one("weight", tp, when), one("bias", None if tp else tp, both(when, bias))
+
+
+def megatron_fc1(module: str, halves: Sequence[str] = ()) -> tuple[Rule, ...]:
+    """Return the rules of a dense layer's first projection, gate and up in one where it is gated.
+
+    ``halves`` are endings that further names of the gate and of up have.
+    """
+    rules = []
+    for kind, when in (("weight", always), ("bias", mlp_bias)):
+        name, of_layer = f"{module}.{kind}", partial(rule, tp=0, layers=not_moe)
+        apart = [[name + ending for ending in halves]] if halves else []
+        keys, also = [f"mlp l0 {kind} W", f"mlp l0 {kind} V"], [(one, IDENTITY) for one in apart]
+        rules.append(of_layer(keys, name, GLU, when=both(gated, when), also=also))
+        rules.append(of_layer(f"mlp l0 {kind}", name, when=both(ungated, when)))
+    return tuple(rules)
 
 
 def norm(key: str, name: str, when: Predicate = always) -> tuple[Rule, Rule]:

@@ -12,22 +12,21 @@ megatron/training/checkpointing.py (fix_query_key_value_ordering) @ core_v0.12.3
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ckptx.errors import SchemaError
 from ckptx.model.family import FUNCTION_SETTINGS
-from ckptx.model.layout import Layout, Rule, Section, Spelling, always, rule
+from ckptx.model.layout import Layout, Rule, Section, Spelling, rule
 from ckptx.model.spec import ModelSpec
-from ckptx.model.transforms import FUSED_QKV, GLU, IDENTITY, Transform, per_expert
+from ckptx.model.transforms import FUSED_QKV, GLU, IDENTITY, INNERMOST_QKV, Transform, per_expert
 from ckptx.registry.families import family_named
 from ckptx.schemas.config.windows import windowed_layers
 from ckptx.schemas.conventions import blocks
-from ckptx.schemas.conventions.blocks import GATE_UP, both, linear, moe, norm, not_moe
+from ckptx.schemas.conventions.blocks import GATE_UP, linear, moe, norm, not_moe
 from ckptx.schemas.megatron_settings.activations import FUSION
-from ckptx.tensors.lazy import LazyTensor, Shape
 
 VERSION = 3.0
 """The ``checkpoint_version`` that is written."""
@@ -56,35 +55,7 @@ _MODULES = (
 Tree = Mapping[str, Any]
 
 
-class _InnermostQkv:
-    """Query, key and value in turn, row by row: [heads, head size, 3]; canonical has whole heads.
-
-    There are as many keys as queries: this order is older than query groups.
-    """
-
-    def pack(self, canonical: Sequence[LazyTensor], spec: ModelSpec, tp: int) -> list[LazyTensor]:
-        return [_exchanged(canonical, 3 * spec.kv_channels, spec.kv_channels)]
-
-    def unpack(self, packed: Sequence[LazyTensor], spec: ModelSpec, tp: int) -> list[LazyTensor]:
-        return [_exchanged(packed, 3 * spec.kv_channels, 3)]
-
-    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
-        raise SchemaError("rows of query, key and value in turn do not lie side by side")
-
-
-def _exchanged(tensors: Sequence[LazyTensor], outer: int, inner: int) -> LazyTensor:
-    """Return rows seen as [-1, outer / inner, inner] with the last two exchanged."""
-    (fused,) = tensors
-    if fused.shape[0] % outer:
-        raise SchemaError(
-            f"{fused.shape[0]} rows are no whole heads of query, key and value, {outer} rows each"
-        )
-    heads = fused.split(0, outer).split(1, inner)
-    rest = range(3, len(heads.shape))
-    return heads.permute((0, 2, 1, *rest)).merge(1).merge(0)
-
-
-ORDERS: Mapping[float, Transform] = {0: FUSED_QKV, 1: _InnermostQkv(), 2: IDENTITY, 3: IDENTITY}
+ORDERS: Mapping[float, Transform] = {0: FUSED_QKV, 1: INNERMOST_QKV, 2: IDENTITY, 3: IDENTITY}
 """How a shard holds query, key and value, by version: [3, heads, size], [heads, size, 3], or head
 by head, [heads, 3, size]."""
 
@@ -121,16 +92,6 @@ def _with_order(entry: Rule, transform: Transform) -> Rule:
     return replace(entry, spellings=tuple(Spelling(s.names, transform) for s in entry.spellings))
 
 
-def _fc1(kind: str) -> tuple[Rule, Rule]:
-    name, when = f"{_MLP}dense_h_to_4h.{kind}", blocks.mlp_bias if kind == "bias" else always
-    keys = [f"mlp l0 {kind} W", f"mlp l0 {kind} V"]
-    gated, ungated = both(blocks.gated, when), both(blocks.ungated, when)
-    return (
-        rule(keys, name, GLU, tp=0, when=gated, layers=not_moe),
-        rule(f"mlp l0 {kind}", name, tp=0, when=ungated, layers=not_moe),
-    )
-
-
 def transformer() -> tuple[Section, Section]:
     """Return the sections of the layers and of the final norm, in the order of registration."""
     experts = partial(rule, ep=0, layers=moe)
@@ -140,8 +101,7 @@ def transformer() -> tuple[Section, Section]:
         *linear("qkv", f"{_ATTENTION}query_key_value", tp=0, bias=blocks.qkv_bias),
         *linear("dense", f"{_ATTENTION}dense", tp=1, bias=blocks.dense_bias),
         *norm("post norm", f"{_LAYER}post_attention_norm"),
-        *_fc1("weight"),
-        *_fc1("bias"),
+        *blocks.megatron_fc1(f"{_MLP}dense_h_to_4h"),
         *linear("mlp l1", f"{_MLP}dense_4h_to_h", tp=1, bias=blocks.mlp_bias, layers=not_moe),
         rule("router weight", f"{_MLP}router.weight", layers=moe),
         experts(GATE_UP, fc1, per_expert(GLU), tp=1),

@@ -13,7 +13,7 @@ megatron/core/transformer/moe/{router,experts,blocks.shared_experts}.py @ core_v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ckptx.model.layout import (
@@ -94,10 +94,7 @@ _heads_normed = both(plain, qk_norm)
 
 
 def _norm(
-    key: str,
-    names: tuple[str, ...],
-    layers: LayerPredicate | None = None,
-    when: Predicate = always,
+    key: str, names: tuple[str, ...], layers: LayerPredicate | None = None, when: Predicate = always
 ) -> tuple[Rule, Rule]:
     """Return the rules of a norm that goes by the first of several names, or by another."""
     name, *others = names
@@ -107,18 +104,6 @@ def _norm(
         return rule(f"{key} {kind}", name + kind, when=when, layers=layers, also=also)
 
     return one("weight", when), one("bias", both(blocks.layer_norm_bias, when))
-
-
-def _fc1(kind: str, when: Predicate) -> tuple[Rule, Rule]:
-    name = f"{MLP}linear_fc1.{kind}"
-    # The halves are what singleton_local_shards writes.
-    halves: list[tuple[list[str], Transform]] = [([f"{name}_w", f"{name}_v"], IDENTITY)]
-    keys = [f"mlp l0 {kind} W", f"mlp l0 {kind} V"]
-    gated, ungated = both(blocks.gated, when), both(blocks.ungated, when)
-    return (
-        rule(keys, name, GLU, tp=0, when=gated, layers=not_moe, also=halves),
-        rule(f"mlp l0 {kind}", name, tp=0, when=ungated, layers=not_moe),
-    )
 
 
 def _experts(style: Style) -> Iterator[Rule]:
@@ -248,8 +233,8 @@ def mcore_gpt(style: Style) -> Layout:
         ),
         *_latent_attention(),
         *_post_norm(style),
-        *_fc1("weight", always),
-        *_fc1("bias", blocks.mlp_bias),
+        # The halves are what singleton_local_shards writes.
+        *blocks.megatron_fc1(f"{MLP}linear_fc1", ("_w", "_v")),
         *linear("mlp l1", f"{MLP}linear_fc2", tp=1, bias=blocks.mlp_bias, layers=not_moe),
         *_mixture(style),
     )
@@ -277,6 +262,23 @@ def extra_states(style: Style) -> Iterator[ExtraState]:
         yield replace(state, message="mtp layer {layer}")
     if not style.distributed:
         yield ExtraState("output layer", "output_layer", False)
+
+
+def with_cores(states: Iterable[ExtraState]) -> Iterator[ExtraState]:
+    """Yield states and those of the cores of attention, which releases up to 0.14 look for.
+
+    Later ones neither save them nor look for them in ``torch_dist``, and refuse them at
+    ``--dist-ckpt-strictness raise_all``.
+
+    Source: NVIDIA/Megatron-LM megatron/core/extensions/transformer_engine.py
+    (TEDotProductAttention.sharded_state_dict) @ core_v0.14.0 and core_v0.15.3.
+    """
+    states = tuple(states)
+    for state in states:
+        yield state
+        module = state.module.replace("attention.linear_proj", "attention.core_attention")
+        if state.engine and module not in {one.module for one in states}:
+            yield replace(state, module=module)
 
 
 def _layer_states(style: Style, *, further: bool = False) -> Iterator[ExtraState]:

@@ -19,45 +19,53 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckptx.errors import SchemaError, listing
-from ckptx.model.layout import Layout, Section, rule
+from ckptx.model.layout import Layout, Rule, rule, sections
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import QKV, ROTARY_PAIRS, compose
 from ckptx.schemas.config.traits import Biases
 from ckptx.schemas.config.windows import windowed_layers, windows_extra
 from ckptx.schemas.conventions.blocks import untied
+from ckptx.schemas.megatron_settings.rope_scaling import LLAMA3_CONSTANTS
 
 EMBEDDING = "tok_embeddings.weight"
 OUTPUT = "output.weight"
 
 
-def meta(name: str, *, embedding_axis: int) -> Layout:
-    """Return the layout whose shards cut the embedding along ``embedding_axis``."""
-    layer = "layers.{layer}."
-    attention, mlp = f"{layer}attention.", f"{layer}feed_forward."
-    projections = [f"{attention}w{part}.weight" for part in "qkv"]
-    rules = (
-        rule("qkv weight", projections, compose(QKV, ROTARY_PAIRS), tp=0),
-        rule("dense weight", f"{attention}wo.weight", tp=1),
-        rule("mlp l0 weight W", f"{mlp}w1.weight", tp=0),
-        rule("mlp l1 weight", f"{mlp}w2.weight", tp=1),
-        rule("mlp l0 weight V", f"{mlp}w3.weight", tp=0),
-        rule("input norm weight", f"{layer}attention_norm.weight"),
-        rule("post norm weight", f"{layer}ffn_norm.weight"),
-    )
-    return Layout(
-        name,
-        (
-            Section("embeddings", (rule("word embeddings", EMBEDDING, tp=embedding_axis),)),
-            Section("transformer layer {layer}", rules),
-            Section("final norm", (rule("weight", "norm.weight"),)),
-            Section("output layer", (rule("weight", OUTPUT, tp=0, when=untied),)),
+LAYER = "layers.{layer}."
+ATTENTION = f"{LAYER}attention."
+
+
+def after_meta(
+    name: str, qkv: Rule, output: Rule, *norms: Rule, ignored: str, embedding_axis: int = 0
+) -> Layout:
+    """Return a layout in Meta's names; ``norms`` are those of query and key.
+
+    Ranks cut the embedding along ``embedding_axis``.
+    """
+    mlp = f"{LAYER}feed_forward."
+    rules = {
+        "embeddings": (rule("word embeddings", EMBEDDING, tp=embedding_axis),),
+        "transformer layer {layer}": (
+            qkv,
+            rule("dense weight", f"{ATTENTION}wo.weight", tp=1),
+            *norms,
+            rule("mlp l0 weight W", f"{mlp}w1.weight", tp=0),
+            rule("mlp l1 weight", f"{mlp}w2.weight", tp=1),
+            rule("mlp l0 weight V", f"{mlp}w3.weight", tp=0),
+            rule("input norm weight", f"{LAYER}attention_norm.weight"),
+            rule("post norm weight", f"{LAYER}ffn_norm.weight"),
         ),
-        ("rope.freqs",),
-    )
+        "final norm": (rule("weight", "norm.weight"),),
+        "output layer": (output,),
+    }
+    return Layout(name, sections(rules), tuple(ignored.split()))
 
 
-META = meta("meta/llama", embedding_axis=0)
-META_WIDTH = meta("meta/llama-width", embedding_axis=1)
+_PROJECTIONS = [f"{ATTENTION}w{part}.weight" for part in "qkv"]
+_QKV = rule("qkv weight", _PROJECTIONS, compose(QKV, ROTARY_PAIRS), tp=0)
+_OUTPUT = rule("weight", OUTPUT, tp=0, when=untied)
+META = after_meta("meta/llama", _QKV, _OUTPUT, ignored="rope.freqs")
+META_WIDTH = after_meta("meta/llama-width", _QKV, _OUTPUT, ignored="rope.freqs", embedding_axis=1)
 
 FIELDS = (
     ("dim", "hidden_size"),
@@ -91,13 +99,8 @@ _ESSENTIAL = ("dim", "n_layers", "n_heads", "norm_eps")
 _OLD_THETA = 10000.0
 _DEFAULT_MULTIPLE = 256
 
-# llama-models llama3/model.py, apply_scaling. The file says no factor; that of Llama 3.2 is known
-# from its two text models, as transformers' conversion script knows it.
-_LLAMA3 = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+# llama-models llama3/model.py, apply_scaling, has the constants of Megatron. The file says no
+# factor; that of Llama 3.2 is known from its two text models, as in transformers' script.
 _FACTOR, _FACTOR_OF_32 = 8.0, 32.0
 _LLAMA_32_SIZES = {(2048, 16), (3072, 28)}
 """``(dim, n_layers)`` of Llama 3.2 1B and 3B."""
@@ -198,7 +201,7 @@ def unsupported_by_meta(spec: ModelSpec) -> list[str]:
     window = windowed_layers(spec)
     llama = spec.family == "llama"
     scaling = spec.rotary_scaling
-    constants = {"rope_type": "llama3", **_LLAMA3}
+    constants = {"rope_type": "llama3", **LLAMA3_CONSTANTS}
     scaled = {key: value for key, value in (scaling or {}).items() if key != "factor"}
     held = (
         (spec.normalization == "RMSNorm", f"normalization {spec.normalization}"),
@@ -283,7 +286,7 @@ def _scaling_from_params(said: Mapping[str, Any]) -> dict[str, Any] | None:
     if not said.get("use_scaled_rope"):
         return None
     scaling = {"rope_type": "llama3", "factor": _implied_factor(said["dim"], said["n_layers"])}
-    scaling |= _LLAMA3
+    scaling |= LLAMA3_CONSTANTS
     if said.get("rope_scaling_factor") is not None:
         scaling["factor"] = float(said["rope_scaling_factor"])
     if said.get("rope_high_freq_factor") is not None:

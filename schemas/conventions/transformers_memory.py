@@ -14,7 +14,7 @@ Source: huggingface/transformers src/transformers/{conversion_mapping,core_model
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,141 +63,100 @@ def _composed(*modules: str) -> tuple[Names, ...]:
 
 
 _LLAVA = _composed("vision_tower.", "multi_modal_projector.")
-_LLAVA_NEXT = (*_LLAVA, Names("model.image_newline", "image_newline"))
-_AUDIO = _composed("audio_tower.", "multi_modal_projector.")
-_SPEECH = _composed("encoder.", "projector.")
 _QWEN_VL = (Names("model.visual.", "visual."), Names("model.language_model.", "model."))
-_THINKER = (Names("model.audio_tower.", "audio_tower."), *_QWEN_VL)
-
+_CONDITIONAL: Mapping[str, tuple[Names, ...]] = {
+    "Llava VipLlava PaliGemma Gemma3 AyaVision InternVL Mistral3 GotOcr2": _LLAVA,
+    "LlavaNext LlavaNextVideo LlavaOnevision": (
+        *_LLAVA,
+        Names("model.image_newline", "image_newline"),
+    ),
+    "VideoLlava": _composed("image_tower.", "video_tower.", "multi_modal_projector."),
+    "Mllama": _composed("vision_model.", "multi_modal_projector."),
+    "Qwen2Audio Voxtral VoxtralRealtime GlmAsr": _composed(
+        "audio_tower.", "multi_modal_projector."
+    ),
+    "GraniteSpeech GraniteSpeechPlus": _composed("encoder.", "projector."),
+    "Qwen2VL Qwen2_5_VL": _QWEN_VL,
+    "Qwen2_5OmniThinker Qwen3OmniMoeThinker": (
+        Names("model.audio_tower.", "audio_tower."),
+        *_QWEN_VL,
+    ),
+}
+"""By the first words of classes that end in ``ForConditionalGeneration``."""
 PREFIXES: Mapping[str, tuple[Names, ...]] = {
-    **dict.fromkeys(
-        (
-            *("LlavaForConditionalGeneration", "VipLlavaForConditionalGeneration"),
-            *("PaliGemmaForConditionalGeneration", "Gemma3ForConditionalGeneration"),
-            *("AyaVisionForConditionalGeneration", "InternVLForConditionalGeneration"),
-            *("Mistral3ForConditionalGeneration", "GotOcr2ForConditionalGeneration"),
-        ),
-        _LLAVA,
-    ),
-    **dict.fromkeys(
-        (
-            *("LlavaNextForConditionalGeneration", "LlavaNextVideoForConditionalGeneration"),
-            "LlavaOnevisionForConditionalGeneration",
-        ),
-        _LLAVA_NEXT,
-    ),
-    **dict.fromkeys(
-        (
-            *("Qwen2AudioForConditionalGeneration", "VoxtralForConditionalGeneration"),
-            *("VoxtralRealtimeForConditionalGeneration", "GlmAsrForConditionalGeneration"),
-        ),
-        _AUDIO,
-    ),
-    "GraniteSpeechForConditionalGeneration": _SPEECH,
-    "GraniteSpeechPlusForConditionalGeneration": _SPEECH,
-    "VideoLlavaForConditionalGeneration": _composed(
-        "image_tower.", "video_tower.", "multi_modal_projector."
-    ),
-    "MllamaForConditionalGeneration": _composed("vision_model.", "multi_modal_projector."),
+    **{
+        f"{word}ForConditionalGeneration": names
+        for words, names in _CONDITIONAL.items()
+        for word in words.split()
+    },
     "FuyuForCausalLM": _composed("vision_embed_tokens."),
-    "Qwen2VLForConditionalGeneration": _QWEN_VL,
-    "Qwen2_5_VLForConditionalGeneration": _QWEN_VL,
-    "Qwen2_5OmniThinkerForConditionalGeneration": _THINKER,
-    "Qwen3OmniMoeThinkerForConditionalGeneration": _THINKER,
     "GPTNeoXForCausalLM": (Names("lm_head.", "embed_out."),),
 }
 
-_QWEN = Parts(Experts())
-_IN_MIXTRAL = Experts(files=".block_sparse_moe.experts.", gate="w1", up="w3", down="w2")
-_GRANITE = Parts(
-    ends=tuple(
-        Names(f".block_sparse_moe.{memory}", f".block_sparse_moe.{files}.weight")
-        for memory, files in (
-            ("experts.gate_up_proj", "input_linear"),
-            ("experts.down_proj", "output_linear"),
-            ("router.weight", "router.layer"),
-        )
-    )
+
+def _in_mlp(memory: str, files: str, place: str = ".mlp.") -> Names:
+    return Names(f".mlp.{memory}", place + files)
+
+
+def _mixtral(*pairs: tuple[str, str]) -> Parts:
+    place = ".block_sparse_moe."
+    experts = Experts(files=f"{place}experts.", gate="w1", up="w3", down="w2")
+    return Parts(experts, tuple(_in_mlp(*pair, place) for pair in pairs))
+
+
+_GATE, _BIAS = ("gate.weight", "gate.weight"), "e_score_correction_bias"
+_FEED_FORWARD = (".feed_forward.experts.", ".feed_forward.experts.")
+_GRANITE = (
+    ("experts.gate_up_proj", "input_linear"),
+    ("experts.down_proj", "output_linear"),
+    ("router.weight", "router.layer"),
 )
-
-
-def _mixtral(*others: tuple[str, str]) -> Parts:
-    pairs = others or (("gate.weight", "gate.weight"),)
-    return Parts(_IN_MIXTRAL, tuple(Names(f".mlp.{m}", f".block_sparse_moe.{f}") for m, f in pairs))
-
-
-PARTS: Mapping[str, Parts] = {
-    **dict.fromkeys(
-        (
-            *("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
-            *("qwen3_omni_moe_thinker", "qwen3_omni_moe_text", "olmoe", "flex_olmo"),
-            *("deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "longcat_flash"),
-            *("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm_moe_dsa"),
-            *("afmoe", "cohere2_moe", "hunyuan_v1_moe", "mellum", "solar_open", "qwen4_exp"),
-            "qwen4_exp_text",
-        ),
-        _QWEN,
-    ),
-    "mixtral": _mixtral(),
-    "minimax": _mixtral(),
-    "minimax_m2": _mixtral(
-        ("gate.weight", "gate.weight"), ("e_score_correction_bias", "e_score_correction_bias")
-    ),
+_SHARED = (
+    _in_mlp(f"shared_experts.{part}.weight", f"shared_mlp.{part}.weight")
+    for part in ("gate_proj", "up_proj", "down_proj")
+)
+_KINDS: Mapping[str, Parts] = {
+    """
+    qwen2_moe qwen3_moe qwen3_next qwen3_5_moe qwen3_5_moe_text qwen3_omni_moe_thinker
+    qwen3_omni_moe_text olmoe flex_olmo deepseek_v2 deepseek_v3 deepseek_v32 dots1 longcat_flash
+    glm4_moe glm4_moe_lite glm4v_moe glm4v_moe_text glm_moe_dsa afmoe cohere2_moe hunyuan_v1_moe
+    mellum solar_open qwen4_exp qwen4_exp_text
+    """: Parts(Experts()),
+    "mixtral minimax": _mixtral(_GATE),
+    "minimax_m2": _mixtral(_GATE, (_BIAS, _BIAS)),
     "phimoe": _mixtral(("router.weight", "gate.weight")),
-    **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), _GRANITE),
-    "jamba": Parts(Experts(".feed_forward.experts.", ".feed_forward.experts.")),
-    "lfm2_moe": Parts(
-        Experts(".feed_forward.experts.", ".feed_forward.experts.", "w1", "w3", "w2")
+    "granitemoe granitemoeshared granitemoehybrid": Parts(
+        ends=tuple(
+            Names(f".block_sparse_moe.{memory}", f".block_sparse_moe.{files}.weight")
+            for memory, files in _GRANITE
+        )
     ),
+    "jamba": Parts(Experts(*_FEED_FORWARD)),
+    "lfm2_moe": Parts(Experts(*_FEED_FORWARD, "w1", "w3", "w2")),
     "ernie4_5_moe": Parts(
-        Experts(),
-        (
-            Names(
-                ".mlp.gate.moe_statics.e_score_correction_bias",
-                ".mlp.moe_statics.e_score_correction_bias",
-            ),
-        ),
+        Experts(), (_in_mlp(f"gate.moe_statics.{_BIAS}", f"moe_statics.{_BIAS}"),)
     ),
-    "exaone_moe": Parts(
-        Experts(), (Names(".mlp.gate.e_score_correction_bias", ".mlp.e_score_correction_bias"),)
-    ),
+    "exaone_moe": Parts(Experts(), (_in_mlp(f"gate.{_BIAS}", _BIAS),)),
     "hy_v3": Parts(
         Experts(),
-        (
-            Names(".mlp.e_score_correction_bias", ".mlp.expert_bias"),
-            Names(".mlp.gate.weight", ".mlp.router.gate.weight"),
-            *(
-                Names(f".mlp.shared_experts.{part}.weight", f".mlp.shared_mlp.{part}.weight")
-                for part in ("gate_proj", "up_proj", "down_proj")
-            ),
-        ),
+        (_in_mlp(_BIAS, "expert_bias"), _in_mlp("gate.weight", "router.gate.weight"), *_SHARED),
     ),
     "mimo_v2_flash": Parts(
         Experts(), (Names(".self_attn.sinks", ".self_attn.attention_sink_bias"),)
     ),
 }
+PARTS = {kind: parts for kinds, parts in _KINDS.items() for kind in kinds.split()}
 
-OTHERS = frozenset(
-    {
-        *("aria", "aria_text", "axk1", "axk2", "bailing_hybrid", "cohere2_vision", "cosmos3_edge"),
-        *("cosmos3_omni", "deepseek_ocr2", "deepseek_v4", "deepseek_vl", "deepseek_vl_hybrid"),
-        *(
-            "dots3_note",
-            "dots3_note_text",
-            "emu3",
-            "lfm2_vl",
-            "vision-encoder-decoder",
-            "ernie4_5_vl_moe",
-            "flint",
-        ),
-        *("gemma3n", "gemma4_unified", "glm5_next", "hrm_text", "hunyuan_vl"),
-        *("hyperclovax_vision_v2", "hy_v4", "inkling2", "inkling2_text", "inkling_mm_model"),
-        *("kimi_k25", "kimi_linear", "kolibri1", "kyutai_speech_to_text", "laguna", "lfm3_vl"),
-        *("minimax_m3_vl", "mistral_large4", "molmo2", "nemo_speechlm", "nemotron_h"),
-        *("nemotron_h_omni", "olmo_hybrid", "paddleocr_vl", "pi0", "qianfan_ocr", "qwen2_5_omni"),
-        *("qwen3_omni_moe", "step3p7", "t5gemma2", "unlimited_ocr", "vibevoice_asr"),
-    }
-)
+_OTHERS = """
+    aria aria_text axk1 axk2 bailing_hybrid cohere2_vision cosmos3_edge cosmos3_omni deepseek_ocr2
+    deepseek_v4 deepseek_vl deepseek_vl_hybrid dots3_note dots3_note_text emu3 ernie4_5_vl_moe
+    flint gemma3n gemma4_unified glm5_next hrm_text hunyuan_vl hy_v4 hyperclovax_vision_v2 inkling2
+    inkling2_text inkling_mm_model kimi_k25 kimi_linear kolibri1 kyutai_speech_to_text laguna
+    lfm2_vl lfm3_vl minimax_m3_vl mistral_large4 molmo2 nemo_speechlm nemotron_h nemotron_h_omni
+    olmo_hybrid paddleocr_vl pi0 qianfan_ocr qwen2_5_omni qwen3_omni_moe step3p7 t5gemma2
+    unlimited_ocr vibevoice_asr vision-encoder-decoder
+"""
+OTHERS = frozenset(_OTHERS.split())
 """Other ``model_type`` values whose names differ; they are not mapped."""
 
 
@@ -207,12 +166,10 @@ def in_files(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> di
     Raises:
         SchemaError: two tensors have one name then, or a fused tensor has no two halves.
     """
-    prefixes, experts, ends = _facts(config)
+    name_in_files, (_, experts, _) = renamer(config), _facts(config)
     found: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
-        plain = _replaced_start(name, [(n.memory, n.files) for n in prefixes])
-        plain = _replaced_end(plain, [(n.memory, n.files) for n in ends])
-        for own, part in _apart(plain, tensor, experts):
+        for own, part in _apart(name_in_files(name), tensor, experts):
             _put(found, own, part, name)
     return found
 
@@ -228,8 +185,7 @@ def renamer(config: Mapping[str, Any]) -> Callable[[str], str]:
     prefixes, _, ends = _facts(config)
 
     def name_in_files(name: str) -> str:
-        plain = _replaced_start(name, [(n.memory, n.files) for n in prefixes])
-        return _replaced_end(plain, [(n.memory, n.files) for n in ends])
+        return _replaced_end(_replaced_start(name, prefixes), ends)
 
     return name_in_files
 
@@ -288,17 +244,17 @@ def remarks(
     return ()
 
 
-def _facts(
-    config: Mapping[str, Any],
-) -> tuple[list[Names], list[Experts], list[Names]]:
+def _facts(config: Mapping[str, Any]) -> tuple[list[Names], list[Experts], list[Names]]:
     prefixes: list[Names] = []
     for architecture in (config.get("architectures") or [])[:1]:
         for names in PREFIXES.get(architecture, ()):
             if names.files.endswith("_tower.") and _tower(config) in _TOWERS:
                 longer = f"{names.files}vision_model."
                 # Before 5.0 they had it in memory, too.
-                prefixes += (Names(f"{names.memory}vision_model.", longer),)
-                prefixes += (Names(names.memory, longer),)
+                prefixes += (
+                    Names(f"{names.memory}vision_model.", longer),
+                    Names(names.memory, longer),
+                )
             prefixes.append(names)
     parts = [PARTS[kind] for kind in dict.fromkeys(_kinds(config)) if kind in PARTS]
     experts = list(dict.fromkeys(part.experts for part in parts if part.experts))
@@ -316,14 +272,14 @@ def _tower(config: Mapping[str, Any]) -> Any:
     return vision.get("model_type") if isinstance(vision, Mapping) else None
 
 
-def _replaced_start(name: str, pairs: list[tuple[str, str]]) -> str:
+def _replaced_start(name: str, pairs: Sequence[tuple[str, str]]) -> str:
     for old, new in pairs:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
 
 
-def _replaced_end(name: str, pairs: list[tuple[str, str]]) -> str:
+def _replaced_end(name: str, pairs: Sequence[tuple[str, str]]) -> str:
     for old, new in pairs:
         if name.endswith(old):
             return name.removesuffix(old) + new

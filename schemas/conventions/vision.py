@@ -13,28 +13,17 @@ huggingface/transformers src/transformers/models/{clip,siglip,llava}/modeling_*.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ckptx.model.canonical_names import RADIO_CLASS
 from ckptx.model.layout import ExtraState, Predicate, Rule, Section, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import QKV, drop_unit_axes
 from ckptx.schemas.config.traits import Biases
-from ckptx.schemas.conventions.blocks import (
-    both,
-    dense_bias,
-    gated,
-    hf_gated_mlp,
-    layer_norm_bias,
-    linear,
-    mlp_bias,
-    moe,
-    norm,
-    only_for,
-    qkv_bias,
-    ungated,
-)
+from ckptx.schemas.conventions import blocks
+from ckptx.schemas.conventions.blocks import both, linear, moe, norm, only_for
 from ckptx.schemas.conventions.mcore import LAYER, Style, extra_states, mcore_gpt
 
 EMBEDDINGS, VISION_LAYER, HEAD = "vit embeddings", "vit transformer layer {layer}", "vit head"
@@ -79,9 +68,14 @@ TOWERS: Mapping[str, Tower] = {
 """By ``vision_model_type``; Megatron's ``fast_gelu`` is the tanh form of Gelu."""
 
 
-def of(*towers: str) -> Predicate:
-    """Return the predicate of some towers."""
-    return lambda spec: spec.family in towers
+def of(*families: str) -> Predicate:
+    """Return the predicate of some towers, or of one kind of projection."""
+    return lambda spec: spec.family in families
+
+
+def having(name: str) -> Predicate:
+    """Return the predicate of towers whose ``extra`` says that they have something."""
+    return lambda spec: bool(spec.extra.get(name))
 
 
 _APART = of("internvit", "internvit300M")
@@ -90,134 +84,88 @@ _SCALED = of("internvit", "internvit300M", "radio-g")
 _RADIO = of("radio", "radio-g", "cradio-g")
 _CONVOLVED = of("clip", "siglip", "internvit", "internvit300M")
 _CONV_BIAS = of("siglip", "internvit", "internvit300M")
+_CLASS_TOKEN, _POST_NORM = having("class_tokens"), having("post_norm")
+_TWO_LAYERS, _ONE_LAYER = of("mlp"), of("affine")
 
 
 def _together(spec: ModelSpec) -> bool:
     return not _APART(spec)
 
 
-def class_token(spec: ModelSpec) -> bool:
-    """Whether tokens come before those of the patches."""
-    return bool(spec.extra.get("class_tokens"))
-
-
-def post_norm(spec: ModelSpec) -> bool:
-    """Whether the tower has a norm after its last layer."""
-    return bool(spec.extra.get("post_norm"))
-
-
-def pooling_head(spec: ModelSpec) -> bool:
-    """Whether the tower has SigLIP's attention pooling."""
-    return bool(spec.extra.get("pooling_head"))
-
-
-def two_layers(spec: ModelSpec) -> bool:
-    """Whether the projection has a second linear layer."""
-    return spec.family == "mlp"
-
-
-def one_layer(spec: ModelSpec) -> bool:
-    """Whether the projection is one linear layer."""
-    return spec.family == "affine"
-
-
-def projection_norm(spec: ModelSpec) -> bool:
-    """Whether there is a norm before the projection."""
+def _normed(spec: ModelSpec) -> bool:
     return spec.normalization != "none"
 
 
 def _no_norm(spec: ModelSpec) -> bool:
-    return not projection_norm(spec)
+    return not _normed(spec)
 
 
-def biased(spec: ModelSpec) -> bool:
-    """Whether all linear layers have a bias."""
+def _biased(spec: ModelSpec) -> bool:
     return spec.add_bias_linear
 
 
 def tower_spec(
-    name: str,
-    *,
-    num_layers: int,
-    hidden_size: int,
-    ffn_hidden_size: int,
-    num_attention_heads: int,
-    positions: int,
-    patch_size: int,
-    **changes: object,
+    name: str, *, positions: int, patch_size: int, extra: Mapping[str, Any], **sizes: Any
 ) -> ModelSpec:
     """Return the dimensions of a tower; what is not given is what Megatron fixes for its name.
 
-    ``positions`` are the rows of the position embeddings. Keys of ``extra`` among the changes:
-    ``class_tokens``, ``post_norm``, ``pooling_head``, ``feature_layer`` and ``select``, which are
-    Hugging Face's ``vision_feature_layer`` and ``vision_feature_select_strategy``.
+    ``positions`` are the rows of the position embeddings. Keys of ``extra``: ``class_tokens``,
+    ``post_norm``, ``pooling_head``, ``feature_layer`` and ``select``, which are Hugging Face's
+    ``vision_feature_layer`` and ``vision_feature_select_strategy``. ``sizes`` are attributes of
+    the spec.
     """
     tower = TOWERS[name]
-    switches, extra = tower.biases.to_spec()
-    more = changes.pop("extra", {})
-    assert isinstance(more, Mapping)
+    switches, biases = tower.biases.to_spec()
     values = {
-        "family": name,
         "architecture": RADIO_CLASS if "radio" in name else "CLIPViTModel",
-        "num_layers": num_layers,
-        "hidden_size": hidden_size,
-        "ffn_hidden_size": ffn_hidden_size,
-        "num_attention_heads": num_attention_heads,
-        "num_query_groups": num_attention_heads,
+        "num_query_groups": sizes["num_attention_heads"],
         "kv_channels": tower.kv_channels,
-        "vocab_size": None,
-        "max_position_embeddings": positions,
         "norm_epsilon": tower.norm_epsilon or 1e-5,
         "normalization": tower.normalization,
         "activation": tower.activation,
-        "position_embedding_type": "learned_absolute",
         **switches,
-        "extra": {
-            "patch_size": patch_size,
-            "class_tokens": tower.class_tokens,
-            "post_norm": tower.post_norm,
-            "feature_layer": -1,
-            "select": "full",
-            **extra,
-            **more,
-        },
+        **sizes,
     }
-    return ModelSpec(**{**values, **changes})
+    own = {"class_tokens": tower.class_tokens, "post_norm": tower.post_norm, "feature_layer": -1}
+    return ModelSpec(
+        name,
+        vocab_size=None,
+        max_position_embeddings=positions,
+        position_embedding_type="learned_absolute",
+        extra={"patch_size": patch_size, **own, "select": "full", **biases, **extra},
+        **values,
+    )
 
 
 def projection_spec(
-    *,
-    kind: str,
-    input_size: int,
-    ffn_hidden_size: int,
-    hidden_size: int,
-    bias: bool,
-    normalization: str = "none",
-    activation: str = "gelu",
-    extra: Mapping[str, object] | None = None,
+    kind: str, input_size: int, extra: Mapping[str, Any] | None = None, **sizes: Any
 ) -> ModelSpec:
     """Return the dimensions of a projection from vision to language: ``mlp`` or ``affine``.
 
-    ``hidden_size`` is the size of what comes out; an affine one has no other.
+    ``sizes`` are attributes of the spec; ``hidden_size`` is the size of what comes out, and an
+    affine one has no other.
     """
     return ModelSpec(
-        family=kind,
-        architecture="MultimodalProjector",
+        kind,
+        "MultimodalProjector",
         num_layers=0,
-        hidden_size=hidden_size,
-        ffn_hidden_size=ffn_hidden_size,
         num_attention_heads=1,
         num_query_groups=1,
-        kv_channels=hidden_size,
+        kv_channels=sizes["hidden_size"],
         vocab_size=None,
         max_position_embeddings=0,
         norm_epsilon=1e-5,
-        normalization=normalization,
-        activation=activation,
         position_embedding_type="none",
-        add_bias_linear=bias,
         extra={"input_size": input_size, **(extra or {})},
+        **{"normalization": "none", "activation": "gelu", **sizes},
     )
+
+
+def norm_among(names: Container[str], prefix: str) -> str:
+    """Return what kind of norm the tensors are that some prefix begins, ``none`` without any."""
+    if f"{prefix}weight" not in names:
+        return "none"
+    return "LayerNorm" if f"{prefix}bias" in names else "RMSNorm"
 
 
 # Megatron
@@ -256,22 +204,23 @@ def megatron_sections(style: Style) -> tuple[Section, ...]:
     """Return the sections of tower and projection in one of Megatron's spellings."""
     embeddings = (
         rule("mask token", "mask_token", when=of("radio-g")),
-        rule("class token", "class_token", when=class_token),
+        rule("class token", "class_token", when=_CLASS_TOKEN),
         rule("position embeddings", "position_embeddings", when=_RADIO),
         *linear("embedder", "embedder", tp=0, when=_RADIO, bias=of("radio-g")),
         *linear("ln pre", "ln_pre", when=of("clip")),
-        *linear("ln post", "ln_post", when=post_norm),
+        *linear("ln post", "ln_post", when=_POST_NORM),
         *linear("conv1", "conv1", when=_CONVOLVED, bias=_CONV_BIAS),
         rule("position embeddings", "position_embeddings.weight", when=_CONVOLVED),
     )
     key, normed = f"{PROJECTION} ", "linear_fc1.layer_norm_"
+    with_bias = both(_normed, blocks.layer_norm_bias)
     projection = (
-        rule(f"{key}norm weight", f"{normed}weight", when=projection_norm),
-        rule(f"{key}norm bias", f"{normed}bias", when=both(projection_norm, layer_norm_bias)),
-        *linear(f"{key}l0", "linear_fc1", tp=0, when=two_layers, bias=biased),
-        *linear(f"{key}l1", "linear_fc2", tp=1, when=two_layers, bias=biased),
-        rule(f"{key}l0 weight", "weight", tp=0, when=one_layer),
-        rule(f"{key}l0 bias", "bias", tp=0, when=both(one_layer, biased)),
+        rule(f"{key}norm weight", f"{normed}weight", when=_normed),
+        rule(f"{key}norm bias", f"{normed}bias", when=with_bias),
+        *linear(f"{key}l0", "linear_fc1", tp=0, when=_TWO_LAYERS, bias=_biased),
+        *linear(f"{key}l1", "linear_fc2", tp=1, when=_TWO_LAYERS, bias=_biased),
+        rule(f"{key}l0 weight", "weight", tp=0, when=_ONE_LAYER),
+        rule(f"{key}l0 bias", "bias", tp=0, when=both(_ONE_LAYER, _biased)),
     )
     return (
         Section(EMBEDDINGS, embeddings, part="vision").under("", VISION_MODEL),
@@ -286,7 +235,7 @@ def megatron_states(style: Style) -> Iterator[ExtraState]:
     Norms around the layers are Transformer Engine's in every style.
     """
     engine = not style.local
-    for module, when in (("ln_pre", of("clip")), ("ln_post", post_norm)):
+    for module, when in (("ln_pre", of("clip")), ("ln_post", _POST_NORM)):
         yield ExtraState(EMBEDDINGS, VISION_MODEL + module, True, when)
     yield ExtraState(EMBEDDINGS, f"{VISION_MODEL}embedder", False, _RADIO)
     for state in extra_states(style):
@@ -295,9 +244,9 @@ def megatron_states(style: Style) -> Iterator[ExtraState]:
     for module in ("linear_fc1", "linear_fc2"):
         # With a norm before it the projection is Transformer Engine's, whatever the layers are.
         place = VISION_PROJECTION + module
-        yield ExtraState(PROJECTION, place, True, both(two_layers, projection_norm))
-        yield ExtraState(PROJECTION, place, engine, both(two_layers, _no_norm))
-    yield ExtraState(PROJECTION, VISION_PROJECTION.removesuffix("."), engine, one_layer)
+        yield ExtraState(PROJECTION, place, True, both(_TWO_LAYERS, _normed))
+        yield ExtraState(PROJECTION, place, engine, both(_TWO_LAYERS, _no_norm))
+    yield ExtraState(PROJECTION, VISION_PROJECTION.removesuffix("."), engine, _ONE_LAYER)
 
 
 # Hugging Face
@@ -307,11 +256,11 @@ def hf_sections(prefix: str, *others: str) -> tuple[Section, ...]:
     """Return the sections of a CLIP or SigLIP tower as transformers names them."""
     layer, table = "encoder.layers.{layer}.", "embeddings."
     embeddings = (
-        rule("class token", f"{table}class_embedding", drop_unit_axes(2), when=class_token),
+        rule("class token", f"{table}class_embedding", drop_unit_axes(2), when=_CLASS_TOKEN),
         *linear("conv1", f"{table}patch_embedding", bias=_CONV_BIAS),
         rule("position embeddings", f"{table}position_embedding.weight"),
         *linear("ln pre", "pre_layrnorm", when=of("clip")),
-        *linear("ln post", "post_layernorm", when=post_norm),
+        *linear("ln post", "post_layernorm", when=_POST_NORM),
     )
     layers = (
         *separate_attention(layer),
@@ -329,8 +278,8 @@ def separate_attention(layer: str) -> tuple[Rule, ...]:
     """Return the rules of an attention with projections of their own, as CLIP has it."""
     names = [f"{layer}self_attn.{part}_proj" for part in "qkv"]
     return (
-        *linear("qkv", names, QKV, bias=qkv_bias),
-        *linear("dense", f"{layer}self_attn.out_proj", bias=dense_bias),
+        *linear("qkv", names, QKV, bias=blocks.qkv_bias),
+        *linear("dense", f"{layer}self_attn.out_proj", bias=blocks.dense_bias),
     )
 
 
@@ -342,16 +291,16 @@ def tower_norms(before: str, after: str) -> tuple[Rule, ...]:
 def tower_mlp(layer: str) -> tuple[Rule, ...]:
     """Return the rules of an MLP that is gated or not, as Megatron's converter names it."""
     plain = (
-        *linear("mlp l0", f"{layer}mlp.fc1", bias=mlp_bias),
-        *linear("mlp l1", f"{layer}mlp.fc2", bias=mlp_bias),
+        *linear("mlp l0", f"{layer}mlp.fc1", bias=blocks.mlp_bias),
+        *linear("mlp l1", f"{layer}mlp.fc2", bias=blocks.mlp_bias),
     )
-    return (*only_for(gated, *hf_gated_mlp(layer)), *only_for(ungated, *plain))
+    return (*only_for(blocks.gated, *blocks.hf_gated_mlp(layer)), *only_for(blocks.ungated, *plain))
 
 
 def _pooling(head: str) -> tuple[Rule, ...]:
     attention = f"{head}attention."
     return only_for(
-        pooling_head,
+        having("pooling_head"),
         rule("probe", f"{head}probe"),
         rule("qkv weight", f"{attention}in_proj_weight"),
         rule("qkv bias", f"{attention}in_proj_bias"),
@@ -370,8 +319,8 @@ def projection_section(*names: str) -> Section:
     before, first, second = names
     key = f"{PROJECTION} "
     rules = (
-        *(norm(f"{key}norm", before, projection_norm) if before else ()),
-        *linear(f"{key}l0", first, bias=biased),
-        *linear(f"{key}l1", second, when=two_layers, bias=biased),
+        *(norm(f"{key}norm", before, _normed) if before else ()),
+        *linear(f"{key}l0", first, bias=_biased),
+        *linear(f"{key}l1", second, when=_TWO_LAYERS, bias=_biased),
     )
     return Section(PROJECTION, rules, part="projection")

@@ -35,17 +35,15 @@ from ckptx.schemas.megatron_settings.row_blocks import SIZES
 from ckptx.storage.location import Location
 from ckptx.tensors.dtypes import dtype_name
 
-FIELDS = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
-    *("kv_channels", "max_position_embeddings", "normalization", "position_embedding_type"),
-    *("rotary_base", "rotary_percent", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
-)
+_SAME_NAMES = """
+    num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
+    max_position_embeddings normalization position_embedding_type rotary_base rotary_percent
+    add_bias_linear add_qkv_bias qk_layernorm
+"""
+FIELDS = _SAME_NAMES.split()
 """Arguments that the spec has under the same names."""
 
-ESSENTIAL = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
-    "max_position_embeddings",
-)
+ESSENTIAL = (*FIELDS[:4], "max_position_embeddings")
 """Arguments that no default can stand for."""
 
 # Up to core 0.15 args say norm_epsilon and apply_layernorm_1p; from 0.16 the parser is generated
@@ -58,21 +56,19 @@ DTYPE_FLAGS = {dtype_name(flag): flag for flag in ("bf16", "fp16")}
 NOTE = "ckptx"
 """The entry of ``args`` with what Megatron has no argument for."""
 
-_WRITTEN = (
-    *("add_position_embedding", "apply_query_key_layer_scaling", "attention_dropout"),
-    *("hidden_dropout", "hybrid_override_pattern", "hybrid_attention_ratio", "hybrid_mlp_ratio"),
-    *("is_hybrid_model", "spec", "num_experts", "moe_layer_freq", "moe_ffn_hidden_size"),
-    *("moe_router_topk", "moe_token_dispatcher_type", "moe_router_pre_softmax", "moe_grouped_gemm"),
-    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_score_function"),
-    *("moe_router_enable_expert_bias", "moe_router_num_groups", "moe_router_group_topk"),
-    *("moe_router_topk_scaling_factor", "moe_latent_size", "mamba_state_dim", "mamba_head_dim"),
-    *("mamba_num_groups", "mamba_num_heads", "heterogeneous_layers_config_path"),
-    *("heterogeneous_layers_config_encoded_json", "multi_latent_attention", "mtp_num_layers"),
-    *("bert_binary_head", "openai_gelu", "rotary_seq_len_interpolation_factor", "tokenizer_type"),
-    *("tokenizer_model", "tiktoken_pattern", "vocab_file", "use_legacy_models"),
-    *("sequence_parallel", "consumed_train_samples", "skipped_train_samples"),
-    *("consumed_valid_samples", "data_parallel_random_init"),
-)
+_WRITTEN = """
+    add_position_embedding apply_query_key_layer_scaling attention_dropout hidden_dropout
+    hybrid_override_pattern hybrid_attention_ratio hybrid_mlp_ratio is_hybrid_model spec num_experts
+    moe_layer_freq moe_ffn_hidden_size moe_router_topk moe_token_dispatcher_type
+    moe_router_pre_softmax moe_grouped_gemm moe_shared_expert_intermediate_size
+    moe_shared_expert_gate moe_router_score_function moe_router_enable_expert_bias
+    moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor moe_latent_size
+    mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads heterogeneous_layers_config_path
+    heterogeneous_layers_config_encoded_json multi_latent_attention mtp_num_layers bert_binary_head
+    openai_gelu rotary_seq_len_interpolation_factor tokenizer_type tokenizer_model tiktoken_pattern
+    vocab_file use_legacy_models sequence_parallel consumed_train_samples skipped_train_samples
+    consumed_valid_samples data_parallel_random_init
+"""
 """What args hold of a dense decoder where neither the model nor the source says otherwise."""
 _NOT_MEGATRONS: Mapping[str, Any] = {
     **dict.fromkeys(("attention_dropout", "hidden_dropout"), 0.0),
@@ -120,7 +116,7 @@ def args_from_spec(
     source = dict(source_args or {})
     source.pop("disable_bias_linear", None)  # load_args_from_checkpoint lets it overrule
     return {
-        **settings.defaults(_WRITTEN, _NOT_MEGATRONS),
+        **settings.defaults(_WRITTEN.split(), _NOT_MEGATRONS),
         "seq_length": spec.max_position_embeddings,
         **source,
         **dict.fromkeys(source.keys() & SIZES.keys()),  # what is written has halves, no blocks

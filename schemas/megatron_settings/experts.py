@@ -17,12 +17,13 @@ from ckptx.errors import SchemaError
 from ckptx.model.spec import ModelSpec
 from ckptx.schemas.config.experts import BALANCING
 
-FIELDS = (
-    *("num_experts", "moe_ffn_hidden_size", "moe_router_topk"),
-    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_score_function"),
-    *("moe_router_pre_softmax", "moe_router_enable_expert_bias", "moe_router_num_groups"),
-    *("moe_router_group_topk", "moe_router_topk_scaling_factor"),
-)
+_SAME_NAMES = """
+    num_experts moe_ffn_hidden_size moe_router_topk moe_shared_expert_intermediate_size
+    moe_shared_expert_gate moe_router_score_function moe_router_pre_softmax
+    moe_router_enable_expert_bias moe_router_num_groups moe_router_group_topk
+    moe_router_topk_scaling_factor
+"""
+FIELDS = _SAME_NAMES.split()
 """Arguments that the spec has under the same names."""
 
 _LOSSES = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}

@@ -14,15 +14,9 @@ from typing import Any
 from ckptx.errors import SchemaError
 from ckptx.model.spec import ModelSpec
 
-ARGS = (
-    ("multi_latent_attention", "multi_latent_attention"),
-    ("q_lora_rank", "q_lora_rank"),
-    ("kv_lora_rank", "kv_lora_rank"),
-    ("qk_head_dim", "qk_head_dim"),
-    ("qk_pos_emb_head_dim", "qk_pos_emb_head_dim"),
-    ("v_head_dim", "kv_channels"),
-)
-"""Pairs of an argument and the spec's attribute."""
+_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
+ARGS = {name: name for name in ("multi_latent_attention", *_SIZES)} | {"v_head_dim": "kv_channels"}
+"""Arguments and the spec's attributes."""
 
 LATENT_EPSILON = 1e-6
 """Of the norms of latent vectors in transformers, whose class has it as its default.
@@ -47,7 +41,7 @@ def to_args(spec: ModelSpec) -> dict[str, Any]:
     further = {"mtp_num_layers": spec.mtp_num_layers or None}
     if not spec.multi_latent_attention:
         return {"multi_latent_attention": False, **further}
-    said = {name: getattr(spec, attribute) for name, attribute in ARGS}
+    said = {name: getattr(spec, attribute) for name, attribute in ARGS.items()}
     return {**said, **further, **_scaling_to_args(spec.rotary_scaling)}
 
 
@@ -60,13 +54,13 @@ def from_args(args: Mapping[str, Any]) -> dict[str, Any]:
     further = {"mtp_num_layers": args.get("mtp_num_layers") or 0}
     if not args.get("multi_latent_attention"):
         return further
-    missing = [name for name, _ in ARGS if args.get(name) is None and name != "q_lora_rank"]
+    missing = [name for name in ARGS if args.get(name) is None and name != "q_lora_rank"]
     if missing:
         raise SchemaError(
             f"multi_latent_attention is set in the checkpoint's args, which do not say "
             f"{', '.join(missing)}; give the model's config with --hf-base"
         )
-    return {**further, **{attribute: args.get(name) for name, attribute in ARGS}}
+    return {**further, **{attribute: args.get(name) for name, attribute in ARGS.items()}}
 
 
 def scaling_from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -145,12 +139,11 @@ def launch_flags(spec: ModelSpec) -> list[str]:
     flags.append("--multi-latent-attention")
     for name, value in said.items():
         if value is not None and not isinstance(value, bool):
-            flags += [f"--{name.replace('_', '-')}", f"{value:g}" if _real(value) else str(value)]
+            flags += [
+                f"--{name.replace('_', '-')}",
+                f"{value:g}" if isinstance(value, float) else str(value),
+            ]
     return flags
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, float)
 
 
 def _scaling_to_args(scaling: Mapping[str, Any] | None) -> dict[str, Any]:

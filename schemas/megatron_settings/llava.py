@@ -21,6 +21,7 @@ from ckptx.schemas.conventions.vision import (
     TOWERS,
     VISION_MODEL,
     VISION_PROJECTION,
+    norm_among,
     projection_spec,
     tower_spec,
 )
@@ -66,12 +67,12 @@ LANGUAGES: Mapping[str, Named] = {
 }
 """By ``language_model_type``."""
 
-_WRITTEN = (
-    *("tokenizer_prompt_format", "special_tokens", "use_tiling", "max_num_tiles"),
-    *("use_thumbnail", "use_tile_tags", "image_tag_type"),
-    *("allow_missing_vision_projection_checkpoint", "freeze_LM", "freeze_ViT", "num_frames"),
-    *("recompute_vision", "force_system_message"),
-)
+_NAMES = """
+    tokenizer_prompt_format special_tokens use_tiling max_num_tiles use_thumbnail use_tile_tags
+    image_tag_type allow_missing_vision_projection_checkpoint freeze_LM freeze_ViT num_frames
+    recompute_vision force_system_message
+"""
+_WRITTEN = _NAMES.split()
 """What Megatron's converter wants to find besides, where the source does not say."""
 _NOT_MEGATRONS = {"tokenizer_prompt_format": "dummy", "special_tokens": ["<image>"]}
 
@@ -115,9 +116,8 @@ def vision_parts(
             f"vision_model_type {name!r} is no vision tower that ckptx knows; known are "
             f"{', '.join(TOWERS)}"
         )
-    vision = _vision(str(name), args, shapes, _noted(args, "vision"), config)
-    projection = _projected(args, shapes, _noted(args, "projection"), config, language)
-    return {"vision": vision, "projection": projection}
+    vision = _vision(str(name), args, shapes, config)
+    return {"vision": vision, "projection": _projected(args, shapes, config, language)}
 
 
 def _noted(args: Mapping[str, Any], part: str) -> Mapping[str, Any] | None:
@@ -164,26 +164,16 @@ class Shapes:
         stack = _LAYERS + _OUTPUT
         if stack in self.shapes:
             return self.whole(stack, 3)[0]
-        found = {
-            name.removeprefix(_LAYERS).partition(".")[0]
-            for name in self.shapes
-            if name.startswith(_LAYERS)
-        }
-        return len(found)
+        inside = (name.removeprefix(_LAYERS) for name in self.shapes if name.startswith(_LAYERS))
+        return len({name.partition(".")[0] for name in inside})
 
 
 _LAYERS = f"{VISION_MODEL}decoder.layers."
 _OUTPUT = "self_attention.linear_proj.weight"
 
 
-def _vision(
-    name: str,
-    args: Mapping[str, Any],
-    shapes: Shapes,
-    noted: Mapping[str, Any] | None,
-    config: Parts | None,
-) -> ModelSpec:
-    tower = TOWERS[name]
+def _vision(name: str, args: Mapping[str, Any], shapes: Shapes, config: Parts | None) -> ModelSpec:
+    tower, noted = TOWERS[name], _noted(args, "vision")
     hidden, width = shapes.layer(_OUTPUT, 1)
     ffn = shapes.layer("mlp.linear_fc2.weight", 1)[1]
     rows = shapes.layer("mlp.linear_fc1.weight", 0)[0]
@@ -207,14 +197,13 @@ def _vision(
             f"the tower's attention is {width} wide, which is no number of heads of {channels}; "
             "give the model's config with --hf-base"
         )
-    images = {key: args.get(key) for key in ("img_h", "img_w")}
     extra: dict[str, Any] = {
         "class_tokens": tokens,
         "normed_features": tower.post_norm,
         "select": "default" if args.get("disable_vision_class_token") and tokens else "full",
     }
-    if images["img_h"] and images["img_h"] == images["img_w"]:
-        extra["image_size"] = images["img_h"]
+    if args.get("img_h") and args["img_h"] == args.get("img_w"):
+        extra["image_size"] = args["img_h"]
     # What Megatron's code fixes only a converted checkpoint can say otherwise, a config cannot.
     said = {"normed_features": noted["extra"].get("normed_features")} if noted else {}
     kept = noted["extra"] if noted else known.extra if known else {}
@@ -236,13 +225,9 @@ def _vision(
 
 
 def _projected(
-    args: Mapping[str, Any],
-    shapes: Shapes,
-    noted: Mapping[str, Any] | None,
-    config: Parts | None,
-    language: ModelSpec,
+    args: Mapping[str, Any], shapes: Shapes, config: Parts | None, language: ModelSpec
 ) -> ModelSpec:
-    single = f"{VISION_PROJECTION}weight"
+    noted, single = _noted(args, "projection"), f"{VISION_PROJECTION}weight"
     names = [name for name in shapes.shapes if name.startswith(VISION_PROJECTION)]
     if not names:
         raise SchemaError("the checkpoint holds no vision_projection: its model cannot see")
@@ -263,9 +248,6 @@ def _projected(
             f"vision_projection gives {out} channels, the language model has "
             f"{language.hidden_size}; they are not of one model"
         )
-    norm = "none"
-    if f"{first}layer_norm_weight" in shapes.shapes:
-        norm = "LayerNorm" if f"{first}layer_norm_bias" in shapes.shapes else "RMSNorm"
     named = LANGUAGES.get(str(args.get("language_model_type")))
     kept = noted["extra"] if noted else config["projection"].extra if config else {}
     usual = named.projection.get("activation", "gelu") if named else "gelu"
@@ -274,8 +256,8 @@ def _projected(
         input_size=features,
         ffn_hidden_size=rows,
         hidden_size=out,
-        bias=bias,
-        normalization=norm,
+        add_bias_linear=bias,
+        normalization=norm_among(shapes.shapes, f"{first}layer_norm_"),
         activation=noted["activation"] if noted else usual,
         extra={key: value for key, value in kept.items() if key != "input_size"},
     )

@@ -21,6 +21,7 @@ from ckptx.model.family import Family
 from ckptx.registry.families import family_named, note_of
 from ckptx.schemas.megatron_settings import activations
 from ckptx.schemas.megatron_settings.activations import FUSION, GATED
+from ckptx.schemas.megatron_settings.rope_scaling import LLAMA3_CONSTANTS
 from ckptx.schemas.megatron_settings.settings import known
 
 RENAMED = {
@@ -33,12 +34,19 @@ RENAMED = {
 }
 """Arguments by the field that says the same."""
 _HARMLESS = {
-    *("_target_", "bias_dropout_add_fusion", "generation_config", "hf_model_id"),
+    *("_target_", "bias_dropout_add_fusion", "data_step_fn", "forward_step_fn"),
+    *("generation_config", "hf_model_id", "scale_factor"),
     *("hf_model_revision", "logit_dtype", "mtp_enabled", "parallel_output"),
     *("scatter_embedding_sequence_parallel", "share_embeddings_and_output_weights"),
     *("should_pad_vocab", "transformer_layer_spec", "use_arbitrary_attention_mask"),
 }
 """Fields of a GPTModel's provider that are read here, or change nothing."""
+_LLAMA3 = {
+    "low_freq_factor": LLAMA3_CONSTANTS["low_freq_factor"],
+    "high_freq_factor": LLAMA3_CONSTANTS["high_freq_factor"],
+    "old_context_len": LLAMA3_CONSTANTS["original_max_position_embeddings"],
+}
+"""What NeMo's Llama 3.1 has as fields, besides its ``scale_factor``, and Megatron has fixed."""
 _CLASS = re.compile(r"(\w+?)(?:Model)?(?:Provider|Config)\w*")
 _MODELS = re.compile(
     r"GPT|MLA|(Code)?Llama(2|3|31|32)?|Mistral(NeMo)?|Mixtral|Qwen(2|25|3)(MoE)?|Phi3|GLM45|OlMoE|"
@@ -93,6 +101,8 @@ def from_provider(fields: Mapping[str, Any], accepted: Collection[str] = ()) -> 
     # Up to core 0.13 the field is what YaRN stretches, and nothing says the model's own.
     args.setdefault("original_max_position_embeddings", said.get("max_position_embeddings"))
     args |= {name: said[field] for field, name in RENAMED.items() if field in said}
+    if factor := said.get("scale_factor"):
+        args |= {"use_rope_scaling": True, "rope_scaling_factor": factor}
     groups, heads = said.get("num_query_groups"), said.get("num_attention_heads")
     layout = said.get("pipeline_model_parallel_layout")
     args |= {
@@ -163,7 +173,8 @@ def _check(fields: Mapping[str, Any]) -> None:
             "--accept-arg transformer_layer_spec"
         )
     ours = _HARMLESS | RENAMED.keys() | known().keys()
-    if unknown := sorted(name for name, value in fields.items() if value and name not in ours):
+    said = {name for name, value in fields.items() if value and _LLAMA3.get(name) != value}
+    if unknown := sorted(said - ours):
         raise SchemaError(
             f"{fields.get('_target_')} has {listing(unknown)}, which no release of Megatron has: "
             "whether the weights compute the same without is not known; --accept-arg NAME reads "

@@ -19,10 +19,7 @@ def to_args(spec: ModelSpec) -> dict[str, Any]:
     if not any(inside):
         return {"window_size": None, "window_attn_skip_freq": None}
     pattern = None if all(inside) else [int(one) for one in inside]
-    return {
-        "window_size": (spec.extra["sliding_window"] - 1, 0),
-        "window_attn_skip_freq": pattern,
-    }
+    return {"window_size": (spec.extra["sliding_window"] - 1, 0), "window_attn_skip_freq": pattern}
 
 
 def launch_flags(spec: ModelSpec) -> list[str]:

@@ -172,6 +172,21 @@ def test_every_key_of_a_llava_is_known():
         assert found == {"vision_config.window_size": 2, "spatial_merge": 2}
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("starcoder2", "rms_norm_eps", 1e-3),
+        ("gpt_neox", "rms_norm_eps", 1e-3),
+        ("megatron-bert", "rms_norm_eps", 1e-3),
+        ("gemma2", "hidden_act", "relu"),
+    ],
+)
+def test_llama_s_word_for_a_renamed_key_is_unknown(name, key, value):
+    config = registry.families()[name].config
+    assert isinstance(config, TableConfig)
+    assert unknown_keys({key: value}, config.table) == {key: value}
+
+
 DAMAGED = {
     "generation_config.json": b'{"eos_token_id": 2,',
     "tokenizer_config.json": b"\0" * 40,

@@ -7,8 +7,9 @@ import pytest
 from ckptx.model.canonical_names import keys_of
 from ckptx.schemas.conventions.vision import TOWERS, projection_spec, tower_spec
 from ckptx.schemas.families.multimodal.hf_llava import TOWERS_HELD
-from ckptx.schemas.families.multimodal.llava import CONVERTER, parts_from_config, used
+from ckptx.schemas.families.multimodal.llava import CONVERTER, used
 from ckptx.schemas.families.multimodal.llava import FAMILY as LLAVA
+from ckptx.schemas.families.multimodal.llava_config import parts_from_config
 
 
 def parts(tower, projection="mlp"):
@@ -27,7 +28,7 @@ def parts(tower, projection="mlp"):
         input_size=128,
         ffn_hidden_size=64,
         hidden_size=64,
-        bias=True,
+        add_bias_linear=True,
         normalization="LayerNorm" if projection == "mlp" else "none",
     )
     text = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 2}

@@ -3,29 +3,27 @@
 Source: huggingface/accelerate src/accelerate/commands/merge.py @ v1.15.0.
 """
 
-from __future__ import annotations
-
 from ckptx.cli.scripts.script import SOURCE, TARGET, Script, flag, switch
 
 MERGE_WEIGHTS = Script(
     "merge-weights",
     "accelerate merge-weights",
     (
-        flag("checkpoint_directory", becomes=SOURCE, help="The checkpoint."),
-        flag("output_path", becomes=TARGET, help="Directory to write."),
+        flag("checkpoint_directory", "The checkpoint.", SOURCE),
+        flag("output_path", "Directory to write.", TARGET),
         switch(
             "--unsafe_serialization",
-            becomes={True: ("--weight-files", "bin")},
-            help="Write pytorch_model.bin, not model.safetensors.",
+            "Write pytorch_model.bin, not model.safetensors.",
+            {True: ("--weight-files", "bin")},
         ),
         switch(
             "--remove_checkpoint_dir",
-            help="Remove the checkpoint.",
+            "Remove the checkpoint.",
             refused="ckptx removes no checkpoint; remove it when 'ckptx verify' says equal",
         ),
     ),
     # accelerate writes one file, whatever its size.
-    always=("--from", "dcp", "--to", "hf", "--max-shard-size", "1000000GB"),
+    always=("--from", "dcp", "--to", "hf", "--no-config", "--max-shard-size", "1000000GB"),
 )
 
 SCRIPTS = (MERGE_WEIGHTS,)

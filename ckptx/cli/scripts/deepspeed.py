@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ckptx.cli.scripts.script import SOURCE, TARGET, Script, Values, flag, switch
+from ckptx.cli.scripts.script import SAME, SOURCE, TARGET, Script, Values, flag, switch
 from ckptx.cli.scripts.torch_dcp import SUFFIXES
 
 
@@ -18,7 +18,7 @@ def _form(values: Values) -> Iterator[str]:
     if Path(values["output_dir"]).suffix in SUFFIXES:
         yield from ("--to", "pytorch")
         return
-    yield from ("--to", "hf")
+    yield from ("--to", "hf", "--no-config")
     if not values["safe_serialization"]:
         yield from ("--weight-files", "bin")
     yield from ("--max-shard-size", values["max_shard_size"])
@@ -28,21 +28,17 @@ ZERO_TO_FP32 = Script(
     "zero_to_fp32",
     "DeepSpeed, deepspeed/utils/zero_to_fp32.py",
     (
-        flag("checkpoint_dir", becomes=SOURCE, help="The checkpoint."),
+        flag("checkpoint_dir", "The checkpoint.", SOURCE),
         flag(
             "output_dir",
-            becomes=TARGET,
-            help="Directory to write; or one file, pytorch_model.bin, as in old releases.",
+            "Directory to write; or one file, pytorch_model.bin, as in old releases.",
+            TARGET,
         ),
-        flag("--max_shard_size", default="5GB", help="Largest file."),
-        switch("--safe_serialization", help="Write safetensors, not pytorch_model.bin."),
-        flag("--tag", "-t", becomes="--tag", help="Tag below the checkpoint.  [what latest says]"),
-        switch(
-            "--exclude_frozen_parameters",
-            becomes="--exclude-frozen-parameters",
-            help="Leave out what was not trained.",
-        ),
-        switch("--debug", "-d", becomes="--verbose", help="Show details."),
+        flag("--max_shard_size", "Largest file.", default="5GB"),
+        switch("--safe_serialization", "Write safetensors, not pytorch_model.bin."),
+        flag("--tag -t", "Tag below the checkpoint.  [what latest says]", SAME),
+        switch("--exclude_frozen_parameters", "Leave out what was not trained.", SAME),
+        switch("--debug -d", "Show details.", "--verbose"),
     ),
     always=("--from", "deepspeed"),
     further=_form,

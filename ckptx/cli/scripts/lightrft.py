@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ckptx.cli.scripts.script import SOURCE, TARGET, Script, Values, choice, dtype_of, flag, switch
+from ckptx.cli.scripts.script import SAME, SOURCE, TARGET, Script, Values, dtype_of, flag, switch
 
 _SCALAR = ("srm_vl", "srm_al")
 """Reward models whose state dict LightRFT saves whole, with the names of its own module."""
@@ -47,30 +47,30 @@ DS2HF = Script(
     "ds2hf",
     "LightRFT, lightrft/utils/ckpt_scripts/ds2hf.py",
     (
-        flag("--checkpoint_dir", required=True, help="The checkpoint, or a tag of it."),
-        flag("--output_dir", required=True, help="Directory to write."),
-        flag("--hf_base", required=True, help=_BASE),
-        flag("--tag", "-t", becomes="--tag", help="Tag below the checkpoint."),
+        flag("--checkpoint_dir", "The checkpoint, or a tag of it.", required=True),
+        flag("--output_dir", "Directory to write.", required=True),
+        flag("--hf_base", _BASE, required=True),
+        flag("--tag -t", "Tag below the checkpoint.", SAME),
         switch(
             "--exclude_frozen_parameters",
-            becomes="--exclude-frozen-parameters",
-            help="Take frozen weights from the base, not from the checkpoint.",
+            "Take frozen weights from the base, not from the checkpoint.",
+            SAME,
         ),
-        switch("--debug", "-d", becomes="--verbose", help="Show details."),
-        choice(
+        switch("--debug -d", "Show details.", "--verbose"),
+        flag(
             "--model_type",
-            words={
+            "Module that was trained.",
+            {
                 "vision2seq": ("--to", "hf"),
                 "grm": ("--to", "hf", "--prefix", "model."),
                 **dict.fromkeys(_SCALAR, ("--to", "pytorch")),
             },
             default="vision2seq",
-            help="Module that was trained.",
         ),
-        flag("--pooling_method", help="Of srm: attn or last.", needless=_SEEN),
-        switch("--scale_for_train", help="Of srm: has a scale.", needless=_SEEN),
-        flag("--probing_layer", help="Of srm: layer of the head.", needless=_SEEN),
-        flag("--heads_types", help="Of srm: heads.", needless=_SEEN, many=True),
+        flag("--pooling_method", "Of srm: attn or last.", needless=_SEEN),
+        switch("--scale_for_train", "Of srm: has a scale.", needless=_SEEN),
+        flag("--probing_layer", "Of srm: layer of the head.", needless=_SEEN),
+        flag("--heads_types", "Of srm: heads.", needless=_SEEN, many=True),
     ),
     always=("--from", "deepspeed"),
     places=_output,
@@ -82,9 +82,9 @@ FSDP2HF = Script(
     "fsdp2hf",
     "LightRFT, lightrft/utils/ckpt_scripts/fsdp2hf.py",
     (
-        flag("--hf_base", becomes="--hf-base", required=True, help=_BASE),
-        flag("--checkpoint_dir", becomes=SOURCE, help="The checkpoint."),
-        flag("--output_dir", becomes=TARGET, help="Directory to write."),
+        flag("--hf_base", _BASE, SAME, required=True),
+        flag("--checkpoint_dir", "The checkpoint.", SOURCE),
+        flag("--output_dir", "Directory to write.", TARGET),
     ),
     always=("--from", "dcp", "--to", "hf"),
     further=lambda values: dtype_of(values["hf_base"]),
@@ -94,8 +94,8 @@ HF2FSDP = Script(
     "hf2fsdp",
     "LightRFT, lightrft/utils/ckpt_scripts/hf2fsdp.py",
     (
-        flag("--hf_checkpoint", becomes=SOURCE, help="The model."),
-        flag("--output", becomes=TARGET, help="Directory to write."),
+        flag("--hf_checkpoint", "The model.", SOURCE),
+        flag("--output", "Directory to write.", TARGET),
     ),
     always=("--from", "hf", "--to", "dcp", "--target-names", "files"),
 )
@@ -104,23 +104,18 @@ TEST_MODEL = Script(
     "test_model",
     "LightRFT, lightrft/utils/ckpt_scripts/test_model.py",
     (
-        flag("--model_path", becomes=SOURCE, help="The model."),
-        choice(
+        flag("--model_path", "The model.", SOURCE),
+        flag(
             "--device",
-            words={name: ("--device", name) for name in ("cuda", "cpu", "auto")},
-            help="Where to compute.",
+            "Where to compute.",
+            {name: ("--device", name) for name in ("cuda", "cpu", "auto")},
         ),
-        flag("--test_prompts", becomes="--prompt", many=True, help="Texts to continue."),
+        flag("--test_prompts", "Texts to continue.", "--prompt", many=True),
+        flag("--max_new_tokens", "Tokens for each.", SAME, default="256"),
+        switch("--benchmark", "Measure the speed, too.", SAME),
+        flag("--benchmark_samples", "Prompts to measure.", "--samples"),
         flag(
-            "--max_new_tokens", becomes="--max-new-tokens", default="256", help="Tokens for each."
-        ),
-        switch("--benchmark", becomes="--benchmark", help="Measure the speed, too."),
-        flag("--benchmark_samples", becomes="--samples", help="Prompts to measure."),
-        flag(
-            "--output_file",
-            becomes="--output-file",
-            default="test_results.json",
-            help="Where to write the texts as JSON.",
+            "--output_file", "Where to write the texts as JSON.", SAME, default="test_results.json"
         ),
     ),
     command="generate",

@@ -3,13 +3,11 @@
 Source: NVIDIA/Megatron-LM tools/checkpoint/checkpoint_inspector.py @ 00caa53.
 """
 
-from __future__ import annotations
-
 from ckptx.cli.scripts.script import SOURCE, TARGET, Script, flag, switch
 
 _MSC = switch(
     "--enable-msc",
-    help="Read through the MultiStorageClient.",
+    "Read through the MultiStorageClient.",
     refused="checkpoints are read from files; mount or copy it",
 )
 _INSPECTOR = "Megatron, checkpoint_inspector"
@@ -19,11 +17,11 @@ INSPECT = Script(
     "inspect",
     "Megatron, checkpoint_inspector inspect",
     (
-        flag("checkpoint_dir", becomes=SOURCE, help="The checkpoint."),
+        flag("checkpoint_dir", "The checkpoint.", SOURCE),
         _MSC,
         switch(
             "--not-ignore-param-to-group-meta",
-            help="Show the groups of parameters, too.",
+            "Show the groups of parameters, too.",
             needless="everything that is there is shown",
         ),
     ),
@@ -34,10 +32,7 @@ INSPECT = Script(
 PRINT_TENSOR = Script(
     "print-tensor",
     "Megatron, checkpoint_inspector print-tensor",
-    (
-        flag("checkpoint_dir", becomes=SOURCE, help="The checkpoint."),
-        flag("key", becomes=TARGET, help="The tensor's name."),
-    ),
+    (flag("checkpoint_dir", "The checkpoint.", SOURCE), flag("key", "The tensor's name.", TARGET)),
     command="print-tensor",
 )
 
@@ -45,8 +40,8 @@ COMPARE = Script(
     "compare-two-checkpoint",
     "Megatron, checkpoint_inspector compare-two-checkpoint",
     (
-        flag("checkpoint_1", becomes=SOURCE, help="One checkpoint."),
-        flag("checkpoint_2", becomes=TARGET, help="Another."),
+        flag("checkpoint_1", "One checkpoint.", SOURCE),
+        flag("checkpoint_2", "Another.", TARGET),
         _MSC,
     ),
     command="verify",

@@ -15,8 +15,8 @@ DCP_TO_PT = Script(
     "convert_dcp_to_pt",
     "RLinf, fsdp_convertor/convert_dcp_to_pt.py",
     (
-        flag("--dcp_path", becomes=SOURCE, help="dcp_checkpoint of a step."),
-        flag("--output_path", becomes=TARGET, help="File to write."),
+        flag("--dcp_path", "dcp_checkpoint of a step.", SOURCE),
+        flag("--output_path", "File to write.", TARGET),
     ),
     always=("--from", "dcp", "--to", "pytorch"),
     places=lambda values: file_places(values["dcp_path"], values["output_path"]),
@@ -33,9 +33,9 @@ PT_TO_HF = Script(
     "convert_pt_to_hf",
     "RLinf, fsdp_convertor/convert_pt_to_hf.py",
     (
-        flag("--config-path", help="Directory of the configuration."),
-        flag("--config-name", default="fsdp_model_convertor", help="Its name, without .yaml."),
-        flag("settings", many=True, help="Settings, as convertor.torch_dtype=bf16."),
+        flag("--config-path", "Directory of the configuration."),
+        flag("--config-name", "Its name, without .yaml.", default="fsdp_model_convertor"),
+        flag("settings", "Settings, as convertor.torch_dtype=bf16.", many=True),
     ),
     command="from-config",
     places=_config,
@@ -46,16 +46,14 @@ MG2HF = Script(
     "mg2hf",
     "RLinf, megatron_convertor/mg2hf_*.sh",
     (
-        flag(
-            "ckpt_path_mg", becomes=SOURCE, variable="CKPT_PATH_MG", help="Megatron's checkpoint."
-        ),
-        flag("ckpt_path_hf", becomes=TARGET, variable="CKPT_PATH_HF", help="Directory to write."),
+        flag("ckpt_path_mg", "Megatron's checkpoint.", SOURCE, variable="CKPT_PATH_MG"),
+        flag("ckpt_path_hf", "Directory to write.", TARGET, variable="CKPT_PATH_HF"),
         flag(
             "ckpt_path_original_hf",
-            becomes="--hf-base",
+            "Model that the training began with.",
+            "--hf-base",
             required=True,
             variable="CKPT_PATH_ORIGINAL_HF",
-            help="Model that the training began with.",
         ),
     ),
     always=("--to", "hf"),

@@ -12,6 +12,8 @@ from ckptx.errors import FormatError
 
 SOURCE, TARGET = "SOURCE", "TARGET"
 """What a flag becomes that names a place: the first or the second argument of ckptx."""
+SAME = "SAME"
+"""What a flag becomes that ckptx has by the same name, with dashes for underscores."""
 ROUNDED = ("--ignore-dtype", "--rtol", "0.004", "--atol", "1e-6")
 """For ``verify``: equal but for rounding to bfloat16, which changes a value by 2^-8 of it."""
 
@@ -65,22 +67,22 @@ class Flag:
             yield from (self.becomes,) if self.switch else (self.becomes, str(value))
 
 
-def flag(*spellings: str, becomes: str = "", help: str, **more: Any) -> Flag:
-    """Return a flag that ckptx has under another name, or takes as a place, which must be given."""
+def flag(
+    names: str, help: str, becomes: str | Mapping[Any, tuple[str, ...]] = "", **more: Any
+) -> Flag:
+    """Return a flag of these names, separated by blanks; a place must be given."""
+    spellings = tuple(names.split())
+    if becomes == SAME:
+        becomes = max(spellings, key=len).replace("_", "-")
     required = becomes in (SOURCE, TARGET) and "default" not in more
     return Flag(spellings, help, becomes, **{"required": required, **more})
 
 
 def switch(
-    *spellings: str, becomes: str | Mapping[bool, tuple[str, ...]] = "", help: str, **more: Any
+    names: str, help: str, becomes: str | Mapping[bool, tuple[str, ...]] = "", **more: Any
 ) -> Flag:
     """Return a flag without value."""
-    return Flag(spellings, help, becomes, switch=True, **more)
-
-
-def choice(*spellings: str, words: Mapping[str, tuple[str, ...]], help: str, **more: Any) -> Flag:
-    """Return a flag that has one of a few values, and the words that each becomes."""
-    return Flag(spellings, help, words, **more)
+    return flag(names, help, becomes, switch=True, **more)
 
 
 def nothing(values: Values) -> tuple[str, ...]:

@@ -29,10 +29,7 @@ def file_places(source: str, target: str) -> tuple[str, str]:
     return source, target
 
 
-_PLACES = (
-    flag("src", becomes=SOURCE, help="The checkpoint."),
-    flag("dst", becomes=TARGET, help="What to write."),
-)
+_PLACES = (flag("src", "The checkpoint.", SOURCE), flag("dst", "What to write.", TARGET))
 
 DCP_TO_TORCH = Script(
     "dcp_to_torch_save",

@@ -9,23 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ckptx.cli.scripts.script import ROUNDED, SOURCE, TARGET, Script, Values, choice, flag, switch
+from ckptx.cli.scripts.script import ROUNDED, SAME, SOURCE, TARGET, Script, Values, flag, switch
 
 _NO_MODEL = "no model is built"
 _NO_CODE = "no model is built, so no code of it is run"
 
 
-_LOCAL = flag(
-    "--local_dir", becomes=SOURCE, help="Directory of the ranks' files, .../global_step_N/actor."
-)
+_LOCAL = flag("--local_dir", "Directory of the ranks' files, .../global_step_N/actor.", SOURCE)
 _BACKEND = ("fsdp", "megatron")
 _BACKEND_HELP = "Who has saved it; ckptx sees it in the files."
 _UNUSED = (
-    switch("--use_cpu_initialization", help="Start on the CPU.", needless=_NO_MODEL),
+    switch("--use_cpu_initialization", "Start on the CPU.", needless=_NO_MODEL),
     switch(
-        *("--trust-remote-code", "--trust_remote_code"),
-        help="Run the code of the model.",
-        needless=_NO_CODE,
+        "--trust-remote-code --trust_remote_code", "Run the code of the model.", needless=_NO_CODE
     ),
 )
 _NOT_UPLOADED = "nothing is uploaded; convert, then: hf upload REPOSITORY DIRECTORY"
@@ -36,24 +32,16 @@ MERGE = Script(
     "merge",
     "verl, model_merger merge",
     (
-        choice("--backend", words=dict.fromkeys(_BACKEND, ()), required=True, help=_BACKEND_HELP),
+        flag("--backend", _BACKEND_HELP, dict.fromkeys(_BACKEND, ()), required=True),
         _LOCAL,
-        flag("--target_dir", becomes=TARGET, default="tmp", help="Directory of the merged model."),
-        flag("--hf_model_path", becomes="--hf-base", help="Model whose config is taken."),
-        switch(
-            "--tie-word-embedding",
-            becomes="--tie-word-embedding",
-            help="Of Megatron: the model is tied.",
-        ),
-        switch(
-            "--is-value-model",
-            becomes="--is-value-model",
-            help="Of Megatron: the model has a head with one output.",
-        ),
-        flag("--hf_upload_path", help="Repository.", refused=_NOT_UPLOADED),
-        switch("--private", help="Make the repository private.", refused=_NOT_UPLOADED),
-        switch("--test", help="Compare, in old releases.", refused=_OLD_TEST),
-        flag("--test_hf_dir", help="What with.", refused=_OLD_TEST),
+        flag("--target_dir", "Directory of the merged model.", TARGET, default="tmp"),
+        flag("--hf_model_path", "Model whose config is taken.", "--hf-base"),
+        switch("--tie-word-embedding", "Of Megatron: the model is tied.", SAME),
+        switch("--is-value-model", "Of Megatron: the model has a head with one output.", SAME),
+        flag("--hf_upload_path", "Repository.", refused=_NOT_UPLOADED),
+        switch("--private", "Make the repository private.", refused=_NOT_UPLOADED),
+        switch("--test", "Compare, in old releases.", refused=_OLD_TEST),
+        flag("--test_hf_dir", "What with.", refused=_OLD_TEST),
         *_UNUSED,
     ),
     always=("--from", "verl", "--to", "hf", "--dtype", "bfloat16"),
@@ -69,16 +57,16 @@ TEST = Script(
     "test",
     "verl, model_merger test",
     (
-        choice("--backend", words=_TOLERANCES, required=True, help="Who has saved it."),
+        flag("--backend", "Who has saved it.", _TOLERANCES, required=True),
         _LOCAL,
-        flag("--test_hf_dir", becomes=TARGET, help="Model to compare with."),
+        flag("--test_hf_dir", "Model to compare with.", TARGET),
         flag(
             "--hf_model_path",
-            help="Model whose config is taken.",
+            "Model whose config is taken.",
             needless="the config in the checkpoint is taken",
         ),
         *(
-            switch(name, help=text, needless="it is seen in the files")
+            switch(name, text, needless="it is seen in the files")
             for name, text in (
                 ("--tie-word-embedding", "Of Megatron: the model is tied."),
                 ("--is-value-model", "Of Megatron: the model has a head with one output."),
@@ -101,11 +89,11 @@ MCORE = Script(
     "converter_hf_to_mcore",
     "verl, scripts/converter_hf_to_mcore.py",
     (
-        flag("--hf_model_path", becomes=SOURCE, help="Hugging Face model to convert."),
-        flag("--output_path", becomes=TARGET, help="Directory to write."),
-        flag("--pp_size", becomes="--pp", help="Pipeline stages.  [default: 1]"),
-        flag("--ep_size", becomes="--ep", help="Expert-parallel ranks.  [default: 1]"),
-        switch("--test", help="Compare the result with the model."),
+        flag("--hf_model_path", "Hugging Face model to convert.", SOURCE),
+        flag("--output_path", "Directory to write.", TARGET),
+        flag("--pp_size", "Pipeline stages.  [default: 1]", "--pp"),
+        flag("--ep_size", "Expert-parallel ranks.  [default: 1]", "--ep"),
+        switch("--test", "Compare the result with the model."),
         *_UNUSED,
     ),
     # verl pads no vocabulary, and reads the directory itself (dist_checkpointing_path).
@@ -133,19 +121,14 @@ SIMPLE = Script(
     "convert_checkpoint_simple",
     "a fork of verl, scripts/convert_checkpoint_simple.py",
     (
-        flag("checkpoint", required=True, help="The step, .../global_step_150."),
-        flag("--output", help="Directory to write.  [default: CHECKPOINT_merged]"),
+        flag("checkpoint", "The step, .../global_step_150.", required=True),
+        flag("--output", "Directory to write.  [default: CHECKPOINT_merged]"),
+        flag("--actor-dir", "Directory of the ranks' files in it.", SAME, default="actor"),
         flag(
-            "--actor-dir",
-            becomes="--actor-dir",
-            default="actor",
-            help="Directory of the ranks' files in it.",
-        ),
-        choice(
             "--dtype",
-            words={name: ("--dtype", name) for name in ("bfloat16", "float16", "float32")},
+            "Dtype of the model.",
+            {name: ("--dtype", name) for name in ("bfloat16", "float16", "float32")},
             default="bfloat16",
-            help="Dtype of the model.",
         ),
     ),
     always=("--from", "verl", "--to", "hf"),

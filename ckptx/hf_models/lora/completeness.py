@@ -13,10 +13,7 @@ from ckptx.tensors.lazy import LazyTensor
 
 
 def check_saved(
-    adapter: Adapter,
-    base: Mapping[str, LazyTensor],
-    whole: Collection[str],
-    tied: bool,
+    adapter: Adapter, base: Mapping[str, LazyTensor], whole: Collection[str], tied: bool
 ) -> None:
     """Check that modules of ``modules_to_save`` that the base has are among those saved whole.
 

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptx.errors import FormatError
-from ckptx.hf_models.lora import names as adapter_names
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.extract import Adapter, ExtractedAdapters
-from ckptx.hf_models.lora.names import MATRICES, PREFIX, TOKENS, VECTORS
+from ckptx.hf_models.lora.names import PREFIX, TOKENS
 from ckptx.protocol.messages import Dropped
 from ckptx.tensors.lazy import LazyTensor
 
@@ -46,17 +45,16 @@ def exported(
 
 def _config(adapter: Adapter, model: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Return the config to write, whose scale has been checked for every module."""
-    parsed = {key: adapter_names.parse(key) for key in adapter.tensors}
-    whole = {name.path for name in parsed.values() if name.kind in ("", "saved")}
-    ranks = _ranks(adapter)
+    names, ranks = adapter.names().values(), adapter.ranks()
+    kinds = {name.kind for name in names}
+    whole = {name.path for name in names if name.kind in ("", "saved")}
     said = dict(adapter.config.said)
     if said.get("target_modules") or said.get("target_parameters"):
         if not said.get("target_parameters"):
             for module, rank in ranks.items():
                 adapter.config.scale(module, rank)
         return {**said, "inference_mode": True}, f"{ADAPTER_CONFIG} is {adapter.config.place}"
-    needed = sorted({name.kind for name in parsed.values()} & {TOKENS})
-    if needed or any(adapter_names.plain(name.path) != name.path for name in parsed.values()):
+    if TOKENS in kinds or any(name.module != name.path for name in names):
         raise FormatError(
             f"{adapter.place}: trained rows and updates of parameters need the {ADAPTER_CONFIG} "
             "of the training, which says what they are of; put it beside"
@@ -65,7 +63,6 @@ def _config(adapter: Adapter, model: Mapping[str, Any]) -> tuple[dict[str, Any],
         adapter.config.scale(module, rank)
     common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
     causal = any(str(one).endswith("ForCausalLM") for one in model.get("architectures") or ())
-    kinds = {name.kind for name in parsed.values()}
     made = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if causal else None,
@@ -92,21 +89,10 @@ def _config(adapter: Adapter, model: Mapping[str, Any]) -> tuple[dict[str, Any],
     )
 
 
-def _ranks(adapter: Adapter) -> dict[str, int]:
-    """Return the modules that have matrices, and the ranks of these."""
-    parsed = {key: adapter_names.parse(key) for key in adapter.tensors}
-    first = (f"{MATRICES[0]}.weight", VECTORS[0])
-    return {
-        name.module: adapter.tensors[key].shape[0]
-        for key, name in parsed.items()
-        if name.kind in first
-    }
-
-
 def _trained_biases(adapter: Adapter, base: Mapping[str, LazyTensor]) -> dict[str, str]:
     """Return the biases that were trained with the adapter: their keys in its file, their names."""
     trained = adapter.config.said.get("bias") or "none"
-    wrapped = _ranks(adapter)
+    wrapped = adapter.ranks()
     found = {}
     for name in base:
         module, _, last = name.rpartition(".")

@@ -33,20 +33,15 @@ LAYOUT = "peft"
 
 def adapter_options() -> list[click.Option]:
     """Return the options of loaders that read models under Hugging Face's names."""
+    directory = click.Path(exists=True, file_okay=False, resolve_path=True)
+    adapter = (
+        "LoRA adapter, as peft saves it, to merge into the weights. Repeatable: merged one after "
+        "another."
+    )
+    alpha = f"The lora_alpha of LoRA weights in the source.  [as {ADAPTER_CONFIG} says]"
     return [
-        click.Option(
-            ["--adapter"],
-            multiple=True,
-            type=click.Path(exists=True, file_okay=False, resolve_path=True),
-            metavar="DIR",
-            help="LoRA adapter, as peft saves it, to merge into the weights. Repeatable: merged "
-            "one after another.",
-        ),
-        click.Option(
-            ["--lora-alpha"],
-            type=float,
-            help=f"The lora_alpha of LoRA weights in the source.  [as {ADAPTER_CONFIG} says]",
-        ),
+        click.Option(["--adapter"], type=directory, help=adapter, multiple=True, metavar="DIR"),
+        click.Option(["--lora-alpha"], type=float, help=alpha),
     ]
 
 
@@ -57,6 +52,16 @@ class Adapter:
     tensors: Mapping[str, LazyTensor]
     config: AdapterConfig
     place: str
+
+    def names(self) -> dict[str, adapter_names.Name]:
+        """Return what the names of its tensors say."""
+        return {key: adapter_names.parse(key) for key in self.tensors}
+
+    def ranks(self) -> dict[str, int]:
+        """Return the modules that have matrices, and the ranks of these."""
+        first = (f"{adapter_names.MATRICES[0]}.weight", adapter_names.VECTORS[0])
+        said = self.names().items()
+        return {name.module: self.tensors[k].shape[0] for k, name in said if name.kind in first}
 
 
 @dataclass(slots=True)

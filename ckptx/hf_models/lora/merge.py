@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from ckptx.errors import SchemaError, listing
 from ckptx.hf_models import task_heads
-from ckptx.hf_models.lora import names as adapter_names
 from ckptx.hf_models.lora.completeness import check_saved, check_targets
 from ckptx.hf_models.lora.extract import Adapter, ExtractedAdapters
 from ckptx.hf_models.lora.names import MATRICES, TOKENS, plain
@@ -34,25 +34,42 @@ _TRANSPOSED_EXPERTS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 _WIDEST_NORM = 1 << 28  # bytes of float32 that one norm of a transposed matrix may make us read
 
 
-@dataclass(frozen=True, slots=True)
-class _Spelling:
-    """How experts that a module holds as stacked parameters are named one by one in the files."""
+_EXPERTS = "mlp.experts"
+"""The module that holds experts as stacked parameters."""
+_ONE_BY_ONE = {
+    "mlp.experts": ("gate_proj", "up_proj", "down_proj"),
+    "block_sparse_moe.experts": ("w1", "w3", "w2"),
+}
+"""What files call it where they have one tensor for every expert: gate, up and down.
 
-    here: str
-    there: str
-    gate: str
-    up: str
-    down: str
-
-
-# Source: transformers:src/transformers/conversion_mapping.py @ v5.23.0.
-_EXPERTS = (
-    _Spelling("mlp.experts", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
-    _Spelling("mlp.experts", "block_sparse_moe.experts", "w1", "w3", "w2"),
-)
+Source: transformers:src/transformers/conversion_mapping.py @ v5.23.0.
+"""
 _STACKED = ("gate_up_proj", "down_proj")
 """Parameters of experts in the order in which their modules register them."""
 _RENAMED = ((".mlp.", ".block_sparse_moe."),)
+
+
+class _Matrices(NamedTuple):
+    """B and A, whose product is an update."""
+
+    left: LazyTensor
+    right: LazyTensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the product."""
+        return self.left.shape[0], self.right.shape[1]
+
+    def by_expert(self, count: int) -> Iterator[_Matrices]:
+        """Yield the matrices of every expert.
+
+        A holds the ranks of one expert after those of another, B has the experts innermost.
+        """
+        ranks = self.right.shape[0] // count
+        columns = self.left.split(1, count)  # [out, rank, expert]
+        for expert in range(count):
+            own = self.right.narrow(0, expert * ranks, (expert + 1) * ranks)
+            yield _Matrices(columns.narrow(2, expert, expert + 1).merge(1), own)
 
 
 @dataclass(slots=True)
@@ -119,12 +136,11 @@ class _Merge:
         config = self.adapter.config
         groups: dict[str, dict[str, LazyTensor]] = {}
         whole: dict[str, LazyTensor] = {}
-        for key, tensor in self.adapter.tensors.items():
-            said = adapter_names.parse(key)
+        for key, said in self.adapter.names().items():
             if said.kind in ("", "saved"):
-                whole[plain(said.path)] = tensor
+                whole[said.module] = self.adapter.tensors[key]
             else:
-                groups.setdefault(said.path, {})[said.kind] = tensor
+                groups.setdefault(said.path, {})[said.kind] = self.adapter.tensors[key]
         check_saved(self.adapter, self.merged.tensors, whole, bool(self.tied))
         self._untie(whole, groups)
         for name, tensor in whole.items():
@@ -140,6 +156,9 @@ class _Merge:
                 self._update(module, groups[paths[0]])
         check_targets(self.adapter, self.merged.tensors, {*self.changed, *whole})
         self._describe(whole)
+
+    def _refused(self, what: str) -> SchemaError:
+        return SchemaError(f"{self.adapter.place}: {what}")
 
     def _describe(self, whole: Mapping[str, LazyTensor]) -> None:
         scales = ", ".join(f"rank {rank} x {scale:g}" for rank, scale in sorted(self.scales))
@@ -190,18 +209,15 @@ class _Merge:
                     f"a head that the class of its task ({task}) adds to the base; save the base "
                     "as a model of that class, with any values in the head, and give that"
                 )
-            raise SchemaError(
-                f"{self.adapter.place}: the base has no {name!r}, which the adapter changes: "
-                f"{reason}"
-            )
+            raise self._refused(f"the base has no {name!r}, which the adapter changes: {reason}")
         return found
 
     def _replace(self, name: str, tensor: LazyTensor) -> None:
         found = self._needed(name)
         base = self.merged.tensors[found]
         if base.shape != tensor.shape:
-            raise SchemaError(
-                f"{self.adapter.place}: {name!r} is {list(tensor.shape)}, in the base "
+            raise self._refused(
+                f"{name!r} is {list(tensor.shape)}, in the base "
                 f"{list(base.shape)}: the adapter is of another base model"
             )
         self.merged.tensors[found] = tensor.cast(base.dtype)
@@ -214,8 +230,8 @@ class _Merge:
         rest = dict(group)
         tokens = rest.pop(TOKENS, None)
         if tokens is not None and rest:
-            raise SchemaError(
-                f"{self.adapter.place}: {module!r} has both LoRA matrices and trained rows, which "
+            raise self._refused(
+                f"{module!r} has both LoRA matrices and trained rows, which "
                 "cannot be merged here; merge them with peft"
             )
         if tokens is not None:
@@ -232,41 +248,41 @@ class _Merge:
                 n for n, one in zip(names, (right, left), strict=True) if one is None
             )
             problem = f"lacks {lacking}" if lacking else f"has {listing(sorted(rest))} besides"
-            raise SchemaError(f"{self.adapter.place}: {module!r} {problem}; it is not whole")
+            raise self._refused(f"{module!r} {problem}; it is not whole")
         name = self._needed(f"{module}.weight")
         weight = self.merged.tensors[name]
-        self._check_matrices(module, left, right)
-        flipped = is_embedding or self._is_transposed(weight, left, right)
+        two = self._matrices(module, left, right)
+        flipped = is_embedding or self._is_transposed(weight, two)
         if flipped and magnitude is not None and 4 * weight.numel > _WIDEST_NORM:
-            raise SchemaError(
-                f"{self.adapter.place}: DoRA of {name!r} {list(weight.shape)} takes norms along "
+            raise self._refused(
+                f"DoRA of {name!r} {list(weight.shape)} takes norms along "
                 "its first axis, for which all of it is read again and again; merge it with peft"
             )
         scale = self._scale(module, right.shape[0])
         # peft rounds the update of an embedding before it adds it, and that of a layer after.
         rounded = is_embedding and magnitude is None
         how = {"flipped": flipped, "rounded": rounded}
-        self._set(name, left, right, scale, magnitude=magnitude, **how)
+        self._set(name, two, scale, magnitude=magnitude, **how)
         if bias is not None:
             self._update_bias(module, bias, scale)
 
-    def _check_matrices(self, module: str, left: LazyTensor, right: LazyTensor) -> None:
+    def _matrices(self, module: str, left: LazyTensor, right: LazyTensor) -> _Matrices:
+        """Return two tensors as the matrices of an update."""
         if len(left.shape) != 2 or len(right.shape) != 2:
-            raise SchemaError(
-                f"{self.adapter.place}: {module!r}: matrices {list(right.shape)} and "
-                f"{list(left.shape)} are those of a convolution, which is not merged here; merge "
-                "it with peft"
+            raise self._refused(
+                f"{module!r}: matrices {list(right.shape)} and {list(left.shape)} are those of a "
+                "convolution, which is not merged here; merge it with peft"
             )
         try:
             check_ranks(left, right)
         except SchemaError as error:
-            raise SchemaError(f"{self.adapter.place}: {module!r}: {error}") from error
+            raise self._refused(f"{module!r}: {error}") from error
+        return _Matrices(left, right)
 
-    def _is_transposed(self, weight: LazyTensor, left: LazyTensor, right: LazyTensor) -> bool:
+    def _is_transposed(self, weight: LazyTensor, two: _Matrices) -> bool:
         """Return whether a linear layer stores [in, out]."""
-        wanted = (left.shape[0], right.shape[1])
-        if wanted[0] != wanted[1]:
-            return weight.shape == wanted[::-1]
+        if two.shape[0] != two.shape[1]:
+            return weight.shape == two.shape[::-1]
         if self.model_type:
             return self.model_type in _TRANSPOSED_LINEAR
         return bool(self.adapter.config.said.get("fan_in_fan_out"))
@@ -276,54 +292,36 @@ class _Merge:
         self.scales.add((rank, scale))
         return scale
 
-    def _set(
-        self,
-        name: str,
-        left: LazyTensor,
-        right: LazyTensor,
-        scale: float,
-        *,
-        flipped: bool = False,
-        **more: Any,
-    ) -> None:
-        self.merged.tensors[name] = self._sum(
-            name, self.merged.tensors[name], left, right, scale, flipped=flipped, **more
-        )
+    def _set(self, name: str, two: _Matrices, scale: float, **more: Any) -> None:
+        self.merged.tensors[name] = self._sum(name, self.merged.tensors[name], two, scale, **more)
         self.changed.add(name)
 
     def _sum(
-        self,
-        name: str,
-        weight: LazyTensor,
-        left: LazyTensor,
-        right: LazyTensor,
-        scale: float,
-        *,
-        flipped: bool = False,
-        **more: Any,
+        self, name: str, weight: LazyTensor, two: _Matrices, scale: float, **more: Any
     ) -> LazyTensor:
         """Return a weight with an update; ``flipped`` weights are [in, out]."""
+        flipped = more.pop("flipped", False)
         try:
             if not flipped:
-                return updated(weight, left, right, scale, weight.dtype, **more)
+                return updated(weight, *two, scale, weight.dtype, **more)
             if len(weight.shape) != 2:
                 raise SchemaError(f"the weight is {list(weight.shape)}, expected a matrix")
-            turned = updated(weight.permute((1, 0)), left, right, scale, weight.dtype, **more)
+            turned = updated(weight.permute((1, 0)), *two, scale, weight.dtype, **more)
             return turned.permute((1, 0))
         except SchemaError as error:
-            raise SchemaError(f"{self.adapter.place}: {name!r}: {error}") from error
+            raise self._refused(f"{name!r}: {error}") from error
 
     def _update_bias(self, module: str, bias: LazyTensor, scale: float) -> None:
         """Add the bias of B, scaled: a column times one."""
         name = self._find(f"{module}.bias")
         if name is None or len(bias.shape) != 1 or len(self.merged.tensors[name].shape) != 1:
-            raise SchemaError(
-                f"{self.adapter.place}: {module!r} has a trained lora_bias and no bias in the base "
+            raise self._refused(
+                f"{module!r} has a trained lora_bias and no bias in the base "
                 "to add it to; such an adapter cannot be merged"
             )
         weight = self.merged.tensors[name]
         one = Filled("float32", (1, 1), 1.0)
-        column = self._sum(name, weight.split(0, 1), bias.split(0, 1), one, scale)
+        column = self._sum(name, weight.split(0, 1), _Matrices(bias.split(0, 1), one), scale)
         self.merged.tensors[name] = column.merge(0)
         self.changed.add(name)
 
@@ -333,8 +331,8 @@ class _Merge:
         indices = self.adapter.config.tokens(module)
         wanted = (len(indices), *base.shape[1:])
         if rows.shape != wanted or max(indices, default=-1) >= base.shape[0]:
-            raise SchemaError(
-                f"{self.adapter.place}: {len(indices)} rows up to {max(indices, default=0)} of "
+            raise self._refused(
+                f"{len(indices)} rows up to {max(indices, default=0)} of "
                 f"{name!r} {list(base.shape)} are replaced, their tensor is {list(rows.shape)}"
             )
         parts: list[LazyTensor] = []
@@ -363,8 +361,8 @@ class _Merge:
         """Update what peft has wrapped as parameters: every wrapper around the one before."""
         ordered = [one for one in _STACKED if one in parameters] or parameters
         if len(ordered) != len(paths) or len(ordered) != len(parameters):
-            raise SchemaError(
-                f"{self.adapter.place}: {module!r} has {len(paths)} updates, target_parameters "
+            raise self._refused(
+                f"{module!r} has {len(paths)} updates, target_parameters "
                 f"name {listing(parameters) if parameters else 'none'} of it: which is of which "
                 "is unknown"
             )
@@ -373,84 +371,72 @@ class _Merge:
             group = dict(groups[path])
             right, left = (group.pop(f"{name}.weight", None) for name in MATRICES)
             if left is None or right is None or group:
-                raise SchemaError(f"{self.adapter.place}: the update of {path!r} is not whole")
-            self._check_matrices(module, left, right)
-            self._update_parameter(module, parameter, left, right)
+                raise self._refused(f"the update of {path!r} is not whole")
+            self._update_parameter(module, parameter, self._matrices(module, left, right))
 
-    def _update_parameter(
-        self, module: str, parameter: str, left: LazyTensor, right: LazyTensor
-    ) -> None:
+    def _update_parameter(self, module: str, parameter: str, two: _Matrices) -> None:
         target = f"{module}.{parameter}"
         name = self._find(target)
         if name is None:
-            self._update_experts(module, parameter, left, right)
+            self._update_experts(module, parameter, two)
             return
         weight = self.merged.tensors[name]
         if len(weight.shape) == 2:
-            scale = self._scale(target, right.shape[0])
-            self._set(name, left, right, scale, rounded=True)
+            self._set(name, two, self._scale(target, two.right.shape[0]), rounded=True)
             return
-        count = weight.shape[0]
-        square = left.shape[0] == right.shape[1]
-        turned = weight.shape[1:] != (left.shape[0], right.shape[1])
+        turned, square = weight.shape[1:] != two.shape, two.shape[0] == two.shape[1]
         flipped = self.model_type in _TRANSPOSED_EXPERTS if square else turned
-        scale = self._scale(target, self._rank(target, left, right, count))
-        parts = zip(unstacked(weight), _by_expert(left, right, count), strict=True)
+        scale = self._scale(target, self._rank(target, two, weight.shape[0]))
+        parts = zip(unstacked(weight), two.by_expert(weight.shape[0]), strict=True)
+        how = {"flipped": flipped, "rounded": True}
         self.merged.tensors[name] = stack(
-            [
-                self._sum(name, one.merge(0), *two, scale, flipped=flipped, rounded=True)
-                for one, two in parts
-            ]
+            [self._sum(name, one.merge(0), own, scale, **how) for one, own in parts]
         )
         self.changed.add(name)
 
-    def _rank(self, target: str, left: LazyTensor, right: LazyTensor, count: int) -> int:
+    def _rank(self, target: str, two: _Matrices, count: int) -> int:
+        left, right = two
         if right.shape[0] % count or left.shape[1] != right.shape[0]:
-            raise SchemaError(
-                f"{self.adapter.place}: {target!r}: A {list(right.shape)} and B {list(left.shape)} "
-                f"are not those of {count} experts"
+            raise self._refused(
+                f"{target!r}: A {list(right.shape)} and B {list(left.shape)} are not those of "
+                f"{count} experts"
             )
         return right.shape[0] // count
 
-    def _update_experts(
-        self, module: str, parameter: str, left: LazyTensor, right: LazyTensor
-    ) -> None:
+    def _update_experts(self, module: str, parameter: str, two: _Matrices) -> None:
         """Update experts that are one tensor each in the base and stacked in the wrapped model."""
-        for spelling in _EXPERTS:
-            place = module.removesuffix(spelling.here) + spelling.there
-            names = _expert_names(self.merged.tensors, place, parameter, spelling)
-            if module.endswith(spelling.here) and names:
-                break
-        else:
-            raise SchemaError(
-                f"{self.adapter.place}: the base has neither {module}.{parameter} nor experts one "
-                "by one, which the adapter changes: it is of another base model"
+        base, target = self.merged.tensors, f"{module}.{parameter}"
+        inside = module.removesuffix(_EXPERTS)
+        spelt = (
+            _expert_names(base, inside + place, parameter, *_ONE_BY_ONE[place])
+            for place in _ONE_BY_ONE
+        )
+        names = next(filter(None, spelt), []) if module.endswith(_EXPERTS) else []
+        if not names:
+            raise self._refused(
+                f"the base has neither {target} nor experts one by one, which the adapter changes: "
+                "it is of another base model"
             )
-        target = f"{module}.{parameter}"
-        scale = self._scale(target, self._rank(target, left, right, len(names)))
-        for parts, (mine, shared) in zip(names, _by_expert(left, right, len(names)), strict=True):
-            start = 0
-            for name in parts:
-                stop = start + self.merged.tensors[name].shape[0]
-                if stop > mine.shape[0]:
-                    raise SchemaError(
-                        f"{self.adapter.place}: {target!r}: B has {mine.shape[0]} rows, the "
-                        "experts of the base have more: the adapter is of another base model"
-                    )
-                self._set(name, mine.narrow(0, start, stop), shared, scale, rounded=True)
-                start = stop
-            if start != mine.shape[0]:
-                raise SchemaError(
-                    f"{self.adapter.place}: {target!r}: B has {mine.shape[0]} rows, the experts of "
-                    f"the base {start}: the adapter is of another base model"
+        scale = self._scale(target, self._rank(target, two, len(names)))
+        for parts, (mine, shared) in zip(names, two.by_expert(len(names)), strict=True):
+            stops = list(accumulate(base[name].shape[0] for name in parts))
+            rows = mine.shape[0]
+            if stops[-1] != rows:
+                theirs = "have more" if stops[-1] > rows else stops[-1]
+                raise self._refused(
+                    f"{target!r}: B has {rows} rows, the experts of the base {theirs}: the adapter "
+                    "is of another base model"
                 )
+            for name, start, stop in zip(parts, (0, *stops), stops, strict=False):
+                own = _Matrices(mine.narrow(0, start, stop), shared)
+                self._set(name, own, scale, rounded=True)
 
 
 def _expert_names(
-    tensors: Mapping[str, LazyTensor], place: str, parameter: str, spelling: _Spelling
+    tensors: Mapping[str, LazyTensor], place: str, parameter: str, gate: str, up: str, down: str
 ) -> list[list[str]]:
     """Return the tensors that a stacked parameter is made of, expert by expert."""
-    words = {"gate_up_proj": (spelling.gate, spelling.up), "down_proj": (spelling.down,)}
+    words = {"gate_up_proj": (gate, up), "down_proj": (down,)}
     found: list[list[str]] = []
     while parameter in words:
         names = [f"{place}.{len(found)}.{word}.weight" for word in words[parameter]]
@@ -458,19 +444,3 @@ def _expert_names(
             break
         found.append(names)
     return found
-
-
-def _by_expert(
-    left: LazyTensor, right: LazyTensor, count: int
-) -> Iterator[tuple[LazyTensor, LazyTensor]]:
-    """Yield B and A of every expert.
-
-    A holds the ranks of one expert after those of another, B has the experts innermost.
-    """
-    ranks = right.shape[0] // count
-    columns = left.split(1, count)  # [out, rank, expert]
-    for expert in range(count):
-        yield (
-            columns.narrow(2, expert, expert + 1).merge(1),
-            right.narrow(0, expert * ranks, (expert + 1) * ranks),
-        )

@@ -34,13 +34,9 @@ Form: TypeAlias = tuple[str, Callable[[Parts], Parts]]
 def fits(pair: TensorPair) -> bool:
     """Return whether a tensor is a fused attention of the model's dimensions, on both sides."""
     spec = pair.spec
-    return (
-        spec is not None
-        and pair.name[1] in FUSED
-        and not spec.multi_latent_attention
-        and pair.a == pair.b
-        and pair.a[0] == spec.qkv_rows
-    )
+    if spec is None or spec.multi_latent_attention or pair.name[1] not in FUSED:
+        return False
+    return pair.a == pair.b and pair.a[0] == spec.qkv_rows
 
 
 def _in_fused(

@@ -12,27 +12,19 @@ from typing import Any, NamedTuple, TypeAlias
 
 from numpy.typing import NDArray
 
-from ckptx.errors import PlanError
+from ckptx.errors import PlanError, first_few
 from ckptx.protocol.model import VOCAB_TENSORS
 from ckptx.storage.blocks import BlockReader, equal
 from ckptx.tensors.lazy import LazyTensor
-from ckptx.verification.diagnosis import (
-    attention,
-    feed_forward,
-    matrices,
-    orders,
-    relations,
-    vocabulary,
-)
+from ckptx.verification.diagnosis import attention, matrices, orders, partners, relations
 from ckptx.verification.diagnosis.evidence import Evidence, TensorPair, part_names, starts
-from ckptx.verification.diagnosis.finding import Finding
 from ckptx.verification.diagnosis.mistakes import Hypothesis, Variant
 from ckptx.verification.diagnosis.relations import SAME, Relation
 from ckptx.verification.pairing import Name, Paired, label
 
 TRIED: Sequence[Hypothesis] = (
-    feed_forward.GATE_UP,
-    vocabulary.TIED_HEAD,
+    partners.GATE_UP,
+    partners.TIED_HEAD,
     attention.QKV_EXCHANGED,
     attention.ROTARY_ORDER,
     attention.QKV_ORDER,
@@ -41,20 +33,60 @@ TRIED: Sequence[Hypothesis] = (
     matrices.WRONG_AXIS,
     orders.LAYER_ORDER,
     orders.EXPERT_ORDER,
-    feed_forward.GATE_UP_RANKS,
+    partners.GATE_UP_RANKS,
     orders.RANK_ORDER,
 )
 """The mistakes that are tried on a tensor, the likely ones first."""
-_NAMED_ONLY = (orders.MISPLACED, vocabulary.HEAD_TIED, vocabulary.PADDING, *relations.VALUES)
+_NAMED_ONLY = (orders.MISPLACED, partners.HEAD_TIED, partners.PADDING, *relations.VALUES)
 KNOWN: Mapping[str, Hypothesis] = {one.name: one for one in (*TRIED, *_NAMED_ONLY)}
 """Every mistake by its stable name."""
 
 _PATIENCE = 2  # tensors of a kind for which pairs of mistakes are tried
 _FAILURES = 6  # tensors of a kind without an explanation, after which only known ones are tried
 _SHOWN_DETAILS = 6
+_SHOWN = 3  # tensors in the text form
 
 Forms: TypeAlias = tuple[Variant, ...]
 """Forms of mistakes that were made one after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One explanation, and the tensors that it holds for, without exception."""
+
+    mistakes: tuple[str, ...]
+    """Stable names, ``"gate-up-exchanged"``; several where they were made at once."""
+    title: str
+    details: tuple[str, ...]
+    """What happened, in words that follow the data: which rows, which order."""
+    advice: str
+    tensors: tuple[str, ...]
+    of: int
+    """The number of tensors that differ in all, missing ones included."""
+    rounding: str = ""
+    """What the values were rounded to; empty where every bit is explained."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            "mistakes": list(self.mistakes),
+            "title": self.title,
+            "details": list(self.details),
+            "advice": self.advice,
+            "explains": list(self.tensors),
+            "of": self.of,
+            "exact": not self.rounding,
+            "rounding": self.rounding,
+        }
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Yield labels and texts for people."""
+        how = f"within the rounding to {self.rounding}" if self.rounding else "to the last bit"
+        count = f"{len(self.tensors)} of {self.of} differing tensors, {how}"
+        yield "diagnosis", self.title
+        yield "explains", f"{count}: {first_few(self.tensors, _SHOWN)}"
+        yield from (("data", detail) for detail in self.details)
+        yield "advice", self.advice
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +104,7 @@ class _Explanation:
         """The stable names of what happened."""
         yield from (form.mistake for form in self.forms)
         if self.padding:
-            yield vocabulary.PADDING.name
+            yield partners.PADDING.name
         if self.relation.mistake:
             yield self.relation.mistake
 
@@ -130,8 +162,7 @@ class _Search:
         return sorted(findings, key=lambda one: -len(one.tensors))
 
     def _explain_whole(self, name: Name, *, pairs: bool = True) -> _Explanation | None:
-        pair = self.evidence.pair(name)
-        if pair is None:
+        if (pair := self.evidence.pair(name)) is None:
             return None
         kind = re.sub(r"\d+", "#", label(name))
         found = self._among(pair, self._choices(pair, self.failures[kind], pairs))
@@ -154,8 +185,7 @@ class _Search:
                 return ()
             if a.dtype == b.dtype and self._confirmed(_Candidate((a, b)), SAME):
                 continue
-            explanation = self._explain_whole(part, pairs=False)
-            if explanation is None:
+            if (explanation := self._explain_whole(part, pairs=False)) is None:
                 return ()
             found.append(explanation)
         return tuple(found)
@@ -189,7 +219,7 @@ class _Search:
 
     def _candidates(self, pair: TensorPair, forms: Forms) -> Iterator[_Candidate]:
         """Yield what B would be, and where a mistake loses data, what A would be."""
-        lossy = any(form.mistake == vocabulary.TIED_HEAD.name for form in forms)
+        lossy = any(form.mistake == partners.TIED_HEAD.name for form in forms)
         for backwards in (False, True) if lossy else (False,):
             read, read_other = self.evidence.reads[:: -1 if backwards else 1]
             found = read_other(pair.name)
@@ -251,11 +281,10 @@ class _Search:
         ]
         for name in halves:
             del explained[name]
-            pair = self.evidence.pair(name)
-            if pair is None:
+            if (pair := self.evidence.pair(name)) is None:
                 continue
-            other = self._among(pair, ((form,) for form in orders.MISPLACED.variants(pair)))
-            if other is not None:
+            moved = ((form,) for form in orders.MISPLACED.variants(pair))
+            if (other := self._among(pair, moved)) is not None:
                 explained[name] = (other,)
 
     def _findings(self, explained: Mapping[Name, tuple[_Explanation, ...]]) -> Iterator[Finding]:
@@ -267,8 +296,7 @@ class _Search:
             hypotheses = [KNOWN[mistake] for mistake in names]
             every = [one for found in members.values() for one in found]
             details = list(dict.fromkeys(detail for one in every for detail in one.details))
-            if len(details) > _SHOWN_DETAILS:
-                more = len(details) - _SHOWN_DETAILS
+            if (more := len(details) - _SHOWN_DETAILS) > 0:
                 details[_SHOWN_DETAILS:] = [f"and {more} more of the kind"]
             yield Finding(
                 names,
@@ -282,17 +310,13 @@ class _Search:
 
     def _missing_heads(self) -> Iterator[Finding]:
         """Yield that a side without an output layer ties it to the embedding."""
-        output, finding = vocabulary.OUTPUT, vocabulary.HEAD_TIED
+        output, finding = partners.OUTPUT, partners.HEAD_TIED
         for has, lacks in permutations(self.evidence.sides):
-            head, embedding = (has.tensors.get(one) for one in (output, vocabulary.EMBEDDING))
+            head, embedding = (has.tensors.get(one) for one in (output, partners.EMBEDDING))
             spec = lacks.parts.get("language")
             if head is None or output in lacks.tensors or spec is None or not spec.tied:
                 continue
-            copied = (
-                embedding is not None
-                and embedding.shape == head.shape
-                and equal(head, embedding, has.files)
-            )
+            copied = embedding is not None and equal(head, embedding, has.files)
             lacking, having = "BA" if has is self.evidence.sides[0] else "AB"
             what = "equals its embedding, so both compute the same"
             detail = (
@@ -321,8 +345,7 @@ def _is_half(
 ) -> bool:
     """Return whether the partner of an exchange has another explanation, or none."""
     for form in explanation.forms:
-        partner = form.partner(name)
-        if partner is None:
+        if (partner := form.partner(name)) is None:
             continue
         others = (other for one in explained.get(partner, ()) for other in one.forms)
         if form.mistake not in {other.mistake for other in others}:

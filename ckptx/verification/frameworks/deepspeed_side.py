@@ -10,6 +10,7 @@ pytorch/pytorch torch/serialization.py @ v2.13.0.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -43,7 +44,9 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         model = filled(job["directory"], _gathered(job["root"], job["tag"]))
     except Exception as error:
         traceback.print_exc()  # for --verbose
-        return {"refused": _reason(error)}
+        if match := _REFUSED_GLOBAL.search(str(error)):
+            return {"refused": f"the pickles hold {match[1]}, which is not unpickled for it"}
+        return {"refused": first_sentence(error)}
     return transformers_side.save_logits(model, job)
 
 
@@ -52,19 +55,12 @@ def _gathered(root: str, tag: str) -> dict[str, torch.Tensor]:
     os.environ |= {"DS_ACCELERATOR": "cpu", "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
     for path in RECORDS:
         module, name = path.rsplit(".", 1)
-        if (record := _found(module, name)) is not None:
+        with contextlib.suppress(ImportError, AttributeError):  # other versions have it elsewhere
+            record = getattr(importlib.import_module(module), name)
             torch.serialization.add_safe_globals([record])
     gather: Any = importlib.import_module("deepspeed.utils.zero_to_fp32")
     state: dict[str, torch.Tensor] = gather.get_fp32_state_dict_from_zero_checkpoint(root, tag)
     return state
-
-
-def _found(module: str, name: str) -> Any:
-    """Return a class of DeepSpeed, None in versions that have it elsewhere."""
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        return None
 
 
 def filled(directory: str, state: Mapping[str, torch.Tensor]) -> Any:
@@ -79,18 +75,15 @@ def filled(directory: str, state: Mapping[str, torch.Tensor]) -> Any:
     model = transformers_model.unfilled(directory, "float32")
     result = model.load_state_dict(state, strict=False)
     tied = _tied(model)
-    missing = [
-        name for name in result.missing_keys if not any(other in state for other in tied[name])
-    ]
+    missing = sorted(name for name in result.missing_keys if not tied[name] & state.keys())
     if missing:
-        raise SideError(
-            f"it leaves out {len(missing)} of the model's weights: {listing(sorted(missing))}"
-        )
+        raise SideError(f"it leaves out {len(missing)} of the model's weights: {listing(missing)}")
     if left := sorted(result.unexpected_keys):
         raise SideError(f"it finds {len(left)} tensors that the model has not: {listing(left)}")
     for name, others in tied.items():
-        for other in others - {name}:
-            if name in state and other in state and not _same(state[name], state[other]):
+        for other in (others - {name}) & state.keys() if name in state else ():
+            one, two = state[name], state[other]
+            if one.shape != two.shape or not torch.allclose(one, two, 0, 0, equal_nan=True):
                 raise SideError(f"{name} and {other} are tied in the model, and differ")
     return model.eval()
 
@@ -102,18 +95,6 @@ def _tied(model: Any) -> dict[str, set[str]]:
     for name, owner in names.items():
         owners.setdefault(owner, set()).add(name)
     return {name: owners[owner] for name, owner in names.items()}
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, 0, 0, equal_nan=True)
-
-
-def _reason(error: Exception) -> str:
-    """Return why there is no model, in one short line."""
-    match = _REFUSED_GLOBAL.search(str(error))
-    if match:
-        return f"the pickles hold {match[1]}, which is not unpickled for it"
-    return first_sentence(error)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptx.containers.safetensors import read_header
 from ckptx.errors import CkptxError, ConversionError, FormatError
-from ckptx.protocol.progress import Progress, Silent
+from ckptx.protocol.progress import Progress
 from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.registry import registry
 from ckptx.storage.source_file import read_small
@@ -48,26 +48,24 @@ class Generated:
             lines.append("")
         count = sum(len(one["tokens"]) for one in self.answer["generations"])
         sampling = self.answer["sampling"]
+        sampled = f", sampled with seed {sampling['seed']}" if sampling else ""
         last = (
             f"{self.answer['class']}, {self.answer['parameters']:,} parameters, "
             f"{self.answer['dtype']} on {self.answer['device']}: every weight was found; loaded in "
-            f"{self.answer['load_seconds']:.1f} s; {count} tokens generated"
-            f"{', sampled with seed ' + str(sampling['seed']) if sampling else ''}"
+            f"{self.answer['load_seconds']:.1f} s; {count} tokens generated{sampled}"
         )
         return "\n".join([*lines, *textwrap.wrap(last, width)])
 
 
 def _beside(label: str, text: str, width: int) -> list[str]:
     """Return a text beside its label: its own lines and blanks, and long lines broken."""
+    columns = max(width - _COLUMN, _COLUMN)
+    as_it_is = textwrap.TextWrapper(
+        columns, expand_tabs=False, replace_whitespace=False, break_on_hyphens=False
+    )
     found = []
     for line in text.split("\n"):
-        found += textwrap.wrap(
-            line,
-            max(width - _COLUMN, _COLUMN),
-            expand_tabs=False,
-            replace_whitespace=False,
-            break_on_hyphens=False,
-        ) or [""]
+        found += as_it_is.wrap(line) or [""]
     labels = (label, *[""] * (len(found) - 1))
     return [f"{head:<{_COLUMN}}{line}".rstrip() for head, line in zip(labels, found, strict=True)]
 
@@ -97,7 +95,7 @@ def generate(
         read_header(path)  # whose errors name the file and what to do
     if output is not None and not output.resolve().parent.is_dir():
         raise FormatError(f"--output-file {output}: its directory does not exist")
-    progress = progress or Silent()
+    progress = progress or Progress()
     progress.stage(f"transformers runs {model.absolute().name}")
     try:
         result = Generated(child.ask("generation", {**job, "model": str(model)}))

@@ -24,13 +24,11 @@ def generate(job: Mapping[str, Any]) -> dict[str, Any]:
     """
     directory = Path(job["model"])
     remote = job["trust_remote_code"]
-    if job["image"] and not transformers_model.takes_images(directory, trust_remote_code=remote):
+    if job["image"] and not transformers_model.takes_images(directory, remote):
         raise SideError(f"{directory}: its model takes no images; leave --image out")
     reader = _Reader(job, directory, remote)
     started = time.perf_counter()
-    model = transformers_model.load(
-        directory, job["dtype"], job["device"], trust_remote_code=remote
-    )
+    model = transformers_model.load(directory, job["dtype"], job["device"], remote)
     loaded = time.perf_counter() - started
     prompts = [("", ids) for ids in job["prompt_ids"]] + [(p, None) for p in job["prompts"]]
     with _finite_logits(model, directory):
@@ -54,7 +52,7 @@ class _Reader:
 
     def __init__(self, job: Mapping[str, Any], directory: Path, remote: bool) -> None:
         place = Path(job["tokenizer"] or directory)
-        self.tokenizer = transformers_model.tokenizer_of(place, trust_remote_code=remote)
+        self.tokenizer = transformers_model.tokenizer_of(place, remote)
         self.picture: Any = None
         self.processor: Any = None
         if job["image"] is not None:
@@ -151,18 +149,16 @@ def _one(
 ) -> dict[str, Any]:
     inputs = reader.inputs(text, ids)
     _check_tokens(inputs["input_ids"], model)
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
     for name, value in inputs.items():
-        if value.is_floating_point():
-            inputs[name] = value.to(model.dtype)
+        dtype = model.dtype if value.is_floating_point() else value.dtype
+        inputs[name] = value.to(model.device, dtype)
     config = _generation_config(model, job)
     new, seconds = _run(model, inputs, config, job)
     ends = _ends(config)
     if not any(token not in ends for token in new):
-        raise SideError(
-            f"{job['model']}: generated nothing from {_shown(text, ids)}: "
-            + ("the first token ends the text" if new else "no new token")
-        )
+        given = repr(text) if ids is None else f"--prompt-ids {' '.join(map(str, ids))!r}"
+        why = "the first token ends the text" if new else "no new token"
+        raise SideError(f"{job['model']}: generated nothing from {given}: {why}")
     decode = reader.tokenizer.decode if reader.tokenizer is not None else None
     answer = {
         "prompt": text or None,
@@ -207,9 +203,8 @@ def _generation_config(model: Any, job: Mapping[str, Any]) -> Any:
 
 def _ends(config: Any) -> set[int]:
     ends = config.eos_token_id
-    if ends is None:
-        return set()
-    return {int(one) for one in ends} if isinstance(ends, list | tuple) else {int(ends)}
+    several = ends if isinstance(ends, list | tuple) else [ends]
+    return {int(one) for one in several if one is not None}
 
 
 def _run(
@@ -236,10 +231,6 @@ def _benchmark(
     speeds = [sample["tokens_per_second"] for sample in samples]
     summary = {"tokens_per_second": median(speeds), "lowest": min(speeds), "highest": max(speeds)}
     return {"samples": samples, **summary}
-
-
-def _shown(text: str, ids: list[int] | None) -> str:
-    return repr(text) if ids is None else f"--prompt-ids {' '.join(map(str, ids))!r}"
 
 
 if __name__ == "__main__":

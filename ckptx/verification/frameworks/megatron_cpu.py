@@ -11,12 +11,10 @@ import contextlib
 import logging
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 _installed: list[bool] = []
 
@@ -65,10 +63,7 @@ def install(*, hidden: Sequence[str] = ("transformer_engine", "apex")) -> None:
     if _installed:
         return
     if "megatron.core" in sys.modules:
-        raise RuntimeError(
-            "call ckptx.verification.frameworks.megatron_cpu.install() before importing megatron"
-        )
-
+        raise RuntimeError(f"call {__name__}.install() before importing megatron")
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment] # what import reads as: not there
     cpu = torch.device("cpu")

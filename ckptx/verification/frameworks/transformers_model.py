@@ -25,19 +25,16 @@ _FAULTS = {
 """What transformers reports of a load, by its own names of the lists."""
 
 
-def load(
-    directory: Path, dtype: str | None, device: str, *, trust_remote_code: bool = False
-) -> Any:
+def load(directory: Path, dtype: str | None, device: str, remote: bool = False) -> Any:
     """Return a model, ready to run.
 
-    ``dtype`` is torch's name, None for the one of the files.
+    ``dtype`` is torch's name, None for the one of the files; ``remote`` code may be trusted.
 
     Raises:
         SideError: there is no such class, or not every weight has been found in the files, or the
             files hold more.
     """
-    common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    config = config_of(directory, trust_remote_code=trust_remote_code)
+    config = config_of(directory, remote)
     loader, _ = auto_class(config, directory)
     wanted = "auto" if dtype is None else getattr(torch, dtype)
     # Other shapes are let through to be reported by name: `check` refuses them with the rest.
@@ -48,32 +45,34 @@ def load(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **_dtype(wanted),
-            **common,
+            **_local(remote),
         )
     check(info, directory)
     return model.to(chosen_device(device)).eval()
 
 
-def takes_images(directory: Path, *, trust_remote_code: bool = False) -> bool:
+def takes_images(directory: Path, remote: bool = False) -> bool:
     """Return whether the model of a directory is one that takes images.
 
     Raises:
         SideError: there is no such class.
     """
-    config = config_of(directory, trust_remote_code=trust_remote_code)
-    return auto_class(config, directory)[1]
+    return auto_class(config_of(directory, remote), directory)[1]
 
 
-def config_of(directory: Path, *, trust_remote_code: bool = False) -> Any:
+def _local(remote: bool) -> dict[str, bool]:
+    """Return how a directory is read: nothing is fetched, and its code is trusted or not."""
+    return {"local_files_only": True, "trust_remote_code": remote}
+
+
+def config_of(directory: Path, remote: bool = False) -> Any:
     """Return the config in a directory.
 
     Raises:
         SideError: transformers cannot read it, or knows no such model.
     """
     with _named(f"{directory}: transformers cannot read its config"):
-        return transformers.AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        return transformers.AutoConfig.from_pretrained(directory, **_local(remote))
 
 
 @contextmanager
@@ -163,7 +162,7 @@ def chosen_device(device: str) -> str:
     return device
 
 
-def tokenizer_of(directory: Path, *, trust_remote_code: bool = False) -> Any:
+def tokenizer_of(directory: Path, remote: bool = False) -> Any:
     """Return the tokenizer in a directory, None if there is none.
 
     Asked without looking, transformers makes one with an empty vocabulary.
@@ -171,6 +170,4 @@ def tokenizer_of(directory: Path, *, trust_remote_code: bool = False) -> Any:
     if not holds_tokenizer(directory):
         return None
     with _named(f"{directory}: transformers cannot read its tokenizer"):
-        return transformers.AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        return transformers.AutoTokenizer.from_pretrained(directory, **_local(remote))

@@ -7,8 +7,6 @@ Megatron has no switch for.
 Source: huggingface/transformers src/transformers/models/gemma/*.py @ v5.23.0.
 """
 
-from __future__ import annotations
-
 from ckptx.schemas.config.traits import ConfigTable, llama_defaults
 from ckptx.schemas.conventions.legacy import NOT_LEGACY
 from ckptx.schemas.conventions.mcore import not_local

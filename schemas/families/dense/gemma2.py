@@ -3,35 +3,27 @@
 Source: huggingface/transformers src/transformers/models/gemma2/*.py @ v5.23.0.
 """
 
-from __future__ import annotations
-
 from ckptx.schemas.config.traits import ConfigTable, llama_defaults
 from ckptx.schemas.conventions.blocks import layer_norms
 from ckptx.schemas.conventions.mcore import not_in_megatron
 from ckptx.schemas.decoder import decoder_family
 from ckptx.schemas.families.dense.gemma import FIXED
 
-_DEFAULTS = llama_defaults(
-    vocab=256000, hidden=2304, ffn=9216, layers=26, heads=8, groups=4, positions=8192
-) | {
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True,
-    "sliding_window": 4096,
+_CAPS = {
     "query_pre_attn_scalar": 256,
     "final_logit_softcapping": 30.0,
     "attn_logit_softcapping": 50.0,
 }
-
-
+_OWN = {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+_DEFAULTS = llama_defaults(
+    vocab=256000, hidden=2304, ffn=9216, layers=26, heads=8, groups=4, positions=8192
+) | {**_OWN, **_CAPS, "sliding_window": 4096}
 _NORMS = {
     "input norm": "input_layernorm",
     "attention output norm": "post_attention_layernorm",
     "post norm": "pre_feedforward_layernorm",
     "mlp output norm": "post_feedforward_layernorm",
 }
-_CAPS = ("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping")
-
 FAMILY = decoder_family(
     "gemma2",
     ConfigTable(

@@ -6,8 +6,6 @@ with ``rotary_interleaved``.
 Source: huggingface/transformers src/transformers/models/glm/*.py @ v5.23.0.
 """
 
-from __future__ import annotations
-
 from ckptx.schemas.config.traits import SWITCHES, Biases, ConfigTable, llama_defaults
 from ckptx.schemas.conventions.blocks import hf_fused_gated_mlp
 from ckptx.schemas.conventions.legacy import NOT_LEGACY
@@ -23,9 +21,5 @@ TABLE = ConfigTable(
     fixed={"rotary_interleaved": True},
 )
 FAMILY = decoder_family(
-    "glm",
-    TABLE,
-    mlp=hf_fused_gated_mlp,
-    refused={"legacy": NOT_LEGACY["rotary"]},
-    recognition=130,
+    "glm", TABLE, mlp=hf_fused_gated_mlp, refused={"legacy": NOT_LEGACY["rotary"]}, recognition=130
 )

@@ -3,8 +3,6 @@
 Source: huggingface/transformers src/transformers/models/glm4/*.py @ v5.23.0.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from ckptx.schemas.conventions.blocks import hf_fused_gated_mlp, layer_norms

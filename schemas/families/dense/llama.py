@@ -3,8 +3,6 @@
 Source: huggingface/transformers src/transformers/models/llama/*.py @ v5.23.0.
 """
 
-from __future__ import annotations
-
 from ckptx.schemas.config.traits import LLAMA_DEFAULTS, ConfigTable
 from ckptx.schemas.conventions.meta import META, META_WIDTH
 from ckptx.schemas.conventions.torchtitan import TORCHTITAN_LLAMA

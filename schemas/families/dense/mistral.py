@@ -3,8 +3,6 @@
 Source: huggingface/transformers src/transformers/models/mistral/*.py @ v5.23.0.
 """
 
-from __future__ import annotations
-
 from ckptx.schemas.config.traits import ConfigTable, llama_defaults
 from ckptx.schemas.conventions.meta import META, META_WIDTH
 from ckptx.schemas.decoder import decoder_family

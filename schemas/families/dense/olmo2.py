@@ -5,8 +5,6 @@ It normalises what attention and MLP return, not what they get, and query and ke
 Source: huggingface/transformers src/transformers/models/olmo2/*.py @ v5.23.0.
 """
 
-from __future__ import annotations
-
 from ckptx.schemas.config.traits import ConfigTable, llama_defaults
 from ckptx.schemas.conventions.blocks import hf_attention_whole_norms, layer_norms
 from ckptx.schemas.conventions.mcore import not_in_megatron

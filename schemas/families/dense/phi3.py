@@ -5,8 +5,6 @@ Query, key and value are one tensor, one after another, and so are gate and up.
 Source: huggingface/transformers src/transformers/models/phi3/*.py @ v5.23.0.
 """
 
-from __future__ import annotations
-
 from ckptx.schemas.config.traits import ConfigTable, llama_defaults
 from ckptx.schemas.conventions.blocks import hf_fused_attention, hf_fused_gated_mlp
 from ckptx.schemas.decoder import decoder_family

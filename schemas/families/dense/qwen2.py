@@ -3,8 +3,6 @@
 Source: huggingface/transformers src/transformers/models/qwen2/*.py @ v5.23.0.
 """
 
-from __future__ import annotations
-
 from ckptx.schemas.config.traits import Biases, ConfigTable, llama_defaults
 from ckptx.schemas.decoder import decoder_family
 

@@ -3,8 +3,6 @@
 Source: huggingface/transformers src/transformers/models/qwen3/*.py @ v5.23.0.
 """
 
-from __future__ import annotations
-
 from ckptx.schemas.config.traits import ConfigTable
 from ckptx.schemas.conventions.legacy import NOT_LEGACY
 from ckptx.schemas.conventions.torchtitan import TORCHTITAN_QWEN

@@ -16,24 +16,7 @@ from ckptx.model.layout import Layout, Rule, Section, rule
 from ckptx.model.spec import ModelSpec
 from ckptx.schemas.config.experts import BALANCING, Mixture, counted
 from ckptx.schemas.config.traits import ConfigTable, llama_defaults
-from ckptx.schemas.conventions.blocks import (
-    both,
-    direct_query,
-    expert_bias,
-    hf_norms,
-    latent_query,
-    moe,
-    norm,
-    qk_norm,
-    untied,
-)
-from ckptx.schemas.conventions.hf_experts import (
-    PROJECTIONS,
-    dense_layers,
-    experts_of,
-    router,
-    shared_expert,
-)
+from ckptx.schemas.conventions import blocks, hf_experts
 from ckptx.schemas.conventions.mcore import not_local
 from ckptx.schemas.decoder import decoder_family
 
@@ -41,36 +24,36 @@ LAYER = "model.layers.{layer}."
 _ATTENTION = LAYER + "self_attn."
 _MLP = LAYER + "mlp."
 _BIAS = f"{_MLP}gate.e_score_correction_bias"
-_QUERY_NORM = both(latent_query, qk_norm)
+_QUERY_NORM = blocks.both(blocks.latent_query, blocks.qk_norm)
 _LAYER: tuple[Rule, ...] = (
-    rule("q projection weight", f"{_ATTENTION}q_proj.weight", when=direct_query),
-    rule("q down weight", f"{_ATTENTION}q_a_proj.weight", when=latent_query),
+    rule("q projection weight", f"{_ATTENTION}q_proj.weight", when=blocks.direct_query),
+    rule("q down weight", f"{_ATTENTION}q_a_proj.weight", when=blocks.latent_query),
     rule("q down norm weight", f"{_ATTENTION}q_a_layernorm.weight", when=_QUERY_NORM),
-    rule("q up weight", f"{_ATTENTION}q_b_proj.weight", when=latent_query),
+    rule("q up weight", f"{_ATTENTION}q_b_proj.weight", when=blocks.latent_query),
     rule("kv down weight", f"{_ATTENTION}kv_a_proj_with_mqa.weight"),
-    rule("kv down norm weight", f"{_ATTENTION}kv_a_layernorm.weight", when=qk_norm),
+    rule("kv down norm weight", f"{_ATTENTION}kv_a_layernorm.weight", when=blocks.qk_norm),
     rule("kv up weight", f"{_ATTENTION}kv_b_proj.weight"),
     rule("dense weight", f"{_ATTENTION}o_proj.weight"),
-    *dense_layers(LAYER),
-    router(f"{_MLP}gate.weight"),
-    rule("router expert bias", _BIAS, layers=moe, when=expert_bias),
-    *experts_of(_MLP, *PROJECTIONS),
-    *shared_expert(f"{_MLP}shared_experts."),
-    *hf_norms(LAYER),
+    *hf_experts.dense_layers(LAYER),
+    hf_experts.router(f"{_MLP}gate.weight"),
+    rule("router expert bias", _BIAS, layers=blocks.moe, when=blocks.expert_bias),
+    *hf_experts.experts_of(_MLP, *hf_experts.PROJECTIONS),
+    *hf_experts.shared_expert(f"{_MLP}shared_experts."),
+    *blocks.hf_norms(LAYER),
 )
 _MTP_LAYER = (
-    *norm("embedding norm", f"{LAYER}enorm"),
-    *norm("hidden norm", f"{LAYER}hnorm"),
+    *blocks.norm("embedding norm", f"{LAYER}enorm"),
+    *blocks.norm("hidden norm", f"{LAYER}hnorm"),
     rule("projection weight", f"{LAYER}eh_proj.weight"),
     *_LAYER,
-    *norm("final norm", f"{LAYER}shared_head.norm"),
+    *blocks.norm("final norm", f"{LAYER}shared_head.norm"),
 )
 SECTIONS = (
     Section("embeddings", (rule("word embeddings", "model.embed_tokens.weight"),)),
     Section("transformer layer {layer}", _LAYER),
     Section("mtp layer {layer}", _MTP_LAYER, numbered_on=True),
-    Section("final norm", norm("", "model.norm")),
-    Section("output layer", (rule("weight", "lm_head.weight", when=untied),)),
+    Section("final norm", blocks.norm("", "model.norm")),
+    Section("output layer", (rule("weight", "lm_head.weight", when=blocks.untied),)),
 )
 IGNORED = ("rotary_emb.inv_freq",)
 REFUSED = {

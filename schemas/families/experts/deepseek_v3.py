@@ -7,28 +7,18 @@ Source: huggingface/transformers src/transformers/models/deepseek_v3/*.py @ v5.2
 deepseek-ai/DeepSeek-V3 README_WEIGHTS.md, config.json and model.safetensors.index.json @ main.
 """
 
-from __future__ import annotations
-
 from ckptx.model.layout import Layout
 from ckptx.schemas.config.traits import ConfigTable, llama_defaults
 from ckptx.schemas.decoder import decoder_family
-from ckptx.schemas.families.experts.deepseek_v2 import (
-    FIELDS,
-    IGNORED,
-    LATENT,
-    LAYER,
-    REFUSED,
-    SECTIONS,
-    DeepSeekMixture,
-)
+from ckptx.schemas.families.experts import deepseek_v2
 
 _COPIES = (
-    ("embeddings", "word embeddings", f"{LAYER}embed_tokens.weight"),
-    ("output layer", "weight", f"{LAYER}shared_head.head.weight"),
+    ("embeddings", "word embeddings", f"{deepseek_v2.LAYER}embed_tokens.weight"),
+    ("output layer", "weight", f"{deepseek_v2.LAYER}shared_head.head.weight"),
 )
 _DEFAULTS = llama_defaults(
     vocab=129280, hidden=7168, ffn=18432, layers=61, heads=128, groups=128, positions=4096
-) | {**LATENT, "num_nextn_predict_layers": 1}
+) | {**deepseek_v2.LATENT, "num_nextn_predict_layers": 1}
 
 FAMILY = decoder_family(
     "deepseek_v3",
@@ -43,8 +33,8 @@ FAMILY = decoder_family(
             "rope_interleave": "Megatron's latent attention rotates neighbouring channels"
         },
         latent=True,
-        fields=(*FIELDS, ("num_nextn_predict_layers", "mtp_num_layers")),
-        experts=DeepSeekMixture(
+        fields=(*deepseek_v2.FIELDS, ("num_nextn_predict_layers", "mtp_num_layers")),
+        experts=deepseek_v2.DeepSeekMixture(
             {
                 "n_routed_experts": 256,
                 "n_shared_experts": 1,
@@ -66,8 +56,8 @@ FAMILY = decoder_family(
             biased=True,
         ),
     ),
-    Layout("hf/deepseek_v3", SECTIONS, IGNORED, _COPIES),
-    refused=REFUSED,
+    Layout("hf/deepseek_v3", deepseek_v2.SECTIONS, deepseek_v2.IGNORED, _COPIES),
+    refused=deepseek_v2.REFUSED,
     model_types=("kimi_k2",),
     recognition=40,
 )

@@ -3,8 +3,6 @@
 Source: huggingface/transformers src/transformers/models/olmoe/*.py @ v5.23.0.
 """
 
-from __future__ import annotations
-
 from ckptx.schemas.config.experts import Mixture
 from ckptx.schemas.config.traits import ConfigTable, llama_defaults
 from ckptx.schemas.conventions.blocks import hf_attention_whole_norms

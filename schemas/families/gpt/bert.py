@@ -18,15 +18,15 @@ from typing import Any
 
 from ckptx.errors import SchemaError
 from ckptx.model.family import Family, FamilyConfig, MegatronModel
-from ckptx.model.layout import ExtraState, Layout, Rule, Section, Spelling, rule
+from ckptx.model.layout import ExtraState, Layout, Rule, rule, sections
 from ckptx.model.spec import ModelSpec
-from ckptx.model.transforms import QKV
+from ckptx.model.transforms import QKV, Rearranged
 from ckptx.schemas.config.traits import NEW_GELU, NO_HEAD_KEYS, Biases, ConfigTable, llama_defaults
 from ckptx.schemas.config.translate import TableConfig
 from ckptx.schemas.conventions import legacy
 from ckptx.schemas.conventions.blocks import linear, norm, only_for, untied
 from ckptx.schemas.conventions.mcore import STYLES, Style, extra_states, mcore_gpt
-from ckptx.tensors.lazy import LazyTensor, Shape, replicated
+from ckptx.tensors.lazy import LazyTensor, replicated
 
 NAME = "megatron-bert"
 """The family."""
@@ -36,6 +36,12 @@ TYPES = "type_vocab_size"
 """The entry of a spec's ``extra`` for the rows of the token types' embedding; 0 without one."""
 
 _SCRIPT = "pretrain_bert.py"
+_ENCODER = ("decoder.", "encoder.")
+"""What the names of a GPT model's layers begin with, and those of a BERT."""
+_POST_NORM_CLASSES = """
+    Model ForPreTraining ForMaskedLM ForNextSentencePrediction ForSequenceClassification
+    ForTokenClassification ForQuestionAnswering ForMultipleChoice LMHeadModel
+"""
 
 
 def _recognised(names: Iterable[str]) -> bool:
@@ -62,52 +68,36 @@ def _tokentypes(name: str) -> Rule:
     return rule("tokentype embeddings", name, when=token_types)
 
 
-def _encoder(section: Section) -> Section:
-    """Return a section of a GPT model with the names of an encoder."""
-    rules = tuple(
-        replace(
-            entry,
-            spellings=tuple(
-                Spelling(
-                    tuple(name.replace("decoder.", "encoder.", 1) for name in s.names), s.transform
-                )
-                for s in entry.spellings
-            ),
-        )
-        for entry in section.rules
-    )
-    return replace(section, rules=rules)
+def _when_binary(name: str) -> tuple[Rule, ...]:
+    return only_for(binary_head, *linear("", name))
 
 
 def _states(style: Style) -> Iterator[ExtraState]:
     """Yield the modules that keep an extra state; ``torch_dist`` has the last, too."""
     for state in extra_states(style):
         if state.message != "output layer" and not state.message.startswith("mtp"):
-            yield replace(state, module=state.module.replace("decoder.", "encoder.", 1))
+            yield replace(state, module=state.module.replace(*_ENCODER, 1))
     yield ExtraState("output layer", "output_layer", False)
 
 
 def mcore_bert(style: Style) -> Layout:
     """Return the layout of a BERT in one of Megatron Core's spellings."""
     gpt = {section.message: section for section in mcore_gpt(style).sections}
-    words = gpt["embeddings"]
+    words, output = gpt["embeddings"], gpt["output layer"]
     tokentypes = _tokentypes("embedding.tokentype_embeddings.weight")
+    heads = {
+        "output layer": (*output.rules, rule("bias", "output_layer.bias", tp=0)),
+        "pooler": _when_binary("pooler.dense"),
+        "lm head": (*linear("dense", "lm_head.dense"), *norm("norm", "lm_head.layer_norm")),
+        "binary head": _when_binary("binary_head"),
+    }
     return Layout(
         style.name.replace("gpt", "bert"),
         (
             replace(words, rules=(*words.rules, tokentypes)),
-            _encoder(gpt["transformer layer {layer}"]),
-            _encoder(gpt["final norm"]),
-            Section(
-                "output layer",
-                (*gpt["output layer"].rules, rule("bias", "output_layer.bias", tp=0)),
-            ),
-            Section("pooler", only_for(binary_head, *linear("", "pooler.dense"))),
-            Section(
-                "lm head",
-                (*linear("dense", "lm_head.dense"), *norm("norm", "lm_head.layer_norm")),
-            ),
-            Section("binary head", only_for(binary_head, *linear("", "binary_head"))),
+            gpt["transformer layer {layer}"].under(*_ENCODER),
+            gpt["final norm"].under(*_ENCODER),
+            *sections(heads),
         ),
         ignored=("_extra_state",),
         extra_states=tuple(_states(style.as_stored)),
@@ -115,32 +105,31 @@ def mcore_bert(style: Style) -> Layout:
 
 
 MCORE = {style.convention: mcore_bert(style) for style in STYLES}
+_LEGACY_HEADS = {
+    "output layer": (rule("bias", "lm_head.bias", tp=0),),
+    "pooler": _when_binary("language_model.pooler.dense"),
+    "lm head": (*linear("dense", "lm_head.dense"), *norm("norm", "lm_head.norm")),
+    "binary head": _when_binary("binary_head"),
+}
+_LEGACY_TOKENTYPES = _tokentypes("language_model.embedding.tokentype_embeddings.weight")
 LEGACY = Layout(
     "legacy/bert",
-    (
-        legacy.embeddings(_tokentypes("language_model.embedding.tokentype_embeddings.weight")),
-        *legacy.transformer(),
-        Section("output layer", (rule("bias", "lm_head.bias", tp=0),)),
-        Section("pooler", only_for(binary_head, *linear("", "language_model.pooler.dense"))),
-        Section("lm head", (*linear("dense", "lm_head.dense"), *norm("norm", "lm_head.norm"))),
-        Section("binary head", only_for(binary_head, *linear("", "binary_head"))),
-    ),
+    (legacy.embeddings(_LEGACY_TOKENTYPES), *legacy.transformer(), *sections(_LEGACY_HEADS)),
     ignored=("_extra_state",),
 )
 """As version 2 and later have it; embeddings are always tied."""
 
 
-class _Twice:
+class _Twice(Rearranged):
     """One tensor under two names; both are read, and compared."""
+
+    apart = "a tensor under two names does not lie in one place"
 
     def pack(self, canonical: Sequence[LazyTensor], spec: ModelSpec, tp: int) -> list[LazyTensor]:
         return [*canonical, *canonical]
 
     def unpack(self, packed: Sequence[LazyTensor], spec: ModelSpec, tp: int) -> list[LazyTensor]:
         return [replicated(packed)]
-
-    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
-        raise SchemaError("a tensor under two names does not lie in one place")
 
 
 # The layer of transformers has a bias and a parameter to tie it to; untied, both are there.
@@ -154,48 +143,36 @@ def _tied(spec: ModelSpec) -> bool:
 _HF_LAYER = "bert.encoder.layer.{layer}."
 _HF_SELF = [f"{_HF_LAYER}attention.self.{part}" for part in ("query", "key", "value")]
 _HEAD = "cls.predictions."
+_HF_RULES = {
+    "embeddings": (
+        rule("word embeddings", "bert.embeddings.word_embeddings.weight"),
+        rule("position embeddings", "bert.embeddings.position_embeddings.weight"),
+        _tokentypes("bert.embeddings.token_type_embeddings.weight"),
+    ),
+    "transformer layer {layer}": (
+        *norm("input norm", f"{_HF_LAYER}attention.ln"),
+        *linear("qkv", _HF_SELF, QKV),
+        *linear("dense", f"{_HF_LAYER}attention.output.dense"),
+        *norm("post norm", f"{_HF_LAYER}ln"),
+        *linear("mlp l0", f"{_HF_LAYER}intermediate.dense"),
+        *linear("mlp l1", f"{_HF_LAYER}output.dense"),
+    ),
+    "final norm": norm("", "bert.encoder.ln"),
+    "output layer": (
+        rule("bias", f"{_HEAD}bias", when=_tied, also=[f"{_HEAD}decoder.bias"]),
+        rule("bias", [f"{_HEAD}decoder.bias", f"{_HEAD}bias"], _TWICE, when=untied),
+        rule("weight", f"{_HEAD}decoder.weight", when=untied),
+    ),
+    "pooler": _when_binary("bert.pooler.dense"),
+    "lm head": (
+        *linear("dense", f"{_HEAD}transform.dense"),
+        *norm("norm", f"{_HEAD}transform.LayerNorm"),
+    ),
+    "binary head": _when_binary("cls.seq_relationship"),
+}
 HF = Layout(
     "hf/megatron-bert",
-    (
-        Section(
-            "embeddings",
-            (
-                rule("word embeddings", "bert.embeddings.word_embeddings.weight"),
-                rule("position embeddings", "bert.embeddings.position_embeddings.weight"),
-                _tokentypes("bert.embeddings.token_type_embeddings.weight"),
-            ),
-        ),
-        Section(
-            "transformer layer {layer}",
-            (
-                *norm("input norm", f"{_HF_LAYER}attention.ln"),
-                rule("qkv weight", [f"{name}.weight" for name in _HF_SELF], QKV),
-                rule("qkv bias", [f"{name}.bias" for name in _HF_SELF], QKV),
-                *linear("dense", f"{_HF_LAYER}attention.output.dense"),
-                *norm("post norm", f"{_HF_LAYER}ln"),
-                *linear("mlp l0", f"{_HF_LAYER}intermediate.dense"),
-                *linear("mlp l1", f"{_HF_LAYER}output.dense"),
-            ),
-        ),
-        Section("final norm", norm("", "bert.encoder.ln")),
-        Section(
-            "output layer",
-            (
-                rule("bias", f"{_HEAD}bias", when=_tied, also=[f"{_HEAD}decoder.bias"]),
-                rule("bias", [f"{_HEAD}decoder.bias", f"{_HEAD}bias"], _TWICE, when=untied),
-                rule("weight", f"{_HEAD}decoder.weight", when=untied),
-            ),
-        ),
-        Section("pooler", only_for(binary_head, *linear("", "bert.pooler.dense"))),
-        Section(
-            "lm head",
-            (
-                *linear("dense", f"{_HEAD}transform.dense"),
-                *norm("norm", f"{_HEAD}transform.LayerNorm"),
-            ),
-        ),
-        Section("binary head", only_for(binary_head, *linear("", "cls.seq_relationship"))),
-    ),
+    sections(_HF_RULES),
     # What transformers before 4.31 saved of positions that are 0, 1, 2, ...
     ignored=("embeddings.position_ids",),
     repeated=(("output layer", "bias", f"{_HEAD}decoder.bias"),),
@@ -300,20 +277,7 @@ _POST_NORM = (
 )
 BERT = Family(
     name="bert",
-    architectures=tuple(
-        f"Bert{kind}"
-        for kind in (
-            "Model",
-            "ForPreTraining",
-            "ForMaskedLM",
-            "ForNextSentencePrediction",
-            "ForSequenceClassification",
-            "ForTokenClassification",
-            "ForQuestionAnswering",
-            "ForMultipleChoice",
-            "LMHeadModel",
-        )
-    ),
+    architectures=tuple(f"Bert{kind}" for kind in _POST_NORM_CLASSES.split()),
     model_types=("bert",),
     layouts={},
     config=FamilyConfig(reason=f"Bert {_POST_NORM}"),

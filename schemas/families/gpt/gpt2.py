@@ -9,54 +9,47 @@ src/transformers/pytorch_utils.py Conv1D @ v5.23.0.
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout, Rule, Section, rule
+from ckptx.model.layout import Layout, Rule, Section, rule, sections
 from ckptx.model.transforms import FUSED_QKV, IDENTITY, Transform, Transposed
 from ckptx.schemas.config.traits import NEW_GELU, NO_HEAD_KEYS, Biases, ConfigTable
-from ckptx.schemas.conventions.blocks import norm, untied
+from ckptx.schemas.conventions.blocks import linear, untied
 from ckptx.schemas.decoder import decoder_family
 
 _LAYER = "transformer.h.{layer}."
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
 
 
-def _stored(key: str, name: str, transform: Transform = IDENTITY) -> Rule:
-    """Return a rule that finds a tensor with ``transformer.`` and without."""
-    return rule(key, name, transform, also=[name.removeprefix("transformer.")])
-
-
 def _linear(key: str, name: str, transform: Transform = IDENTITY) -> tuple[Rule, Rule]:
     return (
-        _stored(f"{key} weight", f"{_LAYER}{name}.weight", Transposed(transform)),
-        _stored(f"{key} bias", f"{_LAYER}{name}.bias", transform),
+        rule(f"{key} weight", f"{_LAYER}{name}.weight", Transposed(transform)),
+        rule(f"{key} bias", f"{_LAYER}{name}.bias", transform),
     )
 
 
-def _norm(key: str, name: str) -> tuple[Rule, ...]:
-    return tuple(_stored(r.keys[0], r.spellings[0].names[0]) for r in norm(key, name))
-
-
+_RULES = {
+    "embeddings": (
+        rule("word embeddings", "transformer.wte.weight"),
+        rule("position embeddings", "transformer.wpe.weight"),
+    ),
+    "transformer layer {layer}": (
+        *linear("input norm", f"{_LAYER}ln_1"),
+        *_linear("qkv", "attn.c_attn", FUSED_QKV),
+        *_linear("dense", "attn.c_proj"),
+        *linear("post norm", f"{_LAYER}ln_2"),
+        *_linear("mlp l0", "mlp.c_fc"),
+        *_linear("mlp l1", "mlp.c_proj"),
+    ),
+    "final norm": linear("", "transformer.ln_f"),
+}
 _SECTIONS = (
-    Section(
-        "embeddings",
-        (
-            _stored("word embeddings", "transformer.wte.weight"),
-            _stored("position embeddings", "transformer.wpe.weight"),
-        ),
-    ),
-    Section(
-        "transformer layer {layer}",
-        (
-            *_norm("input norm", f"{_LAYER}ln_1"),
-            *_linear("qkv", "attn.c_attn", FUSED_QKV),
-            *_linear("dense", "attn.c_proj"),
-            *_norm("post norm", f"{_LAYER}ln_2"),
-            *_linear("mlp l0", "mlp.c_fc"),
-            *_linear("mlp l1", "mlp.c_proj"),
-        ),
-    ),
-    Section("final norm", _norm("", "transformer.ln_f")),
+    *(section.under("transformer.", "transformer.", "") for section in sections(_RULES)),
     Section("output layer", (rule("weight", "lm_head.weight", when=untied),)),
 )
+_ATTENTION = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+}
 _DEFAULTS = {
     "vocab_size": 50257,
     "n_positions": 1024,
@@ -67,9 +60,7 @@ _DEFAULTS = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
+    **_ATTENTION,
 }
 _SCALE = "Megatron scales the attention of every layer by the square root of the head size"
 
@@ -93,11 +84,7 @@ FAMILY = decoder_family(
         activations=NEW_GELU,
         position_embedding_type="learned_absolute",
         dropouts=("attn_pdrop", "embd_pdrop", "resid_pdrop"),
-        passthrough_keys={
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "reorder_and_upcast_attn": False,
-        },
+        passthrough_keys=_ATTENTION,
         megatron_lacks={"scale_attn_weights": _SCALE, "scale_attn_by_inverse_layer_idx": _SCALE},
     ),
     Layout("hf/gpt2", _SECTIONS, _BUFFERS),

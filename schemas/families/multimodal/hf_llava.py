@@ -15,7 +15,7 @@ from ckptx.errors import SchemaError
 from ckptx.model.layout import Parts
 from ckptx.model.spec import ModelSpec
 from ckptx.registry.families import family_named
-from ckptx.schemas.conventions.vision import TOWERS, projection_spec, tower_spec
+from ckptx.schemas.conventions.vision import TOWERS, norm_among, projection_spec, tower_spec
 from ckptx.schemas.families.multimodal.llava_config import LANGUAGES
 from ckptx.tensors.joins import concat
 from ckptx.tensors.lazy import Filled, LazyTensor
@@ -97,16 +97,13 @@ def parts_from(
     vision = _vision(tensors)
     first = _shape(tensors, "mlp1.1.weight")
     out = _shape(tensors, "mlp1.3.weight")[0]
-    norm = "none"
-    if "mlp1.0.weight" in tensors:
-        norm = "LayerNorm" if "mlp1.0.bias" in tensors else "RMSNorm"
     projection = projection_spec(
         kind="mlp",
         input_size=first[1],
         ffn_hidden_size=first[0],
         hidden_size=out,
-        bias="mlp1.1.bias" in tensors,
-        normalization=norm,
+        add_bias_linear="mlp1.1.bias" in tensors,
+        normalization=norm_among(tensors, "mlp1.0."),
     )
     return {"vision": vision, "projection": projection, "language": language}
 

@@ -23,28 +23,12 @@ from ckptx.model.family import Composition, Family, FamilyConfig
 from ckptx.model.layout import ExtraState, Layout, Parts, Section
 from ckptx.model.spec import ModelSpec
 from ckptx.registry.families import family_named
+from ckptx.schemas.conventions import mcore
+from ckptx.schemas.conventions import vision as towers
 from ckptx.schemas.conventions.blocks import hf_decoder
 from ckptx.schemas.conventions.converter_vision import converter_sections
-from ckptx.schemas.conventions.mcore import (
-    LAYER,
-    STYLES,
-    Style,
-    extra_states,
-    mcore_gpt,
-)
-from ckptx.schemas.conventions.vision import (
-    EMBEDDINGS,
-    hf_sections,
-    megatron_sections,
-    megatron_states,
-    projection_section,
-)
-from ckptx.schemas.families.multimodal.llava_config import (
-    config_from_parts,
-    differences_of,
-    merged_config,
-    parts_from_config,
-)
+from ckptx.schemas.conventions.mcore import Style
+from ckptx.schemas.families.multimodal import llava_config
 from ckptx.tensors.lazy import Shape
 
 LANGUAGE = "language_model."
@@ -68,8 +52,8 @@ def _hf_layout() -> Layout:
     return Layout(
         "hf/llava",
         (
-            *hf_sections(*tower, *(f"model.{prefix}" for prefix in reversed(tower))),
-            projection_section("", "linear_1", "linear_2").under(
+            *towers.hf_sections(*tower, *(f"model.{prefix}" for prefix in reversed(tower))),
+            towers.projection_section("", "linear_1", "linear_2").under(
                 "", projector, f"model.{projector}"
             ),
             *_hf_language(),
@@ -83,7 +67,7 @@ def _converter_layout() -> Layout:
         "hf/megatron-llava",
         (
             *converter_sections("vision_model."),
-            projection_section("mlp1.0", "mlp1.1", "mlp1.3"),
+            towers.projection_section("mlp1.0", "mlp1.1", "mlp1.3"),
             *(section.under("", LANGUAGE) for section in hf_decoder()),
         ),
         # Constants of RADIO's input, which Megatron's converter writes and its model has not.
@@ -102,10 +86,10 @@ def spelling(style: Style) -> Style:
 def megatron_layout(style: Style) -> Layout:
     """Return the layout of Megatron's LLaVAModel in one of its spellings."""
     own = spelling(style)
-    language = tuple(section.under("", LANGUAGE) for section in mcore_gpt(own).sections)
+    language = tuple(section.under("", LANGUAGE) for section in mcore.mcore_gpt(own).sections)
     return Layout(
         style.name.replace("gpt", "llava"),
-        (*megatron_sections(own), *language),
+        (*towers.megatron_sections(own), *language),
         ignored=("_extra_state",),
         extra_states=tuple(_states(style)),
     )
@@ -119,13 +103,13 @@ def _states(style: Style) -> Iterator[ExtraState]:
 
     Source: NVIDIA/Megatron-LM examples/multimodal/layer_specs.py, get_layer_spec @ core_v0.16.1.
     """
-    yield from megatron_states(style)
+    yield from towers.megatron_states(style)
     if style.local:
         yield ExtraState("final norm", f"{LANGUAGE}decoder.final_layernorm", True)
         for norm in ("input_layernorm", "pre_mlp_layernorm"):
-            module = f"{LANGUAGE}{LAYER}{norm}"
+            module = f"{LANGUAGE}{mcore.LAYER}{norm}"
             yield ExtraState("transformer layer {layer}", module, True, _rms)
-    for state in extra_states(style):
+    for state in mcore.extra_states(style):
         yield replace(state, module=LANGUAGE + state.module)
 
 
@@ -158,8 +142,8 @@ def completed(parts: Parts) -> tuple[Parts, dict[tuple[str, str], tuple[Shape, f
     shape = (vision.hidden_size,)
     whole = replace(vision, extra={**vision.extra, "post_norm": True})
     return {**parts, "vision": whole}, {
-        (EMBEDDINGS, "ln post weight"): (shape, 1.0),
-        (EMBEDDINGS, "ln post bias"): (shape, 0.0),
+        (towers.EMBEDDINGS, "ln post weight"): (shape, 1.0),
+        (towers.EMBEDDINGS, "ln post bias"): (shape, 0.0),
     }
 
 
@@ -184,7 +168,7 @@ class _LanguageConfig(FamilyConfig):
 
     def from_config(self, config: Mapping[str, Any]) -> ModelSpec:
         """Return the dimensions of the language part."""
-        return parts_from_config(config)["language"]
+        return llava_config.parts_from_config(config)["language"]
 
     def to_config(self, spec: ModelSpec) -> dict[str, Any]:
         """Return the config of the language part."""
@@ -197,15 +181,15 @@ FAMILY = Family(
     model_types=("llava",),
     layouts={
         "hf": _hf_layout(),
-        **{style.convention: megatron_layout(style) for style in STYLES},
+        **{style.convention: megatron_layout(style) for style in mcore.STYLES},
         CONVERTER: _converter_layout(),
     },
     config=_LanguageConfig(reason="a config of a LLaVA says more than its language part"),
     composition=Composition(
-        from_config=parts_from_config,
-        to_config=config_from_parts,
-        differences=differences_of,
-        merge_config=merged_config,
+        from_config=llava_config.parts_from_config,
+        to_config=llava_config.config_from_parts,
+        differences=llava_config.differences_of,
+        merge_config=llava_config.merged_config,
         used=used,
         completed=completed,
     ),

@@ -96,24 +96,27 @@ def parts_from_config(config: Mapping[str, Any]) -> dict[str, ModelSpec]:
     values = {**_DEFAULTS, **config}
     language = _language_from_config(config)
     vision = _vision_from_config(config.get("vision_config") or {}, values)
-    if values["projector_hidden_act"] not in _ACTIVATIONS:
-        raise SchemaError(
-            f"projector_hidden_act is {values['projector_hidden_act']!r}, known are "
-            f"{', '.join(_ACTIVATIONS)}"
-        )
+    activation = _activation(values, "projector_hidden_act")
     chosen = values["vision_feature_layer"]
     projection = projection_spec(
         kind="mlp",
         input_size=vision.hidden_size * (1 if isinstance(chosen, int) else len(chosen)),
         ffn_hidden_size=language.hidden_size,
         hidden_size=language.hidden_size,
-        bias=bool(values["multimodal_projector_bias"]),
-        activation=_ACTIVATIONS[values["projector_hidden_act"]],
+        add_bias_linear=bool(values["multimodal_projector_bias"]),
+        activation=activation,
         extra={key: values[key] for key in ("image_token_index", "image_seq_length")},
     )
     unknown = {**language.unknown_keys, **_unknown_keys(config)}
     language = replace(language, unknown_keys=unknown)
     return {"vision": vision, "projection": projection, "language": language}
+
+
+def _activation(values: Mapping[str, Any], key: str, place: str = "") -> str:
+    if values[key] not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise SchemaError(f"{place}{key} is {values[key]!r}, known are {known}")
+    return _ACTIVATIONS[values[key]]
 
 
 def _unknown_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,11 +165,7 @@ def _vision_from_config(config: Mapping[str, Any], of_llava: Mapping[str, Any]) 
         )
     values = {**_VISION_DEFAULTS[kind], **(config or _VISION_OF_LLAVA)}
     name = kind.partition("_")[0]
-    if values["hidden_act"] not in _ACTIVATIONS:
-        raise SchemaError(
-            f"vision_config: hidden_act is {values['hidden_act']!r}, known are "
-            f"{', '.join(_ACTIVATIONS)}"
-        )
+    activation = _activation(values, "hidden_act", "vision_config: ")
     sizes = {attribute: values[key] for key, attribute in _VISION_FIELDS}
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     if hidden % heads:
@@ -185,7 +184,7 @@ def _vision_from_config(config: Mapping[str, Any], of_llava: Mapping[str, Any]) 
         positions=patches + tokens,
         patch_size=values["patch_size"],
         kv_channels=hidden // heads,
-        activation=_ACTIVATIONS[values["hidden_act"]],
+        activation=activation,
         extra={
             "post_norm": True,
             "pooling_head": bool(values.get("vision_use_head")),

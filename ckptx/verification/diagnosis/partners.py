@@ -1,4 +1,7 @@
-"""Mistakes in the gate and up projections of gated MLPs, dense or of experts."""
+"""Mistakes between two tensors that belong together.
+
+Gate and up projection of gated MLPs, dense or of experts; the embedding and the output layer.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _RANKS = 64  # most tensor-parallel ranks that are tried
 _PARTNERS = {"gate_proj": "up_proj", "up_proj": "gate_proj", "w1": "w3", "w3": "w1"}
 
 
-def partner(name: Name) -> Name | None:
+def gate_or_up(name: Name) -> Name | None:
     """Return the up projection of a gate, and the gate of an up projection."""
     message, key = name
     stem, _, last = key.rpartition(" ")
@@ -27,12 +30,12 @@ def partner(name: Name) -> Name | None:
     return (message, other) if other != key else None
 
 
-_other = of_partner(partner)
+_other = of_partner(gate_or_up)
 
 
 def _exchanged(pair: TensorPair) -> Iterator[Variant]:
-    if partner(pair.name) is not None:
-        yield Variant("the gate of A is the up projection of B", _other, partner)
+    if gate_or_up(pair.name) is not None:
+        yield Variant("the gate of A is the up projection of B", _other, gate_or_up)
 
 
 GATE_UP = Hypothesis(
@@ -48,16 +51,16 @@ GATE_UP = Hypothesis(
 def _joined(pair: TensorPair) -> Iterator[Variant]:
     """Yield every number of ranks, in both directions."""
     named = not pair.name[0]
-    if named or partner(pair.name) is None or pair.a != pair.b:
+    if named or gate_or_up(pair.name) is None or pair.a != pair.b:
         return
     axis = 1 if len(pair.a) == 3 else 0
     for ranks in range(2, _RANKS + 1):
         if pair.a[axis] % ranks:
             continue
         joined = f"{ranks} ranks, joined as they stand, were read as one"
-        yield Variant(joined, partial(_regrouped, ranks, 1, axis), partner)
+        yield Variant(joined, partial(_regrouped, ranks, 1, axis), gate_or_up)
         whole = f"one whole was read as {ranks} ranks"
-        yield Variant(whole, partial(_regrouped, 1, ranks, axis), partner)
+        yield Variant(whole, partial(_regrouped, 1, ranks, axis), gate_or_up)
 
 
 def _regrouped(ranks: int, read_ranks: int, axis: int, read: Read, name: Name) -> LazyTensor | None:
@@ -78,4 +81,44 @@ GATE_UP_RANKS = Hypothesis(
     "rank after rank. Split every rank's weight in two before joining the halves: convert "
     "again from the ranks' files.",
     _joined,
+)
+
+EMBEDDING: Name = ("embeddings", "word embeddings")
+OUTPUT: Name = ("output layer", "weight")
+_HEAD: Name = ("", "lm_head.weight")
+_EMBEDDINGS = (("", "model.embed_tokens.weight"), ("", "transformer.wte.weight"))
+"""Names that models without a schema have."""
+
+
+def head_or_embedding(name: Name) -> Name | None:
+    """Return the output layer of an embedding, and the embedding of an output layer."""
+    pairs = {EMBEDDING: OUTPUT, OUTPUT: EMBEDDING, _HEAD: _EMBEDDINGS[0]}
+    return (pairs | dict.fromkeys(_EMBEDDINGS, _HEAD)).get(name)
+
+
+def _overwritten(pair: TensorPair) -> Iterator[Variant]:
+    """Yield one in the place of the other."""
+    if head_or_embedding(pair.name) is not None:
+        head = pair.name in (OUTPUT, _HEAD)
+        one, other = ("output layer", "embedding")[:: 1 if head else -1]
+        yield Variant(f"the {one} of B is the {other} of A", of_partner(head_or_embedding))
+
+
+TIED_HEAD = Hypothesis(
+    "head-overwritten",
+    "the output layer was overwritten by the embedding, or the reverse",
+    "One side was handled as if its embeddings were tied. Set tie_word_embeddings to false in "
+    "its config.json (or Megatron's --untie-embeddings-and-output-weights) and convert again: "
+    "the weight that was overwritten is only in the original.",
+    _overwritten,
+)
+HEAD_TIED = Hypothesis(
+    "head-tied", "the output layer is tied to the embedding on one side only", TIED_HEAD.advice
+)
+PADDING = Hypothesis(
+    "vocabulary-padding",
+    "one side holds rows of padding behind the vocabulary",
+    "Megatron pads the vocabulary; Hugging Face's config.json says how many rows are real. "
+    "Where rows were kept that are padding, convert again with --true-vocab-size N; where real "
+    "rows were cut, with a larger N. All rows that both sides have agree as said here.",
 )
