@@ -72,5 +72,6 @@ def _rotary(config: Mapping[str, Any], theta: str, part: str) -> dict[str, Any]:
         found[theta] = scaling.pop("rope_theta")
     if "partial_rotary_factor" in scaling:
         found[part] = scaling.pop("partial_rotary_factor")
-    found["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+    if scaling.get("rope_type", "default") != "default":
+        found["rope_scaling"] = scaling
     return {key: value for key, value in found.items() if config.get(key) is None}

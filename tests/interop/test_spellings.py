@@ -41,7 +41,7 @@ CASES = {
             "num_key_value_heads": 2,
             "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
         },
-        {"num_experts": 4, "num_local_experts": 4, "rope_theta": 1e6, "rope_scaling": None},
+        {"num_experts": 4, "num_local_experts": 4, "rope_theta": 1e6},
     ),
     "gpt_neox": (
         "GPTNeoXForCausalLM",
