@@ -52,6 +52,17 @@ def is_tag(directory: Location) -> bool:
     return any(directory.glob(_STATES))
 
 
+def is_legacy(tag: Location) -> bool:
+    """Return whether a file per rank holds the tree of a legacy Megatron model, and its args."""
+    first = min(tag.glob("mp_rank_*_model_states.pt"), default=None)
+    state = first and torch_zip.read(first, 0)
+    return (
+        isinstance(state, Mapping)
+        and isinstance(state.get("module"), Mapping)
+        and isinstance(state["module"].get("language_model"), Mapping)
+    )
+
+
 def tags(root: Location) -> list[str]:
     """Return the checkpoints of a root by name."""
     if not root.is_dir():
@@ -446,8 +457,8 @@ def _check_kind(model: Mapping[str, Any], directory: Location, count: int) -> No
     if isinstance((model["module"] or {}).get("language_model"), Mapping):
         raise FormatError(
             f"{directory}: 'module' of the model states is the nested tree of a legacy Megatron "
-            "model (language_model), as Megatron-DeepSpeed saves it without a pipeline, which is "
-            "not loaded; bring it to Hugging Face's names with the tools of Megatron-DeepSpeed"
+            "model (language_model), in parts of ZeRO 3, which are not put together; gather them "
+            "with zero_to_fp32 of DeepSpeed, or save with stage3_gather_16bit_weights_on_model_save"
         )
     if model.get("ds_autoep_layers"):
         raise FormatError(

@@ -22,6 +22,7 @@ from ckptx.hf_models.directory import base_sidecars, training_state
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import INDEXES, SINGLES, base_tensors, read_weights
 from ckptx.plugins.deepspeed import directory, ranks, weights
+from ckptx.plugins.megatron.legacy import LegacyLoader
 from ckptx.plugins.pytorch.module_names import (
     file_names,
     nearest_config,
@@ -75,7 +76,11 @@ class DeepspeedLoader:
     def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         masters = (options.get("weights") or "master") == "master"
-        saved = directory.read(directory.find(source, options.get("tag")), masters)
+        tag = directory.find(source, options.get("tag"))
+        if directory.is_legacy(tag):
+            yield from LegacyLoader().load(tag, {}, context)
+            return
+        saved = directory.read(tag, masters)
         # What is converted to another dtype anyway need not have one dtype before.
         widen = context.dtype is None
         prefix = options.get("prefix") or ""
