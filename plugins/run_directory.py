@@ -67,8 +67,7 @@ def all_ranks(
 
 def check_same_tensors(held: Mapping[str, Sized], count: int, file: Location) -> None:
     """Raise unless each tensor has come from all of ``count`` ranks, of which ``file`` is last."""
-    odd = [name for name, parts in held.items() if len(parts) != count]
-    if odd:
+    if odd := [name for name, parts in held.items() if len(parts) != count]:
         raise FormatError(
             f"{file}: expected the tensors of the other ranks, found others or fewer, as by "
             f"{listing(odd, 2)}; the files are of different runs"

@@ -30,8 +30,7 @@ def run(words: Sequence[str]) -> None:
     Raises:
         Exit: the command ended with an exit code that is not 0.
     """
-    group = _group()
-    code = group.main(list(words), "ckptx", standalone_mode=False)
+    code = _group().main(list(words), "ckptx", standalone_mode=False)
     if isinstance(code, int) and code:
         raise click.exceptions.Exit(code)
 

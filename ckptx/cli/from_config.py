@@ -36,15 +36,12 @@ from ckptx.tensors.dtypes import SPELLINGS
 
 _MERGE = ("merge_lora_weighs", "merge_lora_weights")
 """RLinf's spelling, and what a user would take for it."""
-_CONVERTOR = frozenset(
-    {
-        *_MERGE,
-        *("ckpt_path", "save_path", "torch_dtype"),
-        *("strict_load", "train_config_path", "auto_find_train_config", "model_overrides"),
-    }
-)
-_MODEL = frozenset({"model_path", "is_lora"})
-_ADAPTER = frozenset({"lora_rank", "lora_path"})
+_CONVERTOR = {
+    *_MERGE,
+    *("ckpt_path", "save_path", "torch_dtype"),
+    *("strict_load", "train_config_path", "auto_find_train_config", "model_overrides"),
+}
+_MODEL, _ADAPTER = {"model_path", "is_lora"}, {"lora_rank", "lora_path"}
 _ADAPTER_FOLDER = "lora_adapter"
 """Where RLinf puts an adapter that is not merged, below ``save_path``."""
 _SETTING = re.compile(r"((?:convertor|model|actor)\.[\w.]+)=(.*)", re.DOTALL)
@@ -93,8 +90,7 @@ def command_line(file: Path, settings: Sequence[str] = ()) -> tuple[list[str], l
     for setting in settings:
         _set(config, setting)
     convertor = _section(config, "convertor", file)
-    unknown = sorted(set(map(str, convertor)) - _CONVERTOR)
-    if unknown:
+    if unknown := sorted(set(map(str, convertor)) - _CONVERTOR):
         raise FormatError(
             f"{file}: convertor.{unknown[0]} is no setting of RLinf's converter; known: "
             f"{', '.join(sorted(_CONVERTOR))}"
@@ -165,8 +161,7 @@ def _model(
     A training configuration that is named comes first, then sections of the file itself, then a
     configuration near the checkpoint.
     """
-    named = convertor.get("train_config_path")
-    if named:
+    if named := convertor.get("train_config_path"):
         origin = Path(_text(named, "convertor.train_config_path", file))
         if not origin.is_file():
             raise FormatError(f"{file}: convertor.train_config_path {origin}: no such file")
@@ -187,13 +182,11 @@ def _model(
 
 def _near(source: Path) -> Path | None:
     """Return the training configuration in a folder of the checkpoint or above it."""
-    for folder in list(source.absolute().parents)[:_PARENTS]:
-        for name in _TRAINING:
-            place = folder / name
-            if place.is_file():
-                actor = _loaded(place).get("actor")
-                if isinstance(actor, dict) and "model" in actor:
-                    return place
+    folders = list(source.absolute().parents)[:_PARENTS]
+    for place in (folder / name for folder in folders for name in _TRAINING):
+        actor = _loaded(place).get("actor") if place.is_file() else None
+        if isinstance(actor, dict) and "model" in actor:
+            return place
     return None
 
 

@@ -28,11 +28,11 @@ COMMANDS = {
     "plan": "ckptx.cli.conversion",
     "from-config": "ckptx.cli.from_config",
     "from-script": "ckptx.cli.from_script",
-    "inspect": "ckptx.cli.source",
-    "print-tensor": "ckptx.cli.source",
+    "inspect": "ckptx.cli.show",
+    "print-tensor": "ckptx.cli.show",
     "verify": "ckptx.cli.show",
     "generate": "ckptx.cli.running",
-    "modify": "ckptx.cli.modify",
+    "modify": "ckptx.cli.conversion",
     "plugins": "ckptx.cli.show",
 }
 """The module of every command, where ``<command>_command()`` returns it."""

@@ -28,8 +28,8 @@ _ENDS = {"writing": "syncing to disk"}
 """What a stage has become once all its bytes are done."""
 
 
-class Meter:
-    """Bytes done, the recent speed, and the time that is left. Times are in seconds."""
+class Meter(Progress):
+    """Counts the bytes done, the recent speed, and the time that is left. Times are in seconds."""
 
     def __init__(self) -> None:
         self.doing = "starting"
@@ -39,13 +39,21 @@ class Meter:
         self._started = time.monotonic()
         self._seen: deque[tuple[float, int]] = deque()
 
-    def start(self, doing: str, total: int = 0) -> None:
+    def stage(self, name: str) -> None:
         """Begin a stage."""
-        self.doing, self.total, self.done = doing, total, 0
+        self.begin(0, name)
+
+    def begin(self, total: int, stage: str = "writing") -> None:
+        """Begin a stage of so many bytes."""
+        self.doing, self.total, self.done = stage, total, 0
         self._started = time.monotonic()
         self._seen = deque([(self._started, 0)])
+        self._show()
 
-    def add(self, count: int) -> None:
+    def _show(self) -> None:
+        """Show that a stage begins."""
+
+    def advance(self, count: int) -> None:
         """Count bytes."""
         self.done += count
         now = time.monotonic()
@@ -54,7 +62,7 @@ class Meter:
             self._seen.popleft()
 
     @property
-    def stage(self) -> str:
+    def now(self) -> str:
         """What is being done now."""
         return _ENDS.get(self.doing, self.doing) if self.complete else self.doing
 
@@ -90,31 +98,7 @@ class Meter:
         return f"{size_text(self.done)} of {size_text(self.total)}, {speed / 1e9:.2f} GB/s, {left}"
 
 
-class _Metered(Progress):
-    """A progress that is counted by a meter."""
-
-    def __init__(self) -> None:
-        self._meter = Meter()
-
-    def stage(self, name: str) -> None:
-        """Begin a stage."""
-        self.begin(0, name)
-
-    def begin(self, total: int, stage: str = "writing") -> None:
-        """Begin a stage of so many bytes."""
-        self._meter.start(stage, total)
-        self._show()
-
-    def advance(self, count: int) -> None:
-        """Count bytes."""
-        self._meter.add(count)
-
-    def _show(self) -> None:
-        """Show that a stage begins."""
-        raise NotImplementedError
-
-
-class Lines(_Metered):
+class Lines(Meter):
     """Logs a line every ``interval`` seconds, whatever is going on or not."""
 
     def __init__(self, interval: float = _INTERVAL) -> None:
@@ -138,10 +122,10 @@ class Lines(_Metered):
         # Signals are for the thread that watches the children.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while not self._over.wait(self._interval):
-            _log.warning("%s: %s", self._meter.stage, self._meter.text())
+            _log.warning("%s: %s", self.now, self.text())
 
 
-class Bar(_Metered):
+class Bar(Meter):
     """Draws a line with a bar on the terminal, on stderr, and wipes it at the end."""
 
     def __init__(self) -> None:
@@ -153,7 +137,7 @@ class Bar(_Metered):
     def advance(self, count: int) -> None:
         """Move the bar."""
         super().advance(count)
-        self._bar.update(self._task, completed=self._meter.done)
+        self._bar.update(self._task, completed=self.done)
 
     def close(self) -> None:
         """Wipe the bar."""
@@ -167,7 +151,7 @@ class Bar(_Metered):
         if self._bar is None:
             self._open()
         self._bar.reset(self._task)
-        self._bar.tasks[0].total = self._meter.total or None  # `reset` takes None for "as it was"
+        self._bar.tasks[0].total = self.total or None  # `reset` takes None for "as it was"
 
     def _open(self) -> None:
         from rich import progress
@@ -175,13 +159,13 @@ class Bar(_Metered):
         from rich.table import Column
         from rich.text import Text
 
-        meter = self._meter
+        meter = self
         console = Console(stderr=True)
         console.width = min(console.width, _WIDEST)
 
         class Stage(progress.ProgressColumn):
             def render(self, task: progress.Task) -> Text:
-                return Text(meter.stage)
+                return Text(meter.now)
 
         class Numbers(progress.ProgressColumn):
             def render(self, task: progress.Task) -> Text:

@@ -84,8 +84,7 @@ def _generate(
     from ckptx.cli.progress import bar
     from ckptx.verification.frameworks.generate import generate
 
-    shown = bar(quiet or as_json or verbose)
-    result = generate(model, _job(given), output_file, shown)
+    result = generate(model, _job(given), output_file, bar(quiet or as_json or verbose))
     show_result(result, as_json, quiet)
 
 
@@ -139,8 +138,7 @@ def check_inputs(logits: bool) -> None:
     if "logits" in given and not logits:
         raise click.UsageError("--logits compares two checkpoints; give both")
     others = ("rtol", "atol", "ignore_dtype", "diagnosis")
-    wrong = sorted(given & set(others if logits else _LOGITS))
-    if wrong:
+    if wrong := sorted(given & set(others if logits else _LOGITS)):
         options = {param.name: param.opts[0] for param in ctx.command.params}
         word = "does not go with" if logits else "needs"
         raise click.UsageError(f"{options[wrong[0]]} {word} --logits")

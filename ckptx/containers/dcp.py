@@ -77,8 +77,7 @@ def read_object(metadata: DcpMetadata, key: str, files: list[str]) -> Any:
 
 def _assemble(metadata: DcpMetadata, key: str, items: _Items) -> LazyTensor:
     where = f"{metadata.directory / METADATA_NAME}: {key!r}"
-    entry = metadata.tensors.get(key)
-    if entry is None:
+    if (entry := metadata.tensors.get(key)) is None:
         raise FormatError(f"{where} is not in the checkpoint")
     if entry.dtype not in ITEMSIZE:
         raise FormatError(f"{where}: found dtype {entry.dtype}, which ckptx does not convert")
@@ -363,8 +362,7 @@ def _add_tensor(
 
 def _check(tensors: Mapping[str, dcp_metadata.TensorEntry], objects: Sequence[str]) -> None:
     for key, entry in tensors.items():
-        fault = tiling.fault(entry.shape, entry.chunks)
-        if fault:
+        if fault := tiling.fault(entry.shape, entry.chunks):
             raise PlanError(f"{METADATA_NAME}: {key!r}: {fault}")
     for key, count in Counter(objects).items():
         if count > 1 or key in tensors:

@@ -34,18 +34,16 @@ MAX_KEY = 1000
 MAX_TUPLE_DEPTH = 100
 """How deep tuples and frozen sets may nest."""
 
-KNOWN_GLOBALS = frozenset(
-    {
-        *("_io.BytesIO", "io.BytesIO", "signal.Signals", "uuid.UUID", "enum.Enum"),
-        *("decimal.Decimal", "collections.defaultdict", "collections.Counter"),
-        *("collections.deque", "functools.partial"),
-        *("pathlib.PosixPath", "pathlib.Path", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
-        *("pathlib._local.PosixPath", "pathlib._local.Path", "fractions.Fraction"),
-        *("datetime.datetime", "datetime.date", "datetime.timedelta", "datetime.timezone"),
-        *(f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "tuple")),
-        *(f"builtins.{name}" for name in ("object", "slice", "range", "type", "NoneType")),
-    }
-)
+KNOWN_GLOBALS = {
+    *("_io.BytesIO", "io.BytesIO", "signal.Signals", "uuid.UUID", "enum.Enum"),
+    *("decimal.Decimal", "collections.defaultdict", "collections.Counter"),
+    *("collections.deque", "functools.partial"),
+    *("pathlib.PosixPath", "pathlib.Path", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
+    *("pathlib._local.PosixPath", "pathlib._local.Path", "fractions.Fraction"),
+    *("datetime.datetime", "datetime.date", "datetime.timedelta", "datetime.timezone"),
+    *(f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "tuple")),
+    *(f"builtins.{name}" for name in ("object", "slice", "range", "type", "NoneType")),
+}
 """Globals of the standard library that become stubs; those of other packages all do.
 
 What could do harm is in the standard library. Checkpoints hold objects of whatever their trainer

@@ -91,8 +91,7 @@ def scan(data: bytes, file: str) -> tuple[bytes, bytearray]:
         if position >= len(data):
             raise FormatError(f"{file}: the pickle has no end; the file is truncated")
         opcode = data[position]
-        width = _LENGTHS.get(opcode)
-        if width is not None:
+        if (width := _LENGTHS.get(opcode)) is not None:
             start = position + 1 + width
             position = start + int.from_bytes(data[position + 1 : start], "little")
             if position > len(data):

@@ -330,12 +330,10 @@ Source: torch:torch/storage.py@v2.13.0 `_dtype_to_storage_type_map`.
 WIDTHS = {**ITEMSIZE, "complex128": 16}
 """Bytes per element of what may stand in a pickle, more than ckptx converts."""
 
-TORCH_DTYPES = frozenset(
-    {
-        *ITEMSIZE,
-        *("complex32", "complex128", "quint8", "qint8", "qint32", "quint4x2", "quint2x4"),
-        *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"),
-        *("half", "float", "double", "long", "int", "short", "cfloat", "cdouble", "chalf"),
-    }
-)
+TORCH_DTYPES = {
+    *ITEMSIZE,
+    *("complex32", "complex128", "quint8", "qint8", "qint32", "quint4x2", "quint2x4"),
+    *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"),
+    *("half", "float", "double", "long", "int", "short", "cfloat", "cdouble", "chalf"),
+}
 """Names of `torch` that are dtypes; a pickle uses the long ones."""

@@ -96,8 +96,7 @@ class _Writer:
 
     def emit(self, value: Any) -> None:
         """Append the opcodes that push ``value``."""
-        emitter = self._emitters.get(type(value))
-        if emitter is not None:
+        if (emitter := self._emitters.get(type(value))) is not None:
             emitter(value)
         elif isinstance(value, LazyTensor) and self._tensor is not None:
             self._record(self._tensor(value))
@@ -120,8 +119,7 @@ class _Writer:
         return b"j" + packed
 
     def _str(self, value: str) -> None:
-        get = self._memo.get(value)
-        if get is not None:
+        if (get := self._memo.get(value)) is not None:
             self._write(get)
             return
         data = value.encode("utf-8", "surrogatepass")
@@ -129,8 +127,7 @@ class _Writer:
         self._memo[value] = self._put()
 
     def _global(self, value: Global) -> None:
-        get = self._memo.get(value)
-        if get is not None:
+        if (get := self._memo.get(value)) is not None:
             self._write(get)
             return
         if "\n" in value.module + value.name:
@@ -186,11 +183,9 @@ class _Writer:
             self._write(b"b")
 
     def _instance(self, value: Instance) -> None:
-        if value.shared:
-            get = self._shared.get(value)
-            if get is not None:
-                self._write(get)
-                return
+        if value.shared and (get := self._shared.get(value)) is not None:
+            self._write(get)
+            return
         state = value.state
         plain = type(state) is dict and state and all(type(name) is str for name in state)
         if plain and not value.args:
@@ -208,8 +203,7 @@ class _Writer:
     def _fields(self, cls: Global, names: tuple[str, ...], values: Iterable[Any]) -> None:
         """Push an object and its attributes; the opcodes around them are made once per class."""
         write, memo = self._write, self._memo
-        around = self._around.get((cls, names))
-        if around is None:
+        if (around := self._around.get((cls, names))) is None:
             self._global(cls)
             write(b")\x81")
             self._dict(dict(zip(names, values, strict=True)))
@@ -270,8 +264,7 @@ class _Writer:
         memo, out = self._memo, self.out
         for row in rows:
             for (opcodes, seen), item in zip(columns, row, strict=True):
-                code = seen.get(item)
-                if code is None:
+                if (code := seen.get(item)) is None:
                     if type(item) is int:
                         code = opcodes + (
                             _BYTE_INTS[item] if 0 <= item < 256 else _int_opcode(item)
@@ -291,8 +284,7 @@ class _Writer:
         self._instance(Instance(_NAMESPACE, vars(value)))
 
     def _size(self, value: TorchSize) -> None:
-        get = self._memo.get(value)
-        if get is None:
+        if (get := self._memo.get(value)) is None:
             self._call(_SIZE, (tuple(value),))
             self._memo[value] = self._put()
         else:

@@ -116,8 +116,7 @@ def whole(shares: Sequence[Share], where: str) -> LazyTensor:
         for offsets, local in one.boxes:
             if local.numel:
                 copies.setdefault((offsets, local.shape), []).append(local)
-    fault = tiling.fault(first.shape, list(copies))
-    if fault:
+    if fault := tiling.fault(first.shape, list(copies)):
         raise FormatError(f"{where}: {fault}; the rank files are not those of one checkpoint")
     if not copies:
         return Filled(first.dtype, first.shape)
@@ -146,8 +145,7 @@ def local_box(
     order = [a for a in axes if placements[a].split_factor == 1]
     order += [a for a in reversed(axes) if placements[a].split_factor > 1]
     for mesh_axis in order:
-        axis = placements[mesh_axis].axis
-        if axis is None:
+        if (axis := placements[mesh_axis].axis) is None:
             continue
         full = -(-sizes[axis] // mesh[mesh_axis])
         start = min(sizes[axis], coordinates[mesh_axis] * full)

@@ -193,11 +193,6 @@ class Envelope:
     nbytes: int
     suffix: bytes
 
-    @property
-    def size(self) -> int:
-        """Bytes of the whole archive."""
-        return len(self.prefix) + self.nbytes + len(self.suffix)
-
 
 @lru_cache(maxsize=65536)
 def plan_item(dtype: str, shape: Shape) -> Envelope:
@@ -374,8 +369,7 @@ class _Resolver:
             return self._extent(value)
         if not isinstance(value, dict | list | tuple | pickle_values.Namespace | Record):
             return value
-        done = self._done.get(id(value))
-        if done is not None:
+        if (done := self._done.get(id(value))) is not None:
             self._meet_again(id(value))
             return done[1]
         self._done[id(value)] = value, value

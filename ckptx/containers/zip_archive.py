@@ -302,8 +302,7 @@ class ArchiveWriter:
         self._pending_start = self._position
 
     def _flush(self) -> None:
-        data = b"".join(self._pending)
-        if data:
+        if data := b"".join(self._pending):
             self._regions.append(Region(self._pending_start, len(data), data))
         self._pending = []
         self._pending_start = self._position

@@ -29,6 +29,7 @@ from ckptx.processes.supervision import Failure
 from ckptx.protocol.context import UNTOLD, WEIGHTS, Context, Wants
 from ckptx.protocol.messages import Begin, End, Message
 from ckptx.protocol.progress import Progress
+from ckptx.protocol.sidecars import check_sidecars
 from ckptx.registry import registry
 from ckptx.registry.open import checkpoint_messages
 from ckptx.storage.spool import Spool, SpoolFile
@@ -312,7 +313,11 @@ def plan_conversion(request: ConversionRequest, spool: Spool | None = None) -> P
 
 def _plan(saver: Saver, messages: Iterator[Message], request: ConversionRequest) -> Planned:
     with blamed_on(f"saver {request.saver!r}"):
-        return make_plan(saver, messages, request.saver_options, request.context())
+        planned = make_plan(saver, messages, request.saver_options, request.context())
+    begin, written = planned.begin, {Path(file.path).name for file in planned.plan.files}
+    carried = {name: data for name, data in begin.sidecars.items() if name in written}
+    check_sidecars(carried, begin.root)
+    return planned
 
 
 def _checked(request: ConversionRequest, planned: Planned) -> tuple[str, list[str]]:

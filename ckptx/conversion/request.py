@@ -69,6 +69,8 @@ class ConversionRequest:
     """What ``modify`` changes on the way."""
 
     def __post_init__(self) -> None:
+        if self.edits is not None:  # what is edited is as loadable as it was
+            object.__setattr__(self, "saver_options", {**self.saver_options, "no_config": True})
         # Absolute from here on: a plugin may change the working directory.
         for name in ("source", "target"):
             object.__setattr__(self, name, Path(os.path.abspath(getattr(self, name))))  # noqa: PTH100 - keeps symlinks

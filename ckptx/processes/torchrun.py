@@ -73,8 +73,7 @@ def once(words: Sequence[str], work: Callable[[], int]) -> int:
         words: the command, which identifies the ranks that belong together.
         work: what to do; returns an exit code.
     """
-    here = rank_place(os.environ)
-    if here is None:
+    if (here := rank_place(os.environ)) is None:
         return work()
     if not here.with_rank_0:
         if here.local_rank == 0:

@@ -48,8 +48,7 @@ def gathered(layout: Layout, tensors: Mapping[str, LazyTensor], parts: Parts) ->
     taker = Gatherer(layout, parts["language"])
     found: dict[str, tuple[RuleGroup, dict[str, LazyTensor]]] = {}
     for held in layout.held(parts):
-        canonical = taker.of(held.spec).take(held.rules, [left], held.layer)
-        if canonical:
+        if canonical := taker.of(held.spec).take(held.rules, [left], held.layer):
             found[held.message] = held, canonical
     for message, key, name in (*layout.copies_of(parts["language"]), *layout.repeated):
         if name in left and message in found and key in found[message][1]:

@@ -26,8 +26,7 @@ def remembering() -> Iterator[None]:
 
 def remembered(key: Hashable, find: Callable[[], T]) -> T:
     """Return what ``find`` returns, or has returned for ``key`` since the checkpoint is opened."""
-    facts = _facts.get()
-    if facts is None:
+    if (facts := _facts.get()) is None:
         return find()
     if key not in facts:
         facts[key] = find()

@@ -144,8 +144,7 @@ def _declared(pyproject: Path) -> dict[str, str]:
 
 
 def _pinned() -> set[str] | None:
-    value = os.environ.get(PIN)
-    if value is None:
+    if (value := os.environ.get(PIN)) is None:
         return None
     items = {item.strip() for item in value.split(",") if item.strip()}
     return {i if re.match(r"(formats|loader|saver|schema)_", i) else _normal(i) for i in items}

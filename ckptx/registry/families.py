@@ -92,13 +92,11 @@ def family_noted(note: Mapping[str, Any]) -> Family | None:
     Raises:
         SchemaError: no installed plugin has it; the message says what to install.
     """
-    name = note.get("family")
-    if name is None:
+    if (name := note.get("family")) is None:
         return None
     if (family := registry.families().get(name)) is not None:
         return family
-    package = note.get("distribution")
-    if package is None:
+    if (package := note.get("distribution")) is None:
         raise SchemaError(
             f"the checkpoint is of family {name!r}, which ckptx wrote and does not have here; "
             "upgrade ckptx, or install the package that has it"

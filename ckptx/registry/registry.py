@@ -260,8 +260,7 @@ def versions(*chosen: tuple[Kind, str]) -> dict[str, str]:
     """Return the versions of the distributions behind the chosen plugins, for the manifest."""
     found = {}
     for kind, name in chosen:
-        entry = entries().get(f"{kind}_{canonical(name)}")
-        if entry is not None:
+        if (entry := entries().get(f"{kind}_{canonical(name)}")) is not None:
             found[entry.distribution] = entry.version
     return found
 

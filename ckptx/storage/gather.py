@@ -264,8 +264,7 @@ def _bounded(request: _Request) -> list[_Request]:
 
 def _copy_out(request: _Request, window: NDArray[np.uint8], start: int) -> None:
     # An element alone is copied as one number; longer runs as bytes, which numpy copies run by run.
-    unit = _UNSIGNED.get(request.run)
-    if unit is None:
+    if (unit := _UNSIGNED.get(request.run)) is None:
         shape = (*request.counts, request.run)
         source = _view(window, shape, (*request.strides, 1), start, np.dtype("u1"))
         places = (*request.target_strides, 1)

@@ -118,8 +118,7 @@ def read_all(descriptor: int, offset: int, buffer: memoryview) -> int:
     """Fill ``buffer`` from byte ``offset`` on; return how many bytes the file has of it."""
     done = 0
     while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        if not count:
+        if not (count := os.preadv(descriptor, [buffer[done:]], offset + done)):
             break
         done += count
     return done

@@ -52,7 +52,8 @@ def json_object(path: str | os.PathLike[str], content: bytes) -> dict[str, Any]:
     return value
 
 
-_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What a file begins with that stands for a large one in a repository."""
 
 
 class SourceFile:
@@ -114,7 +115,7 @@ class SourceFile:
         Raises:
             FormatError: the file is a pointer.
         """
-        if len(_POINTER) <= self.size < 1024 and self.read(0, len(_POINTER)) == _POINTER:
+        if len(LFS_POINTER) <= self.size < 1024 and self.read(0, len(LFS_POINTER)) == LFS_POINTER:
             raise FormatError(
                 f"{self.path}: is a pointer of Git LFS, not the weights themselves; run "
                 "'git lfs pull' in its repository, or download the file"

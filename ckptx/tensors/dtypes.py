@@ -27,8 +27,7 @@ def dtype_name(name: str) -> str:
     Raises:
         PlanError: it is none that a model can be cast to.
     """
-    known = SPELLINGS.get(name.removeprefix("torch."))
-    if known is None:
+    if (known := SPELLINGS.get(name.removeprefix("torch."))) is None:
         raise PlanError(f"cannot convert to dtype {name!r}; known: {', '.join(DTYPES)}")
     return known
 

@@ -33,10 +33,10 @@ MAX_AXES = 64
 """How many axes a tensor of a file may have: as many as numpy arrays and torch's loops."""
 
 
+@dataclass(frozen=True, slots=True)
 class LazyTensor:
     """A tensor that is not there yet: a dtype, a shape, and how to obtain any box of it."""
 
-    __slots__ = ()
     dtype: str
     shape: Shape
 
@@ -135,8 +135,6 @@ class Stored(LazyTensor):
     repeats.
     """
 
-    dtype: str
-    shape: Shape
     file: int
     offset: int
     strides: Shape
@@ -156,8 +154,6 @@ class Stored(LazyTensor):
 class Filled(LazyTensor):
     """Elements of one value, in no file: padding."""
 
-    dtype: str
-    shape: Shape
     value: float = 0.0
 
 
@@ -165,8 +161,6 @@ class Filled(LazyTensor):
 class Replicated(LazyTensor):
     """Equal copies of one tensor: the first is read, the others are compared with it."""
 
-    dtype: str
-    shape: Shape
     copies: tuple[LazyTensor, ...]
 
 
@@ -174,8 +168,6 @@ class Replicated(LazyTensor):
 class Tiled(LazyTensor):
     """Tensors side by side in a larger one: ``(origin, tensor)`` tiles that cover it once."""
 
-    dtype: str
-    shape: Shape
     tiles: tuple[tuple[Shape, LazyTensor], ...]
 
 
@@ -183,8 +175,6 @@ class Tiled(LazyTensor):
 class Sliced(LazyTensor):
     """A box of a tensor whose view does not fold any further."""
 
-    dtype: str
-    shape: Shape
     base: LazyTensor
     box: Box
 
@@ -193,8 +183,6 @@ class Sliced(LazyTensor):
 class Permuted(LazyTensor):
     """A tensor with its axes in another order."""
 
-    dtype: str
-    shape: Shape
     base: LazyTensor
     axes: Shape
 
@@ -203,8 +191,6 @@ class Permuted(LazyTensor):
 class Split(LazyTensor):
     """A tensor with one axis split in two."""
 
-    dtype: str
-    shape: Shape
     base: LazyTensor
     axis: int
     inner: int
@@ -214,8 +200,6 @@ class Split(LazyTensor):
 class Merged(LazyTensor):
     """A tensor with two neighbouring axes merged into one."""
 
-    dtype: str
-    shape: Shape
     base: LazyTensor
     axis: int
 
@@ -224,8 +208,6 @@ class Merged(LazyTensor):
 class Cast(LazyTensor):
     """A tensor in another dtype."""
 
-    dtype: str
-    shape: Shape
     base: LazyTensor
 
 
@@ -233,8 +215,6 @@ class Cast(LazyTensor):
 class Computed(LazyTensor):
     """A tensor computed from others; `ckptx.tensors.operations` knows how, by the name ``op``."""
 
-    dtype: str
-    shape: Shape
     op: str
     inputs: tuple[LazyTensor, ...]
     params: tuple[int, ...] = ()

@@ -33,8 +33,7 @@ def fault(shape: Shape, boxes: Sequence[tuple[Shape, Shape]], what: str = "chunk
         if any(o < 0 or o + n > s for o, n, s in zip(offsets, sizes, shape, strict=True)):
             return f"a {what} {list(sizes)} at {list(offsets)} lies outside {list(shape)}"
     budget = [MAX_SPLITS * len(solid) + 4096]
-    overlap = _overlap(solid, 0, len(shape), budget)
-    if overlap is not None:
+    if (overlap := _overlap(solid, 0, len(shape), budget)) is not None:
         (first, first_sizes), (second, second_sizes) = overlap
         return (
             f"{what}s {list(first_sizes)} at {list(first)} and "
@@ -85,7 +84,6 @@ def _overlap(
         for place in range(first, last):
             slabs[place].append(box)
     for slab in slabs:
-        found = _overlap(slab, axis + 1, axes, budget)
-        if found is not None:
+        if (found := _overlap(slab, axis + 1, axes, budget)) is not None:
             return found
     return None

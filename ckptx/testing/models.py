@@ -451,7 +451,9 @@ def passthrough_messages(
     path = directory / "tiny.bin"
     tensors = lazy(path, arrays)
     sources = tuple(SourceTensor(name, tensor) for name, tensor in tensors.items())
-    begin = Begin("tiny", layout, {}, (str(path),), sources, root=str(directory))
+    config = {"architectures": ["UnheardOfForCausalLM"], "model_type": "unheard-of"}
+    beside = {"config.json": json.dumps(config).encode()}
+    begin = Begin("tiny", layout, {}, (str(path),), sources, str(directory), beside)
     return [begin, Tensors(PASSTHROUGH, tensors), End()]
 
 

@@ -106,8 +106,7 @@ def _side(model: Model, tensors: dict[Name, LazyTensor]) -> Side:
 
 
 def _loaded(checkpoint: Checkpoint) -> _Loaded:
-    misfit = checkpoint.misfit
-    if misfit is None:
+    if (misfit := checkpoint.misfit) is None:
         return _Loaded(checkpoint.model)
     if isinstance(misfit, SchemaError) and (found := _misfit(checkpoint.begin, str(misfit))):
         return found

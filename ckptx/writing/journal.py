@@ -55,16 +55,10 @@ _NUMBER = struct.Struct("<Q")
 _PATIENCE = 30.0  # seconds that the last system call of a killed writer may take
 _BLOCK = 1 << 20  # bytes of a pickled plan that are hashed at once
 _REGIONS = 256  # that are pickled at once
-_CONTENTS = (
-    lazy.Stored,
-    lazy.Sliced,
-    lazy.Tiled,
-    lazy.Permuted,
-    lazy.Split,
-    lazy.Merged,
-    lazy.Computed,
-    Crc32,
-)  # what plans are full of
+_CONTENTS = (  # what plans are full of
+    *(lazy.Stored, lazy.Sliced, lazy.Tiled, lazy.Permuted, lazy.Split, lazy.Merged),
+    *(lazy.Computed, Crc32),
+)
 _FIRST_NAMES: Mapping[str, tuple[type, ...]] = {
     "ckptx.lazy": (*_CONTENTS[:-1], lazy.Cast, lazy.Filled, lazy.Replicated),
     "ckptx.plan": (Crc32,),
@@ -199,8 +193,7 @@ def read(path: Path) -> Recorded | None:
     except (StopIteration, TypeError, ValueError):
         return None
     for payload, end, seal in records:
-        leaves = _unpacked(payload)
-        if leaves is None:
+        if (leaves := _unpacked(payload)) is None:
             break
         found.leaves.update(leaves)
         found.durable = _NUMBER.unpack_from(payload)[0]

@@ -131,7 +131,10 @@ def execute(
             executor.inexact = frozenset(inexact)
             executor.run()
             for output in outputs:
-                written.digests[output.plan.path] = _digests(output, options.digest)
+                written.digests[output.plan.path] = {
+                    number: tensor_digest(options.digest, leaves)
+                    for number, leaves in output.leaves.items()
+                }
             sync_directories(directory, outputs)
         written.resumed = executor.resumed
         written.infinite = dict(sorted(executor.infinite.items()))
@@ -375,14 +378,9 @@ def _wait(futures: Sequence[Future[None]]) -> None:
         future.result()
 
 
-def _digests(output: Output, name: str) -> dict[int, str]:
-    return {number: tensor_digest(name, leaves) for number, leaves in output.leaves.items()}
-
-
 def _infinite(dtype: str, data: memoryview) -> int:
     """Return how many elements are infinite; 0 for dtypes that ends of casts seldom are."""
-    code = {"float16": 0x7C00, "bfloat16": 0x7F80}.get(dtype)
-    if code is None:
+    if (code := {"float16": 0x7C00, "bfloat16": 0x7F80}.get(dtype)) is None:
         return 0
     return int(np.count_nonzero(np.frombuffer(data, np.uint16) & 0x7FFF == code))
 

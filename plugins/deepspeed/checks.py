@@ -27,8 +27,7 @@ def check_against_module(
     ranks = max(1, len(checkpoint.optimizers))
     files = [str(path) for path in checkpoint.files]
     for name, master in masters.items():
-        own = module.get(name)
-        if own is None:
+        if (own := module.get(name)) is None:
             continue
         if own.shape != master.shape:
             raise FormatError(

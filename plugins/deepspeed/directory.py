@@ -337,8 +337,7 @@ def _read_experts(saved: Saved, masters: bool) -> None:
             f"{saved.directory}: the files of {sum(counts) - len(files)} of {sum(counts)} experts "
             f"are missing: {listing(names)}; copy them"
         )
-    wanted = sorted(files)
-    if not wanted:
+    if not (wanted := sorted(files)):
         saved.skipped += optimizers.values()
         return
     if len(saved.ranks) > 1 or saved.ranks[0].stage == 3 or (saved.directory / UNIVERSAL).is_dir():

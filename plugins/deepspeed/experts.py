@@ -21,7 +21,7 @@ from typing import Any
 
 from ckptx.errors import FormatError
 from ckptx.plugins.deepspeed.directory import Checkpoint, Saved
-from ckptx.plugins.deepspeed.weights import has_masters, together
+from ckptx.plugins.deepspeed.weights import together
 
 _NUMBER = re.compile(r"(?P<before>.*\.deepspeed_experts\.)(?P<number>\d+)(?P<after>\..*)")
 _BY_GROUP = ("single_partition_of_fp32_groups", "param_alignment_paddings")
@@ -31,11 +31,9 @@ def with_module(saved: Saved) -> Checkpoint:
     """Return the checkpoint with the experts among the module's weights."""
     (found,) = saved.ranks
     model = {**found.model, "module": {**found.module, **saved.experts}}
-    optimizers = [entry.get("optimizer") for entry in saved.expert_optimizers]
-    masters = [entry for entry in optimizers if has_masters(entry)]
-    if masters and len(masters) == len(optimizers):
-        # The optimizers of all ranks are one: by their values it is known whose masters they hold.
-        model["optimizer"] = together(masters)
+    # The optimizers of all ranks are one: by their values it is known whose masters they hold.
+    if one := together([entry.get("optimizer") for entry in saved.expert_optimizers]):
+        model["optimizer"] = one
     return replace(found, models=[model])
 
 

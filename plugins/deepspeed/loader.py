@@ -119,8 +119,7 @@ class DeepspeedLoader:
         notes = (*found.notes, *renamed, *remarks)
         root = saved.directory.parent  # what a trainer has left beside, where the tag is its own
         beside = training_state(root) if (root / "latest").is_file() else ()
-        dropped = (*found.dropped, *left, *beside)
-        end = End(dropped, notes)
+        end = End((*found.dropped, *left, *beside), notes)
         yield from trained_messages(begin, found.tensors, end, options, context)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from ckptx.errors import FormatError, listing
 from ckptx.plugins.deepspeed.directory import Checkpoint, Saved
-from ckptx.plugins.deepspeed.weights import has_masters, together
+from ckptx.plugins.deepspeed.weights import together
 from ckptx.storage.blocks import equal
 from ckptx.storage.location import Location
 from ckptx.storage.source_file import read_json
@@ -51,9 +51,8 @@ def stages(saved: Saved) -> Iterator[Checkpoint]:
     if not saved.ranks[0].stage:
         # Masters without ZeRO have no names of their own: they are those of all stages.
         model = {**models[0], "module": tensors, "param_shapes": None}
-        masters = [entry for entry in (m.get("optimizer") for m in models) if has_masters(entry)]
-        if len(masters) == len(models):
-            model["optimizer"] = together(masters)
+        if one := together([model.get("optimizer") for model in models]):
+            model["optimizer"] = one
         yield replace(saved.ranks[0], models=[model], label="")
         return
     trained = [{n for shapes in model["param_shapes"] for n in shapes} for model in models]
@@ -108,8 +107,7 @@ def _mapped(found: Checkpoint, tensors: Mapping[str, Stored]) -> list[dict[str, 
 
 def _named(saved: Saved, found: Checkpoint) -> list[dict[str, Any]] | None:
     """Return the shapes of a stage with tied modules under the names of their first layer."""
-    groups = found.model.get("param_shapes")
-    if not groups:
+    if not (groups := found.model.get("param_shapes")):
         return None
     named = {n for rank in saved.ranks for own in rank.model["param_shapes"] or () for n in own}
     own = {layer for layer in saved.layers if not any(n.startswith(f"{layer}.") for n in named)}
@@ -157,8 +155,7 @@ def renamed(
         FormatError: the map is not sound or incomplete, or none was given and none can be made.
     """
     names = _from_file(Path(file), saved) if file else _automatic(saved, known)
-    left = [name for name in tensors if name not in names]
-    if left:
+    if left := [name for name in tensors if name not in names]:
         raise FormatError(f"{file or saved.directory}: no name for {listing(left)}; {_NEEDED}")
     found: dict[str, LazyTensor] = {}
     for own, tensor in tensors.items():

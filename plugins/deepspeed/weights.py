@@ -60,8 +60,7 @@ class Weights:
 
     def drop(self, name: str, reason: str, tensors: Sequence[LazyTensor]) -> None:
         """Leave declared tensors behind under one name; nothing if they have no elements."""
-        left = tuple(tensor for tensor in tensors if tensor.numel)
-        if left:
+        if left := tuple(tensor for tensor in tensors if tensor.numel):
             self.dropped.append(Dropped(name, reason, sum(t.nbytes for t in left), left))
 
     def leave_frozen(self) -> None:
@@ -83,8 +82,7 @@ def of_module(checkpoint: Checkpoint) -> Weights:
             "masters: leave --weights module out"
         )
     weights = Weights(label=checkpoint.label)
-    module = _module(checkpoint, weights)
-    weights.tensors |= module
+    weights.tensors |= _module(checkpoint, weights)
     fragments = [one for _, _, pieces in _fragments(checkpoint, weights) for one in pieces]
     weights.drop("frozen_param_fragments", "copies of weights of the module", fragments)
     return weights
@@ -179,8 +177,7 @@ def _gaps(
     checkpoint: Checkpoint, state: Mapping[str, Any], group: int, count: int
 ) -> Sequence[int]:
     """Return how many elements of padding are behind each of a group's parameters."""
-    paddings = state.get("param_alignment_paddings")
-    if not paddings:
+    if not (paddings := state.get("param_alignment_paddings")):
         return [0] * count
     gaps = paddings[group] if isinstance(paddings, list) and group < len(paddings) else None
     if not isinstance(gaps, list) or not all(type(gap) is int and gap >= 0 for gap in gaps):
@@ -233,8 +230,7 @@ def _universal(
     """
     weights.declare("parameter", parameters)
     shapes = dict(_trained(checkpoint))
-    missing = [name for name in shapes if name not in parameters]
-    if missing:
+    if missing := [name for name in shapes if name not in parameters]:
         raise FormatError(
             f"{checkpoint.directory}: {len(missing)} of {len(shapes)} parameters have no file "
             f"zero/NAME/fp32.pt: {listing(missing)}; copy them"
@@ -328,8 +324,10 @@ def has_masters(optimizer: Any) -> TypeGuard[Mapping[str, Any]]:
     )
 
 
-def together(optimizers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the optimizers without ZeRO of several ranks as one, with the masters of all."""
+def together(optimizers: Sequence[Any]) -> dict[str, Any] | None:
+    """Return the optimizers without ZeRO of several ranks as one, None unless all have masters."""
+    if not optimizers or not all(map(has_masters, optimizers)):
+        return None
     key = _masters_key(optimizers[0])
     return {key: [group for one in optimizers for group in one.get(key) or ()]}
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ckptx.containers import dcp_safetensors, safetensors, torch_zip
-from ckptx.conversion.options import option
+from ckptx.conversion.options import option, switch
 from ckptx.errors import PlanError, SchemaError
 from ckptx.hf_models import float8
 from ckptx.hf_models.directory import base_sidecars, hf_messages, sidecars, training_state
@@ -102,6 +102,7 @@ class HfSaver:
         return [
             option("--max-shard-size", str, size, "5GB"),
             option("--weight-files", click.Choice(["safetensors", "bin"]), kind, "safetensors"),
+            switch("--no-config", "Write weights that transformers cannot load, without a config."),
         ]
 
     def plan(self, messages: Messages, options: Options, context: Context = UNTOLD) -> SavePlan:
@@ -119,17 +120,15 @@ class HfSaver:
             iteration = model.begin.training.get("iteration", "release")
             tensors, apart, filled = split_off(config, tensors, iteration)
         files, notes = _sidecars(model, main_dtype(tensors))
+        if not options.get("no_config"):
+            _check_loadable(files, model.begin.root)
         plans = [*literal_files(files), *apart, *weight_files(tensors, options)]
         hint = f'transformers.{_auto_class(model)}.from_pretrained("{{target}}")'
         if CONFIG not in files:
             read = {".safetensors": "safetensors.torch.load_file", ".bin": "torch.load"}
             first = next(plan.path for plan in plans if plan.path.endswith(tuple(read)))
             hint = f'{read[Path(first).suffix]}("{{target}}/{first}")'
-            notes = (
-                *notes,
-                f"no {CONFIG}: transformers cannot load it; --hf-base takes config and tokenizer "
-                "from the model that was trained",
-            )
+            notes = (*notes, f"no {CONFIG}: transformers cannot load it")
         return SavePlan(
             plans,
             dropped=dropped,
@@ -213,12 +212,37 @@ def _sidecars(model: Model, dtype: str) -> tuple[dict[str, bytes], tuple[str, ..
     if differing:
         notes += [f"{CONFIG}, the source wins: {line}" for line in differing]
     changed = _set_dtype(config, dtype)
+    if not config.get("model_type"):  # transformers goes by it alone
+        changed, config["model_type"] = True, family.model_types[0]
     for part in (p for p in ("text_config", "vision_config") if isinstance(config.get(p), dict)):
         if composed is not None and {"dtype", "torch_dtype"} & config[part].keys():
             changed |= _set_dtype(config[part], dtype)
     if changed or differing:
         files[CONFIG] = dump_config(config)
     return files, tuple(notes)
+
+
+def _check_loadable(files: Mapping[str, bytes], root: str) -> None:
+    """Raise unless there is a config that says what transformers would build.
+
+    Raises:
+        PlanError: there is none, or it does not say.
+
+    Source: huggingface/transformers src/transformers/models/auto/configuration_auto.py
+    (AutoConfig.from_pretrained) @ v5.23.0.
+    """
+    config = read_config(files, root)
+    if config is None:
+        raise PlanError(
+            f"no {CONFIG}, beside the weights or given: transformers could not load the result; "
+            "--hf-base takes config and tokenizer from the model that was trained, --no-config "
+            "writes the weights alone"
+        )
+    if not config.get("model_type") and "AutoConfig" not in (config.get("auto_map") or {}):
+        raise PlanError(
+            f"{root}/{CONFIG} names no model_type, by which transformers loads a model: write it "
+            "into the config, or insist with --no-config"
+        )
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:

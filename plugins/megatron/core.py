@@ -146,8 +146,7 @@ class CoreLoader:
         parts: Parts = {"language": _spec(replace(checkpoint, args=heeded), said, options)}
         lora = adapters.adapters_of(checkpoint, options, context)
         _refuse_head(checkpoint)
-        seeing = is_llava(checkpoint.weights)
-        if seeing:
+        if seeing := is_llava(checkpoint.weights):
             known = said if said and "vision" in said else None
             if known is None:
                 files.pop(CONFIG, None)  # the language model's own says nothing of the whole
@@ -268,8 +267,7 @@ def _check_dummies(options: Options, dummies: int, checkpoint: Source) -> None:
 def _spec(checkpoint: Source, said: Parts | None, options: Options) -> ModelSpec:
     """Return the language model's dimensions: args say what was trained, a config the rest."""
     named = said["language"] if said else None
-    args = language_args(checkpoint.args)
-    if not args:
+    if not (args := language_args(checkpoint.args)):
         if named is None:
             raise SchemaError(
                 f"{checkpoint.place}: holds no args that describe the model; give --hf-base with a "
@@ -418,8 +416,7 @@ def _style(model: Model, options: Options) -> Style:
     if (options.get("ckpt_format") or "torch_dist") == "torch_dist":
         return Style(local, distributed=True)
     args = model.begin.training.get("args") or {}
-    grouped = options.get("moe_grouped_gemm")
-    if grouped is None:
+    if (grouped := options.get("moe_grouped_gemm")) is None:
         grouped = bool(args.get("moe_grouped_gemm"))
     return Style(local, bool(grouped))
 

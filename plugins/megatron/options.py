@@ -42,8 +42,7 @@ def true_vocab_size(options: Options, known: int | None) -> int | None:
 
 def _given(options: Options) -> int | None:
     given: int | None = options.get("true_vocab_size")
-    path = options.get("vocab_file")
-    if path is None:
+    if (path := options.get("vocab_file")) is None:
         return given
     try:
         length = len(json.loads(Path(path).read_bytes()))

@@ -275,8 +275,7 @@ def _join_tied(
     held = any(name in shard for copies in shards.dense for shard in copies)
     if "word embeddings" not in embeddings or not held:
         return
-    copy = taker.take([rule("weight", name, tp=0)], shards, None, "tied copy: ")
-    if copy:
+    if copy := taker.take([rule("weight", name, tp=0)], shards, None, "tied copy: "):
         pair = [embeddings["word embeddings"], copy["weight"]]
         embeddings["word embeddings"] = replicated(pair)
 
@@ -395,8 +394,7 @@ def _laid_out(counts: list[int], further: int) -> str:
 
 
 def _dropped(grid: list[RankFile]) -> Iterator[Dropped]:
-    states = sum(rank.states for rank in grid)
-    if states:
+    if states := sum(rank.states for rank in grid):
         yield Dropped("_extra_state tensors", ENGINE_STATE, states)
     totals: Counter[str] = Counter()
     for rank in grid:

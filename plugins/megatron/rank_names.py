@@ -91,7 +91,8 @@ def parallel_sizes(
         FormatError: args or names contradict themselves.
     """
     if args:
-        tp = args.get("tensor_model_parallel_size") or _numbers(found, 2)
+        tp = args.get("tensor_model_parallel_size")
+        tp = tp or len({tuple(path.name.split("_")[2:3]) for path in found})
         return tp, args.get("pipeline_model_parallel_size") or 1, *expert_sizes(args, tp)
     tp, pp, ep = _sizes_by_name(found, kind)
     return tp, pp, ep, tp
@@ -103,8 +104,7 @@ def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
     Raises:
         FormatError: the experts do not divide by them.
     """
-    experts = args.get("num_experts")
-    if not experts:
+    if not (experts := args.get("num_experts")):
         return 1, tp
     ep = args.get("expert_model_parallel_size") or 1
     if experts % ep:
@@ -117,7 +117,7 @@ def expert_sizes(args: Mapping[str, Any], tp: int) -> tuple[int, int]:
 
 def models_in(state: Mapping[str, Any], path: Location) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the entries of a file that hold its virtual stages, in order."""
-    keys = [key for key in state if key == "model" or _is_virtual(key)]
+    keys = [key for key in state if isinstance(key, str) and re.fullmatch(r"model\d*", key)]
     if not keys:
         raise FormatError(f"{path}: holds no model ({listing(map(str, state))})")
     for key in sorted(keys, key=lambda key: int(key.removeprefix("model") or 0)):
@@ -125,10 +125,6 @@ def models_in(state: Mapping[str, Any], path: Location) -> Iterator[tuple[str, M
         if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
             raise FormatError(f"{path}: {key!r} is no dictionary of tensors")
         yield key, state[key]
-
-
-def _is_virtual(key: object) -> bool:
-    return isinstance(key, str) and key.startswith("model") and key[5:].isdigit()
 
 
 def rank_file(directory: Location, kind: Files) -> Location:
@@ -149,11 +145,6 @@ def rank_directories(directory: Location, kind: Files = MEGATRON_FILES) -> list[
     """Return the directories, or the files, of all ranks by name."""
     found = directory.glob(f"mp_rank_*{kind.ending}")
     return sorted(path for path in found if path.is_dir() != bool(kind.ending))
-
-
-def _numbers(found: list[Location], part: int) -> int:
-    """Return how many numbers a part of the ranks' names has; 1 where names have no such part."""
-    return len({tuple(path.name.split("_")[part : part + 1]) for path in found})
 
 
 def _sizes_by_name(found: list[Location], kind: Files) -> tuple[int, int, int]:

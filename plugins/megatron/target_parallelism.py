@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptx.errors import PlanError
-from ckptx.model.pipeline_parallel import Chunk, Pipeline
+from ckptx.model.pipeline_parallel import ARGS, Chunk, Pipeline
 from ckptx.model.sharding import Rank
 from ckptx.model.spec import ModelSpec
 from ckptx.plugins.megatron.directory import Iteration, iteration_name, parse_iteration
@@ -21,14 +21,7 @@ from ckptx.protocol.messages import Dropped
 from ckptx.protocol.model import Model, resize_vocabulary
 from ckptx.schemas.megatron_settings.args import args_from_spec
 
-_PIPELINE = {
-    "vpp": "target_virtual_pipeline_parallel_size",
-    "first": "decoder_first_pipeline_num_layers",
-    "last": "decoder_last_pipeline_num_layers",
-    "layout": "pipeline_model_parallel_layout",
-    "embedding_in_split": "account_for_embedding_in_pipeline_split",
-    "loss_in_split": "account_for_loss_in_pipeline_split",
-}
+_PIPELINE = {**ARGS, "vpp": "target_virtual_pipeline_parallel_size"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +145,7 @@ def expert_sizes(model: Model, options: Options, tp: int) -> tuple[int, int]:
     """
     spec, before = model.spec, model.begin.parallel
     ep = options.get("target_expert_parallel_size") or before.get("ep") or 1
-    etp = options.get("target_expert_tensor_parallel_size")
-    if etp is None:
+    if (etp := options.get("target_expert_tensor_parallel_size")) is None:
         # Megatron's default follows TP, so a source's own choice holds only while TP does.
         etp = (before.get("etp") if tp == before.get("tp") else None) or tp
     if not spec.num_experts:
@@ -233,8 +225,7 @@ def repad(model: Model, chosen: TargetParallelism) -> tuple[Dropped, ...]:
 
 def _chosen_iteration(model: Model, options: Options) -> Iteration:
     """Return the iteration that was asked for, else the source's, else ``release``."""
-    chosen = options.get("iteration")
-    if chosen is not None:
+    if (chosen := options.get("iteration")) is not None:
         return parse_iteration(str(chosen))
     iteration: Iteration = model.begin.training.get("iteration") or "release"
     return iteration

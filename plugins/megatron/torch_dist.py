@@ -157,8 +157,7 @@ def _items(
         stacked = layer if _stacks(message, spec) else None
         names: dict[str, str] = {}
         for number, placed in shard_chunks(held.rules, tensors, spec, None, target.ranks):
-            name = names.get(placed.name)
-            if name is None:
+            if (name := names.get(placed.name)) is None:
                 name = _stacked(placed.name) if stacked is not None else placed.name
                 name = names[placed.name] = name.replace("{layer}", str(layer))
             yield number, _item(placed, name, stacked, spec.num_layers)
@@ -263,8 +262,7 @@ def _dropped(
     for (key, _), location in metadata.items.items():
         sizes[key] = sizes.get(key, 0) + location.length
     groups: dict[str, int] = {}
-    states = [name for name in metadata.objects if "_extra_state" in name]
-    if states:
+    if states := [name for name in metadata.objects if "_extra_state" in name]:
         size = sum(sizes.get(name, 0) for name in states)
         yield Dropped(f"{len(states)} _extra_state objects", ENGINE_STATE, size)
     for name in (*training, *metadata.objects):

@@ -94,9 +94,14 @@ class MetaLoader:
             for label, shard in zip(labels, shards, strict=False)
             for entry in inventory(shard, label)
         ]
-        dropped = _drop_ignored(layout, shards, sources)
+        for shard in shards:
+            for name in [name for name in shard if name.endswith(layout.ignored)]:
+                del shard[name]
+        dropped = _dropped(sources, layout.ignored, "no weights: the model makes it anew")
         found = _take(layout, spec, shards, labels)
-        if not spec.tied and _is_tied(found, weights.paths):
+        files = tuple(map(str, weights.paths))
+        # Meta stores both, and says nowhere whether they are one.
+        if not spec.tied and equal(_embedding(found), found["output layer"]["weight"], files):
             spec, _ = replace(spec, tied=True), found.pop("output layer")
             dropped += _dropped(sources, (OUTPUT,), f"tied: equal to {EMBEDDING!r}, byte for byte")
             notes += (f"{OUTPUT!r} equals {EMBEDDING!r}: the model's embeddings are tied",)
@@ -104,7 +109,7 @@ class MetaLoader:
             format="meta",
             layout=layout.name,
             parts={"language": spec},
-            files=tuple(map(str, weights.paths)),
+            files=files,
             sources=tuple(sources),
             root=str(source),
             sidecars=beside,
@@ -239,16 +244,6 @@ def _length(shards: Sequence[Shard], name: str, axis: int) -> int:
     return sum(shard[name].shape[axis] for shard in shards)
 
 
-def _drop_ignored(
-    layout: Layout, shards: Sequence[Shard], sources: Sequence[SourceTensor]
-) -> list[Dropped]:
-    for shard in shards:
-        for name in [name for name in shard if name.endswith(layout.ignored)]:
-            shard.pop(name)
-    reason = "no weights: the model makes it anew"
-    return _dropped(sources, layout.ignored, reason)
-
-
 def _dropped(sources: Sequence[SourceTensor], names: tuple[str, ...], reason: str) -> list[Dropped]:
     return [
         Dropped(entry.name, reason, entry.extent.nbytes, (entry.extent,))
@@ -271,10 +266,8 @@ def _take(
     return found
 
 
-def _is_tied(found: Mapping[str, Mapping[str, LazyTensor]], paths: Sequence[Location]) -> bool:
-    """Return whether the output is the embedding: Meta stores both, and says nowhere."""
-    embedding, output = found["embeddings"]["word embeddings"], found["output layer"]["weight"]
-    return equal(embedding, output, [str(path) for path in paths])
+def _embedding(messages: Mapping[str, Mapping[str, LazyTensor]]) -> LazyTensor:
+    return messages["embeddings"]["word embeddings"]
 
 
 class MetaSaver:
@@ -302,13 +295,13 @@ class MetaSaver:
         model = collect(messages)
         spec = model.spec
         family = family_named(spec.family)
-        shards = _shards(model, options)
+        own = model.begin.parallel.get("tp") if model.begin.format == "meta" else None
+        shards = int(options.get("target_shards") or own or 1)
         by_width = _by_width(model, options)
         layout = family.layout("meta-width" if by_width else "meta")
         check_messages(model, layout)
         dropped = resize_vocabulary(model, spec.vocab_size, fill=False)
-        embedding = model.messages["embeddings"]["word embeddings"]
-        spec = replace(spec, vocab_size=embedding.shape[0])
+        spec = replace(spec, vocab_size=_embedding(model.messages).shape[0])
         params = params_from_spec(spec, by_width=by_width)
         _check_divides(spec, shards, by_width)
         ranks = [_named(model, layout, spec, shards, rank) for rank in range(shards)]
@@ -329,15 +322,8 @@ class MetaSaver:
         )
 
 
-def _shards(model: Model, options: Options) -> int:
-    begin = model.begin
-    own = begin.parallel.get("tp") if begin.format == "meta" else None
-    return int(options.get("target_shards") or own or 1)
-
-
 def _by_width(model: Model, options: Options) -> bool:
-    chosen = options.get("embedding_split")
-    if chosen is not None:
+    if (chosen := options.get("embedding_split")) is not None:
         return bool(chosen == "width")
     if model.begin.format == "meta" and model.begin.parallel.get("tp", 1) > 1:
         return model.begin.layout == META_WIDTH.name
@@ -371,8 +357,7 @@ def _named(
     for message, layer, rules in layout.expand(spec):
         named.update(shard_tensors(rules, model.messages[message], spec, layer, held))
     if spec.tied:
-        embedding = model.messages["embeddings"]["word embeddings"]
-        copy = embedding.chunk(0, shards, rank)
+        copy = _embedding(model.messages).chunk(0, shards, rank)
         # One object is stored once, under both names.
         named[OUTPUT] = named[EMBEDDING] if copy == named[EMBEDDING] else copy
     return named

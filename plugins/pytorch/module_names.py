@@ -71,8 +71,7 @@ def named_as_in_files(
     Raises:
         SchemaError: two tensors have one name then.
     """
-    config = read_config(files, place)
-    if config is None:
+    if (config := read_config(files, place)) is None:
         return tensors, ()
     found = transformers_memory.in_files(tensors, config)
     return found, transformers_memory.remarks(
@@ -102,8 +101,7 @@ def file_names(
     notes: list[str] = []
     named = dict(tensors)
     for prefix in options.get("strip_prefix") or ():
-        count = sum(name.startswith(prefix) for name in named)
-        if not count:
+        if not (count := sum(name.startswith(prefix) for name in named)):
             raise FormatError(
                 f"{source}: no name starts with --strip-prefix {prefix!r}; names are as "
                 f"{listing(named, 2)}"

@@ -144,8 +144,7 @@ def state_dict(
     if "language_model" in inner:
         inner = legacy.flattened(inner)
     tensors = {str(name): entry for name, entry in inner.items() if isinstance(entry, Stored)}
-    shares = [name for name, entry in inner.items() if is_sharded(entry)]
-    if shares:
+    if shares := [name for name, entry in inner.items() if is_sharded(entry)]:
         raise FormatError(
             f"{source}: {shares[0]!r} is what one rank holds of a tensor; give the directory with "
             "the files of all ranks to --loader verl"

@@ -38,8 +38,7 @@ def merged(directory: Location, world: int) -> tuple[dict[str, bytes], tuple[str
         FormatError: a rank's file is missing or damaged, or holds what cannot be carried over.
     """
     paths = [directory / name_of(world, rank) for rank in range(world)]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
+    if missing := [path.name for path in paths if not path.is_file()]:
         raise FormatError(
             f"{directory}: --extra-state was given, but {len(missing)} of {world} files are "
             f"missing: {listing(missing)}; copy them, or leave the option out"
@@ -54,8 +53,7 @@ def merged(directory: Location, world: int) -> tuple[dict[str, bytes], tuple[str
     _check_same_step(directory, world, states)
     value = {**states[0], "world_size": world, "ranks": states}
     files = {MERGED: saved(MERGED, value, [str(path) for path in paths])}
-    scheduler = states[0].get("lr_scheduler")
-    if scheduler is None:
+    if (scheduler := states[0].get("lr_scheduler")) is None:
         return files, (f"{SCHEDULER} is left out: no scheduler was saved",)
     try:
         text = json.dumps(as_json(scheduler), indent=2, sort_keys=True)
@@ -66,17 +64,14 @@ def merged(directory: Location, world: int) -> tuple[dict[str, bytes], tuple[str
 
 def _check_same_step(directory: Location, world: int, states: list[dict[str, Any]]) -> None:
     """Raise where ranks are not at the same place of their schedules, which all have."""
-    steps = [_step(state.get("lr_scheduler")) for state in states]
+    schedules = [state.get("lr_scheduler") for state in states]
+    steps = [one.get("last_epoch") if isinstance(one, Mapping) else None for one in schedules]
     for rank, step in enumerate(steps):
         if step != steps[0]:
             raise FormatError(
                 f"{directory / name_of(world, rank)}: its scheduler is at step {step!r:.40}, that "
                 f"of rank 0 at {steps[0]!r:.40}; the files are of different steps"
             )
-
-
-def _step(scheduler: Any) -> Any:
-    return scheduler.get("last_epoch") if isinstance(scheduler, Mapping) else None
 
 
 def _state(path: Location, number: int) -> dict[str, Any]:

@@ -145,8 +145,7 @@ def _find(source: Location, actor: str) -> tuple[Location, tuple[str, ...]]:
         notes = (f"{step.name} was converted, the latest by {run_directory.TRACKER}",)
     directory = step / actor
     if not _holds_model(directory):
-        others = sorted(path.name for path in step.iterdir() if _holds_model(path))
-        if others:
+        if others := sorted(path.name for path in step.iterdir() if _holds_model(path)):
             raise FormatError(
                 f"{source}: {step.name} holds {listing(others)} and no {actor}; convert it with "
                 f"--actor-dir {others[0]}"
@@ -189,8 +188,7 @@ def _rank_files(directory: Location) -> list[Location]:
             f"{directory / _CONFIG}: says {said!r:.40} ranks, the names of the files {world}; they "
             "are of different runs"
         )
-    beyond = sorted(rank for rank in ranks if rank >= world)
-    if beyond:
+    if beyond := sorted(rank for rank in ranks if rank >= world):
         raise FormatError(
             f"{ranks[beyond[0]]}: expected ranks 0 to {world - 1}; move away the file, which is of "
             "another run"

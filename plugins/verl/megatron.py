@@ -164,16 +164,14 @@ def _stages(value: Any, path: Location) -> Any:
 
 def _family(begin: Begin, directory: Location) -> tuple[Family, dict[str, Any]]:
     """Return the family, and the config as that of a causal model."""
-    config = read_config(begin.sidecars, directory)
-    if config is None:
+    if (config := read_config(begin.sidecars, directory)) is None:
         raise SchemaError(
             f"{directory}: holds no huggingface/{CONFIG}, and Megatron's workers save no args; "
             "give --hf-base with the config of this model"
         )
     names = config.get("architectures") or []
     causal = [_in_class(str(name), _CAUSAL) for name in names]
-    family = family_of({**config, "architectures": causal})
-    if family is None:
+    if (family := family_of({**config, "architectures": causal})) is None:
         raise SchemaError(
             f"{directory}: no schema knows {listing(map(str, names)) or 'a config without class'}, "
             "so Megatron's names cannot be told apart"

@@ -148,6 +148,28 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
             contradict ``family``.
     """
     _check_complete(args)
+    _check_types(args)
+    try:
+        spec, changed = _described(args)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise SchemaError(
+            "a value of the checkpoint's args is not what Megatron has there "
+            f"({type(error).__name__}: {error!s:.200}); copy the checkpoint again"
+        ) from error
+    if family is not None:
+        found = family_named(family)
+        _check_config_at_hand(spec, family)
+    else:
+        found = family_noted(args.get(NOTE) or {}) or recognised_family(spec)
+        if changed and found.model_types:
+            found = recognised_family(spec)  # with these settings it is not what it was noted as
+    if changed and found.model_types:
+        raise SchemaError(f"args say {function_settings(spec)}, which no {found.name} has")
+    return found.megatron.from_args(found.config.of_family(spec), args)
+
+
+def _described(args: Mapping[str, Any]) -> tuple[ModelSpec, bool]:
+    """Return what args say of a model of any family, and whether a setting changes its function."""
     changed = settings.changing(args)
     values = _with_defaults(args)
     note = args.get(NOTE) or {}
@@ -173,16 +195,7 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
         dtype=_dtype_from_args(args),
         extra=extra,
     )
-    if family is not None:
-        found = family_named(family)
-        _check_config_at_hand(spec, family)
-    else:
-        found = family_noted(note) or recognised_family(spec)
-        if changed and found.model_types:
-            found = recognised_family(spec)  # with these settings it is not what it was noted as
-    if changed and found.model_types:
-        raise SchemaError(f"args say {function_settings(spec)}, which no {found.name} has")
-    return found.megatron.from_args(found.config.of_family(spec), args)
+    return spec, bool(changed)
 
 
 def unsupported_by_megatron(spec: ModelSpec) -> list[str]:
@@ -327,6 +340,31 @@ def _check_complete(args: Mapping[str, Any]) -> None:
         raise SchemaError(
             f"the checkpoint's args do not say {', '.join(missing)}; give the model's config with "
             "--hf-base"
+        )
+
+
+_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool, int), "true or false"),
+    "str": ((str,), "a word"),
+}
+"""The types that an argument may have, by that of its attribute in a spec."""
+
+
+def _check_types(args: Mapping[str, Any]) -> None:
+    """Raise for an argument of another type than its attribute's, and for a negative number."""
+    named = {**{name: name for name in (*FIELDS, *experts.FIELDS)}, **dict(latent_attention.ARGS)}
+    kinds = {name: ModelSpec.__annotations__[own].split()[0] for name, own in named.items()}
+    for name, kind in {**kinds, **dict.fromkeys(EPSILON, "float")}.items():
+        value = args.get(name)
+        types, expected = _TYPES[kind]
+        least = 1 if name in ESSENTIAL else 0
+        if value is None or (type(value) in types and (kind == "str" or value >= least)):
+            continue
+        raise SchemaError(
+            f"{name} is {value!r:.60} in the checkpoint's args, expected {expected}"
+            f"{f' of at least {least}' * (kind in ('int', 'float'))}; copy the checkpoint again"
         )
 
 

@@ -185,3 +185,51 @@ def test_llama_s_word_for_a_renamed_key_is_unknown(name, key, value):
     config = registry.families()[name].config
     assert isinstance(config, TableConfig)
     assert unknown_keys({key: value}, config.table) == {key: value}
+
+
+DAMAGED = {
+    "generation_config.json": b'{"eos_token_id": 2,',
+    "tokenizer_config.json": b"\0" * 40,
+    "tokenizer.json": b"{" + b" " * (1 << 20) + b'"model": {',
+    "vocab.json": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    "tokenizer.model": b"",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("target", ["hf", "core", "dcp"])
+def test_a_damaged_file_beside_the_weights_is_refused(tmp_path, name, target):
+    source = model(tmp_path / "hf")
+    (source / name).write_bytes(DAMAGED[name])
+    with pytest.raises(ckptx.FormatError, match=name):
+        ckptx.convert(source, tmp_path / "out", to=target)
+    assert not (tmp_path / "out").exists()
+    base = model(tmp_path / "base")
+    (base / name).write_bytes(DAMAGED[name])
+    with pytest.raises(ckptx.FormatError, match=f"{name} .*--hf-base"):
+        ckptx.convert(model(tmp_path / "whole"), tmp_path / "out", to=target, hf_base=base)
+
+
+def test_a_target_that_transformers_cannot_load_is_refused(tmp_path):
+    source = model(tmp_path / "hf")
+    alone = source / "model.safetensors"
+    (source / "config.json").rename(tmp_path / "config.json")
+    with pytest.raises(ckptx.PlanError, match=r"no config.json.*--hf-base.*--no-config"):
+        ckptx.convert(alone, tmp_path / "out", to="hf")
+    assert not (tmp_path / "out").exists()
+    report = ckptx.convert(alone, tmp_path / "out", to="hf", no_config=True)
+    assert said(report, "transformers cannot load it")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_config_without_model_type(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    # The class tells a family that ckptx knows.
+    source = model(tmp_path / "hf", without=("model_type",))
+    ckptx.convert(source, tmp_path / "out", to="hf")
+    loaded = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert type(loaded).__name__ == "LlamaConfig"
+    other = model(tmp_path / "other", without=("model_type",), architectures=["OwnForCausalLM"])
+    with pytest.raises(ckptx.PlanError, match=r"names no model_type.*--no-config"):
+        ckptx.convert(other, tmp_path / "two", to="hf")
+    ckptx.convert(other, tmp_path / "two", to="hf", no_config=True)

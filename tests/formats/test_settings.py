@@ -115,7 +115,7 @@ def write(root: Path, states: list[dict[str, torch.Tensor]], **args: object) -> 
         directory = root / "iter_0000001" / f"mp_rank_{rank:02d}"
         directory.mkdir(parents=True)
         content = {
-            "args": Namespace(**ARGS, **args, tensor_model_parallel_size=tp, rank=rank),
+            "args": Namespace(**ARGS | args, tensor_model_parallel_size=tp, rank=rank),
             "checkpoint_version": 3.0,
             "iteration": 1,
             "model": state,
@@ -224,3 +224,26 @@ def test_two_activations_are_a_contradiction(tmp_path):
     source = write(tmp_path / "source", [dense("dense", 0, 1)], quick_geglu=True)
     with pytest.raises(ckptx.SchemaError, match="swiglu and quick_geglu are set"):
         ckptx.convert(source, tmp_path / "hf", to="hf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("hidden_size", "many", "expected a whole number of at least 1"),
+        ("num_attention_heads", 0, "expected a whole number of at least 1"),
+        ("num_layers", 2.0, "expected a whole number of at least 1"),
+        ("rotary_base", "x", "expected a number of at least 0"),
+        ("norm_epsilon", [1e-5], "expected a number of at least 0"),
+        ("add_qkv_bias", "no", "expected true or false"),
+        ("normalization", 3, "expected a word"),
+        ("window_size", 5, "a value of the checkpoint's args is not what Megatron has there"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(tmp_path, name, value, expected):
+    source = write(tmp_path / "core", [dense("dense", 0, 1)], **{name: value})
+    with pytest.raises(ckptx.SchemaError, match=expected) as refused:
+        ckptx.convert(source, tmp_path / "hf", to="hf")
+    assert name in str(refused.value) or name == "window_size"
+    found = ckptx.inspect(source)
+    assert not found.healthy
+    assert any(expected in problem.message for problem in found.problems)

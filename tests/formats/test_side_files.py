@@ -47,6 +47,8 @@ class Vla(torch.nn.Module):
 
 OPENVLA = {"architectures": ["OpenVLAForActionPrediction"], "model_type": "openvla"}
 
+OTHER = {"architectures": ["SomethingElse"], "model_type": "something"}
+
 
 def write(place, model, config):
     """What RLinf saves of a model, and a base model with its config."""
@@ -85,7 +87,7 @@ def test_dtypes_of_side_files_follow_the_weights(tmp_path):
 
 
 def test_other_models_have_no_side_files(tmp_path):
-    base = write(tmp_path, Vla(True), {"architectures": ["SomethingElse"]})
+    base = write(tmp_path, Vla(True), OTHER)
     convert(tmp_path / "global_step_10", tmp_path / "out", "hf", **base)
     assert not list((tmp_path / "out").glob("*.pt"))
 
@@ -117,7 +119,7 @@ def wanted(monkeypatch):
 def test_tensors_can_leave_the_weights(wanted, tmp_path):
     wanted(SideFile("parts/head.pt", {"a": "action_head.fc1.bias"}))
     model = Vla(False)
-    base = write(tmp_path, model, {"architectures": ["SomethingElse"]})
+    base = write(tmp_path, model, OTHER)
     convert(tmp_path / "global_step_10", tmp_path / "out", "hf", **base)
     state = torch.load(tmp_path / "out" / "parts" / "head.pt")
     assert torch.equal(state["a"], model.action_head.fc1.bias)
@@ -136,7 +138,7 @@ def test_tensors_can_leave_the_weights(wanted, tmp_path):
 )
 def test_what_plugins_must_not_want(files, reason, wanted, tmp_path):
     wanted(*files)
-    base = write(tmp_path, Vla(False), {"architectures": ["SomethingElse"]})
+    base = write(tmp_path, Vla(False), OTHER)
     with pytest.raises(PluginError, match=reason):
         convert(tmp_path / "global_step_10", tmp_path / "out", "hf", **base)
     assert not (tmp_path / "out").exists()

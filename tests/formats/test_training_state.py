@@ -24,7 +24,9 @@ def test_state_of_accelerate_is_named_as_dropped(tmp_path, capsys):
     state = {path.name for path in source.iterdir() if path.suffix in (".bin", ".pkl")}
     assert state == {"optimizer.bin", "random_states_0.pkl"}
     with pytest.raises(SystemExit) as end:
-        cli.main(["convert", str(source), str(tmp_path / "out"), "--to", "hf", "--json"])
+        cli.main(
+            ["convert", str(source), str(tmp_path / "out"), "--to", "hf", "--no-config", "--json"]
+        )
     assert not end.value.code
     dropped = json.dumps(json.loads(capsys.readouterr().out)["dropped"])
     assert all(name in dropped for name in state)
@@ -38,7 +40,9 @@ def test_what_lies_beside_latest_is_named_as_dropped(tmp_path, capsys):
     for name in left:
         (source / name).write_bytes(b"mine")
     with pytest.raises(SystemExit) as end:
-        cli.main(["convert", str(source), str(tmp_path / "out"), "--to", "hf", "--json"])
+        cli.main(
+            ["convert", str(source), str(tmp_path / "out"), "--to", "hf", "--no-config", "--json"]
+        )
     assert not end.value.code
     dropped = json.dumps(json.loads(capsys.readouterr().out)["dropped"])
     assert all(name in dropped for name in left)

@@ -261,7 +261,7 @@ def _golden(names: list[str]) -> Iterator[Case]:
         source = f"golden/{name}"
         base = "--hf-base {golden/model}"
         yield Case(f"{source} > hf", source, "hf", base)
-        yield Case(f"{source} > hf-alone", source, "hf")
+        yield Case(f"{source} > hf-alone", source, "hf", "--no-config")
         yield Case(f"{source} > module", source, "hf", f"{base} --weights module --dtype fp32")
         yield Case(f"{source} > dcp", source, "dcp")
         yield Case(f"{source} > core", source, "core", f"{base} --ckpt-format torch")

@@ -44,7 +44,7 @@ PLANNED = (
     ("made/trained/lora-inside", "hf", "--lora-alpha 8"),
     ("made/trained/rlinf-dcp", "hf", ""),
     ("made/megatron/ranks", "hf", ""),
-    ("golden/zero3_bf16", "hf", ""),
+    ("golden/zero3_bf16", "hf", "--no-config"),
     ("golden/universal2", "dcp", ""),
 )
 COMPARED = (

@@ -18,7 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from ckptx.processes.interrupts import Interrupted
 from ckptx.registry.source import Source
-from ckptx.verification.frameworks.logits import Inputs, compare_logits, measured
+from ckptx.verification.frameworks.logits import (
+    Inputs,
+    LogitsComparison,
+    compare_logits,
+    measured,
+)
 from tests.interop.conversion import convert
 from tests.oracles import hf, mcore
 from tests.oracles.mcore import Layout
@@ -96,7 +101,8 @@ def apart(sources, tmp_path):
 def test_what_is_measured(apart):
     _, tokens, logits = apart
     a, b = (one.numpy() for one in logits)
-    found = measured(("a", "b"), ("one", "other"), tokens.numpy(), a, b, 1e-4, ())
+    sides = ("a", "b", ("one", "other"), tokens.tolist())
+    found = LogitsComparison(*sides, **measured(a, b), atol=1e-4)
     assert not found.equal
     assert_measured(found.to_json(), *logits)
     noted = replace(found, notes=("A: " + "a long remark " * 20,))

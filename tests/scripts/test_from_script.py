@@ -137,7 +137,8 @@ def test_zero_to_fp32(shell, documented):
     (line,) = shell.lines("zero_to_fp32", "A", "B", "-t", "C", "-d", "--max_shard_size", "1GB")
     assert line[:5] == ["convert", "A", "B", "--from", "deepspeed"]
     assert line[5:8] == ["--tag", "C", "--verbose"]
-    assert line[8:] == ["--to", "hf", "--weight-files", "bin", "--max-shard-size", "1GB"]
+    form = ["--to", "hf", "--no-config", "--weight-files", "bin"]
+    assert line[8:] == [*form, "--max-shard-size", "1GB"]
 
 
 @pytest.mark.parametrize("written", ["out/", "pytorch_model.bin"])

@@ -108,7 +108,7 @@ def model(tmp_path) -> Path:
     folder.mkdir()
     weights = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(5, np.float32)}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text('{"architectures": ["RewardModel"]}')
+    (folder / "config.json").write_text('{"architectures": ["RewardModel"], "model_type": "own"}')
     return folder
 
 

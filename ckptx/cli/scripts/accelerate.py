@@ -3,8 +3,6 @@
 Source: huggingface/accelerate src/accelerate/commands/merge.py @ v1.15.0.
 """
 
-from __future__ import annotations
-
 from ckptx.cli.scripts.script import SOURCE, TARGET, Script, flag, switch
 
 MERGE_WEIGHTS = Script(
@@ -25,7 +23,7 @@ MERGE_WEIGHTS = Script(
         ),
     ),
     # accelerate writes one file, whatever its size.
-    always=("--from", "dcp", "--to", "hf", "--max-shard-size", "1000000GB"),
+    always=("--from", "dcp", "--to", "hf", "--no-config", "--max-shard-size", "1000000GB"),
 )
 
 SCRIPTS = (MERGE_WEIGHTS,)

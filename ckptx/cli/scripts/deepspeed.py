@@ -18,7 +18,7 @@ def _form(values: Values) -> Iterator[str]:
     if Path(values["output_dir"]).suffix in SUFFIXES:
         yield from ("--to", "pytorch")
         return
-    yield from ("--to", "hf")
+    yield from ("--to", "hf", "--no-config")
     if not values["safe_serialization"]:
         yield from ("--weight-files", "bin")
     yield from ("--max-shard-size", values["max_shard_size"])

@@ -3,8 +3,6 @@
 Source: NVIDIA/Megatron-LM tools/checkpoint/checkpoint_inspector.py @ 00caa53.
 """
 
-from __future__ import annotations
-
 from ckptx.cli.scripts.script import SOURCE, TARGET, Script, flag, switch
 
 _MSC = switch(

@@ -6,7 +6,6 @@ one layer is tried first in the others. Pairs of mistakes are tried on a few ten
 What no hypothesis explains to the last bit, or to the rounding of a dtype, stays unexplained.
 """
 
-from ckptx.verification.diagnosis.finding import Finding
-from ckptx.verification.diagnosis.search import diagnose
+from ckptx.verification.diagnosis.search import Finding, diagnose
 
 __all__ = ["Finding", "diagnose"]

@@ -109,8 +109,7 @@ def numbered(name: Name, place: int = 0) -> tuple[Name, int] | None:
     """
     message, key = name
     text = message or key
-    match = next(islice(_NUMBER.finditer(text), place, None), None)
-    if match is None:
+    if (match := next(islice(_NUMBER.finditer(text), place, None), None)) is None:
         return None
     text = f"{text[: match.start()]}{{}}{text[match.end() :]}"
     return ((text, key) if message else ("", text)), int(match[1])
@@ -155,8 +154,7 @@ def _expert_orders(evidence: Evidence) -> dict[str, Order]:
         if pair is None or pair.a != pair.b or not _holds_experts(pair):
             continue
         a, b = (side.tensors[name] for side in evidence.sides)
-        dtype = common_dtype(a.dtype, b.dtype)
-        if dtype is None:
+        if (dtype := common_dtype(a.dtype, b.dtype)) is None:
             continue
         for side, tensor in enumerate((a, b)):
             heads = evidence.sampler.heads(side, unstacked(tensor), dtype)
@@ -252,8 +250,7 @@ def _ranks(pair: TensorPair) -> Iterator[Variant]:
 
 
 def _axes(pair: TensorPair) -> Sequence[int]:
-    key = _canonical_key(pair)
-    if key is None:
+    if (key := _canonical_key(pair)) is None:
         return range(min(2, len(pair.a)))
     return () if key.tp is None else (key.tp,)
 

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 from numpy.typing import NDArray
 
-from ckptx.errors import PlanError
+from ckptx.errors import PlanError, first_few
 from ckptx.protocol.model import VOCAB_TENSORS
 from ckptx.storage.blocks import BlockReader, equal
 from ckptx.tensors.lazy import LazyTensor
 from ckptx.verification.diagnosis import attention, matrices, orders, partners, relations
 from ckptx.verification.diagnosis.evidence import Evidence, TensorPair, part_names, starts
-from ckptx.verification.diagnosis.finding import Finding
 from ckptx.verification.diagnosis.mistakes import Hypothesis, Variant
 from ckptx.verification.diagnosis.relations import SAME, Relation
 from ckptx.verification.pairing import Name, Paired, label
@@ -45,9 +44,49 @@ KNOWN: Mapping[str, Hypothesis] = {one.name: one for one in (*TRIED, *_NAMED_ONL
 _PATIENCE = 2  # tensors of a kind for which pairs of mistakes are tried
 _FAILURES = 6  # tensors of a kind without an explanation, after which only known ones are tried
 _SHOWN_DETAILS = 6
+_SHOWN = 3  # tensors in the text form
 
 Forms: TypeAlias = tuple[Variant, ...]
 """Forms of mistakes that were made one after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One explanation, and the tensors that it holds for, without exception."""
+
+    mistakes: tuple[str, ...]
+    """Stable names, ``"gate-up-exchanged"``; several where they were made at once."""
+    title: str
+    details: tuple[str, ...]
+    """What happened, in words that follow the data: which rows, which order."""
+    advice: str
+    tensors: tuple[str, ...]
+    of: int
+    """The number of tensors that differ in all, missing ones included."""
+    rounding: str = ""
+    """What the values were rounded to; empty where every bit is explained."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            "mistakes": list(self.mistakes),
+            "title": self.title,
+            "details": list(self.details),
+            "advice": self.advice,
+            "explains": list(self.tensors),
+            "of": self.of,
+            "exact": not self.rounding,
+            "rounding": self.rounding,
+        }
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Yield labels and texts for people."""
+        how = f"within the rounding to {self.rounding}" if self.rounding else "to the last bit"
+        count = f"{len(self.tensors)} of {self.of} differing tensors, {how}"
+        yield "diagnosis", self.title
+        yield "explains", f"{count}: {first_few(self.tensors, _SHOWN)}"
+        yield from (("data", detail) for detail in self.details)
+        yield "advice", self.advice
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +162,7 @@ class _Search:
         return sorted(findings, key=lambda one: -len(one.tensors))
 
     def _explain_whole(self, name: Name, *, pairs: bool = True) -> _Explanation | None:
-        pair = self.evidence.pair(name)
-        if pair is None:
+        if (pair := self.evidence.pair(name)) is None:
             return None
         kind = re.sub(r"\d+", "#", label(name))
         found = self._among(pair, self._choices(pair, self.failures[kind], pairs))
@@ -147,8 +185,7 @@ class _Search:
                 return ()
             if a.dtype == b.dtype and self._confirmed(_Candidate((a, b)), SAME):
                 continue
-            explanation = self._explain_whole(part, pairs=False)
-            if explanation is None:
+            if (explanation := self._explain_whole(part, pairs=False)) is None:
                 return ()
             found.append(explanation)
         return tuple(found)
@@ -308,8 +345,7 @@ def _is_half(
 ) -> bool:
     """Return whether the partner of an exchange has another explanation, or none."""
     for form in explanation.forms:
-        partner = form.partner(name)
-        if partner is None:
+        if (partner := form.partner(name)) is None:
             continue
         others = (other for one in explained.get(partner, ()) for other in one.forms)
         if form.mistake not in {other.mistake for other in others}:

@@ -127,28 +127,21 @@ def _transformers(
         vocab_size = int(text.get("vocab_size") or config["vocab_size"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{file}: names no vocab_size: {error}") from error
-    special = {
+    special = frozenset(
         value
         for name, value in config.items()
         if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
-    }
-    return Backend(
-        "transformers_side",
-        "transformers",
-        directory,
-        vocab_size,
-        {"directory": str(directory.resolve())},
-        frozenset(special),
-        notes=notes,
     )
+    job = {"directory": str(directory.resolve())}
+    side, framework = "transformers_side", "transformers"
+    return Backend(side, framework, directory, vocab_size, job, special, notes=notes)
 
 
 def _megatron(begin: Begin) -> Backend:
     spec = begin.parts["language"]
     args = plain(begin.training["args"])
     notes: list[str] = []
-    scale: float | None = None
-    longest: int | None = None
+    scale = longest = None
     if spec.extra.get("scale_embeddings"):
         scale = spec.hidden_size**0.5
         notes.append(
@@ -174,11 +167,8 @@ def _megatron(begin: Begin) -> Backend:
 def _converted_to_hf(source: Source, scratch: Path, letter: str, why: str) -> Backend:
     target = scratch / f"{letter}-hf"
     _convert(source, "hf", target)
-    reason = f" ({why})" if why else ""
-    note = (
-        f"{letter.upper()}: run by transformers from the directory that ckptx has made of "
-        f"{source.format}{reason}, {_LESS}"
-    )
+    made = f"the directory that ckptx has made of {source.format}{f' ({why})' if why else ''}"
+    note = f"{letter.upper()}: run by transformers from {made}, {_LESS}"
     return _transformers(target, source.path, (note,))
 
 
@@ -187,6 +177,8 @@ def _convert(source: Source, saver: str, target: Path) -> None:
 
     assert source.format is not None  # detected by now
     request = ConversionRequest(
-        source.format, saver, source.path, target, source.options, hf_base=source.hf_base
+        *(source.format, saver, source.path, target, source.options),
+        {"no_config": True},  # whoever runs the model misses it
+        hf_base=source.hf_base,
     )
     supervisor.convert(request)

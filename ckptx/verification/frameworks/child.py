@@ -35,8 +35,7 @@ def require(package: str, what: str) -> None:
     Raises:
         PlanError: it is not installed; the message says how to install it.
     """
-    missing = [name for name in (package, "torch") if not installed(name)]
-    if missing:
+    if missing := [name for name in (package, "torch") if not installed(name)]:
         name = missing[0].replace(".", "-")
         raise PlanError(
             f"{what} is run by {name}, which is not installed: "

@@ -127,7 +127,10 @@ def compare_logits(
             stopping.check()
     (one, a), (other, b) = ran
     paths, names = (str(first.path), str(second.path)), (one.framework, other.framework)
-    return measured(paths, names, tokens, a, b, atol, (*one.notes, *other.notes))
+    notes = (*one.notes, *other.notes)
+    return LogitsComparison(
+        *paths, names, tokens.tolist(), **measured(a, b), atol=atol, notes=notes
+    )
 
 
 def _tokens(sides: Sequence[Backend], inputs: Inputs) -> npt.NDArray[np.int64]:
@@ -188,16 +191,12 @@ def _logits(
     return side, logits
 
 
-def measured(
-    paths: tuple[str, str],
-    frameworks: tuple[str, str],
-    tokens: npt.NDArray[np.int64],
-    a: npt.NDArray[np.float32],
-    b: npt.NDArray[np.float32],
-    atol: float,
-    notes: tuple[str, ...],
-) -> LogitsComparison:
-    """Compare logits [batch, sequence, vocabulary], those of the smaller vocabulary."""
+def measured(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> dict[str, Any]:
+    """Compare logits [batch, sequence, vocabulary], those of the smaller vocabulary.
+
+    Returns:
+        The fields of a `LogitsComparison` that are measured.
+    """
     vocab_size = min(a.shape[-1], b.shape[-1])
     one, other = (x[..., :vocab_size].reshape(-1, vocab_size).astype(np.float64) for x in (a, b))
     not_finite = tuple(int((~np.isfinite(x)).sum()) for x in (one, other))
@@ -209,18 +208,8 @@ def measured(
         p, q = _log_softmax(one), _log_softmax(other)
         mean_kl = float((np.exp(p) * (p - q)).sum(-1).mean())
         top1 = float((one.argmax(-1) == other.argmax(-1)).mean())
-    return LogitsComparison(
-        *paths,
-        frameworks,
-        tokens.tolist(),
-        vocab_size,
-        max_abs,
-        max(mean_kl, 0.0),
-        top1,
-        (not_finite[0], not_finite[1]),
-        atol,
-        notes,
-    )
+    agreement = {"mean_kl": max(mean_kl, 0.0), "top1_agreement": top1, "not_finite": not_finite}
+    return {"vocab_size": vocab_size, "max_abs": max_abs, **agreement}
 
 
 def _log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

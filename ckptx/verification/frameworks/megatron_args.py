@@ -59,8 +59,7 @@ def arguments(args: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     config["num_query_groups"] = (
         args.num_query_groups if _first_of(args, "group_query_attention") else None
     )
-    chosen = [name for name in _ACTIVATIONS if _first_of(args, name)]
-    if chosen:
+    if chosen := [name for name in _ACTIVATIONS if _first_of(args, name)]:
         config["activation_func"] = _ACTIVATIONS[chosen[-1]]
         config["gated_linear_unit"] = chosen[-1] != "squared_relu"
     elif _first_of(args, "bias_gelu_fusion"):  # the fused kernel is the tanh form

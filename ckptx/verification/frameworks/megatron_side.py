@@ -59,8 +59,7 @@ def build(job: Mapping[str, Any]) -> Any:
         get_gpt_layer_local_spec,
     )
 
-    args = Namespace(**job["args"])
-    settings, gpt = arguments(args)
+    settings, gpt = arguments(Namespace(**job["args"]))
     config = _config(settings)
     if config.num_moe_experts:
         spec = get_gpt_decoder_block_spec(
@@ -72,8 +71,7 @@ def build(job: Mapping[str, Any]) -> Any:
             qk_layernorm=config.qk_layernorm, normalization=config.normalization
         )
     model = GPTModel(config, spec, **gpt).eval()
-    scale = job["embedding_scale"]
-    if scale is not None:
+    if (scale := job["embedding_scale"]) is not None:
         model.embedding.register_forward_hook(lambda _module, _inputs, output: output * scale)
     return model
 

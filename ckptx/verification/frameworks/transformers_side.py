@@ -17,8 +17,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Save float32 logits [batch, sequence, vocabulary] of the tokens, or tokenise ``prompt``."""
     directory = Path(job["directory"])
     if "prompt" in job:
-        tokenizer = transformers_model.tokenizer_of(directory)
-        if tokenizer is None:
+        if (tokenizer := transformers_model.tokenizer_of(directory)) is None:
             raise SideError(f"{directory}: holds no tokenizer; use --tokens instead of --prompt")
         return {"tokens": [list(map(int, tokenizer(job["prompt"])["input_ids"]))]}
     return save_logits(transformers_model.load(directory, "float32", "cpu"), job)

@@ -139,20 +139,20 @@ def test_meter_knows_speed_of_late_and_time_left(monkeypatch):
     now = 100.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     meter = Meter()
-    meter.start("writing", 100 * 10**9)
+    meter.begin(100 * 10**9)
     assert meter.text() == "0 bytes of 93.1 GiB, 0.00 GB/s, time left unknown"
     for _ in range(20):  # a slow start
         now += 1
-        meter.add(10**8)
+        meter.advance(10**8)
     assert meter.speed == pytest.approx(10**8)
     for _ in range(20):
         now += 1
-        meter.add(2 * 10**9)
+        meter.advance(2 * 10**9)
     assert meter.speed == pytest.approx(2 * 10**9)
     assert meter.text() == "39.1 GiB of 93.1 GiB, 2.00 GB/s, 29 s left"
     assert meter.text(short=True) == "42% of 93.1 GiB, 2.00 GB/s, 29 s left"
-    meter.add(58 * 10**9)
-    assert (meter.stage, meter.text()) == ("syncing to disk", "93.1 GiB, 40 s")
+    meter.advance(58 * 10**9)
+    assert (meter.now, meter.text()) == ("syncing to disk", "93.1 GiB, 40 s")
 
 
 def test_what_is_chosen(monkeypatch):

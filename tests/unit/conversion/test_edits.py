@@ -66,9 +66,10 @@ def assert_same(found, expected):
 def modify(format_, source, target, edits, options=None):
     """Modify in this process; return the target, the proof and the End message."""
     loader, saver = registry.loader(format_), registry.saver(format_)
+    options = {"no_config": True, **(options or {})}  # as the request of an edit has it
     sent = list(edited(loader.load(source, {}), edits, format_))
-    proof = checked(saver.plan(iter(sent), options or {}, Context(target=target)), sent)
-    return save(saver, sent, target, options or {}), proof, end_of(sent)
+    proof = checked(saver.plan(iter(sent), options, Context(target=target)), sent)
+    return save(saver, sent, target, options), proof, end_of(sent)
 
 
 def test_hf_directory_stays_one(llama, weights, tmp_path, run):
