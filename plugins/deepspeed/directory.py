@@ -52,17 +52,6 @@ def is_tag(directory: Location) -> bool:
     return any(directory.glob(_STATES))
 
 
-def is_legacy(tag: Location) -> bool:
-    """Return whether a file per rank holds the tree of a legacy Megatron model, and its args."""
-    first = min(tag.glob("mp_rank_*_model_states.pt"), default=None)
-    state = first and torch_zip.read(first, 0)
-    return (
-        isinstance(state, Mapping)
-        and isinstance(state.get("module"), Mapping)
-        and isinstance(state["module"].get("language_model"), Mapping)
-    )
-
-
 def tags(root: Location) -> list[str]:
     """Return the checkpoints of a root by name."""
     if not root.is_dir():

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import EnumValue
 from ckptx.conversion.options import option, switch
 from ckptx.errors import FormatError, listing
@@ -77,7 +78,7 @@ class DeepspeedLoader:
         """Yield the model; names that no schema knows pass through."""
         masters = (options.get("weights") or "master") == "master"
         tag = directory.find(source, options.get("tag"))
-        if directory.is_legacy(tag):
+        if _is_legacy(tag):
             yield from LegacyLoader().load(tag, {}, context)
             return
         saved = directory.read(tag, masters)
@@ -121,6 +122,17 @@ class DeepspeedLoader:
         beside = training_state(root) if (root / "latest").is_file() else ()
         end = End((*found.dropped, *left, *beside), notes)
         yield from trained_messages(begin, found.tensors, end, options, context)
+
+
+def _is_legacy(tag: Location) -> bool:
+    """Return whether a file per rank holds the tree of a legacy Megatron model, and its args."""
+    first = min(tag.glob("mp_rank_*_model_states.pt"), default=None)
+    state = first and torch_zip.read(first, 0)
+    return (
+        isinstance(state, Mapping)
+        and isinstance(state.get("module"), Mapping)
+        and isinstance(state["module"].get("language_model"), Mapping)
+    )
 
 
 def _shapes(
