@@ -15,6 +15,7 @@ from ckptx.cli.options import (
     output_options,
     place_options,
     short_options,
+    show_report,
     show_result,
 )
 from ckptx.cli.plugin_options import Chosen, PluginCommand, equal_options, scanned
@@ -197,7 +198,7 @@ def convert(job: ConversionRequest, params: dict[str, Any]) -> None:
     from ckptx.conversion import supervisor
 
     shown = progress.choose(params["quiet"] or params["as_json"])
-    show_result(supervisor.convert(job, shown), params["as_json"], params["quiet"])
+    show_report(supervisor.convert(job, shown), params["as_json"], params["quiet"])
 
 
 def plan(job: ConversionRequest, params: dict[str, Any]) -> None:

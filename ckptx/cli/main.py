@@ -6,6 +6,7 @@ Every error is one line on stderr that starts with ``error:``. Exit codes: 0 don
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import sys
@@ -91,6 +92,12 @@ _PLAINLY = {
     "is not a valid float range": "is not a number",
 }
 """Click's words for a wrong number, and plain ones."""
+_SYSTEM = {
+    errno.EMFILE: "raise the limit of open files of this shell (ulimit -n)",
+    errno.ENFILE: "the machine has no more open files to give",
+    errno.ENAMETOOLONG: "choose a shorter path",
+}
+"""What to do about errors that the system has for any file."""
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -124,10 +131,25 @@ def _code(command: click.Command, args: list[str], name: str) -> int:
         code = _error("stopped", 128 + signal.SIGINT, verbose)
     except BrokenPipeError:
         code = 1
+    except OSError as error:
+        code = _error(_of_system(error) or _internal(error, verbose), 1, verbose)
     except Exception as error:  # a bug: still one line, and the whole story on request
-        text = f"internal error: {type(error).__name__}: {error}"
-        code = _error(text if verbose else f"{text} (--verbose shows where)", 1, verbose)
+        code = _error(_internal(error, verbose), 1, verbose)
     return code if isinstance(code, int) else 0
+
+
+def _of_system(error: OSError) -> str:
+    """Return what to do about an error that any file can meet, empty if it is another."""
+    if error.errno == errno.ENOENT and error.filename is None:  # as getcwd says it
+        return "the working directory was removed; change to one that exists"
+    known = _SYSTEM.get(error.errno or 0)
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror}; {known}" if known else ""
+
+
+def _internal(error: Exception, verbose: bool) -> str:
+    text = f"internal error: {type(error).__name__}: {error}"
+    return text if verbose else f"{text} (--verbose shows where)"
 
 
 def _module(role: registry.Role, name: str, megatron_path: str | None) -> Any:

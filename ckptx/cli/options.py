@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,19 @@ def show_result(result: Any, as_json: bool, quiet: bool) -> None:
         click.echo(json.dumps(result.to_json(), indent=1))
     elif not quiet:
         click.echo(printable(result.render(shutil.get_terminal_size().columns)))
+
+
+def show_report(report: Any, as_json: bool, quiet: bool) -> None:
+    """Print the report of a target that is whole, which no fault of stdout changes."""
+    try:
+        if sys.stdout is None and not quiet:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        show_result(report, as_json, quiet)
+    except OSError as error:
+        if sys.stdout is not None:  # or Python tries again at its end, and fails
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        line = f"the target is whole; its report cannot be shown: {error.strerror}"
+        click.echo(f"note: {line}", err=True)
 
 
 def output_options() -> list[click.Parameter]:

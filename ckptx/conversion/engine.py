@@ -234,7 +234,8 @@ def convert(
                 target.keep()
                 raise
     except CutShortError as error:
-        error.args = (f"{error}; {target.kept or 'nothing was written'}",)
+        if not target.published:
+            error.args = (f"{error}; {target.kept or 'nothing was written'}",)
         raise
     except Interrupted as error:
         if target.kept is None:

@@ -60,6 +60,18 @@ def _is_single_threaded() -> bool:
         return False
 
 
+def _queue(context: Any, size: int) -> worker.Bytes:
+    """Return the queue of messages; without shared memory for its semaphores a pipe stands in."""
+    try:
+        queue: worker.Bytes = context.Queue(size)
+    except OSError as error:
+        logging.getLogger(__name__).warning(
+            "a pipe stands in for the queue, which needs /dev/shm: %s", error.strerror or error
+        )
+        return worker.PipeQueue(*context.Pipe(duplex=False))
+    return queue
+
+
 class _Worker:
     """A child process as its parent sees it."""
 
@@ -91,7 +103,7 @@ class Workers:
         self.workers: list[_Worker] = []
         context = get_context("fork") if _is_single_threaded() else get_context("spawn")
         self._idle = True
-        self._queue = context.Queue(max_queue_size)
+        self._queue = _queue(context, max_queue_size)
         # Children inherit the mask: a Ctrl-C cannot hit them before they are set up to ignore it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:

@@ -28,7 +28,27 @@ if TYPE_CHECKING:
     from ckptx.protocol.contracts import SavePlan
     from ckptx.writing.journal import Identity
 
-Bytes: TypeAlias = "Queue[bytes]"
+
+class PipeQueue:
+    """A pipe as a queue of bytes, from one process to one; whoever puts waits while it is full."""
+
+    def __init__(self, reader: Connection, writer: Connection) -> None:
+        self._reader, self._writer = reader, writer
+        self.put, self.get = writer.send_bytes, reader.recv_bytes
+
+    def close(self) -> None:
+        """Close both ends in this process."""
+        self._reader.close()
+        self._writer.close()
+
+    def join_thread(self) -> None:
+        """Do nothing: what was put is on its way."""
+
+    def cancel_join_thread(self) -> None:
+        """Do nothing, likewise."""
+
+
+Bytes: TypeAlias = "Queue[bytes] | PipeQueue"
 
 
 def main(role: str, queue: Bytes, connection: Connection, parent: int) -> None:

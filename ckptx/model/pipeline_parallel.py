@@ -33,7 +33,7 @@ class Chunk:
     """Whether it holds the layers of multi-token prediction, all of them."""
 
 
-_ARGS = {
+ARGS = {
     "pp": "pipeline_model_parallel_size",
     "vpp": "virtual_pipeline_model_parallel_size",
     "first": "decoder_first_pipeline_num_layers",
@@ -42,6 +42,7 @@ _ARGS = {
     "embedding_in_split": "account_for_embedding_in_pipeline_split",
     "loss_in_split": "account_for_loss_in_pipeline_split",
 }
+"""Megatron's arguments by the field of a `Pipeline`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ class Pipeline:
     @classmethod
     def from_args(cls, args: Mapping[str, Any]) -> Pipeline:
         """Return the settings that a checkpoint's ``args`` hold."""
-        said: dict[str, Any] = {field: args.get(name) for field, name in _ARGS.items()}
+        said: dict[str, Any] = {field: args.get(name) for field, name in ARGS.items()}
         pp, per_stage = said["pp"] or 1, args.get("num_layers_per_virtual_pipeline_stage")
         vpp = said["vpp"] or args.get("num_virtual_stages_per_pipeline_rank")
         if vpp is None and per_stage and pp > 1:
@@ -154,7 +155,7 @@ class Pipeline:
 
     def to_args(self) -> dict[str, Any]:
         """Return the settings as entries of ``args``."""
-        return {name: getattr(self, field) for field, name in _ARGS.items()}
+        return {name: getattr(self, field) for field, name in ARGS.items()}
 
 
 def stage_ranks(tp: int, ep: int = 1, etp: int | None = None) -> list[Rank]:

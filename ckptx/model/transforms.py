@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import ClassVar, Protocol, TypeAlias
 
 from ckptx.errors import SchemaError
 from ckptx.model.spec import ModelSpec
@@ -36,6 +36,16 @@ class Transform(Protocol):
         Raises:
             SchemaError: the transform does not lay its tensors side by side.
         """
+
+
+class Rearranged:
+    """What does not lay canonical tensors side by side in its own; ``apart`` says why."""
+
+    apart: ClassVar[str]
+
+    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
+        """Raise a SchemaError: no canonical tensor lies as it is in one of the layout."""
+        raise SchemaError(self.apart)
 
 
 class _Same:
@@ -74,11 +84,13 @@ class _Glu:
 
 
 @dataclass(frozen=True, slots=True)
-class _Each:
+class _Each(Rearranged):
     """One set of tensors per expert; canonical tensors have the experts on their first axis.
 
     Packed tensors run expert by expert, ``width`` for each, as names with ``{expert}`` do.
     """
+
+    apart = "experts of their own do not lie side by side in one tensor"
 
     transform: Transform
     width: int
@@ -96,12 +108,9 @@ class _Each:
         ]
         return [stack(tensors) for tensors in zip(*parts, strict=True)]
 
-    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
-        raise SchemaError("experts of their own do not lie side by side in one tensor")
-
 
 @dataclass(frozen=True, slots=True)
-class _Grouped:
+class _Grouped(Rearranged):
     """All experts in one matrix, transposed: ``weight1``, ``weight2`` of Megatron's GroupedMLP.
 
     Memory holds one [in, out] matrix per expert after another. ``weight1`` is shaped as if they lay
@@ -109,6 +118,8 @@ class _Grouped:
 
     Source: NVIDIA/Megatron-LM megatron/core/transformer/moe/experts.py, GroupedMLP @ core_v0.12.3.
     """
+
+    apart = "grouped experts do not lie side by side as they are"
 
     transform: Transform
     side_by_side: bool
@@ -134,15 +145,14 @@ class _Grouped:
             turned = tensor.split(0, rows)
         return self.transform.unpack([turned.permute((0, 2, 1))], spec, tp)
 
-    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
-        raise SchemaError("grouped experts do not lie side by side as they are")
 
-
-class _Qkv:
+class _Qkv(Rearranged):
     """Query, key and value apart; canonical is fused, query group by query group.
 
     Source: NVIDIA/Megatron-LM megatron/core/transformer/attention.py, SelfAttention @ core_v0.16.1.
     """
+
+    apart = "separate query, key and value do not lie side by side in one tensor"
 
     def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
         (fused,) = canonical
@@ -158,9 +168,6 @@ class _Qkv:
                 )
         return [interleave(packed, spec.num_query_groups // tp)]
 
-    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
-        raise SchemaError("separate query, key and value do not lie side by side in one tensor")
-
     def _rows(self, spec: ModelSpec, tp: int) -> list[int]:
         if spec.num_query_groups % tp:
             raise SchemaError(f"{spec.num_query_groups} query groups do not divide over {tp} ranks")
@@ -174,6 +181,8 @@ class _FusedQkv(_Qkv):
     Source: huggingface/transformers src/transformers/models/{gpt2,phi3}/modeling_*.py @ v5.23.0.
     """
 
+    apart = "query, key and value one after another are not in Megatron's order"
+
     def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
         return [rejoin(super().pack(canonical, spec, tp))]
 
@@ -186,13 +195,12 @@ class _FusedQkv(_Qkv):
             )
         return super().unpack(deinterleave(fused, rows, groups=1), spec, tp)
 
-    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
-        raise SchemaError("query, key and value one after another are not in Megatron's order")
-
 
 @dataclass(frozen=True, slots=True)
-class Transposed:
+class Transposed(Rearranged):
     """What ``transform`` packs, each matrix stored as [in, out]: GPT-2's ``Conv1D``."""
+
+    apart = "a transposed tensor does not hold the canonical one as it is"
 
     transform: Transform
 
@@ -204,17 +212,13 @@ class Transposed:
         """Return the canonical tensors of transposed ones."""
         return self.transform.unpack([self._turned(tensor) for tensor in packed], spec, tp)
 
-    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
-        """Raise: no canonical tensor lies as it is in a transposed one."""
-        raise SchemaError("a transposed tensor does not hold the canonical one as it is")
-
     def _turned(self, tensor: Tensor) -> Tensor:
         if len(tensor.shape) != 2:
             raise SchemaError(f"found {list(tensor.shape)} where a matrix is expected")
         return tensor.permute((1, 0))
 
 
-class _RotaryPairs:
+class _RotaryPairs(Rearranged):
     """Query, key and value apart; those that rotate have another order of rows in every head.
 
     Canonical heads rotate row ``i`` with row ``i + d / 2``; here neighbours rotate together, so a
@@ -224,6 +228,8 @@ class _RotaryPairs:
     src/transformers/models/llama/modeling_llama.py, rotate_half @ v5.23.0.
     """
 
+    apart = "the rows of a rotary head do not lie side by side"
+
     def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
         query, key, value = canonical
         return [*(_turned(part, spec, spec.kv_channels // 2) for part in (query, key)), value]
@@ -231,9 +237,6 @@ class _RotaryPairs:
     def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
         query, key, value = packed
         return [*(_turned(part, spec, 2) for part in (query, key)), value]
-
-    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
-        raise SchemaError("the rows of a rotary head do not lie side by side")
 
 
 def _turned(part: Tensor, spec: ModelSpec, inner: int) -> Tensor:
@@ -243,19 +246,45 @@ def _turned(part: Tensor, spec: ModelSpec, inner: int) -> Tensor:
             f"heads of {spec.kv_channels} rows of which {spec.rotary_percent:g} rotate: only whole "
             "heads of even size have rotary pairs"
         )
-    return exchanged(part, spec.kv_channels, inner)
+    return _exchanged(part, spec.kv_channels, inner)
 
 
-def exchanged(tensor: Tensor, outer: int, inner: int) -> Tensor:
+def _exchanged(tensor: Tensor, outer: int, inner: int) -> Tensor:
     """Return rows seen as [-1, outer / inner, inner] with the last two axes exchanged."""
     heads = tensor.split(0, outer).split(1, inner)
     rest = range(3, len(heads.shape))
     return heads.permute((0, 2, 1, *rest)).merge(1).merge(0)
 
 
+class _InnermostQkv(Rearranged):
+    """Query, key and value in turn, row by row: [heads, head size, 3]; canonical has whole heads.
+
+    There are as many keys as queries: this order is older than query groups.
+    """
+
+    apart = "rows of query, key and value in turn do not lie side by side"
+
+    def pack(self, canonical: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        return [self._turned(canonical, spec, spec.kv_channels)]
+
+    def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        return [self._turned(packed, spec, 3)]
+
+    def _turned(self, tensors: Sequence[Tensor], spec: ModelSpec, inner: int) -> Tensor:
+        (fused,), rows = tensors, 3 * spec.kv_channels
+        if fused.shape[0] % rows:
+            raise SchemaError(
+                f"{fused.shape[0]} rows are no whole heads of query, key and value, {rows} rows "
+                "each"
+            )
+        return _exchanged(fused, rows, inner)
+
+
 @dataclass(frozen=True, slots=True)
-class _Bare:
+class _Bare(Rearranged):
     """The layout leaves out so many axes of length 1 in front of each canonical tensor."""
+
+    apart = "a tensor with fewer axes does not hold the canonical one as it is"
 
     axes: int
 
@@ -271,13 +300,12 @@ class _Bare:
             canonical = [tensor.unsqueeze() for tensor in canonical]
         return canonical
 
-    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
-        raise SchemaError("a tensor with fewer axes does not hold the canonical one as it is")
-
 
 @dataclass(frozen=True, slots=True)
-class _Chain:
+class _Chain(Rearranged):
     """One transform after the other: the second rearranges what the first has packed."""
+
+    apart = "tensors that were rearranged twice do not lie side by side"
 
     first: Transform
     second: Transform
@@ -288,9 +316,6 @@ class _Chain:
     def unpack(self, packed: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
         return self.first.unpack(self.second.unpack(packed, spec, tp), spec, tp)
 
-    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
-        raise SchemaError("tensors that were rearranged twice do not lie side by side")
-
 
 IDENTITY: Transform = _Same()
 GLU: Transform = _Glu()
@@ -298,6 +323,7 @@ EXPERT_GLU: Transform = _Glu(axis=1)
 """Gate and up projections of experts in one tensor, [experts, rows, columns]."""
 QKV: Transform = _Qkv()
 FUSED_QKV: Transform = _FusedQkv()
+INNERMOST_QKV: Transform = _InnermostQkv()
 ROTARY_PAIRS: Transform = _RotaryPairs()
 
 

@@ -9,7 +9,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
@@ -24,7 +24,10 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """Turns SIGINT and SIGTERM into something to wait for; a context of the main thread."""
+    """Turns `STOPPING` into something to wait for; a context of the main thread.
+
+    A SIGHUP that is ignored stays so: ``nohup`` asks for it.
+    """
 
     def __init__(self) -> None:
         self.signum = 0
@@ -34,6 +37,8 @@ class Interrupts:
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         if threading.current_thread() is threading.main_thread():
             for signum in STOPPING:
+                if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                    continue
                 self._previous[signum] = signal.signal(signum, self._note)
         return self
 

@@ -119,6 +119,7 @@ def settle_child(parent: int, line: Channel, log_level: int) -> None:
     """Make this child die with its parent, leave signals to it, and log through it."""
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a copy of the parent has the parent's handler
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     # What a plugin prints must not end up in the JSON on stdout.

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 PARTIAL = ".ckptx-partial"
+LOCK, OWNER = "lock", "owner"
+"""What of a partial directory says that a run is at work: locked by the kernel, or just there."""
 
 
 MANIFEST = "ckptx-manifest.json"
@@ -15,7 +17,7 @@ MANIFEST = "ckptx-manifest.json"
 def is_held(partial: Path) -> bool:
     """Return whether a run is at work in a partial directory."""
     try:
-        lock = os.open(partial / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        lock = os.open(partial / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:
@@ -23,7 +25,7 @@ def is_held(partial: Path) -> bool:
     except BlockingIOError:
         return True
     except OSError:
-        return False
+        return (partial / OWNER).exists()
     finally:
         os.close(lock)
     return False

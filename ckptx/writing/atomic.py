@@ -12,6 +12,8 @@ from pathlib import Path, PurePosixPath
 from ckptx.errors import ConversionError
 from ckptx.writing.disk import shortage
 
+_NOT_THERE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
+"""What a file system returns for what it does not have."""
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux include/uapi/linux/fs.h
 
 
@@ -28,6 +30,9 @@ def sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # a file system that has no such thing has nothing to wait for
+        if error.errno not in _NOT_THERE:
+            raise
     finally:
         os.close(descriptor)
 
@@ -75,7 +80,7 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
     if function(at_fdcwd, paths[0], at_fdcwd, paths[1], flags) == 0:
         return True
     code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL):
+    if code in _NOT_THERE:
         return False
     raise OSError(code, os.strerror(code), str(target))
 
@@ -105,7 +110,7 @@ def inode(path: Path) -> str:
         status = path.lstat()
     except OSError:
         return ""
-    return f"inode {status.st_ino} of device {status.st_dev}"
+    return f"inode {status.st_ino}"  # the device has another number after a remount
 
 
 def reason_of(error: OSError, folder: Path) -> str:

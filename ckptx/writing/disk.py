@@ -10,13 +10,18 @@ from ckptx.text.sizes import size_text
 
 
 def shortage(folder: Path, plan: SavePlan | None, occupied: int = 0) -> str:
-    """Say how far a plan does not fit on the disk of ``folder``; empty if it does.
+    """Say how far a plan does not fit on the disk of ``folder``; empty if it does, or nobody knows.
 
     ``occupied`` bytes of the disk hold parts of the plan already. Without a plan, or when all of it
     is there, a disk is short only if it has nothing free at all.
     """
-    status = os.statvfs(folder)
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return ""  # a file system that does not tell
     block = status.f_frsize
+    if not block or not status.f_blocks:
+        return ""
     disk, free = mount_point(folder), status.f_bavail * block
     if status.f_files and not status.f_favail:
         return f"the disk {disk} has no room for another file (no free inode)"

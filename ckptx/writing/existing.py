@@ -49,6 +49,22 @@ class Existing:
         return f"not written by ckptx or changed since: {first_few(self.foreign, 3)}"
 
 
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """What a run that was cut short has left for the next one; sizes in bytes."""
+
+    place: Path
+    durable: int
+    total: int
+
+    def __str__(self) -> str:
+        """Return it for the user who has to know."""
+        return (
+            f"{size_text(self.durable)} of {size_text(self.total)} are kept in {self.place}: run "
+            "the same command again to continue, or remove it"
+        )
+
+
 def is_taken(path: Path) -> bool:
     """Return whether there is anything at a place; an empty directory is nothing."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
@@ -67,6 +83,20 @@ def check_place(path: Path) -> None:
         )
     if "snapshots" in path.parts and any(part.startswith("models--") for part in path.parts):
         raise PlanError(f"{path}: lies in the cache of the Hugging Face Hub; not replaced")
+
+
+def check_directory(path: Path) -> None:
+    """Check that a directory is not plainly more than one old checkpoint.
+
+    Raises:
+        PlanError: it is a home, the working directory, a file system or a repository.
+    """
+    for own in (Path.cwd, Path.home):
+        with contextlib.suppress(OSError, RuntimeError):  # there is no such
+            if path == own() or path in own().parents:
+                raise PlanError(f"{path}: is or holds your working or home directory; not replaced")
+    if os.path.ismount(path) or (path / ".git").exists():
+        raise PlanError(f"{path}: is a file system or a repository of its own; not replaced")
 
 
 def existing(path: Path) -> Existing:

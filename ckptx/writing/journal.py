@@ -17,7 +17,6 @@ plan.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import io
@@ -43,6 +42,7 @@ from ckptx.protocol.contracts import SavePlan
 from ckptx.storage.file_plan import Crc32
 from ckptx.storage.open_files import write_all
 from ckptx.tensors import lazy
+from ckptx.writing.lock import NO_LOCKS
 
 NAME = "journal"
 """The file's name in the partial directory of a target."""
@@ -302,9 +302,15 @@ class Journal:
         """Wait for the writer of a killed run: its last system call may still be on its way."""
         deadline = time.monotonic() + _PATIENCE
         while True:
-            with contextlib.suppress(BlockingIOError):
+            try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    return  # nobody could tell
+                raise
             if time.monotonic() > deadline:
                 raise ConversionError(
                     f"{self.path}: a process of the killed run has not ended; end it and run again"

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ckptx.storage.file_plan import Crc32, FilePlan
 from ckptx.storage.open_files import OpenFiles, read_all, write_all
@@ -99,24 +100,34 @@ def create(
 
 def _allocate(descriptor: int, size: int) -> None:
     """Reserve the file's bytes, so that a full disk shows before anything is copied."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(descriptor, size)
+    if _fallocate is not None:
+        while _fallocate(descriptor, 0, 0, size):
+            code = ctypes.get_errno()
+            if code == errno.EINTR:
+                continue
+            if code not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise OSError(code, os.strerror(code))
+            break
+        else:
+            return
+    os.ftruncate(descriptor, size)
 
 
-def _load_sync_file_range() -> Callable[..., int] | None:
+def _system_call(name: str, *types: type) -> Callable[..., int] | None:
+    """Return a function of the C library, None where it has no such."""
     try:
-        function = ctypes.CDLL(None, use_errno=True).sync_file_range
+        function: Any = getattr(ctypes.CDLL(None, use_errno=True), name)
     except (OSError, AttributeError):
         return None
-    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return function
+    function.argtypes = types
+    return function  # type: ignore[no-any-return]
 
 
-_sync_file_range = _load_sync_file_range()
+# Not posix_fallocate: where a file system cannot, glibc writes a byte into every block instead.
+_fallocate = _system_call("fallocate64", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_sync_file_range = _system_call(
+    "sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint
+)
 _SYNC_FILE_RANGE_WRITE = 2  # linux include/uapi/linux/fs.h
 
 

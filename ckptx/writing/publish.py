@@ -22,32 +22,44 @@ to it, and by removing what is left.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import logging
 import os
 import shutil
-import socket
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from ckptx.errors import ConversionError, CutShortError, PlanError
 from ckptx.protocol.contracts import SavePlan
 from ckptx.storage.file_plan import FilePlan
-from ckptx.storage.partial import MANIFEST, PARTIAL
+from ckptx.storage.partial import LOCK, MANIFEST, OWNER, PARTIAL
 from ckptx.text.sizes import size_text
 from ckptx.writing import atomic, journal
 from ckptx.writing.atomic import sync_directory, write_durable
 from ckptx.writing.disk import occupied_bytes, shortage
-from ckptx.writing.existing import Existing, check_place, existing, is_taken, keep_permissions
+from ckptx.writing.existing import (
+    Existing,
+    Leftover,
+    check_directory,
+    check_place,
+    existing,
+    is_taken,
+    keep_permissions,
+)
+from ckptx.writing.lock import Lock
 
 if TYPE_CHECKING:
     from ckptx.writing.journal import Identity
 
 _PUBLISHING = "publishing"
-_LAST = (_PUBLISHING, "lock")
+_LAST = (_PUBLISHING, OWNER, LOCK)
 """What a partial directory loses last, in this order."""
+_REMOVED_OPEN = (".nfs", ".fuse_hidden")
+"""How names begin that a file system gives to open files that were removed."""
+_TRIES, _PAUSE = 20, 0.05  # seconds between two looks
 _log = logging.getLogger(__name__)
 
 
@@ -75,22 +87,6 @@ def manifest_path(plan: SavePlan) -> str:
     return f"{plan.files[0].path}.{MANIFEST}" if plan.single_file else MANIFEST
 
 
-@dataclass(frozen=True, slots=True)
-class Leftover:
-    """What a run that was cut short has left for the next one; sizes in bytes."""
-
-    place: Path
-    durable: int
-    total: int
-
-    def __str__(self) -> str:
-        """Return it for the user who has to know."""
-        return (
-            f"{size_text(self.durable)} of {size_text(self.total)} are kept in {self.place}: run "
-            "the same command again to continue, or remove it"
-        )
-
-
 class Target:
     """The place a conversion writes to; a context that cleans up unless `publish` succeeded.
 
@@ -111,7 +107,7 @@ class Target:
         self.path = self.save_dir
         """What appears in the end; known once `prepare` has seen the plan."""
         self._created: list[Path] = []
-        self._lock = -1
+        self._lock: Lock | None = None
         self._keep = False
         self.replaced: Existing | None = None
         """What `publish` deletes; known once a plan was checked."""
@@ -131,11 +127,11 @@ class Target:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._lock >= 0:
+        if self._lock is not None:
             self.kept = self._worth_keeping() if self._keep else None
             if self.kept is None:
                 self._clear()
-            os.close(self._lock)
+            self._release()
         for folder in reversed(self._created if kind else []):
             with contextlib.suppress(OSError):  # not empty: the work of someone else meanwhile
                 folder.rmdir()
@@ -147,6 +143,37 @@ class Target:
                 atomic.remove(self._partial / name)
         shutil.rmtree(self._partial, ignore_errors=True)
 
+    def _acquire(self) -> None:
+        if self._lock is None:
+            lock = Lock(self._partial, self.path)
+            lock.acquire()
+            self._lock = lock
+
+    def _release(self) -> None:
+        """Let go of the partial directory, and of its last trace.
+
+        NFS and FUSE keep what is removed while it is open, under another name, until it is closed.
+        """
+        lock, self._lock = self._lock, None
+        if lock is None:
+            return
+        lock.release()
+        for _ in range(_TRIES):
+            left = self._names()
+            if left is None or not all(name.startswith(_REMOVED_OPEN) for name in left):
+                break
+            with contextlib.suppress(OSError):
+                self._partial.rmdir()
+                break
+            time.sleep(_PAUSE)
+
+    def _names(self) -> set[str] | None:
+        """Return the names in the partial directory, None if it cannot be listed."""
+        try:
+            return {path.name for path in self._partial.iterdir()}
+        except OSError:
+            return None
+
     def _clear_orphan(self) -> None:
         """Remove what a run has left that was killed while it removed the last of what it had.
 
@@ -157,17 +184,14 @@ class Target:
         """
         if not self._orphaned():
             return
-        self._acquire(self._partial)
+        self._acquire()
         if self._orphaned():  # still, now that nobody else can be at work here
             self._clear()
-        os.close(self._lock)
-        self._lock = -1
+        self._release()
 
     def _orphaned(self) -> bool:
-        try:
-            return {path.name for path in self._partial.iterdir()} <= set(_LAST)
-        except OSError:
-            return False
+        names = self._names()
+        return names is not None and names <= set(_LAST)
 
     def keep(self) -> None:
         """Leave what is recorded in the journal for another run, if anything is."""
@@ -186,30 +210,50 @@ class Target:
         """
         self._name(plan)
         if self._was_published(identity):
-            self._acquire(self._partial)
+            self._acquire()
             if self._was_published(identity):
                 self.published = True
+                self._publish_manifest()  # if the run was killed before
                 _log.warning("resuming: %s is in place and whole", self.path)
                 return self.path.parent if plan.single_file else self.path
         if self.path.exists():
             self._clear_orphan()
         self._check_place()
         self._make(self.path.parent)
-        self._acquire(self._partial)
+        self._acquire()
         atomic.rescue(self._partial, self.path)
+        self._probe()
         staging = self._partial / "new"
-        kept = {"lock", journal.NAME, "new"} if self._continues(identity) else {"lock"}
+        kept = {journal.NAME, "new"} if self._continues(identity) else set()
         for leftover in self._partial.iterdir():
-            if leftover.name not in kept:
+            if leftover.name not in {LOCK, OWNER, *kept}:
                 atomic.remove(leftover)
         # After the leftovers of a killed run have made room.
         self._check_disk(occupied_bytes(staging))
         try:
-            self._sign()
+            if self._lock is not None:
+                self._lock.sign()
             staging.mkdir(exist_ok=True)
         except OSError as error:
             raise ConversionError(f"{staging}: {atomic.reason_of(error, self._partial)}") from error
         return staging
+
+    def _probe(self) -> None:
+        """Try what makes the target appear, before a byte moves.
+
+        Raises:
+            PlanError: the file system cannot rename a directory.
+        """
+        before, after = self._partial / "probe", self._partial / "probed"
+        try:
+            before.mkdir(exist_ok=True)
+            before.rename(after)
+            after.rmdir()
+        except OSError as error:
+            raise PlanError(
+                f"{self._partial}: a directory cannot be renamed here ({error.strerror}), by which "
+                "a target appears; choose another target"
+            ) from error
 
     def _was_published(self, identity: Identity | None) -> bool:
         """Return whether a killed run of this conversion has put its target in place."""
@@ -222,7 +266,7 @@ class Target:
     def _publishing(self) -> str:
         """Return what a killed run was about to put in place; empty if it did not get so far."""
         try:
-            return (self._partial / _PUBLISHING).read_text()
+            return (self._partial / _PUBLISHING).read_text().partition(" of ")[0]
         except (OSError, ValueError):
             return ""
 
@@ -290,9 +334,14 @@ class Target:
                 sync_directory(folder.parent)
             return self._write_pointers()
         except OSError as error:
-            reason = atomic.reason_of(error, self._partial)
+            missing = [
+                f"write {content.decode(errors='replace').strip()!r} into {self.save_dir / name}"
+                for name, content in self.plan.pointers.items()
+            ]
             raise CutShortError(
-                f"{self.path}: is whole and in place, but not all that belongs to it: {reason}"
+                f"{self.path}: is whole and in place, but not all that belongs to it: "
+                f"{atomic.reason_of(error, self._partial)}{'; mend it, then ' * bool(missing)}"
+                f"{' and '.join(missing)}"
             ) from error
 
     def _put_in_place(self) -> None:
@@ -307,6 +356,8 @@ class Target:
                 self._publish_directory(staging)
         except OSError as error:
             reason = atomic.reason_of(error, self._partial)
+            if error.errno == errno.EXDEV:
+                reason = "its file system cannot move what lies there; remove it, and run again"
             raise CutShortError(f"{self.path}: cannot be put in place: {reason}") from error
         self.published = True
 
@@ -363,11 +414,7 @@ class Target:
 
     def _check_replaceable(self, path: Path) -> None:
         """Refuse to replace a directory that is plainly more than one old checkpoint."""
-        here = Path.cwd()
-        if path in (here, Path.home()) or path in here.parents or path in Path.home().parents:
-            raise PlanError(f"{path}: is or holds your working or home directory; not replaced")
-        if os.path.ismount(path) or (path / ".git").exists():
-            raise PlanError(f"{path}: is a file system or a repository of its own; not replaced")
+        check_directory(path)
         if not self.plan.directory:
             found = sorted(p.name for p in path.iterdir() if p.name.startswith("iter_"))
             if found:
@@ -388,41 +435,6 @@ class Target:
                 raise PlanError(f"{path}: cannot be created: {error.strerror}") from error
             self._created.append(path)
 
-    def _acquire(self, partial: Path) -> None:
-        while self._lock < 0:
-            try:
-                partial.mkdir(exist_ok=True)
-                lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            except FileNotFoundError:
-                continue  # the run that held it has just removed it
-            except OSError as error:
-                raise PlanError(f"{partial}: cannot be written: {error.strerror}") from error
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = os.pread(lock, 200, 0).decode(errors="replace").strip()
-                os.close(lock)
-                raise ConversionError(
-                    f"{self.path}: another conversion is writing it ({owner or 'just started'}); "
-                    "wait for it, or choose another target"
-                ) from None
-            except OSError as error:
-                os.close(lock)
-                raise PlanError(
-                    f"{partial}: its file system cannot lock files ({error.strerror}), so two runs "
-                    "could write one target; choose another target"
-                ) from error
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(lock), (partial / "lock").stat()):
-                    self._lock = lock
-                    break
-            os.close(lock)  # locked a file that its owner had removed: try again
-
-    def _sign(self) -> None:
-        """Say in the lock who holds it."""
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
     def _check_disk(self, occupied: int = 0) -> None:
         """Raise unless the plan fits; ``occupied`` bytes of it are there already."""
         found = shortage(atomic.existing_folder(self.path.parent), self.plan, occupied)
@@ -431,14 +443,18 @@ class Target:
 
     def _publish_file(self, staging: Path) -> None:
         name = self.plan.files[0].path
-        manifest = staging / manifest_path(self.plan)
         sync_directory(staging)
-        if manifest.exists():
-            manifest.replace(self.path.with_name(f"{self.path.name}.{MANIFEST}"))
         if self.overwrite:
             (staging / name).replace(self.path)
         else:
             atomic.rename_new(staging / name, self.path)
+        self._publish_manifest()
+
+    def _publish_manifest(self) -> None:
+        """Put the manifest of a single file beside it, unless that was done."""
+        manifest = self._partial / "new" / manifest_path(self.plan)
+        if self.plan.single_file and manifest.exists():
+            manifest.replace(self.path.with_name(f"{self.path.name}.{MANIFEST}"))
 
     def _publish_directory(self, staging: Path) -> None:
         sync_directory(staging)
@@ -449,8 +465,6 @@ class Target:
 
     def _replace_knowingly(self) -> None:
         """Look again at what is replaced, since much time may have passed; keep its permissions.
-
-        Before the manifest of a single file is moved: by that the old file is known.
 
         Raises:
             CutShortError: files of others have come.

@@ -138,7 +138,7 @@ def execute(
             sync_directories(directory, outputs)
         written.resumed = executor.resumed
         written.infinite = dict(sorted(executor.infinite.items()))
-    changed = [path for path, state in states(files).items() if state[:3] != before[path][:3]]
+    changed = [path for path, state in states(files).items() if state != before[path]]
     if changed:
         raise ConversionError(f"{changed[0]}: changed while it was converted; run again")
     return written

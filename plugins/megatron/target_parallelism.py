@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptx.errors import PlanError
-from ckptx.model.pipeline_parallel import Chunk, Pipeline
+from ckptx.model.pipeline_parallel import ARGS, Chunk, Pipeline
 from ckptx.model.sharding import Rank
 from ckptx.model.spec import ModelSpec
 from ckptx.plugins.megatron.directory import Iteration, iteration_name, parse_iteration
@@ -21,14 +21,7 @@ from ckptx.protocol.messages import Dropped
 from ckptx.protocol.model import Model, resize_vocabulary
 from ckptx.schemas.megatron_settings.args import args_from_spec
 
-_PIPELINE = {
-    "vpp": "target_virtual_pipeline_parallel_size",
-    "first": "decoder_first_pipeline_num_layers",
-    "last": "decoder_last_pipeline_num_layers",
-    "layout": "pipeline_model_parallel_layout",
-    "embedding_in_split": "account_for_embedding_in_pipeline_split",
-    "loss_in_split": "account_for_loss_in_pipeline_split",
-}
+_PIPELINE = {**ARGS, "vpp": "target_virtual_pipeline_parallel_size"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,24 +30,20 @@ def windows_extra(window: int | None, layers: list[bool]) -> dict[str, Any]:
 
 def from_config(config: Mapping[str, Any], traits: ConfigTable) -> dict[str, Any]:
     """Return the entries of ``extra`` that a config's keys say."""
-    if traits.windows == "none":
+    kind, types = traits.windows, config.get("layer_types")
+    if kind == "none":
         return {}
-    window, layers = config["sliding_window"], config["num_hidden_layers"]
-    types = config.get("layer_types")
-    if traits.windows == "all layers":
-        return windows_extra(window, [True] * layers)
-    if traits.windows == "layer types":
-        inside = [not number % 2 for number in range(layers)]  # Gemma 2's, before it said so
-        return windows_extra(window, inside if types is None else [t == _SLIDING for t in types])
-    kept = {"max_window_layers": config["max_window_layers"]}
-    if not config["use_sliding_window"]:
+    kept = {"max_window_layers": config["max_window_layers"]} if kind == "some layers" else {}
+    if kept and not config["use_sliding_window"]:
         return kept
-    inside = (
-        [number >= config["max_window_layers"] for number in range(layers)]
-        if types is None
-        else [kind == _SLIDING for kind in types]
-    )
-    return kept | windows_extra(window, inside)
+    if types is None or kind == "all layers":
+        # Of Gemma 2, before it said so, every second layer has one.
+        first, step = kept.get("max_window_layers", 0), 2 if kind == "layer types" else 1
+        layers = range(config["num_hidden_layers"])
+        inside = [layer >= first and not layer % step for layer in layers]
+    else:
+        inside = [one == _SLIDING for one in types]
+    return kept | windows_extra(config["sliding_window"], inside)
 
 
 def to_config(spec: ModelSpec, traits: ConfigTable) -> dict[str, Any]:

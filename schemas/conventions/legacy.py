@@ -12,7 +12,7 @@ megatron/training/checkpointing.py (fix_query_key_value_ordering) @ core_v0.12.3
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,13 +21,12 @@ from ckptx.errors import SchemaError
 from ckptx.model.family import FUNCTION_SETTINGS
 from ckptx.model.layout import Layout, Rule, Section, Spelling, rule
 from ckptx.model.spec import ModelSpec
-from ckptx.model.transforms import FUSED_QKV, GLU, IDENTITY, Transform, exchanged, per_expert
+from ckptx.model.transforms import FUSED_QKV, GLU, IDENTITY, INNERMOST_QKV, Transform, per_expert
 from ckptx.registry.families import family_named
 from ckptx.schemas.config.windows import windowed_layers
 from ckptx.schemas.conventions import blocks
 from ckptx.schemas.conventions.blocks import GATE_UP, linear, moe, norm, not_moe
 from ckptx.schemas.megatron_settings.activations import FUSION
-from ckptx.tensors.lazy import LazyTensor, Shape
 
 VERSION = 3.0
 """The ``checkpoint_version`` that is written."""
@@ -56,33 +55,7 @@ _MODULES = (
 Tree = Mapping[str, Any]
 
 
-class _InnermostQkv:
-    """Query, key and value in turn, row by row: [heads, head size, 3]; canonical has whole heads.
-
-    There are as many keys as queries: this order is older than query groups.
-    """
-
-    def pack(self, canonical: Sequence[LazyTensor], spec: ModelSpec, tp: int) -> list[LazyTensor]:
-        return [_exchanged(canonical, 3 * spec.kv_channels, spec.kv_channels)]
-
-    def unpack(self, packed: Sequence[LazyTensor], spec: ModelSpec, tp: int) -> list[LazyTensor]:
-        return [_exchanged(packed, 3 * spec.kv_channels, 3)]
-
-    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
-        raise SchemaError("rows of query, key and value in turn do not lie side by side")
-
-
-def _exchanged(tensors: Sequence[LazyTensor], outer: int, inner: int) -> LazyTensor:
-    """Return rows seen as [-1, outer / inner, inner] with the last two exchanged."""
-    (fused,) = tensors
-    if fused.shape[0] % outer:
-        raise SchemaError(
-            f"{fused.shape[0]} rows are no whole heads of query, key and value, {outer} rows each"
-        )
-    return exchanged(fused, outer, inner)
-
-
-ORDERS: Mapping[float, Transform] = {0: FUSED_QKV, 1: _InnermostQkv(), 2: IDENTITY, 3: IDENTITY}
+ORDERS: Mapping[float, Transform] = {0: FUSED_QKV, 1: INNERMOST_QKV, 2: IDENTITY, 3: IDENTITY}
 """How a shard holds query, key and value, by version: [3, heads, size], [heads, size, 3], or head
 by head, [heads, 3, size]."""
 
@@ -232,6 +205,10 @@ def nested(named: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+_NORMS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
+"""As Megatron-DeepSpeed spells them; its megatron/arguments.py @ f6e1e62."""
+
+
 def completed(args: Mapping[str, Any]) -> dict[str, Any]:
     """Return the args of a legacy checkpoint as those of Megatron Core that say the same model.
 
@@ -248,6 +225,15 @@ def completed(args: Mapping[str, Any]) -> dict[str, Any]:
     }
     found = {**args}
     found |= {name: value for name, value in older.items() if args.get(name) is None}
+    if (norm := str(args.get("normalization"))) in _NORMS:
+        found["normalization"] = _NORMS[norm]
+    heads, keys = args.get("num_attention_heads"), found.pop("num_key_value_heads", None)
+    if keys not in (None, heads):
+        raise SchemaError(
+            f"args say num_key_value_heads {keys} of {heads} heads: Megatron-DeepSpeed then keeps "
+            "query and key_value apart, which is not read; bring the model to Hugging Face's names "
+            "with tools/hf2megads_weight_converter.py of Megatron-DeepSpeed"
+        )
     if args.get("openai_gelu"):
         found[FUSION] = True
     found |= _standalone_embedding(args)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckptx.errors import SchemaError, listing
-from ckptx.model.layout import Layout, Section, rule
+from ckptx.model.layout import Layout, Rule, rule, sections
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import QKV, ROTARY_PAIRS, compose
 from ckptx.schemas.config.traits import Biases
@@ -31,34 +31,41 @@ EMBEDDING = "tok_embeddings.weight"
 OUTPUT = "output.weight"
 
 
-def meta(name: str, *, embedding_axis: int) -> Layout:
-    """Return the layout whose shards cut the embedding along ``embedding_axis``."""
-    layer = "layers.{layer}."
-    attention, mlp = f"{layer}attention.", f"{layer}feed_forward."
-    projections = [f"{attention}w{part}.weight" for part in "qkv"]
-    rules = (
-        rule("qkv weight", projections, compose(QKV, ROTARY_PAIRS), tp=0),
-        rule("dense weight", f"{attention}wo.weight", tp=1),
-        rule("mlp l0 weight W", f"{mlp}w1.weight", tp=0),
-        rule("mlp l1 weight", f"{mlp}w2.weight", tp=1),
-        rule("mlp l0 weight V", f"{mlp}w3.weight", tp=0),
-        rule("input norm weight", f"{layer}attention_norm.weight"),
-        rule("post norm weight", f"{layer}ffn_norm.weight"),
-    )
-    return Layout(
-        name,
-        (
-            Section("embeddings", (rule("word embeddings", EMBEDDING, tp=embedding_axis),)),
-            Section("transformer layer {layer}", rules),
-            Section("final norm", (rule("weight", "norm.weight"),)),
-            Section("output layer", (rule("weight", OUTPUT, tp=0, when=untied),)),
+LAYER = "layers.{layer}."
+ATTENTION = f"{LAYER}attention."
+
+
+def after_meta(
+    name: str, qkv: Rule, output: Rule, *norms: Rule, ignored: str, embedding_axis: int = 0
+) -> Layout:
+    """Return a layout in Meta's names; ``norms`` are those of query and key.
+
+    Ranks cut the embedding along ``embedding_axis``.
+    """
+    mlp = f"{LAYER}feed_forward."
+    rules = {
+        "embeddings": (rule("word embeddings", EMBEDDING, tp=embedding_axis),),
+        "transformer layer {layer}": (
+            qkv,
+            rule("dense weight", f"{ATTENTION}wo.weight", tp=1),
+            *norms,
+            rule("mlp l0 weight W", f"{mlp}w1.weight", tp=0),
+            rule("mlp l1 weight", f"{mlp}w2.weight", tp=1),
+            rule("mlp l0 weight V", f"{mlp}w3.weight", tp=0),
+            rule("input norm weight", f"{LAYER}attention_norm.weight"),
+            rule("post norm weight", f"{LAYER}ffn_norm.weight"),
         ),
-        ("rope.freqs",),
-    )
+        "final norm": (rule("weight", "norm.weight"),),
+        "output layer": (output,),
+    }
+    return Layout(name, sections(rules), tuple(ignored.split()))
 
 
-META = meta("meta/llama", embedding_axis=0)
-META_WIDTH = meta("meta/llama-width", embedding_axis=1)
+_PROJECTIONS = [f"{ATTENTION}w{part}.weight" for part in "qkv"]
+_QKV = rule("qkv weight", _PROJECTIONS, compose(QKV, ROTARY_PAIRS), tp=0)
+_OUTPUT = rule("weight", OUTPUT, tp=0, when=untied)
+META = after_meta("meta/llama", _QKV, _OUTPUT, ignored="rope.freqs")
+META_WIDTH = after_meta("meta/llama-width", _QKV, _OUTPUT, ignored="rope.freqs", embedding_axis=1)
 
 FIELDS = (
     ("dim", "hidden_size"),

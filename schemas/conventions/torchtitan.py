@@ -13,44 +13,28 @@ torchtitan/models/{llama3,qwen3}/model/state_dict_adapter.py @ v0.2.2.
 
 from __future__ import annotations
 
-from ckptx.model.layout import Layout, Rule, Section, rule
+from ckptx.model.layout import Layout, rule
 from ckptx.model.transforms import QKV, ROTARY_PAIRS, Transform, compose
 from ckptx.schemas.conventions.blocks import qk_norm, untied
+from ckptx.schemas.conventions.meta import ATTENTION, EMBEDDING, after_meta
 
-EMBEDDING = "tok_embeddings.weight"
-_LAYER = "layers.{layer}."
-_ATTENTION = f"{_LAYER}attention."
-_MLP = f"{_LAYER}feed_forward."
+__all__ = ["CONVENTIONS", "EMBEDDING", "TORCHTITAN_LLAMA", "TORCHTITAN_QWEN"]
 
 
 def _layout(name: str, qkv: Transform, *, old: bool) -> Layout:
     projections = [
-        [f"{_ATTENTION}{module}w{part}.weight" for part in "qkv"] for module in ("qkv_linear.", "")
+        [f"{ATTENTION}{module}w{part}.weight" for part in "qkv"] for module in ("qkv_linear.", "")
     ]
     outputs = ["lm_head.weight", "output.weight"]
     if old:
         projections.reverse()
         outputs.reverse()
-    layer: tuple[Rule, ...] = (
-        rule("qkv weight", projections[0], qkv, also=[(projections[1], qkv)]),
-        rule("dense weight", f"{_ATTENTION}wo.weight"),
-        rule("q norm weight", f"{_ATTENTION}q_norm.weight", when=qk_norm),
-        rule("k norm weight", f"{_ATTENTION}k_norm.weight", when=qk_norm),
-        rule("mlp l0 weight W", f"{_MLP}w1.weight"),
-        rule("mlp l1 weight", f"{_MLP}w2.weight"),
-        rule("mlp l0 weight V", f"{_MLP}w3.weight"),
-        rule("input norm weight", f"{_LAYER}attention_norm.weight"),
-        rule("post norm weight", f"{_LAYER}ffn_norm.weight"),
-    )
-    return Layout(
+    return after_meta(
         name,
-        (
-            Section("embeddings", (rule("word embeddings", EMBEDDING),)),
-            Section("transformer layer {layer}", layer),
-            Section("final norm", (rule("weight", "norm.weight"),)),
-            Section("output layer", (rule("weight", outputs[0], also=outputs[1:], when=untied),)),
-        ),
-        ("freqs_cis", "rope_cache"),
+        rule("qkv weight", projections[0], qkv, tp=0, also=[(projections[1], qkv)]),
+        rule("weight", outputs[0], tp=0, also=outputs[1:], when=untied),
+        *(rule(f"{p} norm weight", f"{ATTENTION}{p}_norm.weight", when=qk_norm) for p in "qk"),
+        ignored="freqs_cis rope_cache",
     )
 
 

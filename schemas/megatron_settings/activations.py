@@ -51,15 +51,10 @@ def to_args(spec: ModelSpec) -> dict[str, Any]:
 
 def launch_flags(spec: ModelSpec) -> list[str]:
     """Return the options for what Megatron does not take from a checkpoint."""
-    match spec.activation:
-        case "gelu" if spec.add_bias_linear:
-            return ["--no-bias-gelu-fusion"]
-        case "quick_geglu":
-            return ["--quick-geglu"]
-        case "geglu" | "geglu_tanh":
-            return ["--gated-linear-unit"]
-        case _:
-            return []
+    flags = {"quick_geglu": "--quick-geglu", "gelu": "--no-bias-gelu-fusion"}
+    flags |= dict.fromkeys(("geglu", "geglu_tanh"), "--gated-linear-unit")
+    exact_anyway = spec.activation == "gelu" and not spec.add_bias_linear
+    return [flags[spec.activation]] if spec.activation in flags and not exact_anyway else []
 
 
 def notes(spec: ModelSpec) -> Iterator[str]:

@@ -57,6 +57,18 @@ def model(tmp_path):
     return tmp_path / "model", meant
 
 
+def test_a_vocabulary_with_more_rows_does_not_bring_the_quantisation_back(model, tmp_path):
+    directory, _ = model
+    path = directory / "config.json"
+    said = json.loads(path.read_text())
+    rows = said["vocab_size"]
+    path.write_text(json.dumps(said | {"vocab_size": rows - 1}))
+    convert(directory, tmp_path / "hf", "hf")
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["vocab_size"] == rows
+    assert "quantization_config" not in written
+
+
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])
 def test_values_are_those_of_torch(dtype, model, tmp_path):
     directory, meant = model

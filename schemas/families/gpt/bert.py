@@ -20,13 +20,13 @@ from ckptx.errors import SchemaError
 from ckptx.model.family import Family, FamilyConfig, MegatronModel
 from ckptx.model.layout import ExtraState, Layout, Rule, rule, sections
 from ckptx.model.spec import ModelSpec
-from ckptx.model.transforms import QKV
+from ckptx.model.transforms import QKV, Rearranged
 from ckptx.schemas.config.traits import NEW_GELU, NO_HEAD_KEYS, Biases, ConfigTable, llama_defaults
 from ckptx.schemas.config.translate import TableConfig
 from ckptx.schemas.conventions import legacy
 from ckptx.schemas.conventions.blocks import linear, norm, only_for, untied
 from ckptx.schemas.conventions.mcore import STYLES, Style, extra_states, mcore_gpt
-from ckptx.tensors.lazy import LazyTensor, Shape, replicated
+from ckptx.tensors.lazy import LazyTensor, replicated
 
 NAME = "megatron-bert"
 """The family."""
@@ -120,17 +120,16 @@ LEGACY = Layout(
 """As version 2 and later have it; embeddings are always tied."""
 
 
-class _Twice:
+class _Twice(Rearranged):
     """One tensor under two names; both are read, and compared."""
+
+    apart = "a tensor under two names does not lie in one place"
 
     def pack(self, canonical: Sequence[LazyTensor], spec: ModelSpec, tp: int) -> list[LazyTensor]:
         return [*canonical, *canonical]
 
     def unpack(self, packed: Sequence[LazyTensor], spec: ModelSpec, tp: int) -> list[LazyTensor]:
         return [replicated(packed)]
-
-    def origins(self, shapes: Sequence[Shape]) -> list[tuple[int, Shape]]:
-        raise SchemaError("a tensor under two names does not lie in one place")
 
 
 # The layer of transformers has a bias and a parameter to tie it to; untied, both are there.

@@ -254,7 +254,7 @@ def test_short_reads_are_continued(tmp_path, monkeypatch):
     assert (tmp_path / "out/x").read_bytes() == data.tobytes()
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fsync", "posix_fallocate"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
 def test_a_full_disk_stops_every_thread_and_names_the_file(tmp_path, monkeypatch, call):
     plan, paths = big(tmp_path, 30)
     real, calls, lock = getattr(os, call), [], threading.Lock()
@@ -291,17 +291,6 @@ def test_descriptors_stay_open_until_the_last_thread_is_done(tmp_path, monkeypat
     with pytest.raises(ConversionError, match="broken"):
         run(plan, paths, tmp_path / "out", threads=3, max_memory=2 << 30)
     assert not bad
-
-
-def test_a_file_system_without_fallocate(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EOPNOTSUPP, "not supported")
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
-    data = np.arange(9, dtype=np.uint8)
-    plan = SavePlan([file_of("x", stored(0, 0, "uint8", (9,)))])
-    run(plan, [put(tmp_path / "in", data)], tmp_path / "out")
-    assert (tmp_path / "out/x").read_bytes() == data.tobytes()
 
 
 def test_an_existing_file_is_not_written_over(tmp_path):
