@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,28 +115,21 @@ def open_checkpoint(
         CkptxError: it cannot be read at all.
     """
     own = spool if isinstance(spool, Spool) else TemporarySpool(spool)
-    begun: list[Begin] = []
-
-    def watched(messages: Iterator[Message]) -> Iterator[Message]:
-        for message in messages:
-            if isinstance(message, Begin):
-                begun.append(message)
-            yield message
-
     loader = find_loader(location, format)
     misfit: CkptxError | None = None
     try:
+        messages = checkpoint_messages(
+            location, loader, options=options, wants=wants, spool=own, context=context
+        )
+        begin = next(messages)
         try:
-            messages = checkpoint_messages(
-                location, loader, options=options, wants=wants, spool=own, context=context
-            )
-            model = collect(watched(messages))
+            model = collect(chain([begin], messages))
         except PluginError:
             raise
         except CkptxError as error:
-            if not begun:
+            if not isinstance(begin, Begin):
                 raise
-            model, misfit = Model(begun[0], End()), error
+            model, misfit = Model(begin, End()), error
     except BaseException:
         if own is not spool:
             own.close()
