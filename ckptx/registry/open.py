@@ -23,6 +23,7 @@ from ckptx.protocol.model import Model, collect
 from ckptx.registry import registry
 from ckptx.registry.detection import remembering
 from ckptx.registry.families import hf_tensors
+from ckptx.storage.location import Location
 from ckptx.storage.open_files import Files
 from ckptx.storage.spool import Spool, TemporarySpool
 from ckptx.tensors.lazy import LazyTensor
@@ -51,7 +52,7 @@ class Checkpoint:
     messages then, `misfit` says why, and `tensors` are named as they are stored.
     """
 
-    path: Path
+    path: Location
     format: str
     """The name of the loader."""
     model: Model
@@ -92,7 +93,7 @@ class Checkpoint:
 
 @remembering()
 def open_checkpoint(
-    location: Path,
+    location: Location,
     format: str | Loader | None = None,
     *,
     options: Mapping[str, Any] | None = None,
@@ -138,7 +139,7 @@ def open_checkpoint(
 
 
 @contextmanager
-def opened(checkpoint: Checkpoint | Path) -> Iterator[Checkpoint]:
+def opened(checkpoint: Checkpoint | Location) -> Iterator[Checkpoint]:
     """Return a checkpoint that is open already, or open it by its path for the while."""
     if isinstance(checkpoint, Checkpoint):
         yield checkpoint
@@ -148,7 +149,7 @@ def opened(checkpoint: Checkpoint | Path) -> Iterator[Checkpoint]:
 
 
 def checkpoint_messages(
-    location: Path,
+    location: Location,
     format: str | Loader | None = None,
     *,
     options: Mapping[str, Any] | None = None,
@@ -172,7 +173,7 @@ def checkpoint_messages(
 
 
 def find_loader(
-    location: Path, format: str | Loader | None, megatron_path: str | None = None
+    location: Location, format: str | Loader | None, megatron_path: str | None = None
 ) -> Loader:
     """Return the loader of a checkpoint, detected unless it is given.
 
