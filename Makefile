@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 MEGATRONS := $(VENV)/megatron-core/0.14.0 $(VENV)/megatron-core/0.19.2
 BRIDGE := $(VENV)/megatron-bridge/0.3.1
 
-.PHONY: demo test test-full nightly lint types bench docs clean
+.PHONY: demo test test-full nightly lint types bench versions docs clean
 
 demo: $(READY) ## Convert a small Llama to Megatron Core, reshard it, return it, compare every byte
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/demo.py
@@ -38,6 +38,10 @@ types: $(READY)
 
 bench: $(READY) ## Speed and memory, each paired with cp; see docs/performance.md
 	$(BIN)/python benchmarks/bench.py
+
+versions: $(READY) ## Every release that is supported, one environment at a time; see docs/versions.md
+	$(BIN)/python -m tests.versions.matrix
+	$(BIN)/python -m docs.refresh
 
 docs: $(READY) ## Refresh the generated parts of the documentation
 	$(BIN)/python -m docs.refresh

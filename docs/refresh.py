@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 import sys
@@ -33,6 +34,7 @@ from ckptx.registry import registry
 from ckptx.verification.diagnosis.search import KNOWN
 
 ROOT = Path(__file__).resolve().parent.parent
+VERSIONS = ROOT / "tests" / "versions.json"
 MARKED = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 WIDTH = 80
 """Columns of the help texts."""
@@ -309,6 +311,20 @@ def recognised() -> str:
     return f"{lines}."
 
 
+def versions() -> str:
+    """Return tables of what every release of a framework did, from ``make versions``."""
+    found: dict[str, dict[str, dict[str, str]]] = json.loads(VERSIONS.read_text())
+    parts = []
+    for framework, releases in found.items():
+        cells = list(dict.fromkeys(cell for said in releases.values() for cell in said))
+        rows = [
+            (version, *(said.get(cell, "-").replace("|", "/") for cell in cells))
+            for version, said in releases.items()
+        ]
+        parts.append(f"## {framework}\n\n{table((framework, *cells), rows)}")
+    return "\n\n".join(parts)
+
+
 def diagnoses() -> str:
     """Return the mistakes that ``verify`` knows, and what to do about each."""
     return table(
@@ -348,6 +364,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "vocabulary": canonical_names,
     "symbols": symbols,
     "recognised": recognised,
+    "versions": versions,
     "diagnoses": diagnoses,
     "example-pyproject": example("pyproject.toml", "toml"),
     "example-module": example("*.py", "python"),

@@ -6,16 +6,14 @@ Beside these there are the engine's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import click
 
 from ckptx.cli.options import (
-    Place,
-    argument,
     long_options,
     output_options,
+    place_options,
     short_options,
     show_report,
     show_result,
@@ -137,13 +135,10 @@ class ModifyCommand(ConversionCommand):
         super().__init__(
             "modify", "Remove, cast or rename tensors of a checkpoint.", "short", _modify
         )
-        path = Place(path_type=Path)
         cast = "Give tensors another dtype. Repeatable; the last counts."
         rename = "Give tensors other names; a * stays as it is. Repeatable."
         self.base = [
-            argument("load_dir", metavar="SRC", type=path, help="Checkpoint to read."),
-            argument("save_dir", metavar="DST", type=path, help="Where to write."),
-            option("--from --loader loader", str, "Format of SRC.  [detected]"),
+            *place_options(),
             option(
                 "--remove", str, "Leave out tensors. Repeatable.", multiple=True, metavar="GLOB"
             ),

@@ -82,15 +82,19 @@ def argument(name: str, help: str, **settings: Any) -> click.Argument:
         return click.Argument([name], **settings)
 
 
-def short_options() -> list[click.Parameter]:
-    """Return source, target and plugins as ``ckptx convert`` spells them."""
+def place_options() -> list[click.Parameter]:
+    """Return source, its format, and target."""
     path = Place(path_type=Path)
     return [
         argument("load_dir", metavar="SRC", type=path, help="Checkpoint to read."),
         argument("save_dir", metavar="DST", type=path, help="Where to write."),
         option("--from --loader loader", str, "Format of SRC.  [detected]"),
-        option("--to --saver saver", str, "Format of DST.", required=True),
     ]
+
+
+def short_options() -> list[click.Parameter]:
+    """Return source, target and plugins as ``ckptx convert`` spells them."""
+    return [*place_options(), option("--to --saver saver", str, "Format of DST.", required=True)]
 
 
 def long_options() -> list[click.Parameter]:

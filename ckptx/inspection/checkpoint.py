@@ -81,7 +81,7 @@ class Checkpoint(Mapping[str, "LazyTensor"], Shown):
     @property
     def path(self) -> Path:
         """Where it lies."""
-        return self.opened.path
+        return Path(self.opened.path)
 
     @property
     def format(self) -> str:

@@ -16,6 +16,7 @@ from ckptx.protocol.messages import TRAINING_STATE, Begin
 from ckptx.protocol.model import Model
 from ckptx.protocol.progress import Progress
 from ckptx.registry.open import Checkpoint, Problem, opened
+from ckptx.storage.location import Location
 from ckptx.storage.partial import PARTIAL
 from ckptx.tensors.lazy import Filled, LazyTensor
 from ckptx.tensors.placement import describe_partition, placement_of, stored_dtypes
@@ -264,7 +265,7 @@ def _stages(begin: Begin) -> tuple[str, ...]:
 
 
 def _chosen(
-    path: Path, tensors: Mapping[str, LazyTensor], wanted: Wanted
+    path: Location, tensors: Mapping[str, LazyTensor], wanted: Wanted
 ) -> Mapping[str, LazyTensor]:
     """Return the tensors that are asked for.
 

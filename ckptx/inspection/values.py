@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from ckptx.errors import PlanError, listing
 from ckptx.registry.open import Checkpoint, opened
-from ckptx.storage.gather import numpy_dtype, read
+from ckptx.storage.gather import read
 from ckptx.storage.open_files import Files
+from ckptx.tensors.dtypes import numpy_dtype
 from ckptx.tensors.lazy import LazyTensor, Shape
 from ckptx.text.wrapping import labelled
 

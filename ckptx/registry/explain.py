@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from itertools import chain
-from pathlib import Path
 
+from ckptx.storage.location import Location
 from ckptx.storage.partial import PARTIAL, is_held
 
 _ITERATION = re.compile(r"iter_\d{7}|release")
@@ -26,18 +26,18 @@ _FOREIGN = {
 
 Sources: ggml-org/ggml docs/gguf.md, NVIDIA/NeMo scripts/checkpoint_converters @ v2.0.0,
 NVIDIA/nvidia-resiliency-ext src/nvidia_resiliency_ext/checkpointing/local/ckpt_managers."""
-Recognised = Callable[[Path], bool]
+Recognised = Callable[[Location], bool]
 
 
-def why_absent(path: Path) -> str:
+def why_absent(path: Location) -> str:
     """Return why nothing is at ``path``, as far as is known."""
-    partial = path.with_name(f"{path.name}{PARTIAL}") if path.name else path
+    partial = path.parent / f"{path.name}{PARTIAL}" if path.name else path
     if not partial.is_dir():
         return "no such file or directory"
     return f"is not there yet: the conversion to it {_unfinished(partial)}"
 
 
-def _unfinished(partial: Path) -> str:
+def _unfinished(partial: Location) -> str:
     """Return what has become of a conversion by what it has left, and what to do."""
     if is_held(partial):
         return f"is still running ({partial}); wait for it"
@@ -47,7 +47,7 @@ def _unfinished(partial: Path) -> str:
     )
 
 
-def why_unrecognised(source: Path, recognised: Recognised) -> str:
+def why_unrecognised(source: Location, recognised: Recognised) -> str:
     """Return why ``source`` may be no checkpoint and what to do; empty if nothing is known.
 
     Args:
@@ -73,7 +73,7 @@ def why_unrecognised(source: Path, recognised: Recognised) -> str:
     return f"a conversion into it {_unfinished(partial)}"
 
 
-def _foreign(source: Path) -> str:
+def _foreign(source: Location) -> str:
     """Return what another program's format is, and which tool reads it; empty of any other."""
     inside = sorted(source.iterdir()) if source.is_dir() else [source]
     ranks = (sorted(path.iterdir()) for path in inside if path.name.isdigit() and path.is_dir())
@@ -84,7 +84,7 @@ def _foreign(source: Path) -> str:
     return ""
 
 
-def _checkpoints_below(source: Path, names: list[str], recognised: Recognised) -> str:
+def _checkpoints_below(source: Location, names: list[str], recognised: Recognised) -> str:
     found = [path for path in list(_below(source, names))[-_LOOKED_AT:] if recognised(path)]
     if not found:
         return ""
@@ -97,7 +97,7 @@ def _checkpoints_below(source: Path, names: list[str], recognised: Recognised) -
     return f"{why}{what} below it: give {given}{rest}"
 
 
-def _below(source: Path, names: list[str]) -> Iterator[Path]:
+def _below(source: Location, names: list[str]) -> Iterator[Location]:
     """Yield directories that may have been meant: the next ones, and those of the Hub's cache.
 
     The cache keeps models as ``models--ORGANISATION--NAME/snapshots/COMMIT``

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ckptx.protocol.model import Model, collect
 from ckptx.registry import registry
 from ckptx.registry.detection import remembering
 from ckptx.registry.families import hf_tensors
+from ckptx.storage.location import Location
 from ckptx.storage.open_files import Files
 from ckptx.storage.spool import Spool, TemporarySpool
 from ckptx.tensors.lazy import LazyTensor
@@ -50,7 +52,7 @@ class Checkpoint:
     messages then, `misfit` says why, and `tensors` are named as they are stored.
     """
 
-    path: Path
+    path: Location
     format: str
     """The name of the loader."""
     model: Model
@@ -91,7 +93,7 @@ class Checkpoint:
 
 @remembering()
 def open_checkpoint(
-    location: Path,
+    location: Location,
     format: str | Loader | None = None,
     *,
     options: Mapping[str, Any] | None = None,
@@ -114,28 +116,21 @@ def open_checkpoint(
         CkptxError: it cannot be read at all.
     """
     own = spool if isinstance(spool, Spool) else TemporarySpool(spool)
-    begun: list[Begin] = []
-
-    def watched(messages: Iterator[Message]) -> Iterator[Message]:
-        for message in messages:
-            if isinstance(message, Begin):
-                begun.append(message)
-            yield message
-
     loader = find_loader(location, format)
     misfit: CkptxError | None = None
     try:
+        messages = checkpoint_messages(
+            location, loader, options=options, wants=wants, spool=own, context=context
+        )
+        begin = next(messages)
         try:
-            messages = checkpoint_messages(
-                location, loader, options=options, wants=wants, spool=own, context=context
-            )
-            model = collect(watched(messages))
+            model = collect(chain([begin], messages))
         except PluginError:
             raise
         except CkptxError as error:
-            if not begun:
+            if not isinstance(begin, Begin):
                 raise
-            model, misfit = Model(begun[0], End()), error
+            model, misfit = Model(begin, End()), error
     except BaseException:
         if own is not spool:
             own.close()
@@ -144,7 +139,7 @@ def open_checkpoint(
 
 
 @contextmanager
-def opened(checkpoint: Checkpoint | Path) -> Iterator[Checkpoint]:
+def opened(checkpoint: Checkpoint | Location) -> Iterator[Checkpoint]:
     """Return a checkpoint that is open already, or open it by its path for the while."""
     if isinstance(checkpoint, Checkpoint):
         yield checkpoint
@@ -154,7 +149,7 @@ def opened(checkpoint: Checkpoint | Path) -> Iterator[Checkpoint]:
 
 
 def checkpoint_messages(
-    location: Path,
+    location: Location,
     format: str | Loader | None = None,
     *,
     options: Mapping[str, Any] | None = None,
@@ -178,7 +173,7 @@ def checkpoint_messages(
 
 
 def find_loader(
-    location: Path, format: str | Loader | None, megatron_path: str | None = None
+    location: Location, format: str | Loader | None, megatron_path: str | None = None
 ) -> Loader:
     """Return the loader of a checkpoint, detected unless it is given.
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptx.errors import FormatError, PluginError, listing
@@ -27,6 +26,7 @@ from ckptx.registry.entries import entries as entries
 if TYPE_CHECKING:
     from ckptx.model.family import Family
     from ckptx.protocol.contracts import Loader, Saver, SideFile
+    from ckptx.storage.location import Location
 
 RECOGNISED = {
     "fsdp_dtensor": "Megatron FSDP checkpoints",
@@ -69,7 +69,7 @@ def _behind(alias: str) -> tuple[str, ...]:
     return tuple(found) or (alias,)
 
 
-def loader(name: str, megatron_path: str | None = None, source: Path | None = None) -> Loader:
+def loader(name: str, megatron_path: str | None = None, source: Location | None = None) -> Loader:
     """Return the loader called ``name``, or the Megatron-style module ``loader_<name>``.
 
     Of several formats that ``name`` is an alias of, ``source`` says which is meant; without it the
@@ -168,7 +168,7 @@ def side_files(
     return found
 
 
-def detect(source: Path) -> str:
+def detect(source: Location) -> str:
     """Return the name of the one loader that recognises ``source``.
 
     Raises:
@@ -197,7 +197,7 @@ def detect(source: Path) -> str:
 
 
 @remembering()
-def _recognising(source: Path) -> list[str]:
+def _recognising(source: Location) -> list[str]:
     """Return the loaders that recognise ``source``; a plugin that is broken is logged.
 
     Those are asked whose declared files are there; then those that nobody declares.
@@ -219,7 +219,7 @@ def _recognising(source: Path) -> list[str]:
     return found
 
 
-def _holds(source: Path, names: Sequence[str], patterns: Sequence[str]) -> bool:
+def _holds(source: Location, names: Sequence[str], patterns: Sequence[str]) -> bool:
     """Return whether a pattern is that of a name, or of a file in a folder of ``source``."""
     return any(
         next(source.glob(pattern), None) if "/" in pattern else fnmatch.filter(names, pattern)

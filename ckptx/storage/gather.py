@@ -19,12 +19,11 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptx.storage.open_files import Files
-from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.tensors.dtypes import ITEMSIZE, numpy_dtype
 from ckptx.tensors.lazy import Box, Cast, Computed, Filled, LazyTensor, Shape, Sliced, Stored
 from ckptx.tensors.operations import OPERATIONS, needs
 from ckptx.tensors.pieces import cut, flat_boxes, pieces
@@ -36,12 +35,6 @@ _GAP = 64 << 10  # bytes of gap that are cheaper to read over than to skip
 _SPARSE = 1 << 20  # bytes between two steps of one rectangle from which it is read in parts
 
 _UNSIGNED: dict[int, np.dtype[Any]] = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
-
-
-def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """Return the numpy dtype that computes with a ckptx dtype."""
-    special = getattr(ml_dtypes, dtype, None)
-    return np.dtype(special if special is not None else dtype)
 
 
 @dataclass(slots=True)
@@ -127,12 +120,11 @@ class Gather:
 
     def _add_cast(self, leaf: Cast, strides: Shape, offset: int, buffer: NDArray[np.uint8]) -> None:
         base = leaf.base
-        held = np.empty(base.nbytes, np.uint8)
-        self.add_box(base, tuple((0, n) for n in base.shape), held)
+        held = self._whole(base)
         target = _view(buffer, leaf.shape, strides, offset, numpy_dtype(leaf.dtype))
 
         def convert() -> None:
-            values = held.view(numpy_dtype(base.dtype)).reshape(base.shape)
+            values = held
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):
                 if (base.dtype, leaf.dtype) == ("float64", "float16"):
                     values = values.astype(np.float32)  # torch rounds twice
@@ -141,12 +133,8 @@ class Gather:
         self._after.append(convert)
 
     def _add_computed(self, tensor: Computed, box: Box, target: NDArray[Any]) -> None:
-        inputs: list[NDArray[Any]] = []
-        for source, needed in zip(tensor.inputs, needs(tensor, box), strict=True):
-            part = cut(source, needed)
-            held = np.empty(part.nbytes, np.uint8)
-            self.add_box(part, tuple((0, n) for n in part.shape), held)
-            inputs.append(held.view(numpy_dtype(part.dtype)).reshape(part.shape))
+        wanted = zip(tensor.inputs, needs(tensor, box), strict=True)
+        inputs = [self._whole(cut(source, needed)) for source, needed in wanted]
 
         def compute() -> None:
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -154,6 +142,10 @@ class Gather:
                 np.copyto(target, values, casting="unsafe")
 
         self._after.append(compute)
+
+    def _whole(self, tensor: LazyTensor) -> NDArray[Any]:
+        """Ask for a whole tensor; its elements are there once `run` has read them."""
+        return self.add_range(tensor, 0, tensor.numel).reshape(tensor.shape)
 
     def _read_run(self, request: _Request) -> None:
         start = request.target

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from pathlib import Path
+
+from ckptx.storage.location import Location
 
 PARTIAL = ".ckptx-partial"
 LOCK, OWNER = "lock", "owner"
@@ -14,7 +15,7 @@ LOCK, OWNER = "lock", "owner"
 MANIFEST = "ckptx-manifest.json"
 
 
-def is_held(partial: Path) -> bool:
+def is_held(partial: Location) -> bool:
     """Return whether a run is at work in a partial directory."""
     try:
         lock = os.open(partial / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

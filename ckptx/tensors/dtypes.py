@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
 from ckptx.errors import PlanError
+
+if TYPE_CHECKING:  # planning computes nothing, and needs no numpy
+    import numpy as np
 
 DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes that a model can be cast to."""
@@ -64,6 +70,15 @@ _WIDENING = {
 
 
 _CAST_TARGETS = {"float64", "float32", "float16", "bfloat16"}
+
+
+@cache
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """Return the numpy dtype that computes with a ckptx dtype."""
+    import ml_dtypes
+    import numpy as np
+
+    return np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
 
 
 def is_widening(source: str, target: str) -> bool:

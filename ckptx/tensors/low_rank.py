@@ -26,7 +26,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ckptx.errors import SchemaError
-from ckptx.tensors.dtypes import DTYPES
+from ckptx.tensors.dtypes import DTYPES, numpy_dtype
 from ckptx.tensors.lazy import Box, Computed, Filled, LazyTensor
 
 if TYPE_CHECKING:  # planning computes nothing, and needs no numpy
@@ -65,7 +65,7 @@ class LowRank:
         update = product(left, right)
         update *= scale
         if self.rounded and tensor.dtype != "float32":
-            update = update.astype(_numpy(tensor.dtype)).astype(np.float32)
+            update = update.astype(numpy_dtype(tensor.dtype)).astype(np.float32)
         update += weight.astype(np.float32)
         return update
 
@@ -229,10 +229,3 @@ def _spelled_out(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArr
             nearer = np.nextafter(found, np.where(lost > 0, np.inf, -np.inf))
             total = np.where(inexact, nearer, found).astype(np.float32)
     return total
-
-
-def _numpy(dtype: str) -> np.dtype[Any]:
-    import ml_dtypes
-    import numpy as np
-
-    return np.dtype(getattr(ml_dtypes, dtype, None) or dtype)

@@ -12,6 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ckptx.errors import SchemaError
+from ckptx.tensors.dtypes import numpy_dtype
 from ckptx.tensors.lazy import Box, Computed, LazyTensor
 from ckptx.tensors.low_rank import Dora, LowRank
 
@@ -77,10 +78,9 @@ class Dequantise:
 @cache
 def _table(dtype: str) -> NDArray[np.float32]:
     """Return the value of every code: looking one up is faster than computing it."""
-    import ml_dtypes
     import numpy as np
 
-    codes = np.arange(256, dtype=np.uint8).view(getattr(ml_dtypes, dtype))
+    codes = np.arange(256, dtype=np.uint8).view(numpy_dtype(dtype))
     table: NDArray[np.float32] = codes.astype(np.float32)
     return table
 

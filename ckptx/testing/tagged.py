@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptx.storage.gather import numpy_dtype
-from ckptx.tensors.dtypes import ITEMSIZE
+from ckptx.tensors.dtypes import ITEMSIZE, numpy_dtype
 
 _SHOWN = 3
 

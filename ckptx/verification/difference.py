@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptx.storage.blocks import BlockReader
-from ckptx.storage.gather import numpy_dtype
+from ckptx.tensors.dtypes import numpy_dtype
 from ckptx.tensors.lazy import LazyTensor
 
 _STEP = 32 << 10  # elements whose differences are computed at a time, in the processor's cache

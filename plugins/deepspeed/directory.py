@@ -445,8 +445,8 @@ def _check_kind(model: Mapping[str, Any], directory: Location, count: int) -> No
     if isinstance((model["module"] or {}).get("language_model"), Mapping):
         raise FormatError(
             f"{directory}: 'module' of the model states is the nested tree of a legacy Megatron "
-            "model (language_model), as Megatron-DeepSpeed saves it without a pipeline, which is "
-            "not loaded; bring it to Hugging Face's names with the tools of Megatron-DeepSpeed"
+            "model (language_model), in parts of ZeRO 3, which are not put together; gather them "
+            "with zero_to_fp32 of DeepSpeed, or save with stage3_gather_16bit_weights_on_model_save"
         )
     if model.get("ds_autoep_layers"):
         raise FormatError(

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import EnumValue
 from ckptx.conversion.options import option, switch
 from ckptx.errors import FormatError, listing
@@ -22,6 +23,7 @@ from ckptx.hf_models.directory import base_sidecars, training_state
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import INDEXES, SINGLES, base_tensors, read_weights
 from ckptx.plugins.deepspeed import directory, ranks, weights
+from ckptx.plugins.megatron.legacy import LegacyLoader
 from ckptx.plugins.pytorch.module_names import (
     file_names,
     nearest_config,
@@ -75,7 +77,11 @@ class DeepspeedLoader:
     def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
         masters = (options.get("weights") or "master") == "master"
-        saved = directory.read(directory.find(source, options.get("tag")), masters)
+        tag = directory.find(source, options.get("tag"))
+        if _is_legacy(tag):
+            yield from LegacyLoader().load(tag, {}, context)
+            return
+        saved = directory.read(tag, masters)
         # What is converted to another dtype anyway need not have one dtype before.
         widen = context.dtype is None
         prefix = options.get("prefix") or ""
@@ -116,6 +122,17 @@ class DeepspeedLoader:
         beside = training_state(root) if (root / "latest").is_file() else ()
         end = End((*found.dropped, *left, *beside), notes)
         yield from trained_messages(begin, found.tensors, end, options, context)
+
+
+def _is_legacy(tag: Location) -> bool:
+    """Return whether a file per rank holds the tree of a legacy Megatron model, and its args."""
+    first = min(tag.glob("mp_rank_*_model_states.pt"), default=None)
+    state = first and torch_zip.read(first, 0)
+    return (
+        isinstance(state, Mapping)
+        and isinstance(state.get("module"), Mapping)
+        and isinstance(state["module"].get("language_model"), Mapping)
+    )
 
 
 def _shapes(

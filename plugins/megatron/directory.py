@@ -34,7 +34,7 @@ class IterationDirectory:
     path: Location
     iteration: Iteration
     format: str
-    """``"torch_dist"`` or ``"torch"``."""
+    """``"torch_dist"``, ``"torch"``, or ``"deepspeed"``: a file per rank, by Megatron-DeepSpeed."""
 
 
 def iteration_name(iteration: Iteration) -> str:
@@ -96,7 +96,10 @@ def find(source: Location) -> IterationDirectory:
             )
     else:
         iteration = _iteration_of(directory)
-    if (stored := _format(directory)) is None:
+    stored = _format(directory)
+    if stored is None and any(directory.glob("mp_rank_*_model_states.pt")):
+        stored = "deepspeed"
+    if stored is None:
         raise FormatError(
             f"{directory}: neither metadata.json nor mp_rank_* is there; not a Megatron "
             "checkpoint, or one whose saving was interrupted"
@@ -133,7 +136,7 @@ def unfinished(source: Location) -> tuple[str, ...]:
 
 
 def _iteration_of(directory: Location) -> Iteration:
-    number = directory.name.removeprefix("iter_")
+    number = directory.name.removeprefix("iter_").removeprefix("global_step")
     return int(number) if number.isdigit() else "release"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
 from ckptx.conversion.options import option
@@ -60,6 +62,11 @@ class LegacyLoader(CoreLoader):
         Raises:
             FormatError: the checkpoint is none of ranks, or its files do not belong together.
         """
+        if place.format == "deepspeed":
+            kind = rank_names.DEEPSPEED_FILES
+            source = per_rank.read(place, LEGACY, legacy.completed, kind)
+            note = "the module's weights were taken; fp32 masters of an optimizer are not read"
+            return replace(source, notes=(*source.notes, note))
         if place.format != "torch":
             raise FormatError(
                 f"{place.path}: legacy Megatron models lie in mp_rank_* directories; this is "

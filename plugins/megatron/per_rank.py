@@ -79,13 +79,15 @@ def read(
         FormatError: a rank is missing, superfluous, damaged or of another run.
     """
     directory = checkpoint.path
-    found = rank_names.rank_directories(directory)
+    found = rank_names.rank_directories(directory, kind)
     first = _read_rank(rank_names.rank_file(found[0], kind), 0, form, kind)
     args = dict(completed(first.args))
     tp, pp, ep, etp = rank_names.parallel_sizes(args, found, kind)
     ranks = rank_names.stored_ranks(tp, ep, etp)
     names = [
-        rank_names.directory_name(rank, pp_rank, pp) for pp_rank in range(pp) for rank in ranks
+        rank_names.directory_name(rank, pp_rank, pp) + kind.ending
+        for pp_rank in range(pp)
+        for rank in ranks
     ]
     rank_checks.check_directories(directory, names, [path.name for path in found])
     paths = [rank_names.rank_file(directory / name, kind) for name in names]
@@ -99,7 +101,7 @@ def read(
     notes = rank_checks.check_copies(grid, ranks)
     rank_checks.check_order(grid, ranks)
     weights = {
-        f"{rank.path.parent.name}:{index}:{name}": tensor
+        f"{rank.label}:{index}:{name}": tensor
         for rank in grid
         for index, model in enumerate(rank.models)
         for name, tensor in model.items()
@@ -232,7 +234,7 @@ def _messages(
     }
     stages = {}
     for (pp_rank, vpp_rank), shards in left.items():
-        labels = [f"{rank.path.parent.name}: " for rank in grid[pp_rank * width :][:width]]
+        labels = [f"{rank.label}: " for rank in grid[pp_rank * width :][:width]]
         stages[pp_rank, vpp_rank] = Shards.of_grid(shards, ranks, labels)
     taker = Gatherer(layout, spec)
     found = {}
@@ -244,7 +246,7 @@ def _messages(
         copies = []
         for chunk in (c for c in chunks if _stores(c, message, layer)):
             stage = stages[chunk.pp_rank, chunk.vpp_rank]
-            label = f"{grid[chunk.pp_rank * width].path.parent.name}: "
+            label = f"{grid[chunk.pp_rank * width].label}: "
             copies.append(own.take(held.rules, stage, _local(chunk, message, layer), label))
         keys = set.intersection(*map(set, copies))
         found[message] = {k: replicated([c[k] for c in copies]) for k in copies[0] if k in keys}
@@ -254,7 +256,7 @@ def _messages(
         _join_tied(found, stages[last.pp_rank, last.vpp_rank], taker, copy)
     taker.finish(
         [
-            f"{grid[pp_rank * width + number].path.parent.name}: {name}"
+            f"{grid[pp_rank * width + number].label}: {name}"
             for (pp_rank, _), shards in left.items()
             for number, shard in enumerate(shards)
             for name in shard
@@ -397,8 +399,10 @@ def _dropped(grid: list[RankFile]) -> Iterator[Dropped]:
     totals: Counter[str] = Counter()
     for rank in grid:
         totals.update(rank.other)
-        for file in rank.path.parent.iterdir():
-            if file != rank.path and file.is_file():
+    paths = {rank.path for rank in grid}
+    for place in {path.parent for path in paths}:
+        for file in place.iterdir():
+            if file not in paths and file.is_file():
                 totals[file.name] += file.stat().st_size
     for key, size in totals.items():
         yield Dropped(key, MADE_ANEW if key.endswith(BUFFERS) else TRAINING_STATE, size)

@@ -49,6 +49,12 @@ class RankFile:
     """Bytes of extra states."""
     other: dict[str, int]
 
+    @property
+    def label(self) -> str:
+        """The name of the rank: of its directory, or of a file beside those of the others."""
+        own = self.path.name
+        return own.partition("_model")[0] if own.startswith("mp_rank_") else self.path.parent.name
+
 
 def check_directories(directory: Location, expected: list[str], found: list[str]) -> None:
     """Raise a FormatError unless there is a directory for each rank, and no other."""
@@ -75,12 +81,12 @@ def check_same_run(first: RankFile, rank: RankFile) -> None:
     for name, value in there.items():
         if value != here[name]:
             raise FormatError(
-                f"{rank.path}: {name} is {value}, in {first.path.parent.name} it is {here[name]}; "
+                f"{rank.path}: {name} is {value}, in {first.label} it is {here[name]}; "
                 "the rank files are of different runs"
             )
     if first.iteration != rank.iteration:
         raise FormatError(
-            f"{rank.path}: is of iteration {rank.iteration}, {first.path.parent.name} of "
+            f"{rank.path}: is of iteration {rank.iteration}, {first.label} of "
             f"{first.iteration}; the rank files are of different runs"
         )
 
@@ -208,6 +214,6 @@ def check_order(grid: list[RankFile], ranks: Sequence[Rank]) -> None:
             if type(low) is int and type(high) is int and low >= high:
                 raise FormatError(
                     f"{after.path}: its args are of rank {high}, expected one above {low}, which "
-                    f"{before.path.parent.name} of the {axis}-parallel rank before is of; the "
+                    f"{before.label} of the {axis}-parallel rank before is of; the "
                     "files are in each other's place, copy them again"
                 )

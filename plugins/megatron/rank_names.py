@@ -33,9 +33,19 @@ class Files:
     """Those that it may have."""
     state: Callable[[Any, Location], Any] = _as_it_is
     """Returns what a file holds as Megatron has it: a dictionary with ``model`` or ``model0``..."""
+    ending: str = ""
+    """What follows a rank's name where that is a file, not a directory."""
+
+
+def _of_engine(state: Any, path: Location) -> Any:
+    if not isinstance(state, Mapping) or "module" not in state:
+        raise FormatError(f"{path}: expected a dictionary of DeepSpeed with 'module'")
+    return {"model" if key == "module" else key: value for key, value in state.items()}
 
 
 MEGATRON_FILES = Files()
+DEEPSPEED_FILES = Files((), _of_engine, "_model_states.pt")
+"""Source: deepspeedai/Megatron-DeepSpeed megatron/checkpointing.py (save_checkpoint) @ f6e1e62."""
 
 
 def directory_name(rank: Rank, pp_rank: int, pp: int) -> str:
@@ -123,15 +133,18 @@ def rank_file(directory: Location, kind: Files) -> Location:
     Raises:
         FormatError: there is none.
     """
+    if kind.ending:
+        return directory
     for name in kind.names:
         if (directory / name).is_file():
             return directory / name
     raise FormatError(f"{directory}: holds no {kind.names[0]}; the checkpoint is incomplete")
 
 
-def rank_directories(directory: Location) -> list[Location]:
-    """Return the directories of all ranks by name."""
-    return sorted(path for path in directory.glob("mp_rank_*") if path.is_dir())
+def rank_directories(directory: Location, kind: Files = MEGATRON_FILES) -> list[Location]:
+    """Return the directories, or the files, of all ranks by name."""
+    found = directory.glob(f"mp_rank_*{kind.ending}")
+    return sorted(path for path in found if path.is_dir() != bool(kind.ending))
 
 
 def _sizes_by_name(found: list[Location], kind: Files) -> tuple[int, int, int]:
@@ -145,12 +158,13 @@ def _sizes_by_name(found: list[Location], kind: Files) -> tuple[int, int, int]:
     """
     numbers = []
     for path in found:
-        if not _RANK_NAME.fullmatch(path.name):
+        name = path.name.removesuffix(kind.ending)
+        if not _RANK_NAME.fullmatch(name):
             raise FormatError(
                 f"{path}: expected mp_rank_TT, mp_rank_TT_PPP or mp_rank_TT_PPP_EEE; move away "
                 "what does not belong to this checkpoint"
             )
-        numbers.append(tuple(map(int, path.name.split("_")[2:])))
+        numbers.append(tuple(map(int, name.split("_")[2:])))
     if len({len(number) for number in numbers}) > 1:
         raise FormatError(
             f"{found[0].parent}: {found[0].name} and {found[-1].name} are named for different "

@@ -205,6 +205,10 @@ def nested(named: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+_NORMS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
+"""As Megatron-DeepSpeed spells them; its megatron/arguments.py @ f6e1e62."""
+
+
 def completed(args: Mapping[str, Any]) -> dict[str, Any]:
     """Return the args of a legacy checkpoint as those of Megatron Core that say the same model.
 
@@ -221,6 +225,15 @@ def completed(args: Mapping[str, Any]) -> dict[str, Any]:
     }
     found = {**args}
     found |= {name: value for name, value in older.items() if args.get(name) is None}
+    if (norm := str(args.get("normalization"))) in _NORMS:
+        found["normalization"] = _NORMS[norm]
+    heads, keys = args.get("num_attention_heads"), found.pop("num_key_value_heads", None)
+    if keys not in (None, heads):
+        raise SchemaError(
+            f"args say num_key_value_heads {keys} of {heads} heads: Megatron-DeepSpeed then keeps "
+            "query and key_value apart, which is not read; bring the model to Hugging Face's names "
+            "with tools/hf2megads_weight_converter.py of Megatron-DeepSpeed"
+        )
     if args.get("openai_gelu"):
         found[FUSION] = True
     found |= _standalone_embedding(args)

@@ -186,13 +186,51 @@ def test_a_part_of_a_checkpoint_is_told_from_the_whole(made, tmp_path):
         convert(tmp_path / "run", tmp_path / "hf", "hf")
 
 
-def test_a_legacy_tree_in_model_states_is_named(tmp_path):
-    """As Megatron-DeepSpeed saves a model without a pipeline."""
-    embedding = {"word_embeddings": {"weight": torch.ones(8, 4)}}
-    module = {"language_model": {"embedding": embedding, "encoder": {}}}
-    (tmp_path / "global_step10").mkdir()
-    state = {"module": module, "dp_world_size": 1, "mp_world_size": 1}
-    torch.save(state, tmp_path / "global_step10" / "mp_rank_00_model_states.pt")
-    assert registry.detect(tmp_path) == "deepspeed"
-    with pytest.raises(FormatError, match="the nested tree of a legacy Megatron model"):
-        convert(tmp_path, tmp_path / "hf", "hf")
+@pytest.fixture
+def engine(tmp_path):
+    """A legacy model as Megatron-DeepSpeed saves it without a pipeline: the tree in the module."""
+    hf.llama(tmp_path / "hf", num_hidden_layers=1, num_key_value_heads=8)
+    convert(tmp_path / "hf", tmp_path / "legacy", "legacy", target_tensor_parallel_size=2)
+    run = tmp_path / "run" / "global_step10"
+    run.mkdir(parents=True)
+    for rank, file in enumerate(sorted((tmp_path / "legacy").rglob("model_optim_rng.pt"))):
+        state = torch.load(file, weights_only=False)
+        state["args"].normalization, state["args"].num_key_value_heads = "rmsnorm", 8
+        del state["args"].ckptx
+        engine = {"module": state.pop("model"), **state, "dp_world_size": 1, "mp_world_size": 2}
+        torch.save(engine, run / f"mp_rank_{rank:02d}_model_states.pt")
+    (run / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"")
+    (run.parent / "latest").write_text("global_step10")
+    return run
+
+
+def test_a_legacy_tree_in_model_states_is_read(engine, tmp_path):
+    assert registry.detect(engine.parent) == "deepspeed"
+    facts = convert(engine.parent, tmp_path / "back", "hf")
+    assert any("fp32 masters of an optimizer are not read" in note for note in facts.notes)
+    assert any("optim_states" in str(one) for one in facts.dropped)
+    convert(engine, tmp_path / "by_name", "hf", loader="legacy")
+    wanted = hf.weights(tmp_path / "hf")
+    for target in ("back", "by_name"):
+        found = hf.weights(tmp_path / target)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_legacy_tree_that_is_not_read_is_named(engine, tmp_path):
+    file = engine / "mp_rank_00_model_states.pt"
+    state = torch.load(file, weights_only=False)
+    state["args"].num_key_value_heads = 4
+    torch.save(state, file)
+    with pytest.raises(CkptxError, match="keeps query and key_value apart"):
+        convert(engine, tmp_path / "refused", "hf")
+    state["args"].num_key_value_heads = 8
+    torch.save(state, file)
+    (engine / "mp_rank_01_model_states.pt").unlink()
+    with pytest.raises(CkptxError, match=r"mp_rank_01_model_states\.pt"):
+        convert(engine, tmp_path / "refused", "hf")
+    state["module"] = {"language_model": {}}
+    file.unlink()
+    torch.save(state, engine / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    with pytest.raises(FormatError, match=r"the nested tree of a legacy .* parts of ZeRO 3"):
+        convert(engine, tmp_path / "refused", "hf", loader="deepspeed")

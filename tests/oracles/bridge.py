@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from .mcore_versions import Empty
+
 ROOT = Path(__file__).parents[2]
 ABSENT = {
     *("PIL", "causal_conv1d", "datasets", "einops", "flash_attn", "mamba_ssm", "modelopt"),
@@ -74,19 +76,6 @@ def _asked(request: dict[str, Any]) -> torch.Tensor:
         return logits
 
 
-class _Empty(types.ModuleType):
-    """A module that has whatever is asked for."""
-
-    __path__ = ()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        found = type(name, (), {}) if name[:1].isupper() else lambda *_, **__: None
-        setattr(self, name, found)
-        return found
-
-
 class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the modules of packages that are not installed, empty."""
 
@@ -96,7 +85,7 @@ class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _Empty(spec.name)
+        return Empty(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
         """Leave it empty."""
@@ -115,9 +104,9 @@ def _install() -> None:
     sys.path.append(str(home))
     sys.meta_path.append(_Absent())
     for name in ("torch.utils.tensorboard", "torch.utils.tensorboard.writer"):
-        sys.modules[name] = _Empty(name)
+        sys.modules[name] = Empty(name)
     for name in (BRIDGE, f"{BRIDGE}.models"):  # their own import every model
-        module = _Empty(name)
+        module = Empty(name)
         module.__path__ = [str(home / name.replace(".", "/"))]
         sys.modules[name] = module
 

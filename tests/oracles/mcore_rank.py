@@ -29,17 +29,13 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
-    get_gpt_mtp_block_spec,
 )
-from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer import enums
+from megatron.core.transformer import transformer_config as configs
 from megatron.core.transformer.moe import experts
-from megatron.core.transformer.transformer_config import (
-    MLATransformerConfig,
-    TransformerConfig,
-)
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from . import mcore_args
 from .mcore_model import BertModel, LlavaModel
@@ -134,14 +130,16 @@ def _initialise(layout: Layout, rank: int, scratch: Path) -> None:
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=layout.world_size, timeout=COLLECTIVE_TIMEOUT
     )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=_chunks_per_rank(layout),
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp or layout.tp,
-        create_gloo_process_groups=False,
-    )
+    sizes = {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": _chunks_per_rank(layout),
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp or layout.tp,
+        "create_gloo_process_groups": False,
+    }
+    make = parallel_state.initialize_model_parallel
+    make(**accepted(make, sizes))
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     prepare_to_save(filesystem_async)
 
@@ -218,7 +216,7 @@ def transformer_config(
     }
     values["activation_func"] = ACTIVATIONS[values.get("activation_func", "gelu")]
     mla = values.get("multi_latent_attention")
-    kind = MLATransformerConfig if mla else TransformerConfig
+    kind = configs.MLATransformerConfig if mla else TransformerConfig
     return kind(**accepted(kind, values))
 
 
@@ -232,17 +230,20 @@ def _specs(config: TransformerConfig, *, use_te: bool, vp_stage: int | None) -> 
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
-            multi_latent_attention=config.multi_latent_attention,
+            **accepted(
+                make, {"multi_latent_attention": getattr(config, "multi_latent_attention", False)}
+            ),
             **extra,
         )
 
-    if not config.num_moe_experts:
+    block_spec = getattr(gpt_layer_specs, "get_gpt_decoder_block_spec", None)  # since core 0.10
+    if not config.num_moe_experts or block_spec is None:
         layer_spec = one_layer()
     else:
-        layer_spec = get_gpt_decoder_block_spec(
+        layer_spec = block_spec(
             config,
             **accepted(
-                get_gpt_decoder_block_spec,
+                block_spec,
                 {
                     "use_transformer_engine": use_te,
                     "normalization": config.normalization,
@@ -261,7 +262,7 @@ def _specs(config: TransformerConfig, *, use_te: bool, vp_stage: int | None) -> 
             normalization=config.normalization,
             vp_stage=vp_stage,
         )[-1]
-    mtp_spec = get_gpt_mtp_block_spec(
+    mtp_spec = gpt_layer_specs.get_gpt_mtp_block_spec(
         config, last_layer, use_transformer_engine=use_te, vp_stage=vp_stage
     )
     return layer_spec, mtp_spec
@@ -429,7 +430,7 @@ def _save(request: Request, chunks: list[GPTModel]) -> None:
             str(directory),
             **accepted(dist_checkpointing.save, {"content_metadata": metadata}),
         )
-    elif parallel_state.get_expert_data_parallel_rank() == 0:
+    elif _is_first_copy():
         file = _rank_file(directory)
         file.parent.mkdir(exist_ok=True)
         for index, chunk in enumerate(chunks):
@@ -443,6 +444,12 @@ def _save(request: Request, chunks: list[GPTModel]) -> None:
         )
 
 
+def _is_first_copy() -> bool:
+    """Return whether no rank before has the same weights; core 0.9 has one rule for all of them."""
+    own = getattr(parallel_state, "get_expert_data_parallel_rank", None)
+    return (own or parallel_state.get_data_modulo_expert_parallel_rank)() == 0
+
+
 def _args(request: Request) -> argparse.Namespace:
     assert request.model is not None  # set by mcore.write
     layout = request.layout
@@ -450,7 +457,8 @@ def _args(request: Request) -> argparse.Namespace:
     values |= {
         "virtual_pipeline_model_parallel_size": _chunks_per_rank(layout),
         "model_type": ModelType.encoder_or_decoder,
-        "attention_backend": AttnBackend.auto,
+        # An enum of Megatron's; before core 0.11 there is none.
+        "attention_backend": enums.AttnBackend.auto if hasattr(enums, "AttnBackend") else None,
         "world_size": layout.world_size,
         "ckpt_format": request.format,
         "iteration": request.options["iteration"],

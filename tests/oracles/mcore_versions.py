@@ -7,6 +7,7 @@ path goes before the installed one. From 0.17 on they ask for Python 3.12; 3.11 
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import multiprocessing
 import os
@@ -28,6 +29,19 @@ def place(version: str) -> Path | None:
     return found if (found / "megatron" / "core").is_dir() else None
 
 
+class Empty(types.ModuleType):
+    """A module that has whatever is asked for."""
+
+    __path__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = type(name, (), {}) if name[:1].isupper() else lambda *_, **__: None
+        setattr(self, name, found)
+        return found
+
+
 def install() -> None:
     """Give this process what newer releases import and nothing here calls."""
     if not hasattr(typing, "override"):
@@ -37,6 +51,12 @@ def install() -> None:
     kernels.GLOBAL_BLOCK_SIZE = 1024  # type: ignore[attr-defined]
     kernels.paged_stash_copy_kernel = kernels.paged_stash_pop_kernel = None  # type: ignore[attr-defined]
     sys.modules[kernels.__name__] = kernels
+    (first, *_) = importlib.import_module("megatron").__path__
+    older = Path(first, "core/transformer/moe/paged_stash.py")  # in core 0.18 it makes them itself
+    if older.is_file() and "\nimport triton\n" in older.read_text():
+        triton, language = Empty("triton"), Empty("triton.language")
+        triton.language, triton.__version__ = language, "3.4.0"  # type: ignore[attr-defined]
+        sys.modules |= {one.__name__: one for one in (triton, language)}
 
 
 def prepare_to_save(filesystem_async: Any) -> None:
@@ -48,13 +68,18 @@ def prepare_to_save(filesystem_async: Any) -> None:
     import megatron.core
 
     release = number(megatron.core.__version__)
+    if release < (0, 11):  # before torch 2.6, whose torch.load takes no class unless it is told
+        os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     forking = multiprocessing.get_context("fork")
     filesystem_async._results_queue = queue.Queue() if release >= (0, 15) else forking.Queue()
-    if release < (0, 13):  # calls torch's function as it was before torch 2.8
-        from torch.distributed.checkpoint.filesystem import SerializationFormat
+    if release < (0, 13):  # calls torch's function as it was before torch 2.8, or before 2.7
+        from torch.distributed.checkpoint import filesystem
 
+        transforms = [filesystem._StorageWriterTransforms()] if release < (0, 12) else []
         filesystem_async._write_item = partial(
-            filesystem_async._write_item, serialization_format=SerializationFormat.TORCH_SAVE
+            filesystem_async._write_item,
+            *transforms,
+            serialization_format=filesystem.SerializationFormat.TORCH_SAVE,
         )
 
 

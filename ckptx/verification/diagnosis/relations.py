@@ -15,8 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptx.storage.gather import numpy_dtype
-from ckptx.tensors.dtypes import is_widening
+from ckptx.tensors.dtypes import is_widening, numpy_dtype
 from ckptx.verification.diagnosis.mistakes import Hypothesis
 from ckptx.verification.difference import same_bits
 

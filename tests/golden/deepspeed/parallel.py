@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import deepspeed
 import torch
 import transformers
-from deepspeed.module_inject.layers import GatherReplacedLayerParams
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -138,6 +137,9 @@ def gather_tensor_parallel(engine: Any, given: dict[Any, Any]) -> dict[str, torc
             parameter.data = masters.get(f"{path}.{name}", parameter.data)
         if own:
             pair = [own.get("weight"), own.get("bias")]
+            # Older releases, which the rest of this runs with, have no AutoTP.
+            from deepspeed.module_inject.layers import GatherReplacedLayerParams
+
             with GatherReplacedLayerParams([p for p in pair if p is not None], module):
                 found |= {f"{path}.{name}": p.detach().clone() for name, p in own.items()}
     return {name: found[name] for name in masters}
