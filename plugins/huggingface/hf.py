@@ -231,8 +231,7 @@ def _check_loadable(files: Mapping[str, bytes], root: str) -> None:
     Source: huggingface/transformers src/transformers/models/auto/configuration_auto.py
     (AutoConfig.from_pretrained) @ v5.23.0.
     """
-    config = read_config(files, root)
-    if config is None:
+    if (config := read_config(files, root)) is None:
         raise PlanError(
             f"no {CONFIG}, beside the weights or given: transformers could not load the result; "
             "--hf-base takes config and tokenizer from the model that was trained, --no-config "
