@@ -184,7 +184,8 @@ def _pairs(combination: Sequence[str]) -> Iterator[Any]:
 def meaning(directory: Path) -> dict[str, Any]:
     """A config as transformers reads it: the same in the words of one version and of both."""
     config = AutoConfig.from_pretrained(directory).to_dict()
-    return {key: value for key, value in config.items() if key != "_name_or_path"}
+    said_twice = set(config.get("rope_parameters") or ()) | {"_name_or_path"}
+    return {key: value for key, value in config.items() if key not in said_twice}
 
 
 def contents(directory: Path) -> dict[str, Any]:
