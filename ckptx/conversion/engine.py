@@ -243,7 +243,8 @@ def convert(
         raise Interrupted(error.signum, str(target.kept)) from error
     finally:
         progress.close()
-    facts = replace(facts.at(request.target), notes=(*facts.notes, *notes))
+    flag = target.plan.step_flag if target.pointers_stay() else None
+    facts = replace(facts.at(request.target, flag), notes=(*facts.notes, *notes))
     seconds = time.monotonic() - started
     return Report(request.loader, request.saver, str(target.path), facts, seconds, digest, resumed)
 
@@ -266,8 +267,8 @@ def forecast(request: ConversionRequest, *, tensors: bool = True) -> Plan:
         made, proof = planned.plan, planned.prove()
         spool.close()
     grown = max(0, _resident() - before)
-    facts = Facts.of(planned.begin, planned.end, made, proof).at(request.target)
-    refusal, replaced = _checked(request, planned)
+    refusal, remarks, step_flag = _checked(request, planned)
+    facts = Facts.of(planned.begin, planned.end, made, proof).at(request.target, step_flag)
     listed = [
         {
             "file": file.path,
@@ -292,7 +293,7 @@ def forecast(request: ConversionRequest, *, tensors: bool = True) -> Plan:
         request.loader,
         request.saver,
         str(request.target / made.directory),
-        replace(facts, notes=(*facts.notes, *replaced)),
+        replace(facts, notes=(*facts.notes, *remarks)),
         outputs,
         sorted(made.pointers),
         peak_memory(write_options(request)) + grown,
@@ -321,15 +322,17 @@ def _plan(saver: Saver, messages: Iterator[Message], request: ConversionRequest)
     return planned
 
 
-def _checked(request: ConversionRequest, planned: Planned) -> tuple[str, list[str]]:
-    """Return why the target is refused, empty if it is not, and notes on what it replaces."""
+def _checked(request: ConversionRequest, planned: Planned) -> tuple[str, list[str], str | None]:
+    """Return why the target is refused, or remarks on it and, where a pointer stays, the flag."""
     try:
         check_files(planned.plan, request.target, planned.begin.files)
         target = Target(request.target, request.inputs, request.overwrite)
         target.check(outline(planned.plan))
     except CkptxError as error:
-        return str(error), []
-    return "", [f"replaces {target.path}: {target.replaced}"] if target.replaced else []
+        return str(error), [], None
+    notes = [f"replaces {target.path}: {target.replaced}"] if target.replaced else []
+    stay = target.pointers_stay()
+    return "", [*notes, *stay], target.plan.step_flag if stay else None
 
 
 def _resident() -> int:

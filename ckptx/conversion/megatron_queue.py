@@ -35,7 +35,14 @@ _ARCHITECTURES = {
 _ORDER = ("embeddings", "transformer layer", "final norm", "output layer", "pooler", "lm head")
 
 
-class ReceiveQueue:
+class _Queue:
+    def close(self) -> None:
+        """Do nothing; a real queue has this."""
+
+    join_thread = cancel_join_thread = close
+
+
+class ReceiveQueue(_Queue):
     """What a Megatron-style loader sees as its queue."""
 
     def __init__(self, name: str, spool: Spool, checking: bool) -> None:
@@ -67,11 +74,6 @@ class ReceiveQueue:
             self._take(message)
 
     put_nowait = put
-
-    def close(self) -> None:
-        """Do nothing; a real queue has this."""
-
-    join_thread = cancel_join_thread = close
 
     def messages(self, root: str) -> Iterator[Message]:
         """Yield what the module has sent, as our messages.
@@ -147,7 +149,7 @@ class ReceiveQueue:
         return kind(f"loader module {self._name!r} {what}")
 
 
-class SendQueue:
+class SendQueue(_Queue):
     """What a Megatron-style saver sees as its queue: one message in memory at a time."""
 
     def __init__(
@@ -186,11 +188,6 @@ class SendQueue:
         return "done"
 
     get_nowait = get
-
-    def close(self) -> None:
-        """Do nothing; a real queue has this."""
-
-    join_thread = cancel_join_thread = close
 
     def proof(self, staging: Path) -> Proof:
         """Return what the module has taken and written, once it has returned.

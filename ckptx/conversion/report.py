@@ -79,12 +79,21 @@ class Facts:
             load_hint=plan.load_hint,
         )
 
-    def at(self, target: Path) -> Facts:
-        """Return the facts with the target's path in the load hint."""
+    def at(self, target: Path, step_flag: str | None = None) -> Facts:
+        """Return the facts with the target's path in the load hint.
+
+        Args:
+            target: the path that the user named.
+            step_flag: the plan's, where a pointer is left as it is: without a flag the result
+                does not load then, and there is no hint.
+        """
+        if step_flag == "" and "{step}" in self.load_hint:
+            return replace(self, load_hint="")
         place = str(target)
         if '"{target}' not in self.load_hint:  # a command line, not Python
             place = shlex.quote(place)
-        return replace(self, load_hint=self.load_hint.replace("{target}", place))
+        hint = self.load_hint.replace("{step}", step_flag or "").replace("{target}", place)
+        return replace(self, load_hint=hint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from ckptx.hf_models.lora import extract
 from ckptx.hf_models.lora import merge as adapter_merge
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.export import exported
+from ckptx.hf_models.spellings import with_old_keys
 from ckptx.model.family import Family
 from ckptx.model.layout import Parts
 from ckptx.protocol import from_names
@@ -64,6 +65,7 @@ def sidecars(directory: Location) -> dict[str, bytes]:
     """Return the small files of a model by name: config, tokenizer, chat template, code.
 
     Code files are carried as bytes and never imported. Weights and their indexes are not sidecars.
+    A config of transformers 5 gets the words of transformers 4, too.
     """
     found = {}
     for path in sorted(directory.iterdir()):
@@ -80,6 +82,8 @@ def sidecars(directory: Location) -> dict[str, bytes]:
                 "move it away"
             )
         found[path.name] = read_small(path, _MAX_SIDECAR)
+    if CONFIG in found:
+        found[CONFIG] = with_old_keys(found[CONFIG])
     return found
 
 

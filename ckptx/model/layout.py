@@ -98,13 +98,8 @@ def rule(
     spellings that loaders accept; the first is the one that savers write. ``rows`` is the number of
     rows of a tensor that some ranks hold whole and others cut along them: its shape tells which.
     """
-    spellings = [Spelling(_tuple(names), transform)]
-    for other in also:
-        spellings.append(
-            Spelling((other,), transform)
-            if isinstance(other, str)
-            else Spelling(_tuple(other[0]), other[1])
-        )
+    others = [(other, transform) if isinstance(other, str) else other for other in also]
+    spellings = (Spelling(_tuple(own), how) for own, how in ((names, transform), *others))
     return Rule(_tuple(keys), tuple(spellings), tp, when, ep, layers, rows)
 
 

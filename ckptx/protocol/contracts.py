@@ -89,6 +89,12 @@ class SavePlan:
     stages: Sequence[str] = ()
     """Lines that show which pipeline stage holds which layers."""
     load_hint: str = ""
-    """A command or line of code that loads the result."""
+    """A command or line of code that loads the result; ``{target}`` stands for its path."""
+    conflict: str = ""
+    """Why the result does not belong beside what lies below the target already, which the user
+    can overrule by ``--overwrite``."""
+    step_flag: str = ""
+    """What stands for ``{step}`` in the hint where a pointer is left as it is: the flag that loads
+    the result all the same, empty where there is none."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Facts for ``plan --json``: parallel sizes, padded vocabulary, ..."""

@@ -272,14 +272,8 @@ class SaverTests(Parametrized):
 
 def parallel_grid(capabilities: Mapping[str, Any]) -> Sequence[Options]:
     """Return options for the parallel sizes that a saver can write; always no options at all."""
-    sizes: tuple[dict[str, int], ...] = (
-        {},
-        {"tp": 2},
-        {"tp": 4},
-        {"pp": 2},
-        {"tp": 2, "pp": 4},
-        {"pp": 2, "vpp": 2},
-    )
+    sizes: list[dict[str, int]] = [{}, {"tp": 2}, {"tp": 4}, {"pp": 2}]
+    sizes += [{"tp": 2, "pp": 4}, {"pp": 2, "vpp": 2}]
     return [
         {PARALLEL[name]: size for name, size in entry.items()}
         for entry in sizes

@@ -37,7 +37,7 @@ from ckptx.protocol.contracts import SavePlan
 from ckptx.storage.file_plan import FilePlan
 from ckptx.storage.partial import LOCK, MANIFEST, OWNER, PARTIAL
 from ckptx.text.sizes import size_text
-from ckptx.writing import atomic, journal
+from ckptx.writing import atomic, journal, pointers
 from ckptx.writing.atomic import sync_directory, write_durable
 from ckptx.writing.disk import occupied_bytes, shortage
 from ckptx.writing.existing import (
@@ -332,7 +332,10 @@ class Target:
         try:
             for folder in (self.path, *reversed(created)):
                 sync_directory(folder.parent)
-            return self._write_pointers()
+            replaced = [f"replaced {self.path}: {self.replaced}"] if self.replaced else []
+            return replaced + pointers.write(
+                self.save_dir, self.plan, self._partial, overwrite=bool(self.overwrite)
+            )
         except OSError as error:
             missing = [
                 f"write {content.decode(errors='replace').strip()!r} into {self.save_dir / name}"
@@ -343,6 +346,10 @@ class Target:
                 f"{atomic.reason_of(error, self._partial)}{'; mend it, then ' * bool(missing)}"
                 f"{' and '.join(missing)}"
             ) from error
+
+    def pointers_stay(self) -> list[str]:
+        """Return remarks on pointers that stay as they are; empty if all are written."""
+        return [] if self.overwrite else pointers.notes(self.save_dir, self.plan)
 
     def _put_in_place(self) -> None:
         staging = self._partial / "new"
@@ -363,6 +370,8 @@ class Target:
 
     def _check_place(self) -> None:
         path = self.path
+        if self.plan.conflict and not self.overwrite:
+            raise PlanError(self.plan.conflict)
         for source in self.inputs:
             if path == source:
                 raise PlanError(f"{path}: is the source itself; choose another target")
@@ -474,18 +483,3 @@ class Target:
         except PlanError as error:
             raise CutShortError(str(error)) from error
         keep_permissions(self.path, self._staged())
-
-    def _write_pointers(self) -> list[str]:
-        notes = [f"replaced {self.path}: {self.replaced}"] if self.replaced else []
-        for name, content in self.plan.pointers.items():
-            pointer = self.save_dir / name
-            if pointer.exists() and not self.overwrite:
-                old = pointer.read_bytes().strip()
-                if old != content.strip():
-                    was = old.decode(errors="replace")
-                    notes.append(f"{name} was left as it is ({was}); --overwrite moves it")
-                continue
-            write_durable(self._partial / "pointer", content)
-            (self._partial / "pointer").replace(pointer)
-            sync_directory(pointer.parent)
-        return notes

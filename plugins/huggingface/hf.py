@@ -231,8 +231,7 @@ def _check_loadable(files: Mapping[str, bytes], root: str) -> None:
     Source: huggingface/transformers src/transformers/models/auto/configuration_auto.py
     (AutoConfig.from_pretrained) @ v5.23.0.
     """
-    config = read_config(files, root)
-    if config is None:
+    if (config := read_config(files, root)) is None:
         raise PlanError(
             f"no {CONFIG}, beside the weights or given: transformers could not load the result; "
             "--hf-base takes config and tokenizer from the model that was trained, --no-config "
@@ -247,11 +246,10 @@ def _check_loadable(files: Mapping[str, bytes], root: str) -> None:
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     """Make a config say what was written; return whether it said something else."""
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    if config.get(key) == dtype:
-        return False
-    config[key] = dtype
-    return True
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    said = [config.get(key) for key in keys]
+    config.update(dict.fromkeys(keys, dtype))
+    return said != [dtype] * len(keys)
 
 
 def weight_files(tensors: Mapping[str, LazyTensor], options: Options) -> Iterator[FilePlan]:

@@ -37,7 +37,7 @@ from ckptx.plugins.megatron.target_parallelism import (
     parallel_sizes,
     repad,
 )
-from ckptx.plugins.megatron.writers import table
+from ckptx.plugins.megatron.writers import megatron_lm, table
 from ckptx.plugins.megatron.writers.table import Writer
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
@@ -205,7 +205,7 @@ def found_form(source: Location) -> Generation | None:
     """Return which kind of model a per-rank checkpoint holds, None where that cannot be told."""
     try:
         place = directory.find(source)
-        return per_rank.form_in(place) if place.format == "torch" else None
+        return per_rank.first_rank(place)[0] if place.format == "torch" else None
     except CkptxError:
         return None  # the loader will say what is wrong
 
@@ -374,6 +374,11 @@ class CoreSaver:
             accepted=tuple(options.get("accept_config_key") or ()),
             stages=llava.describe(chunks) if seeing else describe(chunks),
             load_hint=_load_hint(model, args, chosen, writer, rooted),
+            conflict=megatron_lm.conflict(
+                context.target if rooted else None,
+                *(chosen, megatron_lm.form_in_words(self.name, ckpt_format), args),
+            ),
+            step_flag=megatron_lm.step_flag(chosen),
             details={"ckpt_format": ckpt_format, **chosen.details()},
         )
 
@@ -389,17 +394,14 @@ def _load_hint(
         return 'megatron.core.dist_checkpointing.load(sharded_state_dict, "{target}")'
     spec, seeing = model.spec, model.family == llava.FAMILY
     megatron = family_named(spec.family).megatron
-    launch = [
-        llava.SCRIPT if seeing else megatron.script,
-        "--load {target} --use-checkpoint-args",
-        f"--ckpt-format {args['ckpt_format']} --tensor-model-parallel-size {chosen.tp}",
-        *chosen.pipeline.flags(),
+    flags = [
         *_expert_flags(spec, chosen),
         *launch_flags(spec),
         *megatron.launch_flags(spec, args["transformer_impl"] == "local"),
         *(llava.launch_flags(args) if seeing else ()),
     ]
-    return " ".join(launch)
+    script = llava.SCRIPT if seeing else megatron.script
+    return megatron_lm.load_command(script, args, chosen, flags, model.begin.sidecars)
 
 
 def _widen_biases(model: Model) -> None:
@@ -428,11 +430,10 @@ def _grouping(spec: ModelSpec, style: Style, options: Options) -> dict[str, Any]
 
 
 def _expert_flags(spec: ModelSpec, chosen: TargetParallelism) -> list[str]:
-    """Return the options that tell Megatron the sizes; mixtures train over TP as sequences only."""
+    """Return the further options of mixtures, which train over TP as sequences only."""
     if not spec.num_experts:
         return []
     return [
-        f"--expert-model-parallel-size {chosen.ep}",
         f"--expert-tensor-parallel-size {chosen.etp}",
         *["--sequence-parallel"] * (chosen.tp > 1),
     ]

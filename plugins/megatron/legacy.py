@@ -30,6 +30,7 @@ from ckptx.plugins.megatron.target_parallelism import (
     repad,
 )
 from ckptx.plugins.megatron.torch_dist import Target
+from ckptx.plugins.megatron.writers import megatron_lm
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.messages import Messages
@@ -141,18 +142,19 @@ class LegacySaver:
             ),
             accepted=tuple(options.get("accept_config_key") or ()),
             stages=describe(chunks),
-            load_hint=" ".join(
+            load_hint=megatron_lm.load_command(
+                *(megatron.script, args, chosen),
                 [
-                    megatron.script,
-                    "--load {target} --use-checkpoint-args --ckpt-format torch",
                     *legacy.launch_flags(spec),
-                    f"--tensor-model-parallel-size {tp}",
-                    *pipeline.flags(),
-                    *([f"--expert-model-parallel-size {chosen.ep}"] if spec.num_experts else []),
                     *launch_flags(spec),
                     *megatron.launch_flags(spec, False),
-                ]
+                ],
+                model.begin.sidecars,
             ),
+            conflict=megatron_lm.conflict(
+                *(context.target, chosen, megatron_lm.form_in_words(self.name, "torch"), args)
+            ),
+            step_flag=megatron_lm.step_flag(chosen),
             details={"checkpoint_version": legacy.VERSION, **chosen.details()},
         )
 

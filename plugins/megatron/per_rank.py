@@ -52,8 +52,8 @@ Source: NVIDIA/TransformerEngine transformer_engine/pytorch/tensor/*.py @ v2.9."
 _LAYER = re.compile(r"(?:language_model\.)?(?:decoder|encoder|transformer)\.layers\.(\d+)\.")
 
 
-def form_in(checkpoint: IterationDirectory) -> Generation:
-    """Return which kind of model the first rank's file holds.
+def first_rank(checkpoint: IterationDirectory) -> tuple[Generation, dict[str, Any]]:
+    """Return which kind of model the first rank's file holds, and its args.
 
     Raises:
         FormatError: the file is damaged or holds no model.
@@ -62,8 +62,8 @@ def form_in(checkpoint: IterationDirectory) -> Generation:
         rank_names.rank_directories(checkpoint.path)[0], rank_names.MEGATRON_FILES
     )
     state = _state_of(path, 0)
-    args_of(state, path)
-    return form_of(next(rank_names.models_in(state, path))[1])
+    args = args_of(state, path)
+    return form_of(next(rank_names.models_in(state, path))[1]), args
 
 
 def read(

@@ -42,6 +42,7 @@ from ckptx.schemas.conventions.vision import VISION_MODEL
 from ckptx.schemas.families.multimodal.llava import LANGUAGE
 from ckptx.schemas.megatron_settings.args import args_of
 from ckptx.storage.file_plan import FilePlan, literal_files
+from ckptx.storage.location import Location
 from ckptx.storage.source_file import read_json
 from ckptx.tensors.lazy import Filled, LazyTensor
 
@@ -70,7 +71,7 @@ def read(checkpoint: IterationDirectory, apart: Excluded = exclude_nothing) -> S
     directory = checkpoint.path
     _check_backend(directory / "metadata.json")
     metadata = dcp.read_metadata(directory)
-    common, state = _common_state(metadata)
+    common, state = _common_state(directory, metadata)
     args = args_of(state, directory / common)
     training = [name for name in metadata.tensors if name.startswith(_OPTIMIZER)]
     files: list[str] = []
@@ -276,24 +277,34 @@ def _dropped(
             yield Dropped(f"{common}: {key}", TRAINING_STATE)
 
 
-def _common_state(metadata: DcpMetadata) -> tuple[str, Any]:
+def args_in(checkpoint: IterationDirectory) -> dict[str, Any]:
+    """Return the args of a checkpoint, of whose other metadata no more is read than that takes.
+
+    Raises:
+        FormatError: they are damaged.
+    """
+    name, state = _common_state(checkpoint.path)
+    return args_of(state, checkpoint.path / name)
+
+
+def _common_state(directory: Location, metadata: DcpMetadata | None = None) -> tuple[str, Any]:
     """Return the name of the state that all ranks share, a file or an object, and the state.
 
     Up to core 0.18 it has a file of its own; later it is an object among the others.
 
     Source: megatron/core/dist_checkpointing/serialization.py @ core_v0.19.0.
     """
-    file = metadata.directory / "common.pt"
+    file = directory / "common.pt"
     if file.is_file():
         return file.name, torch_zip.read(file, 0)
+    metadata = metadata or dcp.read_metadata(directory)
     if _COMMON not in metadata.objects:
         raise FormatError(f"{file}: is missing; the checkpoint is incomplete")
     match dcp.read_object(metadata, _COMMON, []):
         case [state]:
             return _COMMON, state
     raise FormatError(
-        f"{metadata.directory}: {_COMMON}: expected a list of one dictionary; the checkpoint is "
-        "damaged"
+        f"{directory}: {_COMMON}: expected a list of one dictionary; the checkpoint is damaged"
     )
 
 

@@ -48,6 +48,11 @@ class TableConfig(FamilyConfig):
     family: str
     table: ConfigTable
 
+    @property
+    def old_words(self) -> tuple[str, str, str]:
+        """Base, rotated part and number of experts, in the words of transformers 4."""
+        return *self.table.rotary_keys, self.table.experts.count if self.table.experts else ""
+
     def from_config(self, config: Mapping[str, Any]) -> ModelSpec:
         """Return the dimensions that a ``config.json`` says, in any transformers version's words.
 

@@ -84,13 +84,9 @@ MISTRAL_FIELDS = (("head_dim", "kv_channels"), ("hidden_dim", "ffn_hidden_size")
 _COUNTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of")
 _NUMBERS = ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor")
 _UNDERSTOOD = {
-    *(key for key, _ in (*FIELDS, *MISTRAL_FIELDS)),
-    *_COUNTS,
-    *_NUMBERS,
-    "sliding_window",
-    "use_scaled_rope",
-    "rope_high_freq_factor",
-    "max_seq_len",
+    *dict((*FIELDS, *MISTRAL_FIELDS)),
+    *(*_COUNTS, *_NUMBERS),
+    *("sliding_window", "use_scaled_rope", "rope_high_freq_factor", "max_seq_len"),
 }
 _RUNTIME = {"max_batch_size", "model_type", "model_parallel_size"}
 """Keys that say how a model is run, not what it is."""

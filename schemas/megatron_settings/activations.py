@@ -52,7 +52,6 @@ def to_args(spec: ModelSpec) -> dict[str, Any]:
 def launch_flags(spec: ModelSpec) -> list[str]:
     """Return the options for what Megatron does not take from a checkpoint."""
     flags = {"quick_geglu": "--quick-geglu", "gelu": "--no-bias-gelu-fusion"}
-    flags |= dict.fromkeys(("geglu", "geglu_tanh"), "--gated-linear-unit")
     exact_anyway = spec.activation == "gelu" and not spec.add_bias_linear
     return [flags[spec.activation]] if spec.activation in flags and not exact_anyway else []
 
@@ -65,9 +64,10 @@ def notes(spec: ModelSpec) -> Iterator[str]:
             "form; build TransformerConfig with "
             "activation_func=functools.partial(F.gelu, approximate='tanh')"
         )
-    if spec.activation == "geglu_tanh":
+    if spec.activation in ("geglu", "geglu_tanh"):
+        fused = spec.activation.endswith("_tanh")
         yield (
-            "tanh form of gelu with a gate: Megatron's command line cannot say it; build "
-            "TransformerConfig with activation_func=F.gelu, gated_linear_unit=True, "
-            "bias_activation_fusion=True"
+            f"{'tanh form of ' * fused}gelu with a gate: Megatron's command line cannot say it; "
+            "build TransformerConfig with activation_func=F.gelu, gated_linear_unit=True, "
+            f"bias_activation_fusion={fused}"
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from ckptx.errors import SchemaError
 from ckptx.model.spec import ModelSpec
+from ckptx.schemas.megatron_settings.settings import known
 
 _SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
 ARGS = {name: name for name in ("multi_latent_attention", *_SIZES)} | {"v_head_dim": "kv_channels"}
@@ -106,6 +107,16 @@ def notes(spec: ModelSpec) -> Iterator[str]:
         )
     scaling = spec.rotary_scaling
     if spec.multi_latent_attention and scaling is not None:
+        unsaid = ", ".join(
+            f"{name}={value}"
+            for name, value in _scaling_to_args(scaling).items()
+            if not known()[name].is_argument and value != known()[name].default
+        )
+        if unsaid:
+            yield (
+                "Megatron's command line has no flags for all of rope_scaling; build "
+                f"MLATransformerConfig with {unsaid}"
+            )
         kind = scaling["rope_type"]
         if kind != "yarn":
             yield (
@@ -135,10 +146,10 @@ def launch_flags(spec: ModelSpec) -> list[str]:
     flags = ["--mtp-num-layers", str(spec.mtp_num_layers)] if spec.mtp_num_layers else []
     if not spec.multi_latent_attention:
         return flags
-    said = {name: value for name, value in to_args(spec).items() if name != "mtp_num_layers"}
     flags.append("--multi-latent-attention")
-    for name, value in said.items():
-        if value is not None and not isinstance(value, bool):
+    for name, value in to_args(spec).items():
+        is_size = value is not None and not isinstance(value, bool) and name != "mtp_num_layers"
+        if is_size and known()[name].is_argument:
             flags += [
                 f"--{name.replace('_', '-')}",
                 f"{value:g}" if isinstance(value, float) else str(value),

@@ -38,6 +38,8 @@ class Setting:
     """What releases have where it is not said, separated by bars."""
     is_field: bool
     """Whether a TransformerConfig has it."""
+    is_argument: bool
+    """Whether Megatron's command line has it."""
 
     @property
     def default(self) -> Any:
@@ -55,7 +57,9 @@ def known() -> Mapping[str, Setting]:
     """Return the settings of all releases."""
     rows = (line.split("\t") for line in TABLE.read_text().splitlines()[1:])
     return {
-        name: Setting(kind, _values(plain), reason, defaults, "config" in places)
+        name: Setting(
+            *(kind, _values(plain), reason, defaults, "config" in places, "argument" in places)
+        )
         for name, kind, _, places, defaults, plain, reason in rows
     }
 

@@ -14,12 +14,11 @@ ALLOWED = {
     "plugins/huggingface/hf_llava.py": {"llava"},
     "plugins/megatron/__init__.py": {"llava"},
     "plugins/megatron/llava.py": {"llava"},
-    "schemas/conventions/transformers_memory.py": {
-        *("deepseek_v2", "deepseek_v3", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
-    },
     # Names that Megatron's examples and converters have for models, and what they mean by them.
     "plugins/megatron/upstream_names.py": {"llama", "llava", "mistral", "mixtral", "qwen2"},
     "schemas/megatron_settings/llava.py": {"gpt", "llama", "mistral", "qwen2"},
+    # Classes of Megatron-Bridge, by how their names begin.
+    "schemas/megatron_settings/providers.py": {"gemma"},
     # Formats that are of these families alone.
     "plugins/meta/consolidated.py": {"mistral"},
     "schemas/conventions/meta.py": {"llama", "mistral"},

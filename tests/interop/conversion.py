@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ckptx.conversion import engine
 from ckptx.conversion.report import Facts
@@ -181,10 +181,19 @@ def _pairs(combination: Sequence[str]) -> Iterator[Any]:
             yield pair
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory; ckptx's own manifest is not part of a model."""
+def meaning(directory: Path) -> dict[str, Any]:
+    """A config as transformers reads it: the same in the words of one version and of both."""
+    config = AutoConfig.from_pretrained(directory).to_dict()
+    said_twice = set(config.get("rope_parameters") or ()) | {"_name_or_path"}
+    return {key: value for key, value in config.items() if key not in said_twice}
+
+
+def contents(directory: Path) -> dict[str, Any]:
+    """Every file below a directory, configs by their meaning, without ckptx's own manifest."""
     return {
-        str(path.relative_to(directory)): path.read_bytes()
+        str(path.relative_to(directory)): meaning(path.parent)
+        if path.name == "config.json"
+        else path.read_bytes()
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != "ckptx-manifest.json"
     }

@@ -109,7 +109,8 @@ def deepspeed_saves(home: Path, case: str, directory: Path) -> str:
     from tests.formats.test_deepspeed import LOADER, assert_state, loaded_by_name, with_alias
 
     _run(home, "tests/golden/deepspeed/make.py", str(directory), case)
-    expected = load_file(directory / f"{case}.safetensors")
+    # Frozen weights have no master: releases gather them as the module has them, or widened.
+    expected = {n: t.float() for n, t in load_file(directory / f"{case}.safetensors").items()}
     assert_state(loaded_by_name(LOADER, directory / case), with_alias(expected, case))
     return "equal"
 

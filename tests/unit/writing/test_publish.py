@@ -278,7 +278,7 @@ def test_other_iteration_and_its_tracker_are_left_as_they_are(tmp_path):
     root = tmp_path / "root"
     publish_plan(Target(root, []), megatron("iter_0000010", b"10"))
     (note,) = publish_plan(Target(root, []), megatron("iter_0000020", b"20"))
-    assert "was left as it is (10)" in note
+    assert "stays as it is (10)" in note
     assert (root / "latest_checkpointed_iteration.txt").read_bytes() == b"10"
     (note,) = publish_plan(Target(root, [], overwrite=True), megatron("iter_0000020", b"20"))
     assert note.startswith(f"replaced {root / 'iter_0000020'}: 2 files")
