@@ -21,6 +21,7 @@ from ckptx.cli.options import (
 from ckptx.cli.plugin_options import Chosen, PluginCommand, equal_options, scanned
 from ckptx.conversion.options import MODIFY, Dtype, engine_options, megatron_options, option, switch
 from ckptx.conversion.request import ConversionRequest, Edits
+from ckptx.errors import ConversionError
 from ckptx.registry import registry
 
 
@@ -33,12 +34,13 @@ class ConversionCommand(PluginCommand):
         summary: str,
         style: Literal["short", "long"],
         run: Callable[[ConversionRequest, dict[str, Any]], None],
+        further: Sequence[click.Option] = (),
     ) -> None:
         self.run = run
         self.style = style
         self.base = (short_options if style == "short" else long_options)()
         self.megatron = megatron_options()
-        self.engine = [*engine_options(), *output_options()]
+        self.engine = [*engine_options(), *further, *output_options()]
         params = [*self.base, *self.engine, *self.megatron]
         super().__init__(name, params=params, help=summary, short_help=summary)
 
@@ -177,7 +179,9 @@ class ModifyCommand(ConversionCommand):
 
 def convert_command(style: Literal["short", "long"] = "short") -> click.Command:
     """Return the command that converts, with short or Megatron's own option names."""
-    return ConversionCommand("convert", "Convert a checkpoint.", style, convert)
+    compared = "Then compare the target with the source, every value; exit 1 if they differ."
+    further = [switch("--verify", compared)]
+    return ConversionCommand("convert", "Convert a checkpoint.", style, convert, further)
 
 
 def plan_command() -> click.Command:
@@ -197,8 +201,17 @@ def convert(job: ConversionRequest, params: dict[str, Any]) -> None:
     from ckptx.cli import progress
     from ckptx.conversion import supervisor
 
-    shown = progress.choose(params["quiet"] or params["as_json"])
-    show_report(supervisor.convert(job, shown), params["as_json"], params["quiet"])
+    silent = params["quiet"] or params["as_json"]
+    report = supervisor.convert(job, progress.choose(silent))
+    if not params.get("verify"):
+        show_report(report, params["as_json"], params["quiet"])
+        return
+    from ckptx.verification.converted import verified
+
+    checked, found = verified(job, report, progress.bar(silent))
+    show_report(checked, params["as_json"], params["quiet"])
+    if not found.equal:
+        raise ConversionError(f"{report.target}: differs from its source; the target stays there")
 
 
 def plan(job: ConversionRequest, params: dict[str, Any]) -> None:

@@ -117,7 +117,7 @@ def load(request: ConversionRequest, spool: Spool | None) -> Iterator[Message]:
             request.loader,
             options=request.loader_options,
             context=request.context(),
-            wants=_wanted_by(request.saver),
+            wants=wanted_by(request.saver),
             spool=spool,
             megatron_path=request.megatron_path,
         )
@@ -133,7 +133,7 @@ def load(request: ConversionRequest, spool: Spool | None) -> Iterator[Message]:
         yield message
 
 
-def _wanted_by(saver: str) -> Wants:
+def wanted_by(saver: str) -> Wants:
     """Return what a saver wants to be given; a Megatron-style module is not imported for it."""
     if registry.canonical(saver) not in registry.names("saver"):
         return WEIGHTS

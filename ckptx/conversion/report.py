@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ckptx.errors import first_few
 from ckptx.model.family import unknown_keys_said
@@ -125,6 +125,20 @@ class _Conversion(Shown):
         return {**places, **asdict(self.facts)}
 
 
+class Verdict(Protocol):
+    """What came of comparing a target with its source."""
+
+    @property
+    def equal(self) -> bool:
+        """Whether they are the same."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+
+    def render(self, width: int = 80) -> str:
+        """Return the comparison as text; its last line sums it up."""
+
+
 @dataclass(frozen=True, slots=True)
 class Report(_Conversion):
     """A finished conversion."""
@@ -134,6 +148,8 @@ class Report(_Conversion):
     """Digest of all tensors of the target; empty if a Megatron-style module wrote them."""
     resumed: int = 0
     """Bytes that an interrupted run had written, and that were not written again."""
+    verification: Verdict | None = None
+    """Where ``--verify`` asked for it."""
 
     @property
     def rate(self) -> float:
@@ -141,13 +157,15 @@ class Report(_Conversion):
         return self.facts.bytes_out / 1e9 / self.seconds if self.seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the whole report; every key is always there."""
+        """Return the whole report; every key but ``verification`` is always there."""
+        verdict = self.verification
         return {
             **self._common(),
             "seconds": round(self.seconds, 3),
             "gb_per_second": round(self.rate, 3),
             "digest": self.digest,
             "resumed": self.resumed,
+            **({"verification": verdict.to_json()} if verdict is not None else {}),
         }
 
     def render(self, width: int = 80) -> str:
@@ -163,7 +181,10 @@ class Report(_Conversion):
             pairs.append(("digest", self.digest[:_DIGEST]))
         if self.facts.load_hint:
             pairs.append(("load with", self.facts.load_hint))
-        return "\n".join(labelled(pairs, width))
+        if self.verification is None:
+            return "\n".join(labelled(pairs, width))
+        pairs.append(("verified", "A, the source as it was to be converted, and B, the target:"))
+        return "\n".join([*labelled(pairs, width), self.verification.render(width)])
 
 
 @dataclass(frozen=True, slots=True)
