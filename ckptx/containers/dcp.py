@@ -300,8 +300,12 @@ def plan_directory(
                     key = entry.key
                     expected = shapes.setdefault(key, found)
                     boxes = chunks.setdefault(key, [])
-                if found != expected:
-                    raise PlanError(f"{name}: {entry.key!r} is {found} here, {expected} before")
+                if expected is not None and found != expected:
+                    raise PlanError(
+                        f"{name}: {entry.key!r} is {found[0]} {list(found[1])} here, "
+                        f"{expected[0]} {list(expected[1])} in another part; all have to be of one "
+                        "dtype, which --dtype can give them"
+                    )
                 if 0 in entry.tensor.shape and 0 not in entry.shape:
                     continue  # the share of a rank that has none
                 end = _add_tensor(regions, position, entry, between)
