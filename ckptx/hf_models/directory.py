@@ -182,6 +182,15 @@ class _Model:
 
     def _by_name(self, *notes: str) -> Iterator[Message]:
         """Yield the messages of tensors that pass through under their own names."""
+        text = self.config.get("text_config") or {}
+        said = self.config.get(_TIE, isinstance(text, dict) and text.get(_TIE))
+        if said and (names := tie_by_names(self.config, self.tensors)):
+            left = dict(self.tensors)
+            tied, copies, remarks = from_names.resolve_tie(left, *names, self.begin.files)
+            self.tensors, self.dropped = left, (*self.dropped, *copies)
+            self.notes += remarks
+            if not tied:
+                self._say(_untied(self.config))
         yield self.begin
         yield from_names.passthrough(self.tensors)
         yield End(self.dropped, (*self.notes, *notes))

@@ -21,6 +21,7 @@ from ckptx.protocol.contracts import Loader, Saver, SideFile
 
 if TYPE_CHECKING:
     from ckptx.model.family import Family
+    from ckptx.tensors.lazy import LazyTensor
 
 PROJECT = "ckptx"
 
@@ -54,3 +55,14 @@ def side_files(
     number of the step, or ``"release"``.
     """
     return ()
+
+
+@hookspec
+def in_files(
+    tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]
+) -> Mapping[str, LazyTensor] | None:
+    """Return the tensors of a model under the names of its files, None for a model unknown here.
+
+    What is in memory may have other names there, experts together among them; tensors that have
+    the names of files stay. Models that no family describes are compared by these names.
+    """

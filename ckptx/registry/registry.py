@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ckptx.model.family import Family
     from ckptx.protocol.contracts import Loader, Saver, SideFile
     from ckptx.storage.location import Location
+    from ckptx.tensors.lazy import LazyTensor
 
 RECOGNISED = {
     "fsdp_dtensor": "Megatron FSDP checkpoints",
@@ -156,16 +157,35 @@ def side_files(
         PluginError: a plugin fails.
     """
     found: list[SideFile] = []
+    for entry, hooks in _schemas():
+        with blamed(entry):
+            for files in hooks.side_files(config=config, names=names, iteration=iteration):
+                found += files
+    return found
+
+
+def in_files(
+    tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]
+) -> Mapping[str, LazyTensor]:
+    """Return the tensors of a model under the names that its files have.
+
+    Raises:
+        PluginError: a plugin fails.
+        SchemaError: two tensors have one name then.
+    """
+    for entry, hooks in _schemas():
+        with blamed(entry):
+            tensors = next(iter(hooks.in_files(tensors=tensors, config=config)), tensors)
+    return tensors
+
+
+def _schemas() -> Iterator[tuple[Entry, Any]]:
+    """Yield the schema plugins that can be used, with their hooks."""
     families()  # warns about plugins that cannot be used
     for entry in entries().values():
-        hooks: Any = None
-        with suppress(PluginError):
-            hooks = _hooks(entry) if entry.kind == "schema" else None
-        if hooks is not None:
-            with blamed(entry):
-                for files in hooks.side_files(config=config, names=names, iteration=iteration):
-                    found += files
-    return found
+        if entry.kind == "schema":
+            with suppress(PluginError):
+                yield entry, _hooks(entry)
 
 
 def detect(source: Location) -> str:

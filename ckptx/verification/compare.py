@@ -75,6 +75,9 @@ class Comparison(Shown):
     tolerance: Tolerance = EXACT
     close: int = 0
     """Tensors that are not the same, and within the tolerance."""
+    architectures: str = ""
+    """What the models are, where they are of different architectures; then there is no
+    diagnosis."""
 
     @property
     def equal(self) -> bool:
@@ -95,6 +98,7 @@ class Comparison(Shown):
             "equal": self.equal,
             "left": self.left,
             "right": self.right,
+            "architectures": self.architectures,
             "tensors": self.compared,
             "bytes": self.nbytes,
             "rtol": self.tolerance.rtol,
@@ -109,7 +113,11 @@ class Comparison(Shown):
 
     def render(self, width: int = 80, limit: int = _LIMIT) -> str:
         """Return the comparison as text for a terminal of ``width`` columns."""
-        lines = list(_table(self.differences[:limit], width))
+        lines = []
+        if self.architectures:
+            said = f"these are models of different architectures: {self.architectures}"
+            lines += [*labelled([("note", said)], page(width)), ""]
+        lines += _table(self.differences[:limit], width)
         if len(self.differences) > limit:
             lines.append(f"... and {len(self.differences) - limit} more (--json lists all)")
         for finding in self.diagnoses:
@@ -161,7 +169,8 @@ def compare(
             for name in dict.fromkeys((*a, *b))
             if (found := _difference(name, a.get(name), b.get(name), deviations, tolerance))
         }
-        findings = diagnose(paired, tuple(differences), reader) if diagnosis and differences else ()
+        wanted = diagnosis and differences and not paired.architectures
+        findings = diagnose(paired, tuple(differences), reader) if wanted else ()
     close = [
         deviation.max_abs
         for name, deviation in deviations.items()
@@ -182,6 +191,7 @@ def compare(
         findings,
         tolerance,
         len(close),
+        paired.architectures,
     )
 
 

@@ -8,15 +8,18 @@ keeps its name and shape on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from ckptx.errors import PlanError, SchemaError, listing
+from ckptx.errors import CkptxError, PlanError, SchemaError, listing
 from ckptx.model.layout import Parts, Rule, RuleGroup
 from ckptx.model.sharding import Gatherer, shard_tensors
 from ckptx.protocol.messages import Begin, End
 from ckptx.protocol.model import VOCAB_TENSORS, Model, leave_unused, named_tensors
+from ckptx.protocol.sidecars import read_config
+from ckptx.registry import registry
 from ckptx.registry.families import family_named
 from ckptx.registry.open import Checkpoint
 from ckptx.tensors.lazy import LazyTensor
@@ -49,6 +52,8 @@ class Paired:
     left: Side
     right: Side
     notes: tuple[str, ...] = ()
+    architectures: str = ""
+    """What the two models are, where they are of different architectures."""
 
 
 @dataclass(slots=True)
@@ -87,18 +92,52 @@ def pair(left: Checkpoint, right: Checkpoint) -> Paired:
     if misfits:
         return _pair_misfits(loaded, misfits)
     models = {side: one.model for side, one in zip("AB", loaded, strict=True)}
+    settings = tuple(_other_settings(*models.values()))
     notes = (
-        *_other_settings(*models.values()),
+        *settings,
         *_left_out(models),
         *_same_use(models),
         *_same_vocabulary(models),
     )
     known = [model.passthrough is None for model in models.values()]
-    if not any(known):
+    if all(known):
+        a, b = (_side(model, _canonical(model)) for model in models.values())
+        return Paired(a, b, notes, _architectures(models, a, b, bool(settings)))
+    if any(known):
+        _check_names(models.values())
+    else:
         notes += ("no schema knows these models: tensors are compared by name",)
-    named = _canonical if all(known) else _hf_names if any(known) else _by_name
-    a, b = (_side(model, named(model)) for model in models.values())
-    return Paired(a, b, notes)
+    a, b, remarks = _of_hugging_face(models)
+    return Paired(a, b, (*notes, *remarks), _architectures(models, a, b, bool(settings)))
+
+
+def _architectures(models: Mapping[str, Model], a: Side, b: Side, other_settings: bool) -> str:
+    """Return what two models are, if they are of different architectures; else nothing.
+
+    Megatron's args have no name for a family, so another name alone is none: tensors, shapes or
+    settings are different, too.
+    """
+    said = []
+    for model in models.values():
+        config = read_config(model.begin.sidecars, model.begin.root) or {}
+        spec = model.begin.parts.get("language")
+        names = config.get("architectures") or [spec.architecture if spec else ""]
+        kind = spec.family if spec else str(config.get("model_type") or "")
+        said.append((kind, f"{kind} ({names[0]})" if names[0] else kind))
+    (kind, first), (other, second) = said
+    shapes = ({name: one.shape for name, one in side.tensors.items()} for side in (a, b))
+    same = not other_settings and next(shapes) == next(shapes)
+    return f"A is {first}, B is {second}" if kind and other and kind != other and not same else ""
+
+
+def _check_names(models: Iterable[Model]) -> None:
+    """Raise for a model that no schema knows with names of another kind than Hugging Face's."""
+    for model in models:
+        if model.passthrough is not None and not model.begin.layout.startswith("hf"):
+            raise PlanError(
+                f"{model.begin.root}: tensors are named as {model.begin.layout} and no schema "
+                "knows their model; only the same names can be compared"
+            )
 
 
 def _side(model: Model, tensors: dict[Name, LazyTensor]) -> Side:
@@ -256,16 +295,28 @@ def _unschemed(tensors: Mapping[str, LazyTensor]) -> dict[Name, LazyTensor]:
     return {("", name): tensor for name, tensor in tensors.items()}
 
 
-def _by_name(model: Model) -> dict[Name, LazyTensor]:
-    return _unschemed(model.passthrough or {})
+def _of_hugging_face(models: Mapping[str, Model]) -> tuple[Side, Side, tuple[str, ...]]:
+    """Return two models under the names that Hugging Face's files have, and remarks.
 
-
-def _hf_names(model: Model) -> dict[Name, LazyTensor]:
-    if model.passthrough is not None:
-        if not model.begin.layout.startswith("hf"):
-            raise PlanError(
-                f"{model.begin.root}: tensors are named as {model.begin.layout} and no schema "
-                "knows their model; only the same names can be compared"
+    Of a model that no schema knows these are its own, in the spelling of files: releases of
+    transformers have different names for one tensor, in memory and in files.
+    """
+    configs = [read_config(one.begin.sidecars, one.begin.root) for one in models.values()]
+    config = next(filter(None, configs), {})
+    remarks, sides = [], []
+    for (side, model), own in zip(models.items(), configs, strict=True):
+        if model.passthrough is None:
+            layout = family_named(model.family).layout("hf")
+            sides.append(_side(model, _unschemed(named_tensors(model, layout)[0])))
+            continue
+        tensors: Mapping[str, LazyTensor] = model.passthrough
+        with suppress(CkptxError):  # names that do not fit stay as they are
+            tensors = registry.in_files(tensors, own or config)
+        if other := [name for name in model.passthrough if name not in tensors]:
+            remarks.append(
+                f"{side}: {len(other)} tensors are compared under the names that files have, "
+                f"{other[0]!r} among them"
             )
-        return _by_name(model)
-    return _unschemed(named_tensors(model, family_named(model.family).layout("hf"))[0])
+        sides.append(_side(model, _unschemed(tensors)))
+    a, b = sides
+    return a, b, tuple(remarks)

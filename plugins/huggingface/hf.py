@@ -123,7 +123,7 @@ class HfSaver:
         if not options.get("no_config"):
             _check_loadable(files, model.begin.root)
         plans = [*literal_files(files), *apart, *weight_files(tensors, options)]
-        hint = f'transformers.{_auto_class(model)}.from_pretrained("{{target}}")'
+        hint = _load_hint(model, read_config(files, model.begin.root) or {})
         if CONFIG not in files:
             read = {".safetensors": "safetensors.torch.load_file", ".bin": "torch.load"}
             first = next(plan.path for plan in plans if plan.path.endswith(tuple(read)))
@@ -138,16 +138,22 @@ class HfSaver:
         )
 
 
-def _auto_class(model: Model) -> str:
-    if model.passthrough is None and "Bert" in model.spec.architecture:
-        return model.spec.architecture  # the class for causal models would drop heads
-    named = (read_config(model.begin.sidecars, model.begin.root) or {}).get("architectures")
-    for head in TASK_HEAD_CLASSES:
-        if isinstance(named, list) and any(str(name).endswith(head) for name in named):
-            return f"AutoModel{head}"
-    return (
-        "AutoModelForImageTextToText" if "vision" in model.begin.parts else "AutoModelForCausalLM"
-    )
+def _load_hint(model: Model, config: Mapping[str, Any]) -> str:
+    """Return the code that loads a model as its class, not as another one without its head."""
+    named = config.get("architectures")
+    first = str(named[0]) if isinstance(named, list) and named else ""
+    own = config.get("auto_map")
+    for auto, home in own.items() if isinstance(own, dict) else ():
+        if auto.startswith("AutoModel") and first and str(home).endswith(f".{first}"):
+            return f'transformers.{auto}.from_pretrained("{{target}}", trust_remote_code=True)'
+    kind = first
+    if "vision" in model.begin.parts:
+        kind = "AutoModelForImageTextToText"
+    elif not first.isidentifier() or first.endswith(("ForCausalLM", "LMHeadModel")):
+        kind = "AutoModelForCausalLM"
+    elif head := next((one for one in TASK_HEAD_CLASSES if first.endswith(one)), None):
+        kind = f"AutoModel{head}"
+    return f'transformers.{kind}.from_pretrained("{{target}}")'
 
 
 def _shard_size(text: str) -> int:

@@ -13,6 +13,8 @@ from types import ModuleType
 from ckptx.model.family import Family
 from ckptx.protocol.contracts import SideFile
 from ckptx.protocol.hookspecs import hookimpl
+from ckptx.schemas.conventions import transformers_memory
+from ckptx.tensors.lazy import LazyTensor
 
 
 def _modules() -> Iterator[ModuleType]:
@@ -37,3 +39,11 @@ def side_files(
     """Return the files that a family of this folder wants beside a model's weights."""
     wanted = (getattr(module, "side_files", None) for module in _modules())
     return [file for files in wanted if files for file in files(config, names, iteration)]
+
+
+@hookimpl
+def in_files(
+    tensors: Mapping[str, LazyTensor], config: Mapping[str, object]
+) -> Mapping[str, LazyTensor]:
+    """Return tensors under the names that transformers gives them in files."""
+    return transformers_memory.in_files(tensors, config)

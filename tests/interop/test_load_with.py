@@ -133,3 +133,25 @@ def test_a_root_keeps_one_model_in_one_form(source, to, options, words, tmp_path
     hint, _ = said(root, to, source, iteration=20, overwrite=True, **options)
     assert hint
     assert (root / "iter_0000010").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "AutoModelForCausalLM"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, "T5ForConditionalGeneration"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "AutoModelForTokenClassification"),
+        ({"architectures": []}, "AutoModelForCausalLM"),
+        (
+            {"architectures": ["Mine"], "auto_map": {"AutoModel": "modeling_mine.Mine"}},
+            'AutoModel.from_pretrained("PLACE", trust_remote_code=True)',
+        ),
+    ],
+)
+def test_transformers_loads_the_class_of_the_config(changes, words, tmp_path):
+    source = _family("llama")(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "unknown_to_all", **changes}
+    (source / "config.json").write_text(json.dumps(config))
+    report = ckptx.convert(source, tmp_path / "out", to="hf")
+    assert words.replace("PLACE", str(tmp_path / "out")) in report.facts.load_hint

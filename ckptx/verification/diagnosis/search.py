@@ -44,6 +44,7 @@ KNOWN: Mapping[str, Hypothesis] = {one.name: one for one in (*TRIED, *_NAMED_ONL
 _PATIENCE = 2  # tensors of a kind for which pairs of mistakes are tried
 _FAILURES = 6  # tensors of a kind without an explanation, after which only known ones are tried
 _SHOWN_DETAILS = 6
+_TOGETHER, _ALONE = 1 / 2, 1 / 8  # of the elements of what differs, for findings to convince
 _SHOWN = 3  # tensors in the text form
 
 Forms: TypeAlias = tuple[Variant, ...]
@@ -139,7 +140,31 @@ def diagnose(paired: Paired, differing: Sequence[Name], reader: BlockReader) -> 
         differing: the names of tensors that differ, or that only one side has.
         reader: reads both.
     """
-    return tuple(_Search(Evidence(paired, differing, reader)).run())
+    evidence = Evidence(paired, differing, reader)
+    return tuple(_convincing(_Search(evidence).run(), evidence))
+
+
+def _convincing(findings: list[Finding], evidence: Evidence) -> Iterator[Finding]:
+    """Yield the findings that explain enough to be the reason, and no coincidence.
+
+    Small vectors are alike in many models, and parts of any two models may be. Together they must
+    explain half of the elements of what differs, or one of them a good part, matrices included
+    where matrices differ.
+    """
+    sizes, matrices = {}, set()
+    for name in evidence.differing:
+        pair = [one for side in evidence.sides if (one := side.tensors.get(name)) is not None]
+        sizes[label(name)] = max(one.numel for one in pair)
+        if max(len(one.shape) for one in pair) > 1:
+            matrices.add(label(name))
+    whole = sum(sizes.values())
+    explained = {name for finding in findings for name in finding.tensors}
+    enough = sum(sizes[name] for name in explained) >= whole * _TOGETHER
+    for finding in findings:
+        part = sum(sizes[name] for name in finding.tensors)
+        with_matrices = not matrices or bool(matrices.intersection(finding.tensors))
+        if enough or (with_matrices and part >= whole * _ALONE):
+            yield finding
 
 
 class _Search:
