@@ -300,8 +300,8 @@ def plan_directory(
                     key = entry.key
                     expected = shapes.setdefault(key, found)
                     boxes = chunks.setdefault(key, [])
-                if found != expected:
-                    raise PlanError(f"{name}: {entry.key!r} is {found} here, {expected} before")
+                if expected is not None and found != expected:
+                    raise _disagreeing(name, entry.key, found, expected)
                 if 0 in entry.tensor.shape and 0 not in entry.shape:
                     continue  # the share of a rank that has none
                 end = _add_tensor(regions, position, entry, between)
@@ -330,6 +330,16 @@ def plan_directory(
 def _size(shape: Shape, known: dict[Shape, TorchSize]) -> TorchSize:
     """Return a shape as torch has it in metadata; equal ones are one object."""
     return known.get(shape) or known.setdefault(shape, TorchSize(shape))
+
+
+def _disagreeing(
+    file: str, key: str, found: tuple[str, Shape], expected: tuple[str, Shape]
+) -> PlanError:
+    here, before = (f"{dtype} {list(shape)}" for dtype, shape in (found, expected))
+    return PlanError(
+        f"{file}: {key!r} is {here} here, {before} in another part; all have to be of one dtype, "
+        "which --dtype can give them"
+    )
 
 
 def _add_tensor(

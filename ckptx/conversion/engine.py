@@ -105,7 +105,7 @@ Run: TypeAlias = Callable[[ConversionRequest, TargetOwner, str], Outcome]
 
 
 def load(request: ConversionRequest, spool: Spool | None) -> Iterator[Message]:
-    """Yield the messages of the source, edited.
+    """Yield the messages of the source, edited and cast.
 
     Raises:
         CkptxError: whatever the loader raised.
@@ -125,6 +125,7 @@ def load(request: ConversionRequest, spool: Spool | None) -> Iterator[Message]:
             from ckptx.conversion.edits import edited
 
             messages = edited(messages, request.edits, request.loader)
+        messages = cast_messages(messages, request.dtype, request.parts)
     while True:
         with blamed_on(who):  # a fault of whoever takes the messages is not the loader's
             message = next(messages, None)
@@ -144,13 +145,13 @@ def wanted_by(saver: str) -> Wants:
 def make_plan(
     saver: Saver, messages: Iterable[Message], options: Mapping[str, Any], context: Context = UNTOLD
 ) -> Planned:
-    """Return what a saver makes of messages, cast to the context's dtype before it sees them.
+    """Return what a saver makes of messages.
 
     Raises:
         PluginError: the saver has not read all messages.
     """
     stream = WatchedMessages(iter(messages))
-    made = saver.plan(cast_messages(stream, context.dtype), options, context)
+    made = saver.plan(iter(stream), options, context)
     return Planned(*stream.finish(saver.name), made)
 
 
@@ -371,8 +372,7 @@ def _save_by_module(
     stream = WatchedMessages(messages)
     plan = saver.outline(request)
     staging = Path(owner.prepare(plan, None)[0])
-    messages = cast_messages(stream, request.dtype)
-    proof = saver.write_directly(messages, request, staging, owner.advance)
+    proof = saver.write_directly(iter(stream), request, staging, owner.advance)
     begin, end = stream.finish(request.saver)
     owner.flush()
     sync_tree(staging)

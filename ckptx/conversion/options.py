@@ -43,6 +43,20 @@ class Dtype(click.ParamType):  # type: ignore[type-arg]
         return SPELLINGS[value]
 
 
+class DtypeOf(Dtype):
+    """A dtype of all tensors, or after ``GLOB=`` of those of these names."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the glob, empty for all tensors, and the torch name of the dtype."""
+        if isinstance(value, tuple):  # from Python
+            glob, equals, dtype = value[0], "=", value[1]
+        else:
+            glob, equals, dtype = value.rpartition("=")
+        if equals and not glob:
+            self.fail(f"{value!r} has no GLOB before the =", param, ctx)
+        return glob, super().convert(dtype, param, ctx)
+
+
 class Overwrite(click.ParamType):  # type: ignore[type-arg]
     """What may be replaced: nothing, a target that ckptx wrote, or ``foreign`` files, too."""
 
@@ -106,10 +120,14 @@ def engine_options() -> list[click.Option]:
         "Continue an interrupted run of the same conversion; or start over, and leave nothing if "
         "interrupted.  [default: resume]"
     )
+    cast = (
+        "Convert weights to this dtype, with GLOB= those so named by Hugging Face. Repeatable; the "
+        "last that matches counts.  [as stored]"
+    )
     compared = click.Choice(["all", "sample", "none"])
     digests = click.Choice(["xxh3_128", "sha256"])
     return [
-        option("--dtype", Dtype(), "Convert weights to this dtype.  [as stored]"),
+        option("--dtype dtypes", DtypeOf(), cast, multiple=True, metavar="[GLOB=]DTYPE"),
         overwrite_option(),
         option("--hf-base", FOLDER, "Hugging Face model to take config and tokenizer from."),
         option("--fill-from-base", str, filled, multiple=True, metavar="GLOB"),

@@ -44,7 +44,9 @@ class ConversionRequest:
     loader_options: Mapping[str, Any] = field(default_factory=dict)
     """The loader's own options, by their click names."""
     saver_options: Mapping[str, Any] = field(default_factory=dict)
-    dtype: str | None = None
+    dtypes: tuple[tuple[str, str], ...] = ()
+    """Globs of names with the dtypes of their tensors, the last that matches counts; an empty one
+    is for all that have none of their own."""
     hf_base: Path | None = None
     fill_from_base: tuple[str, ...] = ()
     overwrite: bool | Literal["foreign"] = False
@@ -74,6 +76,16 @@ class ConversionRequest:
         # Absolute from here on: a plugin may change the working directory.
         for name in ("source", "target"):
             object.__setattr__(self, name, Path(os.path.abspath(getattr(self, name))))  # noqa: PTH100 - keeps symlinks
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype of all tensors that have none of their own; None leaves them as stored."""
+        return next((dtype for glob, dtype in reversed(self.dtypes) if not glob), None)
+
+    @property
+    def parts(self) -> tuple[tuple[str, str], ...]:
+        """The globs of tensors that have a dtype of their own, with it."""
+        return tuple(one for one in self.dtypes if one[0])
 
     @property
     def inputs(self) -> list[Path]:

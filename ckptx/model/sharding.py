@@ -181,11 +181,24 @@ def shard_tensors(
         if share not in known:
             spelling = entry.spellings[0]
             cut = [_piece(message[key], entry, rank, key, known) for key in entry.keys]
-            packed = spelling.transform.pack(cut, spec, rank.tp if entry.ep is None else rank.etp)
             experts = cut[0].shape[entry.ep] if entry.ep is not None else 0
-            known[share] = dict(zip(spelling.named(layer, experts), packed, strict=True))
+            names = spelling.named(layer, experts)
+            packed = _packed(entry, names, cut, spec, rank.tp if entry.ep is None else rank.etp)
+            known[share] = dict(zip(names, packed, strict=True))
         named.update(known[share])
     return named
+
+
+def _packed(
+    entry: Rule, names: Sequence[str], tensors: Sequence[Tensor], spec: ModelSpec, size: int
+) -> Sequence[Tensor]:
+    """Return the canonical tensors of a rule as a layout stores them, on one of ``size`` ranks."""
+    try:
+        return entry.spellings[0].transform.pack(tensors, spec, size)
+    except PlanError as error:
+        own = zip(entry.keys, tensors, strict=True)
+        found = ", ".join(f"{key} {tensor.dtype} {list(tensor.shape)}" for key, tensor in own)
+        raise PlanError(f"{first_few(names, 3)}, of {found}: {error}") from error
 
 
 def _coordinates(entry: Rule, rank: Rank) -> tuple[int, ...]:
@@ -225,9 +238,9 @@ def shard_chunks(
     for entry in rules:
         spelling = entry.spellings[0]
         whole = [message[key] for key in entry.keys]
-        packed = spelling.transform.pack(whole, spec, 1)
-        origins = spelling.transform.origins([tensor.shape for tensor in whole])
         names = spelling.named(layer, 0)
+        packed = _packed(entry, names, whole, spec, 1)
+        origins = spelling.transform.origins([tensor.shape for tensor in whole])
         for key, full, (number, at) in zip(entry.keys, whole, origins, strict=True):
             name, shape = names[number], packed[number].shape
             if entry.ep is None:

@@ -248,7 +248,10 @@ def tile_unchecked(shape: Shape, tiles: Sequence[tuple[Sequence[int], LazyTensor
         raise PlanError("a tensor cannot be made of no tiles")
     dtypes = sorted({part.dtype for _, part in tiles})
     if len(dtypes) > 1:
-        raise PlanError(f"tiles of one tensor have different dtypes: {', '.join(dtypes)}")
+        found = ", ".join(dtypes)
+        raise PlanError(
+            f"tiles of one tensor have different dtypes: {found}; --dtype can give them one"
+        )
     kept = [(tuple(origin), part) for origin, part in tiles if part.numel]
     if not kept:
         return Filled(dtypes[0], shape)

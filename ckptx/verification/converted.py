@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckptx.conversion import engine
-from ckptx.conversion.casting import cast_messages
 from ckptx.conversion.keywords import bind
 from ckptx.conversion.report import Report
 from ckptx.conversion.request import ConversionRequest
@@ -51,7 +50,7 @@ def _compared(request: ConversionRequest, target: Path, progress: Progress | Non
     context = Context(hf_base=request.hf_base)
     own = bind(loader.options(), {})
     with SpoolFile(target.parent) as file, closing(Spool(file.path)) as spool:
-        messages = cast_messages(engine.load(request, spool), request.dtype)
+        messages = engine.load(request, spool)
         source = Checkpoint(request.source, request.loader, collect(messages))
         opened = open_checkpoint(
             target, loader, options=own, wants=wants, spool=spool, context=context

@@ -119,7 +119,7 @@ class HfSaver:
             config = read_config(model.begin.sidecars, model.begin.root) or {}
             iteration = model.begin.training.get("iteration", "release")
             tensors, apart, filled = split_off(config, tensors, iteration)
-        files, notes = _sidecars(model, main_dtype(tensors))
+        files, notes = _sidecars(model, context.dtype or main_dtype(tensors))
         if not options.get("no_config"):
             _check_loadable(files, model.begin.root)
         plans = [*literal_files(files), *apart, *weight_files(tensors, options)]

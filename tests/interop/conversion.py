@@ -80,7 +80,7 @@ def convert(
         target,
         loader_options or {},
         options,
-        dtype=dtype,
+        dtypes=((("", dtype),) if dtype else ()),
         hf_base=hf_base,
     )
     planned = engine.plan_conversion(job)
