@@ -54,8 +54,8 @@ def why_unrecognised(source: Location, recognised: Recognised) -> str:
         source: exists, and no loader recognises it.
         recognised: whether a loader recognises another path.
     """
-    if foreign := _foreign(source):
-        return foreign
+    if reason := foreign(source):
+        return reason
     if not source.is_dir():
         return "it is empty" if source.is_file() and not source.stat().st_size else ""
     # Numbers in order, so that the last one is the latest.
@@ -73,7 +73,7 @@ def why_unrecognised(source: Location, recognised: Recognised) -> str:
     return f"a conversion into it {_unfinished(partial)}"
 
 
-def _foreign(source: Location) -> str:
+def foreign(source: Location) -> str:
     """Return what another program's format is, and which tool reads it; empty of any other."""
     inside = sorted(source.iterdir()) if source.is_dir() else [source]
     ranks = (sorted(path.iterdir()) for path in inside if path.name.isdigit() and path.is_dir())

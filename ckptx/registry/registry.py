@@ -198,6 +198,9 @@ def detect(source: Location) -> str:
 
     if not source.exists():
         raise PluginError(f"{source}: {explain.why_absent(source)}")
+    # A file of torch.save may be a part of something that is not whole by itself.
+    if source.is_file() and (reason := explain.foreign(source)):
+        raise PluginError(f"{source}: not a checkpoint that any loader recognises: {reason}")
     matches = _recognising(source)
     if len(matches) == 1:
         return matches[0]

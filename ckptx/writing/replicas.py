@@ -51,9 +51,12 @@ def check_replicas(plan: SavePlan, files: Files, mode: str = "sample") -> int:
         for place, other in enumerate(others, 1):
             if not np.array_equal(first, other):
                 element = start + int(np.flatnonzero(first != other)[0]) // copies[0].itemsize
+                name = found[nodes[number]]
+                # Of tied embeddings the last pipeline stage has a copy as its output layer.
+                untied = ", or args call an output layer tied that is not" * ("emb" in name)
                 raise ConversionError(
-                    f"{found[nodes[number]]!r}: copy {place} of {len(copies)} differs from copy 0 "
-                    f"at element {element}; the rank files are not of one checkpoint. Find the "
+                    f"{name!r}: copy {place} of {len(copies)} differs from copy 0 at element "
+                    f"{element}; the rank files are not of one checkpoint{untied}. Find the "
                     "right files, or pass --check-replicas none to take copy 0"
                 )
         return True

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckptx.containers.pickle_values import Record, TorchDtype
-from ckptx.errors import FormatError, SchemaError
+from ckptx.errors import CkptxError, FormatError, SchemaError
 from ckptx.model.family import FUNCTION_SETTINGS, MEGATRON_SWITCHES, function_settings
 from ckptx.model.pipeline_parallel import Pipeline
 from ckptx.model.spec import ModelSpec
@@ -151,6 +151,8 @@ def spec_from_args(args: Mapping[str, Any], family: str | None = None) -> ModelS
     _check_types(args)
     try:
         spec, changed = _described(args)
+    except CkptxError:
+        raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise SchemaError(
             "a value of the checkpoint's args is not what Megatron has there "

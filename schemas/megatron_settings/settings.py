@@ -6,6 +6,7 @@ releases fill it (``tests/versions/megatron_settings.py``). A name's class is a 
     harmless   training, parallelism, logging, kernels that compute the same
     family     expressed by a family and its `ModelSpec`
     function   changes what the weights compute; Megatron alone can hold the model
+    batch      changes what a batch computes and not what the weights do: it is said
     structure  the model is of another kind, with tensors that no layout here has
 """
 
@@ -85,9 +86,14 @@ def without(args: Mapping[str, Any], accepted: Collection[str]) -> dict[str, Any
 
 
 def notes(args: Mapping[str, Any], accepted: Collection[str]) -> list[str]:
-    """Return what was accepted, and which names of ``args`` nothing is known of."""
+    """Return what was accepted, what depends on a batch, and the names that nothing is known of."""
     found = [
         f"{name} is {args[name]!r} in args and was ignored (--accept-arg)" for name in accepted
+    ]
+    found += [
+        f"{name} is {args[name]!r} in args: {known()[name].reason}"
+        for name in sorted(known().keys() & args)
+        if known()[name].kind == "batch" and args[name] and name not in accepted
     ]
     if names := [name for name in unknown(args) if name not in accepted]:
         found.append(

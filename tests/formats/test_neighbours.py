@@ -165,6 +165,13 @@ def test_formats_of_others_are_named_with_their_tool(path, reason, tmp_path):
         registry.detect(source)
 
 
+def test_a_rank_s_local_file_is_named_although_torch_saved_it(tmp_path):
+    file = tmp_path / "iter_0000010_0_local.pt"
+    torch.save({"model": {"decoder.final_layernorm.weight": torch.ones(4)}}, file)
+    with pytest.raises(CkptxError, match="local checkpoint of NVIDIA's resiliency extension"):
+        registry.detect(file)
+
+
 def test_a_part_of_a_checkpoint_is_told_from_the_whole(made, tmp_path):
     (rank,) = made.glob("core/*/mp_rank_00")
     with pytest.raises(CkptxError, match=f"the directory of one rank: give {rank.parent}"):

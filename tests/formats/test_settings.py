@@ -247,3 +247,12 @@ def test_an_argument_of_another_type_is_named(tmp_path, name, value, expected):
     found = ckptx.inspect(source)
     assert not found.healthy
     assert any(expected in problem.message for problem in found.problems)
+
+
+def test_what_depends_on_a_batch_is_said(tmp_path):
+    source = write(tmp_path / "source", [dense("dense", 0, 1)], moe_expert_capacity_factor=1.5)
+    report = ckptx.convert(source, tmp_path / "hf", to="hf")
+    assert any("moe_expert_capacity_factor is 1.5 in args: drops" in note for note in report.notes)
+    plain = write(tmp_path / "plain", [dense("dense", 0, 1)], moe_expert_capacity_factor=None)
+    report = ckptx.convert(plain, tmp_path / "other", to="hf")
+    assert not any("capacity" in note for note in report.notes)

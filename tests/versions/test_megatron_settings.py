@@ -11,7 +11,7 @@ from tests.versions import megatron_settings
 from tests.versions.megatron_settings import UNCLASSIFIED, read, settings_of, write
 
 ROWS = read()
-CLASSES = {"harmless", "family", "function", "structure"}
+CLASSES = {"harmless", "family", "function", "batch", "structure"}
 
 
 def test_every_name_of_every_version_is_classified():

@@ -117,8 +117,8 @@ HEAD_TIED = Hypothesis(
 )
 PADDING = Hypothesis(
     "vocabulary-padding",
-    "one side holds rows of padding behind the vocabulary",
-    "Megatron pads the vocabulary; Hugging Face's config.json says how many rows are real. "
-    "Where rows were kept that are padding, convert again with --true-vocab-size N; where real "
-    "rows were cut, with a larger N. All rows that both sides have agree as said here.",
+    "one side has more rows behind the vocabulary",
+    "Under Hugging Face's names every row is trained: one of two such models was resized. Megatron "
+    "pads the vocabulary: where its padding was kept, or real rows were cut with it, convert that "
+    "checkpoint again with --true-vocab-size N. All rows that both sides have agree as said here.",
 )
