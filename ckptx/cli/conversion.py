@@ -5,11 +5,15 @@ Beside these there are the engine's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from ckptx.cli import runs
 from ckptx.cli.options import (
     long_options,
     output_options,
@@ -23,6 +27,10 @@ from ckptx.conversion.options import MODIFY, Dtype, engine_options, megatron_opt
 from ckptx.conversion.request import ConversionRequest, Edits
 from ckptx.errors import ConversionError
 from ckptx.registry import registry
+
+if TYPE_CHECKING:
+    from ckptx.conversion.report import Report
+    from ckptx.verification.compare import Comparison
 
 
 class ConversionCommand(PluginCommand):
@@ -118,6 +126,8 @@ class ConversionCommand(PluginCommand):
             source = params.get("load_dir") or next((p for p in places if p.exists()), None)
             if source is not None and len(places) == 2 and not params.get("load_dir"):
                 source = places[0]  # nothing but SRC and DST: an existing DST is not meant
+            if source is not None and runs.are_meant(args) and not wants_help:
+                source = runs.example(source, params)
             if source is not None and not (wants_help and not source.exists()):
                 loader = registry.detect(source)
             elif "" in args and not wants_help:
@@ -180,7 +190,7 @@ class ModifyCommand(ConversionCommand):
 def convert_command(style: Literal["short", "long"] = "short") -> click.Command:
     """Return the command that converts, with short or Megatron's own option names."""
     compared = "Then compare the target with the source, every value; exit 1 if they differ."
-    further = [switch("--verify", compared)]
+    further = [switch("--verify", compared), *runs.run_options()]
     return ConversionCommand("convert", "Convert a checkpoint.", style, convert, further)
 
 
@@ -198,20 +208,42 @@ def modify_command() -> click.Command:
 
 def convert(job: ConversionRequest, params: dict[str, Any]) -> None:
     """Convert, and show what was done."""
+    once, check = partial(_converted, params), partial(_difference, params)
+    if runs.is_run(params):
+        runs.convert_all(runs.Runs(job, params, once, check))
+        return
+    report, fault = once(job)
+    show_report(report, params["as_json"], params["quiet"])
+    if fault:
+        raise ConversionError(fault)
+
+
+def _converted(params: Mapping[str, Any], job: ConversionRequest) -> tuple[Report, str]:
+    """Convert; return the report, and what `_difference` says."""
     from ckptx.cli import progress
     from ckptx.conversion import supervisor
 
-    silent = params["quiet"] or params["as_json"]
-    report = supervisor.convert(job, progress.choose(silent))
+    report = supervisor.convert(job, progress.choose(params["quiet"] or params["as_json"]))
     if not params.get("verify"):
-        show_report(report, params["as_json"], params["quiet"])
-        return
-    from ckptx.verification.converted import verified
+        return report, ""
+    found = _compared(params, job, Path(report.target))
+    return replace(report, verification=found), _fault(found)
 
-    checked, found = verified(job, report, progress.bar(silent))
-    show_report(checked, params["as_json"], params["quiet"])
-    if not found.equal:
-        raise ConversionError(f"{report.target}: differs from its source; the target stays there")
+
+def _difference(params: Mapping[str, Any], job: ConversionRequest, target: Path) -> str:
+    """Return that a target differs from its source, empty if nobody asked or it does not."""
+    return _fault(_compared(params, job, target)) if params["verify"] else ""
+
+
+def _compared(params: Mapping[str, Any], job: ConversionRequest, target: Path) -> Comparison:
+    from ckptx.cli import progress
+    from ckptx.verification.converted import compare_with_source
+
+    return compare_with_source(job, target, progress.bar(params["quiet"] or params["as_json"]))
+
+
+def _fault(found: Comparison) -> str:
+    return "" if found.equal else f"{found.right}: differs from its source; the target stays there"
 
 
 def plan(job: ConversionRequest, params: dict[str, Any]) -> None:

@@ -88,6 +88,23 @@ def build(
     return _dumped(content), digest
 
 
+def same_conversion(one: bytes, other: bytes) -> bool:
+    """Return whether two manifests are of one conversion, whatever the digests of tensors are."""
+    try:
+        return _undigested(one) == _undigested(other)
+    except (ValueError, LookupError, TypeError, AttributeError):  # a damaged one is of none
+        return False
+
+
+def _undigested(content: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(content)
+    del found["digest"]
+    for file in found["files"].values():
+        for tensor in file["tensors"]:
+            del tensor["digest"]
+    return found
+
+
 def _accepted(begin: Begin, plan: SavePlan) -> dict[str, list[str]]:
     found = [*begin.accepted, *plan.accepted]
     return {"accepted": found} if found else {}

@@ -51,6 +51,8 @@ class ConversionRequest:
     fill_from_base: tuple[str, ...] = ()
     overwrite: bool | Literal["foreign"] = False
     """Whether an existing target is replaced, if ckptx wrote all of it; or whoever wrote it."""
+    earlier: tuple[str, ...] | None = None
+    """Of a step of a run the steps before it: a pointer to one of them moves on to this one."""
     max_memory: int = 512 << 20
     """The memory of the whole conversion, all processes together."""
     threads: int = 0

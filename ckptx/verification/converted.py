@@ -8,12 +8,10 @@ has changed is one.
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 from ckptx.conversion import engine
 from ckptx.conversion.keywords import bind
-from ckptx.conversion.report import Report
 from ckptx.conversion.request import ConversionRequest
 from ckptx.errors import CkptxError, ConversionError
 from ckptx.protocol.context import Context
@@ -25,21 +23,20 @@ from ckptx.storage.spool import Spool, SpoolFile
 from ckptx.verification.compare import Comparison, compare
 
 
-def verified(
-    request: ConversionRequest, report: Report, progress: Progress | None = None
-) -> tuple[Report, Comparison]:
-    """Compare the target of a conversion with its source; return the report with it, and it.
+def compare_with_source(
+    request: ConversionRequest, target: Path, progress: Progress | None = None
+) -> Comparison:
+    """Compare the target of a conversion with its source.
 
     Raises:
         ConversionError: they cannot be compared; the target stays.
     """
     try:
-        found = _compared(request, Path(report.target), progress)
+        return _compared(request, target, progress)
     except CkptxError as error:
         raise ConversionError(
-            f"{report.target}: converted, and the target stays; but it was not verified: {error}"
+            f"{target}: converted, and the target stays; but it was not verified: {error}"
         ) from error
-    return replace(report, verification=found), found
 
 
 def _compared(request: ConversionRequest, target: Path, progress: Progress | None) -> Comparison:

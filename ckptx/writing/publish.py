@@ -95,11 +95,17 @@ class Target:
         inputs: source paths, of which the target must not replace a part.
         overwrite: whether an existing target may be replaced, if ckptx wrote all of it; with
             ``"foreign"`` whoever wrote it.
+        earlier: what pointers may say that move on to this target.
     """
 
     def __init__(
-        self, save_dir: Path, inputs: Sequence[Path], overwrite: bool | Literal["foreign"] = False
+        self,
+        save_dir: Path,
+        inputs: Sequence[Path],
+        overwrite: bool | Literal["foreign"] = False,
+        earlier: Sequence[str] = (),
     ) -> None:
+        self._earlier = earlier
         self._named = save_dir
         self.save_dir = save_dir.resolve()
         self.inputs = [path.resolve() for path in inputs]
@@ -334,7 +340,9 @@ class Target:
                 sync_directory(folder.parent)
             replaced = [f"replaced {self.path}: {self.replaced}"] if self.replaced else []
             return replaced + pointers.write(
-                self.save_dir, self.plan, self._partial, overwrite=bool(self.overwrite)
+                *(self.save_dir, self.plan, self._partial),
+                overwrite=bool(self.overwrite),
+                earlier=self._earlier,
             )
         except OSError as error:
             missing = [
@@ -349,7 +357,7 @@ class Target:
 
     def pointers_stay(self) -> list[str]:
         """Return remarks on pointers that stay as they are; empty if all are written."""
-        return [] if self.overwrite else pointers.notes(self.save_dir, self.plan)
+        return [] if self.overwrite else pointers.notes(self.save_dir, self.plan, self._earlier)
 
     def _put_in_place(self) -> None:
         staging = self._partial / "new"
