@@ -13,7 +13,7 @@ grm_vl,critic_language}.py @ main.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from ckptx.errors import listing
 from ckptx.tensors.lazy import LazyTensor
@@ -24,6 +24,7 @@ _HEAD = re.compile(
 """Whole names of what stands beside a language model, not in it."""
 _AROUND = ("model.", "pretrained_model.", "base_model.", "actor.", "critic.")
 """What a module that holds a whole model calls it."""
+_LOOKED_FOR = 8  # names of the model, of which one is there wherever it lies
 
 
 def heads_of(names: Iterable[str], known: Collection[str]) -> list[str]:
@@ -42,17 +43,25 @@ def without_module(
     """Return the tensors without what a module around the model has put before their names.
 
     It is taken off where most names are those of the model only without it, and off every name
-    that has it; a head outside keeps its name. With them comes a remark, if anything changed.
+    that has it; what is outside keeps its name. With them comes a remark, if anything changed.
     """
     plain = sum(name in known for name in tensors)
-    for prefix in _AROUND:
+    if plain == len(tensors):
+        return dict(tensors), ()
+    for prefix in dict.fromkeys((*_AROUND, *_around(tensors, known))):
         found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         inside = sum(name in known for name in found)
-        outside = [name for name in tensors if not name.startswith(prefix)]
-        bare = all(_HEAD.fullmatch(name) for name in outside)
-        if plain < inside and 2 * inside > len(found) == len(tensors) and bare:
+        if plain < inside and 2 * inside > len(found) == len(tensors):
             return found, (f"{prefix!r} was taken off the names: a module around the model put it",)
     return dict(tensors), ()
+
+
+def _around(names: Collection[str], known: Collection[str]) -> Iterator[str]:
+    """Yield what may stand before the model's names: before the longest that a tensor ends with."""
+    for one in sorted(known, key=len, reverse=True)[:_LOOKED_FOR]:
+        if found := [name.removesuffix(one) for name in names if name.endswith(f".{one}")]:
+            yield found[0]
+            return
 
 
 def remark(heads: Collection[str], architecture: str) -> str:

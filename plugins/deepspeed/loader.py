@@ -18,14 +18,14 @@ import click
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import EnumValue
 from ckptx.conversion.options import option, switch
-from ckptx.errors import FormatError, listing
+from ckptx.errors import FormatError
 from ckptx.hf_models.directory import base_sidecars, training_state
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import INDEXES, SINGLES, base_tensors, read_weights
+from ckptx.hf_models.wrappers import file_names, strip_option
 from ckptx.plugins.deepspeed import directory, ranks, weights
 from ckptx.plugins.megatron.legacy import LegacyLoader
 from ckptx.plugins.pytorch.module_names import (
-    file_names,
     nearest_config,
     shapes_of_config,
     trained_messages,
@@ -33,7 +33,7 @@ from ckptx.plugins.pytorch.module_names import (
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Messages
 from ckptx.storage.location import Location
-from ckptx.tensors.lazy import LazyTensor, Shape, Stored
+from ckptx.tensors.lazy import Shape, Stored
 
 _CONSUMED = {
     *("module", "buffer_names", "param_shapes", "frozen_param_shapes", "shared_params"),
@@ -58,13 +58,13 @@ class DeepspeedLoader:
     def options(self) -> list[click.Option]:
         """Return the options for the tag, for which weights are taken, and for adapters."""
         weights = "The optimizer's fp32 weights, or those that the module computes with."
-        prefix = "What a module around the model has put before its names, as 'model.'."
         trained = "Take only what was trained; without --fill-from-base that is no whole model."
         layers = "JSON file with the names of a PipelineModule's layers.  [from the config]"
         return [
             option("--tag -t", str, "Checkpoint below SRC.  [what 'latest' says]"),
             option("--weights", click.Choice(["master", "module"]), weights, "master"),
-            option("--prefix", str, prefix),
+            strip_option(),
+            click.Option(["--prefix"], multiple=True, hidden=True),  # as it was called once
             switch("--exclude-frozen-parameters", trained),
             *adapter_options(),
             option("--layer-map", click.Path(exists=True, dir_okay=False), layers),
@@ -84,7 +84,7 @@ class DeepspeedLoader:
         saved = directory.read(tag, masters)
         # What is converted to another dtype anyway need not have one dtype before.
         widen = context.dtype is None
-        prefix = options.get("prefix") or ""
+        prefixes = (*(options.get("strip_prefix") or ()), *(options.get("prefix") or ()))
         trained = bool(options.get("exclude_frozen_parameters"))
         if trained and not masters:
             raise FormatError(
@@ -93,13 +93,13 @@ class DeepspeedLoader:
             )
         small = {**nearest_config(saved.directory), **base_sidecars(context)}
         try:
-            shapes = _shapes(saved, small, prefix, context)
+            shapes = _shapes(saved, small, "".join(prefixes), context)
             layer_map = options.get("layer_map")
             found = ranks.gathered(saved, masters, widen, shapes, layer_map, not trained)
             left = _left(saved)
         except RecursionError as error:
             raise FormatError(f"{source}: its objects are nested too deeply") from error
-        found.tensors, renamed = file_names(_without(prefix, found.tensors, source), {}, source)
+        found.tensors, renamed = file_names(found.tensors, {"strip_prefix": prefixes}, source)
         files = list(saved.files)
         filled, remarks = base_tensors(files, found.tensors, context)
         found.declare("base", filled)
@@ -147,24 +147,6 @@ def _shapes(
         base = read_weights(place)
         shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     return {("" if saved.layers else prefix) + name: shape for name, shape in shapes.items()}
-
-
-def _without(
-    prefix: str, tensors: Mapping[str, LazyTensor], source: Location
-) -> dict[str, LazyTensor]:
-    """Return the tensors without a prefix of their names; others keep theirs.
-
-    Raises:
-        FormatError: no name starts with it, or two tensors would have one name.
-    """
-    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    if prefix and not any(name.startswith(prefix) for name in tensors):
-        raise FormatError(
-            f"{source}: --prefix {prefix!r}: no name starts so; found {listing(tensors, 3)}"
-        )
-    if len(found) < len(tensors):
-        raise FormatError(f"{source}: --prefix {prefix!r}: two tensors would have one name")
-    return found
 
 
 def _left(saved: directory.Saved) -> tuple[Dropped, ...]:

@@ -19,6 +19,7 @@ from ckptx.hf_models.extra_files import split_off
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import INDEXES, SINGLES, fill_from_base, read_weights
+from ckptx.hf_models.wrappers import INSIDE, file_names, strip_option
 from ckptx.model.layout import in_module_order
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
@@ -47,8 +48,8 @@ class HfLoader:
     name = "hf"
 
     def options(self) -> list[click.Option]:
-        """Return the options for adapters; all else is read from the directory."""
-        return adapter_options()
+        """Return ``--strip-prefix`` and the options for adapters; all else is in the directory."""
+        return [strip_option(), *adapter_options()]
 
     def detect(self, source: Location) -> bool:
         """Return whether there are weights under Hugging Face's file names."""
@@ -68,18 +69,22 @@ class HfLoader:
         """Yield the model; tensors of an unknown architecture pass through by name."""
         directory = source if source.is_dir() else source.parent
         weights = read_weights(source)
+        stored = dict(weights.tensors)
+        plain, remarks = file_names(stored, options, source, INSIDE)
+        weights.tensors = dict(plain)
         filled = fill_from_base(weights, context)
+        stored |= {name: one for name, one in weights.tensors.items() if name not in plain}
         begin = Begin(
             format="hf",
             files=tuple(map(str, weights.paths)),
-            sources=inventory(weights.tensors),
+            sources=inventory(stored),
             root=str(directory),
             sidecars={**sidecars(directory), **base_sidecars(context)},
         )
         yield from hf_messages(
             begin,
             weights.tensors,
-            filled,
+            (*remarks, *filled),
             training_state(directory) if source.is_dir() else (),
             options,
             context,

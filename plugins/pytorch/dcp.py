@@ -29,6 +29,7 @@ from ckptx.errors import FormatError, listing
 from ckptx.hf_models import float8
 from ckptx.hf_models.directory import base_sidecars, tie_by_names
 from ckptx.hf_models.lora.extract import adapter_options
+from ckptx.hf_models.wrappers import file_names, strip_option
 from ckptx.plugins.pytorch import module_names
 from ckptx.plugins.run_directory import step_of
 from ckptx.protocol.context import UNTOLD, Context, Options
@@ -77,7 +78,7 @@ class DcpLoader:
             "Path of the model in the saved dictionary, as 'app.model'.  "
             "[default: the one that holds weights]"
         )
-        return [option("--container", str, about), module_names.strip_option(), *adapter_options()]
+        return [option("--container", str, about), strip_option(), *adapter_options()]
 
     def detect(self, source: Location) -> bool:
         """Return whether there is metadata, not Megatron's, or was about to be, or shards."""
@@ -104,7 +105,7 @@ class DcpLoader:
         files: list[str] = []
         stored = dcp.tensors(metadata, files, names, context.spool)
         named = {names[key]: tensor for key, tensor in stored.items()}
-        weights, remarks = module_names.file_names(named, options, source)
+        weights, remarks = file_names(named, options, source)
         begin = Begin(
             format=self.name,
             files=tuple(files),
@@ -130,7 +131,7 @@ def _of_safetensors(
         root=str(source),
         sidecars={**module_names.nearest_config(source), **base_sidecars(context)},
     )
-    weights, remarks = module_names.file_names(tensors, options, source)
+    weights, remarks = file_names(tensors, options, source)
     found = f"{len(paths)} shards were found; nothing in them says how many there are"
     yield from _messages(begin, weights, End(notes=(found, *remarks)), options, context)
 

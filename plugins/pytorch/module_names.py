@@ -1,19 +1,13 @@
 """What the plugins for checkpoints of training frameworks share: a model's names and small files.
 
-Source of the prefixes: torch:torch/distributed/{fsdp,algorithms/_checkpoint}, torch/_dynamo @
-v2.13.0; of the folders: huggingface/accelerate src/accelerate/utils/fsdp_utils.py @ v1.15.0,
+Source of the folders: huggingface/accelerate src/accelerate/utils/fsdp_utils.py @ v1.15.0,
 volcengine/verl verl/utils/checkpoint/fsdp_checkpoint_manager.py @ 01ee5e0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
 
-import click
-
-from ckptx.conversion.options import option
-from ckptx.errors import FormatError, listing
 from ckptx.hf_models.directory import hf_messages, sidecars
 from ckptx.model.canonical_names import dimensions, keys_of
 from ckptx.model.sharding import shard_tensors
@@ -25,28 +19,7 @@ from ckptx.schemas.conventions import transformers_memory
 from ckptx.storage.location import Location
 from ckptx.tensors.lazy import Filled, LazyTensor, Shape
 
-T = TypeVar("T", bound=LazyTensor)
-
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
-"""What FSDP 1, activation checkpointing, torch.compile and DDP put into names."""
 _BESIDE = ("huggingface", "hf_config", "tokenizer")
-
-
-def strip_wrappers(tensors: Mapping[str, T], source: Location) -> dict[str, T]:
-    """Return the tensors under the names that they have without wrappers.
-
-    Raises:
-        FormatError: two tensors have one name then.
-    """
-    found: dict[str, T] = {}
-    for name, tensor in tensors.items():
-        plain = name
-        for word in WRAPPERS:
-            plain = plain.replace(f".{word}", ".").removeprefix(word)
-        if plain in found:
-            raise FormatError(f"{source}: {name!r} and another tensor are both {plain!r}")
-        found[plain] = tensor
-    return found
 
 
 def trained_messages(
@@ -79,52 +52,6 @@ def named_as_in_files(
         changed="they were given those of its files",
         kept="those of the source are kept",
     )
-
-
-def strip_option() -> click.Option:
-    """Return ``--strip-prefix``, which loaders declare alike."""
-    about = (
-        "Take this from the start of names, as 'actor.'. Repeatable; what FSDP, DDP, activation "
-        "checkpointing and torch.compile add is taken anyway."
-    )
-    return option("--strip-prefix", str, about, multiple=True, metavar="PREFIX")
-
-
-def file_names(
-    tensors: Mapping[str, T], options: Options, source: Location
-) -> tuple[dict[str, T], tuple[str, ...]]:
-    """Return the tensors without the prefixes of ``--strip-prefix`` and of wrappers, and remarks.
-
-    Raises:
-        FormatError: a prefix is that of no name, or two tensors have one name then.
-    """
-    notes: list[str] = []
-    named = dict(tensors)
-    for prefix in options.get("strip_prefix") or ():
-        if not (count := sum(name.startswith(prefix) for name in named)):
-            raise FormatError(
-                f"{source}: no name starts with --strip-prefix {prefix!r}; names are as "
-                f"{listing(named, 2)}"
-            )
-        others = {name for name in named if not name.startswith(prefix)}
-        clash = sorted(
-            name for name in named if name not in others and name[len(prefix) :] in others
-        )
-        if clash:
-            raise FormatError(
-                f"{source}: {clash[0]!r} without --strip-prefix is the name of another tensor"
-            )
-        named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
-        notes.append(f"{prefix!r} was taken from the start of {count} of {len(named)} names")
-    plain = strip_wrappers(named, source)
-    found = [
-        word
-        for word in WRAPPERS
-        if any(name.startswith(word) or f".{word}" in name for name in named)
-    ]
-    if plain.keys() != named.keys():
-        notes.append(f"names of wrappers were taken out: {', '.join(found)}")
-    return plain, tuple(notes)
 
 
 def nearest_config(source: Location) -> dict[str, bytes]:

@@ -19,9 +19,10 @@ from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.hf_models.directory import base_sidecars, sidecars
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import Weights, fill_from_base
+from ckptx.hf_models.wrappers import file_names, strip_option
 from ckptx.model.layout import Parts
 from ckptx.model.pipeline_parallel import Pipeline
-from ckptx.plugins.pytorch.module_names import file_names, strip_option, trained_messages
+from ckptx.plugins.pytorch.module_names import trained_messages
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype, named_messages, passthrough

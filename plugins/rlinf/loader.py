@@ -25,14 +25,13 @@ from ckptx.hf_models import task_heads
 from ckptx.hf_models.directory import base_sidecars
 from ckptx.hf_models.lora import names as adapter_names
 from ckptx.hf_models.lora.extract import adapter_options
+from ckptx.hf_models.wrappers import file_names, strip_option
 from ckptx.plugins.pytorch.module_names import (
-    file_names,
     named_as_in_files,
     nearest_config,
     others_of_step,
     shapes_of_config,
     size_of,
-    strip_option,
     trained_messages,
 )
 from ckptx.plugins.rlinf import local_shards

@@ -32,6 +32,7 @@ from ckptx.errors import FormatError, listing
 from ckptx.hf_models.directory import base_sidecars
 from ckptx.hf_models.lora.config import TRAINED_LORA
 from ckptx.hf_models.lora.extract import adapter_options
+from ckptx.hf_models.wrappers import file_names, strip_option
 from ckptx.plugins import run_directory
 from ckptx.plugins.pytorch import module_names
 from ckptx.plugins.verl import extra_state, megatron
@@ -64,7 +65,7 @@ class VerlLoader:
         return [
             run_directory.actor_option(),
             *adapter_options(),
-            module_names.strip_option(),
+            strip_option(),
             switch("--extra-state", states),
             switch("--is-value-model", value),
             switch("--tie-word-embedding", tied),
@@ -118,7 +119,7 @@ class VerlLoader:
             sidecars={**begin.sidecars, **states},
             parallel={"world_size": len(files)},
         )
-        tensors, remarks = module_names.file_names(tensors, options, directory)
+        tensors, remarks = file_names(tensors, options, directory)
         end = End((*dropped, *left), (*notes, *remarks))
         yield from module_names.trained_messages(begin, tensors, end, options, context)
 

@@ -484,7 +484,7 @@ class TestNames:
     @pytest.mark.parametrize(
         ("before", "options"),
         [
-            ("model.", {"prefix": "model."}),
+            ("model.", {"prefix": ("model.",)}),
             ("module.", {}),
             ("_orig_mod.", {}),
         ],
@@ -501,13 +501,13 @@ class TestNames:
         assert said == (not options)
 
     def test_a_prefix_that_is_not_there(self):
-        reason = refusal(GOLDEN / "zero2_bf16_groups", prefix="actor.")
-        assert "--prefix 'actor.': no name starts so; found 'model.embed_tokens.weight'" in reason
+        reason = refusal(GOLDEN / "zero2_bf16_groups", prefix=("actor.",))
+        assert "no name starts with --strip-prefix 'actor.'; names are as 'model.embed" in reason
 
     def test_a_prefix_that_makes_two_of_one_name(self, tmp_path):
         state = {"a.b": torch.ones(3, 2), "b": torch.zeros(3, 2)}
         zero_by_hand.write(tmp_path / "zero", state, 2, 1)
-        assert "two tensors would have one name" in refusal(tmp_path / "zero", prefix="a.")
+        assert "is the name of another tensor" in refusal(tmp_path / "zero", prefix=("a.",))
 
 
 class TestBadInput:

@@ -62,7 +62,7 @@ DS2HF = Script(
             "Module that was trained.",
             {
                 "vision2seq": ("--to", "hf"),
-                "grm": ("--to", "hf", "--prefix", "model."),
+                "grm": ("--to", "hf", "--strip-prefix", "model."),
                 **dict.fromkeys(_SCALAR, ("--to", "pytorch")),
             },
             default="vision2seq",

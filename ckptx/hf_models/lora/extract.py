@@ -20,6 +20,7 @@ from ckptx.hf_models.lora import config as adapter_config
 from ckptx.hf_models.lora import names as adapter_names
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG, AdapterConfig
 from ckptx.hf_models.weights import Weights
+from ckptx.hf_models.wrappers import unwrapped
 from ckptx.protocol.context import Options
 from ckptx.protocol.from_names import inventory
 from ckptx.protocol.messages import Begin
@@ -170,7 +171,7 @@ def read_directory(
     weights.add(files[0].absolute())
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in weights.tensors.items():
-        key = adapter_names.parse(name).file_key
+        key = adapter_names.parse(unwrapped(name)).file_key
         if key in tensors:
             raise FormatError(f"{files[0]}: {name!r} and another tensor are both {key!r}")
         tensors[key] = replace(tensor, file=tensor.file + first)
