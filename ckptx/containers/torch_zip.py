@@ -41,6 +41,18 @@ _ZIP_MAGIC = b"PK\3\4"
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
+def stored_bytes(value: Any) -> int:
+    """Return the bytes of all tensors in a nested structure."""
+    match value:
+        case Stored():
+            return value.nbytes
+        case Mapping():
+            return sum(stored_bytes(entry) for entry in value.values())
+        case list() | tuple():
+            return sum(stored_bytes(entry) for entry in value)
+    return 0
+
+
 def read(path: Location, file_index: int) -> Any:
     """Return what `torch.load` would return, with every tensor a `Stored` extent.
 

@@ -268,7 +268,7 @@ def _facts_lines(facts: Facts) -> Iterator[tuple[str, str]]:
     for drop in facts.dropped:
         reasons.setdefault(drop["reason"], []).append(drop)
     for reason, drops in reasons.items():
-        size = size_text(sum(drop["bytes"] for drop in drops))
+        size = sum(drop["bytes"] for drop in drops)  # none where nothing of it is a tensor
         names = first_few([drop["name"] for drop in drops], _SHOWN)
-        yield "dropped", f"{names} ({size}): {reason}"
+        yield "dropped", f"{names}{f' ({size_text(size)})' if size else ''}: {reason}"
     yield from (("note", note) for note in facts.notes)

@@ -81,9 +81,10 @@ def _left(found: Inspection) -> Iterator[tuple[str, str]]:
     """Yield the state of the training, then what else is no weight, by its reason."""
     state = found.left(training=True)
     if state:
-        total = size_text(sum(entry["bytes"] for entry in state))
+        size = sum(entry["bytes"] for entry in state)  # none where nothing of it is a tensor
+        total = f"{size_text(size)} of state: " if size else ""
         named = ", ".join(_sized(entry["name"], entry["bytes"]) for entry in state)
-        yield "training", f"{total} of state: {named}"
+        yield "training", f"{total}{named}"
     reasons: dict[str, list[str]] = {}
     for entry in found.left(training=False):
         text = _sized(entry["name"], entry["bytes"])

@@ -25,12 +25,14 @@ from ckptx.hf_models.weights import INDEXES, SINGLES, base_tensors, read_weights
 from ckptx.hf_models.wrappers import file_names, strip_option
 from ckptx.plugins.deepspeed import directory, ranks, weights
 from ckptx.plugins.megatron.legacy import LegacyLoader
+from ckptx.plugins.pytorch import containers
 from ckptx.plugins.pytorch.module_names import (
     nearest_config,
     shapes_of_config,
     trained_messages,
 )
 from ckptx.protocol.context import UNTOLD, Context, Options
+from ckptx.protocol.from_names import inventory
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Messages
 from ckptx.storage.location import Location
 from ckptx.tensors.lazy import Shape, Stored
@@ -62,6 +64,7 @@ class DeepspeedLoader:
         layers = "JSON file with the names of a PipelineModule's layers.  [from the config]"
         return [
             option("--tag -t", str, "Checkpoint below SRC.  [what 'latest' says]"),
+            containers.container_option(),
             option("--weights", click.Choice(["master", "module"]), weights, "master"),
             strip_option(),
             click.Option(["--prefix"], multiple=True, hidden=True),  # as it was called once
@@ -81,6 +84,10 @@ class DeepspeedLoader:
         if _is_legacy(tag):
             yield from LegacyLoader().load(tag, {}, context)
             return
+        if (container := options.get("container")) not in (None, "module"):
+            yield from _of_container(tag, str(container), options, context)
+            return
+        masters = masters and container is None
         saved = directory.read(tag, masters)
         # What is converted to another dtype anyway need not have one dtype before.
         widen = context.dtype is None
@@ -122,6 +129,34 @@ class DeepspeedLoader:
         beside = training_state(root) if (root / "latest").is_file() else ()
         end = End((*found.dropped, *left, *beside), notes)
         yield from trained_messages(begin, found.tensors, end, options, context)
+
+
+def _of_container(tag: Location, container: str, options: Options, context: Context) -> Messages:
+    """Yield the model that a trainer has saved beside DeepSpeed's own, in its ``client_state``.
+
+    Every rank has saved it whole, so that of the first is read.
+
+    Raises:
+        FormatError: there is none of this name.
+    """
+    file = min(tag.glob("mp_rank_*_model_states.pt"), default=tag)
+    state = torch_zip.read(file, 0)
+    held = containers.state_dicts(state if isinstance(state, Mapping) else {})
+    names = {path: [*map(str, one)] for path, one in held.items()}
+    path, _ = containers.choose(names, container, (), tag)
+    stored = {str(key): one for key, one in held[path].items() if isinstance(one, Stored)}
+    tensors, remarks = file_names(stored, options, tag)
+    begin = Begin(
+        format="deepspeed",
+        files=(str(file),),
+        sources=inventory(stored),
+        root=str(tag),
+        sidecars={**nearest_config(tag), **base_sidecars(context)},
+        training={"iteration": "release", "global_steps": state.get("global_steps")},
+    )
+    notes = (f"the weights are those of {path!r} in {file.name}", *remarks)
+    end = End(containers.left(state, path), notes)
+    yield from trained_messages(begin, tensors, end, options, context)
 
 
 def _is_legacy(tag: Location) -> bool:

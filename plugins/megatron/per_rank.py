@@ -16,6 +16,7 @@ from typing import Any
 
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import Namespace, Record
+from ckptx.containers.torch_zip import stored_bytes
 from ckptx.errors import FormatError, PlanError, SchemaError, listing
 from ckptx.model.canonical_names import layer_of
 from ckptx.model.layout import Layout, Parts, rule
@@ -33,7 +34,6 @@ from ckptx.plugins.megatron.source import (
     Excluded,
     Source,
     exclude_nothing,
-    stored_bytes,
 )
 from ckptx.plugins.megatron.torch_dist import Target, applies, holds
 from ckptx.protocol.from_names import main_dtype

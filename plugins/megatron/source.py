@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from ckptx.model.layout import Layout, Parts
 from ckptx.protocol.messages import Dropped, SourceTensor, Tensors
 from ckptx.storage.location import Location
-from ckptx.tensors.lazy import LazyTensor, Stored
+from ckptx.tensors.lazy import LazyTensor
 
 Excluded: TypeAlias = Callable[[str, LazyTensor], bool]
 """Says of a weight, by its name, that it is no part of what a layout describes."""
@@ -53,15 +53,3 @@ class Source:
 def exclude_nothing(_: str, __: LazyTensor) -> bool:
     """Take everything for what a layout describes."""
     return False
-
-
-def stored_bytes(value: Any) -> int:
-    """Return the bytes of all tensors in a nested structure."""
-    match value:
-        case Stored():
-            return value.nbytes
-        case Mapping():
-            return sum(stored_bytes(entry) for entry in value.values())
-        case list() | tuple():
-            return sum(stored_bytes(entry) for entry in value)
-    return 0

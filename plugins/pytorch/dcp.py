@@ -25,12 +25,12 @@ from ckptx.containers import dcp, dcp_safetensors
 from ckptx.containers.dcp import ObjectItem, TensorItem
 from ckptx.containers.dcp_metadata import METADATA_NAME, DcpMetadata
 from ckptx.conversion.options import option
-from ckptx.errors import FormatError, listing
+from ckptx.errors import FormatError
 from ckptx.hf_models import float8
 from ckptx.hf_models.directory import base_sidecars, tie_by_names
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.wrappers import file_names, strip_option
-from ckptx.plugins.pytorch import module_names
+from ckptx.plugins.pytorch import containers, module_names
 from ckptx.plugins.run_directory import step_of
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
@@ -50,11 +50,6 @@ from ckptx.storage.file_plan import literal_files
 from ckptx.storage.location import Location
 from ckptx.tensors.lazy import LazyTensor
 
-TRAINING = (
-    *("optim", "optimizer", "optimizers", "lr_scheduler", "lr_schedulers", "rng", "scheduler"),
-    *("train_state", "dataloader"),
-)
-"""Words of a path that say: state of the training, not weights."""
 _BELOW = "pytorch_model_fsdp_0"
 """Where below a checkpoint accelerate and the Hugging Face Trainer put the model."""
 _STEP = re.compile(r"step-(\d+)")
@@ -74,11 +69,7 @@ class DcpLoader:
 
     def options(self) -> list[click.Option]:
         """Return the options for the container, for names and for adapters."""
-        about = (
-            "Path of the model in the saved dictionary, as 'app.model'.  "
-            "[default: the one that holds weights]"
-        )
-        return [option("--container", str, about), strip_option(), *adapter_options()]
+        return [containers.container_option(), strip_option(), *adapter_options()]
 
     def detect(self, source: Location) -> bool:
         """Return whether there is metadata, not Megatron's, or was about to be, or shards."""
@@ -101,7 +92,15 @@ class DcpLoader:
             )
         metadata = dcp.read_metadata(source)
         _refuse_megatron(metadata, source)
-        container, names = _model(metadata, options.get("container"), source)
+        small = {**module_names.nearest_config(source), **base_sidecars(context)}
+        held = _containers(metadata)
+        container, said = containers.choose(
+            {path: [*names.values()] for path, names in held.items()},
+            options.get("container"),
+            module_names.shapes_of_config(small, source),
+            source,
+        )
+        names = held[container]
         files: list[str] = []
         stored = dcp.tensors(metadata, files, names, context.spool)
         named = {names[key]: tensor for key, tensor in stored.items()}
@@ -111,10 +110,10 @@ class DcpLoader:
             files=tuple(files),
             sources=inventory(stored),
             root=str(source),
-            sidecars={**module_names.nearest_config(source), **base_sidecars(context)},
+            sidecars=small,
             training={"iteration": "release", "container": container},
         )
-        notes = (f"the weights are those of {container!r}",) if container else ()
+        notes = said or ((f"the weights are those of {container!r}",) if container else ())
         end = End((*_left(metadata, names), *_around(source, given)), (*notes, *remarks))
         yield from _messages(begin, weights, end, options, context)
 
@@ -199,37 +198,13 @@ def _refuse_megatron(metadata: DcpMetadata, source: Location) -> None:
         )
 
 
-def _model(
-    metadata: DcpMetadata, chosen: str | None, source: Location
-) -> tuple[str, dict[str, str]]:
-    """Return the container of the weights, and its keys with the names that they have in it.
-
-    Raises:
-        FormatError: several containers hold weights, or none does.
-    """
-    groups: dict[tuple[str, ...], dict[str, str]] = {}
+def _containers(metadata: DcpMetadata) -> dict[str, dict[str, str]]:
+    """Return the containers of tensors: the keys of each, with the names that they have in it."""
+    groups: dict[str, dict[str, str]] = {}
     for key in metadata.tensors:
         *container, name = metadata.planner_data.get(key) or _guessed(key)
-        groups.setdefault(tuple(map(str, container)), {})[key] = str(name)
-    known = {".".join(path): keys for path, keys in groups.items()}
-    if chosen is not None:
-        if chosen not in known:
-            raise FormatError(
-                f"{source}: holds no container {chosen!r}; found {listing(sorted(known))}"
-            )
-        return chosen, known[chosen]
-    models = {
-        path: keys
-        for path, keys in known.items()
-        if not any(word in TRAINING or word == "state" for word in path.split("."))
-    }
-    if len(models) != 1:
-        found = listing(sorted(models)) if models else "none"
-        raise FormatError(
-            f"{source}: expected one container of weights, found {found}; say which with "
-            "--container"
-        )
-    return next(iter(models.items()))
+        groups.setdefault(".".join(map(str, container)), {})[key] = str(name)
+    return groups
 
 
 def _guessed(key: str) -> tuple[str, ...]:
@@ -238,7 +213,7 @@ def _guessed(key: str) -> tuple[str, ...]:
         if key.startswith(prefix):
             return (prefix.rstrip("."), key.removeprefix(prefix))
     first, _, rest = key.partition(".")
-    return (first, rest) if first in TRAINING else (key,)
+    return (first, rest) if first in containers.TRAINING else (key,)
 
 
 def _left(metadata: DcpMetadata, taken: Mapping[str, str]) -> tuple[Dropped, ...]:

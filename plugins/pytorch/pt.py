@@ -1,7 +1,4 @@
-"""One ``.pt`` file that holds the state dict of a whole model.
-
-RLinf's containers: RLinf/RLinf rlinf/hybrid_engines/fsdp/strategy/checkpoint.py @ 85104b9.
-"""
+"""One ``.pt`` file that holds the state dict of a whole model."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ import click
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import Namespace
 from ckptx.containers.sharded import is_sharded
+from ckptx.containers.torch_zip import stored_bytes
 from ckptx.conversion.options import option
 from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.hf_models.directory import base_sidecars, sidecars
@@ -22,7 +20,8 @@ from ckptx.hf_models.weights import Weights, fill_from_base
 from ckptx.hf_models.wrappers import file_names, strip_option
 from ckptx.model.layout import Parts
 from ckptx.model.pipeline_parallel import Pipeline
-from ckptx.plugins.pytorch.module_names import trained_messages
+from ckptx.plugins.pytorch import containers
+from ckptx.plugins.pytorch.module_names import shapes_of_config, trained_messages
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
 from ckptx.protocol.from_names import inventory, main_dtype, named_messages, passthrough
@@ -41,10 +40,6 @@ DIRECTORY_FILE = "model.pt"
 LAYOUTS = ("auto", "hf", "core", "legacy")
 
 _SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
-_CONTAINERS = ("fsdp_checkpoint", "model", "state_dict", "model_state_dict", "module")
-"""Keys under which state dicts lie, one in another too: ``fsdp_checkpoint`` is RLinf's."""
-_DEEPEST = 5
-"""Containers, one in another; a pickle may hold itself."""
 _LOCAL_SHARDS = "local_shard_checkpoint"
 _CONVENTIONS = {"hf": "hf", "core": "mcore", "legacy": "legacy"}
 
@@ -77,8 +72,13 @@ class PytorchLoader:
     name = "pytorch"
 
     def options(self) -> list[click.Option]:
-        """Return ``--layout``, ``--strip-prefix`` and the options for adapters."""
-        return [layout_option(), strip_option(), *adapter_options()]
+        """Return the options for the container, for names and for adapters."""
+        return [
+            layout_option(),
+            containers.container_option(),
+            strip_option(),
+            *adapter_options(),
+        ]
 
     def detect(self, source: Location) -> bool:
         """Return whether the source is a zip archive with a name that torch files have."""
@@ -99,8 +99,26 @@ class PytorchLoader:
                 f"{source.parent}"
             )
         value = torch_zip.read(source, 0)
-        stored, others, remarks = state_dict(value, source)
-        tensors = stored
+        if not isinstance(value, Mapping):
+            raise FormatError(f"{source}: expected a dictionary, found {type(value).__name__}")
+        of_model = (source.parent / "config.json").is_file()  # not just any directory
+        files = {**(sidecars(source.parent) if of_model else {}), **base_sidecars(context)}
+        held = {path: one for path, one in containers.state_dicts(value).items() if _holds(one)}
+        if not held:
+            raise FormatError(
+                f"{source}: holds no state dict of tensors ({listing(map(str, value))} found)"
+            )
+        path, remarks = containers.choose(
+            {name: [*map(str, inner)] for name, inner in held.items()},
+            options.get("container"),
+            shapes_of_config(files, source.parent),
+            source,
+        )
+        tensors = stored = _tensors(held[path], source)
+        try:
+            others = (*_beside(held[path], stored), *containers.left(value, path))
+        except RecursionError as error:
+            raise FormatError(f"{source}: its objects are nested too deeply") from error
         if layout_of(stored) == "hf":
             tensors, renamed = file_names(stored, options, source)
             remarks = (*remarks, *renamed)
@@ -108,8 +126,6 @@ class PytorchLoader:
             raise FormatError(f"{source}: --strip-prefix is for Hugging Face's names")
         weights = Weights([source], tensors, dict.fromkeys(tensors, source.name))
         filled = fill_from_base(weights, context)
-        of_model = (source.parent / "config.json").is_file()  # not just any directory
-        files = {**(sidecars(source.parent) if of_model else {}), **base_sidecars(context)}
         begin = Begin(
             format="pytorch",
             layout=layout_option_value(options) or layout_of(tensors),
@@ -125,59 +141,43 @@ class PytorchLoader:
         yield from _messages(begin, dict(weights.tensors), args, version, end, options, context)
 
 
-def state_dict(
-    value: Any, source: Location
-) -> tuple[dict[str, Stored], tuple[Dropped, ...], tuple[str, ...]]:
-    """Return the tensors of a state dict, wherever it lies in a file, what else is there, remarks.
+def _holds(inner: Mapping[Any, Any]) -> bool:
+    """Return whether a dictionary holds tensors, a legacy tree somewhere in it."""
+    return "language_model" not in inner or bool(
+        any(isinstance(one, Stored) for one in legacy.flattened(inner).values())
+    )
+
+
+def _tensors(inner: Mapping[Any, Any], source: Location) -> dict[str, Stored]:
+    """Return the tensors of a state dict.
 
     Raises:
-        FormatError: there is no state dict, or only one rank's part of it.
+        FormatError: it is only one rank's part of it, or it holds none.
     """
-    if not isinstance(value, Mapping):
-        raise FormatError(f"{source}: expected a dictionary, found {type(value).__name__}")
-    inner: Mapping[Any, Any] = value
-    path: list[str] = []
-    others: list[str] = []
-    while (key := _container(inner, len(path))) is not None:
-        others += [str(other) for other in inner if other != key]
-        path.append(key)
-        inner = inner[key]
     if "language_model" in inner:
         inner = legacy.flattened(inner)
-    tensors = {str(name): entry for name, entry in inner.items() if isinstance(entry, Stored)}
     if shares := [name for name, entry in inner.items() if is_sharded(entry)]:
         raise FormatError(
             f"{source}: {shares[0]!r} is what one rank holds of a tensor; give the directory with "
             "the files of all ranks to --loader verl"
         )
-    if not tensors:
-        raise FormatError(
-            f"{source}: holds no state dict of tensors ({listing(map(str, value))} found); known "
-            f"containers: {', '.join(_CONTAINERS)}"
-        )
-    others = [*(str(name) for name in inner if name not in tensors), *others]
+    return {str(name): entry for name, entry in inner.items() if isinstance(entry, Stored)}
+
+
+def _beside(inner: Mapping[Any, Any], tensors: Mapping[str, Any]) -> tuple[Dropped, ...]:
+    """Return what lies among the tensors of a state dict, and is none."""
+    if "language_model" in inner:
+        inner = legacy.flattened(inner)
+    others = {str(name): one for name, one in inner.items() if name not in tensors}
     states = [name for name in others if name.endswith("_extra_state")]
-    dropped = tuple(Dropped(name, TRAINING_STATE) for name in others if name not in states)
-    if held := [name for name in states if inner.get(name) is not None]:
-        dropped += (Dropped(f"{len(held)} _extra_state objects", TRAINING_STATE),)
-    nested = (f"the weights are those of {'.'.join(path)!r}",) if len(path) > 1 else ()
-    return tensors, dropped, nested
-
-
-def _container(value: Mapping[Any, Any], depth: int = 0) -> str | None:
-    """Return the key under which a state dict lies, None if ``value`` is one, or none is below."""
-    if depth == _DEEPEST:
-        return None
-    keys = (key for key in _CONTAINERS if _leads_to_weights(value.get(key), depth + 1))
-    return next(keys, None)
-
-
-def _leads_to_weights(value: Any, depth: int) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    if "language_model" in value or _container(value, depth) is not None:
-        return True
-    return any(isinstance(entry, Stored) or is_sharded(entry) for entry in value.values())
+    found = [
+        Dropped(name, TRAINING_STATE, stored_bytes(one))
+        for name, one in others.items()
+        if name not in states
+    ]
+    if held := [name for name in states if others[name] is not None]:
+        found.append(Dropped(f"{len(held)} _extra_state objects", TRAINING_STATE))
+    return tuple(found)
 
 
 def _messages(

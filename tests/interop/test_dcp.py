@@ -97,7 +97,7 @@ def test_two_models_in_one_checkpoint_must_be_told_apart(tmp_path):
     state = load_file(tmp_path / "model" / "model.safetensors")
     other = {name: tensor + 1 for name, tensor in state.items()}
     dcp.save({"actor": state, "critic": other}, checkpoint_id=str(tmp_path / "dcp"))
-    with pytest.raises(FormatError, match="found 'actor', 'critic'; say which with --container"):
+    with pytest.raises(FormatError, match="found 'actor', 'critic'; say which"):
         convert(tmp_path / "dcp", tmp_path / "hf", "hf", hf_base=tmp_path / "model")
     chosen = {"loader_options": {"container": "actor"}, "hf_base": tmp_path / "model"}
     convert(tmp_path / "dcp", tmp_path / "hf", "hf", **chosen)

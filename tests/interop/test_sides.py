@@ -88,7 +88,7 @@ def test_local_shards_of_rlinf(model, run, tmp_path):
 
 
 def test_names_that_no_side_has_are_refused(model, run):
-    with pytest.raises(click.UsageError, match="--container belongs to loader 'dcp', which is not"):
+    with pytest.raises(click.UsageError, match=r"--container belongs to .* not chosen"):
         run("verify", model, model, "--container", "model")
     with pytest.raises(click.NoSuchOption, match=r"--a\.container"):
         run("verify", model, model, "--a.container", "model")
@@ -99,4 +99,3 @@ def test_renamed_weights_of_one_side(model, run, tmp_path):
     torch.save({f"policy.{name}": one for name, one in weights.items()}, tmp_path / "a.pt")
     given = ("verify", tmp_path / "a.pt", model, "--a.hf-base", model)
     assert run(*given, "--a.strip-prefix", "policy.")[0] == 0
-    assert run(*given, "--strip-prefix", "policy.")[0] == 0

@@ -20,7 +20,9 @@ CONFIG = {
     "vocab_size": 32,
 }
 FORMS = ("safetensors", "bin", "pt", "dcp")
-pytestmark = pytest.mark.filterwarnings("ignore:.*single process:UserWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*single process:UserWarning", "ignore::FutureWarning"
+)
 
 
 @pytest.fixture
