@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from ckptx.tensors.lazy import Stored
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.safetensors|\.bin)")
 _MAX_INDEX = 256 << 20  # bytes; a million tensors have about 80 MB
 _NAME_MAX = 255  # bytes; linux include/uapi/linux/limits.h
 
@@ -65,18 +67,48 @@ def read_weights(source: Location) -> Weights:
     if index is not None:
         _read_index(index, weights)
         return weights
-    paths = [single] if single else sorted(source.glob("*.safetensors"))
-    numbered = [path for path in paths if "-of-" in path.name]
-    if numbered:
-        raise FormatError(
-            f"{source}: holds shards ({numbered[0].name}) but no index ({INDEXES[0]}), so a "
-            "missing shard could not be seen; copy the index"
-        )
+    if single is not None and single.is_dir():  # DeepSpeed's zero_to_fp32 makes one so named
+        return read_weights(single)
+    paths = [single] if single else numbered_shards(source) or sorted(source.glob("*.safetensors"))
     if not paths:
         raise FormatError(f"{source}: holds no weights ({', '.join(SINGLES)} or an index)")
     for path in paths:
         weights.add(path)
     return weights
+
+
+def numbered_shards(source: Location) -> list[Location]:
+    """Return the shards of a directory without an index, whose numbers prove that all are there.
+
+    Raises:
+        FormatError: some are missing, or there are several sets.
+    """
+    sets: dict[tuple[str, int, str], dict[int, Location]] = {}
+    for path in source.iterdir():
+        if match := _SHARD.fullmatch(path.name):
+            stem, number, count, suffix = match.groups()
+            sets.setdefault((stem, int(count), suffix), {})[int(number)] = path
+    kinds = {suffix for _, _, suffix in sets}
+    found = {key: shards for key, shards in sets.items() if key[2] == max(kinds)}
+    if not found:
+        return []
+    if len(found) > 1:
+        names = sorted(shards[min(shards)].name for shards in found.values())
+        raise FormatError(
+            f"{source}: holds shards of several sets ({listing(names)}) and no index; move away "
+            "those that are not the model's"
+        )
+    (((_, count, _), shards),) = found.items()
+    first = 0 if 0 in shards else 1
+    wanted = range(first, count + first)
+    if absent := [number for number in wanted if number not in shards]:
+        raise FormatError(
+            f"{source}: holds {len(shards)} shards without an index "
+            f"({shards[min(shards)].name}), and of {count} number {absent[0]} is missing; copy it"
+        )
+    if extra := sorted(shards.keys() - set(wanted)):
+        raise FormatError(f"{shards[extra[0]]}: its number is none of {count}; move it away")
+    return [shards[number] for number in wanted]
 
 
 def _chosen(source: Location) -> tuple[Location | None, Location | None]:

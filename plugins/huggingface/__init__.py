@@ -8,7 +8,7 @@ FORMATS = (
         "model directories of transformers",
         loader="ckptx.plugins.huggingface.hf:HfLoader",
         saver="ckptx.plugins.huggingface.hf:HfSaver",
-        files=("*.safetensors", "*.safetensors.index.json", "pytorch_model.bin*"),
+        files=("*.safetensors", "*.safetensors.index.json", "pytorch_model.bin*", "*-of-*.bin"),
         containers=("safetensors", "pytorch_model.bin"),
         layouts=("hf",),
         passthrough=True,

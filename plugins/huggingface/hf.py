@@ -62,8 +62,9 @@ class HfLoader:
         if dcp_safetensors.shards(source):
             return False
         # Mistral's own file may lie beside a config, too; it has other names.
-        others = (p for p in source.glob("*.safetensors") if not p.name.startswith("consolidated"))
-        return (source / "config.json").exists() and any(others)
+        others = [p for p in source.glob("*.safetensors") if not p.name.startswith("consolidated")]
+        others += source.glob("*-of-*.bin")
+        return (source / "config.json").exists() and bool(others)
 
     def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; tensors of an unknown architecture pass through by name."""

@@ -14,7 +14,7 @@ from ckptx.containers.sharded import is_sharded
 from ckptx.containers.torch_zip import stored_bytes
 from ckptx.conversion.options import option
 from ckptx.errors import FormatError, SchemaError, listing
-from ckptx.hf_models.directory import base_sidecars, sidecars
+from ckptx.hf_models.directory import base_sidecars, sidecars, training_state
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import Weights, fill_from_base
 from ckptx.hf_models.wrappers import file_names, strip_option
@@ -35,6 +35,8 @@ from ckptx.storage.file_plan import literal_files
 from ckptx.storage.location import Location
 from ckptx.tensors.lazy import LazyTensor, Stored
 
+FSDP_MODEL_NAME = "pytorch_model_fsdp"
+"""What accelerate and Trainer call a model that FSDP has gathered (FULL_STATE_DICT)."""
 DIRECTORY_FILE = "model.pt"
 """The file of a target that is a directory."""
 LAYOUTS = ("auto", "hf", "core", "legacy")
@@ -90,7 +92,7 @@ class PytorchLoader:
 
     def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
-        source = _file_of(source)
+        given, source = source, _file_of(source)
         if not source.is_file():
             raise FormatError(f"{source}: expected one file of torch.save")
         if source.parent.name == _LOCAL_SHARDS:
@@ -115,8 +117,9 @@ class PytorchLoader:
             source,
         )
         tensors = stored = _tensors(held[path], source)
+        trainers = training_state(given) if given != source else ()
         try:
-            others = (*_beside(held[path], stored), *containers.left(value, path))
+            others = (*_beside(held[path], stored), *containers.left(value, path), *trainers)
         except RecursionError as error:
             raise FormatError(f"{source}: its objects are nested too deeply") from error
         if layout_of(stored) == "hf":
@@ -218,8 +221,14 @@ def _messages(
 
 
 def _file_of(source: Location) -> Location:
-    """Return the file that is meant: a directory is one that the saver has written."""
-    return source / DIRECTORY_FILE if source.is_dir() else source
+    """Return the file that is meant: in a directory that of the saver, or of accelerate.
+
+    Source: huggingface/accelerate src/accelerate/utils/fsdp_utils.py (save_fsdp_model) @ v1.15.0.
+    """
+    if not source.is_dir():
+        return source
+    names = (DIRECTORY_FILE, f"{FSDP_MODEL_NAME}.bin")
+    return next((source / name for name in names if (source / name).is_file()), source / names[0])
 
 
 class PytorchSaver:

@@ -217,7 +217,6 @@ def _twice(directory):
         _misplaced,
         _escaping,
         _twice,
-        lambda d: faults.drop(d / INDEX),
         lambda d: faults.drop(d / "model-00002-of-00002.safetensors"),
         lambda d: (d / INDEX).write_text("[]"),
         lambda d: (d / INDEX).write_text('{"weight_map": {}}'),

@@ -106,3 +106,74 @@ def test_a_model_in_the_client_state_of_deepspeed(tmp_path):
     assert all(torch.equal(found[name], average[name]) for name in average)
     with pytest.raises(ckptx.FormatError, match="no container 'other'; found 'ema', 'module'"):
         ckptx.convert(tmp_path / "zero", tmp_path / "no", to="hf", container="other")
+
+
+def shards_of(state, place, suffix, numbers, count=2, stem="model"):
+    from safetensors.torch import save_file
+
+    names = sorted(state)
+    for number in numbers:
+        part = {name: state[name] for name in names[number % 2 :: 2]}
+        file = place / f"{stem}-{number:05d}-of-{count:05d}{suffix}"
+        if suffix == ".bin":
+            torch.save(part, file)
+        else:
+            save_file(part, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (0, 1)])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_numbers_of_shards_prove_them_complete_without_an_index(suffix, numbers, base, tmp_path):
+    state = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    shards_of(state, base, suffix, numbers)
+    assert_is(base, state, tmp_path)
+    (last,) = base.glob(f"*{numbers[-1]:05d}-of-*")
+    last.unlink()
+    missing = f"of 2 number {numbers[-1]} is missing; copy it"
+    if numbers[0] == 0:  # then the first may be 1
+        missing = "missing"
+    with pytest.raises(ckptx.FormatError, match=missing):
+        ckptx.convert(base, tmp_path / "none", to="hf")
+
+
+def test_shards_of_two_sets_are_refused(base, tmp_path):
+    state = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    shards_of(state, base, ".safetensors", (1, 2))
+    shards_of(state, base, ".safetensors", (1, 2, 3), count=3)
+    with pytest.raises(ckptx.FormatError, match=r"several sets .*model-00001-of-00002"):
+        ckptx.convert(base, tmp_path / "none", to="hf")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_directory_that_is_called_as_a_file_is_read(sharded, base, tmp_path):
+    """DeepSpeed's script makes pytorch_model.bin a directory since release 0.15.3."""
+    state = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    inside = base / "pytorch_model.bin"
+    inside.mkdir()
+    if sharded:
+        shards_of(state, inside, ".bin", (1, 2), stem="pytorch_model")
+        names = sorted(state)
+        homes = {
+            name: f"pytorch_model-{2 - place % 2:05d}-of-00002.bin"
+            for place, name in enumerate(names)
+        }
+        index = {"metadata": {"total_size": 1}, "weight_map": homes}
+        (inside / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(state, inside / "pytorch_model.bin")
+    assert_is(base, state, tmp_path)
+
+
+def test_a_model_that_fsdp_has_gathered(base, tmp_path):
+    """As accelerate and Trainer save it with FULL_STATE_DICT, under names of memory."""
+    state = load_file(base / "model.safetensors")
+    place = tmp_path / "checkpoint-5"
+    place.mkdir()
+    torch.save(state, place / "pytorch_model_fsdp.bin")
+    torch.save(MOMENTS, place / "optimizer.bin")
+    (place / "trainer_state.json").write_text("{}")
+    report = assert_is(place, state, tmp_path, hf_base=base)
+    assert {drop["name"] for drop in report.dropped} == {"optimizer.bin", "trainer_state.json"}
