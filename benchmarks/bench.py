@@ -1,7 +1,7 @@
 """Measure conversions against ``cp``: wall time in alternated pairs, and memory over all processes.
 
     python benchmarks/bench.py [--work DIR] [--pairs 7] [--only NAME] [--peers PYTHON]
-                               [--memory] [--plans]
+                               [--memory] [--plans] [--against COMMAND]
 
 Every case is run in turn with a copy of the same source, ``cp -r`` followed by a sync of what was
 copied, because a conversion is durable when it returns. Both start from a warm page cache. A case
@@ -12,12 +12,15 @@ Where others do the same conversion they are run in the first pairs of it: DeepS
 zero_to_fp32, torch's dcp_to_torch and accelerate's merge-weights, from the environment whose
 Python ``--peers`` or CKPTX_BENCH_PEERS names. What is not installed there is left out with a line.
 
-With ``--plans`` the largest open models, as files of holes, are planned for 8,192 ranks.
+With ``--plans`` the largest open models, as files of holes, are planned for 8,192 ranks. With
+``--against`` another installed ckptx takes the place of the copies: an older release, say. Tiny
+models come first then, whose time is that of starting.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import statistics
@@ -103,12 +106,20 @@ def main() -> int:
     )
     parser.add_argument("--memory", action="store_true", help="only the memory cases")
     parser.add_argument("--plans", action="store_true", help="only the plans of giants")
+    parser.add_argument("--against", type=Path, help="the command ckptx of another environment")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ckptx-bench-") as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         if arguments.plans:
             plan_giants(work, arguments.only)
+            return 0
+        if arguments.against:
+            print("| case | ckptx s | the other s | ratio, median of pairs |\n|---|---|---|---|")
+            larger = () if "tiny" in arguments.only else model_cases(work)
+            for case in itertools.chain(tiny_cases(work), larger):
+                if arguments.only in case.name:
+                    print(paired(case, work, arguments.pairs, arguments.against), flush=True)
             return 0
         print("| case | bytes | ckptx s | cp + sync s | ratio | GB/s | peak PSS MiB | others |")
         print("|---|---|---|---|---|---|---|---|")
@@ -151,6 +162,32 @@ def trained_cases(work: Path) -> Iterator[Case]:
     ]
     yield Case("0.44B FSDP DCP, 4 ranks -> hf", source, to_hf, peers)
     yield Case("0.44B hf -> dcp, 4 shards", hf, ["--to", "dcp", "--shards", "4"])
+
+
+def tiny_cases(work: Path) -> Iterator[Case]:
+    """Yield conversions that take no time but that of starting and planning."""
+    hf, base = build("tiny", work / "hf-tiny"), work / "core-tiny"
+    if not base.exists():
+        convert(hf, base, core(2, 1, "torch_dist"))
+    yield Case("tiny hf -> core torch_dist TP2", hf, core(2, 1, "torch_dist"))
+    yield Case("tiny core TP2 -> hf", base, ["--to", "hf"])
+    yield Case("tiny hf -> hf", hf, ["--to", "hf"])
+
+
+def paired(case: Case, work: Path, pairs: int, other: Path) -> str:
+    """Return a table row: medians of both commands over alternated pairs, and of their ratios."""
+    target = work / "target"
+    runs: dict[Path, list[float]] = {CKPTX: [], other: []}
+    for pair in range(pairs + 1):
+        for command in (CKPTX, other) if pair % 2 else (other, CKPTX):
+            remove(target)
+            run = timed([command, "convert", case.source, target, *case.options, "--quiet"])
+            runs[command] += [run.wall] * bool(pair)  # the first pair warms up
+    remove(target)
+    mine, theirs = runs.values()
+    ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+    both = f"{statistics.median(mine):.2f} | {statistics.median(theirs):.2f}"
+    return f"| {case.name} | {both} | {ratio:.2f} |"
 
 
 def model_cases(work: Path) -> Iterator[Case]:

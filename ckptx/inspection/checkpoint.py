@@ -9,7 +9,7 @@ from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from ckptx.inspection.values import numbers_along, read_index
+from ckptx.inspection.values import numbers_along, read_index, unknown
 from ckptx.protocol.sidecars import read_config
 from ckptx.storage.open_files import Files
 from ckptx.tensors import lazy
@@ -43,7 +43,13 @@ class Checkpoint(Mapping[str, "LazyTensor"], Shown):
         self._finalizer = weakref.finalize(self, _close, opened, self._files)
 
     def __getitem__(self, name: str) -> LazyTensor:
-        """Return a tensor, of which nothing is read."""
+        """Return a tensor, of which nothing is read.
+
+        Raises:
+            KeyError: there is none of this name; near ones are said.
+        """
+        if name not in self._tensors:
+            raise KeyError(unknown(str(name), self._tensors))
         return LazyTensor(self, name, self._tensors[name])
 
     def __iter__(self) -> Iterator[str]:

@@ -7,7 +7,7 @@ import fnmatch
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
@@ -127,11 +127,13 @@ def resolve(name: str, known: Mapping[str, LazyTensor]) -> str:
         raise PlanError(
             f"{name!r} means {len(matches):,} tensors: {listing(matches)}; name one of them"
         )
+    raise PlanError(f"{unknown(name, known)}; 'ckptx inspect --tree' lists them")
+
+
+def unknown(name: str, known: Collection[str]) -> str:
+    """Return that no tensor has a name, and which ones are near it."""
     near = difflib.get_close_matches(name, known, 3, 0.5) or list(known)[:3]
-    raise PlanError(
-        f"no tensor is called {name!r}; there are {len(known):,}, as {listing(near, 3)}; "
-        "'ckptx inspect --tree' lists them"
-    )
+    return f"no tensor is called {name!r}; there are {len(known):,}, as {listing(near, 3)}"
 
 
 def parse_slice(text: str, shape: Shape) -> list[int | range]:

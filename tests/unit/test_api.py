@@ -172,6 +172,12 @@ class TestOpen:
         assert found.dtype == wanted.dtype
         assert torch.equal(found.float(), wanted.float())
 
+    def test_a_name_that_is_not_there_is_answered_with_near_ones(self, llama):
+        with ckptx.open(llama) as checkpoint:
+            with pytest.raises(KeyError, match=r"as 'model\.norm\.weight'"):
+                checkpoint["model.norms.weight"]
+            assert "model.norms.weight" not in checkpoint
+
     def test_nothing_is_read_once_it_is_closed(self, llama):
         checkpoint = ckptx.open(llama)
         lazy = checkpoint["lm_head.weight"]

@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -25,21 +25,21 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COLOUR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3[0-9]|4[0-9]|9[0-7])[0-9;]*m")
 
 DRIVER = """
-import logging, sys, time
+import logging, sys
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 from ckptx.cli import progress
 shown = progress.choose(False)
 shown.stage("planning")
-time.sleep(0.3)
+shown._bar.refresh()
 shown.begin(10 << 30)
 for _ in range(5):
     shown.advance(1 << 30)
-    time.sleep(0.1)
+    shown._bar.refresh()
 logging.warning("a warning in the middle")
 shown.advance(5 << 30)
-time.sleep(0.3)
+shown._bar.refresh()
 shown.stage("publishing")
-time.sleep(0.2)
+shown._bar.refresh()
 shown.close()
 print("the report", file=sys.stderr)
 """
@@ -102,15 +102,40 @@ def test_conversion_on_a_terminal_ends_with_its_report(write_llama, tmp_path):
     assert re.search(r"^inexact   none: every value is the source's$", text, re.MULTILINE)
 
 
+class Ticks(threading.Event):
+    """An event that is waited for from tick to tick, and by no clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ticks, self._waits = threading.Semaphore(0), threading.Semaphore(0)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._waits.release()
+        self._ticks.acquire()
+        return self.is_set()
+
+    def tick(self) -> None:
+        """Let the time pass once, and what it brings about happen."""
+        self._waits.acquire()
+        self._ticks.release()
+        self._waits.acquire()
+        self._waits.release()
+
+    def set(self) -> None:
+        super().set()
+        self._ticks.release()
+
+
 def test_log_gets_plain_lines_also_while_nothing_is_written(caplog):
-    lines = Lines(interval=0.05)
+    lines, ticks = Lines(), Ticks()
+    lines._over = ticks
     lines.stage("planning")
-    time.sleep(0.12)
+    ticks.tick()
     lines.begin(4 << 30)
     lines.advance(1 << 30)
-    time.sleep(0.12)
+    ticks.tick()
     lines.advance(3 << 30)
-    time.sleep(0.12)
+    ticks.tick()
     lines.close()
     told = [record.getMessage() for record in caplog.records]
     assert told[0].startswith("planning: ")
@@ -118,9 +143,8 @@ def test_log_gets_plain_lines_also_while_nothing_is_written(caplog):
     assert any(re.fullmatch(pattern, line) for line in told)
     assert told[-1].startswith("syncing to disk: 4.0 GiB, ")
     assert all(line.isprintable() for line in told)
-    count = len(told)
-    time.sleep(0.12)
-    assert len(caplog.records) == count
+    assert len(told) == 3
+    assert not lines._thread.is_alive()  # so that nothing more is logged
 
 
 def test_short_conversion_leaves_no_line_in_a_log(write_llama, tmp_path):
