@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -327,41 +327,6 @@ def forecast(request: ConversionRequest, *, tensors: bool = True) -> Plan:
         refusal,
         listed,
     )
-
-
-@collector_paused()
-def converted_before(request: ConversionRequest) -> Path | None:
-    """Return the target if it is what this conversion writes, from a source that is no newer.
-
-    The files of the target must be there in their sizes, and all of them that is no tensor is read;
-    of tensors the manifest says what they are and where they are from.
-
-    Raises:
-        CkptxError: the source cannot be converted.
-    """
-    from ckptx.conversion import manifest
-    from ckptx.writing import pointers
-
-    saver = registry.saver(request.saver, request.megatron_path)
-    if isinstance(saver, ModuleSaver) or not request.target.exists():
-        return None
-    with SpoolFile(request.target.parent) as file, closing(Spool(file.path)) as spool:
-        planned = plan_conversion(request, spool)
-        made, begin = planned.plan, planned.begin
-        place = request.target.parent if made.single_file else request.target / made.directory
-        found = place / manifest_path(made)
-        sizes = {place / one.path: one.size for one in made.files}
-        if not all(one.is_file() and one.stat().st_size == sizes[one] for one in sizes):
-            return None
-        read = (Path(path).stat().st_mtime_ns for path in begin.files if path != file.path)
-        if pointers.lag(request.target, made, request.earlier or ()):
-            return None
-        if not found.is_file() or max(read, default=0) > found.stat().st_mtime_ns:
-            return None
-        used = versions(request)
-        expected, _ = manifest.build(made, begin, {}, used, place, file.path, request.digest)
-        same = manifest.same_conversion(expected, found.read_bytes())
-        return (request.target if made.single_file else place) if same else None
 
 
 def plan_conversion(request: ConversionRequest, spool: Spool | None = None) -> Planned:
