@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ckptx.version import __version__
 
 if TYPE_CHECKING:
-    from ckptx.api import convert, families, formats, inspect, modify, open, plan, verify
+    from ckptx.api import average, convert, families, formats, inspect, modify, open, plan, verify
     from ckptx.conversion.report import Plan, Report
     from ckptx.errors import (
         CkptxError,
@@ -44,6 +44,7 @@ __all__ = [
     "Report",
     "SchemaError",
     "__version__",
+    "average",
     "convert",
     "families",
     "formats",

@@ -8,12 +8,12 @@ loggers, the working directory and ``sys.path`` stay as they are, in any thread.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
-from ckptx.errors import PluginError, listing
+from ckptx.errors import PlanError, PluginError, listing
 from ckptx.registry import registry
 
 if TYPE_CHECKING:
@@ -132,6 +132,39 @@ def modify(
     report: Report = _converted(
         "convert", source, target, None, from_, isolate, options, edits=changes
     )
+    return report
+
+
+def average(
+    sources: Sequence[Source],
+    target: str | os.PathLike[str],
+    *,
+    to: str,
+    weights: Sequence[float] = (),
+    from_: str | None = None,
+    isolate: bool = False,
+    **options: Any,
+) -> Report:
+    """Write the mean of several checkpoints of one model, taken in float32.
+
+    Args:
+        sources: paths, or open checkpoints, of any formats.
+        target: where to write.
+        to: the format to write.
+        weights: what each weighs, together 1; all the same unless given.
+        from_: the format of the sources, detected for each unless given.
+        isolate: as for `convert`.
+        options: those of ``ckptx average``.
+
+    Raises:
+        CkptxError: the first cause of a failure, as sources that are not of one model.
+    """
+    if len(sources) < 2:
+        raise PlanError("give at least two checkpoints to average")
+    found = (_source(one, from_) for one in sources[1:])
+    others = tuple((path.absolute(), format) for path, format in found)
+    own: dict[str, Any] = {"others": others, "weights": tuple(weights)}
+    report: Report = _converted("convert", sources[0], target, to, from_, isolate, options, **own)
     return report
 
 

@@ -15,6 +15,8 @@ import click
 
 from ckptx.cli import runs
 from ckptx.cli.options import (
+    Place,
+    argument,
     long_options,
     output_options,
     place_options,
@@ -24,13 +26,16 @@ from ckptx.cli.options import (
 )
 from ckptx.cli.plugin_options import Chosen, PluginCommand, equal_options, scanned
 from ckptx.conversion.options import MODIFY, Dtype, engine_options, megatron_options, option, switch
-from ckptx.conversion.request import ConversionRequest, Edits
+from ckptx.conversion.request import ConversionRequest, Edits, Other
 from ckptx.errors import ConversionError
 from ckptx.registry import registry
 
 if TYPE_CHECKING:
     from ckptx.conversion.report import Report
     from ckptx.verification.compare import Comparison
+
+
+_VERIFY = "Then compare the target with the source, every value; exit 1 if they differ."
 
 
 class ConversionCommand(PluginCommand):
@@ -145,7 +150,7 @@ class ModifyCommand(ConversionCommand):
 
     def __init__(self) -> None:
         super().__init__(
-            "modify", "Remove, cast or rename tensors of a checkpoint.", "short", _modify
+            "modify", "Remove, cast or rename tensors of a checkpoint.", "short", _unless_dry
         )
         cast = "Give tensors another dtype. Repeatable; the last counts."
         rename = "Give tensors other names; a * stays as it is. Repeatable."
@@ -187,10 +192,49 @@ class ModifyCommand(ConversionCommand):
         return Chosen(("loader", plugin), ("saver", registry.saver(saver_for(plugin.name))))
 
 
+class AverageCommand(ConversionCommand):
+    """A conversion of the mean of several sources."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "average",
+            "Write the mean of several checkpoints of one model.",
+            "short",
+            _unless_dry,
+            [switch("--verify", _VERIFY)],
+        )
+        path = Place(path_type=Path)
+        about = "Checkpoints to read."
+        weights = "What each weighs, as 0.5,0.3,0.2; together 1.  [all the same]"
+        _, *rest = short_options()
+        self.base = [
+            argument("sources", metavar="SRC...", type=path, nargs=-1, required=True, help=about),
+            *rest,
+            option("--weights", str, weights, metavar="LIST"),
+            switch("--dry-run", "Show what would be; write nothing."),
+        ]
+        self.params = [*self.base, *self.engine, *self.megatron]
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Run the conversion of the first, which all others take part in."""
+        ctx.params["load_dir"] = ctx.params["sources"][0]
+        super().invoke(ctx)
+
+    def changes(self, ctx: click.Context) -> dict[str, Any]:
+        """Return what the mean is of, as an argument of the request."""
+        from ckptx.conversion.keywords import mean_of
+
+        chosen: Chosen = ctx.meta["chosen"]
+        path, *others = ctx.params["sources"]
+        first = Other(path, str(chosen.name("loader")), chosen.values("loader", ctx.params))
+        named = first.loader if ctx.params["loader"] else None
+        weights = ctx.params["weights"].split(",") if ctx.params["weights"] else ()
+        return {"mean": mean_of(first, [(one, named) for one in others], weights)}
+
+
 def convert_command(style: Literal["short", "long"] = "short") -> click.Command:
     """Return the command that converts, with short or Megatron's own option names."""
-    compared = "Then compare the target with the source, every value; exit 1 if they differ."
-    further = [switch("--verify", compared), *runs.run_options()]
+    further = [switch("--verify", _VERIFY), *runs.run_options()]
     return ConversionCommand("convert", "Convert a checkpoint.", style, convert, further)
 
 
@@ -199,6 +243,11 @@ def plan_command() -> click.Command:
     return ConversionCommand(
         "plan", "Show what a conversion would do; write nothing.", "short", plan
     )
+
+
+def average_command() -> click.Command:
+    """Return the command that writes the mean of checkpoints."""
+    return AverageCommand()
 
 
 def modify_command() -> click.Command:
@@ -254,7 +303,7 @@ def plan(job: ConversionRequest, params: dict[str, Any]) -> None:
     show_result(forecast, params["as_json"], params["quiet"])
 
 
-def _modify(job: ConversionRequest, params: dict[str, Any]) -> None:
+def _unless_dry(job: ConversionRequest, params: dict[str, Any]) -> None:
     (plan if params["dry_run"] else convert)(job, params)
 
 

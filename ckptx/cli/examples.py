@@ -43,6 +43,10 @@ EXAMPLES = {
         "ckptx modify llama edited --remove lm_head.weight --dry-run",
         "ckptx modify llama edited --cast '*norm*' fp32",
     ),
+    "average": (
+        "ckptx average llama trained averaged --to hf",
+        "ckptx average llama trained weighted --to hf --weights 0.75,0.25",
+    ),
     "plugins": ("ckptx plugins",),
     "convert.py": (
         "python convert.py --model-type GPT --loader hf --saver core --load-dir llama "

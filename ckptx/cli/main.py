@@ -34,6 +34,7 @@ COMMANDS = {
     "verify": "ckptx.cli.show",
     "generate": "ckptx.cli.running",
     "modify": "ckptx.cli.conversion",
+    "average": "ckptx.cli.conversion",
     "plugins": "ckptx.cli.show",
 }
 """The module of every command, where ``<command>_command()`` returns it."""

@@ -77,6 +77,7 @@ class Runs:
     ) -> None:
         self.job, self.params = job, params
         self.convert, self.check = convert, check
+        self.wait: Wait = lambda seconds: None
         self.outcomes: dict[Step, str] = {}
         if job.saver_options.get("iteration") is not None:
             raise click.UsageError("--iteration names one step; all steps keep their own numbers")
@@ -95,15 +96,16 @@ class Runs:
 
     def take(self, step: Step) -> None:
         """Convert a step, unless that was done; say what became of it."""
-        from ckptx.conversion import engine
+        from ckptx.verification.converted import converted_before
 
         request, report, target = self.request(step), None, None
         try:
             if reason := runs.later_than_named(self.job.source, step):
                 raise CkptxError(reason)
-            if target := engine.converted_before(request):
+            if target := converted_before(request):
                 error = self.check(request, target)
             else:
+                self.wait(0)  # a signal may have come
                 report, error = self.convert(request)
         except (CkptxError, OSError) as failure:
             error = " ".join(str(failure).split())
@@ -126,14 +128,14 @@ class Runs:
         if said["error"]:
             click.echo(f"error: {name}: {printable(said['error'])}", err=True)
 
-    def all(self, interrupts: Interrupts) -> None:
+    def all(self) -> None:
         """Convert every step that is there."""
         runs.first_step(self.job.source)
         for step in runs.steps(self.job.source):
-            interrupts.check()
+            self.wait(0)
             self.take(step)
 
-    def watch(self, wait: Wait, seconds: float) -> None:
+    def watch(self, seconds: float) -> None:
         """Convert every step once it is whole and stays as it is from one look to the next.
 
         One that fails is tried again when its files have changed.
@@ -150,9 +152,8 @@ class Runs:
                 if not still and now[step] == before.get(step) != tried.get(step):
                     tried[step] = now[step]
                     self.take(step)
-                    wait(0)
             before = now
-            wait(seconds)
+            self.wait(seconds)
 
     def summary(self) -> str:
         """Return in one line what has become of all steps."""
@@ -173,11 +174,12 @@ def convert_all(all_of: Runs) -> None:
     """
     params = all_of.params
     with Interrupts() as interrupts:
+        all_of.wait = partial(_wait, interrupts)
         try:
             if params["watch"] is None:
-                all_of.all(interrupts)
+                all_of.all()
             else:
-                all_of.watch(partial(_wait, interrupts), params["watch"])
+                all_of.watch(params["watch"])
         except Interrupted as error:
             if str(error) != str(Interrupted(error.signum)):  # what a conversion has left
                 raise

@@ -19,7 +19,8 @@ from ckptx.protocol.messages import PASSTHROUGH, Begin, End, Message, Tensors
 from ckptx.protocol.model import Model
 from ckptx.registry.families import family_named
 from ckptx.tensors.dtypes import FLOATS, dtype_name, is_widening
-from ckptx.tensors.lazy import LazyTensor
+from ckptx.tensors.lazy import Computed, LazyTensor
+from ckptx.tensors.mean import MEAN
 
 
 def cast_messages(
@@ -59,7 +60,12 @@ def cast_messages(
 
 
 def cast_float(tensor: LazyTensor, dtype: str) -> LazyTensor:
-    """Return a floating-point tensor in ``dtype``, any other as it is."""
+    """Return a floating-point tensor in ``dtype``, any other as it is.
+
+    A mean is rounded once, to ``dtype`` itself.
+    """
+    if isinstance(tensor, Computed) and tensor.op == MEAN:
+        return replace(tensor, dtype=dtype)
     return tensor.cast(dtype) if tensor.dtype in FLOATS else tensor
 
 
@@ -99,7 +105,7 @@ class _Parts:
         _check_exact(names[0], tensor, glob, dtype)
         for name, one in found.items():
             self._cast[(one or first)[0]][name] = None
-        return tensor.cast(dtype)
+        return cast_float(tensor, dtype)
 
     def _of(self, name: str) -> tuple[str, str] | None:
         matching = (one for one in reversed(self.parts) if fnmatch.fnmatchcase(name, one[0]))
@@ -145,6 +151,8 @@ def _check_exact(name: str, tensor: LazyTensor, glob: str, dtype: str) -> None:
     """Raise where a wider dtype would hold values that were rounded on the way to a narrower."""
     from ckptx.conversion.proof import operations
 
+    if isinstance(tensor, Computed) and tensor.op == MEAN:
+        return
     if dtype == tensor.dtype or not is_widening(tensor.dtype, dtype):
         return
     for step in operations(tensor):

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -22,8 +22,8 @@ from ckptx.containers.pickle_values import collector_paused
 from ckptx.conversion.casting import cast_messages
 from ckptx.conversion.megatron_modules import ModuleSaver
 from ckptx.conversion.report import Facts, Plan, Report
-from ckptx.conversion.request import ConversionRequest
-from ckptx.errors import CkptxError, CutShortError, PluginError, listing
+from ckptx.conversion.request import ConversionRequest, Other
+from ckptx.errors import CkptxError, CutShortError, PlanError, PluginError, listing
 from ckptx.processes.interrupts import Interrupted
 from ckptx.processes.supervision import Failure
 from ckptx.protocol.context import UNTOLD, WEIGHTS, Context, Wants
@@ -112,15 +112,7 @@ def load(request: ConversionRequest, spool: Spool | None) -> Iterator[Message]:
     """
     who = f"loader {request.loader!r}"
     with blamed_on(who):
-        messages = checkpoint_messages(
-            request.source,
-            request.loader,
-            options=request.loader_options,
-            context=request.context(),
-            wants=wanted_by(request.saver),
-            spool=spool,
-            megatron_path=request.megatron_path,
-        )
+        messages = _messages(request, spool)
         if request.edits is not None:
             from ckptx.conversion.edits import edited
 
@@ -132,6 +124,38 @@ def load(request: ConversionRequest, spool: Spool | None) -> Iterator[Message]:
         if message is None:
             return
         yield message
+
+
+def _messages(request: ConversionRequest, spool: Spool | None) -> Iterator[Message]:
+    """Return the messages of the source, or of its mean with others."""
+    wants = wanted_by(request.saver)
+    own = Other(request.source, request.loader, request.loader_options)
+    others = request.mean.others if request.mean else ()
+    streams = [
+        (
+            one.path,
+            checkpoint_messages(
+                one.path,
+                one.loader,
+                options=one.options,
+                context=request.context(),
+                wants=wants,
+                spool=spool,
+                megatron_path=request.megatron_path,
+            ),
+        )
+        for one in (own, *others)
+    ]
+    if request.mean is None:
+        return streams[0][1]
+    if not wants.weights:
+        raise PlanError(
+            f"saver {request.saver!r} writes adapters, and the mean of their matrices is not that "
+            "of what they add; merge each onto its base (--to hf), and average the results"
+        )
+    from ckptx.protocol.averaging import averaged
+
+    return averaged(streams, request.mean.weights, request.dtype)
 
 
 def wanted_by(saver: str) -> Wants:
@@ -305,41 +329,6 @@ def forecast(request: ConversionRequest, *, tensors: bool = True) -> Plan:
     )
 
 
-@collector_paused()
-def converted_before(request: ConversionRequest) -> Path | None:
-    """Return the target if it is what this conversion writes, from a source that is no newer.
-
-    The files of the target must be there in their sizes, and all of them that is no tensor is read;
-    of tensors the manifest says what they are and where they are from.
-
-    Raises:
-        CkptxError: the source cannot be converted.
-    """
-    from ckptx.conversion import manifest
-    from ckptx.writing import pointers
-
-    saver = registry.saver(request.saver, request.megatron_path)
-    if isinstance(saver, ModuleSaver) or not request.target.exists():
-        return None
-    with SpoolFile(request.target.parent) as file, closing(Spool(file.path)) as spool:
-        planned = plan_conversion(request, spool)
-        made, begin = planned.plan, planned.begin
-        place = request.target.parent if made.single_file else request.target / made.directory
-        found = place / manifest_path(made)
-        sizes = {place / one.path: one.size for one in made.files}
-        if not all(one.is_file() and one.stat().st_size == sizes[one] for one in sizes):
-            return None
-        read = (Path(path).stat().st_mtime_ns for path in begin.files if path != file.path)
-        if pointers.lag(request.target, made, request.earlier or ()):
-            return None
-        if not found.is_file() or max(read, default=0) > found.stat().st_mtime_ns:
-            return None
-        used = versions(request)
-        expected, _ = manifest.build(made, begin, {}, used, place, file.path, request.digest)
-        same = manifest.same_conversion(expected, found.read_bytes())
-        return (request.target if made.single_file else place) if same else None
-
-
 def plan_conversion(request: ConversionRequest, spool: Spool | None = None) -> Planned:
     """Return the plan of a conversion, without writing.
 
@@ -429,7 +418,11 @@ def write_options(request: ConversionRequest) -> WriteOptions:
 
 def versions(request: ConversionRequest) -> dict[str, str]:
     """Return the versions of everything that shapes the output."""
-    chosen = registry.versions(("loader", request.loader), ("saver", request.saver))
+    loaders = [
+        request.loader,
+        *(one.loader for one in (request.mean.others if request.mean else ())),
+    ]
+    chosen = registry.versions(*(("loader", name) for name in loaders), ("saver", request.saver))
     return {**chosen, "ckptx": __version__}
 
 

@@ -8,6 +8,7 @@ take, through click's types.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ import click
 from ckptx.conversion import megatron_modules
 from ckptx.conversion.edits import saver_for
 from ckptx.conversion.options import MODIFY, Dtype, engine_options, megatron_options
-from ckptx.conversion.request import ConversionRequest, Edits
+from ckptx.conversion.request import ConversionRequest, Edits, Mean, Other
 from ckptx.errors import PlanError, PluginError
 from ckptx.registry import registry
 from ckptx.registry.registry import Role
@@ -38,6 +39,9 @@ class Call:
     """None where it is detected."""
     keywords: Mapping[str, Any] = field(default_factory=dict)
     edits: Edits | None = None
+    others: Sequence[tuple[Path, str | None]] = ()
+    """What the mean of the source is taken with, if anything."""
+    weights: Sequence[float] = ()
 
     def names_module(self) -> bool:
         """Return whether a Megatron-style module takes part; none is imported."""
@@ -79,6 +83,9 @@ class Call:
             places = {"load_dir": request.source, "save_dir": request.target}
             both["arguments"] = {**values, **places, **named, **arguments}
         options = [{str(one.name): values[str(one.name)] for one in each} for each in own]
+        if self.others:
+            first = Other(self.source, loader, options[0])
+            request = replace(request, mean=mean_of(first, self.others, self.weights))
         return replace(request, loader_options=options[0] | both, saver_options=options[1] | both)
 
 
@@ -108,6 +115,40 @@ def edits(remove: str | Iterable[str], cast: Mapping[str, str], rename: Mapping[
     if not changes:
         raise PlanError("say what to change: remove, cast or rename")
     return changes
+
+
+def mean_of(
+    first: Other, others: Sequence[tuple[Path, str | None]], weights: Sequence[str | float] = ()
+) -> Mean:
+    """Return the mean that a caller asks for, of the ``first`` source and others.
+
+    Each of the others has its format, None where it is detected. What is of the format of the
+    first is read with the same options.
+
+    Raises:
+        CkptxError: a format is not known, or the weights do not fit.
+    """
+    if not others:
+        raise PlanError("give at least two checkpoints to average, and a target")
+    absolute = [os.path.realpath(path) for path in (first.path, *(path for path, _ in others))]
+    if len(set(absolute)) < len(absolute):
+        raise PlanError("a checkpoint is given twice; let it weigh more by its weight instead")
+    try:
+        numbers = tuple(map(float, weights))
+    except ValueError as error:
+        raise PlanError(f"weights: {error}; expected numbers, as 0.5,0.3,0.2") from error
+    if numbers and (len(numbers) != len(absolute) or not math.isclose(sum(numbers), 1)):
+        raise PlanError(
+            f"weights: {len(numbers)}, together {sum(numbers):g}; expected one for each of the "
+            f"{len(absolute)} checkpoints, together 1"
+        )
+    found = []
+    for path, named in others:
+        format = named or registry.detect(path)
+        same = registry.canonical(format) == registry.canonical(first.loader)
+        own = first.options if same else bind(registry.loader(format).options(), {})
+        found.append(Other(path.absolute(), format, own))
+    return Mean(tuple(found), numbers)
 
 
 def bind(options: Sequence[click.Option], keywords: Mapping[str, Any]) -> dict[str, Any]:

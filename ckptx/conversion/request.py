@@ -34,6 +34,24 @@ class Edits:
 
 
 @dataclass(frozen=True, slots=True)
+class Other:
+    """A checkpoint that the mean is of, besides the first, and how it is read."""
+
+    path: Path
+    loader: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """What ``average`` makes of the source: its mean with others."""
+
+    others: tuple[Other, ...]
+    weights: tuple[float, ...] = ()
+    """Of the source and each of the others; empty where all weigh the same."""
+
+
+@dataclass(frozen=True, slots=True)
 class ConversionRequest:
     """One conversion. Sizes are in bytes."""
 
@@ -71,6 +89,8 @@ class ConversionRequest:
     megatron_path: str | None = None
     edits: Edits | None = None
     """What ``modify`` changes on the way."""
+    mean: Mean | None = None
+    """What ``average`` takes the mean with."""
 
     def __post_init__(self) -> None:
         if self.edits is not None:  # what is edited is as loadable as it was
@@ -93,7 +113,8 @@ class ConversionRequest:
     def inputs(self) -> list[Path]:
         """The places that are read, of which the target replaces nothing."""
         adapters = map(Path, self.loader_options.get("adapter") or ())
-        return [self.source, *([self.hf_base] if self.hf_base else []), *adapters]
+        others = [one.path for one in self.mean.others] if self.mean else []
+        return [self.source, *others, *([self.hf_base] if self.hf_base else []), *adapters]
 
     def context(self) -> Context:
         """Return the context that the loader and the saver get."""

@@ -14,7 +14,7 @@ the checkpoint, and turns a file that shrinks underneath into a fatal signal.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ckptx.storage.open_files import Files
 from ckptx.tensors.dtypes import ITEMSIZE, numpy_dtype
 from ckptx.tensors.lazy import Box, Cast, Computed, Filled, LazyTensor, Shape, Sliced, Stored
-from ckptx.tensors.operations import OPERATIONS, needs
+from ckptx.tensors.operations import ONE_BY_ONE, OPERATIONS, needs
 from ckptx.tensors.pieces import cut, flat_boxes, pieces
 
 WINDOW = 40 << 20
@@ -134,7 +134,12 @@ class Gather:
 
     def _add_computed(self, tensor: Computed, box: Box, target: NDArray[Any]) -> None:
         wanted = zip(tensor.inputs, needs(tensor, box), strict=True)
-        inputs = [self._whole(cut(source, needed)) for source, needed in wanted]
+        parts = [cut(source, needed) for source, needed in wanted]
+        inputs: Iterable[NDArray[Any]]
+        if tensor.op in ONE_BY_ONE:
+            inputs = (read(part, self.files) for part in parts)
+        else:
+            inputs = [self._whole(part) for part in parts]
 
         def compute() -> None:
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):

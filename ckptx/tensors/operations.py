@@ -15,6 +15,7 @@ from ckptx.errors import SchemaError
 from ckptx.tensors.dtypes import numpy_dtype
 from ckptx.tensors.lazy import Box, Computed, LazyTensor
 from ckptx.tensors.low_rank import Dora, LowRank
+from ckptx.tensors.mean import MEAN, Mean
 
 if TYPE_CHECKING:  # planning computes nothing, and needs no numpy
     import numpy as np
@@ -30,10 +31,11 @@ class Operation(Protocol):
     def needs(self, tensor: Computed, box: Box) -> Sequence[Box]:
         """Return the box of every input that a box of the output depends on."""
 
-    def evaluate(
-        self, tensor: Computed, box: Box, inputs: Sequence[NDArray[Any]]
-    ) -> NDArray[np.float32]:
-        """Return a box of the output from those boxes, before it is rounded to its dtype."""
+    def evaluate(self, tensor: Computed, box: Box, inputs: Any) -> NDArray[np.float32]:
+        """Return a box of the output from those boxes, before it is rounded to its dtype.
+
+        ``inputs`` are arrays: a sequence, or for `ONE_BY_ONE` an iterator that reads each.
+        """
 
 
 class Dequantise:
@@ -90,8 +92,11 @@ OPERATIONS: Mapping[str, Operation] = {
     "lora": LowRank(),
     "lora, update rounded": LowRank(rounded=True),
     "dora": Dora(),
+    MEAN: Mean(),
 }
 """By the name that `ckptx.tensors.lazy.Computed` has them under."""
+ONE_BY_ONE = (MEAN,)
+"""Those whose inputs are many, and are read one after the other."""
 
 
 def needs(tensor: Computed, box: Box) -> Sequence[Box]:

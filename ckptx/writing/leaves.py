@@ -14,13 +14,15 @@ import xxhash
 
 from ckptx.storage.file_plan import FilePlan
 from ckptx.tensors.dtypes import ITEMSIZE
-from ckptx.tensors.lazy import Cast, LazyTensor, Stored
+from ckptx.tensors.lazy import Cast, Computed, LazyTensor, Sliced, Stored
+from ckptx.tensors.operations import ONE_BY_ONE
 from ckptx.tensors.pieces import flat_boxes, pieces
 
 LEAF = 4 << 20
 """Bytes of a tensor that one digest covers, and that one step writes."""
 BATCH = 32 << 20
 """Bytes of output, and of what is cast to it, that one thread holds at a time."""
+_TERMS = 8  # bytes per element of a sum in float32, and of what is added to it
 ALIGNMENT = 64
 """Of leaves in memory."""
 
@@ -106,9 +108,16 @@ def _source(tensor: LazyTensor, start: int, stop: int) -> tuple[tuple[int, int],
     for box, _ in flat_boxes(tensor.shape, start, stop):
         for piece in pieces(tensor, box):
             leaf, width = piece.leaf, 0
-            while isinstance(leaf, Cast):
-                width += ITEMSIZE[leaf.base.dtype]
-                leaf = next(pieces(leaf.base)).leaf
+            while True:
+                match leaf:
+                    case Cast(base=base):
+                        width += ITEMSIZE[base.dtype]
+                        leaf = next(pieces(base)).leaf
+                    case Sliced(base=Computed(op=op) as base, box=inside) if op in ONE_BY_ONE:
+                        width += ITEMSIZE[base.inputs[0].dtype] + _TERMS
+                        leaf = next(pieces(base.inputs[0], inside)).leaf
+                    case _:
+                        break
             if isinstance(leaf, Stored):
                 return (leaf.file, leaf.offset), width
     return (-1, 0), 0

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from ckptx.storage.blocks import BlockReader, Range
 from ckptx.storage.open_files import Files
 from ckptx.tensors import lazy
 from ckptx.tensors.dtypes import ITEMSIZE
-from ckptx.tensors.lazy import LazyTensor, Replicated
+from ckptx.tensors.lazy import LazyTensor, Replicated, stored
 
 MODES = ("sample", "all", "none")
 """Compare up to 1 MiB of each tensor, every byte, or nothing."""
@@ -65,6 +67,31 @@ def check_replicas(plan: SavePlan, files: Files, mode: str = "sample") -> int:
     reader = BlockReader(files, threads=1, block=_BLOCK)  # so that the first difference is told
     reader.each([node.copies for node in nodes], compare, ranges=ranges)
     return sum(len(node.copies) - 1 for node in nodes)
+
+
+def holds_samples(plan: SavePlan, files: Sequence[str], place: Path) -> bool:
+    """Return whether the files below ``place`` hold what a plan writes, by samples of each tensor.
+
+    ``files`` are those that the plan reads.
+    """
+    pairs = [
+        (region.content, stored(number, region.offset, region.content.dtype, region.content.shape))
+        for number, file in enumerate(plan.files)
+        for region in file.regions
+        if isinstance(region.content, LazyTensor)
+    ]
+    same = True
+
+    def compare(_number: int, _start: int, arrays: Sequence[NDArray[Any]]) -> bool:
+        nonlocal same
+        same = same and arrays[0].tobytes() == arrays[1].tobytes()
+        return same
+
+    written = [str(place / file.path) for file in plan.files]
+    with closing(Files(files)) as sources, closing(Files(written)) as targets:
+        reader = BlockReader(sources, targets, threads=1, block=_BLOCK)
+        reader.each(pairs, compare, sides=(0, 1), ranges=_samples)
+    return same
 
 
 def _replicated(tensor: LazyTensor) -> Iterator[Replicated]:

@@ -54,6 +54,9 @@ def convert_page(place: Path) -> None:
     for seed, name in enumerate(("adapter", "first", "second")):
         adapter(qwen, place / name, seed=seed)
     lora_inside(qwen, place / "RUN" / "global_step_10")
+    hf.llama(place / "trained", seed=1)
+    for step in (10, 20):
+        hf.llama(place / "sft" / f"checkpoint-{step}", seed=step)
     incomplete(place)
     reward(qwen, place / "reward-run")
     for step in (200, 400):

@@ -47,6 +47,7 @@ NOT_RUN = {
     "torchrun *": "tests/pipeline/test_torchrun.py starts one process per rank",
     "ckptx plugins": "docs/plugins.md shows it after an installation; tests/unit runs it",
     "ckptx convert * --to npz": "the plugin has to be installed; its own tests convert with it",
+    "ckptx convert * --watch *": "goes on until a signal; tests/unit/cli/test_runs.py watches",
     "ckptx convert granite*": "the family has to be installed; its own tests convert with it",
     "ckptx convert model-npz *": "the plugin has to be installed; its own tests convert with it",
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.oracles import hf, mcore
 from tests.oracles.mcore import Layout
@@ -45,6 +45,25 @@ def test_same_logits(family, layout, format, spec, source_of, tmp_path):
     model = source.megatron(spec, layout)
     found = mcore.read(model, layout, tmp_path / "core", source.tokens, format=format)
     assert difference(found[..., : source.config.vocab_size], source.logits) <= CLOSE
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_parts_of_another_dtype_load(format, source_of, tmp_path, run):
+    """Megatron loads norms in bfloat16 beside the rest in float32, as the numbers that they are."""
+    source = source_of("qwen3")
+    rounded = shutil.copytree(source.directory, tmp_path / "rounded")
+    tensors = load_file(rounded / "model.safetensors")
+    for name in tensors:
+        if "norm" in name:
+            tensors[name] = tensors[name].bfloat16().float()
+    save_file(tensors, rounded / "model.safetensors", {"format": "pt"})
+    expected = hf.logits(rounded, source.tokens)
+    assert difference(expected, source.logits) > CLOSE
+    options = ("--to", "core", "--tp", 2, "--pp", 2, "--ckpt-format", format, "--quiet")
+    place = tmp_path / "core"
+    assert run("convert", source.directory, place, *options, "--dtype", "*norm*=bf16")[0] == 0
+    found = mcore.read(None, LAYOUTS["tp2-pp2"], place, source.tokens, format=format)
+    assert difference(found[..., : source.config.vocab_size], expected) <= CLOSE
 
 
 @pytest.mark.parametrize("family", FAMILIES)

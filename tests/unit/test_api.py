@@ -25,7 +25,17 @@ import torch
 from safetensors.torch import load_file as load_torch
 
 ROOT = Path(ckptx.__file__).resolve().parents[1]
-FUNCTIONS = ("open", "convert", "plan", "verify", "inspect", "modify", "formats", "families")
+FUNCTIONS = (
+    "open",
+    "convert",
+    "plan",
+    "verify",
+    "inspect",
+    "modify",
+    "average",
+    "formats",
+    "families",
+)
 
 
 @pytest.fixture

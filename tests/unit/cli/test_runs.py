@@ -8,7 +8,9 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ckptx.cli import runs
 from ckptx.conversion.request import ConversionRequest
@@ -71,6 +73,24 @@ def test_what_is_not_the_same_conversion_is_not_passed_over(a_run, tmp_path, run
     assert set(outcomes(run(*command, "--dtype", "bf16")[1]).values()) == {"failed"}
 
 
+def test_another_run_of_the_same_model_is_not_passed_over(a_run, tmp_path, run):
+    other = tmp_path / "other"
+    shutil.copytree(a_run, other)
+    for number in (5, 10, 100):
+        weights = other / f"checkpoint-{number}/model.safetensors"
+        tensors = load_file(weights)
+        tensors["model.norm.weight"] += np.float32(2**-20)
+        save_file(tensors, weights, {"format": "pt"})
+        before = (a_run / f"checkpoint-{number}/model.safetensors").stat()
+        os.utime(weights, ns=(before.st_mtime_ns, before.st_mtime_ns))
+    options = (tmp_path / "out", "--to", "hf", "--all-steps", "--json")
+    assert run("convert", a_run, *options)[0] == 0
+    code, out, err = run("convert", other, *options)
+    assert code == 1
+    assert set(outcomes(out).values()) == {"failed"}
+    assert err.count(": exists") == 3
+
+
 def test_a_step_that_fails_is_named_and_the_others_run(a_run, tmp_path, run):
     (a_run / "checkpoint-10/model.safetensors").write_bytes(b"")
     code, out, err = run("convert", a_run, tmp_path / "out", "--to", "hf", "--all-steps")
@@ -84,12 +104,15 @@ def test_a_step_that_fails_is_named_and_the_others_run(a_run, tmp_path, run):
     ]
 
 
-def test_a_target_that_differs_stays_a_failure(a_run, tmp_path, run):
+def test_a_target_that_differs_stays_a_failure(a_run, tmp_path, run, monkeypatch):
     command = ("convert", a_run, tmp_path / "out", "--to", "hf", "--all-steps", "--json")
     assert run(*command)[0] == 0
     weights = tmp_path / "out/checkpoint-5/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    assert run(*command)[0] == 0  # nobody asked
+    assert ": exists" in run(*command)[2]
+    # Where no sample hits the difference, only --verify finds it.
+    monkeypatch.setattr("ckptx.verification.converted.holds_samples", lambda *_: True)
+    assert run(*command)[0] == 0
     code, out, err = run(*command, "--verify")
     assert code == 1
     assert outcomes(out)["checkpoint-5"] == "failed"
@@ -175,6 +198,7 @@ class Watched:
         job = ConversionRequest("hf", "hf", source, source.parent / "out")
         params = {"as_json": False, "quiet": True}
         self.runs = runs.Runs(job, params, self.convert, lambda *_: "")
+        self.runs.wait = self.wait
 
     def convert(self, request: ConversionRequest) -> tuple[Report, str]:
         self.converted.append(request.source.name)
@@ -189,7 +213,7 @@ class Watched:
 
     def until_stopped(self) -> list[str]:
         with pytest.raises(Interrupted):
-            self.runs.watch(self.wait, 1.0)
+            self.runs.watch(1.0)
         return self.converted
 
 
