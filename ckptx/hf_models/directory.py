@@ -31,9 +31,6 @@ _LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")
 _NO_ARCHITECTURE = "no config names an architecture"
 _VOCABULARY = "vocab_size"
 _TIE = "tie_word_embeddings"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-_OUTPUT = "lm_head.weight"
-"""What embedding and output layer are called in models that no schema knows."""
 _ADAPTER_BESIDE = (
     f"{ADAPTER_CONFIG} is not carried: an adapter lies beside whole weights; if they do not hold "
     "it yet, --adapter merges it"
@@ -161,6 +158,9 @@ class _Model:
             self.notes += (f"{float8.KEY} was taken out of {CONFIG}: no weight is quantised now",)
         self.tensors = plain
         self._merge(held, family)
+        if family_of(self.config) is None:  # an adapter has made another class of it
+            yield from self._by_name()
+            return
         parts, layout = self._with_every_row(family), family.layout("hf")
         known = {name for group in layout.held(parts) for name in from_names.names_held(group)}
         self.tensors, around = task_heads.without_module(self.tensors, known)
@@ -215,9 +215,33 @@ class _Model:
         merged = adapter_merge.merge(held, kind, tied, self.context.dtype, renamed)
         if merged.untied and self.config:
             self._say(_untied(self.config))
+        if merged.rows and family is None and _VOCABULARY in self.config:
+            self._say({**self.config, _VOCABULARY: merged.rows})
+        if merged.head:
+            self._become(merged.head, merged.labels)
         self.tensors = merged.tensors
         self.notes += tuple(merged.notes)
         self.dropped += tuple(merged.dropped)
+
+    def _become(self, head: str, labels: int) -> None:
+        """Let the config be that of a class with another head."""
+        first = next(iter(_architectures(self.config)), "")
+        stem = first.removesuffix("ForCausalLM")
+        if stem == first:
+            raise SchemaError(
+                f"{self.begin.root}: the adapter brings a head of a model {head}, and which class "
+                f"of transformers {first or 'a model without architectures'} is then is not known; "
+                "save the base as a model of that class, and give that"
+            )
+        names = [f"LABEL_{number}" for number in range(labels)]
+        config = {**self.config, "architectures": [stem + head]}
+        config["id2label"] = {str(number): name for number, name in enumerate(names)}
+        config["label2id"] = {name: number for number, name in enumerate(names)}
+        self._say(config)
+        self.notes += (
+            f"the adapter brings the head of a {stem + head} with {labels} "
+            f"label{'s' * (labels > 1)}, and the config says so",
+        )
 
     def _with_every_row(self, family: Family) -> Parts:
         """Return the dimensions of a model whose vocabulary is all rows of its embedding.
@@ -270,9 +294,9 @@ def tie_by_names(
     config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
 ) -> tuple[str, str] | None:
     """Return the names of embedding and output layer of a tied model that no schema knows."""
-    embedding = next((name for name in tensors if name.endswith(_EMBEDDINGS)), None)
-    tied = config.get(_TIE, _OUTPUT not in tensors)
-    return (embedding, _OUTPUT) if tied and embedding is not None else None
+    embedding = next((name for name in tensors if name.endswith(adapter_merge.EMBEDDINGS)), None)
+    tied = config.get(_TIE, adapter_merge.OUTPUT not in tensors)
+    return (embedding, adapter_merge.OUTPUT) if tied and embedding is not None else None
 
 
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def other_shape(tensors, config):
 
 def head_of_a_task(tensors, config):
     tensors["base_model.model.score.weight"] = torch.ones(1, 64)
-    config["task_type"] = "SEQ_CLS"
+    config["task_type"] = "FEATURE_EXTRACTION"
 
 
 def no_bias(tensors, config):

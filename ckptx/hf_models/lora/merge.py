@@ -11,6 +11,7 @@ src/peft/tuners/tuners_utils.py (_inject_parameters, cast_adapter_dtype) @ v0.21
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -31,6 +32,15 @@ _TRANSPOSED_LINEAR = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Models whose linear layers are `transformers.pytorch_utils.Conv1D`, which stores [in, out]."""
 _TRANSPOSED_EXPERTS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 """Models whose stacked experts are [experts, in, out]; others have [experts, out, in]."""
+OUTPUT = "lm_head.weight"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+VOCABULARY = (*EMBEDDINGS, OUTPUT, "embed_out.weight")
+"""What embedding and output layer are called."""
+_TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+"""The classes for the tasks of peft.
+
+Source: huggingface/peft src/peft/utils/peft_types.py @ v0.21.2."""
+_TASK_HEAD = re.compile(r"(score|classifier)\.(weight|bias)")
 _WIDEST_NORM = 1 << 28  # bytes of float32 that one norm of a transposed matrix may make us read
 
 
@@ -78,6 +88,12 @@ class Merged:
 
     tensors: dict[str, LazyTensor]
     untied: bool = False
+    rows: int = 0
+    """Those of the vocabulary where an adapter has extended it, else 0."""
+    head: str = ""
+    """The class of the head that an adapter brings, ``"ForSequenceClassification"``."""
+    labels: int = 0
+    """The rows of that head."""
     dropped: list[Dropped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -144,7 +160,8 @@ class _Merge:
         check_saved(self.adapter, self.merged.tensors, whole, bool(self.tied))
         self._untie(whole, groups)
         for name, tensor in whole.items():
-            self._replace(name, tensor)
+            if not self._add_head(name, tensor):
+                self._replace(name, tensor)
         levels: dict[str, list[str]] = {}
         for path in groups:
             levels.setdefault(plain(path), []).append(path)
@@ -189,8 +206,9 @@ class _Merge:
         self.merged.tensors.setdefault(output, self.merged.tensors[embedding])
         self.merged.untied = True
         self.merged.notes.append(
-            f"{' and '.join(sorted(touched))} was trained and the base ties {output!r} to "
-            f"{embedding!r}: both are written, the model is no longer tied"
+            f"{' and '.join(sorted(touched))} {'was' if len(touched) == 1 else 'were'} trained and "
+            f"the base ties {output!r} to {embedding!r}: both are written, the model is no longer "
+            "tied"
         )
 
     def _find(self, name: str) -> str | None:
@@ -212,10 +230,34 @@ class _Merge:
             raise self._refused(f"the base has no {name!r}, which the adapter changes: {reason}")
         return found
 
+    def _add_head(self, name: str, tensor: LazyTensor) -> bool:
+        """Add a head that the class of the adapter's task has, and its base has not."""
+        kind = _TASKS.get(str(self.adapter.config.said.get("task_type")))
+        if kind is None or self._find(name) or not _TASK_HEAD.fullmatch(name):
+            return False
+        self.merged.tensors[name] = tensor
+        self.merged.head, self.merged.labels = kind, tensor.shape[0]
+        if output := self.merged.tensors.pop(OUTPUT, None):
+            reason = f"the model is one {kind} now, which has no such layer"
+            self.merged.dropped.append(Dropped(OUTPUT, reason, output.nbytes, (output,)))
+        return True
+
     def _replace(self, name: str, tensor: LazyTensor) -> None:
         found = self._needed(name)
         base = self.merged.tensors[found]
-        if base.shape != tensor.shape:
+        rows, before = (one.shape[0] if one.shape else 0 for one in (tensor, base))
+        if rows > before and tensor.shape[1:] == base.shape[1:] and found.endswith(VOCABULARY):
+            if self.merged.rows not in (0, rows):
+                raise self._refused(
+                    f"{name!r} has {rows} rows, and another tensor of the vocabulary "
+                    f"{self.merged.rows}: they are not of one model"
+                )
+            self.merged.rows = rows
+            self.merged.notes.append(
+                f"{found}: the adapter has {rows} rows, the base {before}: the vocabulary was "
+                "extended, and those of the adapter are taken"
+            )
+        elif base.shape != tensor.shape:
             raise self._refused(
                 f"{name!r} is {list(tensor.shape)}, in the base "
                 f"{list(base.shape)}: the adapter is of another base model"
