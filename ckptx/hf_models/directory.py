@@ -97,6 +97,17 @@ def base_sidecars(context: Context) -> dict[str, bytes]:
     return files
 
 
+def masters_beside(directory: Location) -> tuple[str, ...]:
+    """Return a remark where a checkpoint of DeepSpeed lies below a directory of weights."""
+    found = sorted({path.parent.name for path in directory.glob("*/*_model_states.pt")})
+    if not found:
+        return ()
+    return (
+        f"{' and '.join(found)} below it holds the fp32 masters of what was trained, which are for "
+        "--from deepspeed",
+    )
+
+
 def hf_messages(
     begin: Begin,
     tensors: Mapping[str, LazyTensor],

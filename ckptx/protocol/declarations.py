@@ -35,6 +35,8 @@ class Format:
     files: tuple[str, ...] = ()
     """Patterns of names, one of which a source has, or holds, or a folder in it (``*/x``): only
     then is the loader imported and asked. None: the format is read where it is named."""
+    above: tuple[str, ...] = ()
+    """Formats whose files may lie beside those of this one, which is then what is read."""
     containers: tuple[str, ...] = ()
     """Kinds of files: ``"safetensors"``."""
     layouts: tuple[str, ...] = ()

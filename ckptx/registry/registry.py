@@ -239,7 +239,9 @@ def _recognising(source: Location) -> list[str]:
                 _log.warning("%s", error)
     except OSError as error:
         raise PluginError(f"{source}: cannot be read: {error.strerror}") from error
-    return found
+    declared = (entry.declared for entry in loaders if entry.name in found)
+    below = {name for one in declared if one is not None for name in one.above}
+    return [name for name in found if name not in below]
 
 
 def _holds(source: Location, names: Sequence[str], patterns: Sequence[str]) -> bool:

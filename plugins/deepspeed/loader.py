@@ -10,7 +10,9 @@ Source: deepspeedai/DeepSpeed deepspeed/runtime/engine.py @ v0.19.8.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -18,9 +20,10 @@ import click
 from ckptx.containers import torch_zip
 from ckptx.containers.pickle_values import EnumValue
 from ckptx.conversion.options import option, switch
-from ckptx.errors import FormatError
+from ckptx.errors import CkptxError, FormatError
 from ckptx.hf_models.directory import base_sidecars, training_state
-from ckptx.hf_models.lora.extract import adapter_options
+from ckptx.hf_models.lora.extract import FILES, adapter_options
+from ckptx.hf_models.lora.names import is_lora
 from ckptx.hf_models.weights import INDEXES, SINGLES, base_tensors, read_weights
 from ckptx.hf_models.wrappers import file_names, strip_option
 from ckptx.plugins.deepspeed import directory, ranks, weights
@@ -75,7 +78,10 @@ class DeepspeedLoader:
 
     def detect(self, source: Location) -> bool:
         """Return whether there are DeepSpeed's model states, here or in a tag below."""
-        return source.is_dir() and (directory.is_tag(source) or bool(directory.tags(source)))
+        if not source.is_dir() or not (directory.is_tag(source) or directory.tags(source)):
+            return False
+        # Beside whole weights, those of less than the whole are for who asks for them.
+        return not _beside(source) or _is_whole(source)
 
     def load(self, source: Location, options: Options, context: Context = UNTOLD) -> Messages:
         """Yield the model; names that no schema knows pass through."""
@@ -108,7 +114,12 @@ class DeepspeedLoader:
             raise FormatError(f"{source}: its objects are nested too deeply") from error
         found.tensors, renamed = file_names(found.tensors, {"strip_prefix": prefixes}, source)
         files = list(saved.files)
+        if context.hf_base and not context.fill_from_base and all(map(is_lora, found.tensors)):
+            context = replace(context, fill_from_base=("*",))
+            renamed = (*renamed, f"all that was not trained is that of {context.hf_base}")
         filled, remarks = base_tensors(files, found.tensors, context)
+        if context.fill_from_base == ("*",):
+            remarks = remarks[:0]
         found.declare("base", filled)
         found.tensors |= weights.widened(filled) if masters and widen else filled
         if trained and found.frozen and not filled:
@@ -127,8 +138,38 @@ class DeepspeedLoader:
         notes = (*found.notes, *renamed, *remarks)
         root = saved.directory.parent  # what a trainer has left beside, where the tag is its own
         beside = training_state(root) if (root / "latest").is_file() else ()
+        if weights_beside := _beside(root):
+            other = "peft" if weights_beside in FILES else "hf"
+            taken = "fp32 masters" if masters else "weights of the module"
+            notes += (f"the {taken} are converted; {weights_beside} beside is for --from {other}",)
         end = End((*found.dropped, *left, *beside), notes)
         yield from trained_messages(begin, found.tensors, end, options, context)
+
+
+def _beside(root: Location) -> str:
+    """Return the name of weights that a trainer has gathered beside a checkpoint, if any."""
+    names = (*INDEXES, *SINGLES, *FILES)
+    return next((name for name in names if (root / name).exists()), "")
+
+
+def _is_whole(root: Location) -> bool:
+    """Return whether the ranks have no fewer elements than the weights beside them.
+
+    Trainer leaves out what is frozen.
+    """
+    try:
+        saved = directory.read(directory.find(root, None), False)
+        shapes: dict[str, Any] = {}
+        for rank in saved.ranks:
+            model = rank.model
+            frozen = model.get("frozen_param_shapes") or {}
+            for group in (*(model.get("param_shapes") or ()), frozen):
+                shapes |= group
+            shapes |= {name: one.shape for name, one in rank.module.items() if one.numel}
+        whole = sum(tensor.numel for tensor in read_weights(root).tensors.values())
+    except CkptxError:
+        return True  # who loads it says what is wrong
+    return bool(sum(math.prod(shape) for shape in shapes.values()) >= whole)
 
 
 def _of_container(tag: Location, container: str, options: Options, context: Context) -> Messages:

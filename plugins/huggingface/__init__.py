@@ -19,6 +19,7 @@ FORMATS = (
         loader="ckptx.plugins.huggingface.peft:PeftLoader",
         saver="ckptx.plugins.huggingface.peft:PeftSaver",
         aliases=("lora",),
+        above=("deepspeed",),  # Trainer saves what was trained twice, and here as peft reads it
         files=("adapter_config.json",),
         containers=("PEFT LoRA",),
         layouts=("hf",),

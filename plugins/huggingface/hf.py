@@ -14,7 +14,13 @@ from ckptx.containers import dcp_safetensors, safetensors, torch_zip
 from ckptx.conversion.options import option, switch
 from ckptx.errors import PlanError, SchemaError
 from ckptx.hf_models import float8
-from ckptx.hf_models.directory import base_sidecars, hf_messages, sidecars, training_state
+from ckptx.hf_models.directory import (
+    base_sidecars,
+    hf_messages,
+    masters_beside,
+    sidecars,
+    training_state,
+)
 from ckptx.hf_models.extra_files import split_off
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.extract import adapter_options
@@ -85,7 +91,7 @@ class HfLoader:
         yield from hf_messages(
             begin,
             weights.tensors,
-            (*remarks, *filled),
+            (*remarks, *filled, *(masters_beside(source) if source.is_dir() else ())),
             training_state(directory) if source.is_dir() else (),
             options,
             context,

@@ -13,7 +13,13 @@ import click
 
 from ckptx.containers import safetensors
 from ckptx.errors import FormatError, SchemaError
-from ckptx.hf_models.directory import base_sidecars, hf_messages, sidecars, training_state
+from ckptx.hf_models.directory import (
+    base_sidecars,
+    hf_messages,
+    masters_beside,
+    sidecars,
+    training_state,
+)
 from ckptx.hf_models.lora import config as adapter_config
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.extract import FILES, LAYOUT, adapter_options
@@ -64,7 +70,9 @@ class PeftLoader:
             weights = read_weights(base)
         own = {name: data for name, data in sidecars(source).items() if name not in _NOT_CARRIED}
         own = {name: data for name, data in own.items() if not name.startswith("training_args")}
-        notes = (f"{', '.join(sorted(own))} came with the adapter",) if own else ()
+        notes = masters_beside(source)
+        if own:
+            notes += (f"{', '.join(sorted(own))} came with the adapter",)
         begin = Begin(
             format=self.name,
             files=tuple(map(str, weights.paths)),

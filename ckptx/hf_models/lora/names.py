@@ -62,6 +62,15 @@ def speaks_peft(name: str) -> bool:
     )
 
 
+def is_lora(name: str) -> bool:
+    """Return whether a name in a live model is that of an adapter's tensor, and not of its base.
+
+    Raises:
+        FormatError: it is of an adapter, and not one that is known.
+    """
+    return speaks_peft(name) and bool(parse(name).kind)
+
+
 def parse(name: str) -> Name:
     """Return what a name says.
 
