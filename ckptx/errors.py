@@ -25,6 +25,13 @@ class SchemaError(CkptxError, ValueError):
     """Tensors or a configuration do not fit the layout of the model family."""
 
 
+class NamesError(SchemaError):
+    """A model's tensors are not those of its family: some are missing, or there are others."""
+
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+
 class PlanError(CkptxError, ValueError):
     """The conversion asked for is impossible, or its plan is not complete."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ckptx.errors import FormatError, SchemaError
+from ckptx.errors import FormatError, NamesError, SchemaError, listing
 from ckptx.hf_models import float8, task_heads
 from ckptx.hf_models.lora import extract
 from ckptx.hf_models.lora import merge as adapter_merge
@@ -155,9 +155,11 @@ class _Model:
         if ADAPTER_CONFIG in self.begin.sidecars and not held.adapters:
             self.notes += (_ADAPTER_BESIDE,)
         self.begin, self.tensors = held.begin, held.tensors
+        self._ignore()
         self.config = read_config(self.begin.sidecars, self.begin.root) or {}
         family = family_of(self.config) if self.config else None
         if family is None:
+            self._refuse_empty(set())
             self._merge(held, None)
             named = ", ".join(self.config.get("architectures") or ())
             why = f"{named}: {why_unknown(self.config)}" if named else _NO_ARCHITECTURE
@@ -175,15 +177,83 @@ class _Model:
         parts, layout = self._with_every_row(family), family.layout("hf")
         known = {name for group in layout.held(parts) for name in from_names.names_held(group)}
         self.tensors, around = task_heads.without_module(self.tensors, known)
+        self._refuse_empty(known)
         self.notes += around
         if own := task_heads.heads_of(self.tensors, known):
             remark = task_heads.remark(own, ", ".join(_architectures(self.config)))
             yield from self._by_name(remark)
             return
+        yield from self._named(family, parts, known)
+
+    def _named(self, family: Family, parts: Parts, known: Collection[str]) -> Iterator[Message]:
+        """Yield the messages of a model of a family; by name, if other tensors are among its own.
+
+        Raises:
+            SchemaError: the tensors are not those of the family, or of another config.
+        """
         begin = replace(self.begin, family=family.name if family.composition else "")
-        yield from from_names.named_messages(
-            begin, self.tensors, parts, layout, self.notes, self.dropped
+        named = from_names.named_messages(
+            begin, self.tensors, parts, family.layout("hf"), self.notes, self.dropped
         )
+        try:
+            begun = next(named)
+            first = next(named)  # when all tensors have found a place
+        except NamesError as error:
+            if error.missing or task_heads.in_doubt(error.extra, known):
+                raise SchemaError(f"{error}{self._advice(error)}") from error
+            named_as = ", ".join(_architectures(self.config)) or family.name
+            yield from self._by_name(
+                f"{listing(error.extra)}: no part of {named_as}; tensors pass through by name "
+                "(--ignore leaves some behind)"
+            )
+            return
+        yield begun
+        yield first
+        yield from named
+
+    def _advice(self, error: NamesError) -> str:
+        """Return what to do about tensors that are missing."""
+        if not error.missing or self.context.fill_from_base:
+            return ""
+        given = "" if self.context.hf_base else "--hf-base DIR "
+        base = self.context.hf_base or "the model that was trained"
+        return (
+            f"; if they were frozen and not saved, {given}--fill-from-base '*' takes them from "
+            f"{base}"
+        )
+
+    def _ignore(self) -> None:
+        """Leave behind what ``--ignore`` names.
+
+        Raises:
+            FormatError: a pattern is that of no tensor.
+        """
+        left = dict(self.tensors)
+        for glob in self.options.get("ignore") or ():
+            names = [name for name in left if fnmatchcase(name, glob)]
+            if not names:
+                raise FormatError(
+                    f"{self.begin.root}: --ignore {glob!r} is the pattern of no tensor; they are "
+                    f"as {listing(self.tensors, 2)}"
+                )
+            for name in names:
+                one = left.pop(name)
+                self.dropped += (Dropped(name, f"--ignore {glob}", one.nbytes, (one,)),)
+        self.tensors = left
+
+    def _refuse_empty(self, known: Collection[str]) -> None:
+        """Refuse tensors without elements that the model has, or most of those there are.
+
+        Raises:
+            FormatError: there are such.
+        """
+        empty = [name for name, one in self.tensors.items() if one.shape == (0,)]
+        if any(name in known for name in empty) or 2 * len(empty) > len(self.tensors):
+            raise FormatError(
+                f"{self.begin.root}: {listing(empty)} have no elements: under ZeRO-3 weights must "
+                "be gathered before they are saved, and these were not; convert the checkpoint of "
+                "DeepSpeed that was saved with them (the directory with 'latest')"
+            )
 
     def _say(self, config: dict[str, Any]) -> None:
         """Let the model have another config beside its weights."""

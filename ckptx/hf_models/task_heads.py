@@ -24,6 +24,7 @@ _HEAD = re.compile(
 """Whole names of what stands beside a language model, not in it."""
 _AROUND = ("model.", "pretrained_model.", "base_model.", "actor.", "critic.")
 """What a module that holds a whole model calls it."""
+_NUMBER = re.compile(r"\d+")
 _LOOKED_FOR = 8  # names of the model, of which one is there wherever it lies
 
 
@@ -35,6 +36,17 @@ def heads_of(names: Iterable[str], known: Collection[str]) -> list[str]:
         ['score.weight', 'v_head.summary.bias']
     """
     return [name for name in names if name not in known and _HEAD.fullmatch(name)]
+
+
+def in_doubt(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return the names that a model has in other layers or experts: its config is another's then.
+
+    Examples:
+        >>> in_doubt(["a.1.w", "a.0.gain"], ["a.0.w", "b"])
+        ['a.1.w']
+    """
+    kinds = {_NUMBER.sub("#", name) for name in known}
+    return [name for name in names if _NUMBER.sub("#", name) in kinds]
 
 
 def without_module(

@@ -64,6 +64,15 @@ def strip_wrappers(
     return found, (f"names of wrappers were taken out: {', '.join(words)}",)
 
 
+def name_options() -> list[click.Option]:
+    """Return the options for names, which loaders of Hugging Face's names declare alike."""
+    ignore = "Leave the tensors of this pattern behind, as '*.my_scale'. Repeatable."
+    return [
+        strip_option(),
+        click.Option(["--ignore"], help=ignore, multiple=True, metavar="GLOB"),
+    ]
+
+
 def strip_option() -> click.Option:
     """Return ``--strip-prefix``, which loaders declare alike."""
     about = (

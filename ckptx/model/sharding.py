@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from ckptx.errors import PlanError, SchemaError, first_few, listing
+from ckptx.errors import NamesError, PlanError, SchemaError, first_few, listing
 from ckptx.model.layout import Layout, Rule
 from ckptx.model.spec import ModelSpec
 from ckptx.model.transforms import Tensor, Transform
@@ -157,7 +157,9 @@ class Gatherer:
         if left:
             problems.append(f"{_counted(left)} not part of it: {listing(left)}")
         if problems:
-            raise SchemaError(f"layout {self.layout.name}: {'; '.join(problems)}")
+            error = NamesError(f"layout {self.layout.name}: {'; '.join(problems)}")
+            error.missing, error.extra = tuple(self.missing), tuple(left)
+            raise error
 
 
 def shard_tensors(

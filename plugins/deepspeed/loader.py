@@ -25,7 +25,7 @@ from ckptx.hf_models.directory import base_sidecars, training_state
 from ckptx.hf_models.lora.extract import FILES, adapter_options
 from ckptx.hf_models.lora.names import is_lora
 from ckptx.hf_models.weights import INDEXES, SINGLES, base_tensors, read_weights
-from ckptx.hf_models.wrappers import file_names, strip_option
+from ckptx.hf_models.wrappers import file_names, name_options
 from ckptx.plugins.deepspeed import directory, ranks, weights
 from ckptx.plugins.megatron.legacy import LegacyLoader
 from ckptx.plugins.pytorch import containers
@@ -38,7 +38,7 @@ from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.from_names import inventory
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Messages
 from ckptx.storage.location import Location
-from ckptx.tensors.lazy import Shape, Stored
+from ckptx.tensors.lazy import LazyTensor, Shape, Stored
 
 _CONSUMED = {
     *("module", "buffer_names", "param_shapes", "frozen_param_shapes", "shared_params"),
@@ -69,7 +69,7 @@ class DeepspeedLoader:
             option("--tag -t", str, "Checkpoint below SRC.  [what 'latest' says]"),
             containers.container_option(),
             option("--weights", click.Choice(["master", "module"]), weights, "master"),
-            strip_option(),
+            *name_options(),
             click.Option(["--prefix"], multiple=True, hidden=True),  # as it was called once
             switch("--exclude-frozen-parameters", trained),
             *adapter_options(),
@@ -100,10 +100,7 @@ class DeepspeedLoader:
         prefixes = (*(options.get("strip_prefix") or ()), *(options.get("prefix") or ()))
         trained = bool(options.get("exclude_frozen_parameters"))
         if trained and not masters:
-            raise FormatError(
-                "--exclude-frozen-parameters tells what was trained by its fp32 masters; leave "
-                "--weights module out"
-            )
+            raise FormatError("--exclude-frozen-parameters is about masters: no --weights module")
         small = {**nearest_config(saved.directory), **base_sidecars(context)}
         try:
             shapes = _shapes(saved, small, "".join(prefixes), context)
@@ -114,12 +111,7 @@ class DeepspeedLoader:
             raise FormatError(f"{source}: its objects are nested too deeply") from error
         found.tensors, renamed = file_names(found.tensors, {"strip_prefix": prefixes}, source)
         files = list(saved.files)
-        if context.hf_base and not context.fill_from_base and all(map(is_lora, found.tensors)):
-            context = replace(context, fill_from_base=("*",))
-            renamed = (*renamed, f"all that was not trained is that of {context.hf_base}")
-        filled, remarks = base_tensors(files, found.tensors, context)
-        if context.fill_from_base == ("*",):
-            remarks = remarks[:0]
+        filled, remarks = _of_base(files, found.tensors, context)
         found.declare("base", filled)
         found.tensors |= weights.widened(filled) if masters and widen else filled
         if trained and found.frozen and not filled:
@@ -138,12 +130,22 @@ class DeepspeedLoader:
         notes = (*found.notes, *renamed, *remarks)
         root = saved.directory.parent  # what a trainer has left beside, where the tag is its own
         beside = training_state(root) if (root / "latest").is_file() else ()
-        if weights_beside := _beside(root):
-            other = "peft" if weights_beside in FILES else "hf"
+        if other := _beside(root):
             taken = "fp32 masters" if masters else "weights of the module"
-            notes += (f"the {taken} are converted; {weights_beside} beside is for --from {other}",)
+            by = "peft" if other in FILES else "hf"
+            notes += (f"the {taken} are converted; {other} beside is for --from {by}",)
         end = End((*found.dropped, *left, *beside), notes)
         yield from trained_messages(begin, found.tensors, end, options, context)
+
+
+def _of_base(
+    files: list[Location], tensors: Mapping[str, LazyTensor], context: Context
+) -> tuple[dict[str, Stored], tuple[str, ...]]:
+    """Return the tensors that ``--hf-base`` fills in, all of them for an adapter, and remarks."""
+    if context.hf_base is None or context.fill_from_base or not all(map(is_lora, tensors)):
+        return base_tensors(files, tensors, context)
+    filled, _ = base_tensors(files, tensors, replace(context, fill_from_base=("*",)))
+    return filled, (f"all that was not trained is that of {context.hf_base}",)
 
 
 def _beside(root: Location) -> str:

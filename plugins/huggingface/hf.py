@@ -25,7 +25,7 @@ from ckptx.hf_models.extra_files import split_off
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import INDEXES, SINGLES, fill_from_base, read_weights
-from ckptx.hf_models.wrappers import INSIDE, file_names, strip_option
+from ckptx.hf_models.wrappers import INSIDE, file_names, name_options
 from ckptx.model.layout import in_module_order
 from ckptx.protocol.context import UNTOLD, Context, Options
 from ckptx.protocol.contracts import SavePlan
@@ -55,7 +55,7 @@ class HfLoader:
 
     def options(self) -> list[click.Option]:
         """Return ``--strip-prefix`` and the options for adapters; all else is in the directory."""
-        return [strip_option(), *adapter_options()]
+        return [*name_options(), *adapter_options()]
 
     def detect(self, source: Location) -> bool:
         """Return whether there are weights under Hugging Face's file names."""

@@ -29,7 +29,7 @@ from ckptx.errors import FormatError
 from ckptx.hf_models import float8
 from ckptx.hf_models.directory import base_sidecars, tie_by_names
 from ckptx.hf_models.lora.extract import adapter_options
-from ckptx.hf_models.wrappers import file_names, strip_option
+from ckptx.hf_models.wrappers import file_names, name_options
 from ckptx.plugins.pytorch import containers, module_names
 from ckptx.plugins.run_directory import step_of
 from ckptx.protocol.context import UNTOLD, Context, Options
@@ -69,7 +69,7 @@ class DcpLoader:
 
     def options(self) -> list[click.Option]:
         """Return the options for the container, for names and for adapters."""
-        return [containers.container_option(), strip_option(), *adapter_options()]
+        return [containers.container_option(), *name_options(), *adapter_options()]
 
     def detect(self, source: Location) -> bool:
         """Return whether there is metadata, not Megatron's, or was about to be, or shards."""

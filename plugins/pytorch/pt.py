@@ -17,7 +17,7 @@ from ckptx.errors import FormatError, SchemaError, listing
 from ckptx.hf_models.directory import base_sidecars, sidecars, training_state
 from ckptx.hf_models.lora.extract import adapter_options
 from ckptx.hf_models.weights import Weights, fill_from_base
-from ckptx.hf_models.wrappers import file_names, strip_option
+from ckptx.hf_models.wrappers import file_names, name_options
 from ckptx.model.layout import Parts
 from ckptx.model.pipeline_parallel import Pipeline
 from ckptx.plugins.pytorch import containers
@@ -78,7 +78,7 @@ class PytorchLoader:
         return [
             layout_option(),
             containers.container_option(),
-            strip_option(),
+            *name_options(),
             *adapter_options(),
         ]
 

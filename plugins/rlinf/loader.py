@@ -25,7 +25,7 @@ from ckptx.hf_models import task_heads
 from ckptx.hf_models.directory import base_sidecars
 from ckptx.hf_models.lora import names as adapter_names
 from ckptx.hf_models.lora.extract import adapter_options
-from ckptx.hf_models.wrappers import file_names, strip_option
+from ckptx.hf_models.wrappers import file_names, name_options
 from ckptx.plugins.pytorch.module_names import (
     named_as_in_files,
     nearest_config,
@@ -56,7 +56,7 @@ class RlinfLoader:
 
     def options(self) -> list[click.Option]:
         """Return the options for the model of a step, and for its names."""
-        return [actor_option(), strip_option(), *adapter_options()]
+        return [actor_option(), *name_options(), *adapter_options()]
 
     def detect(self, source: Location) -> bool:
         """Return whether a step, a model's folder in it, or what it holds has RLinf's names."""

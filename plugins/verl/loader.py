@@ -32,7 +32,7 @@ from ckptx.errors import FormatError, listing
 from ckptx.hf_models.directory import base_sidecars
 from ckptx.hf_models.lora.config import TRAINED_LORA
 from ckptx.hf_models.lora.extract import adapter_options
-from ckptx.hf_models.wrappers import file_names, strip_option
+from ckptx.hf_models.wrappers import file_names, name_options
 from ckptx.plugins import run_directory
 from ckptx.plugins.pytorch import module_names
 from ckptx.plugins.verl import extra_state, megatron
@@ -65,7 +65,7 @@ class VerlLoader:
         return [
             run_directory.actor_option(),
             *adapter_options(),
-            strip_option(),
+            *name_options(),
             switch("--extra-state", states),
             switch("--is-value-model", value),
             switch("--tie-word-embedding", tied),

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ckptx.errors import SchemaError
+from ckptx.errors import FormatError, SchemaError
 from tests.formats import zero_by_hand
 
 from .conversion import convert
@@ -189,11 +189,33 @@ def test_megatron_is_refused_by_name(target, tmp_path):
 
 
 def test_an_unknown_tensor_is_no_head(tmp_path):
-    """What is not at the top of a model is an error as before, not a head."""
+    """What is not at the top of a model goes along by name, and Megatron has no place for it."""
     state = {**causal().state_dict(), "model.layers.0.extra_head.weight": torch.ones(3)}
     source = write(state, causal().config, tmp_path / "source", "hf")
     with pytest.raises(SchemaError, match=r"model\.layers\.0\.extra_head\.weight"):
-        convert(source, tmp_path / "hf", "hf")
+        convert(source, tmp_path / "core", "core")
+    facts = convert(source, tmp_path / "hf", "hf")
+    assert any("extra_head.weight': no part of" in note for note in facts.notes)
+    assert_same(load_file(tmp_path / "hf" / "model.safetensors"), state)
+    options = {"loader_options": {"ignore": ("*.extra_head.*",)}}
+    facts = convert(source, tmp_path / "other", "core", **options)
+    (drop,) = [one for one in facts.dropped if "extra_head" in one["name"]]
+    assert (drop["reason"], drop["bytes"]) == ("--ignore *.extra_head.*", 12)
+    with pytest.raises(FormatError, match=r"--ignore 'x\.\*' is the pattern of no tensor"):
+        convert(source, tmp_path / "no", "hf", loader_options={"ignore": ("x.*",)})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tensors_without_elements_were_not_gathered(form, tmp_path):
+    """Under ZeRO-3 a state dict holds every name, and of each weight nothing."""
+    state = {name: torch.zeros(0) for name in causal().state_dict()}
+    source = write(state, causal().config, tmp_path / "source", form)
+    for config in ("known", "none"):
+        if config == "none":
+            for place in tmp_path.rglob("config.json"):
+                place.unlink()
+        with pytest.raises(FormatError, match="under ZeRO-3 weights must be gathered"):
+            convert(source, tmp_path / "hf", "hf", no_config=True)
 
 
 def assert_same(found, expected):
