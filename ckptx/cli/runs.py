@@ -16,7 +16,7 @@ import click
 from ckptx.cli.options import show_report
 from ckptx.conversion.options import option, switch
 from ckptx.conversion.request import ConversionRequest
-from ckptx.errors import CkptxError, PlanError, first_few
+from ckptx.errors import CkptxError, CutShortError, PlanError, first_few
 from ckptx.processes.interrupts import Interrupted, Interrupts
 from ckptx.registry import runs
 from ckptx.registry.runs import Signature, Step
@@ -94,11 +94,11 @@ class Runs:
             self.job, source=step.path, target=target, saver_options=options, earlier=earlier
         )
 
-    def take(self, step: Step) -> None:
-        """Convert a step, unless that was done; say what became of it."""
+    def take(self, step: Step) -> bool:
+        """Convert a step, unless that was done; return whether another try may go better."""
         from ckptx.verification.converted import converted_before
 
-        request, report, target = self.request(step), None, None
+        request, report, target, again = self.request(step), None, None, False
         try:
             if reason := runs.later_than_named(self.job.source, step):
                 raise CkptxError(reason)
@@ -109,10 +109,12 @@ class Runs:
                 report, error = self.convert(request)
         except (CkptxError, OSError) as failure:
             error = " ".join(str(failure).split())
+            again = isinstance(failure, CutShortError | OSError)
         outcome = FAILED if error else CONVERTED if report else PASSED
         self.outcomes[step] = outcome
         place = report.target if report else str(target or request.target)
         self._say({"step": step.name, "outcome": outcome, "target": place, "error": error}, report)
+        return again
 
     def _say(self, said: Mapping[str, str], report: Report | None) -> None:
         """Print what became of a step: a line of JSON, or text."""
@@ -138,7 +140,8 @@ class Runs:
     def watch(self, seconds: float) -> None:
         """Convert every step once it is whole and stays as it is from one look to the next.
 
-        One that fails is tried again when its files have changed.
+        One that fails is tried again when its files have changed, or if it was cut short, as by a
+        full disk.
         """
         before: dict[Step, Signature] = {}
         tried: dict[Step, Signature] = {}
@@ -149,9 +152,9 @@ class Runs:
                     continue
                 now[step] = runs.signature(step)
                 still = runs.still_written(self.job.source, step)
-                if not still and now[step] == before.get(step) != tried.get(step):
+                ready = not still and now[step] == before.get(step) != tried.get(step)
+                if ready and not self.take(step):
                     tried[step] = now[step]
-                    self.take(step)
             before = now
             self.wait(seconds)
 

@@ -7,7 +7,6 @@ numbers have no mean: they must be equal.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,7 +16,7 @@ from typing import Any
 from ckptx.errors import PlanError, first_few, listing
 from ckptx.protocol.messages import PASSTHROUGH, Begin, Dropped, End, Message, SourceTensor, Tensors
 from ckptx.protocol.model import VOCAB_TENSORS, Model, collect, resize_vocabulary
-from ckptx.protocol.sidecars import CONFIG
+from ckptx.protocol.sidecars import CONFIG, read_config
 from ckptx.storage.blocks import equal
 from ckptx.tensors.dtypes import DTYPES, FLOATS
 from ckptx.tensors.lazy import LazyTensor, replicated
@@ -110,18 +109,25 @@ def _check_same_model(one: _Source, other: _Source) -> None:
         PlanError: they differ.
     """
     begins = one.model.begin, other.model.begin
+    for known, unknown in ((one, other), (other, one)):
+        begin = unknown.model.begin
+        if known.model.begin.parts and not begin.parts and CONFIG not in begin.sidecars:
+            raise PlanError(
+                f"{unknown.path}: nothing beside the weights says which model it is, as of "
+                f"{known.path}; give --hf-base with a config that is of all"
+            )
     said = [dict(_settings(begin)) for begin in begins]
     differing = [
         f"{key} is {said[0].get(key)} and {said[1].get(key)}"
         for key in dict.fromkeys((*said[0], *said[1]))
         if said[0].get(key) != said[1].get(key)
     ]
-    configs = [json.loads(begin.sidecars.get(CONFIG, b"null")) for begin in begins]
-    if not differing and None not in configs:
+    a, b = (read_config(begin.sidecars, begin.root) for begin in begins)
+    if not differing and a is not None and b is not None:
         differing = [
-            f"{key} of {CONFIG} is {configs[0].get(key)} and {configs[1].get(key)}"
-            for key in dict.fromkeys((*configs[0], *configs[1]))
-            if key not in _ANYWAY and configs[0].get(key) != configs[1].get(key)
+            f"{key} of {CONFIG} is {a.get(key)} and {b.get(key)}"
+            for key in dict.fromkeys((*a, *b))
+            if key not in _ANYWAY and a.get(key) != b.get(key)
         ]
     if differing:
         raise PlanError(

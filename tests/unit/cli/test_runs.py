@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from ckptx.cli import runs
 from ckptx.conversion.request import ConversionRequest
+from ckptx.errors import CutShortError
 from ckptx.processes.interrupts import Interrupted
 from ckptx.registry.runs import later_than_named, signature, steps, still_written
 
@@ -263,6 +264,24 @@ def test_a_step_that_fails_is_tried_again_when_it_changes(tmp_path, capsys):
     watched.until_stopped()
     assert tries == [False, True]
     assert capsys.readouterr().err == "error: step-1: rank 1 is missing\n"
+    assert watched.runs.summary() == "1 step: 1 converted"
+
+
+def test_a_step_that_was_cut_short_is_tried_at_the_next_look(tmp_path, capsys):
+    (tmp_path / "run/step-1").mkdir(parents=True)
+    tries: list[int] = []
+
+    def convert(request: ConversionRequest) -> tuple[Report, str]:
+        tries.append(1)
+        if len(tries) < 3:
+            raise CutShortError("the disk is full")
+        return Report(request.target), ""
+
+    watched = Watched(tmp_path / "run", *[nothing] * 5)
+    watched.runs.convert = convert
+    watched.until_stopped()
+    assert len(tries) == 3
+    assert capsys.readouterr().err == "error: step-1: the disk is full\n" * 2
     assert watched.runs.summary() == "1 step: 1 converted"
 
 

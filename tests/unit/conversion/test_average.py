@@ -178,6 +178,15 @@ def test_what_is_not_one_model_is_refused_by_name(three, tmp_path, write_llama, 
     assert "the mean of their matrices is not" in err
 
 
+def test_a_source_without_a_config_asks_for_one(three, tmp_path, run):
+    assert run("convert", three[1], tmp_path / "b.pt", "--to", "pytorch", "--quiet")[0] == 0
+    for sources in ((three[0], tmp_path / "b.pt"), (tmp_path / "b.pt", three[0])):
+        code, _, err = run("average", *sources, tmp_path / "out", "--to", "hf")
+        assert code == 1
+        assert err.startswith(f"error: {tmp_path / 'b.pt'}: nothing beside the weights says")
+        assert "give --hf-base" in err
+
+
 def test_other_dtypes_meet_in_the_one_that_is_asked_for(three, tmp_path, write_llama, run):
     half = a_model(write_llama, tmp_path / "half", 1, torch.bfloat16)
     options = ("--to", "hf", "--dtype", "fp32", "--quiet")
