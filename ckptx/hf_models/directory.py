@@ -213,7 +213,7 @@ class _Model:
 
     def _advice(self, error: NamesError) -> str:
         """Return what to do about tensors that are missing."""
-        if not error.missing or self.context.fill_from_base:
+        if not error.missing or error.extra or self.context.fill_from_base:
             return ""
         given = "" if self.context.hf_base else "--hf-base DIR "
         base = self.context.hf_base or "the model that was trained"
