@@ -11,6 +11,7 @@ from ckptx.errors import FormatError, NamesError, SchemaError, listing
 from ckptx.hf_models import float8, task_heads
 from ckptx.hf_models.lora import extract
 from ckptx.hf_models.lora import merge as adapter_merge
+from ckptx.hf_models.lora.completeness import check_alone
 from ckptx.hf_models.lora.config import ADAPTER_CONFIG
 from ckptx.hf_models.lora.export import exported
 from ckptx.hf_models.spellings import with_old_keys
@@ -280,6 +281,7 @@ class _Model:
         """Yield the messages of the adapter alone."""
         model = read_config(held.begin.sidecars, held.begin.root) or {}
         self.tensors, config, rest, notes = exported(held, model)
+        check_alone(held.adapters[0])
         files = {ADAPTER_CONFIG: dump_config(config)}
         self.begin = replace(held.begin, layout=extract.LAYOUT, sidecars=files)
         self.dropped += rest

@@ -27,7 +27,7 @@ from ckptx.hf_models.weights import SINGLES, Weights, read_weights
 from ckptx.plugins.huggingface.hf import in_library_order
 from ckptx.protocol.context import ADAPTERS, UNTOLD, WEIGHTS, Context, Options
 from ckptx.protocol.contracts import SavePlan
-from ckptx.protocol.from_names import inventory, main_dtype
+from ckptx.protocol.from_names import begin_anyway, inventory, main_dtype
 from ckptx.protocol.messages import Begin, Messages
 from ckptx.protocol.model import collect
 from ckptx.schemas.conventions import transformers_memory
@@ -81,11 +81,13 @@ class PeftLoader:
             sidecars={**base_sidecars(context), **own},
         )
         every = {**options, "adapter": (source, *(options.get("adapter") or ()))}
-        context = replace(context, wants=ADAPTERS if alone else WEIGHTS)
+        own_context = replace(context, wants=ADAPTERS if alone else WEIGHTS)
         beside = training_state(source)
-        yield from hf_messages(
-            *(begin, weights.tensors, notes, beside, every, context), transformers_memory.renamer
+        messages = hf_messages(
+            *(begin, weights.tensors, notes, beside, every, own_context),
+            transformers_memory.renamer,
         )
+        yield from begin_anyway(begin, messages, context)
 
 
 class PeftSaver:

@@ -112,3 +112,69 @@ def test_a_head_that_the_adapter_holds_makes_a_model_of_its_class(task, kind, la
     assert any("lm_head.weight" in str(drop) for drop in report.dropped)
     with pytest.raises(ckptx.CkptxError):
         ckptx.convert(tmp_path / "adapter", tmp_path / "core", to="core", hf_base=tmp_path / "base")
+
+
+def without(place, words):
+    """Take tensors out of an adapter's file."""
+    file = place / "adapter_model.safetensors"
+    kept = {name: one for name, one in load_file(file).items() if words not in name}
+    assert len(kept) < len(load_file(file))
+    save_file(kept, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("layers.1.self_attn.q_proj", r"no matrices of 'model\.layers\.1\.self_attn\.q_proj'"),
+        ("layers.1.self_attn.q_proj.lora_B", r"q_proj' lacks lora_B\.weight; it is not whole"),
+    ],
+)
+def test_a_part_of_an_adapter_is_told_without_its_base(words, message, tmp_path, run):
+    model = base_of(tmp_path / "base")
+    trained(model, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    assert run("inspect", tmp_path / "adapter")[0] == 0
+    ckptx.convert(tmp_path / "adapter", tmp_path / "again", to="peft")
+    without(tmp_path / "adapter", words)
+    found = ckptx.inspect(tmp_path / "adapter")
+    assert not found.healthy
+    assert run("inspect", tmp_path / "adapter")[0] == 1
+    with pytest.raises(ckptx.SchemaError, match=message):
+        ckptx.convert(tmp_path / "adapter", tmp_path / "copy", to="peft")
+
+
+@pytest.mark.parametrize(
+    "pattern", [r".*\.(q_proj|v_proj)", r"model\.layers\.\d\.self_attn\.[qv]_.*"]
+)
+def test_what_a_pattern_means_must_be_there(pattern, tmp_path):
+    model = base_of(tmp_path / "base")
+    trained(model, tmp_path / "adapter", target_modules=pattern)
+    merged(tmp_path)
+    without(tmp_path / "adapter", "layers.1.")
+    options = {"to": "hf", "hf_base": tmp_path / "base"}
+    with pytest.raises(ckptx.SchemaError, match=r"names 'model\.layers\.1\.self_attn\.q_proj'"):
+        ckptx.convert(tmp_path / "adapter", tmp_path / "no", **options)
+
+
+def test_a_pattern_that_takes_forever_is_not_followed(tmp_path):
+    model = base_of(tmp_path / "base")
+    trained(model, tmp_path / "adapter", target_modules=["q_proj"])
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"target_modules": "(.+)+!"}
+    path.write_text(json.dumps(config))
+    merged(tmp_path)
+
+
+def test_experts_that_are_named_must_be_there(tmp_path):
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    model = base_of(tmp_path / "base", "Mixtral", **sizes)
+    named = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    expected = trained(model, tmp_path / "adapter", target_parameters=named, target_modules=[])
+    _, found = merged(tmp_path)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    state = expected.state_dict()
+    assert found
+    assert all(torch.allclose(back[name], state[name], atol=1e-6) for name in state)
+    without(tmp_path / "adapter", "layers.1.")
+    options = {"to": "hf", "hf_base": tmp_path / "base"}
+    with pytest.raises(ckptx.SchemaError, match=r"names 'model\.layers\.1\..*experts"):
+        ckptx.convert(tmp_path / "adapter", tmp_path / "no", **options)

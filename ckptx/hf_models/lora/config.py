@@ -39,6 +39,8 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "trainable_token_indices": (list, dict),
 }
 
+_REPEATED = re.compile(r"\)\s*[*+?{]")
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
@@ -103,23 +105,15 @@ class AdapterConfig:
         return tuple(map(str, self._listed("modules_to_save")))
 
     def targets(self, module: str) -> bool:
-        """Return whether peft would have given a module matrices, by a list of names.
-
-        False where ``target_modules`` or what is excluded is a pattern: that is not followed.
-        """
+        """Return whether peft would have given a module matrices."""
         named, excluded = self.said.get("target_modules"), self.said.get("exclude_modules") or []
-        if not isinstance(named, list) or not isinstance(excluded, list):
-            return False
         chosen = self.said.get("layers_to_transform")
         if chosen is not None:
             number = _LAYER.search(f".{module}.")
             layers = chosen if isinstance(chosen, list) else [chosen]
             if number is None or int(number[1]) not in layers:
                 return False
-        inside = f".{module}"
-        return any(inside.endswith(f".{name}") for name in named) and not any(
-            inside.endswith(f".{name}") for name in excluded
-        )
+        return _is_meant(module, named) and not _is_meant(module, excluded)
 
     def parameters(self, module: str) -> list[str]:
         """Return the parameters of a module that are updated as parameters, by short names."""
@@ -212,3 +206,18 @@ def _places(root: Location) -> Iterator[Location]:
     for directory in (root, root.parent):
         for name in _BESIDE:
             yield directory / name / ADAPTER_CONFIG
+
+
+def _is_meant(module: str, said: object) -> bool:
+    """Return whether a list of names, or a pattern of whole names, means a module.
+
+    A pattern with repeated groups is not followed: a stranger's may take forever.
+    """
+    if isinstance(said, str):
+        if _REPEATED.search(said):
+            return False
+        try:
+            return re.fullmatch(said, module) is not None
+        except (re.error, RecursionError, OverflowError):
+            return False
+    return isinstance(said, list) and any(f".{module}".endswith(f".{name}") for name in said)
