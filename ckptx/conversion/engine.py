@@ -246,7 +246,8 @@ def convert(
     """
     progress = progress or Progress()
     started = time.monotonic()
-    target = Target(request.target, request.inputs, request.overwrite, request.earlier or ())
+    earlier, locks = request.earlier or (), request.lock
+    target = Target(request.target, request.inputs, request.overwrite, earlier, locks=locks)
     try:
         with target, SpoolFile(request.target) as spool:
             try:
@@ -385,7 +386,8 @@ def _journal(
 
     if identity is None:
         return nullcontext()
-    return Journal(staging.with_name(NAME), identity, request.journal_every)
+    path, every = staging.with_name(NAME), request.journal_every
+    return Journal(path, identity, every, locks=request.lock)
 
 
 def _save_by_module(

@@ -120,6 +120,10 @@ def engine_options() -> list[click.Option]:
         "Continue an interrupted run of the same conversion; or start over, and leave nothing if "
         "interrupted.  [default: resume]"
     )
+    lock = (
+        "Lock the target while it is written; not where locks hang: then nobody else may write "
+        "there.  [default: lock]"
+    )
     cast = (
         "Convert weights to this dtype, with GLOB= those so named by Hugging Face. Repeatable; the "
         "last that matches counts.  [as stored]"
@@ -136,6 +140,7 @@ def engine_options() -> list[click.Option]:
         option("--digest", digests, "Digest of the manifest's tensors.", "xxh3_128"),
         option("--check-replicas", compared, replicas, "sample"),
         option("--resume/--no-resume", None, resume, True, show_default=False),
+        option("--lock/--no-lock", None, lock, True, show_default=False),
         option(
             "--journal-every",
             Size(),

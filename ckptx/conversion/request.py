@@ -79,6 +79,8 @@ class ConversionRequest:
     check_replicas: str = "sample"
     resume: bool = True
     """Whether to continue what an interrupted run has left, and to leave it if interrupted."""
+    lock: bool = True
+    """Whether the target is locked while it is written."""
     journal_every: int = 256 << 20
     """Bytes of output between two points from which an interrupted run is continued."""
     max_queue_size: int = QUEUE_SIZE

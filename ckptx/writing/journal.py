@@ -246,10 +246,14 @@ class Journal:
         path: the journal; what it says is continued if it is of this conversion.
         identity: of this conversion.
         every: bytes of output between two records.
+        locks: whether it is locked.
     """
 
-    def __init__(self, path: Path, identity: Identity, every: int = EVERY) -> None:
+    def __init__(
+        self, path: Path, identity: Identity, every: int = EVERY, *, locks: bool = True
+    ) -> None:
         self.path = path
+        self._locks = locks
         self.identity = identity
         self.every = max(1, every)
         self.leaves: Mapping[int, bytes] = {}
@@ -261,7 +265,8 @@ class Journal:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(self.path, flags, 0o666)
         try:
-            self._lock()
+            if self._locks:
+                self._lock()
             found = read(self.path)
             if found is None or found.identity.difference(self.identity):
                 os.ftruncate(self._descriptor, 0)

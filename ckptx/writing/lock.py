@@ -20,11 +20,12 @@ class Lock:
     """Holds a partial directory for this process, from `acquire` to `release`.
 
     ``flock`` ends with the process. Without it a file that only one process can create names its
-    owner; if that process has ended on this machine, the file counts for nothing.
+    owner; if that process has ended on this machine, the file counts for nothing. Not ``wanted``,
+    it holds nothing: who asked for that sees to it that nobody else writes there.
     """
 
-    def __init__(self, partial: Path, target: Path) -> None:
-        self._partial, self._target = partial, target
+    def __init__(self, partial: Path, target: Path, *, wanted: bool = True) -> None:
+        self._partial, self._target, self._wanted = partial, target, wanted
         self._descriptor = -1
         self._owner: Path | None = None
 
@@ -56,6 +57,8 @@ class Lock:
             os.close(descriptor)  # locked a file that its owner had removed: try again
 
     def _take(self, descriptor: int) -> None:
+        if not self._wanted:
+            return
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -96,6 +96,7 @@ class Target:
         overwrite: whether an existing target may be replaced, if ckptx wrote all of it; with
             ``"foreign"`` whoever wrote it.
         earlier: what pointers may say that move on to this target.
+        locks: whether the place is locked while it is written.
     """
 
     def __init__(
@@ -104,7 +105,10 @@ class Target:
         inputs: Sequence[Path],
         overwrite: bool | Literal["foreign"] = False,
         earlier: Sequence[str] = (),
+        *,
+        locks: bool = True,
     ) -> None:
+        self._locks = locks
         self._earlier = earlier
         self._named = save_dir
         self.save_dir = save_dir.resolve()
@@ -151,7 +155,7 @@ class Target:
 
     def _acquire(self) -> None:
         if self._lock is None:
-            lock = Lock(self._partial, self.path)
+            lock = Lock(self._partial, self.path, wanted=self._locks)
             lock.acquire()
             self._lock = lock
 

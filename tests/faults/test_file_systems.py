@@ -129,6 +129,17 @@ def test_a_lock_by_name(convert, sources, tmp_path):
         shutil.rmtree(tmp_path / "work/target")
 
 
+def test_no_lock_is_asked_for(convert, sources, tmp_path):
+    """Neither of the kernel nor by name: an owner that cannot be asked is in nobody's way."""
+    partial = tmp_path / "work/target/release.ckptx-partial"
+    partial.mkdir(parents=True)
+    (partial / "owner").write_text("process 1 on elsewhere, boot unknown")
+    assert convert(f"flock:{errno.ENOSYS}").returncode == 1
+    result = convert(f"flock:{errno.EIO}", *CORE, "--no-lock")
+    assert result.returncode == 0, result.stderr
+    assert digests(tmp_path / "work/target") == sources[1]
+
+
 @pytest.mark.parametrize("stdout", ["full", "closed", "pipe"])
 def test_a_report_that_cannot_be_shown(convert, sources, tmp_path, stdout):
     """The target is whole: that is what the exit code says."""
