@@ -179,6 +179,37 @@ def test_without_shared_memory_a_pipe_stands_in(convert, sources, tmp_path):
     assert digests(target) == sources[1]
 
 
+MOUNTS = {
+    "tmpfs": 'mount -t tmpfs none "$0"',
+    # Without extents: fallocate is not there.
+    "ext2": 'truncate -s 64M "$0.img" && mkfs.ext2 -q "$0.img" && mount -o loop "$0.img" "$0"',
+    "vfat": 'truncate -s 64M "$0.img" && mkfs.vfat "$0.img" && mount -o loop "$0.img" "$0"',
+}
+
+
+@pytest.mark.parametrize("kind", MOUNTS)
+def test_real_file_systems(kind, convert, sources, tmp_path):
+    """Mounted in a namespace of their own, which ends with the command."""
+    work = tmp_path / "work"
+    if subprocess.run(
+        ["unshare", "-m", "sh", "-c", MOUNTS[kind], str(work)], capture_output=True, check=False
+    ).returncode:
+        pytest.skip(f"this user may not make or mount {kind}, or nothing here can")
+    run = f'{MOUNTS[kind]} && shift && "$@" && cp -r "$0/target" "$0.copy" && ls -A "$0"'
+    command = [*COMMAND, str(sources[0]), str(work / "target"), *CORE]
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", run, str(work), "sh", *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert digests(Path(f"{work}.copy")) == sources[1]
+    left = set(result.stdout.split()[-2:]) - {"lost+found", "target"}
+    assert not any("partial" in name for name in left)
+
+
 def test_no_working_and_no_home_directory(convert, sources, tmp_path, monkeypatch):
     monkeypatch.delenv("HOME")
     gone = tmp_path / "gone"
