@@ -27,7 +27,7 @@ from ckptx.cli.options import (
 from ckptx.cli.plugin_options import Chosen, PluginCommand, equal_options, scanned
 from ckptx.conversion.options import MODIFY, Dtype, engine_options, megatron_options, option, switch
 from ckptx.conversion.request import ConversionRequest, Edits, Other
-from ckptx.errors import ConversionError
+from ckptx.errors import ConversionError, PluginError
 from ckptx.registry import registry
 
 if TYPE_CHECKING:
@@ -124,9 +124,14 @@ class ConversionCommand(PluginCommand):
         """Return the plugins that ``args`` name, after as light a look as possible."""
         params, places = scanned(self.params, args)
         loader, saver, path = (params.get(k) for k in ("loader", "saver", "megatron_path"))
+        if self.style == "short" and "megatron" in {str(n).lower() for n in (loader, saver)}:
+            raise click.UsageError(
+                "'megatron' is two formats: 'core' is Megatron Core, 'legacy' is of Megatron-LM's "
+                "own models of 2019 to 2023"
+            )
         source = params.get("load_dir") or next((p for p in places if p.exists()), None)
         if loader is None and saver is not None:
-            options = registry.saver(saver, path).options()  # a wrong name is the better error
+            options = self.saver(saver, path).options()  # a wrong name is the better error
             _, places = scanned([*self.params, *options], args)
             source = params.get("load_dir") or next((p for p in places if p.exists()), None)
             if source is not None and len(places) == 2 and not params.get("load_dir"):
@@ -141,8 +146,22 @@ class ConversionCommand(PluginCommand):
                 loader = registry.detect(places[0])
         return Chosen(
             ("loader", registry.loader(loader, path, source) if loader else None),
-            ("saver", registry.saver(saver, path) if saver else None),
+            ("saver", self.saver(saver, path) if saver else None),
         )
+
+    def saver(self, name: str, path: str | None) -> Any:
+        """Return a saver; with Megatron's option names a module may have been meant.
+
+        Raises:
+            PluginError: there is none of this name.
+        """
+        try:
+            return registry.saver(name, path)
+        except PluginError as error:
+            if self.style == "short" or not str(error).startswith("unknown"):
+                raise
+            text = f"{error}; no module saver_{name} is on the Python path either"
+            raise PluginError(text) from None
 
 
 class ModifyCommand(ConversionCommand):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ckptx.errors import FormatError, NamesError, SchemaError, listing
+from ckptx.errors import CkptxError, FormatError, NamesError, SchemaError, listing
 from ckptx.hf_models import float8, task_heads
 from ckptx.hf_models.lora import extract
 from ckptx.hf_models.lora import merge as adapter_merge
@@ -18,7 +18,7 @@ from ckptx.hf_models.spellings import with_old_keys
 from ckptx.model.family import Family
 from ckptx.model.layout import Parts
 from ckptx.protocol import from_names
-from ckptx.protocol.context import ADAPTERS, UNTOLD, Context
+from ckptx.protocol.context import ADAPTERS, ANYTHING, UNTOLD, Context
 from ckptx.protocol.messages import TRAINING_STATE, Begin, Dropped, End, Message
 from ckptx.protocol.sidecars import CONFIG, dump_config, read_config
 from ckptx.registry.families import _architectures, family_of, parts_from_config, why_unknown
@@ -196,11 +196,13 @@ class _Model:
         named = from_names.named_messages(
             begin, self.tensors, parts, family.layout("hf"), self.notes, self.dropped
         )
+        begun = next(named)
         try:
-            begun = next(named)
             first = next(named)  # when all tensors have found a place
         except NamesError as error:
-            if error.missing or task_heads.in_doubt(error.extra, known):
+            looked_at = self.context.wants == ANYTHING  # then it is said what does not fit
+            if looked_at or error.missing or task_heads.in_doubt(error.extra, known):
+                yield begun
                 raise SchemaError(f"{error}{self._advice(error)}") from error
             named_as = ", ".join(_architectures(self.config)) or family.name
             yield from self._by_name(
@@ -208,6 +210,9 @@ class _Model:
                 "(--ignore leaves some behind)"
             )
             return
+        except CkptxError:
+            yield begun
+            raise
         yield begun
         yield first
         yield from named

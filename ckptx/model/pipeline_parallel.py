@@ -80,10 +80,13 @@ class Pipeline:
             return _from_layout(self.layout, self.pp, self.vpp, num_layers, mtp_num_layers)
         counts = self._counts(num_layers)
         if sum(counts) != num_layers or min(counts) < 0:
+            virtual, fits = self.vpp or 1, ""
+            if not (uneven or accounted or num_layers % virtual):
+                fits = f": {divisors(num_layers // virtual)} would"
             raise PlanError(
-                f"{num_layers} layers do not fit {self}: stages would hold {counts}, which sum to "
-                f"{sum(counts)}; choose sizes that divide, --decoder-first-pipeline-num-layers, "
-                "--decoder-last-pipeline-num-layers or --pipeline-model-parallel-layout"
+                f"{num_layers} layers do not fit {self}{fits}; uneven stages are for "
+                "--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers or "
+                "--pipeline-model-parallel-layout"
             )
         stages = ["t" * count for count in counts]
         stages[0] = f"E{stages[0]}"
@@ -169,6 +172,17 @@ def stage_ranks(tp: int, ep: int = 1, etp: int | None = None) -> list[Rank]:
         Rank(tp, number % tp, ep, number // etp % ep, etp, number % etp)
         for number in range(math.lcm(tp, ep * etp))
     ]
+
+
+def divisors(*numbers: int) -> str:
+    """Return the sizes that divide all of some numbers, in words.
+
+    Examples:
+        >>> divisors(8), divisors(8, 12)
+        ('1, 2, 4 or 8', '1, 2 or 4')
+    """
+    found = [str(n) for n in range(1, min(numbers) + 1) if not any(one % n for one in numbers)]
+    return f"{', '.join(found[:-1])} or {found[-1]}" if len(found) > 1 else found[0]
 
 
 def describe(chunks: Sequence[Chunk]) -> list[str]:

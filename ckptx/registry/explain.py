@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -10,6 +11,10 @@ from ckptx.storage.location import Location
 from ckptx.storage.partial import PARTIAL, is_held
 
 _ITERATION = re.compile(r"iter_\d{7}|release")
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+"""How the Hub calls a model: by who made it, and a name."""
+_STEP = re.compile(r"(iter_|global_step_?|checkpoint-|step-)\d+|release")
+_STEPS = 5  # that are named, the latest
 _LOOKED_AT = 20  # directories below the one that was given
 _NAMED = 3  # of those that are checkpoints
 
@@ -33,8 +38,24 @@ def why_absent(path: Location) -> str:
     """Return why nothing is at ``path``, as far as is known."""
     partial = path.parent / f"{path.name}{PARTIAL}" if path.name else path
     if not partial.is_dir():
-        return "no such file or directory"
+        return f"no such file or directory{_instead_of(path)}"
     return f"is not there yet: the conversion to it {_unfinished(partial)}"
+
+
+def _instead_of(path: Location) -> str:
+    """Return what may have been meant by a path that is not there."""
+    text = os.fspath(path)
+    if _HUB.fullmatch(text) and not path.parent.exists():
+        return (
+            f"; a model of the Hugging Face Hub is fetched with 'hf download {text} --local-dir "
+            f"{path.name}', then give {path.name}"
+        )
+    if not _STEP.fullmatch(path.name) or not path.parent.is_dir():
+        return ""
+    steps = [one.name for one in path.parent.iterdir() if _STEP.fullmatch(one.name)]
+    steps.sort(key=lambda name: (len(name), name))
+    rest = f"{len(steps) - _STEPS} more and " * (len(steps) > _STEPS)
+    return f"; {path.parent} holds {rest}{', '.join(steps[-_STEPS:])}" if steps else ""
 
 
 def _unfinished(partial: Location) -> str:

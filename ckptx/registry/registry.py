@@ -61,13 +61,22 @@ def canonical(name: str) -> str:
 
 
 def _behind(alias: str) -> tuple[str, ...]:
-    """Return the formats that a name stands for, by name: itself, where it is no alias."""
+    """Return the formats that a name stands for, by name: itself, where it is no alias.
+
+    Case does not matter, nor does ``-`` for ``_``.
+    """
+    meant = _plain(alias)
     found = dict.fromkeys(
         entry.name
         for entry in entries().values()
-        if entry.declared is not None and alias in entry.declared.aliases
+        if entry.declared is not None
+        and meant in map(_plain, (entry.name, *entry.declared.aliases))
     )
     return tuple(found) or (alias,)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 def loader(name: str, megatron_path: str | None = None, source: Location | None = None) -> Loader:
@@ -304,10 +313,14 @@ def _plugin(kind: Role, name: str, megatron_path: str | None) -> Any:
             f"{kind} {name!r}: ckptx knows of this format ({what}), but has no {kind} for it yet; "
             f"known {kind}s: {known}"
         )
-    raise PluginError(
-        f"unknown {kind} {name!r}{_meant(kind, name)}; known {kind}s: {known}; no module "
-        f"{kind}_{name} is on the Python path either"
-    )
+    other: Role = "saver" if kind == "loader" else "loader"
+    if canonical(name) in names(other):
+        does = "reads" if other == "loader" else "writes"
+        raise PluginError(
+            f"{kind} {name!r}: ckptx {does} this format, and has no {kind} for it; known {kind}s: "
+            f"{known}"
+        )
+    raise PluginError(f"unknown {kind} {name!r}{_meant(kind, name)}; known {kind}s: {known}")
 
 
 def _meant(kind: Kind, name: str) -> str:

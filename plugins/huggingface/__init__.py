@@ -6,6 +6,7 @@ FORMATS = (
     Format(
         "hf",
         "model directories of transformers",
+        aliases=("huggingface", "transformers", "safetensors"),
         loader="ckptx.plugins.huggingface.hf:HfLoader",
         saver="ckptx.plugins.huggingface.hf:HfSaver",
         files=("*.safetensors", "*.safetensors.index.json", "pytorch_model.bin*", "*-of-*.bin"),

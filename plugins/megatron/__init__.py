@@ -11,7 +11,7 @@ FORMATS = (
         "Megatron Core at any parallel layout",
         loader="ckptx.plugins.megatron.core:CoreLoader",
         saver="ckptx.plugins.megatron.core:CoreSaver",
-        aliases=("mcore",),
+        aliases=("mcore", "megatron_core", "torch_dist"),
         files=("metadata.json", "latest_train_state.pt", "context", *_RANKS),
         containers=("torch_dist", "torch"),
         layouts=("mcore",),

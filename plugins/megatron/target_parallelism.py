@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptx.errors import PlanError
-from ckptx.model.pipeline_parallel import ARGS, Chunk, Pipeline
+from ckptx.model.pipeline_parallel import ARGS, Chunk, Pipeline, divisors
 from ckptx.model.sharding import Rank
 from ckptx.model.spec import ModelSpec
 from ckptx.plugins.megatron.directory import Iteration, iteration_name, parse_iteration
@@ -153,7 +153,10 @@ def expert_sizes(model: Model, options: Options, tp: int) -> tuple[int, int]:
             raise PlanError("expert-parallel sizes were given, but the model has no experts")
         return 1, tp
     if spec.num_experts % ep:
-        raise PlanError(f"expert-parallel size {ep} does not divide {spec.num_experts} experts")
+        raise PlanError(
+            f"expert-parallel size {ep} does not divide {spec.num_experts} experts: "
+            f"{divisors(spec.num_experts)} do"
+        )
     if (spec.moe_ffn_hidden_size or 0) % etp:
         raise PlanError(
             f"expert-tensor-parallel size {etp} does not divide moe_ffn_hidden_size "
@@ -172,7 +175,9 @@ def check_tensor_parallel(spec: ModelSpec, tp: int) -> list[str]:
         ("moe_shared_expert_intermediate_size", shared),
     ):
         if size % tp:
-            raise PlanError(f"tensor-parallel size {tp} does not divide {name} {size}")
+            raise PlanError(
+                f"tensor-parallel size {tp} does not divide {name} {size}: {divisors(size)} do"
+            )
     if spec.multi_latent_attention:
         return []
     groups = spec.num_query_groups

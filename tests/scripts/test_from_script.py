@@ -248,7 +248,7 @@ def test_ds2hf_knows_all_models(shell):
     words = ("--checkpoint_dir", "A", "--output_dir", "B", "--hf_base", "base", "--model_type")
     (line,) = shell.lines("ds2hf", *words, "grm", "-t", "global_step2")
     assert line[:3] == ["convert", "A", "B"]
-    assert line[line.index("--strip-prefix") :][:2] == ["--prefix", "model."]
+    assert line[line.index("--strip-prefix") :][:2] == ["--strip-prefix", "model."]
     assert line[line.index("--tag") :][:2] == ["--tag", "global_step2"]
     (line,) = shell.lines("ds2hf", *words, "srm_vl", "--pooling_method", "last")
     assert line[:3] == ["convert", "A", "B/pytorch_model.bin"]
