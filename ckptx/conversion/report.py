@@ -169,7 +169,7 @@ class Report(_Conversion):
         }
 
     def render(self, width: int = 80) -> str:
-        """Return the report as text of at most ``width`` columns."""
+        """Return the report as text of at most ``width`` columns, but for what is to be copied."""
         # Of models of a few megabytes the speed says nothing.
         speed = f" ({self.rate:.2f} GB/s)" if self.rate >= 0.01 else ""
         head = f"{self.loader} -> {self.saver} in {self.seconds:.1f} s{speed}"
@@ -179,12 +179,13 @@ class Report(_Conversion):
             pairs.append(("resumed", text))
         if self.digest:
             pairs.append(("digest", self.digest[:_DIGEST]))
+        lines = list(labelled(pairs, width))
         if self.facts.load_hint:
-            pairs.append(("load with", self.facts.load_hint))
-        if self.verification is None:
-            return "\n".join(labelled(pairs, width))
-        pairs.append(("verified", "A, the source as it was to be converted, and B, the target:"))
-        return "\n".join([*labelled(pairs, width), self.verification.render(width)])
+            lines += ["load with", self.facts.load_hint]
+        if self.verification is not None:
+            said = "A, the source as it was to be converted, and B, the target:"
+            lines += [*labelled([("verified", said)], width), self.verification.render(width)]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)
