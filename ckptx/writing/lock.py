@@ -6,12 +6,17 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 import socket
+import threading
 from pathlib import Path
 
 from ckptx.errors import ConversionError, PlanError
 from ckptx.storage.partial import LOCK, OWNER
 
+_REFRESHED = 60.0  # seconds between two touches of the file that locks by name
+STALE = 900.0
+"""Seconds without a touch after which another machine's file counts for nothing."""
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 """What file systems without flock return: Lustre mounted without it, some NFS and FUSE."""
 
@@ -20,14 +25,16 @@ class Lock:
     """Holds a partial directory for this process, from `acquire` to `release`.
 
     ``flock`` ends with the process. Without it a file that only one process can create names its
-    owner; if that process has ended on this machine, the file counts for nothing. Not ``wanted``,
-    it holds nothing: who asked for that sees to it that nobody else writes there.
+    owner and is touched while it is held; it counts for nothing if that process has ended on this
+    machine, or has not touched it for `STALE` seconds by the file system's own clock. Where none is
+    ``wanted`` nothing is held: who asked for that sees to it that nobody else writes there.
     """
 
     def __init__(self, partial: Path, target: Path, *, wanted: bool = True) -> None:
         self._partial, self._target, self._wanted = partial, target, wanted
         self._descriptor = -1
         self._owner: Path | None = None
+        self._released = threading.Event()
 
     def acquire(self) -> None:
         """Make the directory and hold it.
@@ -76,15 +83,28 @@ class Lock:
                 with place.open("x") as file:
                     file.write(_signature())
                 self._owner = place
+                threading.Thread(target=self._refresh, args=(place,), daemon=True).start()
             except FileExistsError:
                 with contextlib.suppress(FileNotFoundError):
                     found = place.read_text(errors="replace")
-                    if not has_ended(found):
+                    if not has_ended(found) and not self._is_stale(place):
                         advice = f"wait for it, or remove {place} if it has ended"
                         raise self._refusal(found.strip() or "just started", advice) from None
                     place.unlink()
             except OSError as error:
                 raise PlanError(f"{place}: cannot be written: {error.strerror}") from error
+
+    def _refresh(self, owner: Path) -> None:
+        # Signals are for the thread that watches the children.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while not self._released.wait(_REFRESHED):
+            with contextlib.suppress(OSError):
+                os.utime(owner)
+
+    def _is_stale(self, owner: Path) -> bool:
+        """Return whether nobody has touched the file for long; the lock was opened just now."""
+        os.utime(self._partial / LOCK)
+        return (self._partial / LOCK).stat().st_mtime - owner.stat().st_mtime > STALE
 
     def _refusal(self, owner: str, advice: str) -> ConversionError:
         return ConversionError(
@@ -101,6 +121,7 @@ class Lock:
 
     def release(self) -> None:
         """Let go of the directory, whatever is left of it."""
+        self._released.set()
         if self._owner is not None:
             with contextlib.suppress(OSError):
                 self._owner.unlink()

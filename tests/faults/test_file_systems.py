@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from ckptx.writing import lock
+from ckptx.writing.lock import STALE
+
 from .scene import CORE, PATIENCE, ROOT, digests
 
 COMMAND = [sys.executable, "-c", "from ckptx.__main__ import main; main()", "convert"]
@@ -115,9 +118,13 @@ def test_a_lock_by_name(convert, sources, tmp_path):
         (f"process {os.getpid()} on elsewhere, boot {boot}", True),
         (f"process {ended.pid} on {here}, boot {boot}", False),
         (f"process {os.getpid()} on {here}, boot of-another-time", False),
+        (f"process {os.getpid()} on elsewhere, long ago", False),
     ):
         partial.mkdir(parents=True)
         (partial / "owner").write_text(owner)
+        if "long ago" in owner:  # by the clock of the file system
+            touched = (partial / "owner").stat().st_mtime - 2 * STALE
+            os.utime(partial / "owner", (touched, touched))
         result = convert(f"flock:{errno.ENOSYS}")
         assert result.returncode == int(refused), result.stderr
         if refused:
@@ -127,6 +134,22 @@ def test_a_lock_by_name(convert, sources, tmp_path):
         else:
             assert digests(tmp_path / "work/target") == sources[1]
         shutil.rmtree(tmp_path / "work/target")
+
+
+def test_who_locks_by_name_touches_the_file(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "no locks")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    monkeypatch.setattr(lock, "_REFRESHED", 0.0)
+    held = lock.Lock(tmp_path / "partial", tmp_path / "target")
+    held.acquire()
+    owner = tmp_path / "partial" / "owner"
+    os.utime(owner, (1, 1))
+    while owner.stat().st_mtime == 1:
+        pass
+    held.release()
+    assert not owner.exists()
 
 
 def test_no_lock_is_asked_for(convert, sources, tmp_path):
