@@ -42,15 +42,18 @@ _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def stored_bytes(value: Any) -> int:
-    """Return the bytes of all tensors in a nested structure."""
-    match value:
-        case Stored():
-            return value.nbytes
-        case Mapping():
-            return sum(stored_bytes(entry) for entry in value.values())
-        case list() | tuple():
-            return sum(stored_bytes(entry) for entry in value)
-    return 0
+    """Return the bytes of all tensors in a nested structure, whose parts count once each."""
+    return _stored_bytes(value, set())
+
+
+def _stored_bytes(value: Any, seen: set[int]) -> int:
+    if isinstance(value, Stored):
+        return value.nbytes
+    if not isinstance(value, Mapping | list | tuple) or id(value) in seen:
+        return 0
+    seen.add(id(value))
+    entries = value.values() if isinstance(value, Mapping) else value
+    return sum(_stored_bytes(entry, seen) for entry in entries)
 
 
 def read(path: Location, file_index: int) -> Any:

@@ -56,17 +56,18 @@ def state_dicts(value: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
 
 
 def _walk(
-    value: Mapping[Any, Any], path: tuple[str, ...], above: set[int]
+    value: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    if len(path) > _DEEPEST or id(value) in above:
-        return  # a pickle may hold itself
+    if len(path) > _DEEPEST or id(value) in seen:
+        return  # a pickle may hold itself, and one dictionary many times
+    seen.add(id(value))
     if any(isinstance(one, Stored) or is_sharded(one) for one in value.values()) or (
         isinstance(value.get("language_model"), Mapping)
     ):
         yield ".".join(path), value
     for key, inner in value.items():
         if isinstance(inner, Mapping) and key != "language_model":
-            yield from _walk(inner, (*path, str(key)), above | {id(value)})
+            yield from _walk(inner, (*path, str(key)), seen)
 
 
 def choose(
