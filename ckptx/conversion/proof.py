@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -42,6 +43,8 @@ class Proof:
     bytes_in: int = 0
     """Bytes of source tensors, shared bytes once; all are read or dropped."""
     bytes_out: int = 0
+    dtypes: Counter[str] = field(default_factory=Counter)
+    """Bytes of the target's tensors by their dtype."""
     sources: int = 0
     casts: dict[str, list[str]] = field(default_factory=dict)
     """``"float32 -> bfloat16"`` to the tensors it applies to; widening casts are exact."""
@@ -82,6 +85,7 @@ def prove(plan: SavePlan, begin: Begin, end: End) -> Proof:
         for region in file.regions:
             if isinstance(region.content, LazyTensor):
                 proof.tensors += 1
+                proof.dtypes[region.content.dtype] += region.content.nbytes
                 _account(region.name, region.content, steps, proof, used)
     if not proof.tensors:
         raise PlanError("the plan writes no tensor: nothing was found to convert")

@@ -40,6 +40,8 @@ class Facts:
     source_tensors: int
     bytes_in: int
     bytes_out: int
+    dtypes: Mapping[str, int]
+    """Bytes of the target's tensors by their dtype, most first."""
     inexact: Mapping[str, Sequence[str]]
     """Step (``"float32 -> bfloat16"``) to the tensors it changes."""
     widened: Mapping[str, Sequence[str]]
@@ -68,6 +70,7 @@ class Facts:
             source_tensors=proof.sources,
             bytes_in=proof.bytes_in,
             bytes_out=proof.bytes_out,
+            dtypes=dict(proof.dtypes.most_common()),
             inexact=inexact,
             widened={step: names for step, names in proof.casts.items() if step not in inexact},
             filled=dict(proof.filled),
@@ -253,6 +256,10 @@ def _facts_lines(facts: Facts) -> Iterator[tuple[str, str]]:
     count = f"{facts.tensors} in {facts.files} file{'s' * (facts.files != 1)}"
     yield "tensors", f"{count}, from {facts.source_tensors}"
     yield "bytes", f"{size_text(facts.bytes_in)} in, {size_text(facts.bytes_out)} out"
+    if facts.dtypes:
+        main, *others = facts.dtypes.items()
+        rest = [f"{dtype} ({size_text(size)})" for dtype, size in others]
+        yield "dtype", ", ".join([main[0], *rest])
     for step, names in facts.inexact.items():
         yield "inexact", f"{step}: {first_few(names, _SHOWN)}"
     if not facts.inexact:

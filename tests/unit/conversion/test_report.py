@@ -84,6 +84,7 @@ def test_json_is_complete_and_its_keys_are_stable(report):
         "source_tensors",
         "bytes_in",
         "bytes_out",
+        "dtypes",
         "inexact",
         "widened",
         "filled",
