@@ -69,6 +69,7 @@ def name_options() -> list[click.Option]:
     ignore = "Leave the tensors of this pattern behind, as '*.my_scale'. Repeatable."
     return [
         strip_option(),
+        click.Option(["--prefix"], multiple=True, hidden=True),  # as DeepSpeed's loader had it
         click.Option(["--ignore"], help=ignore, multiple=True, metavar="GLOB"),
     ]
 
@@ -97,7 +98,7 @@ def file_names(
     """
     notes: list[str] = []
     named = dict(tensors)
-    for prefix in options.get("strip_prefix") or ():
+    for prefix in (*(options.get("strip_prefix") or ()), *(options.get("prefix") or ())):
         if not (count := sum(name.startswith(prefix) for name in named)):
             raise FormatError(
                 f"{source}: no name starts with --strip-prefix {prefix!r}; names are as "

@@ -70,7 +70,6 @@ class DeepspeedLoader:
             containers.container_option(),
             option("--weights", click.Choice(["master", "module"]), weights, "master"),
             *name_options(),
-            click.Option(["--prefix"], multiple=True, hidden=True),  # as it was called once
             switch("--exclude-frozen-parameters", trained),
             *adapter_options(),
             option("--layer-map", click.Path(exists=True, dir_okay=False), layers),

@@ -58,13 +58,15 @@ def state_dicts(value: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
 def _walk(
     value: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    if len(path) > _DEEPEST or id(value) in seen:
-        return  # a pickle may hold itself, and one dictionary many times
-    seen.add(id(value))
+    if len(path) > _DEEPEST:
+        return
     if any(isinstance(one, Stored) or is_sharded(one) for one in value.values()) or (
         isinstance(value.get("language_model"), Mapping)
     ):
-        yield ".".join(path), value
+        yield ".".join(path), value  # by each of its names
+    if id(value) in seen:
+        return  # a pickle may hold itself, and one dictionary many times
+    seen.add(id(value))
     for key, inner in value.items():
         if isinstance(inner, Mapping) and key != "language_model":
             yield from _walk(inner, (*path, str(key)), seen)
@@ -102,6 +104,11 @@ def choose(
     rest = [p for p in rest if p.split(".")[-1] in _USUAL] or rest
     if len(rest) != 1:
         there = listing(sorted(path or _ROOT for path in rest or names))
+        if not rest and all(_is_training(path, names[path]) for path in names):
+            raise FormatError(
+                f"{source}: is the state of an optimizer ({there}); give the checkpoint that it "
+                "lies in"
+            )
         what = "several containers of weights" if rest else "no container of weights"
         raise FormatError(f"{source}: holds {what}: found {there}; say which with --container")
     (found,) = rest

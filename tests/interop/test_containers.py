@@ -177,3 +177,15 @@ def test_a_model_that_fsdp_has_gathered(base, tmp_path):
     (place / "trainer_state.json").write_text("{}")
     report = assert_is(place, state, tmp_path, hf_base=base)
     assert {drop["name"] for drop in report.dropped} == {"optimizer.bin", "trainer_state.json"}
+
+
+def test_a_model_that_has_two_names_has_both(base, tmp_path):
+    """One dictionary in two places, as pickles keep it: an optimizer's own, and two roles."""
+    state = load_file(base / "model.safetensors")
+    source = write({"optimizer": {"model": state}, "model": state}, tmp_path / "one", "pt", base)
+    assert_is(source, state, tmp_path)
+    both = write({"actor": state, "critic": state}, tmp_path / "two", "pt", base)
+    with pytest.raises(ckptx.FormatError, match="found 'actor', 'critic'; say which"):
+        ckptx.convert(both, tmp_path / "none", to="hf")
+    shutil.rmtree(tmp_path / "out")
+    assert_is(both, state, tmp_path, container="critic")
