@@ -79,15 +79,14 @@ def why_unrecognised(source: Location, recognised: Recognised) -> str:
         return reason
     if not source.is_dir():
         return "it is empty" if source.is_file() and not source.stat().st_size else ""
-    # Numbers in order, so that the last one is the latest.
-    names = sorted((path.name for path in source.iterdir()), key=lambda name: (len(name), name))
+    names = sorted(path.name for path in source.iterdir())
     if not names:
         return "the directory is empty"
     finished = [name for name in names if not name.endswith(PARTIAL)]
     above = source.absolute().parent
     if source.name.startswith("mp_rank_") and recognised(above):
         return f"it is the directory of one rank: give {above}"
-    below = _checkpoints_below(source, finished, recognised) or _incomplete(finished)
+    below = checkpoints_below(source, recognised) or _incomplete(finished)
     if below or len(finished) == len(names):
         return below
     partial = next(source / name for name in names if name.endswith(PARTIAL))
@@ -105,7 +104,13 @@ def foreign(source: Location) -> str:
     return ""
 
 
-def _checkpoints_below(source: Location, names: list[str], recognised: Recognised) -> str:
+def checkpoints_below(source: Location, recognised: Recognised) -> str:
+    """Return which checkpoints lie below a directory that is none itself; empty if there are none.
+
+    The conversions that go on there do not count.
+    """
+    names = [path.name for path in source.iterdir() if not path.name.endswith(PARTIAL)]
+    names.sort(key=lambda name: (len(name), name))  # numbers in order: the last one is the latest
     found = [path for path in list(_below(source, names))[-_LOOKED_AT:] if recognised(path)]
     if not found:
         return ""

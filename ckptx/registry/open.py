@@ -15,12 +15,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ckptx.errors import CkptxError, PluginError
+from ckptx.errors import CkptxError, FormatError, PluginError
 from ckptx.protocol.context import ANYTHING, WEIGHTS, Context, Wants, split_options
 from ckptx.protocol.contracts import Loader
 from ckptx.protocol.messages import Begin, End, Message, Tensors
 from ckptx.protocol.model import Model, collect
-from ckptx.registry import registry
+from ckptx.registry import explain, registry
 from ckptx.registry.detection import remembering
 from ckptx.registry.families import hf_tensors
 from ckptx.storage.location import Location
@@ -169,7 +169,22 @@ def checkpoint_messages(
     loader = find_loader(location, format, megatron_path)
     own, told = (options or {}, {}) if context else split_options(options)
     context = replace(context or Context(**told), wants=wants, spool=spool)
-    return in_order(loader.load(location, own, context), loader.name)
+    return _advised(in_order(loader.load(location, own, context), loader.name), location, loader)
+
+
+def _advised(messages: Iterator[Message], location: Location, loader: Loader) -> Iterator[Message]:
+    """Yield messages; where there is none, the error says which checkpoints lie below."""
+    begun = False
+    try:
+        for message in messages:
+            begun = True
+            yield message
+    except FormatError as error:
+        if begun or not location.is_dir() or loader.detect(location):
+            raise
+        if below := explain.checkpoints_below(location, loader.detect):
+            raise FormatError(f"{error}; {below}") from error
+        raise
 
 
 def find_loader(

@@ -189,3 +189,11 @@ def test_a_model_that_has_two_names_has_both(base, tmp_path):
         ckptx.convert(both, tmp_path / "none", to="hf")
     shutil.rmtree(tmp_path / "out")
     assert_is(both, state, tmp_path, container="critic")
+
+
+@pytest.mark.parametrize("named", [{}, {"from_": "core"}])
+def test_a_directory_above_is_told_of_what_lies_below(named, base, tmp_path):
+    for name in ("first", "second"):
+        ckptx.convert(base, tmp_path / "runs" / name, to="core")
+    with pytest.raises(ckptx.CkptxError, match=r"checkpoints lie below it: give .*first, .*second"):
+        ckptx.convert(tmp_path / "runs", tmp_path / "out", to="hf", **named)
